@@ -1,0 +1,260 @@
+"""Strict YAML configs over `schema.py`: `_base_` files, `key=value` overrides, messages that help.
+
+An unknown key or a wrong type is a `ConfigError` that names the nearest valid key. OmegaConf does the merging
+and type checks; this file adds `_base_`, the messages and the checks across keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .data import DATASETS
+from .errors import ConfigError
+from .masks import POLICIES
+from .models.heads import HEADS
+from .models.resnet import ARCHITECTURES
+from .schema import Config, ModelConfig
+from .sparse import EXCHANGES
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file with its `_base_` files and `key=value` overrides (`data.root=...`, values in YAML).
+
+    Raises:
+        ConfigError: missing or unreadable file, circular `_base_`, unknown key, wrong type, impossible value.
+    """
+    tree = _read(Path(path), ())
+    merged = _merge(Config, tree, str(path))
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override), f"--set {override}")
+    config: Config = OmegaConf.to_object(merged)
+    check_config(config)
+    return config
+
+
+def model_config(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -> ModelConfig:
+    """The model part of a file, of a config, or of a plain dict of model settings (or with a `model` key).
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    if isinstance(config, ModelConfig):
+        return config
+    if isinstance(config, (str, Path)):
+        config = load_config(config)
+    if isinstance(config, Config):
+        return dataclasses.replace(config.model, num_classes=num_classes(config))
+    schema, part = (Config, "model") if "model" in config else (ModelConfig, None)
+    result = OmegaConf.to_object(_merge(schema, dict(config), "config"))
+    if part:
+        return model_config(result)
+    _check_model(result)
+    return result
+
+
+def config_from_dict(tree: Mapping[str, Any], where: str) -> Config:
+    """A config from a plain dict, checked as strictly as a file; `where` names it in errors."""
+    config: Config = OmegaConf.to_object(_merge(Config, dict(tree), where))
+    check_config(config)
+    return config
+
+
+def to_dict(config: Config | ModelConfig) -> dict[str, Any]:
+    """The resolved config as plain dicts and lists."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def num_classes(config: Config) -> int:
+    """The model's class count: its own if set, else the dataset's."""
+    if config.model.num_classes is not None:
+        return config.model.num_classes
+    return len(DATASETS[config.data.dataset].classes)
+
+
+def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    """A file's tree over those of its `_base_` files (one path or a list, relative to the file)."""
+    path = path.resolve()
+    if path in parents:
+        raise ConfigError(f"{path}: _base_ files form a circle")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"config {path} does not exist{_nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path} must hold keys and values, not a {type(tree).__name__}")
+    bases = tree.pop("_base_", [])
+    result: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        result = _overlay(result, _read(path.parent / base, (*parents, path)))
+    return _overlay(result, tree)
+
+
+def _overlay(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if nested else value
+    return merged
+
+
+def _nearest_file(path: Path) -> str:
+    others = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    return _did_you_mean(path.name, others)
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r}: write key=value, for instance data.root=../camvid")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(base: Any, tree: Mapping[str, Any], where: str) -> Any:
+    """Merge a plain tree into the schema, with one-line errors."""
+    base = OmegaConf.structured(base) if isinstance(base, type) else base
+    _check_keys(base, tree, where, "")
+    try:
+        return OmegaConf.merge(base, dict(tree))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{where}: {key}: {reason}") from None
+
+
+def _check_keys(schema: Any, tree: Mapping[str, Any], where: str, prefix: str) -> None:
+    for key, value in tree.items():
+        if key not in schema:
+            hint = _did_you_mean(str(key), list(schema)) or _did_you_mean_elsewhere(str(key))
+            raise ConfigError(f"{where}: unknown key '{prefix}{key}'{hint}")
+        child = schema._get_node(key)
+        if OmegaConf.is_dict(child):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}: '{prefix}{key}' holds keys of its own, not the value {value!r}")
+            _check_keys(child, value, where, f"{prefix}{key}.")
+        else:
+            _check_type(value, child, where, f"{prefix}{key}")
+
+
+def _check_type(value: Any, node: Any, where: str, key: str) -> None:
+    """OmegaConf would take '18' for a number and 18 for a text; a config should say what it means."""
+    if value is None and node._is_optional():
+        return
+    expected = node._metadata.ref_type
+    name = _type_name(expected)
+    if not _fits(value, expected):
+        raise ConfigError(f"{where}: '{key}' must be {name}, not {value!r}")
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    if expected is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if expected in (str, bool):
+        return isinstance(value, expected)
+    element = expected.__args__[0]
+    return isinstance(value, list) and all(_fits(item, element) for item in value)
+
+
+def _type_name(expected: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    return names.get(expected) or f"a list, each {_type_name(expected.__args__[0])}"
+
+
+def _did_you_mean(key: str, valid: Iterable[str]) -> str:
+    valid = list(valid)
+    near = difflib.get_close_matches(key, valid, n=1)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return ""
+
+
+def _did_you_mean_elsewhere(key: str) -> str:
+    """The full key of the same or a close last part anywhere in the schema."""
+    full = {name.split(".")[-1]: name for name in _all_keys(OmegaConf.structured(Config), "")}
+    near = difflib.get_close_matches(key, full, n=1)
+    return f"; did you mean '{full[near[0]]}'?" if near else ""
+
+
+def _all_keys(schema: Any, prefix: str) -> list[str]:
+    names: list[str] = []
+    for key in schema:
+        child = schema._get_node(key)
+        names += _all_keys(child, f"{prefix}{key}.") if OmegaConf.is_dict(child) else [f"{prefix}{key}"]
+    return names
+
+
+def _choose(key: str, value: Any, valid: Iterable[Any]) -> None:
+    valid = list(valid)
+    if value not in valid:
+        hint = _did_you_mean(str(value), [str(v) for v in valid])
+        raise ConfigError(f"{key} is {value!r}{hint or '; choose'} one of {', '.join(map(str, valid))}")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def check_config(config: Config) -> None:
+    """Checks across and beyond types.
+
+    Raises:
+        ConfigError: an impossible value, with the key.
+    """
+    _check_model(config.model)
+    data, train = config.data, config.train
+    _choose("data.dataset", data.dataset, DATASETS)
+    _require(len(data.crop) == 2 and min(data.crop) >= 32, "data.crop must be [height, width], each >= 32")
+    low_high = len(data.scale_range) == 2 and 0 < data.scale_range[0] <= data.scale_range[1]
+    _require(low_high, "data.scale_range must be [low, high] with 0 < low <= high")
+    _require(len(data.mean) == len(data.std) == 3, "data.mean and data.std need three numbers each")
+    _choose("train.network", train.network, ("dense", "selective"))
+    _choose("train.output_stride", train.output_stride, (8, 16, 32))
+    _choose("train.optimizer", train.optimizer, ("sgd", "adamw"))
+    _choose("train.amp_dtype", train.amp_dtype, ("bfloat16", "float16"))
+    for key in ("iterations", "batch_size", "log_every", "eval_every", "save_every"):
+        _require(getattr(train, key) >= 1, f"train.{key} must be at least 1")
+    both = train.loss.class_weights is not None and train.loss.ohem_threshold is not None
+    _require(not both, "train.loss: choose either class_weights or ohem_threshold")
+    weights = train.loss.class_weights
+    if weights is not None:
+        count = num_classes(config)
+        _require(len(weights) == count, f"train.loss.class_weights has {len(weights)} values for {count} classes")
+    pooled = config.model.head == "deeplabv3"
+    _require(not pooled or train.batch_size >= 2, "train.batch_size must be 2 or more: deeplabv3 pools each image")
+
+
+def _check_model(model: ModelConfig) -> None:
+    _choose("model.backbone", model.backbone, ARCHITECTURES)
+    _choose("model.head", model.head, HEADS)
+    _choose("model.exchange", model.exchange, EXCHANGES)
+    _choose("model.trained_stride", model.trained_stride, (8, 16, 32))
+    _choose("model.mask.policy", model.mask.policy, POLICIES)
+    _require(0 <= model.mask.fine_fraction <= 1, "model.mask.fine_fraction must lie in 0..1")
+    _require(model.width > 0, "model.width must be positive")
+    if model.num_classes is not None:
+        _require(2 <= model.num_classes <= 255, "model.num_classes must lie in 2..255")

@@ -1,0 +1,68 @@
+"""Cityscapes: `leftImg8bit/{split}/{city}/*_leftImg8bit.png`, `gtFine/{split}/{city}/*_gtFine_labelIds.png`."""
+
+from pathlib import Path
+
+from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset, list_files
+from sparse_seg.errors import DataError
+
+# Train id order: (name, label id in *_labelIds.png, RGB colour), as in cityscapesScripts' labels.py.
+_TABLE: tuple[tuple[str, int, tuple[int, int, int]], ...] = (
+    ("road", 7, (128, 64, 128)),
+    ("sidewalk", 8, (244, 35, 232)),
+    ("building", 11, (70, 70, 70)),
+    ("wall", 12, (102, 102, 156)),
+    ("fence", 13, (190, 153, 153)),
+    ("pole", 17, (153, 153, 153)),
+    ("traffic light", 19, (250, 170, 30)),
+    ("traffic sign", 20, (220, 220, 0)),
+    ("vegetation", 21, (107, 142, 35)),
+    ("terrain", 22, (152, 251, 152)),
+    ("sky", 23, (70, 130, 180)),
+    ("person", 24, (220, 20, 60)),
+    ("rider", 25, (255, 0, 0)),
+    ("car", 26, (0, 0, 142)),
+    ("truck", 27, (0, 0, 70)),
+    ("bus", 28, (0, 60, 100)),
+    ("train", 31, (0, 80, 100)),
+    ("motorcycle", 32, (0, 0, 230)),
+    ("bicycle", 33, (119, 11, 32)),
+)
+_LICENSE_PLATE = 255  # label id -1 in an 8-bit file
+
+CITYSCAPES_CLASSES = ClassList(tuple(row[0] for row in _TABLE), tuple(row[2] for row in _TABLE))
+CITYSCAPES_IDS = {name: label_id for name, label_id, _ in _TABLE}
+"""Label id on disk of each evaluated class."""
+
+_TRAIN_IDS = {label_id: IGNORE_INDEX for label_id in (*range(34), _LICENSE_PLATE)} | {
+    label_id: train_id for train_id, (_, label_id, _) in enumerate(_TABLE)
+}
+IMAGE_SUFFIX = "_leftImg8bit.png"
+LABEL_SUFFIX = "_gtFine_labelIds.png"
+
+
+class Cityscapes(SegmentationDataset):
+    """The 19 evaluated classes of Cityscapes; every other label id is ignored.
+
+    Args:
+        root: the folder that holds `leftImg8bit` and `gtFine`.
+        split: `train`, `val` or another folder name below both.
+
+    Raises:
+        DataError: a folder is missing or holds no image.
+    """
+
+    def __init__(self, root: str | Path, split: str) -> None:
+        images, labels = Path(root, "leftImg8bit", split), Path(root, "gtFine", split)
+        image_files = list_files(images, f"*/*{IMAGE_SUFFIX}")
+        label_files = list_files(labels, f"*/*{LABEL_SUFFIX}")
+        if not image_files:
+            raise DataError(f"{images}: no {{city}}/*{IMAGE_SUFFIX} in it; unpack leftImg8bit_trainvaltest.zip")
+        samples = [(file, labels / file.parent.name / _label_name(file)) for file in image_files]
+        super().__init__(CITYSCAPES_CLASSES, _TRAIN_IDS, samples, label_files)
+
+    def name(self, index: int) -> str:
+        return self.samples[index][0].name.removesuffix(IMAGE_SUFFIX)
+
+
+def _label_name(image_file: Path) -> str:
+    return image_file.name.removesuffix(IMAGE_SUFFIX) + LABEL_SUFFIX

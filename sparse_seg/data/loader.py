@@ -1,0 +1,122 @@
+"""Loaders whose samples depend on the seed and the position alone: not on workers, not on interruptions."""
+
+from collections.abc import Iterator, Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sparse_seg.data.dataset import SegmentationDataset
+from sparse_seg.data.transforms import TrainTransform, normalise
+
+Sample = tuple[torch.Tensor, torch.Tensor]
+
+
+class TrainingView(Dataset[Sample]):
+    """A dataset seen through a transform; `key = epoch * len(dataset) + index` picks sample and randomness."""
+
+    def __init__(self, dataset: SegmentationDataset, transform: TrainTransform, seed: int) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int) -> Sample:
+        """Image float32 `[3, h, w]` and label int64 `[h, w]`."""
+        image, label = self.dataset.load(key % len(self.dataset))
+        return self.transform(image, label, np.random.default_rng([self.seed, key]))
+
+
+class ResumableSampler(Sampler[list[int]]):
+    """Batches of keys for `TrainingView`, cut from an endless stream of epochs, each newly shuffled.
+
+    A batch may cross from one epoch to the next, so all have `batch_size` keys. Starting at
+    `start_iteration` gives the batches that an unbroken run would give from there.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int, start_iteration: int, iterations: int
+    ) -> None:
+        if length < 1 or batch_size < 1:
+            raise ValueError(f"length {length} and batch_size {batch_size} must be at least 1")
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_iteration = start_iteration
+        self.iterations = iterations
+
+    def __len__(self) -> int:
+        return max(self.iterations - self.start_iteration, 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        keys = self._keys(self.start_iteration * self.batch_size)
+        for _ in range(len(self)):
+            yield [next(keys) for _ in range(self.batch_size)]
+
+    def _keys(self, position: int) -> Iterator[int]:
+        epoch, skip = divmod(position, self.length)
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            for index in order[skip:]:
+                yield epoch * self.length + int(index)
+            epoch, skip = epoch + 1, 0
+
+
+class EvaluationView(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
+    """A dataset's frames as they are, normalised."""
+
+    def __init__(self, dataset: SegmentationDataset, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.dataset = dataset
+        self.mean = mean
+        self.std = std
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Image float32 `[1, 3, H, W]`, label int64 `[1, H, W]` and the index."""
+        image, label = self.dataset.load(index)
+        target = torch.from_numpy(label.astype(np.int64))
+        return normalise(image, self.mean, self.std)[None], target[None], index
+
+
+def training_loader(
+    dataset: SegmentationDataset,
+    transform: TrainTransform,
+    batch_size: int,
+    seed: int,
+    start_iteration: int,
+    iterations: int,
+    workers: int,
+) -> DataLoader[Sample]:
+    """Batches of iterations `start_iteration .. iterations - 1`: float32 `[B, 3, h, w]`, int64 `[B, h, w]`."""
+    return DataLoader(
+        TrainingView(dataset, transform, seed),
+        batch_sampler=ResumableSampler(len(dataset), batch_size, seed, start_iteration, iterations),
+        num_workers=workers,
+        worker_init_fn=_use_one_thread,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each loader draws from torch's global state, and resuming differs
+    )
+
+
+def evaluation_loader(
+    dataset: SegmentationDataset, mean: Sequence[float], std: Sequence[float], workers: int
+) -> DataLoader[tuple[torch.Tensor, torch.Tensor, int]]:
+    """The frames in order, one at a time: float32 `[1, 3, H, W]`, int64 `[1, H, W]`, index."""
+    return DataLoader(
+        EvaluationView(dataset, mean, std),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_use_one_thread,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )
+
+
+def _use_one_thread(worker: int) -> None:
+    """Workers are the parallelism; OpenCV's own threads would fight over the same cores."""
+    cv2.setNumThreads(0)

@@ -1,0 +1,131 @@
+"""From uint8 frames to the network's input: augmentation for training, normalisation for both."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sparse_seg.data.dataset import IGNORE_INDEX, Image
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
+_HUE_SHARE = 0.1  # radians of hue turn per unit of jitter: lanes and signs keep their colour's name
+
+
+def normalise(
+    image: Image, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> torch.Tensor:
+    """`(image / 255 - mean) / std`: uint8 RGB `[H, W, 3]` to a contiguous float32 tensor `[3, H, W]`."""
+    return _normalise(image.astype(np.float32), mean, std)
+
+
+def denormalise(
+    tensor: torch.Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Image:
+    """The inverse of `normalise`: float `[3, H, W]` to uint8 RGB `[H, W, 3]`, rounded and clipped."""
+    pixels = tensor.detach().cpu().permute(1, 2, 0).double().numpy() * np.array(std) + np.array(mean)
+    return np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
+
+
+def _normalise(image: NDArray[np.float32], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    scale = (1 / (255 * np.asarray(std))).astype(np.float32)
+    shift = (np.asarray(mean) / np.asarray(std)).astype(np.float32)
+    return torch.from_numpy(np.ascontiguousarray((image * scale - shift).transpose(2, 0, 1)))
+
+
+class TrainTransform:
+    """Random scale, crop, flip and colour jitter.
+
+    Scale, crop and flip are one affine warp of the crop's pixels alone, so the cost does not grow with the
+    image. Where the scaled image is smaller than the crop, the rest has the mean colour and label 255.
+
+    Args:
+        crop: height and width of the output, px.
+        scale_range: lowest and highest factor on the image's size, drawn log-uniformly.
+        flip: mirror half of the samples.
+        jitter: brightness, contrast and saturation factors lie in `1 - jitter .. 1 + jitter`.
+        mean, std: RGB, in units of 0..1.
+    """
+
+    def __init__(
+        self,
+        crop: tuple[int, int],
+        scale_range: tuple[float, float] = (0.5, 2.0),
+        flip: bool = True,
+        jitter: float = 0.3,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        if min(crop) < 1:
+            raise ValueError(f"crop {crop}: both sides must be at least 1 px")
+        if not 0 < scale_range[0] <= scale_range[1]:
+            raise ValueError(f"scale_range {scale_range}: expected 0 < lowest <= highest")
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter {jitter}: expected 0 <= jitter < 1")
+        self.crop = crop
+        self.scale_range = scale_range
+        self.flip = flip
+        self.jitter = jitter
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+
+    def __call__(
+        self, image: Image, label: Image, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image `[H, W, 3]` uint8 and label `[H, W]` uint8 to float32 `[3, h, w]` and int64 `[h, w]`."""
+        warp = self._draw_warp(image.shape[0], image.shape[1], rng)
+        fill = [255 * channel for channel in self.mean]
+        pixels = _warp(image, warp, self.crop, cv2.INTER_LINEAR, fill).astype(np.float32)
+        if self.jitter:
+            pixels = _jitter(pixels, self.jitter, rng)
+        target = _warp(label, warp, self.crop, cv2.INTER_NEAREST, [IGNORE_INDEX])
+        return _normalise(pixels, self.mean, self.std), torch.from_numpy(target.astype(np.int64))
+
+    def _draw_warp(self, height: int, width: int, rng: np.random.Generator) -> NDArray[np.float64]:
+        """The matrix `[2, 3]` from a crop's pixel (x, y) to the place in the image that it shows."""
+        scale = np.exp(rng.uniform(*np.log(self.scale_range)))
+        top = _draw_offset(round(height * scale) - self.crop[0], rng)
+        left = _draw_offset(round(width * scale) - self.crop[1], rng)
+        half = 0.5 / scale - 0.5  # pixel centres: (q + 0.5) / scale - 0.5
+        warp = np.array([[1 / scale, 0, left / scale + half], [0, 1 / scale, top / scale + half]])
+        if self.flip and rng.random() < 0.5:
+            warp = warp @ np.array([[-1, 0, self.crop[1] - 1], [0, 1, 0], [0, 0, 1]])
+        return warp
+
+
+def _draw_offset(excess: int, rng: np.random.Generator) -> int:
+    """Where the crop starts in the scaled image, px; negative where the image is the smaller one."""
+    return int(rng.integers(min(excess, 0), max(excess, 0), endpoint=True))
+
+
+def _warp(
+    image: Image, warp: NDArray[np.float64], crop: tuple[int, int], interpolation: int, fill: list[float]
+) -> Image:
+    flags = interpolation | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(
+        image, warp, (crop[1], crop[0]), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=fill
+    )
+
+
+def _jitter(
+    image: NDArray[np.float32], amount: float, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Brightness, contrast, saturation and a little hue, composed to one colour matrix; clipped to 0..255."""
+    brightness, contrast, saturation = rng.uniform(1 - amount, 1 + amount, 3)
+    angle = rng.uniform(-1, 1) * _HUE_SHARE * amount * np.pi
+    grey = np.tile(_LUMA, (3, 1))
+    chroma = saturation * (np.eye(3) - grey)
+    matrix = brightness * contrast * (grey + _hue_turn(angle) @ chroma)
+    middle = brightness * (1 - contrast) * float(image.mean(axis=(0, 1)) @ _LUMA)
+    affine = np.column_stack([matrix, np.full(3, middle)])
+    return np.clip(cv2.transform(image, affine), 0, 255)
+
+
+def _hue_turn(angle: float) -> NDArray[np.float64]:
+    """Rotation by `angle` radians around the grey axis of RGB (Rodrigues' formula)."""
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross

@@ -1,0 +1,21 @@
+"""Errors whose message is meant for the person at the command line: what is wrong and how to fix it."""
+
+
+class SparseSegError(Exception):
+    """Base of the errors below. The command line prints the message alone and exits with code 1."""
+
+
+class ConfigError(SparseSegError):
+    """A config file or `--set` override has an unknown key, a wrong type or an impossible value."""
+
+
+class DataError(SparseSegError):
+    """A dataset is incomplete or inconsistent; the message names the file."""
+
+
+class CheckpointError(SparseSegError):
+    """A checkpoint is missing, corrupt or does not fit the model."""
+
+
+class TrainingError(SparseSegError):
+    """Training cannot go on (for instance a loss that is not finite)."""

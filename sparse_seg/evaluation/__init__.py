@@ -1,0 +1,1 @@
+"""Quality (mIoU, boundary mIoU) and cost (multiply-adds, latency, memory) of a model."""

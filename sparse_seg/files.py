@@ -1,0 +1,23 @@
+"""Writing files so that a reader sees the old content or the new, never half of it."""
+
+import os
+import secrets
+from pathlib import Path
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) to `path`, creating parent folders.
+
+    The data goes to a temporary name in the same folder, which then replaces `path` in one step; on failure
+    the temporary file is removed and `path` is as it was. Raises OSError where the folder cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # not tempfile.mkstemp: its files are readable by their owner alone, whatever the umask
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

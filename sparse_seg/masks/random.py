@@ -1,0 +1,22 @@
+"""Blocks at random: the control that a policy has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import MaskPolicy, block_shape
+
+
+class RandomPolicy(MaskPolicy):
+    """Scores uniform in 0..1. Training draws anew each time; in eval the same seed and shape give the same mask."""
+
+    def __init__(
+        self, fine_fraction: float | None = None, threshold: float | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(fine_fraction, threshold)
+        self.seed = seed
+
+    def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        generator = None if self.training else torch.Generator().manual_seed(self.seed)
+        return torch.rand(block_shape(images), generator=generator).to(images.device)

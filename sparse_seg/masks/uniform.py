@@ -1,0 +1,21 @@
+"""All blocks coarse, or all fine: the two ends every other policy lies between."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import MaskPolicy, block_shape
+
+
+class UniformPolicy(MaskPolicy):
+    """`fine_fraction` 0 (all coarse) or 1 (all fine); every block scores 0.5 against a `threshold`."""
+
+    def __init__(self, fine_fraction: float | None = None, threshold: float | None = None) -> None:
+        super().__init__(fine_fraction, threshold)
+        if fine_fraction not in (None, 0, 1):
+            raise ValueError(
+                f"the uniform policy takes fine_fraction 0 or 1, not {fine_fraction}; 'random' takes any share"
+            )
+
+    def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        return images.new_full(block_shape(images), 0.5)

@@ -1,0 +1,1 @@
+"""Networks: ResNet stages on rows, heads, and the segmentor that joins them."""

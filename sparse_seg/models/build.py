@@ -1,0 +1,56 @@
+"""From config to network: the one place that reads a `ModelConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import model_config
+from ..errors import ConfigError
+from ..masks import POLICIES, MaskPolicy
+from ..schema import Config, MaskConfig, ModelConfig
+from .heads import HEADS, FCNHead
+from .resnet import ResNet
+from .segmentor import SelectiveSegmentor
+
+DEFAULT_NUM_CLASSES = 19  # Cityscapes
+
+
+
+def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -> SelectiveSegmentor:
+    """Build a network with fresh weights.
+
+    Args:
+        config: path of a YAML config, or a plain dict of model settings such as
+            `{"backbone": "resnet50", "head": "lite", "num_classes": 19}`, with defaults for the rest.
+
+    Raises:
+        ConfigError: unknown key, wrong type or impossible value, naming the key.
+    """
+    settings = model_config(config)
+    num_classes = settings.num_classes or DEFAULT_NUM_CLASSES
+    try:
+        backbone = ResNet(settings.backbone, settings.width, settings.exchange)
+        policy = build_policy(settings.mask)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    spacings = [rate * settings.trained_stride for rate in settings.aspp_rates]
+    head = HEADS[settings.head](
+        backbone.stage_channels[3], num_classes, settings.head_channels, spacings, settings.exchange
+    )
+    auxiliary = None
+    if settings.auxiliary:
+        auxiliary = FCNHead(backbone.stage_channels[2], backbone.stage_channels[2] // 4, num_classes)
+    return SelectiveSegmentor(backbone, head, policy, settings.trained_stride, auxiliary)
+
+
+def build_policy(mask: MaskConfig) -> MaskPolicy:
+    """The mask policy of a config.
+
+    Raises:
+        ValueError: settings the policy refuses.
+    """
+    cut = {"threshold": mask.threshold} if mask.threshold is not None else {"fine_fraction": mask.fine_fraction}
+    seed = {"seed": mask.seed} if mask.policy == "random" else {}
+    return POLICIES[mask.policy](**cut, **seed)

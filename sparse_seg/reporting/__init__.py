@@ -1,0 +1,1 @@
+"""Tables, plots, pictures and self-contained HTML pages that show results."""

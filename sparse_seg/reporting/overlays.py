@@ -1,0 +1,136 @@
+"""Pictures of labels and block masks: numpy and OpenCV only. Images are [H, W, 3] uint8 RGB throughout."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from sparse_seg.files import atomic_write
+
+Image = npt.NDArray[np.uint8]
+Palette = Sequence[tuple[int, int, int]]
+
+COARSE_BRIGHTNESS = 0.35
+OUTLINE = (255, 210, 0)
+GAP = 8  # px between pictures
+
+
+def colourise(label: np.ndarray, palette: Palette, ignore_index: int = 255) -> Image:
+    """Colours of a label map [H, W] of train ids; ignored pixels are black. Returns [H, W, 3].
+
+    Raises ValueError for a train id without a colour.
+    """
+    ignored = label == ignore_index
+    known = label[~ignored]
+    if known.size and not (known.min() >= 0 and known.max() < len(palette)):
+        raise ValueError(
+            f"label has train ids {known.min()}..{known.max()}, but the palette has {len(palette)} colours"
+        )
+    colours = np.array([*palette, (0, 0, 0)], np.uint8)
+    return colours[np.where(ignored, len(palette), label)]
+
+
+def overlay(
+    image: Image, label: np.ndarray, palette: Palette, alpha: float = 0.5, ignore_index: int = 255
+) -> Image:
+    """`image` with the label's colours laid over it at opacity `alpha`; ignored pixels stay as they are.
+
+    Raises ValueError if `label` is not [H, W] of the image or has a train id without a colour.
+    """
+    _check_image(image)
+    if label.shape != image.shape[:2]:
+        raise ValueError(f"label is {list(label.shape)}, but the image is {list(image.shape[:2])}")
+    mixed = cv2.addWeighted(image, 1 - alpha, colourise(label, palette, ignore_index), alpha, 0)
+    return np.where((label == ignore_index)[..., None], image, mixed)
+
+
+def draw_blocks(image: Image, fine_blocks: npt.NDArray[np.bool_], block: int = 16) -> Image:
+    """`image` with its coarse blocks darkened and an outline around the fine region.
+
+    fine_blocks: [ceil(H/block), ceil(W/block)] bool; blocks at the border may hold fewer pixels.
+    Raises ValueError for another shape.
+    """
+    _check_image(image)
+    height, width = image.shape[:2]
+    expected = (-(-height // block), -(-width // block))
+    if fine_blocks.shape != expected:
+        raise ValueError(
+            f"fine_blocks is {list(fine_blocks.shape)}; an image of {height}x{width} has {list(expected)} "
+            f"blocks of {block} px"
+        )
+    fine = fine_blocks.astype(bool).repeat(block, axis=0).repeat(block, axis=1)[:height, :width]
+    picture = np.where(fine[..., None], image, (image * COARSE_BRIGHTNESS).astype(np.uint8))
+    thickness = max(1, round(min(height, width) / 500))
+    inside = cv2.erode(fine.astype(np.uint8), np.ones((2 * thickness + 1, 2 * thickness + 1), np.uint8))
+    picture[fine & (inside == 0)] = OUTLINE
+    return picture
+
+
+def side_by_side(pictures: Sequence[Image], titles: Sequence[str]) -> Image:
+    """Pictures in a row on white, tops aligned, each under its title (ASCII, shrunk to the picture's width).
+
+    Returns [H + title height, sum of widths + gaps, 3]. Raises ValueError if there is no picture or not one
+    title for each.
+    """
+    if not pictures or len(pictures) != len(titles):
+        raise ValueError(
+            f"need one title for each picture, got {len(pictures)} pictures, {len(titles)} titles"
+        )
+    for picture in pictures:
+        _check_image(picture)
+    height = max(picture.shape[0] for picture in pictures)
+    title_height = max(20, round(height / 16))
+    width = sum(picture.shape[1] for picture in pictures) + GAP * (len(pictures) - 1)
+    canvas = np.full((title_height + height, width, 3), 255, np.uint8)
+    left = 0
+    for picture, title in zip(pictures, titles, strict=True):
+        right = left + picture.shape[1]
+        canvas[:title_height, left:right] = _title(title, title_height, right - left)
+        canvas[title_height : title_height + picture.shape[0], left:right] = picture
+        left = right + GAP
+    return canvas
+
+
+def encode_image(image: np.ndarray, extension: str) -> bytes:
+    """The file content of `image` ([H, W, 3] RGB or [H, W], uint8) as the format of `extension` (".png").
+
+    Raises OSError for a format that OpenCV cannot write.
+    """
+    pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
+    try:
+        done, content = cv2.imencode(extension, pixels)
+    except cv2.error:
+        done = False
+    if not done:
+        raise OSError(f"cannot encode an image as '{extension}'; use .png or .jpg")
+    return content.tobytes()
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Write `image` ([H, W, 3] RGB or [H, W], uint8) to `path` in the format of its extension, atomically.
+
+    Raises OSError, naming the file, if it cannot be encoded or written.
+    """
+    try:
+        atomic_write(path, encode_image(image, Path(path).suffix))
+    except OSError as error:
+        raise OSError(f"cannot write image {path}: {error}") from error
+
+
+def _title(text: str, height: int, width: int) -> Image:
+    """`text` as dark letters on white, [height, width, 3], as large as fits."""
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    (unit_width, unit_height), _ = cv2.getTextSize(text, font, 1.0, 1)
+    scale = min(0.5 * height / max(unit_height, 1), (width - 4) / max(unit_width, 1))
+    picture = np.full((height, width, 3), 255, np.uint8)
+    if scale > 0:
+        origin = (2, round(height * 0.7))
+        cv2.putText(picture, text, origin, font, scale, (30, 30, 30), max(1, round(height / 24)), cv2.LINE_AA)
+    return picture
+
+
+def _check_image(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"an image must be [H, W, 3] uint8 RGB, got {list(image.shape)} {image.dtype}")

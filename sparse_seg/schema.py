@@ -1,0 +1,82 @@
+"""The schema of configs: every key, its type, its default and its meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Optional  # omegaconf reads the annotations at run time
+
+
+@dataclasses.dataclass
+class MaskConfig:
+    policy: str = "edge"  # uniform | random | edge | oracle
+    fine_fraction: float = 0.15  # share of blocks that become fine, exact per image
+    threshold: Optional[float] = None  # when set, it replaces fine_fraction: blocks scoring above it are fine
+    seed: int = 0  # of the random policy in eval
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    backbone: str = "resnet18"  # resnet18 | resnet34 | resnet50 | resnet101
+    width: float = 1.0  # multiplier of the backbone's widths
+    head: str = "lite"  # lite | deeplabv3
+    head_channels: Optional[int] = None  # default: 128 for lite, 256 for deeplabv3
+    num_classes: Optional[int] = None  # default: the dataset's
+    aspp_rates: list[int] = dataclasses.field(default_factory=lambda: [12, 24, 36])  # at trained_stride
+    exchange: str = "linear"  # linear | nearest | none
+    trained_stride: int = 8  # output stride whose upsampling offset the head is trained with
+    auxiliary: bool = False  # FCN head on layer3, in training only
+    mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
+
+
+@dataclasses.dataclass
+class DataConfig:
+    dataset: str = "scenes"  # cityscapes | camvid | scenes
+    root: str = "runs/scenes"
+    crop: list[int] = dataclasses.field(default_factory=lambda: [256, 256])  # height, width of training crops
+    scale_range: list[float] = dataclasses.field(default_factory=lambda: [0.5, 2.0])
+    flip: bool = True
+    jitter: float = 0.3
+    mean: list[float] = dataclasses.field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = dataclasses.field(default_factory=lambda: [0.229, 0.224, 0.225])
+    workers: int = 0
+
+
+@dataclasses.dataclass
+class LossConfig:
+    class_weights: Optional[list[float]] = None  # one per class
+    ohem_threshold: Optional[float] = None  # keep pixels whose true class has a probability below it
+    ohem_min_kept: float = 0.1  # but never fewer than this share of pixels
+    auxiliary_weight: float = 0.4
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    iterations: int = 1000
+    batch_size: int = 8
+    network: str = "dense"  # dense | selective: what runs in training and validation
+    output_stride: int = 8  # of the dense network
+    optimizer: str = "sgd"  # sgd | adamw
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_iterations: int = 0
+    poly_power: float = 0.9
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    amp: bool = False
+    amp_dtype: str = "bfloat16"  # bfloat16 | float16
+    clip_grad_norm: Optional[float] = None
+    ema_decay: Optional[float] = None
+    seed: int = 0
+    threads: Optional[int] = None  # CPU threads; default: PyTorch's choice
+    log_every: int = 10
+    eval_every: int = 500
+    save_every: int = 100
+    eval_images: Optional[int] = None  # validate on the first so many images only
+    tensorboard: bool = False
+
+
+@dataclasses.dataclass
+class Config:
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

@@ -1,0 +1,48 @@
+"""The one layer that needs the layout: a 3x3 convolution over sites."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .engines import gather
+from .layout import EXCHANGES, TAPS, SiteLayout
+
+
+class SelectiveConv2d(nn.Module):
+    """3x3 convolution over the sites of a layout, without bias.
+
+    Its taps lie `spacing` pixels apart whatever the levels: the dilation of a dense convolution follows from
+    the stride it runs at. The weight is stored `[O, 3, 3, I]` (spconv's KRSC), which is at once a
+    channels_last OIHW tensor and the matrix of a gather-GEMM.
+
+    Args:
+        in_channels, out_channels: I and O.
+        spacing: distance between taps in pixels.
+        exchange: what an extra site reads where its level has no site: `linear`, `nearest` or `none`.
+
+    After a forward, `macs` holds its multiply-adds: sites x taps x I x O.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, spacing: int, exchange: str = "linear") -> None:
+        super().__init__()
+        if exchange not in EXCHANGES:
+            raise ValueError(f"unknown exchange {exchange!r}; choose one of {', '.join(EXCHANGES)}")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.spacing, self.exchange = spacing, exchange
+        self.weight = nn.Parameter(torch.empty(out_channels, 3, 3, in_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """He initialisation over the outputs, as ResNet's (He et al., 2015)."""
+        nn.init.normal_(self.weight, std=math.sqrt(2 / (TAPS * self.out_channels)))
+
+    def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
+        """Rows `[src.num_sites, I]` to `[dst.num_sites, O]`."""
+        self.macs = dst.num_sites * TAPS * self.in_channels * self.out_channels
+        return gather.selective_conv2d(rows, self.weight, src, dst, self.spacing, self.exchange)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, spacing={self.spacing}px, exchange={self.exchange}"

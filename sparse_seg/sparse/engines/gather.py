@@ -1,0 +1,192 @@
+"""The gather engine: the lattice through the vendor's dense convolution, extra sites by gather and GEMM.
+
+Extra sites are processed in tiles that stay in cache: gather the nine neighbours of each site into
+`[T, 9*I]`, multiply by the weight as a matrix `[9*I, O]`. Backward gathers again in place of saving nine
+copies of the activations: it holds the gradient of the rows, that of the lattice, and one tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..features import grid_to_rows, lattice_grid
+from ..layout import TAPS, NeighbourTable, SiteLayout
+
+# Bytes of a gathered tile: on the CPU it should stay in a core's L2 cache; on CUDA a few launches are best.
+TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+
+
+def selective_conv2d(
+    rows: Tensor, weight: Tensor, src: SiteLayout, dst: SiteLayout, spacing: int, exchange: str
+) -> Tensor:
+    """3x3 convolution from the sites of `src` to those of `dst`, taps `spacing` px apart.
+
+    Args:
+        rows: `[src.num_sites, I]`.
+        weight: `[O, 3, 3, I]` (KRSC), contiguous.
+        exchange: see `SiteLayout.neighbours`.
+
+    Returns:
+        `[dst.num_sites, O]`.
+
+    Raises:
+        ValueError: the spacing does not fall on the lattice of `src`, or rows and layout differ in length.
+    """
+    if rows.shape[0] != src.num_sites:
+        raise ValueError(f"{rows.shape[0]} rows given for a layout of {src.num_sites} sites")
+    rows, weight = _autocast(rows, weight)
+    stride, dilation = lattice_conv_geometry(src, dst, spacing)
+    if dst.num_extra == 0:
+        return grid_to_rows(_lattice_conv(rows, weight, src, stride, dilation))
+    table = src.neighbours(dst, spacing, exchange)
+    return _SelectiveConv2d.apply(rows, weight, src, dst, table, stride, dilation)
+
+
+def lattice_conv_geometry(src: SiteLayout, dst: SiteLayout, spacing: int) -> tuple[int, int]:
+    """`(stride, dilation)` of the plain convolution from lattice to lattice.
+
+    Raises:
+        ValueError: the taps would fall between the lattice's places.
+    """
+    stride, rest = divmod(dst.lattice_stride, src.lattice_stride)
+    if rest or spacing % src.lattice_stride:
+        raise ValueError(
+            f"taps {spacing} px apart do not fall on a lattice of stride {src.lattice_stride} "
+            f"(output lattice: stride {dst.lattice_stride})"
+        )
+    return stride, spacing // src.lattice_stride
+
+
+def _autocast(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What autocast does for built-in convolutions; a custom function has to ask for it."""
+    device = rows.device.type
+    if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return rows.to(dtype), weight.to(dtype)
+    return rows, weight
+
+
+def _lattice_conv(rows: Tensor, weight: Tensor, src: SiteLayout, stride: int, dilation: int) -> Tensor:
+    oihw = weight.permute(0, 3, 1, 2)  # the same memory, channels_last
+    return F.conv2d(lattice_grid(rows, src), oihw, None, stride, dilation, dilation)
+
+
+class _Tiles:
+    """Gathers the neighbours of extra sites tile by tile into one reused buffer."""
+
+    def __init__(self, rows: Tensor, table: NeighbourTable) -> None:
+        self.rows, self.table = rows, table
+        sites, channels = table.index.shape[0], rows.shape[1]
+        budget = TILE_BYTES.get(rows.device.type, TILE_BYTES["cpu"])
+        self.tile = min(sites, max(1, budget // (TAPS * channels * rows.element_size())))
+        self.buffer = rows.new_empty(self.tile * TAPS, channels)
+        self.ghosts = rows.new_zeros(table.ghosts.shape[0] + 1, channels)  # the last one stays zero
+        for source in table.ghosts.unbind(1):
+            self.ghosts[:-1] += rows[source]
+        self.ghosts /= max(1, table.ghosts.shape[1])
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        """Yields (extra sites, their places in the special lists)."""
+        bounds = self.table.special_bounds(self.tile)
+        sites = self.table.index.shape[0]
+        for number, first in enumerate(range(0, sites, self.tile)):
+            yield slice(first, min(first + self.tile, sites)), slice(bounds[number], bounds[number + 1])
+
+    def places(self, extra: slice, special: slice) -> Tensor:
+        """Where the specials of a tile stand in its buffer."""
+        return self.table.special_places[special] - extra.start * TAPS
+
+    def gather(self, extra: slice, special: slice) -> Tensor:
+        """`[T, 9*I]`: the tile's neighbours. Valid until the next call."""
+        index = self.table.index[extra].flatten()
+        tile = self.buffer[: index.shape[0]]
+        torch.index_select(self.rows, 0, index, out=tile)
+        tile.index_copy_(0, self.places(extra, special), self.ghosts[self.table.special_ghosts[special]])
+        return tile.view(-1, TAPS * self.rows.shape[1])
+
+
+class _SelectiveConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        src: SiteLayout,
+        dst: SiteLayout,
+        table: NeighbourTable,
+        stride: int,
+        dilation: int,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.plan = src, dst, table, stride, dilation
+        out = rows.new_empty(dst.num_sites, weight.shape[0])
+        out[: dst.num_lattice] = grid_to_rows(_lattice_conv(rows, weight, src, stride, dilation))
+        tiles, extra_out = _Tiles(rows, table), out[dst.num_lattice :]
+        matrix = weight.flatten(1).t()
+        for extra, special in tiles:
+            torch.mm(tiles.gather(extra, special), matrix, out=extra_out[extra])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        src, dst, table, stride, dilation = ctx.plan
+        grad_rows, grad_oihw, _ = torch.ops.aten.convolution_backward(
+            lattice_grid(grad, dst),
+            lattice_grid(rows, src),
+            weight.permute(0, 3, 1, 2),
+            None,
+            [stride] * 2,
+            [dilation] * 2,
+            [dilation] * 2,
+            False,
+            [0, 0],
+            1,
+            [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
+        )
+        grad_rows = _with_extra(grad_rows, src) if ctx.needs_input_grad[0] else None
+        grad_weight = grad_oihw.permute(0, 2, 3, 1).contiguous() if ctx.needs_input_grad[1] else None
+        _extra_backward(grad[dst.num_lattice :], rows, weight, table, grad_rows, grad_weight)
+        return grad_rows, grad_weight, None, None, None, None, None
+
+
+def _with_extra(grad_grid: Tensor, layout: SiteLayout) -> Tensor:
+    """Gradient of the lattice `[B, C, Hc, Wc]` as that of all rows `[N, C]`, zero at the extra sites."""
+    grad_rows = grad_grid.new_zeros(layout.num_sites, grad_grid.shape[1])
+    grad_rows[: layout.num_lattice] = grid_to_rows(grad_grid)
+    return grad_rows
+
+
+def _extra_backward(
+    grad: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    table: NeighbourTable,
+    grad_rows: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    """Add what the extra sites' outputs contribute to the gradients of rows and weight, in place."""
+    tiles, matrix = _Tiles(rows, table), weight.flatten(1)
+    grad_ghosts = torch.zeros_like(tiles.ghosts)
+    for extra, special in tiles:
+        if grad_weight is not None:
+            grad_weight.view_as(matrix).addmm_(grad[extra].t(), tiles.gather(extra, special))
+        if grad_rows is not None:
+            index = table.index[extra].flatten()
+            grad_tile = tiles.buffer[: index.shape[0]]
+            torch.mm(grad[extra], matrix, out=grad_tile.view(-1, matrix.shape[1]))
+            places = tiles.places(extra, special)
+            grad_ghosts.index_add_(0, table.special_ghosts[special], grad_tile[places])
+            grad_tile.index_fill_(0, places, 0)
+            grad_rows.index_add_(0, index, grad_tile)
+    if grad_rows is not None and table.ghosts.shape[0]:
+        grad_ghosts /= table.ghosts.shape[1]
+        for source in table.ghosts.unbind(1):
+            grad_rows.index_add_(0, source, grad_ghosts[:-1])

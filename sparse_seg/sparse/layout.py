@@ -1,0 +1,284 @@
+"""Which sites exist, in which order their rows stand, and who is whose neighbour.
+
+All sites' features are the rows of one matrix `[N, C]`. A `SiteLayout` gives those rows their places: first
+the *lattice*, the complete grid of the coarsest level in (image, y, x) order, then, level by level, the
+*extra* sites that finer levels add. A level is added by a *split* mask over the cells of the level before:
+a split cell keeps its own site (the top-left one, phase 0) and gains its phases 1, 2 and 3, those of them
+that lie inside the image. A dense network is a layout without splits.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+EXCHANGES = ("linear", "nearest", "none")
+TAPS = 9  # of a 3x3 kernel, in (ky, kx) order
+_PHASE_Y, _PHASE_X = (0, 1, 1), (1, 0, 1)  # phases 1, 2, 3 of a 2x2 block
+
+
+@dataclass(frozen=True, eq=False)
+class NeighbourTable:
+    """The 3x3 neighbours of the extra sites of one layout, as rows of another.
+
+    index:          `[M, 9]` int64. Row of the source; ghost and zero places hold row 0, overwritten below.
+    ghosts:         `[G, R]` int64. A ghost is the mean of these R rows (repeats stand for weights).
+    special_places: `[S]` int64, ascending. Flat places in `index` that hold a ghost or a zero.
+    special_ghosts: `[S]` int64. Which ghost stands there; G stands for zero.
+    """
+
+    index: Tensor
+    ghosts: Tensor
+    special_places: Tensor
+    special_ghosts: Tensor
+    _bounds: dict[int, list[int]] = field(default_factory=dict)
+
+    def special_bounds(self, tile: int) -> list[int]:
+        """Where each tile of `tile` sites starts in `special_places`, and the end (cached per tile size)."""
+        if tile not in self._bounds:
+            starts = torch.arange(0, self.index.shape[0] + tile, tile, device=self.index.device) * TAPS
+            self._bounds[tile] = torch.searchsorted(self.special_places, starts).tolist()
+        return self._bounds[tile]
+
+    @property
+    def num_hits(self) -> int:
+        """Taps that read a site or a ghost, not zero."""
+        return self.index.numel() - int((self.special_ghosts == self.ghosts.shape[0]).sum())
+
+
+class SiteLayout:
+    """Sites of nested levels over a batch of images; immutable.
+
+    Args:
+        batch: number of images B.
+        size: `(H, W)` of the finest level's grid.
+        stride: its stride in pixels; each coarser level doubles it.
+        splits: from the coarsest level on, which cells gain the next level's sites: bool `[B, h, w]` each.
+            A level below the first may split only cells that have a site.
+        device: where index tensors live; taken from the splits when there are any.
+
+    Raises:
+        ValueError: a split of the wrong shape or dtype, or one that splits a cell without a site.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        size: tuple[int, int],
+        stride: int,
+        splits: Sequence[Tensor] = (),
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.batch, self.size, self.stride, self.splits = batch, tuple(size), stride, tuple(splits)
+        self.device = splits[0].device if splits else torch.device(device or "cpu")
+        self.sizes = [self.size]  # coarsest level first
+        for _ in splits:
+            height, width = self.sizes[0]
+            self.sizes.insert(0, ((height + 1) // 2, (width + 1) // 2))
+        self.lattice_size = self.sizes[0]
+        self.lattice_stride = stride * 2 ** len(splits)
+        self.num_lattice = batch * self.lattice_size[0] * self.lattice_size[1]
+        self._tables: weakref.WeakKeyDictionary[SiteLayout, dict] = weakref.WeakKeyDictionary()
+        self._build()
+
+    @classmethod
+    def from_fine_blocks(cls, fine_blocks: Tensor, size: tuple[int, int], stride: int = 8) -> SiteLayout:
+        """Two levels: `fine_blocks [B, ceil(H/2), ceil(W/2)]` bool over a fine grid of `size` (H, W)."""
+        return cls(fine_blocks.shape[0], size, stride, (fine_blocks,))
+
+    def _build(self) -> None:
+        """Number the sites level by level: `site` (row or -1) and `owner` (row) of every cell."""
+        # A dense layout makes its numbering only when asked (`cells`, `site`, `owner`): convolutions need none.
+        self.level_cells: list[Tensor] = []  # per added level, flat cells of its new sites in its own grid
+        self._numbering: tuple[Tensor, Tensor] | None = None
+        self.num_sites = self.num_lattice
+        if not self.splits:
+            return
+        site = owner = self._lattice_numbers()
+        for split, coarse, fine in zip(self.splits, self.sizes, self.sizes[1:], strict=False):
+            _check_split(split, (self.batch, *coarse), site)
+            new = _children(split, fine)
+            numbers = torch.arange(self.num_sites, self.num_sites + new.shape[0], device=self.device)
+            site = _spread(site, fine).index_put_(_unflatten(new, fine), numbers)
+            owner = _repeat(owner, fine).index_put_(_unflatten(new, fine), numbers)
+            self.level_cells.append(new)
+            self.num_sites += new.shape[0]
+        self._numbering = site, owner
+
+    def _lattice_numbers(self) -> Tensor:
+        return torch.arange(self.num_lattice, device=self.device).view(self.batch, *self.lattice_size)
+
+    @property
+    def num_extra(self) -> int:
+        return self.num_sites - self.num_lattice
+
+    @property
+    def site(self) -> Tensor:
+        """`[B, H, W]` int64: for each cell of the finest grid the row of its own site, or -1."""
+        return self._numbering[0] if self._numbering else self._lattice_numbers()
+
+    @property
+    def owner(self) -> Tensor:
+        """`[B, H, W]` int64: for each cell of the finest grid the row of its own site or else its block's."""
+        return self._numbering[1] if self._numbering else self._lattice_numbers()
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """`[N]` int64: each row's flat cell `(b * H + y) * W + x` in the finest grid."""
+        site = self.site.flatten()
+        places = (site >= 0).nonzero().squeeze(1)
+        return torch.empty_like(places).index_copy_(0, site[places], places)
+
+    @cached_property
+    def image_of_row(self) -> Tensor:
+        """`[N]` int64: which image of the batch a row belongs to."""
+        return self.cells // (self.size[0] * self.size[1])
+
+    @cached_property
+    def areas(self) -> Tensor:
+        """`[N]` int64: finest cells that a row stands for, a block at the border counted whole."""
+        area = torch.full((self.num_sites,), 4 ** len(self.splits), device=self.device)
+        first = self.num_lattice
+        for level, (new, split) in enumerate(zip(self.level_cells, self.splits, strict=True), start=1):
+            cell_area = 4 ** (len(self.splits) - level)
+            step = 2 ** (len(self.splits) - level + 1)
+            area[self.site[:, ::step, ::step][split]] = cell_area
+            area[first : first + new.shape[0]] = cell_area
+            first += new.shape[0]
+        return area
+
+    @cached_property
+    def interpolation(self) -> Tensor:
+        """`[B*H*W, 4**levels]` int64: the rows whose mean is the bilinear value at a cell (repeats are weights).
+
+        Level by level, an odd place is the mean of the 2 or 4 places around it that lie inside the image,
+        and a cell with a site of its own is that site. `densify` follows the same rule.
+        """
+        table = self._lattice_numbers().flatten()[:, None]
+        first = self.num_lattice
+        for new, coarse, fine in zip(self.level_cells, self.sizes, self.sizes[1:], strict=False):
+            table = table[_parents(self.batch, coarse, fine, self.device)].flatten(1)
+            table[new] = torch.arange(first, first + new.shape[0], device=self.device)[:, None]
+            first += new.shape[0]
+        return table
+
+    def rows_at(self, other: SiteLayout) -> Tensor | None:
+        """`[other.num_sites]` int64: our row at each site of `other`; None where both have the same rows.
+
+        Raises:
+            ValueError: `other` has a site where this layout has none.
+        """
+        if other is self:
+            return None
+        step = other.stride // self.stride
+        batch, y, x = _unflatten(other.cells, other.size)
+        rows = self.site[batch, y * step, x * step]
+        if bool((rows < 0).any()):
+            raise ValueError("the next stage's layout has sites that this stage's layout lacks")
+        return rows
+
+    def neighbours(self, other: SiteLayout, spacing: int, exchange: str = "linear") -> NeighbourTable:
+        """Our rows around the extra sites of `other`, `spacing` px apart (cached).
+
+        exchange: what stands where we have no site: `linear`, the lattice's bilinear interpolation; `nearest`,
+        the block's own site; `none`, zero. Outside the image it is zero.
+
+        Raises:
+            ValueError: unknown exchange, different finest grids, or a spacing that is no multiple of ours.
+        """
+        if exchange not in EXCHANGES:
+            raise ValueError(f"unknown exchange {exchange!r}; choose one of {', '.join(EXCHANGES)}")
+        if (other.size, other.stride) != (self.size, self.stride):
+            raise ValueError(
+                f"layouts differ in their finest grid: {self.size} at stride {self.stride}, "
+                f"{other.size} at stride {other.stride}"
+            )
+        tables = self._tables.setdefault(other, {})
+        if (spacing, exchange) not in tables:
+            tables[spacing, exchange] = self._neighbours(other, spacing, exchange)
+        return tables[spacing, exchange]
+
+    def _neighbours(self, other: SiteLayout, spacing: int, exchange: str) -> NeighbourTable:
+        height, width = self.size
+        batch, y, x = _unflatten(other.cells[other.num_lattice :, None], other.size)
+        offset = torch.arange(TAPS, device=self.device)
+        y = y + (offset // 3 - 1) * _steps(spacing, self.stride)
+        x = x + (offset % 3 - 1) * _steps(spacing, self.stride)
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        cells = ((batch * height + y) * width + x).where(inside, 0)
+        index = self.site.flatten()[cells].where(inside, -1)
+        missing = inside & (index < 0)
+        if exchange == "none":
+            missing = torch.zeros_like(missing)
+
+        needed = torch.zeros(self.batch * height * width, dtype=torch.bool, device=self.device)
+        needed[cells[missing]] = True
+        ghost_cells = needed.nonzero().squeeze(1)
+        ghost_of_cell = needed.cumsum(0) - 1
+        if exchange == "nearest":
+            ghosts = self.owner.flatten()[ghost_cells, None]
+        else:
+            ghosts = self.interpolation[ghost_cells]
+        places = (index < 0).flatten().nonzero().squeeze(1)
+        zero = torch.full_like(cells, ghost_cells.shape[0])
+        special = ghost_of_cell[cells].where(missing, zero).flatten()[places]
+        return NeighbourTable(index.clamp_min_(0), ghosts, places, special)
+
+    def __repr__(self) -> str:
+        return (
+            f"SiteLayout(batch={self.batch}, size={self.size}, stride={self.stride}, "
+            f"lattice={self.num_lattice} at stride {self.lattice_stride}, extra={self.num_extra})"
+        )
+
+
+def _check_split(split: Tensor, shape: tuple[int, ...], site: Tensor) -> None:
+    if split.dtype != torch.bool or tuple(split.shape) != shape:
+        raise ValueError(f"a block mask must be bool {list(shape)}, not {split.dtype} {list(split.shape)}")
+    if bool((split & (site < 0)).any()):
+        raise ValueError("a block mask splits a cell that has no site of its own")
+
+
+def _steps(spacing: int, stride: int) -> int:
+    if spacing % stride:
+        raise ValueError(f"a spacing of {spacing} px is no multiple of the stride {stride}")
+    return spacing // stride
+
+
+def _children(split: Tensor, fine: tuple[int, int]) -> Tensor:
+    """Flat cells of the fine grid: phases 1, 2, 3 of each split cell in (b, y, x) order, inside the image."""
+    batch, y, x = split.nonzero().T[:, :, None]
+    y = 2 * y + torch.tensor(_PHASE_Y, device=split.device)
+    x = 2 * x + torch.tensor(_PHASE_X, device=split.device)
+    return ((batch * fine[0] + y) * fine[1] + x)[(y < fine[0]) & (x < fine[1])]
+
+
+def _unflatten(cells: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    area = size[0] * size[1]
+    within = cells % area
+    return cells // area, within // size[1], within % size[1]
+
+
+def _spread(grid: Tensor, fine: tuple[int, int]) -> Tensor:
+    """`[B, h, w]` to `[B, *fine]`: values at the even places, -1 elsewhere."""
+    spread = grid.new_full((grid.shape[0], *fine), -1)
+    spread[:, ::2, ::2] = grid
+    return spread
+
+
+def _repeat(grid: Tensor, fine: tuple[int, int]) -> Tensor:
+    """`[B, h, w]` to `[B, *fine]`: each value over its 2x2 block."""
+    return grid.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, : fine[0], : fine[1]].contiguous()
+
+
+def _parents(batch: int, coarse: tuple[int, int], fine: tuple[int, int], device: torch.device) -> Tensor:
+    """`[B*H*W, 4]`: for each fine cell the four coarse cells around it, clamped to the image."""
+    y, x = (torch.arange(n, device=device) for n in fine)
+    ys = torch.stack((y // 2, ((y + 1) // 2).clamp_max(coarse[0] - 1)), 1)[:, None, :, None]
+    xs = torch.stack((x // 2, ((x + 1) // 2).clamp_max(coarse[1] - 1)), 1)[None, :, None, :]
+    image = torch.arange(batch, device=device).view(-1, 1, 1, 1, 1) * (coarse[0] * coarse[1])
+    return (image + ys * coarse[1] + xs).view(-1, 4)

@@ -1,0 +1,179 @@
+"""Metrics against slow references written from the definitions, pixel by pixel."""
+
+import json
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from sparse_seg.evaluation.metrics import SegmentationMetrics, boundary_band
+
+IGNORE = 255
+K = 4
+
+labels = arrays(
+    np.int64, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.sampled_from([0, 1, 2, IGNORE])
+)
+
+
+def slow_band(label: np.ndarray, width: float) -> np.ndarray:
+    height, columns = label.shape
+    boundary = []
+    for y, x in product(range(height), range(columns)):
+        around = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+        others = [label[j, i] for j, i in around if 0 <= j < height and 0 <= i < columns]
+        if label[y, x] != IGNORE and any(other not in (IGNORE, label[y, x]) for other in others):
+            boundary.append((y, x))
+    band = np.zeros(label.shape, bool)
+    for y, x in product(range(height), range(columns)):
+        near = any((y - j) ** 2 + (x - i) ** 2 <= width**2 for j, i in boundary)
+        band[y, x] = near and label[y, x] != IGNORE
+    return band
+
+
+def slow_class_iou(prediction: np.ndarray, label: np.ndarray, where: np.ndarray) -> list[float]:
+    result = []
+    for k in range(K):
+        pairs = list(zip(prediction[where].tolist(), label[where].tolist(), strict=True))
+        union = sum(p == k or t == k for p, t in pairs)
+        result.append(sum(p == k and t == k for p, t in pairs) / union if union else math.nan)
+    return result
+
+
+def mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def random_pair(seed: int, shape: tuple[int, ...] = (3, 24, 31)) -> tuple[np.ndarray, np.ndarray]:
+    """A prediction and a label of patches, with some ignored pixels; class 3 is in neither."""
+    rng = np.random.default_rng(seed)
+    patches = rng.choice([0, 1, 2, IGNORE], size=shape, p=[0.4, 0.3, 0.2, 0.1])
+    label = patches.repeat(6, axis=-2)[..., : shape[-2], :].repeat(5, axis=-1)[..., : shape[-1]]
+    prediction = np.where(rng.random(shape) < 0.3, rng.integers(0, 3, shape), label % IGNORE)
+    return prediction, label
+
+
+@settings(deadline=None, max_examples=60)
+@given(labels, st.sampled_from([0, 1, 1.5, 2, 3, 5]))
+def test_band_is_the_euclidean_neighbourhood_of_boundaries(label: np.ndarray, width: float) -> None:
+    np.testing.assert_array_equal(boundary_band(label, width, IGNORE), slow_band(label, width))
+
+
+def test_band_on_larger_images() -> None:
+    for label in random_pair(3)[1]:
+        for width in (1, 3, 5):
+            np.testing.assert_array_equal(boundary_band(label, width), slow_band(label, width))
+
+
+def test_border_with_ignored_pixels_is_no_boundary() -> None:
+    label = np.array([[0, 0, IGNORE, 1, 1]])
+    assert not boundary_band(label, 3).any()
+
+
+def test_band_width_counts_from_the_boundary_pixels() -> None:
+    label = np.repeat([0, 1], 6)[None].astype(np.uint8)
+    assert boundary_band(label, 0)[0].tolist() == [5 <= x <= 6 for x in range(12)]
+    assert boundary_band(label, 3)[0].tolist() == [2 <= x <= 9 for x in range(12)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_metrics_equal_their_definition(seed: int) -> None:
+    prediction, label = random_pair(seed)
+    metrics = SegmentationMetrics(K, IGNORE, trimap_width=1)
+    metrics.update(prediction, label)
+    result = metrics.result()
+
+    valid = label != IGNORE
+    band = np.stack([slow_band(image, 1) for image in label])
+    assert 0 < band.sum() < valid.sum()
+    class_iou = slow_class_iou(prediction, label, valid)
+    assert result.class_iou == pytest.approx(class_iou, nan_ok=True)
+    assert math.isnan(result.class_iou[3])
+    assert result.miou == pytest.approx(mean(class_iou))
+    assert result.boundary_miou == pytest.approx(mean(slow_class_iou(prediction, label, band)))
+    assert result.pixel_accuracy == pytest.approx(float((prediction == label)[valid].mean()))
+    for t, p in product(range(K), range(K)):
+        assert result.confusion[t, p] == ((label == t) & (prediction == p)).sum()
+
+
+@settings(deadline=None, max_examples=30)
+@given(labels)
+def test_a_perfect_prediction_scores_one_or_nothing(label: np.ndarray) -> None:
+    metrics = SegmentationMetrics(K)
+    metrics.update(np.where(label == IGNORE, 3, label), label)
+    result = metrics.result()
+    for value in (result.miou, result.pixel_accuracy, result.boundary_miou, *result.class_iou):
+        assert value == 1 or math.isnan(value)
+    assert math.isnan(result.miou) == bool((label == IGNORE).all())
+
+
+def test_batch_single_images_and_merge_agree() -> None:
+    prediction, label = random_pair(7)
+    whole = SegmentationMetrics(K)
+    whole.update(torch.from_numpy(prediction), torch.from_numpy(label))
+    first, second = SegmentationMetrics(K), SegmentationMetrics(K)
+    first.update(prediction[0], label[0].astype(np.uint8))
+    for image in (1, 2):
+        second.update(prediction[image], label[image])
+    first.merge(second)
+    assert first.result().as_dict() == whole.result().as_dict()
+
+
+@pytest.mark.parametrize("arguments", [(K + 1, IGNORE, 3), (K, 254, 3), (K, IGNORE, 5)])
+def test_merge_refuses_other_arguments(arguments: tuple[int, int, float]) -> None:
+    with pytest.raises(ValueError, match="cannot merge"):
+        SegmentationMetrics(K).merge(SegmentationMetrics(*arguments))
+
+
+def test_nothing_measured_is_null_in_json() -> None:
+    values = json.loads(json.dumps(SegmentationMetrics(2).result().as_dict(), allow_nan=False))
+    assert values == {
+        "miou": None,
+        "pixel_accuracy": None,
+        "boundary_miou": None,
+        "class_iou": [None, None],
+        "confusion": [[0, 0], [0, 0]],
+    }
+
+
+def test_result_does_not_change_with_later_updates() -> None:
+    metrics = SegmentationMetrics(K)
+    result = metrics.result()
+    metrics.update(*random_pair(0))
+    assert result.confusion.sum() == 0
+
+
+GOOD = np.zeros((2, 3), np.int64)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "label", "message"),
+    [
+        (np.full((2, 3), K), GOOD, r"prediction has values 4..4, outside 0..3"),
+        (np.full((2, 3), -1), GOOD, "prediction has values -1"),
+        (np.full((2, 3), IGNORE), np.full((2, 3), IGNORE), "prediction has values 255"),
+        (GOOD, np.full((2, 3), K), "label has values 4"),
+        (GOOD, np.zeros((3, 2), np.int64), r"\[2, 3\] and \[3, 2\]"),
+        (GOOD[0], GOOD[0], r"must both be \[H, W\]"),
+        (GOOD.astype(np.float32), GOOD, "prediction must have an integer dtype, got float32"),
+    ],
+)
+def test_bad_input_is_refused_and_counts_nothing(
+    prediction: np.ndarray, label: np.ndarray, message: str
+) -> None:
+    metrics = SegmentationMetrics(K)
+    with pytest.raises(ValueError, match=message):
+        metrics.update(prediction, label)
+    assert metrics.result().confusion.sum() == 0
+
+
+@pytest.mark.parametrize("arguments", [(0, IGNORE, 3), (K, IGNORE, -1)])
+def test_bad_arguments_are_refused(arguments: tuple[int, int, float]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        SegmentationMetrics(*arguments)

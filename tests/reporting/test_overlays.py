@@ -1,0 +1,137 @@
+"""Geometry and colours of pictures, at sizes that no block divides."""
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_seg.reporting.overlays import (
+    COARSE_BRIGHTNESS,
+    GAP,
+    OUTLINE,
+    colourise,
+    draw_blocks,
+    overlay,
+    side_by_side,
+    write_image,
+)
+
+PALETTE = [(10, 20, 30), (200, 100, 0)]
+LABEL = np.array([[0, 1, 255], [1, 1, 0]])
+
+
+def grey(height: int, width: int, value: int = 100) -> np.ndarray:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_colourise(dtype: type) -> None:
+    picture = colourise(LABEL.astype(dtype), PALETTE)
+    assert picture.dtype == np.uint8
+    assert picture.tolist() == [
+        [[10, 20, 30], [200, 100, 0], [0, 0, 0]],
+        [[200, 100, 0], [200, 100, 0], [10, 20, 30]],
+    ]
+
+
+def test_colourise_names_a_train_id_without_colour() -> None:
+    with pytest.raises(ValueError, match=r"train ids 0..2, but the palette has 2"):
+        colourise(np.array([[0, 2]]), PALETTE)
+
+
+def test_overlay_mixes_colours_and_leaves_ignored_pixels() -> None:
+    picture = overlay(grey(2, 3), LABEL, PALETTE, alpha=0.5)
+    assert picture[0].tolist() == [[55, 60, 65], [150, 100, 50], [100, 100, 100]]
+    np.testing.assert_array_equal(overlay(grey(2, 3), LABEL, PALETTE, alpha=0), grey(2, 3))
+    with pytest.raises(ValueError, match=r"label is \[2, 3\], but the image is \[3, 2\]"):
+        overlay(grey(3, 2), LABEL, PALETTE)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([8, 16]), st.integers(0, 2**32 - 1))
+def test_blocks_lie_on_their_pixels(height: int, width: int, block: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    fine_blocks = rng.random((-(-height // block), -(-width // block))) < 0.5
+    picture = draw_blocks(grey(height, width), fine_blocks, block)
+    assert picture.shape == (height, width, 3)
+    dark = int(100 * COARSE_BRIGHTNESS)
+    for y in range(height):
+        for x in range(width):
+            pixel = picture[y, x].tolist()
+            fine = fine_blocks[y // block, x // block]
+            assert pixel in ([[100] * 3, list(OUTLINE)] if fine else [[dark] * 3])
+
+
+def test_outline_runs_around_the_region_not_each_block_nor_the_image() -> None:
+    fine_blocks = np.array([[True, True, False], [True, True, False]])
+    outlined = (draw_blocks(grey(25, 40), fine_blocks) == OUTLINE).all(axis=2)
+    assert outlined[:, 31].all()
+    assert outlined.sum() == 25
+
+
+def test_blocks_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"fine_blocks is \[2, 2\]; an image of 33x32 has \[3, 2\]"):
+        draw_blocks(grey(33, 32), np.zeros((2, 2), bool))
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)])
+def test_images_of_another_kind_are_refused(image: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"must be .* uint8 RGB"):
+        draw_blocks(image, np.zeros((1, 1), bool))
+
+
+def test_side_by_side_keeps_pixels_and_shrinks_titles() -> None:
+    pictures = [grey(197, 333, 10), grey(101, 41, 20), grey(197, 1, 30)]
+    row = side_by_side(pictures, ["image", "a title wider than its picture", ""])
+    top = row.shape[0] - 197
+    assert 20 <= top <= 40
+    assert row.shape == (top + 197, 333 + 41 + 1 + 2 * GAP, 3)
+    left = 0
+    for picture in pictures:
+        height, width = picture.shape[:2]
+        np.testing.assert_array_equal(row[top : top + height, left : left + width], picture)
+        assert (row[top + height :, left : left + width] == 255).all()
+        assert (row[:, left + width : left + width + GAP] == 255).all()
+        left += width + GAP
+    assert (row[:top, :333] < 128).any(), "the title is not there"
+    second = row[:top, 333 + GAP : 333 + GAP + 41].min(axis=(0, 2)) < 200
+    assert second.any()
+    assert not second[-1], "the title is cut off"
+
+
+def test_side_by_side_needs_a_title_for_each_picture() -> None:
+    with pytest.raises(ValueError, match="2 pictures, 1 titles"):
+        side_by_side([grey(5, 5)] * 2, ["one"])
+    with pytest.raises(ValueError, match="0 pictures"):
+        side_by_side([], [])
+
+
+def test_write_image_keeps_rgb(tmp_path: Path) -> None:
+    picture = colourise(LABEL, PALETTE)
+    write_image(tmp_path / "new" / "picture.png", picture)
+    stored = cv2.imread(str(tmp_path / "new" / "picture.png"))
+    assert stored is not None
+    np.testing.assert_array_equal(stored[..., ::-1], picture)
+    write_image(tmp_path / "label.png", LABEL.astype(np.uint8))
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "label.png"), cv2.IMREAD_UNCHANGED), LABEL)
+
+
+@pytest.mark.parametrize("name", ["picture.xyz", "picture"])
+def test_write_image_refuses_unknown_formats(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OSError, match=rf"cannot write image .*{name}.*use .png or .jpg"):
+        write_image(tmp_path / name, grey(2, 2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_write_image_leaves_nothing_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match=r"cannot write image .*picture.png: disk full"):
+        write_image(tmp_path / "picture.png", grey(2, 2))
+    assert not list(tmp_path.iterdir())

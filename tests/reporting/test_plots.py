@@ -1,0 +1,56 @@
+"""The cost curve is an image with its series and references on it, and leaves no global state."""
+
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from sparse_seg.errors import SparseSegError
+from sparse_seg.reporting.plots import COLOURS, cost_curve
+
+SERIES = {"linear": [(2.0, 0.55), (1.0, 0.54)], "none": [(1.0, 0.54), (2.0, 0.50)]}
+POINTS = {"dense OS8": (4.0, 0.56), "dense OS16": (1.0, 0.54)}
+
+
+def test_png_shows_each_series() -> None:
+    content = cost_curve(SERIES, "GMACs", "mIoU", POINTS)
+    picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert picture is not None
+    for colour in COLOURS[: len(SERIES)]:
+        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert np.equal(picture, rgb).all(axis=2).sum() > 100
+
+
+def test_svg_names_everything() -> None:
+    svg = cost_curve(SERIES, "GMACs", "mIoU", POINTS, image_format="svg").decode()
+    for text in (*SERIES, *POINTS, "GMACs", "mIoU"):
+        assert f"<!-- {text} -->" in svg
+
+
+@pytest.mark.parametrize(("series", "points"), [({}, POINTS), (SERIES, None), ({"empty": []}, POINTS)])
+def test_either_may_be_missing(series: dict, points: dict | None) -> None:
+    assert cost_curve(series, "x", "y", points).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("series", [{}, {"empty": []}])
+def test_nothing_to_draw_is_refused(series: dict) -> None:
+    with pytest.raises(ValueError, match="neither series nor points"):
+        cost_curve(series, "x", "y")
+
+
+def test_missing_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SparseSegError, match=r"pip install 'sparse_seg\[plots\]'"):
+        cost_curve(SERIES, "x", "y")
+
+
+def test_matplotlib_loads_late_and_pyplot_never() -> None:
+    code = (
+        "import sys; from sparse_seg.reporting.plots import cost_curve\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "cost_curve({'a': [(1, 2)]}, 'x', 'y')\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,65 @@
+"""One small table in each format, to the letter."""
+
+import csv
+import io
+
+import pytest
+
+from sparse_seg.reporting.tables import Column, Table
+
+TABLE = Table(
+    [Column("name", "network"), Column("miou", "mIoU", "{:.1f}"), Column("macs", "GMACs", "{:.2f}")],
+    [
+        {"name": "dense OS8", "miou": 56.04, "macs": 41.234},
+        {"name": "a|b <c>", "miou": float("nan"), "macs": 9, "unshown": 1},
+        {"name": None, "miou": 54},
+    ],
+)
+
+
+def test_text() -> None:
+    assert TABLE.to_text().splitlines() == [
+        "network    mIoU  GMACs",
+        "─────────  ────  ─────",
+        "dense OS8  56.0  41.23",
+        "a|b <c>       –   9.00",
+        "–          54.0      –",
+    ]
+
+
+def test_markdown() -> None:
+    assert TABLE.to_markdown().splitlines() == [
+        "| network   | mIoU | GMACs |",
+        "| --------- | ---: | ----: |",
+        "| dense OS8 | 56.0 | 41.23 |",
+        "| a\\|b <c>  |    – |  9.00 |",
+        "| –         | 54.0 |     – |",
+    ]
+
+
+def test_csv_keeps_full_precision() -> None:
+    assert list(csv.reader(io.StringIO(TABLE.to_csv()))) == [
+        ["network", "mIoU", "GMACs"],
+        ["dense OS8", "56.04", "41.234"],
+        ["a|b <c>", "", "9"],
+        ["", "54", ""],
+    ]
+
+
+def test_html_is_escaped_and_marks_numbers() -> None:
+    text = TABLE.to_html()
+    assert "<td>a|b &lt;c&gt;</td>" in text
+    assert '<th class="number">mIoU</th>' in text
+    assert '<td class="number">–</td>' in text
+    assert text.count("<tr>") == text.count("</tr>") == 4
+
+
+def test_no_rows() -> None:
+    table = Table([Column("a", "a"), Column("b", "long title")], [])
+    assert table.to_text().splitlines()[0].split() == ["a", "long", "title"]
+    assert "<tbody>" in table.to_html()
+
+
+def test_misspelt_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="no row has the key 'mIoU'"):
+        Table([Column("mIoU", "mIoU")], [{"miou": 1.0}])
