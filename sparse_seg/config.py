@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -35,7 +35,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     merged = _merge(Config, tree, str(path))
     for override in overrides:
         merged = _merge(merged, _parse_override(override), f"--set {override}")
-    config: Config = OmegaConf.to_object(merged)
+    config = cast(Config, OmegaConf.to_object(merged))
     check_config(config)
     return config
 
@@ -52,17 +52,16 @@ def model_config(config: str | Path | Mapping[str, Any] | Config | ModelConfig) 
         config = load_config(config)
     if isinstance(config, Config):
         return dataclasses.replace(config.model, num_classes=num_classes(config))
-    schema, part = (Config, "model") if "model" in config else (ModelConfig, None)
-    result = OmegaConf.to_object(_merge(schema, dict(config), "config"))
-    if part:
-        return model_config(result)
+    if "model" in config:
+        return model_config(config_from_dict(config, "config"))
+    result = cast(ModelConfig, OmegaConf.to_object(_merge(ModelConfig, config, "config")))
     _check_model(result)
     return result
 
 
 def config_from_dict(tree: Mapping[str, Any], where: str) -> Config:
     """A config from a plain dict, checked as strictly as a file; `where` names it in errors."""
-    config: Config = OmegaConf.to_object(_merge(Config, dict(tree), where))
+    config = cast(Config, OmegaConf.to_object(_merge(Config, dict(tree), where)))
     check_config(config)
     return config
 
@@ -243,9 +242,13 @@ def check_config(config: Config) -> None:
     weights = train.loss.class_weights
     if weights is not None:
         count = num_classes(config)
-        _require(len(weights) == count, f"train.loss.class_weights has {len(weights)} values for {count} classes")
+        _require(
+            len(weights) == count, f"train.loss.class_weights has {len(weights)} values for {count} classes"
+        )
     pooled = config.model.head == "deeplabv3"
-    _require(not pooled or train.batch_size >= 2, "train.batch_size must be 2 or more: deeplabv3 pools each image")
+    _require(
+        not pooled or train.batch_size >= 2, "train.batch_size must be 2 or more: deeplabv3 pools each image"
+    )
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Optional  # omegaconf reads the annotations at run time
 
 
 @dataclasses.dataclass
 class MaskConfig:
     policy: str = "edge"  # uniform | random | edge | oracle
     fine_fraction: float = 0.15  # share of blocks that become fine, exact per image
-    threshold: Optional[float] = None  # when set, it replaces fine_fraction: blocks scoring above it are fine
+    threshold: float | None = None  # when set, it replaces fine_fraction: blocks scoring above it are fine
     seed: int = 0  # of the random policy in eval
 
 
@@ -19,8 +18,8 @@ class ModelConfig:
     backbone: str = "resnet18"  # resnet18 | resnet34 | resnet50 | resnet101
     width: float = 1.0  # multiplier of the backbone's widths
     head: str = "lite"  # lite | deeplabv3
-    head_channels: Optional[int] = None  # default: 128 for lite, 256 for deeplabv3
-    num_classes: Optional[int] = None  # default: the dataset's
+    head_channels: int | None = None  # default: 128 for lite, 256 for deeplabv3
+    num_classes: int | None = None  # default: the dataset's
     aspp_rates: list[int] = dataclasses.field(default_factory=lambda: [12, 24, 36])  # at trained_stride
     exchange: str = "linear"  # linear | nearest | none
     trained_stride: int = 8  # output stride whose upsampling offset the head is trained with
@@ -43,8 +42,8 @@ class DataConfig:
 
 @dataclasses.dataclass
 class LossConfig:
-    class_weights: Optional[list[float]] = None  # one per class
-    ohem_threshold: Optional[float] = None  # keep pixels whose true class has a probability below it
+    class_weights: list[float] | None = None  # one per class
+    ohem_threshold: float | None = None  # keep pixels whose true class has a probability below it
     ohem_min_kept: float = 0.1  # but never fewer than this share of pixels
     auxiliary_weight: float = 0.4
 
@@ -64,14 +63,14 @@ class TrainConfig:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     amp: bool = False
     amp_dtype: str = "bfloat16"  # bfloat16 | float16
-    clip_grad_norm: Optional[float] = None
-    ema_decay: Optional[float] = None
+    clip_grad_norm: float | None = None
+    ema_decay: float | None = None
     seed: int = 0
-    threads: Optional[int] = None  # CPU threads; default: PyTorch's choice
+    threads: int | None = None  # CPU threads; default: PyTorch's choice
     log_every: int = 10
     eval_every: int = 500
     save_every: int = 100
-    eval_images: Optional[int] = None  # validate on the first so many images only
+    eval_images: int | None = None  # validate on the first so many images only
     tensorboard: bool = False
 
 

@@ -1,5 +1,6 @@
 """CamVid in SegNet's folders: images in `{split}/`, labels of 11 classes in `{split}annot/`, same stem."""
 
+import itertools
 from pathlib import Path
 
 from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset, list_files
@@ -36,14 +37,17 @@ class CamVid(SegmentationDataset):
         DataError: a folder is missing or holds no image, or two images share a stem.
     """
 
+    classes = CAMVID_CLASSES
+    train_ids = _TRAIN_IDS
+
     def __init__(self, root: str | Path, split: str) -> None:
         images, labels = Path(root, split), Path(root, f"{split}annot")
         image_files = sorted([*list_files(images, "*.jpg"), *list_files(images, "*.png")])
         label_files = list_files(labels, "*.png")
         if not image_files:
             raise DataError(f"{images}: no .jpg or .png image in it; put the split's frames there")
-        for first, second in zip(image_files, image_files[1:], strict=False):
+        for first, second in itertools.pairwise(image_files):
             if first.stem == second.stem:
                 raise DataError(f"{second}: {first.name} has the same stem; keep one of the two")
         samples = [(file, labels / f"{file.stem}.png") for file in image_files]
-        super().__init__(CAMVID_CLASSES, _TRAIN_IDS, samples, label_files)
+        super().__init__(samples, label_files)

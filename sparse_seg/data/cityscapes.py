@@ -1,4 +1,4 @@
-"""Cityscapes: `leftImg8bit/{split}/{city}/*_leftImg8bit.png`, `gtFine/{split}/{city}/*_gtFine_labelIds.png`."""
+"""Cityscapes: `leftImg8bit/{split}/{city}/*_leftImg8bit.png` and `gtFine/.../*_gtFine_labelIds.png`."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ CITYSCAPES_CLASSES = ClassList(tuple(row[0] for row in _TABLE), tuple(row[2] for
 CITYSCAPES_IDS = {name: label_id for name, label_id, _ in _TABLE}
 """Label id on disk of each evaluated class."""
 
-_TRAIN_IDS = {label_id: IGNORE_INDEX for label_id in (*range(34), _LICENSE_PLATE)} | {
+_TRAIN_IDS = dict.fromkeys((*range(34), _LICENSE_PLATE), IGNORE_INDEX) | {
     label_id: train_id for train_id, (_, label_id, _) in enumerate(_TABLE)
 }
 IMAGE_SUFFIX = "_leftImg8bit.png"
@@ -51,14 +51,19 @@ class Cityscapes(SegmentationDataset):
         DataError: a folder is missing or holds no image.
     """
 
+    classes = CITYSCAPES_CLASSES
+    train_ids = _TRAIN_IDS
+
     def __init__(self, root: str | Path, split: str) -> None:
         images, labels = Path(root, "leftImg8bit", split), Path(root, "gtFine", split)
         image_files = list_files(images, f"*/*{IMAGE_SUFFIX}")
         label_files = list_files(labels, f"*/*{LABEL_SUFFIX}")
         if not image_files:
-            raise DataError(f"{images}: no {{city}}/*{IMAGE_SUFFIX} in it; unpack leftImg8bit_trainvaltest.zip")
+            raise DataError(
+                f"{images}: no {{city}}/*{IMAGE_SUFFIX} in it; unpack leftImg8bit_trainvaltest.zip"
+            )
         samples = [(file, labels / file.parent.name / _label_name(file)) for file in image_files]
-        super().__init__(CITYSCAPES_CLASSES, _TRAIN_IDS, samples, label_files)
+        super().__init__(samples, label_files)
 
     def name(self, index: int) -> str:
         return self.samples[index][0].name.removesuffix(IMAGE_SUFFIX)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -38,27 +39,25 @@ class ClassList:
 
 
 class SegmentationDataset(Dataset[tuple[Image, Image]]):
-    """Image and label pairs on disk.
+    """Image and label pairs on disk. A subclass sets the two attributes and lists the files.
 
-    Args:
+    Attributes:
         classes: names and colours by train id.
         train_ids: the train id of each label value on disk; other values are errors.
+
+    Args:
         samples: (image, label) paths; the label file need not exist before `check`.
         label_files: every label file found, so that `check` can report labels without an image.
     """
 
-    def __init__(
-        self,
-        classes: ClassList,
-        train_ids: dict[int, int],
-        samples: list[tuple[Path, Path]],
-        label_files: Sequence[Path],
-    ) -> None:
-        self.classes = classes
+    classes: ClassVar[ClassList]
+    train_ids: ClassVar[dict[int, int]]
+
+    def __init__(self, samples: list[tuple[Path, Path]], label_files: Sequence[Path]) -> None:
         self.samples = samples
         self._label_files = label_files
         self._lookup = np.full(256, _NO_SUCH_LABEL, np.uint8)
-        for value, train_id in train_ids.items():
+        for value, train_id in self.train_ids.items():
             self._lookup[value] = train_id
 
     def __len__(self) -> int:
@@ -142,7 +141,7 @@ def read_image(file: Path) -> Image:
         DataError: the file is missing, truncated or not an image.
     """
     image = _decode(file, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return np.ascontiguousarray(image[..., ::-1])
 
 
 def _read_label(file: Path) -> Image:
@@ -156,11 +155,13 @@ def _read_label(file: Path) -> Image:
     return label
 
 
-def _decode(file: Path, flags: int) -> Image:
+def _decode(file: Path, flags: int) -> NDArray[Any]:
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); check the path and its rights") from error
+        raise DataError(
+            f"{file}: cannot be read ({error.strerror}); check the path and its rights"
+        ) from error
     image = None
     if _is_complete(data):
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)

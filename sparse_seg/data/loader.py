@@ -14,7 +14,7 @@ Sample = tuple[torch.Tensor, torch.Tensor]
 
 
 class TrainingView(Dataset[Sample]):
-    """A dataset seen through a transform; `key = epoch * len(dataset) + index` picks sample and randomness."""
+    """A dataset seen through a transform; `key = epoch * len(dataset) + index` picks a sample and its rng."""
 
     def __init__(self, dataset: SegmentationDataset, transform: TrainTransform, seed: int) -> None:
         self.dataset = dataset
@@ -92,7 +92,7 @@ def training_loader(
     iterations: int,
     workers: int,
 ) -> DataLoader[Sample]:
-    """Batches of iterations `start_iteration .. iterations - 1`: float32 `[B, 3, h, w]`, int64 `[B, h, w]`."""
+    """Iterations `start_iteration` to before `iterations`: float32 `[B, 3, h, w]` and int64 `[B, h, w]`."""
     return DataLoader(
         TrainingView(dataset, transform, seed),
         batch_sampler=ResumableSampler(len(dataset), batch_size, seed, start_iteration, iterations),

@@ -106,14 +106,13 @@ def _warp(
     image: Image, warp: NDArray[np.float64], crop: tuple[int, int], interpolation: int, fill: list[float]
 ) -> Image:
     flags = interpolation | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(
+    warped = cv2.warpAffine(
         image, warp, (crop[1], crop[0]), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=fill
     )
+    return np.asarray(warped, np.uint8)
 
 
-def _jitter(
-    image: NDArray[np.float32], amount: float, rng: np.random.Generator
-) -> NDArray[np.float32]:
+def _jitter(image: NDArray[np.float32], amount: float, rng: np.random.Generator) -> NDArray[np.float32]:
     """Brightness, contrast, saturation and a little hue, composed to one colour matrix; clipped to 0..255."""
     brightness, contrast, saturation = rng.uniform(1 - amount, 1 + amount, 3)
     angle = rng.uniform(-1, 1) * _HUE_SHARE * amount * np.pi

@@ -36,9 +36,10 @@ class MaskPolicy(nn.Module):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """The fine blocks: bool `[B, ceil(H/16), ceil(W/16)]`."""
         scores = self.scores(images, labels)
-        if self.fine_fraction is None:
-            return scores > self.threshold
-        return top_blocks(scores, self.fine_fraction)
+        if self.fine_fraction is not None:
+            return top_blocks(scores, self.fine_fraction)
+        assert self.threshold is not None
+        return scores > self.threshold
 
     def extra_repr(self) -> str:
         if self.fine_fraction is None:

@@ -12,8 +12,7 @@ from .base import BLOCK, MaskPolicy
 class OraclePolicy(MaskPolicy):
     """A block's score is the share of its pixels that touch a label boundary.
 
-    A pixel touches one if its right or lower neighbour, or itself as such a neighbour, has another label;
-    pixels of `ignore_index` make no boundary.
+    A pixel touches one if one of its 4 neighbours has another label; pixels of `ignore_index` make none.
     """
 
     def __init__(
@@ -33,13 +32,11 @@ class OraclePolicy(MaskPolicy):
         return F.avg_pool2d(boundary[:, None], BLOCK).squeeze(1)
 
     def _boundary(self, labels: Tensor) -> Tensor:
-        """bool `[B, H, W]`."""
-        known = labels != self.ignore_index
-        boundary = torch.zeros_like(known)
+        """bool `[B, H, W]`: pixels one of whose 4 neighbours has another, known label."""
+        boundary = torch.zeros_like(labels, dtype=torch.bool)
         for axis in (1, 2):
             first, second = (labels.narrow(axis, start, labels.shape[axis] - 1) for start in (0, 1))
-            both = known.narrow(axis, 0, labels.shape[axis] - 1) & known.narrow(axis, 1, labels.shape[axis] - 1)
-            differs = (first != second) & both
+            differs = (first != second) & (first != self.ignore_index) & (second != self.ignore_index)
             for start in (0, 1):
                 boundary.narrow(axis, start, labels.shape[axis] - 1).logical_or_(differs)
         return boundary

@@ -9,7 +9,7 @@ from .base import MaskPolicy, block_shape
 
 
 class RandomPolicy(MaskPolicy):
-    """Scores uniform in 0..1. Training draws anew each time; in eval the same seed and shape give the same mask."""
+    """Scores uniform in 0..1: anew each time in training, by seed and shape alone in eval."""
 
     def __init__(
         self, fine_fraction: float | None = None, threshold: float | None = None, seed: int = 0

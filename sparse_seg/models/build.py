@@ -17,7 +17,6 @@ from .segmentor import SelectiveSegmentor
 DEFAULT_NUM_CLASSES = 19  # Cityscapes
 
 
-
 def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -> SelectiveSegmentor:
     """Build a network with fresh weights.
 
@@ -51,6 +50,8 @@ def build_policy(mask: MaskConfig) -> MaskPolicy:
     Raises:
         ValueError: settings the policy refuses.
     """
-    cut = {"threshold": mask.threshold} if mask.threshold is not None else {"fine_fraction": mask.fine_fraction}
+    cut = (
+        {"threshold": mask.threshold} if mask.threshold is not None else {"fine_fraction": mask.fine_fraction}
+    )
     seed = {"seed": mask.seed} if mask.policy == "random" else {}
     return POLICIES[mask.policy](**cut, **seed)

@@ -81,7 +81,7 @@ ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, i
 
 
 class Stage(nn.ModuleList):
-    """A stage's blocks. Only the first may change the layout; from then on all read and write the same one."""
+    """A stage's blocks. Only the first may change the layout; all others read and write the same."""
 
     def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
         for block in self:
@@ -145,5 +145,7 @@ def whole_channels(base: int, width: float) -> int:
     """
     channels = base * width
     if channels != round(channels) or channels < 1:
-        raise ValueError(f"width {width} makes {channels} of {base} channels; choose one that makes whole ones")
+        raise ValueError(
+            f"width {width} makes {channels} of {base} channels; choose one that makes whole ones"
+        )
     return round(channels)

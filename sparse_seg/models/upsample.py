@@ -11,7 +11,7 @@ def upsample_logits(logits: Tensor, size: tuple[int, int], stride: int, trained_
     """Logits `[B, K, h, w]` at `stride` px to `[B, K, H, W]`.
 
     Sites sit at multiples of their stride. A network trained with half-pixel upsampling at output stride s
-    reads, for pixel q, the place `(q + 1/2) * n / H - 1/2` of its n cells (q - (s - 1)/2 px where s divides H);
+    reads, for pixel q, the place `(q + 1/2) * n / H - 1/2` of its n cells (q - (s - 1)/2 px if s divides H);
     run at another stride, it must read the same place, or its output is shifted by half the difference.
     """
     if stride == trained_stride:

@@ -74,7 +74,7 @@ class SiteLayout:
         splits: Sequence[Tensor] = (),
         device: torch.device | str | None = None,
     ) -> None:
-        self.batch, self.size, self.stride, self.splits = batch, tuple(size), stride, tuple(splits)
+        self.batch, self.size, self.stride, self.splits = batch, (size[0], size[1]), stride, tuple(splits)
         self.device = splits[0].device if splits else torch.device(device or "cpu")
         self.sizes = [self.size]  # coarsest level first
         for _ in splits:
@@ -93,8 +93,8 @@ class SiteLayout:
 
     def _build(self) -> None:
         """Number the sites level by level: `site` (row or -1) and `owner` (row) of every cell."""
-        # A dense layout makes its numbering only when asked (`cells`, `site`, `owner`): convolutions need none.
         self.level_cells: list[Tensor] = []  # per added level, flat cells of its new sites in its own grid
+        # a dense layout makes its numbering only when asked: convolutions need none
         self._numbering: tuple[Tensor, Tensor] | None = None
         self.num_sites = self.num_lattice
         if not self.splits:
@@ -154,7 +154,7 @@ class SiteLayout:
 
     @cached_property
     def interpolation(self) -> Tensor:
-        """`[B*H*W, 4**levels]` int64: the rows whose mean is the bilinear value at a cell (repeats are weights).
+        """`[B*H*W, 4**levels]` int64: rows whose mean is a cell's bilinear value (repeats are weights).
 
         Level by level, an odd place is the mean of the 2 or 4 places around it that lie inside the image,
         and a cell with a site of its own is that site. `densify` follows the same rule.
@@ -185,8 +185,8 @@ class SiteLayout:
     def neighbours(self, other: SiteLayout, spacing: int, exchange: str = "linear") -> NeighbourTable:
         """Our rows around the extra sites of `other`, `spacing` px apart (cached).
 
-        exchange: what stands where we have no site: `linear`, the lattice's bilinear interpolation; `nearest`,
-        the block's own site; `none`, zero. Outside the image it is zero.
+        exchange: what stands where we have no site: `linear`, the lattice's bilinear interpolation;
+        `nearest`, the block's own site; `none`, zero. Outside the image it is zero.
 
         Raises:
             ValueError: unknown exchange, different finest grids, or a spacing that is no multiple of ours.

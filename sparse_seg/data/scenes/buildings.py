@@ -18,7 +18,7 @@ _FLOOR_HEIGHT = 3.1  # m
 def draw_building(
     canvas: Canvas, rng: np.random.Generator, side: int, x: float, z: tuple[float, float]
 ) -> None:
-    """A building on the left (side -1) or right (+1) whose street front stands at |x|, from depth z[0] to z[1].
+    """A building on the left (side -1) or right (+1); its street front stands at |x|, depth z[0] to z[1].
 
     Ends that face the camera are visible where the building before it stands back or is lower.
     """
@@ -77,7 +77,9 @@ def _draw_end_windows(
     spacing, wide, tall = rng.uniform(2.5, 4.0), rng.uniform(0.9, 1.5), rng.uniform(1.2, 1.9)
     if rng.random() < 0.25:  # a blind end
         return
-    columns, floors = np.meshgrid(np.arange(x[0] + 1, x[1] - wide, spacing), np.arange(1, height - 2.2, _FLOOR_HEIGHT))
+    columns, floors = np.meshgrid(
+        np.arange(x[0] + 1, x[1] - wide, spacing), np.arange(1, height - 2.2, _FLOOR_HEIGHT)
+    )
     panes = facing((0, wide), (0, tall), z)[None].repeat(columns.size, 0)
     panes[..., 0] += columns.reshape(-1, 1)
     panes[..., 1] += floors.reshape(-1, 1)
@@ -92,9 +94,7 @@ def _paint_panes(canvas: Canvas, rng: np.random.Generator, panes: NDArray[np.flo
         canvas.polygons(panes[kind == index], colour)
 
 
-def draw_wall(
-    canvas: Canvas, rng: np.random.Generator, side: int, x: float, z: tuple[float, float]
-) -> None:
+def draw_wall(canvas: Canvas, rng: np.random.Generator, side: int, x: float, z: tuple[float, float]) -> None:
     """A garden wall along the street."""
     height = rng.uniform(1.4, 2.8)
     colour = facade_colour(rng)
@@ -105,9 +105,7 @@ def draw_wall(
     canvas.polygon(along(front, (height - 0.2, height), z), colour * 0.8)
 
 
-def draw_fence(
-    canvas: Canvas, rng: np.random.Generator, side: int, x: float, z: tuple[float, float]
-) -> None:
+def draw_fence(canvas: Canvas, rng: np.random.Generator, side: int, x: float, z: tuple[float, float]) -> None:
     """A fence of bars; what shows between them is labelled fence too, as in Cityscapes."""
     height = rng.uniform(1.0, 1.8)
     before = canvas.image.copy()

@@ -1,7 +1,10 @@
 """Where scenes are drawn: a camera over flat ground, and an image and its label painted together."""
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,10 +37,12 @@ class Camera:
 
     def project(self, points: ArrayLike) -> NDArray[np.float64]:
         """World points `[..., 3]` to pixels `[..., 2]` (column, row)."""
-        x, y, z = np.moveaxis(np.asarray(points, dtype=float), -1, 0)
-        z = np.maximum(z, 0.5)
-        column = self.centre + self.focal * (x / z + self.bend * z)
-        return np.stack([column, self.horizon + self.focal * (self.height - y) / z], axis=-1)
+        world = np.asarray(points, dtype=float)
+        z = np.maximum(world[..., 2], 0.5)
+        pixels = np.empty((*z.shape, 2))
+        pixels[..., 0] = self.centre + self.focal * (world[..., 0] / z + self.bend * z)
+        pixels[..., 1] = self.horizon + self.focal * (self.height - world[..., 1]) / z
+        return pixels
 
     def scale(self, z: float) -> float:
         """Pixels per metre at depth z."""
@@ -87,6 +92,16 @@ class Canvas:
         if label is not None:
             cv2.fillPoly(self.label, outlines, LABEL_IDS[label])
 
+    def heap(
+        self, points: NDArray[np.float64], colours: NDArray[np.float64], label: str | None = None
+    ) -> None:
+        """Fills polygons `[M, N, 3]` at one depth one over the other, each in its colour `[M, 3]`."""
+        hazed = self._in_haze(colours, float(points[0, 0, 2]))
+        for outline, colour in zip(_to_pixels(self.camera.project(points)), hazed, strict=True):
+            cv2.fillPoly(self.image, [outline], colour)
+            if label is not None:
+                cv2.fillPoly(self.label, [outline], LABEL_IDS[label])
+
     def hull(self, points: ArrayLike, colour: ArrayLike, label: str | None = None) -> None:
         """Fills the convex outline of world points `[N, 3]`: a convex solid's silhouette."""
         world = np.asarray(points, dtype=float)
@@ -96,7 +111,12 @@ class Canvas:
             cv2.fillConvexPoly(self.label, outline, LABEL_IDS[label])
 
     def line(
-        self, points: ArrayLike, width: float, colour: ArrayLike, label: str | None = None, closed: bool = False
+        self,
+        points: ArrayLike,
+        width: float,
+        colour: ArrayLike,
+        label: str | None = None,
+        closed: bool = False,
     ) -> None:
         """Draws a line through world points `[N, 3]`, `width` metres wide but at least one pixel."""
         world = np.asarray(points, dtype=float)
@@ -116,10 +136,11 @@ class Canvas:
         gain = 1 - soft.astype(np.float32) * (strength / 255)
         self.image = (self.image * gain[..., None]).astype(np.uint8)
 
-    def _in_haze(self, colour: ArrayLike, z: float) -> tuple[float, ...]:
-        share = 1 - np.exp(-z / self.light.haze_depth)
+    def _in_haze(self, colour: ArrayLike, z: float) -> list[Any]:
+        """The colour or colours `[..., 3]` as seen over the distance z, as OpenCV takes them."""
+        share = 1 - math.exp(-z / self.light.haze_depth)
         mixed = np.asarray(colour, dtype=float) * (1 - share) + self.light.haze * share
-        return tuple(np.clip(mixed, 0, 255).tolist())
+        return mixed.clip(0, 255).tolist()
 
 
 def box(x: tuple[float, float], y: tuple[float, float], z: tuple[float, float]) -> NDArray[np.float64]:
@@ -148,10 +169,15 @@ def strip(left: ArrayLike, right: ArrayLike, depths: NDArray[np.float64]) -> NDA
 
 def disc(centre: tuple[float, float, float], radius: float, corners: int = 12) -> NDArray[np.float64]:
     """A regular polygon `[corners, 3]` that faces the camera, one corner up."""
+    return unit_disc(corners) * radius + centre
+
+
+@functools.cache
+def unit_disc(corners: int) -> NDArray[np.float64]:
+    """The regular polygon `[corners, 3]` around the origin with corners 1 m away; do not write to it."""
     turn = 2 * np.pi * np.arange(corners) / corners
-    x, y, z = centre
-    return np.stack([x + radius * np.sin(turn), y + radius * np.cos(turn), np.full(corners, z)], axis=1)
+    return np.stack([np.sin(turn), np.cos(turn), np.zeros(corners)], axis=1)
 
 
 def _to_pixels(points: NDArray[np.float64]) -> NDArray[np.int32]:
-    return np.rint(np.clip(points, -_FAR_OUTSIDE, _FAR_OUTSIDE)).astype(np.int32)
+    return points.clip(-_FAR_OUTSIDE, _FAR_OUTSIDE).round().astype(np.int32)

@@ -102,6 +102,7 @@ def _draw_plan(rng: np.random.Generator, camera: Camera, size: tuple[int, int]) 
 def _paint_sky(canvas: Canvas, rng: np.random.Generator) -> None:
     rows, columns = canvas.label.shape
     sunny = canvas.light.contrast > 0.1
+    rows = min(max(int(canvas.camera.horizon) + 2, 2), rows)  # buildings or ground cover the rest
     zenith = np.array((88, 134, 196) if sunny else (168, 174, 182)) * rng.uniform(0.75, 1.2)
     low = np.array((196, 212, 228) if sunny else (206, 208, 210)) * rng.uniform(0.85, 1.12)
     cloud = np.array((236, 236, 236)) * rng.uniform(0.8, 1.05)
@@ -109,7 +110,7 @@ def _paint_sky(canvas: Canvas, rng: np.random.Generator) -> None:
     cover = smooth_noise(rng, (rows, columns), 5) + 0.6 * smooth_noise(rng, (rows, columns), 14)
     share = np.clip(cover * rng.uniform(0.3, 0.8) + rng.uniform(-0.8, 0.3), 0, 1)[..., None]
     sky = zenith + (low - zenith) * height
-    canvas.image = np.clip(sky + (cloud - sky) * share, 0, 255).astype(np.uint8)
+    canvas.image[:rows] = np.clip(sky + (cloud - sky) * share, 0, 255)
 
 
 def _paint_ground(canvas: Canvas, rng: np.random.Generator, plan: _Plan) -> None:
@@ -131,7 +132,13 @@ def _paint_ground(canvas: Canvas, rng: np.random.Generator, plan: _Plan) -> None
 
 
 def _paint_bands(
-    canvas: Canvas, plan: _Plan, left: float, right: float, depths: np.ndarray, colour: Colour, label: str | None
+    canvas: Canvas,
+    plan: _Plan,
+    left: float,
+    right: float,
+    depths: np.ndarray,
+    colour: Colour,
+    label: str | None,
 ) -> None:
     """A band along the street, in slices, so that the haze grows with depth."""
     for start in range(0, len(depths) - 1, 3):
@@ -178,7 +185,9 @@ def _cast_shadows(canvas: Canvas, rng: np.random.Generator, plan: _Plan) -> None
         x, z = rng.uniform(-plan.road, plan.road), rng.uniform(plan.near, 40)
         turn = np.linspace(0, 2 * np.pi, 14)[:-1]
         ragged = rng.uniform(0.6, 1.2, 13)
-        blob = np.stack([x + 2.4 * ragged * np.cos(turn), 0 * turn, z + 3 + 2.6 * ragged * np.sin(turn)], axis=1)
+        blob = np.stack(
+            [x + 2.4 * ragged * np.cos(turn), 0 * turn, z + 3 + 2.6 * ragged * np.sin(turn)], axis=1
+        )
         shadows.append(blob)
     canvas.darken_ground(shadows, canvas.light.contrast + 0.15)
 

@@ -14,7 +14,12 @@ def draw_vehicle(
 ) -> None:
     """A car, truck or bus whose near end stands at (x, z); `across` turns it to show its side."""
     length, width, height, sill = {
-        "car": (rng.uniform(3.6, 4.8), rng.uniform(1.7, 1.9), rng.uniform(1.4, 1.75), rng.uniform(0.85, 0.95)),
+        "car": (
+            rng.uniform(3.6, 4.8),
+            rng.uniform(1.7, 1.9),
+            rng.uniform(1.4, 1.75),
+            rng.uniform(0.85, 0.95),
+        ),
         "truck": (rng.uniform(6, 9), 2.4, rng.uniform(2.8, 3.6), 1.2),
         "bus": (rng.uniform(9, 12), 2.5, rng.uniform(2.9, 3.2), 1.3),
     }[kind]

@@ -1,0 +1,54 @@
+"""The command line: `sparse-seg COMMAND ...`, `python -m sparse_seg COMMAND ...` and `tools/COMMAND.py ...`.
+
+Each command is a module here with `add_arguments(parser)` and `run(args)`; its docstring is its help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ..errors import SparseSegError
+from ..version import __version__
+
+COMMANDS = ("train", "evaluate", "predict", "make_scenes", "demo")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0 done, 1 failed (one line says why), 2 bad usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0].replace("-", "_") if arguments else ""
+    if command not in COMMANDS:
+        return _overview(arguments)
+    module = importlib.import_module(f"{__name__}.{command}")
+    parser = argparse.ArgumentParser(
+        prog=f"sparse-seg {command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    try:
+        return module.run(parser.parse_args(arguments[1:]))
+    except SparseSegError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+    return 1
+
+
+def _overview(arguments: list[str]) -> int:
+    """Help, version, or the complaint about an unknown command."""
+    parser = argparse.ArgumentParser(
+        prog="sparse-seg",
+        description="Semantic segmentation that pays for detail only where detail is.",
+        epilog="sparse-seg COMMAND --help tells more, with examples",
+    )
+    parser.add_argument("--version", action="version", version=f"sparse_seg {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.parse_args(arguments)
+    return 2

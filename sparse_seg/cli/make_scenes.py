@@ -1,0 +1,50 @@
+"""Write synthetic street scenes in Cityscapes' file layout, to train and test without a download.
+
+The same seed gives the same scenes; a larger count only adds to them. An output folder that already holds
+just these scenes is kept as it is.
+
+example:
+  python tools/make_scenes.py work/scenes --count 250 --size 256x512 --seed 0
+"""
+
+import argparse
+
+from sparse_seg.cli.arguments import parse_size, whole_number
+from sparse_seg.data.scenes import SMALLEST_SIDE, write_scenes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this tool's arguments."""
+    parser.add_argument("out", metavar="OUT", help="folder to make; must not exist or be empty")
+    parser.add_argument(
+        "--count",
+        type=whole_number(2),
+        default=250,
+        help="scenes, a fifth of them for val (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--size",
+        type=_scene_size,
+        default=(256, 512),
+        metavar="HxW",
+        help=f"height and width, px, from {SMALLEST_SIDE} (default: 256x512)",
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the scenes and says where they are.
+
+    Raises:
+        DataError: OUT holds something else or cannot be written.
+    """
+    written = write_scenes(args.out, args.count, args.size, args.seed, progress=True)
+    print(f"{args.count} scenes {'written to' if written else 'are already in'} {args.out}")
+    return 0
+
+
+def _scene_size(text: str) -> tuple[int, int]:
+    size = parse_size(text)
+    if min(size) < SMALLEST_SIDE:
+        raise argparse.ArgumentTypeError(f"{text!r}: both sides must be at least {SMALLEST_SIDE} px")
+    return size

@@ -1,0 +1,62 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """`CONFIG` and `--set`."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML config")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`."""
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default=_device("auto"),
+        metavar="DEVICE",
+        help="cpu or cuda (default: cuda if there)",
+    )
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """`--dense` and `--fine-fraction`."""
+    parser.add_argument(
+        "--dense", type=int, choices=(8, 16, 32), metavar="OS", help="run dense at output stride 8, 16 or 32"
+    )
+    parser.add_argument("--fine-fraction", type=_fraction, metavar="F", help="share of fine blocks, 0 to 1")
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """`--set`, with `--fine-fraction` as what it stands for."""
+    if args.fine_fraction is None:
+        return args.set
+    return [*args.set, f"model.mask.fine_fraction={args.fine_fraction}", "model.mask.threshold=null"]
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, not {text!r}")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if text.startswith("cuda") and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("this PyTorch sees no CUDA device; use --device cpu")
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}; use cpu or cuda") from None

@@ -1,0 +1,40 @@
+"""Segment images, or folders of images: writes an overlay, a class map and a picture of the fine blocks.
+
+For each image NAME: D/NAME_overlay.png, D/NAME_classes.png and, unless --dense, D/NAME_blocks.png.
+
+examples:
+  sparse-seg predict configs/camvid_r18.yaml runs/camvid_r18/best.pt street.jpg --out runs/pictures
+  sparse-seg predict configs/camvid_r18.yaml runs/camvid_r18/best.pt frames/ --fine-fraction 0.3 --out out
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from tqdm import tqdm
+
+from ..config import load_config
+from ..data import DATASETS
+from ..reporting.pictures import find_images, write_pictures
+from ..training.checkpoint import build_trained
+from .options import add_config, add_device, add_network, overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a training run")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image files, or folders of them")
+    parser.add_argument("--out", required=True, metavar="D", help="folder to write to")
+    add_network(parser)
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_config(args.config, overrides(args))
+    images = find_images(args.inputs)
+    model = build_trained(config, args.checkpoint).to(args.device)
+    palette = DATASETS[config.data.dataset].classes.palette
+    for path in tqdm(images, desc="predict", leave=False):
+        write_pictures(model, path, args.out, palette, config.data, args.dense)
+    print(f"{len(images)} images segmented; pictures in {args.out}")
+    return 0

@@ -1,0 +1,40 @@
+"""Train a network, dense or selective, from a YAML config.
+
+examples:
+  sparse-seg train configs/camvid_r18.yaml --set data.root=../camvid
+  sparse-seg train configs/scenes_r18.yaml --work-dir runs/try --set train.lr=0.02 model.width=0.5
+  sparse-seg train configs/camvid_r18.yaml --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..config import load_config
+from ..training.trainer import Trainer
+from .options import add_config, add_device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("--work-dir", metavar="D", help="where the run is kept (default: runs/CONFIG's name)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="PATH",
+        help="go on from the run's last.pt, or from PATH",
+    )
+    parser.add_argument("--amp", action="store_true", help="mixed precision: short for --set train.amp=true")
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    overrides = [*args.set, "train.amp=true"] if args.amp else args.set
+    config = load_config(args.config, overrides)
+    work_dir = Path(args.work_dir or Path("runs") / Path(args.config).stem)
+    best = Trainer(config, work_dir, args.resume, args.device).run()
+    print(f"best validation mIoU {best:.4f}; weights in {work_dir / 'best.pt'}")
+    return 0

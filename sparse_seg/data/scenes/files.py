@@ -1,0 +1,180 @@
+"""Scenes on disk: written all or nothing, and reused where they already are what is asked for."""
+
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from sparse_seg.data.cityscapes import IMAGE_SUFFIX, LABEL_SUFFIX, Cityscapes
+from sparse_seg.data.dataset import Image
+from sparse_seg.data.scenes.street import render_scene
+from sparse_seg.errors import DataError
+
+_VERSION = 1  # raise it when the same seed gives other scenes than before
+_RECORD = "scenes.json"
+_SPLITS = ("train", "val")
+_CITY = "scenes"
+SMALLEST_SIDE = 32  # px
+_SCENES_PER_WORKER = 16  # fewer are not worth a process
+_PNG = [
+    cv2.IMWRITE_PNG_COMPRESSION,
+    1,
+]  # noise hardly compresses; level 1 is several times faster than the default
+
+
+class ScenesDataset(Cityscapes):
+    """Scenes that `write_scenes` wrote: classes and files as in Cityscapes.
+
+    Raises:
+        DataError: there are none in `root`.
+    """
+
+    def __init__(self, root: str | Path, split: str) -> None:
+        if not Path(root, _RECORD).is_file():
+            raise DataError(
+                f"{root}: no synthetic scenes there; make them with: python tools/make_scenes.py {root}"
+            )
+        super().__init__(root, split)
+
+
+def write_scenes(
+    out: str | Path,
+    count: int,
+    size: tuple[int, int] = (256, 512),
+    seed: int = 0,
+    val_fraction: float = 0.2,
+    progress: bool = False,
+) -> bool:
+    """Writes `count` scenes, train and val together, or keeps `out` if it holds just these already.
+
+    Scene `index` of a split depends on the seed and the index alone: a larger count only adds scenes. The
+    files appear under `out` all at once, when the last is done.
+
+    Args:
+        out: folder to make.
+        count: at least 2: one scene for each split.
+        size: height and width, px.
+        val_fraction: share of the scenes that goes to `val`, at least one scene.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        False where `out` was kept as it is.
+
+    Raises:
+        DataError: `out` holds something else or cannot be written.
+        ValueError: an argument is out of range.
+    """
+    if count < 2 or min(size) < SMALLEST_SIDE or seed < 0 or not 0 < val_fraction < 1:
+        raise ValueError(
+            f"count {count}, size {size}, seed {seed}, val_fraction {val_fraction}: expected count >= 2, "
+            f"sides >= {SMALLEST_SIDE} px, seed >= 0, 0 < val_fraction < 1"
+        )
+    out = Path(out).absolute()
+    record: dict[str, object] = {
+        "version": _VERSION,
+        "count": count,
+        "size": list(size),
+        "seed": seed,
+        "val_fraction": val_fraction,
+    }
+    if _holds(out, record):
+        return False
+    val_count = min(max(round(count * val_fraction), 1), count - 1)
+    try:
+        with _all_or_nothing(out) as folder:
+            _write_all(folder, (count - val_count, val_count), size, seed, progress)
+            (folder / _RECORD).write_text(json.dumps(record) + "\n")
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
+    return True
+
+
+def _holds(out: Path, record: dict[str, object]) -> bool:
+    """Whether `out` holds these scenes already; a missing or empty folder does not."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        found = json.loads((out / _RECORD).read_text())
+    except (OSError, ValueError):
+        raise DataError(
+            f"{out}: exists and holds no synthetic scenes; choose another folder or remove it"
+        ) from None
+    if found != record:
+        raise DataError(
+            f"{out}: holds other scenes ({json.dumps(found)}) than asked for ({json.dumps(record)}); "
+            "choose another folder or remove it"
+        )
+    images = len(list(out.glob(f"leftImg8bit/*/{_CITY}/*{IMAGE_SUFFIX}")))
+    labels = len(list(out.glob(f"gtFine/*/{_CITY}/*{LABEL_SUFFIX}")))
+    if (images, labels) != (record["count"], record["count"]):
+        raise DataError(
+            f"{out}: {images} images and {labels} labels of {record['count']} scenes are left; "
+            "remove the folder and make it anew"
+        )
+    return True
+
+
+@contextmanager
+def _all_or_nothing(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place at the end, or is removed if the work fails."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    folder.mkdir()
+    try:
+        yield folder
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_all(
+    folder: Path, counts: tuple[int, int], size: tuple[int, int], seed: int, progress: bool
+) -> None:
+    for split in _SPLITS:
+        for kind in ("leftImg8bit", "gtFine"):
+            (folder / kind / split / _CITY).mkdir(parents=True)
+    jobs = [(split_id, index) for split_id in (0, 1) for index in range(counts[split_id])]
+    write = functools.partial(_write_scene, folder, size, seed)
+    with _workers(len(jobs)) as run:
+        for _ in tqdm(run(write, jobs), "scenes", len(jobs), disable=not progress, unit="scene"):
+            pass
+
+
+_Job = tuple[int, int]
+_Map = Callable[[Callable[[_Job], None], Iterable[_Job]], Iterable[None]]
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[_Map]:
+    """A `map` over all cores.
+
+    Processes: most of a scene's time is Python, and two threads were no faster than one.
+    """
+    workers = min(os.cpu_count() or 1, jobs // _SCENES_PER_WORKER)
+    if workers < 2:
+        yield map
+        return
+    context = multiprocessing.get_context("fork")  # spawned ones would import torch first, for seconds
+    with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (0,)) as pool:
+        yield functools.partial(pool.map, chunksize=4)
+
+
+def _write_scene(folder: Path, size: tuple[int, int], seed: int, job: _Job) -> None:
+    split_id, index = job
+    image, label = render_scene(np.random.default_rng([seed, split_id, index]), size)
+    stem = Path(_SPLITS[split_id], _CITY, f"{_CITY}_{index:06d}_000019")
+    _write_png(folder / "leftImg8bit" / f"{stem}{IMAGE_SUFFIX}", image[..., ::-1])
+    _write_png(folder / "gtFine" / f"{stem}{LABEL_SUFFIX}", label)
+
+
+def _write_png(file: Path, image: Image) -> None:
+    file.write_bytes(cv2.imencode(".png", image, _PNG)[1].tobytes())

@@ -1,0 +1,110 @@
+"""One set of weights, several ways to run it: accuracy against cost without retraining."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.dataset import IGNORE_INDEX, SegmentationDataset
+from ..data.loader import evaluation_loader
+from ..masks import POLICIES, MaskPolicy
+from ..models.segmentor import SelectiveSegmentor
+from ..schema import DataConfig
+from .cost import count_macs
+from .evaluate import predict
+from .metrics import SegmentationMetrics
+
+
+@dataclass
+class Setting:
+    """One way to run a network: dense at `output_stride`, or selective with `policy`."""
+
+    name: str
+    output_stride: int | None = None
+    policy: MaskPolicy | None = None
+    gmacs: float = 0.0  # multiply-adds of the first image, in billions
+    milliseconds: list[float] = field(default_factory=list)  # one per image, mask policy included
+    metrics: SegmentationMetrics | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        """Plain values: percent, GMACs, median milliseconds."""
+        assert self.metrics is not None
+        result = self.metrics.result()
+        return {
+            "network": self.name,
+            "policy": type(self.policy).__name__.removesuffix("Policy").lower() if self.policy else None,
+            "fine_fraction": self.policy.fine_fraction if self.policy else None,
+            "output_stride": self.output_stride,
+            "miou": 100 * result.miou,
+            "boundary_miou": 100 * result.boundary_miou,
+            "gmacs": self.gmacs,
+            "milliseconds": statistics.median(self.milliseconds),
+            "images": len(self.milliseconds),
+        }
+
+
+def settings(policies: Sequence[str], fractions: Sequence[float]) -> list[Setting]:
+    """Dense OS8, dense OS16, and each policy at each fine fraction."""
+    rows = [Setting("dense OS8", 8), Setting("dense OS16", 16)]
+    for policy in policies:
+        for fraction in fractions:
+            name = f"selective, {policy}, f={fraction:g}"
+            rows.append(Setting(name, policy=POLICIES[policy](fine_fraction=fraction).eval()))
+    return rows
+
+
+@torch.inference_mode()
+def compare(
+    model: SelectiveSegmentor,
+    dataset: SegmentationDataset,
+    data: DataConfig,
+    rows: Sequence[Setting],
+    limit: int | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Run every setting on every image; returns `Setting.as_row` of each.
+
+    The settings take turns on each image, so that drift of the machine falls on all alike.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    for setting in rows:
+        setting.metrics, setting.milliseconds = SegmentationMetrics(len(dataset.classes), IGNORE_INDEX), []
+    loader = evaluation_loader(dataset, data.mean, data.std, data.workers)
+    for image, label, index in tqdm(loader, total=count, disable=not progress, desc="compare", leave=False):
+        if index >= count:
+            break
+        image, label = image.to(device), label.to(device)
+        for setting in rows:
+            if index == 0:  # counts the cost, and warms up
+                setting.gmacs = _macs(model, image, label, setting) / 1e9
+            classes, milliseconds = _timed(model, image, label, setting)
+            setting.milliseconds.append(milliseconds)
+            assert setting.metrics is not None
+            setting.metrics.update(classes, label)
+    return [setting.as_row() for setting in rows]
+
+
+def _macs(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Setting) -> int:
+    if setting.output_stride is not None:
+        layouts = model.dense_layouts(image, setting.output_stride)
+    else:
+        assert setting.policy is not None
+        layouts = model.selective_layouts(image, setting.policy(image, label))
+    return sum(count_macs(model, image, layouts).values())
+
+
+def _timed(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Setting) -> tuple[Tensor, float]:
+    start = time.perf_counter()
+    classes, _ = predict(model, image, setting.output_stride, setting.policy, label)
+    if image.device.type == "cuda":
+        torch.cuda.synchronize()
+    return classes, 1000 * (time.perf_counter() - start)

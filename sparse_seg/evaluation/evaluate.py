@@ -1,0 +1,100 @@
+"""Run a network over a dataset and measure it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.dataset import IGNORE_INDEX, SegmentationDataset
+from ..data.loader import evaluation_loader
+from ..masks import MaskPolicy
+from ..models.segmentor import SelectiveSegmentor
+from ..schema import DataConfig
+from .metrics import MetricsResult, SegmentationMetrics
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run over a dataset gave: metrics, mean share of fine blocks (None when dense), speed."""
+
+    metrics: MetricsResult
+    fine_fraction: float | None
+    images: int
+    seconds: float  # in mask policy and network; loading and metrics not counted
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.metrics.as_dict() | {
+            "fine_fraction": self.fine_fraction,
+            "images": self.images,
+            "images_per_second": self.images_per_second,
+        }
+
+
+@torch.inference_mode()
+def predict(
+    model: SelectiveSegmentor,
+    images: Tensor,
+    output_stride: int | None = None,
+    policy: MaskPolicy | None = None,
+    labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Classes int64 `[B, H, W]` and fine blocks bool `[B, h, w]` (None when dense).
+
+    Args:
+        output_stride: run dense at this stride; None runs selective.
+        policy: in place of the model's own. `labels` are handed to it (the oracle needs them).
+    """
+    if output_stride is not None:
+        return model.dense(images, output_stride).argmax(1), None
+    fine_blocks = (policy or model.policy)(images, labels)
+    return model(images, fine_blocks).argmax(1), fine_blocks
+
+
+def evaluate(
+    model: SelectiveSegmentor,
+    dataset: SegmentationDataset,
+    data: DataConfig,
+    output_stride: int | None = None,
+    policy: MaskPolicy | None = None,
+    limit: int | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Metrics of the dataset's first `limit` images (default: all), one image at a time, in eval mode.
+
+    The other arguments are those of `predict`. The model's mode is put back afterwards.
+    """
+    device = next(model.parameters()).device
+    metrics = SegmentationMetrics(len(dataset.classes), IGNORE_INDEX)
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    loader = evaluation_loader(dataset, data.mean, data.std, data.workers)
+    fractions, seconds, was_training = [], 0.0, model.training
+    model.eval()
+    try:
+        for image, label, index in tqdm(
+            loader, total=count, disable=not progress, desc="evaluate", leave=False
+        ):
+            if index >= count:
+                break
+            image, label = image.to(device), label.to(device)
+            start = time.perf_counter()
+            classes, fine_blocks = predict(model, image, output_stride, policy, label)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds += time.perf_counter() - start
+            metrics.update(classes, label)
+            if fine_blocks is not None:
+                fractions.append(fine_blocks.float().mean().item())
+    finally:
+        model.train(was_training)
+    fine_fraction = sum(fractions) / len(fractions) if fractions else None
+    return Evaluation(metrics.result(), fine_fraction, count, seconds)

@@ -1,0 +1,118 @@
+"""Checkpoints: one file with weights, resolved config and version, written atomically."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import config_from_dict, to_dict
+from ..errors import CheckpointError
+from ..files import atomic_write
+from ..models.build import build_model
+from ..models.segmentor import SelectiveSegmentor
+from ..schema import Config
+from ..version import __version__
+
+FORMAT = "sparse_seg.checkpoint"
+
+
+def save_checkpoint(path: str | Path, config: Config, weights: Mapping[str, Tensor], **state: Any) -> None:
+    """Write `weights` (a state dict), the resolved config, our version and any further `state`."""
+    content = {"format": FORMAT, "version": __version__, "config": to_dict(config), "model": dict(weights)}
+    buffer = io.BytesIO()
+    torch.save(content | state, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours onto the CPU, without running any code it may hold.
+
+    Raises:
+        CheckpointError: missing, truncated or foreign file.
+    """
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} does not exist") from None
+    except IsADirectoryError:
+        raise CheckpointError(
+            f"{path} is a folder; name the checkpoint in it, such as {path / 'best.pt'}"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        raise CheckpointError(
+            f"{path} is truncated or no PyTorch checkpoint; copy or train it again"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} was not written by sparse_seg's training")
+    return content
+
+
+def checkpoint_config(content: Mapping[str, Any], path: str | Path) -> Config:
+    """The resolved config in a checkpoint.
+
+    Raises:
+        ConfigError: it does not fit this version's schema.
+    """
+    return config_from_dict(content["config"], f"config in {path}")
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy a state dict into `model`; every name and shape must fit.
+
+    Raises:
+        CheckpointError: names the first tensor that does not fit, and how many there are.
+    """
+    own = model.state_dict()
+    faults = [f"{name} is missing" for name in own if name not in weights]
+    faults += [f"{name} has no place in this model" for name in weights if name not in own]
+    faults += [
+        f"{name} is {list(weights[name].shape)}, the model's is {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise CheckpointError(
+            f"{source} does not fit the configured model: {faults[0]}{more}; check model.* keys"
+        )
+    model.load_state_dict(dict(weights))
+
+
+def load_model(path: str | Path) -> SelectiveSegmentor:
+    """The trained network of a checkpoint, in eval mode: weights and config both come from the file.
+
+    Raises:
+        CheckpointError: missing, truncated or foreign file, or one that does not fit its own config.
+    """
+    content = load_checkpoint(path)
+    model = build_model(checkpoint_config(content, path))
+    load_weights(model, content["model"], path)
+    return model.eval()
+
+
+def build_trained(config: Config, path: str | Path) -> SelectiveSegmentor:
+    """The config's network with a checkpoint's weights (the averaged ones, if training kept them), in eval mode.
+
+    Raises:
+        CheckpointError: missing, truncated or foreign file, or one that does not fit the config.
+    """
+    content = load_checkpoint(path)
+    model = build_model(config)
+    load_weights(model, _inference_weights(model, content), path)
+    return model.eval()
+
+
+def _inference_weights(model: nn.Module, content: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Weights to predict with. An auxiliary head, which only training uses, may be missing on either side."""
+    weights = dict(content.get("ema") or content["model"])
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("auxiliary.")}
+    return own | {
+        name: tensor for name, tensor in weights.items() if name in own or not name.startswith("auxiliary.")
+    }

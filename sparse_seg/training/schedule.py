@@ -1,0 +1,30 @@
+"""Learning rate over iterations, and the optimiser."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..schema import TrainConfig
+
+
+def learning_rate(iteration: int, config: TrainConfig) -> float:
+    """Poly schedule with linear warm-up: the rate of step `iteration` (from 0) of `config.iterations`.
+
+    `lr * (1 - t) ** power` as in DeepLab (Chen et al., TPAMI 2018), times the share of the warm-up done.
+    """
+    remaining = 1 - iteration / config.iterations
+    warm = min(1.0, (iteration + 1) / (config.warmup_iterations + 1))
+    return config.lr * warm * remaining**config.poly_power
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW; no weight decay on biases and norms (one-dimensional parameters)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.lr)

@@ -1,0 +1,303 @@
+"""The training loop: iterations, log, validation, checkpoints, resume."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import num_classes, to_yaml
+from ..data import build_dataset
+from ..data.loader import training_loader
+from ..data.transforms import TrainTransform
+from ..errors import CheckpointError, TrainingError
+from ..evaluation.evaluate import evaluate
+from ..files import atomic_write
+from ..models.build import build_model
+from ..models.segmentor import Outputs, SelectiveSegmentor
+from ..schema import Config
+from .checkpoint import checkpoint_config, load_checkpoint, load_weights, save_checkpoint
+from .losses import SegmentationLoss
+from .schedule import build_optimizer, learning_rate
+
+
+class Trainer:
+    """Trains a config's network in a work folder.
+
+    The folder gets `config.yaml` (resolved), `log.jsonl` (one JSON line per log step and validation),
+    `last.pt` (all state, to resume from) and `best.pt` (weights of the best validation mIoU).
+
+    Args:
+        config: resolved config.
+        work_dir: created if need be; one that already holds a run is refused unless resuming.
+        resume: checkpoint to go on from, bit for bit on the CPU; True takes the folder's `last.pt`.
+        device: where to train.
+
+    Raises:
+        TrainingError: the folder already holds a run.
+        CheckpointError: the checkpoint to resume from is missing, corrupt or of another model.
+        DataError: the dataset is incomplete or inconsistent.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        work_dir: str | Path,
+        resume: str | Path | bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.work_dir, self.device = config, Path(work_dir), torch.device(device)
+        last = self.work_dir / "last.pt"
+        if not resume and last.exists():
+            raise TrainingError(
+                f"{self.work_dir} already holds a run; add --resume or choose another --work-dir"
+            )
+        train, data = config.train, config.data
+        if train.threads is not None:
+            torch.set_num_threads(train.threads)
+        state = load_checkpoint(last if resume is True else resume) if resume else None
+
+        self.dataset = build_dataset(data.dataset, data.root, "train")
+        self.validation = build_dataset(data.dataset, data.root, "val")
+        _check_classes(config, len(self.dataset.classes))
+        self.dataset.check()
+        self.validation.check()
+
+        torch.manual_seed(train.seed)
+        self.model = build_model(config).to(self.device)
+        self.ema = copy.deepcopy(self.model) if train.ema_decay is not None else None
+        self.loss = SegmentationLoss(train.loss).to(self.device)
+        self.optimizer = build_optimizer(self.model, train)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=train.amp and train.amp_dtype == "float16"
+        )
+        self.iteration, self.best, self.loss_sum, self.loss_count = 0, -1.0, 0.0, 0
+        if state is not None:
+            self._restore(state, last if resume is True else Path(str(resume)))
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.work_dir / "config.yaml", to_yaml(config))
+        self._start_log()
+        self._stop, self.started = False, time.monotonic()
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def run(self) -> float:
+        """Train to the configured iteration; returns the best validation mIoU in 0..1.
+
+        Raises:
+            TrainingError: loss or gradient not finite, or interrupted; `last.pt` is good in either case.
+        """
+        train, data = self.config.train, self.config.data
+        transform = TrainTransform(
+            crop=(data.crop[0], data.crop[1]),
+            scale_range=(data.scale_range[0], data.scale_range[1]),
+            flip=data.flip,
+            jitter=data.jitter,
+            mean=data.mean,
+            std=data.std,
+        )
+        loader = training_loader(
+            self.dataset,
+            transform,
+            train.batch_size,
+            train.seed,
+            self.iteration,
+            train.iterations,
+            data.workers,
+        )
+        handlers = {
+            number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        self.model.train()
+        bar = tqdm(loader, total=train.iterations, initial=self.iteration, desc="train", dynamic_ncols=True)
+        try:
+            for images, labels in bar:
+                loss = self._step(images.to(self.device), labels.to(self.device))
+                bar.set_postfix(loss=f"{loss:.3f}", best=f"{max(self.best, 0):.4f}", refresh=False)
+                self._after_step()
+                if self._stop:
+                    self.save()
+                    raise TrainingError(
+                        f"stopped at iteration {self.iteration}; go on with {self._resume_hint()}"
+                    )
+        finally:
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return self.best
+
+    def _step(self, images: Tensor, labels: Tensor) -> float:
+        train = self.config.train
+        rate = learning_rate(self.iteration, train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, getattr(torch, train.amp_dtype), enabled=train.amp):
+            outputs = self._forward(images)
+        loss = self.loss(outputs, labels)
+        value = loss.item()
+        self._require_finite(loss, "loss")
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_grad_norm or float("inf"))
+        if not self.scaler.is_enabled():  # with float16 the scaler skips such a step and lowers its scale
+            self._require_finite(norm, "gradient")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            _update_average(self.ema, self.model, train.ema_decay or 0.0, self.iteration)
+        self.iteration += 1
+        self.loss_sum, self.loss_count = self.loss_sum + value, self.loss_count + 1
+        return value
+
+    def _forward(self, images: Tensor) -> Outputs:
+        if self.config.train.network == "dense":
+            layouts = self.model.dense_layouts(images, self.config.train.output_stride)
+        else:
+            layouts = self.model.selective_layouts(images)
+        return self.model.outputs(images, layouts)
+
+    def _after_step(self) -> None:
+        train = self.config.train
+        done = self.iteration == train.iterations
+        if self.iteration % train.log_every == 0 or done:
+            self._log(loss=self.loss_sum / self.loss_count, lr=self.optimizer.param_groups[0]["lr"])
+            self.loss_sum, self.loss_count = 0.0, 0
+        if self.iteration % train.eval_every == 0 or done:
+            self._validate()
+        if self.iteration % train.save_every == 0 or done:
+            self.save()
+
+    def _validate(self) -> None:
+        train = self.config.train
+        output_stride = train.output_stride if train.network == "dense" else None
+        model = self.ema or self.model
+        result = evaluate(model, self.validation, self.config.data, output_stride, limit=train.eval_images)
+        metrics = result.metrics
+        self._log(
+            miou=metrics.miou, boundary_miou=metrics.boundary_miou, pixel_accuracy=metrics.pixel_accuracy
+        )
+        tqdm.write(
+            f"iteration {self.iteration}: mIoU {metrics.miou:.4f}, boundary mIoU {metrics.boundary_miou:.4f}"
+        )
+        if metrics.miou > self.best:
+            self.best = metrics.miou
+            state = {"iteration": self.iteration, "miou": metrics.miou}
+            save_checkpoint(self.work_dir / "best.pt", self.config, model.state_dict(), **state)
+
+    # -- stopping and going on -----------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write `last.pt`, with everything that the next step depends on."""
+        save_checkpoint(
+            self.work_dir / "last.pt",
+            self.config,
+            self.model.state_dict(),
+            ema=self.ema.state_dict() if self.ema is not None else None,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            progress={
+                "iteration": self.iteration,
+                "best": self.best,
+                "loss_sum": self.loss_sum,
+                "loss_count": self.loss_count,
+            },
+            random=torch.get_rng_state(),
+        )
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
+        if "progress" not in state:
+            raise CheckpointError(f"{path} holds weights only; resume from last.pt")
+        if checkpoint_config(state, path).train.optimizer != self.config.train.optimizer:
+            raise CheckpointError(f"{path} was trained with another train.optimizer")
+        load_weights(self.model, state["model"], path)
+        if self.ema is not None:
+            load_weights(self.ema, state["ema"] or state["model"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
+        torch.set_rng_state(state["random"])
+        if self.iteration >= self.config.train.iterations:
+            raise TrainingError(
+                f"{path} is already trained to iteration {self.iteration}; raise train.iterations"
+            )
+
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stop:
+            raise KeyboardInterrupt
+        self._stop = True
+        tqdm.write("stopping after this step (once more to stop at once)")
+
+    def _require_finite(self, value: Tensor, name: str) -> None:
+        if torch.isfinite(value):
+            return
+        saved = self.work_dir / "last.pt"
+        kept = f"the last good checkpoint is {saved}" if saved.exists() else "no checkpoint was written yet"
+        raise TrainingError(
+            f"{name} is {value.item()} at iteration {self.iteration}; {kept}. "
+            f"Lower train.lr or set train.clip_grad_norm, then go on with {self._resume_hint()}"
+        )
+
+    def _resume_hint(self) -> str:
+        return f"--work-dir {self.work_dir} --resume"
+
+    # -- log -----------------------------------------------------------------------------------------------
+
+    def _start_log(self) -> None:
+        """Open `log.jsonl`, without lines later than the iteration resumed from."""
+        path = self.work_dir / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.iteration
+        ]
+        atomic_write(path, "".join(kept))
+        self.log_path, self.tensorboard = path, None
+        if self.config.train.tensorboard:
+            self.tensorboard = _tensorboard_writer(self.work_dir, self.iteration)
+
+    def _log(self, **values: float) -> None:
+        with self.log_path.open("a") as file:
+            elapsed = {"iteration": self.iteration, "seconds": round(time.monotonic() - self.started, 1)}
+            file.write(json.dumps(elapsed | values) + "\n")
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, self.iteration)
+            self.tensorboard.flush()
+
+
+def _check_classes(config: Config, dataset_classes: int) -> None:
+    if num_classes(config) != dataset_classes:
+        raise TrainingError(
+            f"model.num_classes is {config.model.num_classes} but "
+            f"{config.data.dataset} has {dataset_classes} classes"
+        )
+
+
+@torch.no_grad()
+def _update_average(
+    average: SelectiveSegmentor, model: SelectiveSegmentor, decay: float, iteration: int
+) -> None:
+    """Exponential moving average of weights and statistics; its decay grows from 0.1 to `decay`."""
+    decay = min(decay, (1 + iteration) / (10 + iteration))
+    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(new, 1 - decay)
+        else:
+            kept.copy_(new)
+
+
+def _tensorboard_writer(work_dir: Path, iteration: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TrainingError("train.tensorboard needs: pip install 'sparse_seg[tensorboard]'") from None
+    return SummaryWriter(str(work_dir / "tensorboard"), purge_step=iteration)
