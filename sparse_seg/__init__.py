@@ -1,6 +1,7 @@
 """Semantic segmentation that pays for detail only where detail is."""
 
-from .models.build import build_model
-from .version import __version__
+from sparse_seg.models.build import build_model
+from sparse_seg.training.checkpoint import load_model
+from sparse_seg.version import __version__
 
-__all__ = ["__version__", "build_model"]
+__all__ = ["__version__", "build_model", "load_model"]

@@ -16,13 +16,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .data import DATASETS
-from .errors import ConfigError
-from .masks import POLICIES
-from .models.heads import HEADS
-from .models.resnet import ARCHITECTURES
-from .schema import Config, ModelConfig
-from .sparse import EXCHANGES
+from sparse_seg.data import DATASETS
+from sparse_seg.errors import ConfigError
+from sparse_seg.masks import POLICIES
+from sparse_seg.models.heads import HEADS
+from sparse_seg.models.resnet import ARCHITECTURES
+from sparse_seg.schema import Config, ModelConfig
+from sparse_seg.sparse import EXCHANGES
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -146,7 +146,8 @@ def _merge(base: Any, tree: Mapping[str, Any], where: str) -> Any:
 def _check_keys(schema: Any, tree: Mapping[str, Any], where: str, prefix: str) -> None:
     for key, value in tree.items():
         if key not in schema:
-            hint = _did_you_mean(str(key), list(schema)) or _did_you_mean_elsewhere(str(key))
+            near = _did_you_mean(f"{prefix}{key}", [f"{prefix}{name}" for name in schema])
+            hint = near or _did_you_mean_elsewhere(str(key))
             raise ConfigError(f"{where}: unknown key '{prefix}{key}'{hint}")
         child = schema._get_node(key)
         if OmegaConf.is_dict(child):

@@ -10,8 +10,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from ..errors import SparseSegError
-from ..version import __version__
+from sparse_seg.errors import SparseSegError
+from sparse_seg.version import __version__
 
 COMMANDS = ("train", "evaluate", "predict", "make_scenes", "demo")
 

@@ -31,7 +31,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dense", type=int, choices=(8, 16, 32), metavar="OS", help="run dense at output stride 8, 16 or 32"
     )
-    parser.add_argument("--fine-fraction", type=_fraction, metavar="F", help="share of fine blocks, 0 to 1")
+    parser.add_argument("--fine-fraction", type=fraction, metavar="F", help="share of fine blocks, 0 to 1")
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
@@ -41,7 +41,8 @@ def overrides(args: argparse.Namespace) -> list[str]:
     return [*args.set, f"model.mask.fine_fraction={args.fine_fraction}", "model.mask.threshold=null"]
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
+    """An argument type: a number from 0 to 1."""
     try:
         value = float(text)
     except ValueError:

@@ -13,11 +13,11 @@ import argparse
 
 from tqdm import tqdm
 
-from ..config import load_config
-from ..data import DATASETS
-from ..reporting.pictures import find_images, write_pictures
-from ..training.checkpoint import build_trained
-from .options import add_config, add_device, add_network, overrides
+from sparse_seg.cli.options import add_config, add_device, add_network, overrides
+from sparse_seg.config import load_config
+from sparse_seg.data import DATASETS
+from sparse_seg.reporting.pictures import find_images, write_pictures
+from sparse_seg.training.checkpoint import load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides(args))
     images = find_images(args.inputs)
-    model = build_trained(config, args.checkpoint).to(args.device)
+    model = load_model(args.checkpoint, config).to(args.device)
     palette = DATASETS[config.data.dataset].classes.palette
     for path in tqdm(images, desc="predict", leave=False):
         write_pictures(model, path, args.out, palette, config.data, args.dense)

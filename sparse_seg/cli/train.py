@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..config import load_config
-from ..training.trainer import Trainer
-from .options import add_config, add_device
+from sparse_seg.cli.options import add_config, add_device
+from sparse_seg.config import load_config
+from sparse_seg.training.trainer import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

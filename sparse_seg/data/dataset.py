@@ -100,7 +100,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         """Reads every file once, on all cores.
 
         Raises:
-            DataError: names the first faulty file, what to do, and how many more are faulty.
+            DataError: names the first faulty file, what to do, and how many files are faulty.
         """
         paired = {label for _, label in self.samples}
         faults = [
@@ -111,7 +111,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             faults += [fault for fault in pool.map(self._fault, range(len(self))) if fault]
         if len(faults) > 1:
-            raise DataError(f"{faults[0]} ({len(faults) - 1} more files have faults)")
+            raise DataError(f"{faults[0]} (faulty files in all: {len(faults)})")
         if faults:
             raise DataError(faults[0])
 
@@ -149,7 +149,7 @@ def _read_label(file: Path) -> Image:
     if label.ndim != 2 or label.dtype != np.uint8:
         channels = 1 if label.ndim == 2 else label.shape[2]
         raise DataError(
-            f"{file}: the label has {channels} channels of {label.dtype}; "
+            f"{file}: the label is {channels}-channel {label.dtype}; "
             "save it as a single-channel 8-bit PNG of class ids, not of colours"
         )
     return label
@@ -162,9 +162,10 @@ def _decode(file: Path, flags: int) -> NDArray[Any]:
         raise DataError(
             f"{file}: cannot be read ({error.strerror}); check the path and its rights"
         ) from error
-    image = None
-    if _is_complete(data):
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if _is_complete(data) else None
+    except cv2.error:  # instead of None, where the header promises an impossible size
+        image = None
     if image is None:
         raise DataError(f"{file}: truncated, corrupt or not an image; restore it from the original dataset")
     return image

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.dataset import IGNORE_INDEX, SegmentationDataset
-from ..data.loader import evaluation_loader
-from ..masks import POLICIES, MaskPolicy
-from ..models.segmentor import SelectiveSegmentor
-from ..schema import DataConfig
-from .cost import count_macs
-from .evaluate import predict
-from .metrics import SegmentationMetrics
+from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
+from sparse_seg.data.loader import evaluation_loader
+from sparse_seg.evaluation.cost import count_macs
+from sparse_seg.evaluation.evaluate import predict
+from sparse_seg.evaluation.metrics import SegmentationMetrics
+from sparse_seg.masks import POLICIES, MaskPolicy
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.schema import DataConfig
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.segmentor import SelectiveSegmentor
-from ..sparse import SelectiveConv2d, SiteLayout
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.sparse import SelectiveConv2d, SiteLayout
 
 
 @torch.inference_mode()

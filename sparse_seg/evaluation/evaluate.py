@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.dataset import IGNORE_INDEX, SegmentationDataset
-from ..data.loader import evaluation_loader
-from ..masks import MaskPolicy
-from ..models.segmentor import SelectiveSegmentor
-from ..schema import DataConfig
-from .metrics import MetricsResult, SegmentationMetrics
+from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
+from sparse_seg.data.loader import evaluation_loader
+from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
+from sparse_seg.masks import MaskPolicy
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.schema import DataConfig
 
 
 @dataclass(frozen=True)

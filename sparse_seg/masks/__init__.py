@@ -1,10 +1,10 @@
 """Mask policies: which blocks are worth full resolution."""
 
-from .base import BLOCK, MaskPolicy, block_shape, top_blocks
-from .edge import EdgePolicy, gradient_magnitude
-from .oracle import OraclePolicy
-from .random import RandomPolicy
-from .uniform import UniformPolicy
+from sparse_seg.masks.base import BLOCK, MaskPolicy, block_shape, top_blocks
+from sparse_seg.masks.edge import EdgePolicy, gradient_magnitude
+from sparse_seg.masks.oracle import OraclePolicy
+from sparse_seg.masks.random import RandomPolicy
+from sparse_seg.masks.uniform import UniformPolicy
 
 POLICIES: dict[str, type[MaskPolicy]] = {
     "uniform": UniformPolicy,

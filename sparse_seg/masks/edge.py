@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import BLOCK, MaskPolicy
+from sparse_seg.masks.base import BLOCK, MaskPolicy
 
 
 class EdgePolicy(MaskPolicy):

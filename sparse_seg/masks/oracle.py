@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import BLOCK, MaskPolicy
+from sparse_seg.masks.base import BLOCK, MaskPolicy
 
 
 class OraclePolicy(MaskPolicy):
@@ -24,7 +24,8 @@ class OraclePolicy(MaskPolicy):
     def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
         if labels is None:
             raise ValueError(
-                "the oracle policy reads labels: pass the mask it gives as fine_blocks, or choose another policy"
+                "the oracle policy reads labels: call it with them and pass its mask as fine_blocks, "
+                "or choose another policy"
             )
         height, width = labels.shape[1:]
         pad = (0, -width % BLOCK, 0, -height % BLOCK)

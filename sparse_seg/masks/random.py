@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import MaskPolicy, block_shape
+from sparse_seg.masks.base import MaskPolicy, block_shape
 
 
 class RandomPolicy(MaskPolicy):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import MaskPolicy, block_shape
+from sparse_seg.masks.base import MaskPolicy, block_shape
 
 
 class UniformPolicy(MaskPolicy):
@@ -14,7 +14,7 @@ class UniformPolicy(MaskPolicy):
         super().__init__(fine_fraction, threshold)
         if fine_fraction not in (None, 0, 1):
             raise ValueError(
-                f"the uniform policy takes fine_fraction 0 or 1, not {fine_fraction}; 'random' takes any share"
+                f"the uniform policy takes fine_fraction 0 or 1, not {fine_fraction}; random takes any"
             )
 
     def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:

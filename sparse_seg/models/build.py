@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import model_config
-from ..errors import ConfigError
-from ..masks import POLICIES, MaskPolicy
-from ..schema import Config, MaskConfig, ModelConfig
-from .heads import HEADS, FCNHead
-from .resnet import ResNet
-from .segmentor import SelectiveSegmentor
+from sparse_seg.config import model_config
+from sparse_seg.errors import ConfigError
+from sparse_seg.masks import POLICIES, MaskPolicy
+from sparse_seg.models.heads import HEADS, FCNHead
+from sparse_seg.models.resnet import ResNet
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.schema import Config, MaskConfig, ModelConfig
 
 DEFAULT_NUM_CLASSES = 19  # Cityscapes
 

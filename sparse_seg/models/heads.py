@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sparse import SelectiveConv2d, SiteLayout, densify
+from sparse_seg.sparse import SelectiveConv2d, SiteLayout, densify
 
 
 class LiteHead(nn.Module):

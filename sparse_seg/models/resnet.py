@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sparse import SelectiveConv2d, SiteLayout, grid_to_rows, select_rows
+from sparse_seg.sparse import SelectiveConv2d, SiteLayout, grid_to_rows, select_rows
 
 STAGE_STRIDES = (4, 8, 16, 32)  # natural strides of layer1..layer4, in pixels
 STAGE_WIDTHS = (64, 128, 256, 512)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..masks import MaskPolicy, block_shape
-from ..sparse import SiteLayout
-from .resnet import STAGE_STRIDES, ResNet
-from .upsample import upsample_logits
+from sparse_seg.masks import MaskPolicy, block_shape
+from sparse_seg.models.resnet import STAGE_STRIDES, ResNet
+from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.sparse import SiteLayout
 
 MIN_SIZE = 32  # pixels; below it the coarsest stage has no cell left
 

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.dataset import SegmentationDataset
-from ..data.transforms import normalise
-from ..evaluation.comparison import Setting
-from ..evaluation.evaluate import predict
-from ..models.segmentor import SelectiveSegmentor
-from ..schema import DataConfig
-from .html import Section, photo, plot, write_report
-from .overlays import colourise, draw_blocks, overlay, side_by_side
-from .plots import cost_curve
-from .tables import Column, Table
+from sparse_seg.data.dataset import SegmentationDataset
+from sparse_seg.data.transforms import normalise
+from sparse_seg.evaluation.comparison import Setting
+from sparse_seg.evaluation.evaluate import predict
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.reporting.html import Section, photo, plot, write_report
+from sparse_seg.reporting.overlays import colourise, draw_blocks, overlay, side_by_side
+from sparse_seg.reporting.plots import cost_curve
+from sparse_seg.reporting.tables import Column, Table
+from sparse_seg.schema import DataConfig
 
 Rows = Sequence[dict[str, Any]]
 
@@ -46,7 +46,7 @@ def write_comparison(
     shown: Sequence[Setting],
     images: int = 4,
 ) -> None:
-    """Write the report: table, curves of quality against cost, and some images run by the `shown` settings."""
+    """Write the report: table, curves of quality against cost, some images run by the `shown` settings."""
     indices = np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int)
     pictures = [
         photo(_strip(model, dataset, data, int(index), shown), dataset.name(int(index))) for index in indices

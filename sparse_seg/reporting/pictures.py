@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.dataset import read_image
-from ..data.transforms import normalise
-from ..errors import DataError
-from ..models.segmentor import SelectiveSegmentor
-from .overlays import Palette, colourise, draw_blocks, overlay, write_image
-from ..schema import DataConfig
-from ..evaluation.evaluate import predict
+from sparse_seg.data.dataset import read_image
+from sparse_seg.data.transforms import normalise
+from sparse_seg.errors import DataError
+from sparse_seg.evaluation.evaluate import predict
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.reporting.overlays import Palette, colourise, draw_blocks, overlay, write_image
+from sparse_seg.schema import DataConfig
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
@@ -49,7 +49,7 @@ def write_pictures(
     data: DataConfig,
     output_stride: int | None = None,
 ) -> None:
-    """Segment one image and write `NAME_overlay.png`, `NAME_classes.png` and, if selective, `NAME_blocks.png`.
+    """Segment one image; write `NAME_overlay.png`, `NAME_classes.png` and, if selective, `NAME_blocks.png`.
 
     Raises:
         DataError: the file is no image, or too small for the network.

@@ -1,9 +1,9 @@
 """Sparse levels: layouts of sites, convolution over them, densify. Knows nothing of segmentation."""
 
-from .conv import SelectiveConv2d
-from .densify import densify
-from .features import grid_to_rows, lattice_grid, rows_to_grid, select_rows
-from .layout import EXCHANGES, NeighbourTable, SiteLayout
+from sparse_seg.sparse.conv import SelectiveConv2d
+from sparse_seg.sparse.densify import densify
+from sparse_seg.sparse.features import grid_to_rows, lattice_grid, rows_to_grid, select_rows
+from sparse_seg.sparse.layout import EXCHANGES, NeighbourTable, SiteLayout
 
 __all__ = [
     "EXCHANGES",

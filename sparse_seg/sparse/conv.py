@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .engines import gather
-from .layout import EXCHANGES, TAPS, SiteLayout
+from sparse_seg.sparse.engines import gather
+from sparse_seg.sparse.layout import EXCHANGES, TAPS, SiteLayout
 
 
 class SelectiveConv2d(nn.Module):

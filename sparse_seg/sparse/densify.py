@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import grid_to_rows, lattice_grid, rows_to_grid
-from .layout import SiteLayout
+from sparse_seg.sparse.features import grid_to_rows, lattice_grid, rows_to_grid
+from sparse_seg.sparse.layout import SiteLayout
 
 
 def densify(rows: Tensor, layout: SiteLayout) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .layout import SiteLayout
+from sparse_seg.sparse.layout import SiteLayout
 
 
 def grid_to_rows(grid: Tensor) -> Tensor:

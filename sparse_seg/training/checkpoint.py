@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import config_from_dict, to_dict
-from ..errors import CheckpointError
-from ..files import atomic_write
-from ..models.build import build_model
-from ..models.segmentor import SelectiveSegmentor
-from ..schema import Config
-from ..version import __version__
+from sparse_seg.config import config_from_dict, to_dict
+from sparse_seg.errors import CheckpointError
+from sparse_seg.files import atomic_write
+from sparse_seg.models.build import build_model
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.schema import Config
+from sparse_seg.version import __version__
 
 FORMAT = "sparse_seg.checkpoint"
 
@@ -85,26 +85,17 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     model.load_state_dict(dict(weights))
 
 
-def load_model(path: str | Path) -> SelectiveSegmentor:
-    """The trained network of a checkpoint, in eval mode: weights and config both come from the file.
+def load_model(path: str | Path, config: Config | None = None) -> SelectiveSegmentor:
+    """The trained network of a checkpoint, in eval mode, with the averaged weights if training kept them.
 
-    Raises:
-        CheckpointError: missing, truncated or foreign file, or one that does not fit its own config.
-    """
-    content = load_checkpoint(path)
-    model = build_model(checkpoint_config(content, path))
-    load_weights(model, content["model"], path)
-    return model.eval()
-
-
-def build_trained(config: Config, path: str | Path) -> SelectiveSegmentor:
-    """The config's network with a checkpoint's weights (the averaged ones, if training kept them), in eval mode.
+    Args:
+        config: in place of the one in the checkpoint.
 
     Raises:
         CheckpointError: missing, truncated or foreign file, or one that does not fit the config.
     """
     content = load_checkpoint(path)
-    model = build_model(config)
+    model = build_model(config or checkpoint_config(content, path))
     load_weights(model, _inference_weights(model, content), path)
     return model.eval()
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.dataset import IGNORE_INDEX
-from ..models.segmentor import Outputs
-from ..schema import LossConfig
+from sparse_seg.data.dataset import IGNORE_INDEX
+from sparse_seg.models.segmentor import Outputs
+from sparse_seg.schema import LossConfig
 
 
 class SegmentationLoss(nn.Module):
@@ -24,7 +24,8 @@ class SegmentationLoss(nn.Module):
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
         weights = config.class_weights
-        self.register_buffer("weights", None if weights is None else torch.tensor(weights), persistent=False)
+        tensor = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        self.register_buffer("weights", tensor, persistent=False)
         self.ohem_threshold, self.ohem_min_kept = config.ohem_threshold, config.ohem_min_kept
         self.auxiliary_weight = config.auxiliary_weight
 

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import num_classes, to_yaml
-from ..data import build_dataset
-from ..data.loader import training_loader
-from ..data.transforms import TrainTransform
-from ..errors import CheckpointError, TrainingError
-from ..evaluation.evaluate import evaluate
-from ..files import atomic_write
-from ..models.build import build_model
-from ..models.segmentor import Outputs, SelectiveSegmentor
-from ..schema import Config
-from .checkpoint import checkpoint_config, load_checkpoint, load_weights, save_checkpoint
-from .losses import SegmentationLoss
-from .schedule import build_optimizer, learning_rate
+from sparse_seg.config import num_classes, to_yaml
+from sparse_seg.data import build_dataset
+from sparse_seg.data.loader import training_loader
+from sparse_seg.data.transforms import TrainTransform
+from sparse_seg.errors import CheckpointError, TrainingError
+from sparse_seg.evaluation.evaluate import evaluate
+from sparse_seg.files import atomic_write
+from sparse_seg.models.build import build_model
+from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
+from sparse_seg.schema import Config
+from sparse_seg.training.checkpoint import checkpoint_config, load_checkpoint, load_weights, save_checkpoint
+from sparse_seg.training.losses import SegmentationLoss
+from sparse_seg.training.schedule import build_optimizer, learning_rate
 
 
 class Trainer:
@@ -301,3 +301,19 @@ def _tensorboard_writer(work_dir: Path, iteration: int) -> Any:
     except ImportError:
         raise TrainingError("train.tensorboard needs: pip install 'sparse_seg[tensorboard]'") from None
     return SummaryWriter(str(work_dir / "tensorboard"), purge_step=iteration)
+
+
+def finish_training(config: Config, work_dir: str | Path, device: torch.device | str = "cpu") -> Path:
+    """Train in `work_dir`, go on with the run that is there, or leave a finished one; returns `best.pt`.
+
+    Raises:
+        TrainingError: the folder holds a run of another config.
+    """
+    work_dir = Path(work_dir)
+    last = work_dir / "last.pt"
+    state = load_checkpoint(last) if last.exists() else None
+    if state is not None and checkpoint_config(state, last) != config:
+        raise TrainingError(f"{work_dir} holds a run of another config; remove it or choose another folder")
+    if state is None or state["progress"]["iteration"] < config.train.iterations:
+        Trainer(config, work_dir, resume=state is not None, device=device).run()
+    return work_dir / "best.pt"

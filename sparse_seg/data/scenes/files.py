@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -127,7 +128,7 @@ def _holds(out: Path, record: dict[str, object]) -> bool:
 def _all_or_nothing(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place at the end, or is removed if the work fails."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     folder.mkdir()
     try:
         yield folder

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..features import grid_to_rows, lattice_grid
-from ..layout import TAPS, NeighbourTable, SiteLayout
+from sparse_seg.sparse.features import grid_to_rows, lattice_grid
+from sparse_seg.sparse.layout import TAPS, NeighbourTable, SiteLayout
 
 # Bytes of a gathered tile: on the CPU it should stay in a core's L2 cache; on CUDA a few launches are best.
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -78,7 +78,7 @@ def _lattice_conv(rows: Tensor, weight: Tensor, src: SiteLayout, stride: int, di
 
 
 class _Tiles:
-    """Gathers the neighbours of extra sites tile by tile into one reused buffer."""
+    """Walks over the extra sites tile by tile, with one reused buffer for the nine neighbours of each."""
 
     def __init__(self, rows: Tensor, table: NeighbourTable) -> None:
         self.rows, self.table = rows, table
@@ -86,10 +86,6 @@ class _Tiles:
         budget = TILE_BYTES.get(rows.device.type, TILE_BYTES["cpu"])
         self.tile = min(sites, max(1, budget // (TAPS * channels * rows.element_size())))
         self.buffer = rows.new_empty(self.tile * TAPS, channels)
-        self.ghosts = rows.new_zeros(table.ghosts.shape[0] + 1, channels)  # the last one stays zero
-        for source in table.ghosts.unbind(1):
-            self.ghosts[:-1] += rows[source]
-        self.ghosts /= max(1, table.ghosts.shape[1])
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
         """Yields (extra sites, their places in the special lists)."""
@@ -102,13 +98,21 @@ class _Tiles:
         """Where the specials of a tile stand in its buffer."""
         return self.table.special_places[special] - extra.start * TAPS
 
-    def gather(self, extra: slice, special: slice) -> Tensor:
+    def gather(self, extra: slice, special: slice, ghosts: Tensor) -> Tensor:
         """`[T, 9*I]`: the tile's neighbours. Valid until the next call."""
         index = self.table.index[extra].flatten()
         tile = self.buffer[: index.shape[0]]
         torch.index_select(self.rows, 0, index, out=tile)
-        tile.index_copy_(0, self.places(extra, special), self.ghosts[self.table.special_ghosts[special]])
+        tile.index_copy_(0, self.places(extra, special), ghosts[self.table.special_ghosts[special]])
         return tile.view(-1, TAPS * self.rows.shape[1])
+
+
+def _ghost_rows(rows: Tensor, table: NeighbourTable) -> Tensor:
+    """`[G + 1, I]`: the value of each ghost, and zero."""
+    ghosts = rows.new_zeros(table.ghosts.shape[0] + 1, rows.shape[1])
+    for source in table.ghosts.unbind(1):
+        ghosts[:-1] += rows[source]
+    return ghosts.div_(max(1, table.ghosts.shape[1]))
 
 
 class _SelectiveConv2d(torch.autograd.Function):
@@ -128,9 +132,9 @@ class _SelectiveConv2d(torch.autograd.Function):
         out = rows.new_empty(dst.num_sites, weight.shape[0])
         out[: dst.num_lattice] = grid_to_rows(_lattice_conv(rows, weight, src, stride, dilation))
         tiles, extra_out = _Tiles(rows, table), out[dst.num_lattice :]
-        matrix = weight.flatten(1).t()
+        matrix, ghosts = weight.flatten(1).t(), _ghost_rows(rows, table)
         for extra, special in tiles:
-            torch.mm(tiles.gather(extra, special), matrix, out=extra_out[extra])
+            torch.mm(tiles.gather(extra, special, ghosts), matrix, out=extra_out[extra])
         return out
 
     @staticmethod
@@ -151,9 +155,14 @@ class _SelectiveConv2d(torch.autograd.Function):
             1,
             [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
         )
-        grad_rows = _with_extra(grad_rows, src) if ctx.needs_input_grad[0] else None
-        grad_weight = grad_oihw.permute(0, 2, 3, 1).contiguous() if ctx.needs_input_grad[1] else None
-        _extra_backward(grad[dst.num_lattice :], rows, weight, table, grad_rows, grad_weight)
+        extra_grad = grad[dst.num_lattice :]
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad_oihw.permute(0, 2, 3, 1).contiguous()
+            grad_weight = _add_weight_grad(grad_weight, extra_grad, rows, table)
+        if ctx.needs_input_grad[0]:
+            grad_rows = _with_extra(grad_rows, src)
+            _add_rows_grad(grad_rows, extra_grad, weight, table)
         return grad_rows, grad_weight, None, None, None, None, None
 
 
@@ -164,29 +173,33 @@ def _with_extra(grad_grid: Tensor, layout: SiteLayout) -> Tensor:
     return grad_rows
 
 
-def _extra_backward(
-    grad: Tensor,
-    rows: Tensor,
-    weight: Tensor,
-    table: NeighbourTable,
-    grad_rows: Tensor | None,
-    grad_weight: Tensor | None,
-) -> None:
-    """Add what the extra sites' outputs contribute to the gradients of rows and weight, in place."""
-    tiles, matrix = _Tiles(rows, table), weight.flatten(1)
-    grad_ghosts = torch.zeros_like(tiles.ghosts)
+def _add_weight_grad(grad_weight: Tensor, grad: Tensor, rows: Tensor, table: NeighbourTable) -> Tensor:
+    """The weight's gradient plus what the extra sites' outputs contribute."""
+    tiles, ghosts = _Tiles(rows, table), _ghost_rows(rows, table)
+    # half precision would lose small addends over many tiles: it sums in float32
+    total = grad_weight.to(torch.promote_types(grad_weight.dtype, torch.float32))
+    matrix = total.flatten(1)
     for extra, special in tiles:
-        if grad_weight is not None:
-            grad_weight.view_as(matrix).addmm_(grad[extra].t(), tiles.gather(extra, special))
-        if grad_rows is not None:
-            index = table.index[extra].flatten()
-            grad_tile = tiles.buffer[: index.shape[0]]
-            torch.mm(grad[extra], matrix, out=grad_tile.view(-1, matrix.shape[1]))
-            places = tiles.places(extra, special)
-            grad_ghosts.index_add_(0, table.special_ghosts[special], grad_tile[places])
-            grad_tile.index_fill_(0, places, 0)
-            grad_rows.index_add_(0, index, grad_tile)
-    if grad_rows is not None and table.ghosts.shape[0]:
+        if total.dtype == rows.dtype:
+            matrix.addmm_(grad[extra].t(), tiles.gather(extra, special, ghosts))
+        else:
+            matrix += grad[extra].t() @ tiles.gather(extra, special, ghosts)
+    return total.to(grad_weight.dtype)
+
+
+def _add_rows_grad(grad_rows: Tensor, grad: Tensor, weight: Tensor, table: NeighbourTable) -> None:
+    """Add what the extra sites' outputs contribute to the gradient of the rows, in place."""
+    tiles, matrix = _Tiles(grad_rows, table), weight.flatten(1)
+    grad_ghosts = grad_rows.new_zeros(table.ghosts.shape[0] + 1, grad_rows.shape[1])
+    for extra, special in tiles:
+        index = table.index[extra].flatten()
+        grad_tile = tiles.buffer[: index.shape[0]]
+        torch.mm(grad[extra], matrix, out=grad_tile.view(-1, matrix.shape[1]))
+        places = tiles.places(extra, special)
+        grad_ghosts.index_add_(0, table.special_ghosts[special], grad_tile[places])
+        grad_tile.index_fill_(0, places, 0)
+        grad_rows.index_add_(0, index, grad_tile)
+    if table.ghosts.shape[0]:
         grad_ghosts /= table.ghosts.shape[1]
         for source in table.ghosts.unbind(1):
             grad_rows.index_add_(0, source, grad_ghosts[:-1])

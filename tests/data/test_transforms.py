@@ -1,0 +1,158 @@
+"""Image and label stay aligned through scale, crop and flip; colours stay in range; the rest is padding."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_seg.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TrainTransform,
+    _jitter,
+    denormalise,
+    normalise,
+)
+
+
+def striped(height: int, width: int, cell: int) -> tuple[np.ndarray, np.ndarray]:
+    """A label of random cells and an image whose grey value is ten times the label."""
+    rng = np.random.default_rng([height, width])
+    cells = rng.integers(0, 19, (height // cell + 1, width // cell + 1), np.uint8)
+    label = np.kron(cells, np.ones((cell, cell), np.uint8))[:height, :width]
+    return np.repeat(label[..., None] * np.uint8(10), 3, axis=2), label
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(40, 150), st.integers(40, 150)),
+    crop=st.tuples(st.integers(30, 130), st.integers(30, 130)),
+    scale=st.tuples(st.floats(0.5, 1), st.floats(1, 2)),
+    seed=st.integers(0, 1000),
+)
+def test_image_and_label_stay_aligned(
+    size: tuple[int, int], crop: tuple[int, int], scale: tuple[float, float], seed: int
+) -> None:
+    image, label = striped(*size, cell=16)
+    transform = TrainTransform(crop, scale, jitter=0)
+    tensor, target = transform(image, label, np.random.default_rng(seed))
+    assert tensor.shape == (3, *crop)
+    assert tensor.dtype == torch.float32
+    assert target.shape == crop
+    assert target.dtype == torch.int64
+    grey = denormalise(tensor)[..., 0].astype(int)
+    inside = (target != 255).numpy()
+    if inside.any():
+        # bilinear and nearest may differ along the borders of cells alone: within each neighbourhood that
+        # has one label the image shows exactly that label
+        label_map = target.numpy()
+        flat = np.ones_like(inside)
+        flat[[0, -1]] = flat[:, [0, -1]] = False
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                flat &= np.roll(label_map, (dy, dx), (0, 1)) == label_map
+        flat &= inside
+        np.testing.assert_array_equal(grey[flat], 10 * label_map[flat])
+
+
+def test_unit_scale_crop_is_an_exact_window() -> None:
+    rng = np.random.default_rng(3)
+    image = rng.integers(0, 256, (50, 70, 3), np.uint8)
+    label = rng.integers(0, 19, (50, 70), np.uint8)
+    windows = np.lib.stride_tricks.sliding_window_view(label, (20, 30)).reshape(-1, 20, 30)
+    transform = TrainTransform((20, 30), (1.0, 1.0), jitter=0)
+    flipped = 0
+    for seed in range(12):
+        tensor, target = transform(image, label, np.random.default_rng(seed))
+        views = {False: target.numpy(), True: target.numpy()[:, ::-1]}
+        hits = {mirror: (windows == view).all((1, 2)) for mirror, view in views.items()}
+        mirror = bool(hits[True].any())
+        flipped += mirror
+        assert hits[mirror].sum() == 1
+        top, left = divmod(int(hits[mirror].argmax()), 70 - 30 + 1)
+        pixels = denormalise(tensor)
+        np.testing.assert_array_equal(
+            pixels[:, ::-1] if mirror else pixels, image[top : top + 20, left : left + 30]
+        )
+    assert 0 < flipped < 12
+
+
+def test_scale_enlarges_about_the_right_place() -> None:
+    """At scale 2 output pixel q shows source place (q + 0.5) / 2 - 0.5: each source pixel twice."""
+    label = np.arange(16, dtype=np.uint8).repeat(16).reshape(16, 16)
+    image = np.repeat(label[..., None], 3, 2)
+    transform = TrainTransform((32, 32), (2.0, 2.0), flip=False, jitter=0)
+    _, target = transform(image, label, np.random.default_rng(0))
+    assert target[:, 5].tolist() == [row for row in range(16) for _ in range(2)]
+
+
+def test_small_image_is_padded_with_the_mean_colour() -> None:
+    image = np.full((10, 12, 3), 200, np.uint8)
+    label = np.full((10, 12), 4, np.uint8)
+    transform = TrainTransform((32, 32), (1.0, 1.0), jitter=0)
+    tensor, target = transform(image, label, np.random.default_rng(0))
+    assert (target == 4).sum() == 120
+    assert (target == 255).sum() == 32 * 32 - 120
+    outside = tensor[:, target == 255]
+    assert outside.abs().max() < 0.5 / 255 / min(IMAGENET_STD) + 1e-6  # the mean, rounded to a grey level
+    assert (denormalise(tensor)[(target == 4).numpy()] == 200).all()
+
+
+def test_crops_reach_every_pixel() -> None:
+    label = np.arange(12, dtype=np.uint8)[None].repeat(12, 0)
+    image = np.zeros((12, 12, 3), np.uint8)
+    transform = TrainTransform((4, 4), (1.0, 1.0), flip=False)
+    starts = {int(transform(image, label, np.random.default_rng(seed))[1][0, 0]) for seed in range(200)}
+    assert starts == set(range(9))
+
+
+def test_same_rng_same_sample() -> None:
+    image, label = striped(60, 80, 8)
+    transform = TrainTransform((32, 48))
+    first, again, other = (transform(image, label, np.random.default_rng(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+
+
+def test_jitter_keeps_grey_grey_and_stays_in_range() -> None:
+    grey = np.repeat(np.linspace(0, 255, 64, dtype=np.float32).reshape(8, 8, 1), 3, 2)
+    brighter = set()
+    for seed in range(20):
+        out = _jitter(grey, 0.4, np.random.default_rng(seed))
+        assert np.ptp(out, axis=2).max() < 1e-2
+        assert out.min() >= 0
+        assert out.max() <= 255
+        brighter.add(bool(out.mean() > grey.mean()))
+    assert brighter == {True, False}
+
+
+def test_jitter_changes_colours() -> None:
+    red = np.zeros((4, 4, 3), np.float32) + np.array((200, 40, 40), np.float32)
+    spreads = [np.ptp(_jitter(red, 0.3, np.random.default_rng(seed))[0, 0]) for seed in range(20)]
+    assert min(spreads) < 160 < max(spreads)
+
+
+def test_normalise_formula_and_inverse() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    tensor = normalise(image)
+    expected = (torch.from_numpy(image).double() / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(
+        IMAGENET_STD
+    )
+    torch.testing.assert_close(tensor, expected.permute(2, 0, 1).float(), rtol=1e-5, atol=1e-5)
+    assert tensor.is_contiguous()
+    np.testing.assert_array_equal(denormalise(tensor), image)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop": (0, 4)}, r"crop \(0, 4\)"),
+        ({"crop": (4, 4), "scale_range": (2.0, 1.0)}, "scale_range"),
+        ({"crop": (4, 4), "jitter": 1.0}, "jitter 1.0"),
+    ],
+)
+def test_impossible_settings(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainTransform(**changes)

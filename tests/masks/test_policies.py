@@ -1,0 +1,198 @@
+"""Mask policies against loops over pixels and blocks."""
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_seg.masks import (
+    POLICIES,
+    EdgePolicy,
+    MaskPolicy,
+    OraclePolicy,
+    RandomPolicy,
+    UniformPolicy,
+    block_shape,
+    gradient_magnitude,
+    top_blocks,
+)
+
+SIZES = [(32, 32), (33, 47), (49, 81), (64, 96)]
+
+
+class Given(MaskPolicy):
+    """Scores as handed in."""
+
+    def __init__(self, values: Tensor, **cut: float) -> None:
+        super().__init__(**cut)
+        self.values = values
+
+    def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        return self.values
+
+
+@pytest.fixture(params=SIZES, ids=str)
+def images(request: pytest.FixtureRequest) -> Tensor:
+    return torch.randn(2, 3, *request.param, generator=torch.Generator().manual_seed(0))
+
+
+def random_labels(images: Tensor, classes: int = 3) -> Tensor:
+    """Patches of a few labels, some of them ignored, so that boundaries are sparse."""
+    height, width = images.shape[2:]
+    generator = torch.Generator().manual_seed(4)
+    small = torch.randint(0, classes, (len(images), height // 9 + 1, width // 9 + 1), generator=generator)
+    small[torch.rand(small.shape, generator=generator) < 0.2] = 255
+    return small.repeat_interleave(9, 1).repeat_interleave(9, 2)[:, :height, :width]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.15, 0.5, 0.77, 1.0])
+def test_exact_count_of_the_highest_scores(fraction: float) -> None:
+    scores = torch.randn(3, 7, 9, generator=torch.Generator().manual_seed(1))
+    mask = top_blocks(scores, fraction)
+    assert mask.shape == scores.shape
+    assert mask.dtype == torch.bool
+    for image_mask, image_scores in zip(mask, scores, strict=True):
+        count = round(fraction * 63)
+        assert int(image_mask.sum()) == count, "each image has the same budget"
+        if 0 < count < 63:
+            assert image_scores[image_mask].min() > image_scores[~image_mask].max()
+
+
+def test_ties_in_raster_order() -> None:
+    mask = top_blocks(torch.zeros(2, 5, 6), 0.5)
+    assert mask.flatten(1).tolist() == [[True] * 15 + [False] * 15] * 2
+    scores = torch.tensor([[[0.0, 2.0, 1.0], [1.0, 1.0, 2.0]]])
+    assert top_blocks(scores, 0.5).tolist() == [[[False, True, True], [False, False, True]]]
+    many = torch.randint(0, 3, (1, 64, 64), generator=torch.Generator().manual_seed(0)).float()
+    chosen, flat = top_blocks(many, 0.2).flatten(), many.flatten()
+    tied = (flat == 2).nonzero().squeeze(1)
+    assert torch.equal(chosen.nonzero().squeeze(1), tied[: round(0.2 * 4096)]), "an unstable sort mixes ties"
+
+
+def test_threshold() -> None:
+    values = torch.tensor([[[0.1, 0.5, 0.6]]])
+    assert Given(values, threshold=0.5)(values).tolist() == [[[False, False, True]]], "above, not at"
+    assert Given(values, threshold=0.5).extra_repr() == "threshold=0.5"
+    assert Given(values, fine_fraction=0.5).extra_repr() == "fine_fraction=0.5"
+
+
+@pytest.mark.parametrize("cut", [{}, {"fine_fraction": 0.1, "threshold": 0.1}])
+def test_one_of_two_cuts(cut: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="either fine_fraction or threshold"):
+        EdgePolicy(**cut)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1])
+def test_fractions_outside(fraction: float) -> None:
+    with pytest.raises(ValueError, match=rf"fine_fraction must lie in 0..1, not {fraction}"):
+        RandomPolicy(fraction)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_every_policy(name: str, images: Tensor) -> None:
+    """The right shape and exact budget for both images of a batch, on any size; each image for itself."""
+    blocks = (2, math.ceil(images.shape[2] / 16), math.ceil(images.shape[3] / 16))
+    assert block_shape(images) == blocks
+    fraction = 1.0 if name == "uniform" else 0.3
+    policy, labels = POLICIES[name](fine_fraction=fraction).eval(), random_labels(images)
+    mask = policy(images, labels)
+    assert tuple(mask.shape) == blocks
+    assert mask.dtype == torch.bool
+    assert mask.flatten(1).sum(1).tolist() == [round(fraction * blocks[1] * blocks[2])] * 2
+    if name in ("edge", "oracle"):
+        alone = torch.cat([policy(images[i : i + 1], labels[i : i + 1]) for i in range(2)])
+        assert torch.equal(alone, mask)
+
+
+def test_gradient_magnitude(images: Tensor) -> None:
+    """OpenCV's Sobel over the channel mean, borders replicated, divided by its gain."""
+    ours = gradient_magnitude(images)
+    for image, magnitude in zip(images.double().numpy(), ours, strict=True):
+        grey = image.mean(0)
+        dx, dy = (
+            cv2.Sobel(grey, cv2.CV_64F, *order, ksize=3, scale=1 / 8, borderType=cv2.BORDER_REPLICATE)
+            for order in ((1, 0), (0, 1))
+        )
+        np.testing.assert_allclose(magnitude[0].numpy(), np.hypot(dx, dy), atol=1e-5)
+
+
+def test_gradient_of_a_ramp_is_its_slope() -> None:
+    ramp = (torch.arange(40.0) * 0.25).expand(1, 3, 32, 40)
+    assert torch.allclose(gradient_magnitude(ramp)[..., 1:-1], torch.tensor(0.25))
+
+
+def test_edge_scores(images: Tensor) -> None:
+    """The largest magnitude of a block's pixels, those of cut blocks at the border included."""
+    magnitude = gradient_magnitude(images)[:, 0]
+    scores = EdgePolicy(threshold=0.0).scores(images, None)
+    for b, y, x in np.ndindex(*block_shape(images)):
+        block = magnitude[b, 16 * y : 16 * y + 16, 16 * x : 16 * x + 16]
+        assert scores[b, y, x] == block.max()
+
+
+def test_oracle_scores(images: Tensor) -> None:
+    """Boundary pixels over 256 places: a block cut by the border has less to gain."""
+    labels = random_labels(images)
+    scores = OraclePolicy(threshold=0.0).scores(images, labels)
+    counts = np.zeros(block_shape(images))
+    plain = labels.tolist()
+    height, width = images.shape[2:]
+    for b, y, x in np.ndindex(len(plain), height, width):
+        own = plain[b][y][x]
+        around = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+        others = [plain[b][v][u] for v, u in around if 0 <= v < height and 0 <= u < width]
+        counts[b, y // 16, x // 16] += own != 255 and any(other not in (own, 255) for other in others)
+    assert 0 < counts.sum() < labels.numel() / 2
+    np.testing.assert_allclose(scores.numpy(), counts / 256, atol=1e-6)
+
+
+def test_oracle_ignores_the_ignored() -> None:
+    labels = torch.zeros(1, 32, 32, dtype=torch.long)
+    labels[:, 10:, 20:] = 255
+    policy, images = OraclePolicy(threshold=0.0), torch.zeros(1, 3, 32, 32)
+    assert not policy(images, labels).any()
+    labels[:, 10:, 20:] = 1
+    assert policy(images, labels).tolist() == [[[False, True], [False, True]]]
+    assert not OraclePolicy(threshold=0.0, ignore_index=1)(images, labels).any()
+    with pytest.raises(ValueError, match="reads labels: pass the mask it gives as fine_blocks"):
+        policy(images)
+
+
+def test_uniform() -> None:
+    images = torch.zeros(2, 3, 40, 50)
+    assert not UniformPolicy(0)(images).any()
+    assert UniformPolicy(1)(images).all()
+    assert UniformPolicy(threshold=0.4)(images).all()
+    assert not UniformPolicy(threshold=0.6)(images).any()
+    with pytest.raises(ValueError, match="takes fine_fraction 0 or 1, not 0.5"):
+        UniformPolicy(0.5)
+
+
+def test_random() -> None:
+    """Eval repeats itself and leaves the global generator alone; training draws anew; images differ."""
+    images = torch.zeros(2, 3, 128, 128)
+    policy = RandomPolicy(0.5, seed=3).eval()
+    state = torch.get_rng_state()
+    first = policy(images)
+    assert torch.equal(first, policy(images))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(first, RandomPolicy(0.5, seed=4).eval()(images))
+    assert not torch.equal(first[0], first[1])
+    policy.train()
+    assert not torch.equal(policy(images), policy(images))
+
+
+def test_policies_give_no_gradient() -> None:
+    images = torch.randn(1, 3, 32, 32, requires_grad=True)
+    assert not EdgePolicy(threshold=0.1)(images).requires_grad
+
+
+def test_device(device: str) -> None:
+    images = torch.randn(2, 3, 33, 47, device=device)
+    labels = random_labels(images).to(device)
+    for name, policy in POLICIES.items():
+        mask = policy(fine_fraction=1.0 if name == "uniform" else 0.3).eval()(images, labels)
+        assert mask.device.type == device

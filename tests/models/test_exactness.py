@@ -1,0 +1,190 @@
+"""P1 and P2 of design.md: the selective network against dense networks of `nn.Conv2d` alone."""
+
+import functools
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_seg.models.segmentor import SelectiveSegmentor
+
+from tests.reference import MASKS, block_mask, dense_reference, random_model, relative_error
+from tests.slow_reference import SlowSites
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+SIZES = [(32, 32), (33, 47), (48, 80), (65, 97), (101, 137)]
+BACKBONES = [("resnet18", "lite"), ("resnet50", "deeplabv3")]
+
+
+class Case(NamedTuple):
+    """A network, images, and what the dense networks of output stride 8, 16 and 32 make of them."""
+
+    model: SelectiveSegmentor
+    images: Tensor
+    features: dict[int, list[Tensor]]
+    grid_logits: dict[int, Tensor]
+    logits: dict[int, Tensor]
+    tolerance: float
+
+
+@functools.cache
+@torch.no_grad()
+def make_case(
+    backbone: str,
+    head: str,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+    width: float = 0.125,
+) -> Case:
+    model = random_model(backbone, head, width, dtype, device)
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    features, grid_logits, logits = {}, {}, {}
+    for stride in (8, 16, 32):
+        reference = dense_reference(model, stride, backbone, head, width)
+        features[stride] = reference.backbone(images)
+        grid_logits[stride] = reference.head(features[stride][3])
+        logits[stride] = reference(images)
+    return Case(model, images, features, grid_logits, logits, TOLERANCE[dtype])
+
+
+def block_shape(size: tuple[int, int]) -> tuple[int, int, int]:
+    return 2, -(-size[0] // 16), -(-size[1] // 16)
+
+
+def grid_size(grid: Tensor) -> tuple[int, int]:
+    return grid.shape[2], grid.shape[3]
+
+
+def as_rows(grid: Tensor) -> Tensor:
+    return torch.stack(
+        [image[:, y, x] for image in grid for y in range(grid.shape[2]) for x in range(grid.shape[3])]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("backbone", "head"), BACKBONES)
+@torch.no_grad()
+def test_features_of_any_mask(
+    backbone: str, head: str, size: tuple[int, int], dtype: torch.dtype, device: str
+) -> None:
+    """P1 under every mask (the lattice is OS16's and never moves), P2 at both ends."""
+    case = make_case(backbone, head, size, dtype, device)
+    lattices: list[list[Tensor]] = []
+    for kind in MASKS:
+        mask = block_mask(kind, block_shape(size))
+        layouts = case.model.selective_layouts(case.images, mask)
+        rows = case.model.backbone(case.images, layouts)
+        lattices.append([rows[stage][: layouts[3].num_lattice] for stage in (2, 3)])
+        for stage in (2, 3):
+            fine, coarse = case.features[8][stage], case.features[16][stage]
+            lattice = lattices[-1][stage - 2]
+            assert relative_error(lattice, as_rows(coarse)) < case.tolerance, f"P1 against OS16: {kind}"
+            assert relative_error(lattice, as_rows(fine[:, :, ::2, ::2])) < case.tolerance, f"P1: {kind}"
+            assert relative_error(lattice, lattices[0][stage - 2]) < 1e-6, f"the lattice moved: {kind}"
+            if kind == "empty":
+                assert rows[stage].shape[0] == layouts[3].num_lattice
+            if kind == "full":
+                sites = SlowSites(2, grid_size(fine), [mask])
+                assert relative_error(rows[stage], sites.read(fine)) < case.tolerance, "P2, all fine"
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("backbone", "head"), [*BACKBONES, ("resnet18", "deeplabv3"), ("resnet50", "lite")])
+@torch.no_grad()
+def test_logits_at_the_ends(backbone: str, head: str, size: tuple[int, int], device: str) -> None:
+    """P2's all-fine half and `dense` at 8, 16 and 32."""
+    case = make_case(backbone, head, size, torch.float64, device)
+    all_fine = case.model(case.images, fine_blocks=block_mask("full", block_shape(size)))
+    assert relative_error(all_fine, case.logits[8]) < case.tolerance
+    assert relative_error(case.model.dense(case.images), case.logits[8]) < case.tolerance
+    for stride in (8, 16, 32):
+        layouts = case.model.dense_layouts(case.images, stride)
+        rows = case.model.backbone(case.images, layouts)
+        for ours, theirs in zip(rows, case.features[stride], strict=True):
+            assert relative_error(ours, as_rows(theirs)) < case.tolerance
+        grid_logits = case.model.head(rows[3], layouts[3])
+        assert relative_error(grid_logits, case.grid_logits[stride]) < case.tolerance
+
+
+@pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
+@torch.no_grad()
+def test_full_width(backbone: str, head: str) -> None:
+    size = (65, 97)
+    case = make_case(backbone, head, size, torch.float32, "cpu", width=1.0)
+    layouts = case.model.selective_layouts(case.images, block_mask("random", block_shape(size)))
+    rows = case.model.backbone(case.images, layouts)[3][: layouts[3].num_lattice]
+    assert relative_error(rows, as_rows(case.features[16][3])) < case.tolerance
+    all_fine = case.model(case.images, fine_blocks=block_mask("full", block_shape(size)))
+    assert relative_error(all_fine, case.logits[8]) < case.tolerance
+
+
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet101"])
+@torch.no_grad()
+def test_the_deeper_ones(backbone: str) -> None:
+    size = (49, 70)
+    case = make_case(backbone, "lite", size, torch.float64, "cpu")
+    mask = block_mask("random", block_shape(size))
+    layouts = case.model.selective_layouts(case.images, mask)
+    rows = case.model.backbone(case.images, layouts)[3]
+    assert relative_error(rows[: layouts[3].num_lattice], as_rows(case.features[16][3])) < case.tolerance
+    all_fine = case.model(case.images, fine_blocks=torch.ones_like(mask))
+    assert relative_error(all_fine, case.logits[8]) < case.tolerance
+
+
+@pytest.mark.parametrize("head", ["lite", "deeplabv3"])
+@torch.no_grad()
+def test_trained_at_stride_16(head: str) -> None:
+    """A network trained at OS16 runs at OS16 as the dense one, upsampling included."""
+    model = random_model(head=head, dtype=torch.float64, trained_stride=16)
+    reference = dense_reference(model, 16, "resnet18", head)
+    images = torch.randn(2, 3, 70, 101, dtype=torch.float64)
+    assert relative_error(model.dense(images, output_stride=16), reference(images)) < 1e-12
+
+
+@torch.no_grad()
+def test_the_cases_are_not_trivial() -> None:
+    """Features are alive, of order one, depend on the image, and OS8 has detail that OS16 lacks."""
+    case = make_case("resnet18", "lite", (65, 97), torch.float64, "cpu")
+    fine, coarse = (case.features[stride][3] for stride in (8, 16))
+    assert 0.05 < (fine > 0).double().mean().item() < 0.95
+    assert 0.1 < fine.std().item() < 100
+    assert relative_error(fine[0], fine[1]) > 0.1
+    repeated = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)[..., : fine.shape[2], : fine.shape[3]]
+    assert relative_error(repeated, fine) > 0.1
+
+
+@torch.no_grad()
+def test_extra_sites_out_of_reach_of_coarse_blocks() -> None:
+    """P3: an extra site differs from dense OS8 exactly where its receptive field meets a coarse block."""
+    size = (200, 216)
+    case = make_case("resnet18", "lite", size, torch.float64, "cpu")
+    mask = torch.ones(block_shape(size), dtype=torch.bool)
+    mask[0, 0, 0] = mask[1, -1, 4] = False
+    layouts = case.model.selective_layouts(case.images, mask)
+    rows = case.model.backbone(case.images, layouts)[3]
+    expected = case.features[8][3]
+    sites = SlowSites(2, grid_size(expected), [mask])
+    reached = torch.tensor([cell in _reached(sites) for cell in sites.cells])
+    error = (rows - sites.read(expected)).abs().amax(1) / expected.abs().max()
+    extra = torch.arange(len(error)) >= layouts[3].num_lattice
+    assert (extra & ~reached).sum() > 300
+    assert (extra & reached).sum() > 300
+    assert error[~reached].max() < 1e-12
+    assert (error[reached] > 1e-9).double().mean() > 0.9
+
+
+@functools.cache
+def _reached(sites: SlowSites) -> set[tuple[int, int, int]]:
+    """Cells whose receptive field, in the convolutions that read mixed levels, holds a cell without a site."""
+    height, width = sites.size
+    missing = {(b, y, x) for b in range(sites.batch) for y in range(height) for x in range(width)}
+    missing -= set(sites.cells)
+    # resnet18 at OS8: layer3's first convolution reads the dense stage; then 2, 2, 2 cells; then 2, 4, 4, 4
+    reached: set[tuple[int, int, int]] = set()
+    for dilation in (2, 2, 2, 2, 4, 4, 4):
+        steps = [(dy, dx) for dy in (-dilation, 0, dilation) for dx in (-dilation, 0, dilation)]
+        reached = {(b, y + dy, x + dx) for b, y, x in reached | missing for dy, dx in steps}
+    return reached & set(sites.cells)

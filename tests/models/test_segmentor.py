@@ -1,0 +1,209 @@
+"""The segmentor as its users call it: calls, precision, errors, building and printing."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparse_seg import build_model
+from sparse_seg.errors import ConfigError
+from sparse_seg.models.heads import mean_by_area
+from sparse_seg.sparse import SelectiveConv2d, SiteLayout
+from tests.reference import block_mask, random_model, relative_error
+from tests.sparse.test_layout import random_splits
+
+
+@torch.no_grad()
+def test_the_policy_is_the_default_mask() -> None:
+    model, images = random_model(), torch.randn(2, 3, 65, 97)
+    mask = model.policy(images)
+    assert 0 < mask.sum() < mask.numel()
+    assert torch.equal(model(images), model(images, fine_blocks=mask))
+    assert model(images).shape == (2, 5, 65, 97)
+    assert relative_error(model(images, fine_blocks=~mask), model(images)) > 1e-3, "the mask matters"
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 3, 31, 64), r"at least 32x32 px, not \[31, 64\]"),
+        (torch.zeros(2, 3, 64, 31), r"at least 32x32 px, not \[64, 31\]"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), r"must be float .* got torch.uint8 \[2, 3, 64, 64\]"),
+        (torch.zeros(2, 1, 64, 64), r"must be float \[B, 3, H, W\], normalised; got .* \[2, 1, 64, 64\]"),
+        (torch.zeros(3, 64, 64), r"got torch.float32 \[3, 64, 64\]"),
+    ],
+)
+def test_bad_images(images: Tensor, message: str) -> None:
+    for call in (random_model(), random_model().dense):
+        with pytest.raises(ValueError, match=message):
+            call(images)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            torch.zeros(2, 4, 7).bool(),
+            r"bool \[2, 5, 7\] for images \[2, 3, 65, 97\], not torch.bool \[2, 4, 7\]",
+        ),
+        (torch.zeros(1, 5, 7).bool(), r"not torch.bool \[1, 5, 7\]"),
+        (torch.zeros(2, 5, 7), r"not torch.float32 \[2, 5, 7\]"),
+        (torch.zeros(2, 1, 5, 7).bool(), r"not torch.bool \[2, 1, 5, 7\]"),
+    ],
+)
+def test_bad_masks(mask: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        random_model()(torch.zeros(2, 3, 65, 97), fine_blocks=mask)
+
+
+def test_bad_output_stride() -> None:
+    with pytest.raises(ValueError, match="output_stride must be 8, 16 or 32, not 4"):
+        random_model().dense(torch.zeros(1, 3, 64, 64), output_stride=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
+def test_autocast(backbone: str, head: str, dtype: torch.dtype, device: str) -> None:
+    """Runs, stays near float32, and trains with float32 gradients."""
+    model = copy.deepcopy(random_model(backbone, head, device=device))
+    images = torch.randn(2, 3, 65, 97, device=device, generator=torch.Generator(device).manual_seed(0))
+    mask = block_mask("random", (2, 5, 7))
+    with torch.no_grad():
+        full = model(images, fine_blocks=mask)
+        with torch.autocast(device, dtype):
+            half = model(images, fine_blocks=mask)
+    assert half.dtype == torch.float32, "logits are for the loss"
+    error = (half - full).square().mean().sqrt() / full.std()
+    assert error < (0.1 if dtype == torch.bfloat16 else 0.02)
+    assert error > 1e-6, "autocast did nothing"
+
+    model.train()
+    with torch.autocast(device, dtype):
+        loss = model(images, fine_blocks=mask).square().mean()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("head", ["lite", "deeplabv3"])
+@torch.no_grad()
+def test_plain_bfloat16(head: str) -> None:
+    model = random_model(head=head)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    images, mask = torch.randn(2, 3, 65, 97), block_mask("random", (2, 5, 7))
+    full = model(images, fine_blocks=mask)
+    logits = half(images.bfloat16(), fine_blocks=mask)
+    assert (logits.float() - full).square().mean().sqrt() / full.std() < 0.15
+
+
+@torch.no_grad()
+def test_float64_stays() -> None:
+    model = random_model(dtype=torch.float64)
+    assert model(torch.randn(1, 3, 40, 40, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_auxiliary_head_in_training_only() -> None:
+    torch.manual_seed(0)
+    model = build_model({"width": 0.125, "auxiliary": True, "num_classes": 4})
+    images = torch.randn(2, 3, 48, 50)
+    layouts = model.selective_layouts(images)
+    logits, auxiliary = model.outputs(images, layouts)
+    assert auxiliary is not None
+    assert logits.shape == auxiliary.shape == (2, 4, 48, 50)
+    assert model.eval().outputs(images, layouts).auxiliary is None
+
+
+@pytest.mark.parametrize("levels", [0, 1, 2])
+def test_mean_by_area(levels: int) -> None:
+    splits = random_splits((9, 7), levels, seed=2)
+    layout = SiteLayout(2, (9, 7), 8, splits)
+    rows = torch.randn(layout.num_sites, 3, dtype=torch.float64, requires_grad=True)
+    mean = mean_by_area(rows, layout)
+    for b in range(2):
+        total, weight = torch.zeros(3, dtype=torch.float64), 0
+        for row, area, image in zip(rows, layout.areas.tolist(), layout.image_of_row.tolist(), strict=True):
+            if image == b:
+                total, weight = total + area * row, weight + area
+        assert relative_error(mean[b], total / weight) < 1e-12
+    assert torch.autograd.gradcheck(lambda rows: mean_by_area(rows, layout), (rows,))
+
+
+@pytest.mark.parametrize("kind", ["empty", "full"])
+def test_mean_by_area_at_the_ends(kind: str) -> None:
+    """The plain mean of the dense coarse or fine grid, at odd sizes too."""
+    layout = SiteLayout.from_fine_blocks(block_mask(kind, (2, 5, 4)), (9, 7))
+    rows = torch.randn(layout.num_sites, 3, dtype=torch.float64)
+    expected = torch.stack([rows[layout.image_of_row == b].mean(0) for b in range(2)])
+    assert relative_error(mean_by_area(rows, layout), expected) < 1e-12
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["empty", "random", "full"])
+def test_mean_by_area_of_a_large_image(kind: str, dtype: torch.dtype, autocast: bool) -> None:
+    """At 1024x2048 a sum in half precision stagnates or overflows; the mean of threes is three."""
+    layout = SiteLayout.from_fine_blocks(block_mask(kind, (1, 64, 128)), (128, 256))
+    rows = torch.full((layout.num_sites, 2), 3.0, dtype=dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        mean = mean_by_area(rows, layout)
+    assert torch.allclose(mean.float(), torch.tensor(3.0), rtol=0.01)
+
+
+def test_build_from_a_plain_dict() -> None:
+    model = build_model({"backbone": "resnet34", "head": "deeplabv3", "num_classes": 7, "width": 0.25})
+    assert model.head.classifier.out_channels == 7
+    assert len(model.backbone.layer3) == 6
+    assert [conv.spacing for conv in model.head.aspp.atrous] == [96, 192, 288]
+    spacings = {
+        name: {
+            conv.spacing
+            for conv in getattr(model.backbone, name).modules()
+            if isinstance(conv, SelectiveConv2d)
+        }
+        for name in ("layer1", "layer2", "layer3", "layer4")
+    }
+    assert spacings == {"layer1": {4}, "layer2": {4, 8}, "layer3": {8, 16}, "layer4": {16, 32}}
+    assert build_model({}).head.classifier.out_channels == 19
+    policy = build_model({"mask": {"policy": "random", "threshold": 0.4, "seed": 9}}).policy
+    assert (policy.threshold, policy.fine_fraction, policy.seed) == (0.4, None, 9)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"bakbone": "resnet18"}, "unknown key 'bakbone'; did you mean 'backbone'"),
+        ({"mask": {"polcy": "edge"}}, "unknown key 'mask.polcy'; did you mean 'policy'"),
+        ({"backbone": "resnet19"}, "model.backbone is 'resnet19'; did you mean 'resnet1"),
+        ({"head": "fcn"}, "model.head is 'fcn'; choose one of lite, deeplabv3"),
+        ({"exchange": "cubic"}, "model.exchange is 'cubic'.*linear, nearest, none"),
+        ({"mask": {"policy": "edges"}}, "model.mask.policy is 'edges'; did you mean 'edge'"),
+        ({"mask": {"fine_fraction": 1.5}}, "fine_fraction must lie in 0..1"),
+        ({"mask": {"policy": "uniform"}}, "uniform policy takes fine_fraction 0 or 1, not 0.15"),
+        ({"width": 0.3}, "width 0.3 makes 19.2 of 64 channels"),
+        ({"width": "half"}, "'width' must be a number, not 'half'"),
+        ({"trained_stride": 4}, "model.trained_stride is 4"),
+        ({"num_classes": 1}, "num_classes must lie in 2..255"),
+    ],
+)
+def test_bad_configs(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model(config)
+
+
+def test_print() -> None:
+    text = str(random_model())
+    assert "SelectiveConv2d(32, 64, spacing=16px, exchange=linear)" in text
+    assert "EdgePolicy(fine_fraction=0.15)" in text
+
+
+def test_modules_carry_no_hidden_state() -> None:
+    """A forward leaves parameters and buffers as they were in eval mode."""
+    model: nn.Module = random_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(torch.randn(1, 3, 40, 56))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -1,0 +1,157 @@
+"""P3 and training: the selective network against the slow one, values and gradients."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.sparse import EXCHANGES, SiteLayout
+
+from tests.reference import (
+    DenseSegmentor,
+    as_reference,
+    block_mask,
+    dense_reference,
+    random_model,
+    reference_name,
+    relative_error,
+)
+from tests.slow_reference import SlowSelective, SlowSites
+
+CONFIGS = [("resnet18", "lite"), ("resnet18", "deeplabv3"), ("resnet50", "lite")]
+
+
+def random_case(size: tuple[int, int], seed: int, share: float) -> tuple[Tensor, Tensor]:
+    """Two images and a random mask of their blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(2, 3, *size, dtype=torch.float64, generator=generator)
+    mask = torch.rand(2, -(-size[0] // 16), -(-size[1] // 16), generator=generator) < share
+    return images, mask
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(("backbone", "head"), CONFIGS)
+@settings(max_examples=6)
+@given(
+    size=st.tuples(st.integers(32, 80), st.integers(32, 110)),
+    seed=st.integers(0, 1000),
+    share=st.floats(0.05, 0.95),
+)
+@torch.no_grad()
+def test_exchange_rules(
+    backbone: str, head: str, exchange: str, size: tuple[int, int], seed: int, share: float
+) -> None:
+    """Every site under any mask, and the logits, equal the slow reference."""
+    model = random_model(backbone, head, dtype=torch.float64, exchange=exchange)
+    slow = SlowSelective(dense_reference(model, 8, backbone, head), exchange)
+    images, mask = random_case(size, seed, share)
+    layouts = model.selective_layouts(images, mask)
+    rows = model.backbone(images, layouts)
+    for ours, theirs in zip(rows[2:], slow.features(images, mask), strict=True):
+        assert relative_error(ours, theirs) < 1e-11
+    assert relative_error(model(images, fine_blocks=mask), slow.logits(images, mask)) < 1e-11
+
+
+@torch.no_grad()
+def test_exchange_rules_differ() -> None:
+    """Otherwise the test above would prove nothing."""
+    images, mask = random_case((70, 101), 3, 0.4)
+    logits = [
+        random_model(dtype=torch.float64, exchange=exchange)(images, fine_blocks=mask)
+        for exchange in EXCHANGES
+    ]
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert relative_error(logits[first], logits[second]) > 1e-2
+
+
+def _training_pair(
+    backbone: str, head: str, exchange: str, train: bool
+) -> tuple[SelectiveSegmentor, DenseSegmentor]:
+    model = copy.deepcopy(random_model(backbone, head, dtype=torch.float64, exchange=exchange))
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    model.train(train)
+    return model, dense_reference(model, 8, backbone, head)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(("backbone", "head"), CONFIGS)
+def test_gradients(backbone: str, head: str, exchange: str, train: bool) -> None:
+    """Gradients of weights, batch norms and images, and running statistics, as autograd through the slow one."""
+    model, reference = _training_pair(backbone, head, exchange, train)
+    images, mask = random_case((70, 53), 5, 0.4)
+    target = torch.randn(2, 5, 70, 53, dtype=torch.float64)
+    ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
+    (model(ours, fine_blocks=mask) * target).sum().backward()
+    (SlowSelective(reference, exchange).logits(theirs, mask) * target).sum().backward()
+
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert relative_error(ours.grad, theirs.grad) < 1e-9
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    actual = as_reference(model, {name: _grad(parameter) for name, parameter in model.named_parameters()})
+    assert actual.keys() == expected.keys()
+    largest = max(grad.abs().max().item() for grad in expected.values() if grad is not None)
+    for name, grad in expected.items():
+        assert grad is not None, name
+        if grad.abs().max() > 1e-9 * largest:  # a bias before a batch norm has none
+            assert relative_error(actual[name], grad) < 1e-9, name
+    statistics = dict(reference.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.allclose(buffer, statistics[reference_name(name)], rtol=1e-9, atol=1e-12), name
+
+
+def _grad(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _three_levels(
+    model: SelectiveSegmentor, images: Tensor, coarse: Tensor, middle: Tensor
+) -> list[SiteLayout]:
+    """layer3 on 16 and 8, layer4 on 32, 16 and 8."""
+    quarter, eighth = model.dense_layouts(images, 8)[:2]
+    two = SiteLayout.from_fine_blocks(middle, eighth.size)
+    return [quarter, eighth, two, SiteLayout(len(images), eighth.size, 8, (coarse, middle))]
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("size", [(33, 47), (101, 137), (96, 64)], ids=str)
+@torch.no_grad()
+def test_three_levels(backbone: str, size: tuple[int, int]) -> None:
+    """Levels are data: the stride-32 lattice is dense OS32's under any masks, all split is dense OS8."""
+    model = random_model(backbone, dtype=torch.float64)
+    dense = {
+        stride: dense_reference(model, stride, backbone).backbone(_images(size)) for stride in (8, 16, 32)
+    }
+    coarse_shape = (2, -(-size[0] // 32), -(-size[1] // 32))
+    middle_shape = (2, -(-size[0] // 16), -(-size[1] // 16))
+    for kind in ("empty", "random", "checkerboard", "full"):
+        coarse = block_mask(kind, coarse_shape)
+        allowed = coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)[
+            :, : middle_shape[1], : middle_shape[2]
+        ]
+        allowed = allowed.clone()
+        allowed[:, ::2, ::2] = True
+        middle = block_mask(kind, middle_shape, seed=1) & allowed
+        layouts = _three_levels(model, _images(size), coarse, middle)
+        rows = model.backbone(_images(size), layouts)[3]
+        sites = SlowSites(2, layouts[3].size, [coarse, middle])
+        lattice = SlowSites(2, layouts[3].lattice_size)
+        assert relative_error(rows[: layouts[3].num_lattice], lattice.read(dense[32][3])) < 1e-12, kind
+        if kind == "full":
+            assert relative_error(rows, sites.read(dense[8][3])) < 1e-12
+    coarse, middle = torch.ones(coarse_shape).bool(), torch.zeros(middle_shape).bool()
+    rows = model.backbone(_images(size), _three_levels(model, _images(size), coarse, middle))[3]
+    middle_level = SlowSites(2, (middle_shape[1], middle_shape[2]), [coarse])
+    assert relative_error(rows, middle_level.read(dense[16][3])) < 1e-12
+
+
+def _images(size: tuple[int, int]) -> Tensor:
+    return torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

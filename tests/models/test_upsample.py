@@ -1,0 +1,57 @@
+"""The last upsampling: the trained network's offset at any stride."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparse_seg.models.upsample import upsample_logits
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+@pytest.mark.parametrize("size", [(64, 96), (33, 47), (101, 137)], ids=str)
+def test_trained_stride_is_plain_interpolation(stride: int, size: tuple[int, int]) -> None:
+    logits = torch.randn(2, 3, -(-size[0] // stride), -(-size[1] // stride), dtype=torch.float64)
+    expected = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    assert torch.equal(upsample_logits(logits, size, stride, stride), expected)
+
+
+@pytest.mark.parametrize("trained_stride", [8, 16, 32])
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_a_ramp_of_pixels_comes_back(stride: int, trained_stride: int) -> None:
+    """Sites at multiples of any stride that hold their place: pixel q reads q - (trained - 1) / 2."""
+    height, width = 128, 192
+    y = torch.arange(0, height, stride, dtype=torch.float64)
+    x = torch.arange(0, width, stride, dtype=torch.float64)
+    places = torch.stack(torch.meshgrid(y, x, indexing="ij"))[None]
+    out = upsample_logits(places, (height, width), stride, trained_stride)
+    assert out.shape == (1, 2, height, width)
+    inner = slice(trained_stride, -max(stride, trained_stride) - 1)  # beyond the last site it is constant
+    offset = (trained_stride - 1) / 2
+    rows, columns = torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64)
+    assert torch.allclose(out[0, 0][inner, inner], (rows - offset)[inner, None].expand(-1, width)[:, inner])
+    assert torch.allclose(out[0, 1][inner, inner], (columns - offset)[inner].expand(height, -1)[inner])
+
+
+@pytest.mark.parametrize("trained_stride", [8, 16])
+@pytest.mark.parametrize("size", [(101, 137), (33, 47), (65, 97)], ids=str)
+def test_sizes_that_strides_do_not_divide(size: tuple[int, int], trained_stride: int) -> None:
+    """A ramp read from stride 8 and from stride 16 gives the same pixels, away from the far border."""
+    outputs = []
+    for stride in (8, 16):
+        y = torch.arange(0, size[0], stride, dtype=torch.float64)[:, None]
+        x = torch.arange(0, size[1], stride, dtype=torch.float64)
+        outputs.append(upsample_logits((y + 3 * x)[None, None], size, stride, trained_stride)[0, 0])
+    covered = tuple(slice((length - 1) // 16 * 16) for length in size)
+    assert torch.allclose(outputs[0][covered], outputs[1][covered])
+    assert outputs[0][covered].numel() > 100
+
+
+def test_batches_channels_gradient_and_dtype() -> None:
+    logits = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    whole = upsample_logits(logits, (60, 75), 16, 8)
+    single = upsample_logits(logits[1:, 2:], (60, 75), 16, 8)
+    assert torch.equal(whole[1:, 2:], single)
+    assert torch.autograd.gradcheck(
+        lambda logits: upsample_logits(logits, (33, 41), 16, 8), (logits[:1, :1, :3, :3],)
+    )
+    assert upsample_logits(logits.detach().float(), (60, 75), 16, 8).dtype == torch.float32

@@ -1,0 +1,81 @@
+"""Learning rate, optimiser groups and losses against their formulas."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparse_seg.models.segmentor import Outputs
+from sparse_seg.schema import LossConfig, TrainConfig
+from sparse_seg.training.losses import SegmentationLoss, hard_pixel_mean
+from sparse_seg.training.schedule import build_optimizer, learning_rate
+
+
+def test_poly_schedule_with_warm_up():
+    config = TrainConfig(iterations=100, lr=0.5, warmup_iterations=4, poly_power=0.9)
+    rates = [learning_rate(i, config) for i in range(100)]
+    assert rates[0] == pytest.approx(0.5 / 5)
+    assert rates[3] == pytest.approx(0.5 * 4 / 5 * 0.97**0.9)
+    assert rates[50] == pytest.approx(0.5 * 0.5**0.9)
+    assert all(a > b > 0 for a, b in zip(rates[4:], rates[5:], strict=False))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_no_weight_decay_on_norms_and_biases(name, kind):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = build_optimizer(model, TrainConfig(optimizer=name, weight_decay=0.3))
+    assert isinstance(optimizer, kind)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert [decays[id(p)] for p in model.parameters()] == [0.3, 0, 0, 0]
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def labels():
+    labels = torch.randint(0, 3, (2, 5, 6), generator=torch.Generator().manual_seed(1))
+    labels[:, 0] = 255
+    return labels
+
+
+def test_plain_and_weighted_loss_are_torchs(logits, labels):
+    outputs = Outputs(logits, None)
+    plain = SegmentationLoss(LossConfig())(outputs, labels)
+    torch.testing.assert_close(plain, F.cross_entropy(logits, labels, ignore_index=255))
+    weighted = SegmentationLoss(LossConfig(class_weights=[1, 2, 0.5]))(outputs, labels)
+    expected = F.cross_entropy(logits, labels, torch.tensor([1, 2, 0.5]), ignore_index=255)
+    torch.testing.assert_close(weighted, expected)
+
+
+def test_auxiliary_loss_is_added_with_its_weight(logits, labels):
+    loss = SegmentationLoss(LossConfig(auxiliary_weight=0.25))
+    both = loss(Outputs(logits, logits.flip(1)), labels)
+    apart = loss(Outputs(logits, None), labels), loss(Outputs(logits.flip(1), None), labels)
+    torch.testing.assert_close(both, apart[0] + 0.25 * apart[1])
+
+
+@pytest.mark.parametrize("config", [LossConfig(), LossConfig(ohem_threshold=0.7), LossConfig(class_weights=[1, 1, 1])])
+def test_a_batch_without_labels_has_loss_zero_and_gradients(logits, config):
+    logits.requires_grad_()
+    loss = SegmentationLoss(config)(Outputs(logits, None), torch.full((2, 5, 6), 255))
+    loss.backward()
+    assert loss == 0
+    assert torch.count_nonzero(logits.grad) == 0
+
+
+def test_ohem_keeps_hard_pixels_only(logits, labels):
+    losses = F.cross_entropy(logits, labels, ignore_index=255, reduction="none")[labels != 255]
+    hard = losses[losses.neg().exp() < 0.4]
+    assert 0.1 * losses.numel() < hard.numel() < losses.numel()
+    loss = SegmentationLoss(LossConfig(ohem_threshold=0.4))(Outputs(logits, None), labels)
+    torch.testing.assert_close(loss, hard.mean())
+
+
+def test_ohem_keeps_a_least_share():
+    losses = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    assert hard_pixel_mean(losses, math.exp(-9), 0.5) == pytest.approx(0.35)

@@ -1,0 +1,240 @@
+"""The training loop: resume bit for bit, stop safely, refuse what cannot work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_seg import load_model
+from sparse_seg.config import load_config
+from sparse_seg.errors import CheckpointError, ConfigError, DataError, TrainingError
+from sparse_seg.training.checkpoint import load_checkpoint, save_checkpoint
+from sparse_seg.training.trainer import Trainer, finish_training
+
+ROOT = Path(__file__).parents[2]
+
+
+def log_of(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def run(config, folder, **options):
+    trainer = Trainer(config, folder, **options)
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.optimizer=adamw", "train.network=selective", "model.mask.policy=random", "data.workers=2"],
+        ["train.amp=true", "train.amp_dtype=float16", "model.head=deeplabv3"],
+    ],
+    ids=["sgd", "selective", "float16"],
+)
+def test_resumed_run_equals_unbroken_run_bit_for_bit(tiny, tmp_path, overrides):
+    config = load_config(tiny, overrides)
+    whole = run(config, tmp_path / "whole")
+
+    broken = Trainer(config, tmp_path / "broken")
+    after_step = broken._after_step
+
+    def stop_at_three() -> None:
+        after_step()
+        if broken.iteration == 3:  # one past the last save: the resumed run repeats it
+            raise KeyboardInterrupt
+
+    broken._after_step = stop_at_three  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    resumed = run(config, tmp_path / "broken", resume=True)
+
+    assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    for name, tensor in whole.ema.state_dict().items():
+        assert torch.equal(tensor, resumed.ema.state_dict()[name]), name
+
+
+def start(tiny, folder, *arguments) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "tools/train.py"), str(tiny), "--work-dir", str(folder), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_iteration(folder: Path, iteration: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = folder / "log.jsonl"
+        if path.exists() and f'"iteration": {iteration},' in path.read_text():
+            return
+        time.sleep(0.01)
+    pytest.fail(f"the run never reached iteration {iteration}: {process.communicate()[1]}")
+
+
+def test_killed_run_goes_on_with_the_same_losses(tiny, tmp_path):
+    settings = ["--set", "train.iterations=40", "train.eval_every=40", "train.save_every=1"]
+    run(load_config(tiny, settings[1:]), tmp_path / "whole")
+    process = start(tiny, tmp_path / "killed", *settings)
+    wait_for_iteration(tmp_path / "killed", 4, process)
+    process.kill()
+    process.communicate()
+    reached = load_checkpoint(tmp_path / "killed/last.pt")["progress"]["iteration"]
+    assert 3 <= reached < 40
+    again = start(tiny, tmp_path / "killed", *settings, "--resume")
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tiny, tmp_path):
+    settings = ["--set", "train.iterations=10000", "train.eval_every=10000", "train.save_every=10000"]
+    process = start(tiny, tmp_path / "run", *settings)
+    wait_for_iteration(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: stopped at iteration" in errors
+    assert f"--work-dir {tmp_path / 'run'} --resume" in errors
+    state = load_checkpoint(tmp_path / "run/last.pt")
+    assert state["progress"]["iteration"] == log_of(tmp_path / "run")[-1]["iteration"]
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
+    config = load_config(tiny, ["train.save_every=1"])
+    trainer = Trainer(config, tmp_path / "run")
+    step = trainer._step
+
+    def poisoned(images, labels):
+        if trainer.iteration == 3:
+            images = images * float("nan")
+        return step(images, labels)
+
+    trainer._step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"loss is nan at iteration 3; the last good checkpoint is .*last\.pt"):
+        trainer.run()
+    state = load_checkpoint(tmp_path / "run/last.pt")
+    assert state["progress"]["iteration"] == 3
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_gradient_that_is_not_finite_stops_before_the_weights_change(tiny, tmp_path):
+    trainer = Trainer(load_config(tiny), tmp_path / "run")
+    weight = trainer.model.head.classifier.weight
+    weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(TrainingError, match="gradient is (nan|inf) at iteration 0; no checkpoint was written yet"):
+        trainer.run()
+    assert weight.isfinite().all()
+
+
+def test_a_folder_with_a_run_is_refused_unless_resuming(tiny, tmp_path):
+    config = load_config(tiny, ["train.iterations=1"])
+    run(config, tmp_path / "run")
+    before = (tmp_path / "run/last.pt").read_bytes()
+    with pytest.raises(TrainingError, match="already holds a run; add --resume"):
+        Trainer(config, tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"already trained to iteration 1; raise train\.iterations"):
+        Trainer(config, tmp_path / "run", resume=True)
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_finish_training_starts_goes_on_and_leaves_alone(tiny, tmp_path):
+    config = load_config(tiny)
+    best = finish_training(config, tmp_path / "run")
+    written = best.stat().st_mtime_ns
+    assert finish_training(config, tmp_path / "run") == best
+    assert best.stat().st_mtime_ns == written
+    other = load_config(tiny, ["train.lr=0.02"])
+    with pytest.raises(TrainingError, match="holds a run of another config"):
+        finish_training(other, tmp_path / "run")
+
+
+def test_best_checkpoint_predicts_as_the_averaged_model(tiny, tmp_path):
+    trainer = run(load_config(tiny), tmp_path / "run")
+    best = load_checkpoint(tmp_path / "run/best.pt")
+    assert best["config"]["model"]["width"] == 0.125
+    assert best["version"]
+    logged = max(line["miou"] for line in log_of(tmp_path / "run") if "miou" in line)
+    assert best["miou"] == logged == trainer.best
+    images = torch.randn(1, 3, 64, 96)
+    expected = trainer.ema.eval()(images)
+    torch.testing.assert_close(load_model(tmp_path / "run/last.pt")(images), expected)
+
+
+def test_bad_checkpoints_are_named(tiny, tmp_path):
+    config = load_config(tiny, ["train.iterations=1"])
+    run(config, tmp_path / "run")
+    last = tmp_path / "run/last.pt"
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_model(tmp_path / "nothing.pt")
+    with pytest.raises(CheckpointError, match=r"is a folder; name the checkpoint in it"):
+        load_model(tmp_path / "run")
+    truncated = tmp_path / "truncated.pt"
+    truncated.write_bytes(last.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="truncated or no PyTorch checkpoint"):
+        load_model(truncated)
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
+    with pytest.raises(CheckpointError, match="was not written by sparse_seg"):
+        load_model(tmp_path / "foreign.pt")
+    wider = load_config(tiny, ["model.width=0.25"])
+    with pytest.raises(CheckpointError, match=r"backbone\.conv1\.weight is \[8, 3, 7, 7\], the model's is \[16"):
+        load_model(last, wider)
+    with pytest.raises(CheckpointError, match=r"backbone\.layer1\.2\.conv1\.weight is missing \(and \d+ more\)"):
+        load_model(last, load_config(tiny, ["model.backbone=resnet34"]))
+    with pytest.raises(CheckpointError, match=r"holds weights only; resume from last\.pt"):
+        Trainer(load_config(tiny), tmp_path / "new", resume=tmp_path / "run/best.pt")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Trainer(config, tmp_path / "empty", resume=True)
+
+
+def test_a_pickle_that_wants_code_is_refused(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"format": "sparse_seg.checkpoint", "model": Attack()}, tmp_path / "attack.pt")
+    with pytest.raises(CheckpointError):
+        load_model(tmp_path / "attack.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_failed_save_keeps_the_old_checkpoint(tiny, tmp_path, monkeypatch):
+    config = load_config(tiny)
+    save_checkpoint(tmp_path / "a.pt", config, {"x": torch.ones(1)})
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path / "a.pt", config, {"x": torch.zeros(1)})
+    assert load_checkpoint(tmp_path / "a.pt")["model"]["x"] == 1
+    assert [path.name for path in tmp_path.glob("*.pt*")] == ["a.pt"]
+
+
+def test_bad_data_is_found_before_the_first_step(tiny, tmp_path):
+    with pytest.raises(DataError, match="no synthetic scenes there; make them with"):
+        Trainer(load_config(tiny, [f"data.root={tmp_path / 'none'}"]), tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"model\.num_classes is 5 but scenes has 19 classes"):
+        Trainer(load_config(tiny, ["model.num_classes=5"]), tmp_path / "run")
+    with pytest.raises(ConfigError):
+        load_config(tiny, ["data.dataset=nothing"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_the_scalars(tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    run(load_config(tiny, ["train.tensorboard=true", "train.iterations=2"]), tmp_path / "run")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert {"loss", "lr", "miou"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
