@@ -79,14 +79,17 @@ def mean_by_area(rows: Tensor, layout: SiteLayout) -> Tensor:
 
     Exact at both ends: all-fine it is the mean of the dense fine network, all-coarse of the dense coarse one.
     """
-    areas = layout.areas.to(rows.dtype)
-    shares = areas[: layout.num_lattice].view(layout.batch, 1, -1)
-    pooled = torch.bmm(shares, rows[: layout.num_lattice].view(layout.batch, -1, rows.shape[1])).squeeze(1)
+    # a long sum: half precision would overflow or stop counting (bfloat16 at 256), so it runs in float32
+    dtype, values = rows.dtype, rows.to(torch.promote_types(rows.dtype, torch.float32))
+    areas = layout.areas.to(values.dtype)
+    lattice, extra = slice(layout.num_lattice), slice(layout.num_lattice, None)
+    shares = areas[lattice].view(layout.batch, 1, -1)
+    with torch.autocast(rows.device.type, enabled=False):
+        pooled = torch.bmm(shares, values[lattice].view(layout.batch, -1, rows.shape[1])).squeeze(1)
     if layout.num_extra:
-        extra = slice(layout.num_lattice, None)
-        pooled = pooled.index_add(0, layout.image_of_row[extra], rows[extra] * areas[extra, None])
+        pooled = pooled.index_add(0, layout.image_of_row[extra], values[extra] * areas[extra, None])
     total = areas.new_zeros(layout.batch).index_add_(0, layout.image_of_row, areas)
-    return pooled / total[:, None]
+    return (pooled / total[:, None]).to(dtype)
 
 
 class DeepLabV3Head(nn.Module):

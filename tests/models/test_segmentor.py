@@ -176,7 +176,7 @@ def test_build_from_a_plain_dict() -> None:
     ("config", "message"),
     [
         ({"bakbone": "resnet18"}, "unknown key 'bakbone'; did you mean 'backbone'"),
-        ({"mask": {"polcy": "edge"}}, "unknown key 'mask.polcy'; did you mean 'policy'"),
+        ({"mask": {"polcy": "edge"}}, "unknown key 'mask.polcy'; did you mean 'mask.policy'"),
         ({"backbone": "resnet19"}, "model.backbone is 'resnet19'; did you mean 'resnet1"),
         ({"head": "fcn"}, "model.head is 'fcn'; choose one of lite, deeplabv3"),
         ({"exchange": "cubic"}, "model.exchange is 'cubic'.*linear, nearest, none"),

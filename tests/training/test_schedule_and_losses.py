@@ -59,7 +59,9 @@ def test_auxiliary_loss_is_added_with_its_weight(logits, labels):
     torch.testing.assert_close(both, apart[0] + 0.25 * apart[1])
 
 
-@pytest.mark.parametrize("config", [LossConfig(), LossConfig(ohem_threshold=0.7), LossConfig(class_weights=[1, 1, 1])])
+@pytest.mark.parametrize(
+    "config", [LossConfig(), LossConfig(ohem_threshold=0.7), LossConfig(class_weights=[1, 1, 1])]
+)
 def test_a_batch_without_labels_has_loss_zero_and_gradients(logits, config):
     logits.requires_grad_()
     loss = SegmentationLoss(config)(Outputs(logits, None), torch.full((2, 5, 6), 255))

@@ -119,7 +119,9 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tiny, 
         return step(images, labels)
 
     trainer._step = poisoned  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match=r"loss is nan at iteration 3; the last good checkpoint is .*last\.pt"):
+    with pytest.raises(
+        TrainingError, match=r"loss is nan at iteration 3; the last good checkpoint is .*last\.pt"
+    ):
         trainer.run()
     state = load_checkpoint(tmp_path / "run/last.pt")
     assert state["progress"]["iteration"] == 3
@@ -130,7 +132,9 @@ def test_gradient_that_is_not_finite_stops_before_the_weights_change(tiny, tmp_p
     trainer = Trainer(load_config(tiny), tmp_path / "run")
     weight = trainer.model.head.classifier.weight
     weight.register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(TrainingError, match="gradient is (nan|inf) at iteration 0; no checkpoint was written yet"):
+    with pytest.raises(
+        TrainingError, match="gradient is (nan|inf) at iteration 0; no checkpoint was written yet"
+    ):
         trainer.run()
     assert weight.isfinite().all()
 
@@ -185,9 +189,13 @@ def test_bad_checkpoints_are_named(tiny, tmp_path):
     with pytest.raises(CheckpointError, match="was not written by sparse_seg"):
         load_model(tmp_path / "foreign.pt")
     wider = load_config(tiny, ["model.width=0.25"])
-    with pytest.raises(CheckpointError, match=r"backbone\.conv1\.weight is \[8, 3, 7, 7\], the model's is \[16"):
+    with pytest.raises(
+        CheckpointError, match=r"backbone\.conv1\.weight is \[8, 3, 7, 7\], the model's is \[16"
+    ):
         load_model(last, wider)
-    with pytest.raises(CheckpointError, match=r"backbone\.layer1\.2\.conv1\.weight is missing \(and \d+ more\)"):
+    with pytest.raises(
+        CheckpointError, match=r"backbone\.layer1\.2\.conv1\.weight is missing \(and \d+ more\)"
+    ):
         load_model(last, load_config(tiny, ["model.backbone=resnet34"]))
     with pytest.raises(CheckpointError, match=r"holds weights only; resume from last\.pt"):
         Trainer(load_config(tiny), tmp_path / "new", resume=tmp_path / "run/best.pt")

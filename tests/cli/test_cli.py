@@ -1,0 +1,239 @@
+"""The command lines as a user meets them: help, exit codes, messages, files."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from sparse_seg.cli import COMMANDS, main
+from sparse_seg.data.scenes import write_scenes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """A config and the checkpoint it gave after two iterations."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_scenes(folder / "scenes", 10, (64, 96), val_fraction=0.2)
+    config = folder / "tiny.yaml"
+    config.write_text(
+        f"""
+model: {{width: 0.125, head_channels: 16}}
+data: {{root: {folder / "scenes"}, crop: [64, 64]}}
+train: {{iterations: 2, batch_size: 2}}
+"""
+    )
+    assert main(["train", str(config), "--work-dir", str(folder / "run")]) == 0
+    return config, folder / "run/best.pt"
+
+
+def fails(capsys, *arguments, code=1) -> str:
+    """Run a command that must fail; its one line of complaint."""
+    capsys.readouterr()
+    try:
+        result = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        result = stop.code
+    assert result == code
+    errors = capsys.readouterr().err
+    lines = re.sub(r"[^\n]*\r", "", errors).strip().splitlines()
+    complaints = [line for line in lines if "error:" in line]
+    assert len(complaints) == 1, errors
+    assert "Traceback" not in errors
+    return complaints[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert re.search(r"examples?:\n", text)
+    assert command in text
+
+
+def test_every_tool_is_a_command():
+    tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
+    assert tools == set(COMMANDS)
+    for name in COMMANDS:
+        assert f'main(["{name}", *sys.argv[1:]])' in (ROOT / f"tools/{name}.py").read_text()
+
+
+def test_tool_and_module_run_as_programs():
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for command in ([str(ROOT / "tools/train.py")], ["-m", "sparse_seg", "train"]):
+        done = subprocess.run(
+            [sys.executable, *command, "nothing.yaml"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: config ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_usage_errors(capsys, trained):
+    config, checkpoint = trained
+    assert "COMMAND" in fails(capsys, code=2)
+    assert "invalid choice: 'trian'" in fails(capsys, "trian", code=2)
+    assert "CONFIG" in fails(capsys, "train", code=2)
+    assert "must be a number from 0 to 1, not '1.5'" in fails(
+        capsys, "evaluate", config, checkpoint, "--fine-fraction", "1.5", code=2
+    )
+    assert "--dense" in fails(capsys, "evaluate", config, checkpoint, "--dense", "9", code=2)
+    assert "unknown device 'tpuu'" in fails(
+        capsys, "evaluate", config, checkpoint, "--device", "tpuu", code=2
+    )
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in fails(capsys, "train", config, "--device", "cuda", code=2)
+
+
+def test_failures_are_one_line(capsys, trained, tmp_path):
+    config, checkpoint = trained
+    assert "did you mean 'train.lr'" in fails(capsys, "train", config, "--set", "train.lrr=1")
+    assert "did you mean 'tiny.yaml'" in fails(capsys, "train", config.with_name("tini.yaml"))
+    assert "no such file" in fails(
+        capsys, "predict", config, checkpoint, tmp_path / "no.png", "--out", tmp_path
+    )
+    assert "no image in this folder" in fails(
+        capsys, "predict", config, checkpoint, tmp_path, "--out", tmp_path
+    )
+    assert "does not exist" in fails(capsys, "evaluate", config, tmp_path / "no.pt")
+    assert "no synthetic scenes there" in fails(
+        capsys, "evaluate", config, checkpoint, "--set", "data.root=nowhere"
+    )
+    assert "does not fit" in fails(capsys, "evaluate", config, checkpoint, "--set", "model.width=0.25")
+    assert "no such folder" in fails(capsys, "evaluate", config, checkpoint, "--split", "vall")
+    assert "already holds a run" in fails(capsys, "train", config, "--work-dir", checkpoint.parent)
+
+
+def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
+    config, _ = trained
+    write_scenes(tmp_path / "scenes", 4, (64, 96), val_fraction=0.5)
+    label = next((tmp_path / "scenes/gtFine/train").rglob("*labelIds.png"))
+    good = label.read_bytes()
+
+    def complaint() -> str:
+        work = tmp_path / "run"
+        line = fails(capsys, "train", config, "--work-dir", work, "--set", f"data.root={tmp_path / 'scenes'}")
+        assert not work.exists()
+        return line
+
+    cv2.imwrite(str(label), np.full((64, 96), 77, np.uint8))
+    assert "label values [77] are not in this dataset's list" in complaint()
+    cv2.imwrite(str(label), np.zeros((64, 90), np.uint8))
+    assert "the label is 64x90 but its image" in complaint()
+    label.write_bytes(good[: len(good) // 2])
+    assert f"{label}: truncated" in complaint()
+    label.unlink()
+    assert "its label" in complaint()
+
+
+def test_evaluate_prints_and_writes(capsys, trained, tmp_path):
+    config, checkpoint = trained
+    arguments = ["evaluate", str(config), str(checkpoint), "--json", str(tmp_path / "out.json")]
+    assert main([*arguments, "--fine-fraction", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"mIoU \d+\.\d\d  boundary mIoU .*fine fraction 0\.500; 2 images", out)
+    assert re.search(r"^bicycle +", out, re.M)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["result"]["fine_fraction"] == 0.5
+    assert {"command", "commit", "machine", "threads", "date"} <= set(written)
+    assert main([*arguments, "--dense", "8"]) == 0
+    assert "(dense;" in capsys.readouterr().out
+
+
+def test_compare_writes_table_and_report(capsys, trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    config, checkpoint = trained
+    files = ["--json", str(tmp_path / "c.json"), "--report", str(tmp_path / "r.html")]
+    assert main(["evaluate", str(config), str(checkpoint), "--compare", "0.1", "0.5", *files]) == 0
+    out = capsys.readouterr().out
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert len(rows) == 6
+    assert all(row["network"] in out for row in rows)
+    report = (tmp_path / "r.html").read_text()
+    assert report.count("<img") == 4  # two curves, one strip for each of the two images
+    assert 'src="data:image' in report
+    assert "http" not in re.sub(r'src="[^"]*"', "", report)
+
+
+def test_predict_writes_pictures(capsys, trained, tmp_path):
+    config, checkpoint = trained
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    image = np.random.default_rng(0).integers(0, 256, (75, 97, 3), np.uint8)
+    for name in ("a.png", "b.jpg"):
+        cv2.imwrite(str(frames / name), image)
+    (frames / "notes.txt").write_text("no image")
+    assert main(["predict", str(config), str(checkpoint), str(frames), "--out", str(tmp_path / "out")]) == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [f"{stem}_{kind}.png" for stem in "ab" for kind in ("blocks", "classes", "overlay")]
+    for name in names:
+        assert cv2.imread(str(tmp_path / "out" / name)).shape == (75, 97, 3)
+    assert (
+        main(
+            [
+                "predict",
+                str(config),
+                str(checkpoint),
+                str(frames),
+                "--out",
+                str(tmp_path / "d"),
+                "--dense",
+                "8",
+            ]
+        )
+        == 0
+    )
+    assert len(list((tmp_path / "d").iterdir())) == 4
+
+
+def test_predict_refuses_bad_images_and_writes_nothing_for_them(capsys, trained, tmp_path):
+    config, checkpoint = trained
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    cv2.imwrite(str(tmp_path / "small.png"), np.zeros((20, 20, 3), np.uint8))
+    out = tmp_path / "out"
+    assert "broken.png: truncated, corrupt or not an image" in fails(
+        capsys, "predict", config, checkpoint, tmp_path / "broken.png", "--out", out
+    )
+    assert "small.png: images must be at least 32x32 px" in fails(
+        capsys, "predict", config, checkpoint, tmp_path / "small.png", "--out", out
+    )
+    (tmp_path / "other").mkdir()
+    cv2.imwrite(str(tmp_path / "other/small.jpg"), np.zeros((40, 40, 3), np.uint8))
+    assert "would write to the same pictures" in fails(
+        capsys, "predict", config, checkpoint, tmp_path / "small.png", tmp_path / "other", "--out", out
+    )
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_demo_in_small(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = [
+        "demo",
+        "--out",
+        str(tmp_path / "demo"),
+        "--config",
+        str(ROOT / "configs/demo.yaml"),
+        "--count",
+        "10",
+    ]
+    small = ["train.iterations=2", "model.width=0.125", "train.batch_size=2", "data.crop=[64, 64]"]
+    assert main([*arguments, "--set", *small]) == 0
+    first = capsys.readouterr().out
+    assert "dense OS8" in first
+    assert (tmp_path / "demo/report.html").exists()
+    assert main([*arguments, "--set", *small]) == 0  # a second run reuses scenes and weights
+    assert "best validation" not in capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""Evaluation and comparison over a dataset, against a loop written out here."""
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_seg.data.transforms import normalise
+from sparse_seg.evaluation.comparison import compare, settings
+from sparse_seg.evaluation.evaluate import evaluate, predict
+from sparse_seg.masks import EdgePolicy, OraclePolicy
+from sparse_seg.schema import DataConfig
+
+DATA = DataConfig()
+
+
+def slow_miou(model, dataset, run) -> float:
+    """Summed intersections and unions, class by class; classes that never occur do not count."""
+    inter, union = np.zeros(19), np.zeros(19)
+    for index in range(len(dataset)):
+        image, label = dataset.load(index)
+        with torch.no_grad():
+            prediction = run(normalise(image, DATA.mean, DATA.std)[None]).argmax(1)[0].numpy()
+        for k in range(19):
+            predicted, labelled = (prediction == k) & (label != 255), label == k
+            inter[k] += (predicted & labelled).sum()
+            union[k] += (predicted | labelled).sum()
+    return float((inter[union > 0] / union[union > 0]).mean())
+
+
+def test_dense_miou_is_that_of_the_slow_loop(model, dataset):
+    result = evaluate(model, dataset, DATA, output_stride=8)
+    assert result.metrics.miou == pytest.approx(slow_miou(model, dataset, lambda x: model.dense(x, 8)))
+    assert result.fine_fraction is None
+    assert result.images == len(dataset)
+    assert result.as_dict()["images_per_second"] > 0
+
+
+def test_selective_miou_fraction_and_policy(model, dataset):
+    policy = EdgePolicy(fine_fraction=0.5)
+    result = evaluate(model, dataset, DATA, policy=policy)
+    assert result.fine_fraction == 0.5  # 12 of 24 blocks
+    assert result.metrics.miou == pytest.approx(slow_miou(model, dataset, lambda x: model(x, policy(x))))
+    own = evaluate(model, dataset, DATA)
+    assert own.fine_fraction == pytest.approx(round(0.15 * 24) / 24)
+
+
+def test_limit_and_mode(model, dataset):
+    model.train()
+    assert evaluate(model, dataset, DATA, output_stride=16, limit=2).images == 2
+    assert model.training
+
+
+def test_oracle_is_handed_the_labels(model):
+    images = torch.randn(1, 3, 64, 64)
+    labels = torch.zeros(1, 64, 64, dtype=torch.int64)
+    labels[:, 20:24, 20:24] = 3
+    _, blocks = predict(model, images, policy=OraclePolicy(threshold=0), labels=labels)
+    expected = torch.zeros(1, 4, 4, dtype=torch.bool)
+    expected[:, 1, 1] = True
+    assert torch.equal(blocks, expected)
+
+
+def test_comparison_rows(model, dataset):
+    ways = settings(["edge", "oracle"], [0.0, 0.5])
+    rows = compare(model, dataset, DATA, ways, limit=3)
+    assert [row["network"] for row in rows] == [
+        "dense OS8",
+        "dense OS16",
+        "selective, edge, f=0",
+        "selective, edge, f=0.5",
+        "selective, oracle, f=0",
+        "selective, oracle, f=0.5",
+    ]
+    for way, row in zip(ways, rows, strict=True):
+        alone = evaluate(model, dataset, DATA, way.output_stride, way.policy, limit=3)
+        assert row["miou"] == pytest.approx(100 * alone.metrics.miou)
+        assert row["boundary_miou"] == pytest.approx(100 * alone.metrics.boundary_miou)
+        assert row["images"] == 3
+        assert row["milliseconds"] > 0
+    gmacs = [row["gmacs"] for row in rows]
+    assert gmacs[1] < gmacs[2] < gmacs[3] < gmacs[0]
+    assert gmacs[3] == gmacs[5]
