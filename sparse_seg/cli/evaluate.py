@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policies",
         nargs="+",
-        choices=sorted(POLICIES),
+        choices=sorted(set(POLICIES) - {"uniform"}),
         default=["edge", "oracle"],
         help="mask policies to compare (default: edge oracle)",
     )

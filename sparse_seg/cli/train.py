@@ -2,7 +2,7 @@
 
 examples:
   sparse-seg train configs/camvid_r18.yaml --set data.root=../camvid
-  sparse-seg train configs/scenes_r18.yaml --work-dir runs/try --set train.lr=0.02 model.width=0.5
+  sparse-seg train configs/demo.yaml --work-dir runs/try --set train.lr=0.02 model.width=0.5
   sparse-seg train configs/camvid_r18.yaml --resume
 """
 

@@ -30,7 +30,7 @@ def comparison_table(rows: Rows) -> Table:
         Column("miou", "mIoU %", "{:.2f}"),
         Column("boundary_miou", "boundary mIoU %", "{:.2f}"),
         Column("gmacs", "GMACs", "{:.2f}"),
-        Column("milliseconds", "ms", "{:.0f}"),
+        Column("milliseconds", "ms", "{:.1f}"),
     ]
     return Table(columns, list(rows))
 

@@ -141,7 +141,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, getattr(torch, train.amp_dtype), enabled=train.amp):
-            outputs = self._forward(images)
+            outputs = self._forward(images, labels)
         loss = self.loss(outputs, labels)
         value = loss.item()
         self._require_finite(loss, "loss")
@@ -158,11 +158,11 @@ class Trainer:
         self.loss_sum, self.loss_count = self.loss_sum + value, self.loss_count + 1
         return value
 
-    def _forward(self, images: Tensor) -> Outputs:
+    def _forward(self, images: Tensor, labels: Tensor) -> Outputs:
         if self.config.train.network == "dense":
             layouts = self.model.dense_layouts(images, self.config.train.output_stride)
         else:
-            layouts = self.model.selective_layouts(images)
+            layouts = self.model.selective_layouts(images, self.model.policy(images, labels))
         return self.model.outputs(images, layouts)
 
     def _after_step(self) -> None:

@@ -38,6 +38,7 @@ train: {{iterations: 2, batch_size: 2}}
 def fails(capsys, *arguments, code=1) -> str:
     """Run a command that must fail; its one line of complaint."""
     capsys.readouterr()
+    result: object
     try:
         result = main([str(argument) for argument in arguments])
     except SystemExit as stop:
@@ -181,7 +182,9 @@ def test_predict_writes_pictures(capsys, trained, tmp_path):
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [f"{stem}_{kind}.png" for stem in "ab" for kind in ("blocks", "classes", "overlay")]
     for name in names:
-        assert cv2.imread(str(tmp_path / "out" / name)).shape == (75, 97, 3)
+        picture = cv2.imread(str(tmp_path / "out" / name))
+        assert picture is not None
+        assert picture.shape == (75, 97, 3)
     assert (
         main(
             [

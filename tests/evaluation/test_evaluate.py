@@ -57,6 +57,7 @@ def test_oracle_is_handed_the_labels(model):
     _, blocks = predict(model, images, policy=OraclePolicy(threshold=0), labels=labels)
     expected = torch.zeros(1, 4, 4, dtype=torch.bool)
     expected[:, 1, 1] = True
+    assert blocks is not None
     assert torch.equal(blocks, expected)
 
 

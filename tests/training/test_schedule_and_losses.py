@@ -1,5 +1,6 @@
 """Learning rate, optimiser groups and losses against their formulas."""
 
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,7 @@ def test_poly_schedule_with_warm_up():
     assert rates[0] == pytest.approx(0.5 / 5)
     assert rates[3] == pytest.approx(0.5 * 4 / 5 * 0.97**0.9)
     assert rates[50] == pytest.approx(0.5 * 0.5**0.9)
-    assert all(a > b > 0 for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b > 0 for a, b in itertools.pairwise(rates[4:]))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
