@@ -9,6 +9,8 @@ from hypothesis import settings
 settings.register_profile("steady", derandomize=True, deadline=None, database=None)
 settings.load_profile("steady")
 
+torch.set_num_threads(1)  # tensors are tiny: more threads only wait for each other, many times slower
+
 _CUDA = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

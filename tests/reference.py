@@ -74,6 +74,7 @@ class DenseResNet(nn.Module):
         super().__init__()
         block = DenseBasicBlock if name in ("resnet18", "resnet34") else DenseBottleneck
         channels, stride_so_far, dilation = int(64 * width), 4, 1
+        stages: list[nn.Sequential] = []
         self.conv1, self.bn1 = _conv(3, channels, 7, 2), nn.BatchNorm2d(channels)
         for number, depth in enumerate(DEPTHS[name], start=1):
             stride, first_dilation = (1 if number == 1 else 2), dilation
@@ -86,14 +87,15 @@ class DenseResNet(nn.Module):
                 first = (stride, first_dilation) if index == 0 else (1, dilation)
                 blocks.append(block(channels, stage_width, *first, dilation, down))
                 channels = stage_width * block.expansion
-            setattr(self, f"layer{number}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.channels = channels
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, 2, 1)
         features = []
-        for number in range(1, 5):
-            x = getattr(self, f"layer{number}")(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
             features.append(x)
         return features
 

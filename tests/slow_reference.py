@@ -1,4 +1,4 @@
-"""The selective network by loops over cells and plain `F.conv2d`: what P3 and the gradients are tested against."""
+"""The selective network by loops over cells and plain `F.conv2d`: the reference of P3 and of gradients."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class SlowSites:
         self.batch, self.size, self.sizes = batch, size, [size]
         for _ in splits:
             self.sizes.insert(0, (-(-self.sizes[0][0] // 2), -(-self.sizes[0][1] // 2)))
-        cells = list(product(range(batch), *map(range, self.sizes[0])))
+        cells = _all_cells(batch, self.sizes[0])
         self.rows_of = [{cell: row for row, cell in enumerate(cells)}]  # per level: cell -> row
         self.splits = [split.tolist() for split in splits]
         for split, coarse, fine in zip(self.splits, self.sizes, self.sizes[1:], strict=False):
             last = self.rows_of[-1]
             rows = {(b, 2 * y, 2 * x): row for (b, y, x), row in last.items()}
-            for b, y, x in product(range(batch), *map(range, coarse)):
+            for b, y, x in _all_cells(batch, coarse):
                 assert not split[b][y][x] or (b, y, x) in last
                 for dy, dx in ((0, 1), (1, 0), (1, 1)) if split[b][y][x] else ():
                     if 2 * y + dy < fine[0] and 2 * x + dx < fine[1]:
@@ -64,7 +64,7 @@ class SlowSites:
     @functools.cache  # noqa: B019 (a handful of small objects per test)
     def rebuild_matrix(self, exchange: str) -> Tensor:
         """`[B*H*W, N]` float64: rows to the whole grid, cells without a site by the exchange rule."""
-        places = list(product(range(self.batch), *map(range, self.size)))
+        places = _all_cells(self.batch, self.size)
         matrix = torch.zeros(len(places), len(self.rows_of[-1]), dtype=torch.float64)
         for place, cell in enumerate(places):
             if exchange == "linear" or cell in self.rows_of[-1]:
@@ -83,6 +83,11 @@ class SlowSites:
         """`[B, C, H, W]` to rows `[N, C]`."""
         b, y, x = torch.tensor(self.cells, device=grid.device).T
         return grid[b, :, y, x]
+
+
+def _all_cells(batch: int, size: tuple[int, int]) -> list[tuple[int, int, int]]:
+    """Every (b, y, x) of a grid, row-major."""
+    return list(product(range(batch), range(size[0]), range(size[1])))
 
 
 def slow_conv(
@@ -110,6 +115,7 @@ class SlowSelective:
         rows, src, outputs = dense.read(x), dense, []
         for stage in (backbone.layer3, backbone.layer4):
             for block in stage:
+                assert isinstance(block, (DenseBasicBlock, DenseBottleneck))
                 rows, src = self._block(block, rows, src), self.sites
             outputs.append(rows)
         return outputs[0], outputs[1]
@@ -127,24 +133,24 @@ class SlowSelective:
     def _conv(self, conv: nn.Conv2d, rows: Tensor, src: SlowSites) -> Tensor:
         return slow_conv(rows, conv.weight, src, self.sites, conv.dilation[0], self.exchange)
 
-    def _block(self, block: nn.Module, rows: Tensor, src: SlowSites) -> Tensor:
+    def _block(self, block: DenseBasicBlock | DenseBottleneck, rows: Tensor, src: SlowSites) -> Tensor:
         at_sites = rows if src is self.sites else self.sites.read(src.rebuild(rows, "none"))
         shortcut = _each_site(block.downsample, at_sites) if block.downsample else at_sites
         if isinstance(block, DenseBasicBlock):
             out = F.relu(_each_site(block.bn1, self._conv(block.conv1, rows, src)))
             out = _each_site(block.bn2, self._conv(block.conv2, out, self.sites))
         else:
-            assert isinstance(block, DenseBottleneck)
             out = F.relu(_each_site(block.bn1, _each_site(block.conv1, rows)))
             out = F.relu(_each_site(block.bn2, self._conv(block.conv2, out, src)))
             out = _each_site(block.bn3, _each_site(block.conv3, out))
         return F.relu(out + shortcut)
 
     def _aspp(self, head: DenseDeepLabV3, rows: Tensor, fine_blocks: Tensor) -> list[Tensor]:
-        first, *atrous, pool = head.convs
+        first, *atrous, pool = (branch for branch in head.convs if isinstance(branch, nn.Sequential))
         branches = [_each_site(first, rows)]
-        for conv, *rest in atrous:
-            branches.append(_each_site(nn.Sequential(*rest), self._conv(conv, rows, self.sites)))
+        for branch in atrous:
+            assert isinstance(branch[0], nn.Conv2d)
+            branches.append(_each_site(branch[1:], self._conv(branch[0], rows, self.sites)))
         images = torch.tensor([b for b, _, _ in self.sites.cells])
         areas = torch.tensor([1.0 if fine_blocks[b, y // 2, x // 2] else 4.0 for b, y, x in self.sites.cells])
         means = []

@@ -157,7 +157,7 @@ def test_oracle_ignores_the_ignored() -> None:
     labels[:, 10:, 20:] = 1
     assert policy(images, labels).tolist() == [[[False, True], [False, True]]]
     assert not OraclePolicy(threshold=0.0, ignore_index=1)(images, labels).any()
-    with pytest.raises(ValueError, match="reads labels: .*pass.* as fine_blocks"):
+    with pytest.raises(ValueError, match=r"reads labels: .*pass.* as fine_blocks"):
         policy(images)
 
 
@@ -167,7 +167,7 @@ def test_uniform() -> None:
     assert UniformPolicy(1)(images).all()
     assert UniformPolicy(threshold=0.4)(images).all()
     assert not UniformPolicy(threshold=0.6)(images).any()
-    with pytest.raises(ValueError, match="takes fine_fraction 0 or 1, not 0.5"):
+    with pytest.raises(ValueError, match=r"takes fine_fraction 0 or 1, not 0\.5"):
         UniformPolicy(0.5)
 
 

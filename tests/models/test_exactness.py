@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sparse_seg.models.segmentor import SelectiveSegmentor
-
 from tests.reference import MASKS, block_mask, dense_reference, random_model, relative_error
 from tests.slow_reference import SlowSites
 
@@ -178,7 +177,7 @@ def test_extra_sites_out_of_reach_of_coarse_blocks() -> None:
 
 @functools.cache
 def _reached(sites: SlowSites) -> set[tuple[int, int, int]]:
-    """Cells whose receptive field, in the convolutions that read mixed levels, holds a cell without a site."""
+    """Cells whose receptive field, in convolutions on mixed levels, holds a cell without a site."""
     height, width = sites.size
     missing = {(b, y, x) for b in range(sites.batch) for y in range(height) for x in range(width)}
     missing -= set(sites.cells)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparse_seg import build_model
 from sparse_seg.errors import ConfigError
-from sparse_seg.models.heads import mean_by_area
+from sparse_seg.models.heads import DeepLabV3Head, mean_by_area
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout
 from tests.reference import block_mask, random_model, relative_error
 from tests.sparse.test_layout import random_splits
@@ -155,9 +155,14 @@ def test_mean_by_area_of_a_large_image(kind: str, dtype: torch.dtype, autocast: 
 
 def test_build_from_a_plain_dict() -> None:
     model = build_model({"backbone": "resnet34", "head": "deeplabv3", "num_classes": 7, "width": 0.25})
+    assert isinstance(model.head, DeepLabV3Head)
     assert model.head.classifier.out_channels == 7
     assert len(model.backbone.layer3) == 6
-    assert [conv.spacing for conv in model.head.aspp.atrous] == [96, 192, 288]
+    assert [conv.extra_repr().split(", ")[2] for conv in model.head.aspp.atrous] == [
+        "spacing=96px",
+        "spacing=192px",
+        "spacing=288px",
+    ]
     spacings = {
         name: {
             conv.spacing
@@ -167,7 +172,7 @@ def test_build_from_a_plain_dict() -> None:
         for name in ("layer1", "layer2", "layer3", "layer4")
     }
     assert spacings == {"layer1": {4}, "layer2": {4, 8}, "layer3": {8, 16}, "layer4": {16, 32}}
-    assert build_model({}).head.classifier.out_channels == 19
+    assert build_model({"width": 0.125})(torch.zeros(1, 3, 32, 32)).shape[1] == 19
     policy = build_model({"mask": {"policy": "random", "threshold": 0.4, "seed": 9}}).policy
     assert (policy.threshold, policy.fine_fraction, policy.seed) == (0.4, None, 9)
 

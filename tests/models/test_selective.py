@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.sparse import EXCHANGES, SiteLayout
-
 from tests.reference import (
     DenseSegmentor,
     as_reference,
@@ -83,7 +82,7 @@ def _training_pair(
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize(("backbone", "head"), CONFIGS)
 def test_gradients(backbone: str, head: str, exchange: str, train: bool) -> None:
-    """Gradients of weights, batch norms and images, and running statistics, as autograd through the slow one."""
+    """Gradients of weights, batch norms and images, and running statistics, as the slow one's."""
     model, reference = _training_pair(backbone, head, exchange, train)
     images, mask = random_case((70, 53), 5, 0.4)
     target = torch.randn(2, 5, 70, 53, dtype=torch.float64)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from sparse_seg.sparse import EXCHANGES, SelectiveConv2d, SiteLayout
 from sparse_seg.sparse.engines import gather
-
-from tests.reference import block_mask, relative_error
+from tests.reference import relative_error
 from tests.slow_reference import SlowSites, slow_conv
 from tests.sparse.test_layout import random_splits
 
@@ -89,7 +88,7 @@ def test_gradcheck(layer: str, exchange: str, needed: tuple[bool, bool], device:
 
 def on_device(layout: SiteLayout, device: str) -> SiteLayout:
     splits = [split.to(device) for split in layout.splits]
-    return SiteLayout(layout.batch, layout.size, layout.stride, splits, device)  # type: ignore[arg-type]
+    return SiteLayout(layout.batch, layout.size, layout.stride, splits, device)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -109,9 +108,7 @@ def test_many_tiles(layer: str, exchange: str, tile_bytes: int, monkeypatch: pyt
 
     whole = run()
     monkeypatch.setitem(gather.TILE_BYTES, "cpu", tile_bytes)
-    table = src.neighbours(dst, spacing, exchange)
-    sizes = {gather._Tiles(random_tensors(src)[0], table).tile}
-    assert max(sizes) * 3 < dst.num_extra, "the test needs several tiles"
+    assert dst.num_extra > 3 * 7, "the test needs several tiles"
     for tiled, expected in zip(run(), whole, strict=True):
         assert relative_error(tiled, expected) < 1e-12
 
@@ -119,7 +116,7 @@ def test_many_tiles(layer: str, exchange: str, tile_bytes: int, monkeypatch: pyt
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_autocast(layer: str, dtype: torch.dtype, device: str) -> None:
-    """As built-in convolutions: half-precision results of float32 inputs, float32 gradients, near float32's."""
+    """As built-in convolutions: half-precision results, float32 gradients, both near float32's."""
     src, dst, _, _, spacing = layer_case(layer, (15, 14))
     src = on_device(src, device)
     dst = on_device(dst, device) if layer == "entry" else src
@@ -152,11 +149,11 @@ def test_half_precision_weight_gradient_over_many_tiles(monkeypatch: pytest.Monk
     monkeypatch.setitem(gather.TILE_BYTES, "cpu", 9 * 4 * 2 * 2)  # two sites a tile: about 380 tiles
     out = gather.selective_conv2d(rows, weight, src, dst, spacing, "linear")
     out.backward(torch.ones_like(out))
-    exact = [t.detach().double().requires_grad_() for t in (rows, weight)]
-    gather.selective_conv2d(*exact, src, dst, spacing, "linear").sum().backward()
+    exact, exact_weight = (t.detach().double().requires_grad_() for t in (rows, weight))
+    gather.selective_conv2d(exact, exact_weight, src, dst, spacing, "linear").sum().backward()
     assert weight.grad is not None
-    assert exact[1].grad is not None
-    assert relative_error(weight.grad.double(), exact[1].grad) < 0.01
+    assert exact_weight.grad is not None
+    assert relative_error(weight.grad.double(), exact_weight.grad) < 0.01
 
 
 def test_errors() -> None:
@@ -166,6 +163,8 @@ def test_errors() -> None:
         gather.selective_conv2d(rows[1:], weight, src, dst, spacing, "linear")
     with pytest.raises(ValueError, match="taps 8 px apart do not fall on a lattice of stride 16"):
         gather.selective_conv2d(rows, weight, src, dst, 8, "linear")
+    with pytest.raises(ValueError, match=r"lattice of stride 16 \(output lattice: stride 8\)"):
+        gather.selective_conv2d(rows, weight, src, SiteLayout(2, (5, 6), 8), 16, "linear")
     with pytest.raises(ValueError, match="unknown exchange 'both'"):
         SelectiveConv2d(3, 4, 16, "both")
 
@@ -204,8 +203,7 @@ def test_backward_memory(fine_fraction: float, monkeypatch: pytest.MonkeyPatch) 
     """Backward holds no more than twice the features it reads and one tile.
 
     Counted: everything backward allocates, the gradients it returns included, but for the weight's gradient,
-    which is subtracted. Features it reads: rows and ghosts. The neighbour table was built, and is kept, by the
-    forward.
+    which is subtracted. Features it reads: rows and ghosts. The neighbour table is the forward's.
     """
     channels, tile_bytes = 64, 128 << 10
     monkeypatch.setitem(gather.TILE_BYTES, "cpu", tile_bytes)

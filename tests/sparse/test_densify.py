@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_seg.sparse import SiteLayout, densify, grid_to_rows, lattice_grid, rows_to_grid
-
 from tests.reference import block_mask, relative_error
 from tests.slow_reference import SlowSites
 from tests.sparse.test_layout import random_splits

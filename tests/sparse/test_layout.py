@@ -1,5 +1,7 @@
 """SiteLayout against loops over cells."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_seg.sparse import SiteLayout
-
 from tests.reference import block_mask
 from tests.slow_reference import SlowSites
 
@@ -22,7 +23,7 @@ def random_splits(size: tuple[int, int], levels: int, seed: int, batch: int = 2)
         sizes.insert(0, (-(-sizes[0][0] // 2), -(-sizes[0][1] // 2)))
     splits: list[Tensor] = []
     has_site = torch.ones(batch, *sizes[0], dtype=torch.bool)
-    for coarse, fine in zip(sizes, sizes[1:], strict=False):
+    for coarse, fine in itertools.pairwise(sizes):
         split = has_site & (torch.rand(batch, *coarse, generator=generator) < 0.5)
         splits.append(split)
         below = split.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, : fine[0], : fine[1]].clone()
@@ -113,6 +114,21 @@ def test_neighbour_table(size: tuple[int, int], levels: int, seed: int, spacing:
     assert layout.neighbours(layout, spacing, exchange) is table, "tables are cached"
 
 
+def test_tables_of_one_layout_do_not_mix() -> None:
+    """A cached table is that of its own exchange rule, spacing and destination."""
+    splits = random_splits((9, 8), 1, seed=0)
+    shared, dense = SiteLayout(2, (9, 8), 8, splits), SiteLayout(2, (9, 8), 8)
+    cases = [(spacing, exchange) for exchange in ("linear", "none", "nearest") for spacing in (32, 16)]
+    for _ in range(2):  # the second time all come from the cache
+        for spacing, exchange in cases:
+            table = shared.neighbours(shared, spacing, exchange)
+            dense.neighbours(shared, spacing, exchange)
+            fresh = SiteLayout(2, (9, 8), 8, splits)
+            expected = fresh.neighbours(fresh, spacing, exchange)
+            for name in ("index", "ghosts", "special_places", "special_ghosts"):
+                assert torch.equal(getattr(table, name), getattr(expected, name)), (exchange, spacing, name)
+
+
 def test_rows_at() -> None:
     """What a strided 1x1 convolution reads: our row at each of the other layout's sites."""
     mask = block_mask("random", (2, 3, 4))
@@ -120,8 +136,10 @@ def test_rows_at() -> None:
     mixed = SiteLayout.from_fine_blocks(mask, (5, 7))
     coarse = SiteLayout(2, (3, 4), 16)
     assert dense.rows_at(dense) is None
-    assert torch.equal(dense.rows_at(mixed), mixed.cells)
-    assert mixed.rows_at(coarse).tolist() == list(range(coarse.num_sites))
+    for src, dst, expected in ((dense, mixed, mixed.cells), (mixed, coarse, torch.arange(coarse.num_sites))):
+        rows = src.rows_at(dst)
+        assert rows is not None
+        assert torch.equal(rows, expected)
     with pytest.raises(ValueError, match="sites that this stage's layout lacks"):
         SiteLayout.from_fine_blocks(torch.zeros_like(mask), (5, 7)).rows_at(mixed)
 

@@ -1,0 +1,133 @@
+"""The same network as plain dense PyTorch: `nn.Conv2d` and `nn.BatchNorm2d` alone, for export and as the
+baseline that selective runs are measured against."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_seg.models.heads import ASPP, DeepLabV3Head, LiteHead
+from sparse_seg.models.resnet import STAGE_STRIDES, BasicBlock, Bottleneck, ResNet
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.sparse import SelectiveConv2d
+
+
+def plain_network(model: SelectiveSegmentor, output_stride: int = 8) -> nn.Module:
+    """Logits of `model.dense(images, output_stride)` from plain modules with copies of its weights.
+
+    Raises:
+        ValueError: the model was trained at another output stride (its upsampling offset would differ).
+    """
+    if output_stride != model.trained_stride:
+        raise ValueError(f"a plain network runs at its trained stride {model.trained_stride}, not {output_stride}")
+    return PlainSegmentor(model, output_stride).to(memory_format=torch.channels_last).train(model.training)
+
+
+class PlainSegmentor(nn.Module):
+    """Backbone, head, upsampling."""
+
+    def __init__(self, model: SelectiveSegmentor, output_stride: int) -> None:
+        super().__init__()
+        self.stem, self.stages = plain_stem(model.backbone), plain_stages(model.backbone, output_stride)
+        self.head = _head(model.head, output_stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[B, 3, H, W]` to logits `[B, K, H, W]`."""
+        logits = self.head(self.stages(self.stem(images)))
+        return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+
+
+def plain_stem(backbone: ResNet) -> nn.Sequential:
+    """Images to the grid at stride 4."""
+    conv, norm = copy.deepcopy(backbone.conv1), copy.deepcopy(backbone.bn1)
+    return nn.Sequential(conv, norm, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+
+
+def plain_stages(backbone: ResNet, output_stride: int, first: int = 1) -> nn.Sequential:
+    """The stages from `layer{first}` on, dense at `output_stride`: grid to grid."""
+    blocks: list[nn.Module] = []
+    stage_strides = [min(stride, output_stride) for stride in STAGE_STRIDES]
+    for number in range(first, 5):
+        src, dst = stage_strides[max(number - 2, 0)], stage_strides[number - 1]
+        for block in backbone.get_submodule(f"layer{number}").children():
+            blocks.append(PlainBlock(block, src, dst))
+            src = dst
+    return nn.Sequential(*blocks)
+
+
+class PlainBlock(nn.Module):
+    """A residual block from stride `src` to stride `dst` (pixels)."""
+
+    def __init__(self, block: nn.Module, src: int, dst: int) -> None:
+        super().__init__()
+        relu = nn.ReLU(inplace=True)
+        if isinstance(block, BasicBlock):
+            self.branch = nn.Sequential(
+                _conv3x3(block.conv1, src, dst), _norm(block.bn1), relu, _conv3x3(block.conv2, dst, dst), _norm(block.bn2)
+            )
+        else:
+            assert isinstance(block, Bottleneck)
+            self.branch = nn.Sequential(
+                _conv1x1(block.conv1), _norm(block.bn1), relu,
+                _conv3x3(block.conv2, src, dst), _norm(block.bn2), relu,
+                _conv1x1(block.conv3), _norm(block.bn3),
+            )  # fmt: skip
+        self.shortcut: nn.Module = nn.Identity()
+        if block.downsample is not None:
+            linear, norm = block.downsample
+            self.shortcut = nn.Sequential(_conv1x1(linear, dst // src), _norm(norm))
+
+    def forward(self, grid: Tensor) -> Tensor:
+        return F.relu(self.branch(grid) + self.shortcut(grid))
+
+
+class PlainASPP(nn.Module):
+    """Atrous spatial pyramid pooling on a grid."""
+
+    def __init__(self, aspp: ASPP, stride: int) -> None:
+        super().__init__()
+        self.point = _rows_to_grid(aspp.point)
+        self.atrous = nn.ModuleList(
+            nn.Sequential(_conv3x3(conv, stride, stride), _norm(norm), nn.ReLU(inplace=True))
+            for conv, norm in zip(aspp.atrous, aspp.atrous_bn, strict=True)
+        )
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *_rows_to_grid(aspp.pool))
+        self.project = _rows_to_grid(aspp.project)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        pooled = self.pool(grid).expand(-1, -1, *grid.shape[2:])
+        return self.project(torch.cat([self.point(grid), *(branch(grid) for branch in self.atrous), pooled], 1))
+
+
+def _head(head: nn.Module, stride: int) -> nn.Sequential:
+    if isinstance(head, LiteHead):
+        return nn.Sequential(_rows_to_grid(head.reduce), copy.deepcopy(head.refine), copy.deepcopy(head.classifier))
+    assert isinstance(head, DeepLabV3Head)
+    return nn.Sequential(PlainASPP(head.aspp, stride), copy.deepcopy(head.refine), copy.deepcopy(head.classifier))
+
+
+def _rows_to_grid(modules: nn.Sequential) -> nn.Sequential:
+    convert = {nn.Linear: _conv1x1, nn.BatchNorm1d: _norm}
+    return nn.Sequential(*(convert.get(type(module), copy.deepcopy)(module) for module in modules))
+
+
+def _conv3x3(conv: SelectiveConv2d, src: int, dst: int) -> nn.Conv2d:
+    dilation = conv.spacing // src
+    plain = nn.Conv2d(conv.in_channels, conv.out_channels, 3, dst // src, dilation, dilation, bias=False)
+    plain.weight.data.copy_(conv.weight.data.permute(0, 3, 1, 2))
+    return plain
+
+
+def _conv1x1(linear: nn.Linear, stride: int = 1) -> nn.Conv2d:
+    plain = nn.Conv2d(linear.in_features, linear.out_features, 1, stride, bias=False)
+    plain.weight.data.copy_(linear.weight.data[:, :, None, None])
+    return plain
+
+
+def _norm(norm: nn.BatchNorm1d) -> nn.BatchNorm2d:
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
+    plain.load_state_dict(norm.state_dict())
+    return plain
