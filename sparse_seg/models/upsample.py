@@ -16,15 +16,17 @@ def upsample_logits(logits: Tensor, size: tuple[int, int], stride: int, trained_
     """
     if stride == trained_stride:
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    for axis, length in zip((2, 3), size, strict=True):
-        cells = logits.shape[axis]
-        trained_cells = -(-length // trained_stride)
-        pixel = torch.arange(length, device=logits.device, dtype=torch.float64)
-        place = ((pixel + 0.5) * (trained_cells / length) - 0.5) * (trained_stride / stride)
-        place = place.clamp(0, cells - 1)
-        low = place.long()
-        share = (place - low).to(logits.dtype).view([-1, 1] if axis == 2 else [-1])
-        first = logits.index_select(axis, low)
-        second = logits.index_select(axis, (low + 1).clamp_max(cells - 1))
-        logits = torch.lerp(first, second, share)
-    return logits
+    rows, columns = (
+        _interpolation_matrix(logits.shape[axis], length, stride, trained_stride).to(logits)
+        for axis, length in zip((2, 3), size, strict=True)
+    )
+    return rows @ logits.contiguous() @ columns.T
+
+
+def _interpolation_matrix(cells: int, length: int, stride: int, trained_stride: int) -> Tensor:
+    """`[length, cells]` float64: the share of each cell in each pixel, along one axis."""
+    pixels = torch.arange(length, dtype=torch.float64)
+    trained_cells = -(-length // trained_stride)
+    places = ((pixels + 0.5) * (trained_cells / length) - 0.5) * (trained_stride / stride)
+    places = places.clamp(0, cells - 1)[:, None]
+    return (1 - (places - torch.arange(cells)).abs()).clamp_min(0)

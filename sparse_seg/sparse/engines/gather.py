@@ -103,16 +103,18 @@ class _Tiles:
         index = self.table.index[extra].flatten()
         tile = self.buffer[: index.shape[0]]
         torch.index_select(self.rows, 0, index, out=tile)
-        tile.index_copy_(0, self.places(extra, special), ghosts[self.table.special_ghosts[special]])
+        specials = ghosts.index_select(0, self.table.special_ghosts[special])
+        tile.index_copy_(0, self.places(extra, special), specials)
         return tile.view(-1, TAPS * self.rows.shape[1])
 
 
 def _ghost_rows(rows: Tensor, table: NeighbourTable) -> Tensor:
     """`[G + 1, I]`: the value of each ghost, and zero."""
     ghosts = rows.new_zeros(table.ghosts.shape[0] + 1, rows.shape[1])
-    for source in table.ghosts.unbind(1):
-        ghosts[:-1] += rows[source]
-    return ghosts.div_(max(1, table.ghosts.shape[1]))
+    if table.ghosts.shape[0]:
+        sums = F.embedding_bag(table.ghosts, rows, mode="sum")  # 2 to 4 times faster than indexing and adding
+        torch.div(sums, table.ghosts.shape[1], out=ghosts[:-1])
+    return ghosts
 
 
 class _SelectiveConv2d(torch.autograd.Function):
