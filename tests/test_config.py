@@ -71,7 +71,11 @@ def test_mistakes_are_named(tmp_path, text, message):
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("train.lr", "write key=value"), ("train.lrr=1", r"did you mean 'train\.lr'"), ("train.lr=[", "not valid YAML")],
+    [
+        ("train.lr", "write key=value"),
+        ("train.lrr=1", r"did you mean 'train\.lr'"),
+        ("train.lr=[", "not valid YAML"),
+    ],
 )
 def test_override_mistakes_are_named(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):

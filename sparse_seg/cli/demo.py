@@ -1,8 +1,8 @@
 """The main job in one command, on synthetic scenes and in a few minutes.
 
 Makes scenes, trains a small dense network at output stride 8, then runs the same weights dense (OS8, OS16)
-and selective at several fine fractions, without retraining. Prints a table and writes report.html and
-comparison.json. A demo that was cut off goes on where it stopped.
+and selective at several fine fractions, without retraining. Prints a table and writes report.html,
+report.png and comparison.json. A demo that was cut off goes on where it stopped.
 
 example:
   sparse-seg demo --out runs/demo

@@ -36,7 +36,9 @@ class Latency:
         return (high - low) / 2
 
 
-def interleaved(runs: Mapping[str, Run], repeats: int, device: torch.device, warmup: int = 1) -> dict[str, Latency]:
+def interleaved(
+    runs: Mapping[str, Run], repeats: int, device: torch.device, warmup: int = 1
+) -> dict[str, Latency]:
     """Time each run `repeats` times, in turns (A B C A B C), so that drift of the machine falls on all alike.
 
     On CUDA the time is that between two events on the stream; the host's share counts if it is the longer.
@@ -83,7 +85,9 @@ def peak_memory(prepare: Callable[..., Run], arguments: tuple[Any, ...], device:
         return (torch.cuda.max_memory_allocated() - before) / MIB
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_in_child, args=(sender, torch.get_num_threads(), prepare, arguments))
+    child = context.Process(
+        target=_measure_in_child, args=(sender, torch.get_num_threads(), prepare, arguments)
+    )
     child.start()
     sender.close()
     try:
@@ -94,7 +98,9 @@ def peak_memory(prepare: Callable[..., Run], arguments: tuple[Any, ...], device:
         child.join()
 
 
-def _measure_in_child(sender: Any, threads: int, prepare: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
+def _measure_in_child(
+    sender: Any, threads: int, prepare: Callable[..., Run], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(threads)
     run = prepare(*arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

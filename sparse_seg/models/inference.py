@@ -56,7 +56,9 @@ class FusedConv(nn.Module):
         self.conv = copy.deepcopy(conv)
         self.conv.weight.data *= scale[:, None, None, None]
 
-    def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None = None
+    ) -> Tensor:
         out = self.conv(rows, src, dst)
         out += self.bias
         if residual is not None:

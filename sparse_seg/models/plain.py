@@ -22,7 +22,9 @@ def plain_network(model: SelectiveSegmentor, output_stride: int = 8) -> nn.Modul
         ValueError: the model was trained at another output stride (its upsampling offset would differ).
     """
     if output_stride != model.trained_stride:
-        raise ValueError(f"a plain network runs at its trained stride {model.trained_stride}, not {output_stride}")
+        raise ValueError(
+            f"a plain network runs at its trained stride {model.trained_stride}, not {output_stride}"
+        )
     return PlainSegmentor(model, output_stride).to(memory_format=torch.channels_last).train(model.training)
 
 
@@ -66,7 +68,11 @@ class PlainBlock(nn.Module):
         relu = nn.ReLU(inplace=True)
         if isinstance(block, BasicBlock):
             self.branch = nn.Sequential(
-                _conv3x3(block.conv1, src, dst), _norm(block.bn1), relu, _conv3x3(block.conv2, dst, dst), _norm(block.bn2)
+                _conv3x3(block.conv1, src, dst),
+                _norm(block.bn1),
+                relu,
+                _conv3x3(block.conv2, dst, dst),
+                _norm(block.bn2),
             )
         else:
             assert isinstance(block, Bottleneck)
@@ -99,14 +105,20 @@ class PlainASPP(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         pooled = self.pool(grid).expand(-1, -1, *grid.shape[2:])
-        return self.project(torch.cat([self.point(grid), *(branch(grid) for branch in self.atrous), pooled], 1))
+        return self.project(
+            torch.cat([self.point(grid), *(branch(grid) for branch in self.atrous), pooled], 1)
+        )
 
 
 def _head(head: nn.Module, stride: int) -> nn.Sequential:
     if isinstance(head, LiteHead):
-        return nn.Sequential(_rows_to_grid(head.reduce), copy.deepcopy(head.refine), copy.deepcopy(head.classifier))
+        return nn.Sequential(
+            _rows_to_grid(head.reduce), copy.deepcopy(head.refine), copy.deepcopy(head.classifier)
+        )
     assert isinstance(head, DeepLabV3Head)
-    return nn.Sequential(PlainASPP(head.aspp, stride), copy.deepcopy(head.refine), copy.deepcopy(head.classifier))
+    return nn.Sequential(
+        PlainASPP(head.aspp, stride), copy.deepcopy(head.refine), copy.deepcopy(head.classifier)
+    )
 
 
 def _rows_to_grid(modules: nn.Sequential) -> nn.Sequential:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_seg.data.dataset import SegmentationDataset
+from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.comparison import Setting
 from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.reporting.html import Section, photo, plot, write_report
-from sparse_seg.reporting.overlays import colourise, draw_blocks, overlay, side_by_side
+from sparse_seg.reporting.overlays import colourise, draw_blocks, overlay, side_by_side, write_image
 from sparse_seg.reporting.plots import cost_curve
 from sparse_seg.reporting.tables import Column, Table
 from sparse_seg.schema import DataConfig
@@ -46,23 +46,24 @@ def write_comparison(
     shown: Sequence[Setting],
     images: int = 4,
 ) -> None:
-    """Write the report: table, curves of quality against cost, some images run by the `shown` settings."""
-    indices = np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int)
-    pictures = [
-        photo(_strip(model, dataset, data, int(index), shown), dataset.name(int(index))) for index in indices
-    ]
+    """Write the report: table, curves of quality against cost, some images run by the `shown` settings.
+
+    The first image's pictures also go side by side into a PNG file of the same name.
+    """
     curves = [
         plot(_curve(rows, "miou", "mIoU %"), "mIoU against multiply-adds"),
-        plot(
-            _curve(rows, "boundary_miou", "boundary mIoU %"),
-            "boundary mIoU (3 px trimap) against multiply-adds",
-        ),
+        plot(_curve(rows, "boundary_miou", "boundary mIoU %"), "boundary mIoU (3 px) against multiply-adds"),
     ]
     sections = [
         Section("Accuracy and cost", description, comparison_table(rows)),
         Section("Quality against cost", pictures=curves, pictures_per_row=2),
-        Section("Images", "Fine blocks are bright, coarse ones dark.", pictures=pictures, pictures_per_row=1),
     ]
+    for index in np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int):
+        named = runs_on_image(model, dataset, data, index, shown)
+        sections.append(Section(dataset.name(index), pictures=[photo(image, name) for name, image in named]))
+        if index == 0:
+            names, pictures = zip(*named, strict=True)
+            write_image(Path(path).with_suffix(".png"), side_by_side(pictures, names))
     write_report(path, title, sections)
 
 
@@ -79,25 +80,24 @@ def _curve(rows: Rows, key: str, label: str) -> bytes:
 
 
 @torch.inference_mode()
-def _strip(
+def runs_on_image(
     model: SelectiveSegmentor,
     dataset: SegmentationDataset,
     data: DataConfig,
     index: int,
     shown: Sequence[Setting],
-) -> np.ndarray:
-    """Input, label, then each setting's prediction, with its fine blocks where it is selective."""
+) -> list[tuple[str, Image]]:
+    """Named pictures: input, label, then each setting's prediction, and its fine blocks if it is selective."""
     image, label = dataset.load(index)
     palette = dataset.classes.palette
     device = next(model.parameters()).device
     batch = normalise(image, data.mean, data.std)[None].to(device)
     target = torch.from_numpy(label.astype(np.int64))[None].to(device)
-    pictures, titles = [image, colourise(label, palette)], ["input", "label"]
+    pictures = [("input", image), ("label", colourise(label, palette))]
     for setting in shown:
         classes, fine_blocks = predict(model, batch, setting.output_stride, setting.policy, target)
         if fine_blocks is not None:
-            pictures.append(draw_blocks(image, fine_blocks[0].cpu().numpy()))
-            titles.append(f"blocks: {setting.name}")
-        pictures.append(overlay(image, classes[0].cpu().numpy(), palette))
-        titles.append(setting.name)
-    return side_by_side(pictures, titles)
+            blocks = draw_blocks(image, fine_blocks[0].cpu().numpy())
+            pictures.append((f"fine blocks (bright): {setting.name}", blocks))
+        pictures.append((setting.name, overlay(image, classes[0].cpu().numpy(), palette)))
+    return pictures

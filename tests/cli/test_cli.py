@@ -165,7 +165,7 @@ def test_compare_writes_table_and_report(capsys, trained, tmp_path):
     assert len(rows) == 6
     assert all(row["network"] in out for row in rows)
     report = (tmp_path / "r.html").read_text()
-    assert report.count("<img") == 4  # two curves, one strip for each of the two images
+    assert report.count("<img") == 2 + 2 * 6  # two curves, six pictures for each of the two images
     assert 'src="data:image' in report
     assert "http" not in re.sub(r'src="[^"]*"', "", report)
 

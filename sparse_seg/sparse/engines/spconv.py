@@ -87,7 +87,9 @@ def _submanifold(features: Tensor, weight: Tensor, level: _Level, dilation: int)
     places = library.SparseConvTensor(
         features.contiguous(), level.places, level.size, level.batch, indice_dict=level.pairs
     )
-    with torch.autocast(features.device.type, enabled=False):  # its own would cast to float16 whatever we asked
+    with torch.autocast(
+        features.device.type, enabled=False
+    ):  # its own would cast to float16 whatever we asked
         out = layer(places)
     level.pairs.update(out.indice_dict)
     return out.features
@@ -132,11 +134,15 @@ def _library(device: str) -> Any:
         layer = _layer(16, 16, 1, device)
         layer.__dict__["weight"] = weight
         level = _level(layout, table)
-        places = library.SparseConvTensor(rows[layout.num_lattice :].contiguous(), level.places, level.size, level.batch)
+        places = library.SparseConvTensor(
+            rows[layout.num_lattice :].contiguous(), level.places, level.size, level.batch
+        )
         found = layer.eval()(places).features
     error = (found - expected[layout.num_lattice :]).abs().max() / expected.abs().max()
     if not error < TOLERANCE:
-        raise EngineError(f"the installed spconv computes wrong numbers (relative error {error:.1g}); {_how_to_install()}")
+        raise EngineError(
+            f"the installed spconv computes wrong numbers (relative error {error:.1g}); {_how_to_install()}"
+        )
     return library
 
 
