@@ -61,6 +61,16 @@ class SelectiveSegmentor(nn.Module):
         """Logits `[B, K, H, W]` of the same weights run dense at output stride 8, 16 or 32."""
         return self.outputs(images, self.dense_layouts(images, output_stride)).logits
 
+    def for_inference(self) -> SelectiveSegmentor:
+        """A fast copy for prediction only (see `models/inference.py`).
+
+        Raises:
+            ValueError: the model is in training mode.
+        """
+        from sparse_seg.models.inference import for_inference  # it builds a network of this class
+
+        return for_inference(self)
+
     def outputs(self, images: Tensor, layouts: list[SiteLayout]) -> Outputs:
         """Run on the four stages' layouts, as `selective_layouts` or `dense_layouts` give them."""
         features = self.backbone(images, layouts)

@@ -117,6 +117,19 @@ def _ghost_rows(rows: Tensor, table: NeighbourTable) -> Tensor:
     return ghosts
 
 
+def multiply_neighbours(
+    rows: Tensor, weight: Tensor, table: NeighbourTable, out: Tensor, bias: Tensor | None = None
+) -> None:
+    """The extra sites' outputs `[M, O]`, written to `out`; without autograd."""
+    tiles, matrix, ghosts = _Tiles(rows, table), weight.flatten(1).t(), _ghost_rows(rows, table)
+    for extra, special in tiles:
+        tile = tiles.gather(extra, special, ghosts)
+        if bias is None:
+            torch.mm(tile, matrix, out=out[extra])
+        else:
+            torch.addmm(bias, tile, matrix, out=out[extra])
+
+
 class _SelectiveConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -133,10 +146,7 @@ class _SelectiveConv2d(torch.autograd.Function):
         ctx.plan = src, dst, table, stride, dilation
         out = rows.new_empty(dst.num_sites, weight.shape[0])
         out[: dst.num_lattice] = grid_to_rows(_lattice_conv(rows, weight, src, stride, dilation))
-        tiles, extra_out = _Tiles(rows, table), out[dst.num_lattice :]
-        matrix, ghosts = weight.flatten(1).t(), _ghost_rows(rows, table)
-        for extra, special in tiles:
-            torch.mm(tiles.gather(extra, special, ghosts), matrix, out=extra_out[extra])
+        multiply_neighbours(rows, weight, table, out=out[dst.num_lattice :])
         return out
 
     @staticmethod

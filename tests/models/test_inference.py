@@ -1,0 +1,45 @@
+"""The fast path has the same interface and the same numbers."""
+
+import pytest
+import torch
+
+from sparse_seg import build_model
+from tests.reference import randomise
+
+
+@pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
+@pytest.mark.parametrize("size", [(64, 96), (75, 98)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_same_logits_dense_and_selective(backbone, head, size, dtype):
+    torch.manual_seed(0)
+    model = build_model({"backbone": backbone, "width": 0.25, "head": head, "num_classes": 5})
+    randomise(model)
+    model = model.to(dtype).eval()
+    fast = model.for_inference()
+    images = torch.randn(2, 3, *size, dtype=dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    blocks = (-(-size[0] // 16), -(-size[1] // 16))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    with torch.no_grad():
+        pairs = [(model.dense(images, stride), fast.dense(images, stride)) for stride in (8, 16, 32)]
+        for fraction in (0, 0.3, 1):
+            mask = torch.rand(2, *blocks) < fraction
+            pairs.append((model(images, mask), fast(images, mask)))
+        pairs.append((model(images), fast(images)))
+    for expected, found in pairs:
+        assert (found - expected).abs().max() / expected.abs().max() < tolerance
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_model_in_training_mode_is_refused():
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) before for_inference"):
+        build_model({"width": 0.125}).train().for_inference()
+
+
+def test_nothing_wants_gradients_and_images_stay_as_they_are():
+    fast = build_model({"width": 0.125}).eval().for_inference()
+    images = torch.randn(1, 3, 64, 64)
+    before = images.clone()
+    assert not fast(images).requires_grad
+    assert torch.equal(images, before)
