@@ -12,34 +12,31 @@ from torch import Tensor, nn
 from sparse_seg.models.heads import ASPP, DeepLabV3Head, LiteHead
 from sparse_seg.models.resnet import STAGE_STRIDES, BasicBlock, Bottleneck, ResNet
 from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.upsample import upsample_logits
 from sparse_seg.sparse import SelectiveConv2d
 
 
-def plain_network(model: SelectiveSegmentor, output_stride: int = 8) -> nn.Module:
-    """Logits of `model.dense(images, output_stride)` from plain modules with copies of its weights.
-
-    Raises:
-        ValueError: the model was trained at another output stride (its upsampling offset would differ).
-    """
-    if output_stride != model.trained_stride:
-        raise ValueError(
-            f"a plain network runs at its trained stride {model.trained_stride}, not {output_stride}"
-        )
-    return PlainSegmentor(model, output_stride).to(memory_format=torch.channels_last).train(model.training)
+def plain_network(model: SelectiveSegmentor, output_stride: int = 8) -> PlainSegmentor:
+    """Logits of `model.dense(images, output_stride)` from plain modules with copies of its weights."""
+    plain = PlainSegmentor(model, output_stride).to(memory_format=torch.channels_last)
+    return plain.train(model.training)
 
 
 class PlainSegmentor(nn.Module):
-    """Backbone, head, upsampling."""
+    """Backbone, head, upsampling, dense at `output_stride`."""
 
     def __init__(self, model: SelectiveSegmentor, output_stride: int) -> None:
         super().__init__()
+        self.output_stride, self.trained_stride = output_stride, model.trained_stride
         self.stem, self.stages = plain_stem(model.backbone), plain_stages(model.backbone, output_stride)
         self.head = _head(model.head, output_stride)
 
     def forward(self, images: Tensor) -> Tensor:
         """`[B, 3, H, W]` to logits `[B, K, H, W]`."""
-        logits = self.head(self.stages(self.stem(images)))
-        return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+        logits = self.head(self.stages(self.stem(images.contiguous(memory_format=torch.channels_last))))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        size = (images.shape[2], images.shape[3])
+        return upsample_logits(logits, size, self.output_stride, self.trained_stride)
 
 
 def plain_stem(backbone: ResNet) -> nn.Sequential:
@@ -122,24 +119,29 @@ def _head(head: nn.Module, stride: int) -> nn.Sequential:
 
 
 def _rows_to_grid(modules: nn.Sequential) -> nn.Sequential:
-    convert = {nn.Linear: _conv1x1, nn.BatchNorm1d: _norm}
-    return nn.Sequential(*(convert.get(type(module), copy.deepcopy)(module) for module in modules))
+    return nn.Sequential(*(_as_plain(module) for module in modules))
+
+
+def _as_plain(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return _conv1x1(module)
+    return _norm(module) if isinstance(module, nn.BatchNorm1d) else copy.deepcopy(module)
 
 
 def _conv3x3(conv: SelectiveConv2d, src: int, dst: int) -> nn.Conv2d:
     dilation = conv.spacing // src
     plain = nn.Conv2d(conv.in_channels, conv.out_channels, 3, dst // src, dilation, dilation, bias=False)
-    plain.weight.data.copy_(conv.weight.data.permute(0, 3, 1, 2))
+    plain.to(conv.weight).weight.data.copy_(conv.weight.data.permute(0, 3, 1, 2))
     return plain
 
 
 def _conv1x1(linear: nn.Linear, stride: int = 1) -> nn.Conv2d:
-    plain = nn.Conv2d(linear.in_features, linear.out_features, 1, stride, bias=False)
+    plain = nn.Conv2d(linear.in_features, linear.out_features, 1, stride, bias=False).to(linear.weight)
     plain.weight.data.copy_(linear.weight.data[:, :, None, None])
     return plain
 
 
 def _norm(norm: nn.BatchNorm1d) -> nn.BatchNorm2d:
-    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum).to(norm.weight)
     plain.load_state_dict(norm.state_dict())
     return plain
