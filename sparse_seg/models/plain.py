@@ -4,6 +4,7 @@ baseline that selective runs are measured against."""
 from __future__ import annotations
 
 import copy
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,17 @@ from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.upsample import upsample_logits
 from sparse_seg.sparse import SelectiveConv2d
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 def plain_network(model: SelectiveSegmentor, output_stride: int = 8) -> PlainSegmentor:
     """Logits of `model.dense(images, output_stride)` from plain modules with copies of its weights."""
-    plain = PlainSegmentor(model, output_stride).to(memory_format=torch.channels_last)
-    return plain.train(model.training)
+    return channels_last(PlainSegmentor(model, output_stride)).train(model.training)
+
+
+def channels_last(module: Module) -> Module:
+    """The module with its convolutions' weights in channels_last memory."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class PlainSegmentor(nn.Module):
@@ -60,7 +67,7 @@ def plain_stages(backbone: ResNet, output_stride: int, first: int = 1) -> nn.Seq
 class PlainBlock(nn.Module):
     """A residual block from stride `src` to stride `dst` (pixels)."""
 
-    def __init__(self, block: nn.Module, src: int, dst: int) -> None:
+    def __init__(self, block: Any, src: int, dst: int) -> None:
         super().__init__()
         relu = nn.ReLU(inplace=True)
         if isinstance(block, BasicBlock):
@@ -84,7 +91,9 @@ class PlainBlock(nn.Module):
             self.shortcut = nn.Sequential(_conv1x1(linear, dst // src), _norm(norm))
 
     def forward(self, grid: Tensor) -> Tensor:
-        return F.relu(self.branch(grid) + self.shortcut(grid))
+        out = self.branch(grid)
+        out += self.shortcut(grid)
+        return F.relu(out, inplace=True)
 
 
 class PlainASPP(nn.Module):
@@ -92,10 +101,11 @@ class PlainASPP(nn.Module):
 
     def __init__(self, aspp: ASPP, stride: int) -> None:
         super().__init__()
+        branches: Any = zip(aspp.atrous, aspp.atrous_bn, strict=True)
         self.point = _rows_to_grid(aspp.point)
         self.atrous = nn.ModuleList(
             nn.Sequential(_conv3x3(conv, stride, stride), _norm(norm), nn.ReLU(inplace=True))
-            for conv, norm in zip(aspp.atrous, aspp.atrous_bn, strict=True)
+            for conv, norm in branches
         )
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *_rows_to_grid(aspp.pool))
         self.project = _rows_to_grid(aspp.project)
