@@ -13,6 +13,10 @@ class DataError(SparseSegError):
     """A dataset is incomplete or inconsistent; the message names the file."""
 
 
+class MeasurementError(SparseSegError):
+    """Time or memory cannot be measured: a run failed, or the machine does not tell."""
+
+
 class CheckpointError(SparseSegError):
     """A checkpoint is missing, corrupt or does not fit the model."""
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from sparse_seg.errors import SparseSegError
 from sparse_seg.version import __version__
 
-COMMANDS = ("train", "evaluate", "predict", "make_scenes", "demo")
+COMMANDS = ("train", "evaluate", "predict", "make_scenes", "demo", "benchmark")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

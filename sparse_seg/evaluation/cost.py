@@ -1,65 +1,162 @@
-"""What a forward costs: multiply-adds counted by the layers from what they ran on, and parameters."""
+"""What a network costs: multiply-adds counted by the layers from what they ran on, parameters, bytes on disk.
+
+Latency and peak memory, which need a clock and a machine, are in `latency.py`.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import Any
+import io
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from sparse_seg.masks import MaskPolicy
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout
 
+COUNTED = (nn.Conv2d, nn.Linear, SelectiveConv2d)
+
+
+class Macs(NamedTuple):
+    """Multiply-adds: `total`, sites x taps x in x out as the usual figures count, padding included; and
+    `hits`, only the taps that read a site or a ghost."""
+
+    total: int = 0
+    hits: int = 0
+
+    def __add__(self, other: Macs) -> Macs:  # type: ignore[override]
+        return Macs(self.total + other.total, self.hits + other.hits)
+
+
+def count_macs(model: SelectiveSegmentor, images: Tensor, layouts: list[SiteLayout]) -> dict[str, int]:
+    """Multiply-adds of one forward by part, for the whole batch: the `total` of `count_cost`."""
+    return {part: macs.total for part, macs in count_cost(model, images, layouts).items()}
+
 
 @torch.inference_mode()
-def count_macs(model: SelectiveSegmentor, images: Tensor, layouts: list[SiteLayout]) -> dict[str, int]:
-    """Multiply-adds of one forward by part (`stem`, `layer1`..`layer4`, `head`), for the whole batch.
+def count_cost(
+    model: SelectiveSegmentor,
+    images: Tensor,
+    layouts: list[SiteLayout],
+    policy: MaskPolicy | None = None,
+    labels: Tensor | None = None,
+) -> dict[str, Macs]:
+    """Multiply-adds of one forward by part, for the whole batch.
 
-    Convolutions and linear layers are counted, from the sizes they meet in a real forward; taps that fall
-    outside the image count, as in the usual figure of a dense network.
+    The parts: `stem`, `layer1`..`layer4`, `neck` (what the head runs on rows), `head` (after densify) and,
+    if a policy is given, `mask`. Convolutions and linear layers are counted, from the sizes they meet in a
+    real forward; interpolation and pooling are not, as in the usual figures.
     """
-    counts: dict[str, int] = defaultdict(int)
+    was_training = model.training
+    model.eval()
+    try:
+        counts = count_modules(model, lambda: model.outputs(images, layouts), _part)
+    finally:
+        model.train(was_training)
+    if policy is not None:
+        counts["mask"] = _policy_macs(policy, images, labels)
+    return counts
 
-    def counter(part: str) -> Any:
-        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            counts[part] += _module_macs(module, inputs[0], output)
+
+def count_modules(
+    model: nn.Module, run: Callable[[], Any], part: Callable[[str], str] = lambda name: "all"
+) -> dict[str, Macs]:
+    """Multiply-adds of the convolutions and linear layers of `model` while `run()` uses it.
+
+    Args:
+        part: what a module counts as, by its name in `model`.
+    """
+    counts: dict[str, Macs] = {}
+
+    def counter(key: str) -> Callable[..., None]:
+        def count(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            counts[key] = counts.get(key, Macs()) + layer_macs(module, inputs, output)
 
         return count
 
     hooks = [
-        module.register_forward_hook(counter(_part(name)))
+        module.register_forward_hook(counter(part(name)))
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear, SelectiveConv2d))
+        if isinstance(module, COUNTED)
     ]
-    was_training = model.training
-    model.eval()
     try:
-        model.outputs(images, layouts)
+        run()
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return dict(counts)
+    return counts
 
 
-def _module_macs(module: nn.Module, source: Tensor, output: Tensor) -> int:
+def layer_macs(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Macs:
+    """Multiply-adds of one layer for the inputs it met."""
     if isinstance(module, SelectiveConv2d):
-        return module.macs
+        _, src, dst = inputs
+        return Macs(module.macs, _site_hits(module, src, dst) * module.in_channels * module.out_channels)
     if isinstance(module, nn.Linear):
-        return source.numel() // module.in_features * module.weight.numel()
+        macs = inputs[0].numel() // module.in_features * module.weight.numel()
+        return Macs(macs, macs)
     assert isinstance(module, nn.Conv2d)
-    return output.numel() // output.shape[1] * module.weight.numel()
+    hits = module.weight.shape[0] * module.weight.shape[1] * output.shape[0]
+    for axis in (0, 1):
+        padding = module.padding[axis]
+        assert isinstance(padding, int)
+        hits *= _axis_hits(
+            inputs[0].shape[2 + axis],
+            output.shape[2 + axis],
+            module.kernel_size[axis],
+            module.stride[axis],
+            module.dilation[axis],
+            padding,
+        )
+    return Macs(output.numel() // output.shape[1] * module.weight.numel(), hits)
+
+
+def _site_hits(conv: SelectiveConv2d, src: SiteLayout, dst: SiteLayout) -> int:
+    """(site, tap) pairs that read something: on the lattice those inside the image, else sites and ghosts."""
+    stride, dilation = dst.lattice_stride // src.lattice_stride, conv.spacing // src.lattice_stride
+    hits = dst.batch
+    for inside, outside in zip(src.lattice_size, dst.lattice_size, strict=True):
+        hits *= _axis_hits(inside, outside, 3, stride, dilation, dilation)
+    if dst.num_extra:
+        hits += src.neighbours(dst, conv.spacing, conv.exchange).num_hits
+    return hits
+
+
+def _axis_hits(inside: int, outside: int, kernel: int, stride: int, dilation: int, padding: int) -> int:
+    """(output, tap) pairs along one axis whose tap falls on one of the `inside` inputs."""
+    places = (out * stride + tap * dilation - padding for out in range(outside) for tap in range(kernel))
+    return sum(0 <= place < inside for place in places)
+
+
+def _policy_macs(policy: MaskPolicy, images: Tensor, labels: Tensor | None) -> Macs:
+    """A policy is small and may use functions in place of modules: PyTorch counts it, padding included."""
+    with FlopCounterMode(display=False) as counter:
+        policy(images, labels)
+    macs = counter.get_total_flops() // 2
+    return Macs(macs, macs)
 
 
 def _part(name: str) -> str:
-    """`stem`, `layer1`..`layer4` or `head` from a module's name."""
+    """`stem`, `layer1`..`layer4`, `neck` or `head` from a module's name in `SelectiveSegmentor`."""
     first, *rest = name.split(".")
-    if first != "backbone":
-        return first
-    return rest[0] if rest[0].startswith("layer") else "stem"
+    if first == "backbone":
+        return rest[0] if rest[0].startswith("layer") else "stem"
+    if first == "head" and rest[0] in ("reduce", "aspp"):
+        return "neck"
+    return first
 
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters that inference needs: without the auxiliary head."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("auxiliary."))
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Bytes of the state dict that inference needs, saved as a plain dict: written to memory and measured."""
+    state = {n: tensor for n, tensor in model.state_dict().items() if not n.startswith("auxiliary.")}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.tell()

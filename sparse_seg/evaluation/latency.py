@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
 import re
 import statistics
@@ -13,8 +15,11 @@ from typing import Any
 
 import torch
 
+from sparse_seg.errors import MeasurementError
+
 Run = Callable[[], Any]
 MIB = 2**20
+_M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -3, 2**16  # mallopt(3); bytes
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,17 @@ class Latency:
 
     @property
     def spread(self) -> float:
-        """Half the distance between the quartiles (0 for fewer than 2 runs)."""
-        if len(self.samples) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        """Half the distance between the quartiles."""
+        low, high = self.quartiles
         return (high - low) / 2
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """A quarter of the runs took less than the first, a quarter more than the second."""
+        if len(self.samples) < 2:
+            return self.samples[0], self.samples[0]
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return low, high
 
 
 def interleaved(
@@ -41,7 +52,8 @@ def interleaved(
 ) -> dict[str, Latency]:
     """Time each run `repeats` times, in turns (A B C A B C), so that drift of the machine falls on all alike.
 
-    On CUDA the time is that between two events on the stream; the host's share counts if it is the longer.
+    Warm-up rounds come before and are not timed. On CUDA the time is that between two events on the stream;
+    the host's share counts if it is the longer. Threads are those of `torch.get_num_threads()`.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(warmup + repeats):
@@ -69,44 +81,75 @@ def _cuda_time(run: Run) -> float:
 
 
 def peak_memory(prepare: Callable[..., Run], arguments: tuple[Any, ...], device: torch.device) -> float:
-    """MiB that the run `prepare(*arguments)` returns needs at its peak, beyond what stood before it.
+    """MiB that the run `prepare(*arguments)` returns needs at its peak, beyond what `prepare` left (weights).
 
-    On CUDA by the allocator. On the CPU in a child process, by the kernel's high-water mark of resident memory:
-    `prepare` and its arguments must be picklable, and one run warms up before the measured one.
+    On CUDA by the allocator. On the CPU in a child process of its own, by the kernel's high-water mark of
+    resident memory; `prepare` and its arguments must be picklable. What the run keeps for later runs counts.
+
+    Raises:
+        MeasurementError: the run failed or was killed (too little memory), or there is no Linux /proc.
     """
     if device.type == "cuda":
-        run = prepare(*arguments)
-        run()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
+        return _cuda_peak(prepare(*arguments))
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(
-        target=_measure_in_child, args=(sender, torch.get_num_threads(), prepare, arguments)
+        target=_measure_in_child, args=(sender, torch.get_num_threads(), prepare, arguments), daemon=True
     )
     child.start()
     sender.close()
     try:
-        return receiver.recv()
+        result = receiver.recv()
     except EOFError:
-        raise RuntimeError("the memory measurement's process died; is there enough memory?") from None
+        result = None
     finally:
+        receiver.close()
         child.join()
+    if isinstance(result, float):
+        return result
+    reason = result or f"its process died with exit code {child.exitcode}; is there enough memory?"
+    raise MeasurementError(f"memory cannot be measured: {reason}")
+
+
+def _cuda_peak(run: Run) -> float:
+    before = torch.cuda.memory_allocated()
+    run()  # the first run may try convolution algorithms, which takes memory of its own
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
 def _measure_in_child(
     sender: Any, threads: int, prepare: Callable[..., Run], arguments: tuple[Any, ...]
 ) -> None:
+    try:
+        sender.send(_cpu_peak(threads, prepare, arguments))
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _cpu_peak(threads: int, prepare: Callable[..., Run], arguments: tuple[Any, ...]) -> float:
     torch.set_num_threads(threads)
+    # freed tensors go back to the kernel at once, so that what is resident is what is in use
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
     run = prepare(*arguments)
+    _load_libraries()
+    gc.collect()
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _status_kib("VmRSS")
     run()
-    sender.send((_status_kib("VmHWM") - before) / 1024)
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def _load_libraries() -> None:
+    """A small convolution and product: code and threads that every run needs are in memory afterwards."""
+    grid = torch.randn(1, 8, 16, 16).contiguous(memory_format=torch.channels_last)
+    torch.nn.functional.conv2d(grid, torch.randn(8, 8, 3, 3))
+    torch.randn(64, 64) @ torch.randn(64, 64)
 
 
 def _status_kib(key: str) -> int:

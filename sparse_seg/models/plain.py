@@ -4,6 +4,7 @@ baseline that selective runs are measured against."""
 from __future__ import annotations
 
 import copy
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,34 +13,37 @@ from torch import Tensor, nn
 from sparse_seg.models.heads import ASPP, DeepLabV3Head, LiteHead
 from sparse_seg.models.resnet import STAGE_STRIDES, BasicBlock, Bottleneck, ResNet
 from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.upsample import upsample_logits
 from sparse_seg.sparse import SelectiveConv2d
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def plain_network(model: SelectiveSegmentor, output_stride: int = 8) -> nn.Module:
-    """Logits of `model.dense(images, output_stride)` from plain modules with copies of its weights.
 
-    Raises:
-        ValueError: the model was trained at another output stride (its upsampling offset would differ).
-    """
-    if output_stride != model.trained_stride:
-        raise ValueError(
-            f"a plain network runs at its trained stride {model.trained_stride}, not {output_stride}"
-        )
-    return PlainSegmentor(model, output_stride).to(memory_format=torch.channels_last).train(model.training)
+def plain_network(model: SelectiveSegmentor, output_stride: int = 8) -> PlainSegmentor:
+    """Logits of `model.dense(images, output_stride)` from plain modules with copies of its weights."""
+    return channels_last(PlainSegmentor(model, output_stride)).train(model.training)
+
+
+def channels_last(module: Module) -> Module:
+    """The module with its convolutions' weights in channels_last memory."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class PlainSegmentor(nn.Module):
-    """Backbone, head, upsampling."""
+    """Backbone, head, upsampling, dense at `output_stride`."""
 
     def __init__(self, model: SelectiveSegmentor, output_stride: int) -> None:
         super().__init__()
+        self.output_stride, self.trained_stride = output_stride, model.trained_stride
         self.stem, self.stages = plain_stem(model.backbone), plain_stages(model.backbone, output_stride)
         self.head = _head(model.head, output_stride)
 
     def forward(self, images: Tensor) -> Tensor:
         """`[B, 3, H, W]` to logits `[B, K, H, W]`."""
-        logits = self.head(self.stages(self.stem(images)))
-        return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+        logits = self.head(self.stages(self.stem(images.contiguous(memory_format=torch.channels_last))))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        size = (images.shape[2], images.shape[3])
+        return upsample_logits(logits, size, self.output_stride, self.trained_stride)
 
 
 def plain_stem(backbone: ResNet) -> nn.Sequential:
@@ -63,7 +67,7 @@ def plain_stages(backbone: ResNet, output_stride: int, first: int = 1) -> nn.Seq
 class PlainBlock(nn.Module):
     """A residual block from stride `src` to stride `dst` (pixels)."""
 
-    def __init__(self, block: nn.Module, src: int, dst: int) -> None:
+    def __init__(self, block: Any, src: int, dst: int) -> None:
         super().__init__()
         relu = nn.ReLU(inplace=True)
         if isinstance(block, BasicBlock):
@@ -87,7 +91,9 @@ class PlainBlock(nn.Module):
             self.shortcut = nn.Sequential(_conv1x1(linear, dst // src), _norm(norm))
 
     def forward(self, grid: Tensor) -> Tensor:
-        return F.relu(self.branch(grid) + self.shortcut(grid))
+        out = self.branch(grid)
+        out += self.shortcut(grid)
+        return F.relu(out, inplace=True)
 
 
 class PlainASPP(nn.Module):
@@ -95,10 +101,11 @@ class PlainASPP(nn.Module):
 
     def __init__(self, aspp: ASPP, stride: int) -> None:
         super().__init__()
+        branches: Any = zip(aspp.atrous, aspp.atrous_bn, strict=True)
         self.point = _rows_to_grid(aspp.point)
         self.atrous = nn.ModuleList(
             nn.Sequential(_conv3x3(conv, stride, stride), _norm(norm), nn.ReLU(inplace=True))
-            for conv, norm in zip(aspp.atrous, aspp.atrous_bn, strict=True)
+            for conv, norm in branches
         )
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *_rows_to_grid(aspp.pool))
         self.project = _rows_to_grid(aspp.project)
@@ -122,24 +129,29 @@ def _head(head: nn.Module, stride: int) -> nn.Sequential:
 
 
 def _rows_to_grid(modules: nn.Sequential) -> nn.Sequential:
-    convert = {nn.Linear: _conv1x1, nn.BatchNorm1d: _norm}
-    return nn.Sequential(*(convert.get(type(module), copy.deepcopy)(module) for module in modules))
+    return nn.Sequential(*(_as_plain(module) for module in modules))
+
+
+def _as_plain(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return _conv1x1(module)
+    return _norm(module) if isinstance(module, nn.BatchNorm1d) else copy.deepcopy(module)
 
 
 def _conv3x3(conv: SelectiveConv2d, src: int, dst: int) -> nn.Conv2d:
     dilation = conv.spacing // src
     plain = nn.Conv2d(conv.in_channels, conv.out_channels, 3, dst // src, dilation, dilation, bias=False)
-    plain.weight.data.copy_(conv.weight.data.permute(0, 3, 1, 2))
+    plain.to(conv.weight).weight.data.copy_(conv.weight.data.permute(0, 3, 1, 2))
     return plain
 
 
 def _conv1x1(linear: nn.Linear, stride: int = 1) -> nn.Conv2d:
-    plain = nn.Conv2d(linear.in_features, linear.out_features, 1, stride, bias=False)
+    plain = nn.Conv2d(linear.in_features, linear.out_features, 1, stride, bias=False).to(linear.weight)
     plain.weight.data.copy_(linear.weight.data[:, :, None, None])
     return plain
 
 
 def _norm(norm: nn.BatchNorm1d) -> nn.BatchNorm2d:
-    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum).to(norm.weight)
     plain.load_state_dict(norm.state_dict())
     return plain

@@ -1,0 +1,151 @@
+"""Time, multiply-adds and memory of one network run dense and selective, on one rendered scene.
+
+The baseline is the same network as plain nn.Conv2d in channels_last memory, dense at output stride 8. Scopes:
+stages (layer3 and layer4, from the features before them on; the mask is given) and network (images to
+logits, mask included); --train adds a training step. The ways to run take turns, so that drift of the
+machine falls on all alike. The mask is the config's policy; weights are random unless --checkpoint gives
+them. Memory is what a run needs beyond weights and input.
+
+examples:
+  sparse-seg benchmark configs/bench_r50.yaml --json bench_r50.json
+  sparse-seg benchmark configs/bench_r101.yaml --size 1024x2048 --device cuda --dtype float16
+  sparse-seg benchmark configs/bench_r50.yaml --fine-fraction 0.15 --batch 2 --scopes --train
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from sparse_seg.cli.arguments import parse_size, whole_number
+from sparse_seg.cli.options import add_config, add_device, fraction
+from sparse_seg.config import load_config, num_classes
+from sparse_seg.data.scenes import SMALLEST_SIDE
+from sparse_seg.evaluation.benchmark import check_training, engine_fault, measure, ways
+from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
+from sparse_seg.evaluation.peers import PEERS
+from sparse_seg.evaluation.profile import profile_network
+from sparse_seg.evaluation.provenance import provenance
+from sparse_seg.evaluation.subject import Setup, Subject, Way
+from sparse_seg.files import atomic_write
+from sparse_seg.reporting.benchmark import benchmark_table, profile_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("--checkpoint", metavar="C", help="weights to run (default: random ones)")
+    parser.add_argument("--size", type=_size, default=(512, 1024), metavar="HxW", help="default: 512x1024")
+    parser.add_argument("--batch", type=whole_number(1), default=1, metavar="N", help="images (default: 1)")
+    parser.add_argument(
+        "--fine-fraction",
+        nargs="+",
+        type=fraction,
+        default=[0.05, 0.1, 0.2, 0.3, 1.0],
+        metavar="F",
+        help="shares of fine blocks (default: 0.05 0.1 0.2 0.3 1.0)",
+    )
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        choices=("gather", "spconv"),
+        default=["gather", "spconv"],
+        help="those of them that run here (default: both)",
+    )
+    parser.add_argument(
+        "--scopes",
+        nargs="*",
+        choices=("stages", "network"),
+        default=["stages", "network"],
+        help="default: both",
+    )
+    parser.add_argument("--train", action="store_true", help="also a training step")
+    parser.add_argument("--profile", action="store_true", help="also where the time goes")
+    parser.add_argument("--peers", action="store_true", help=f"also {', '.join(PEERS)}, where installed")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    parser.add_argument("--repeats", type=whole_number(1), default=5, metavar="N", help="default: 5")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out (much faster)")
+    parser.add_argument("--json", metavar="OUT", help="also write the result to this file")
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.set)
+    config.model.num_classes = num_classes(config)
+    if args.device.type == "cuda":  # the baseline gets cuDNN's best algorithms, and all alike TF32
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    setup = Setup(config, args.checkpoint, args.size, args.batch, str(args.device), args.dtype)
+    if args.train:
+        check_training(setup)
+    subject, notes, rows = Subject(setup), list[str](), list[dict[str, Any]]()
+    for scope in [*args.scopes, *(["train"] if args.train else [])]:
+        todo = ways(scope, args.fine_fraction, _engines(args, scope, subject, notes), _has_fast(subject))
+        if args.peers and scope != "train":
+            todo += [Way(scope, "peer", 8, engine=name) for name in PEERS]
+        rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
+    if rows:
+        print(benchmark_table(rows).to_text())
+    profiles = _profiles(args, subject) if args.profile else []
+    origin = provenance() | {
+        "setup": {"size": args.size, "batch": args.batch, "device": str(args.device), "dtype": args.dtype},
+        "policy": config.model.mask.policy,
+        "repeats": args.repeats,
+        "parameters": count_parameters(subject.model),
+        "checkpoint_bytes": checkpoint_bytes(subject.model),
+        "notes": notes,
+    }
+    print(_footer(origin))
+    if args.json:
+        content = origin | {"rows": rows, "profile": profiles}
+        atomic_write(args.json, json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+def _engines(args: argparse.Namespace, scope: str, subject: Subject, notes: list[str]) -> list[str]:
+    """The engines asked for that can run; the others go to the notes."""
+    engines = []
+    for engine in dict.fromkeys(args.engines):
+        fault = engine_fault(engine, subject.device, subject.dtype, scope == "train")
+        if fault is None:
+            engines.append(engine)
+        else:
+            notes.append(f"{scope}: {engine} not measured: {fault}")
+    return engines
+
+
+def _has_fast(subject: Subject) -> bool:
+    return subject.fast_model is not None
+
+
+def _profiles(args: argparse.Namespace, subject: Subject) -> list[dict[str, Any]]:
+    profiles = []
+    candidates = ways("network", args.fine_fraction, ["gather"], _has_fast(subject))
+    for way in (way for way in candidates if way.kind != "plain"):
+        rows = profile_network(subject, way, args.repeats)
+        print(f"\nwhere the time goes: {way.name}, {way.form}, ms by part and kind of work")
+        print(profile_table(rows).to_text())
+        profiles += rows
+    return profiles
+
+
+def _footer(origin: dict[str, Any]) -> str:
+    setup = origin["setup"]
+    height, width = setup["size"]
+    lines = [
+        f"{origin['machine']}, {origin['threads']} threads, torch {origin['torch']}, {setup['dtype']} on "
+        f"{setup['device']}, {setup['batch']} x {height}x{width} px, {origin['policy']} mask; medians of "
+        f"{origin['repeats']}, ± half the distance between quartiles",
+        f"{origin['parameters'] / 1e6:.2f} M parameters, {origin['checkpoint_bytes'] / 1e6:.1f} MB on disk",
+        *origin["notes"],
+    ]
+    return "\n".join(lines)
+
+
+def _size(text: str) -> tuple[int, int]:
+    size = parse_size(text)
+    if min(size) < SMALLEST_SIDE:
+        raise argparse.ArgumentTypeError(f"{text!r}: both sides must be at least {SMALLEST_SIDE} px")
+    return size

@@ -1,0 +1,129 @@
+"""Where the time of a run goes, by part of the network and kind of work, from PyTorch's profiler.
+
+Ranges come from hooks that live only while profiling. Work belongs to the innermost range around it: what
+runs in the backbone but in no stage is the stem, in the head but in none of its layers densify, outside both
+upsampling. Each operator counts with its own time, without that of operators it calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from sparse_seg.evaluation.subject import Subject, Way, use_engine
+from sparse_seg.models.segmentor import SelectiveSegmentor
+
+PREFIX = "sparse_seg:"
+KINDS = {  # the first whose word is in the operator's name
+    "conv": ("conv",),
+    "GEMM": ("mm", "linear", "matmul"),
+    "gather": ("index", "embedding_bag", "gather", "scatter"),
+    "norm": ("norm",),
+    "interpolate": ("upsample", "interpolate"),
+    "ReLU, add": ("relu", "clamp", "add"),
+    "copy": ("copy", "contiguous", "clone", "cat", "fill", "zero", "empty", "pad"),
+}
+ORDER = (*KINDS, "layout", "mask", "other")
+HEAD = ("refine", "classifier")  # a head's layers after densify
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+PARTS = ("mask", "layout", "stem", *STAGES, "neck", "densify", "head", "upsample")
+
+
+def profile_network(subject: Subject, way: Way, repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds of a forward (mask, layouts, network) by part and kind: one plain row per part.
+
+    The ways are dense and selective ones of the scope `network`; the profiler itself adds a few percent.
+    """
+    model, tables = subject.fast_model if way.fast else subject.model, subject.tables(way)
+    assert model is not None
+    use_engine(model, way.engine)
+
+    def run() -> None:
+        if way.fine_fraction is None:
+            with record_function(f"{PREFIX}layout"):
+                layouts = model.dense_layouts(subject.images, way.output_stride)
+        else:
+            with record_function(f"{PREFIX}mask"):
+                blocks = subject.fine_blocks(way.fine_fraction)
+            with record_function(f"{PREFIX}layout"):
+                layouts = subject.prepare(blocks, tables)
+        with record_function(f"{PREFIX}upsample"):
+            model.outputs(subject.images, layouts)
+
+    cuda = subject.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch.inference_mode(), _ranges(model):
+        run()
+        with profile(activities=activities, acc_events=True) as profiler:
+            for _ in range(repeats):
+                run()
+    totals: dict[str, dict[str, float]] = {part: {} for part in PARTS}
+    for event in profiler.events() or []:
+        part = _part(event)
+        if part is None:
+            continue
+        kind = part if part in ("layout", "mask") else _kind(event.name)
+        time = event.self_device_time_total if cuda else event.self_cpu_time_total
+        totals[part][kind] = totals[part].get(kind, 0.0) + time / 1000 / repeats
+    rows = [
+        {"network": way.name, "form": way.form, "part": part, "kinds": kinds}
+        for part, kinds in totals.items()
+        if kinds
+    ]
+    return [row | {"milliseconds": sum(row["kinds"].values())} for row in rows]  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _ranges(model: SelectiveSegmentor) -> Iterator[None]:
+    """Named ranges around the parts of a network's forward."""
+    named: dict[str, nn.Module] = {"stem": model.backbone, "densify": model.head}
+    named |= {stage: model.backbone.get_submodule(stage) for stage in STAGES}
+    open_ranges: list[record_function] = []
+
+    def enter(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            open_ranges.append(record_function(f"{PREFIX}{name}"))
+            open_ranges[-1].__enter__()
+
+        return hook
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    parts = [*named.items()]
+    for name, child in model.head.named_children():
+        layers = child if isinstance(child, nn.ModuleList) else [child]  # a list itself is never called
+        parts += [("head" if name in HEAD else "neck", layer) for layer in layers]
+    hooks = []
+    for name, module in parts:
+        hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _part(event: FunctionEvent) -> str | None:
+    """The innermost range around an event; None outside all."""
+    at: FunctionEvent | None = event
+    while at is not None:
+        if at.name.startswith(PREFIX):
+            return at.name.removeprefix(PREFIX)
+        at = at.cpu_parent
+    return None
+
+
+def _kind(name: str) -> str:
+    if name.startswith(PREFIX):
+        return "other"
+    for kind, words in KINDS.items():
+        if any(word in name for word in words):
+            return kind
+    return "other"
