@@ -22,7 +22,7 @@ from sparse_seg.masks import POLICIES
 from sparse_seg.models.heads import HEADS
 from sparse_seg.models.resnet import ARCHITECTURES
 from sparse_seg.schema import Config, ModelConfig
-from sparse_seg.sparse import EXCHANGES
+from sparse_seg.sparse import ENGINES, EXCHANGES
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -256,6 +256,7 @@ def _check_model(model: ModelConfig) -> None:
     _choose("model.backbone", model.backbone, ARCHITECTURES)
     _choose("model.head", model.head, HEADS)
     _choose("model.exchange", model.exchange, EXCHANGES)
+    _choose("model.engine", model.engine, ENGINES)
     _choose("model.trained_stride", model.trained_stride, (8, 16, 32))
     _choose("model.mask.policy", model.mask.policy, POLICIES)
     _require(0 <= model.mask.fine_fraction <= 1, "model.mask.fine_fraction must lie in 0..1")

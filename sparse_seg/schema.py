@@ -22,6 +22,7 @@ class ModelConfig:
     num_classes: int | None = None  # default: the dataset's
     aspp_rates: list[int] = dataclasses.field(default_factory=lambda: [12, 24, 36])  # at trained_stride
     exchange: str = "linear"  # linear | nearest | none
+    engine: str = "auto"  # auto (spconv on CUDA where it works, else gather) | gather | spconv
     trained_stride: int = 8  # output stride whose upsampling offset the head is trained with
     auxiliary: bool = False  # FCN head on layer3, in training only
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)

@@ -50,6 +50,7 @@ def test_resolved_yaml_comes_back_the_same(tmp_path):
         ("data: {crop: [64, big]}", r"'data\.crop' must be a list, each a whole number"),
         ("model: edge", r"'model' holds keys of its own"),
         ("model: {backbone: resnet19}", r"model\.backbone is 'resnet19'; did you mean 'resnet18'"),
+        ("model: {engine: spcnov}", r"model\.engine is 'spcnov'; did you mean 'spconv'"),
         ("model: {mask: {policy: edges}}", r"model\.mask\.policy is 'edges'; did you mean 'edge'"),
         ("model: {mask: {fine_fraction: 2}}", r"fine_fraction must lie in 0\.\.1"),
         ("data: {dataset: citiscapes}", r"data\.dataset is 'citiscapes'; did you mean 'cityscapes'"),

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from sparse_seg.errors import SparseSegError
+from sparse_seg.sparse import EngineError
 from sparse_seg.version import __version__
 
 COMMANDS = ("train", "evaluate", "predict", "make_scenes", "demo", "benchmark")
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     try:
         return module.run(parser.parse_args(arguments[1:]))
-    except SparseSegError as error:
+    except (SparseSegError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)

@@ -30,13 +30,18 @@ def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -
     settings = model_config(config)
     num_classes = settings.num_classes or DEFAULT_NUM_CLASSES
     try:
-        backbone = ResNet(settings.backbone, settings.width, settings.exchange)
+        backbone = ResNet(settings.backbone, settings.width, settings.exchange, settings.engine)
         policy = build_policy(settings.mask)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
     spacings = [rate * settings.trained_stride for rate in settings.aspp_rates]
     head = HEADS[settings.head](
-        backbone.stage_channels[3], num_classes, settings.head_channels, spacings, settings.exchange
+        backbone.stage_channels[3],
+        num_classes,
+        settings.head_channels,
+        spacings,
+        settings.exchange,
+        settings.engine,
     )
     auxiliary = None
     if settings.auxiliary:

@@ -44,16 +44,25 @@ class ASPP(nn.Module):
 
     Args:
         spacings: distance between taps of each 3x3 branch, in pixels: rate x trained output stride.
+        exchange, engine: of the 3x3 branches, see `SelectiveConv2d`.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, spacings: Sequence[int], exchange: str, dropout: float = 0.5
+        self,
+        in_channels: int,
+        channels: int,
+        spacings: Sequence[int],
+        exchange: str,
+        engine: str = "auto",
+        dropout: float = 0.5,
     ) -> None:
         super().__init__()
         self.point = nn.Sequential(
             nn.Linear(in_channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)
         )
-        self.atrous = nn.ModuleList(SelectiveConv2d(in_channels, channels, s, exchange) for s in spacings)
+        self.atrous = nn.ModuleList(
+            SelectiveConv2d(in_channels, channels, s, exchange, engine) for s in spacings
+        )
         self.atrous_bn = nn.ModuleList(nn.BatchNorm1d(channels) for _ in spacings)
         self.pool = nn.Sequential(
             nn.Linear(in_channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)
@@ -98,14 +107,20 @@ class DeepLabV3Head(nn.Module):
     Args:
         in_channels, channels, num_classes: widths of rows, of the head, and K.
         spacings: see `ASPP`.
-        exchange: exchange rule of the 3x3 convolutions on rows.
+        exchange, engine: of the 3x3 convolutions on rows, see `SelectiveConv2d`.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, num_classes: int, spacings: Sequence[int], exchange: str
+        self,
+        in_channels: int,
+        channels: int,
+        num_classes: int,
+        spacings: Sequence[int],
+        exchange: str,
+        engine: str = "auto",
     ) -> None:
         super().__init__()
-        self.aspp = ASPP(in_channels, channels, spacings, exchange)
+        self.aspp = ASPP(in_channels, channels, spacings, exchange, engine)
         self.refine = _conv_bn_relu(channels, channels)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
@@ -137,18 +152,28 @@ def _conv_bn_relu(in_channels: int, channels: int) -> nn.Sequential:
 
 
 def _lite(
-    in_channels: int, num_classes: int, channels: int | None, spacings: Sequence[int], exchange: str
+    in_channels: int,
+    num_classes: int,
+    channels: int | None,
+    spacings: Sequence[int],
+    exchange: str,
+    engine: str,
 ) -> nn.Module:
     return LiteHead(in_channels, channels or 128, num_classes)
 
 
 def _deeplabv3(
-    in_channels: int, num_classes: int, channels: int | None, spacings: Sequence[int], exchange: str
+    in_channels: int,
+    num_classes: int,
+    channels: int | None,
+    spacings: Sequence[int],
+    exchange: str,
+    engine: str,
 ) -> nn.Module:
-    return DeepLabV3Head(in_channels, channels or 256, num_classes, spacings, exchange)
+    return DeepLabV3Head(in_channels, channels or 256, num_classes, spacings, exchange, engine)
 
 
-HEADS: dict[str, Callable[[int, int, int | None, Sequence[int], str], nn.Module]] = {
+HEADS: dict[str, Callable[[int, int, int | None, Sequence[int], str, str], nn.Module]] = {
     "lite": _lite,
     "deeplabv3": _deeplabv3,
 }

@@ -24,11 +24,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, channels: int, width: int, entry: int, spacing: int, exchange: str) -> None:
+    def __init__(
+        self, channels: int, width: int, entry: int, spacing: int, exchange: str, engine: str
+    ) -> None:
         super().__init__()
-        self.conv1 = SelectiveConv2d(channels, width, entry, exchange)
+        self.conv1 = SelectiveConv2d(channels, width, entry, exchange, engine)
         self.bn1 = nn.BatchNorm1d(width)
-        self.conv2 = SelectiveConv2d(width, width, spacing, exchange)
+        self.conv2 = SelectiveConv2d(width, width, spacing, exchange, engine)
         self.bn2 = nn.BatchNorm1d(width)
         self.downsample = _downsample(channels, width, entry != spacing)
 
@@ -46,11 +48,13 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, channels: int, width: int, entry: int, spacing: int, exchange: str) -> None:
+    def __init__(
+        self, channels: int, width: int, entry: int, spacing: int, exchange: str, engine: str
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Linear(channels, width, bias=False)
         self.bn1 = nn.BatchNorm1d(width)
-        self.conv2 = SelectiveConv2d(width, width, entry, exchange)
+        self.conv2 = SelectiveConv2d(width, width, entry, exchange, engine)
         self.bn2 = nn.BatchNorm1d(width)
         self.conv3 = nn.Linear(width, width * self.expansion, bias=False)
         self.bn3 = nn.BatchNorm1d(width * self.expansion)
@@ -96,12 +100,13 @@ class ResNet(nn.Module):
         name: `resnet18`, `resnet34`, `resnet50` or `resnet101`.
         width: multiplier of all widths; each must come out whole.
         exchange: exchange rule of all 3x3 convolutions.
+        engine: what runs them, see `SelectiveConv2d`.
 
     Raises:
         ValueError: unknown name, or a width that makes a fraction of a channel.
     """
 
-    def __init__(self, name: str, width: float = 1.0, exchange: str = "linear") -> None:
+    def __init__(self, name: str, width: float = 1.0, exchange: str = "linear", engine: str = "auto") -> None:
         super().__init__()
         if name not in ARCHITECTURES:
             raise ValueError(f"unknown backbone {name!r}; choose one of {', '.join(ARCHITECTURES)}")
@@ -115,7 +120,7 @@ class ResNet(nn.Module):
         for stage_width, depth, spacing in zip(widths, depths, STAGE_STRIDES, strict=True):
             blocks = []
             for _ in range(depth):
-                blocks.append(block(channels, stage_width, entry, spacing, exchange))
+                blocks.append(block(channels, stage_width, entry, spacing, exchange, engine))
                 channels, entry = stage_width * block.expansion, spacing
             stages.append(Stage(blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages

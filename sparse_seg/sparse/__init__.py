@@ -2,11 +2,14 @@
 
 from sparse_seg.sparse.conv import SelectiveConv2d
 from sparse_seg.sparse.densify import densify
+from sparse_seg.sparse.engines import ENGINES, EngineError
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid, rows_to_grid, select_rows
 from sparse_seg.sparse.layout import EXCHANGES, NeighbourTable, SiteLayout
 
 __all__ = [
+    "ENGINES",
     "EXCHANGES",
+    "EngineError",
     "NeighbourTable",
     "SelectiveConv2d",
     "SiteLayout",

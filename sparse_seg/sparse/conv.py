@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.sparse.engines import gather
+from sparse_seg.sparse.engines import ENGINES, gather, spconv
 from sparse_seg.sparse.layout import EXCHANGES, TAPS, SiteLayout
 
 
@@ -22,16 +23,29 @@ class SelectiveConv2d(nn.Module):
         in_channels, out_channels: I and O.
         spacing: distance between taps in pixels.
         exchange: what an extra site reads where its level has no site: `linear`, `nearest` or `none`.
+        engine: `gather`, `spconv`, or `auto`: spconv on CUDA where it works and runs the dtype, else gather.
 
     After a forward, `macs` holds its multiply-adds: sites x taps x I x O.
+
+    Raises (forward):
+        EngineError: the engine is spconv, and it is missing, broken, or cannot run this dtype or backward.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, spacing: int, exchange: str = "linear") -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        spacing: int,
+        exchange: str = "linear",
+        engine: str = "auto",
+    ) -> None:
         super().__init__()
         if exchange not in EXCHANGES:
             raise ValueError(f"unknown exchange {exchange!r}; choose one of {', '.join(EXCHANGES)}")
+        if engine not in ENGINES:
+            raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.spacing, self.exchange = spacing, exchange
+        self.spacing, self.exchange, self.engine = spacing, exchange, engine
         self.weight = nn.Parameter(torch.empty(out_channels, 3, 3, in_channels))
         self.reset_parameters()
 
@@ -42,7 +56,17 @@ class SelectiveConv2d(nn.Module):
     def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
         """Rows `[src.num_sites, I]` to `[dst.num_sites, O]`."""
         self.macs = dst.num_sites * TAPS * self.in_channels * self.out_channels
-        return gather.selective_conv2d(rows, self.weight, src, dst, self.spacing, self.exchange)
+        engine = _engine(self.engine, rows, src, dst)
+        return engine.selective_conv2d(rows, self.weight, src, dst, self.spacing, self.exchange)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, spacing={self.spacing}px, exchange={self.exchange}"
+        return (
+            f"{self.in_channels}, {self.out_channels}, spacing={self.spacing}px, "
+            f"exchange={self.exchange}, engine={self.engine}"
+        )
+
+
+def _engine(name: str, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> ModuleType:
+    if name == "auto" and spconv.runs(src, dst):
+        return spconv if spconv.suits(rows.device, gather.autocast_dtype(rows)) else gather
+    return spconv if name == "spconv" else gather

@@ -10,9 +10,10 @@ that lie inside the image. A dense network is a layout without splits.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ EXCHANGES = ("linear", "nearest", "none")
 TAPS = 9  # of a 3x3 kernel, in (ky, kx) order
 _PHASE_Y, _PHASE_X = (0, 1, 1), (1, 0, 1)  # phases 1, 2, 3 of a 2x2 block
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True, eq=False)
 class NeighbourTable:
@@ -28,12 +31,14 @@ class NeighbourTable:
 
     index:          `[M, 9]` int64. Row of the source; ghost and zero places hold row 0, overwritten below.
     ghosts:         `[G, R]` int64. A ghost is the mean of these R rows (repeats stand for weights).
+    ghost_cells:    `[G]` int64, ascending. The flat cell of the finest grid where a ghost stands.
     special_places: `[S]` int64, ascending. Flat places in `index` that hold a ghost or a zero.
     special_ghosts: `[S]` int64. Which ghost stands there; G stands for zero.
     """
 
     index: Tensor
     ghosts: Tensor
+    ghost_cells: Tensor
     special_places: Tensor
     special_ghosts: Tensor
     _bounds: dict[int, list[int]] = field(default_factory=dict)
@@ -84,6 +89,7 @@ class SiteLayout:
         self.lattice_stride = stride * 2 ** len(splits)
         self.num_lattice = batch * self.lattice_size[0] * self.lattice_size[1]
         self._tables: weakref.WeakKeyDictionary[SiteLayout, dict] = weakref.WeakKeyDictionary()
+        self._cache: dict[Hashable, Any] = {}
         self._build()
 
     @classmethod
@@ -203,6 +209,12 @@ class SiteLayout:
             tables[spacing, exchange] = self._neighbours(other, spacing, exchange)
         return tables[spacing, exchange]
 
+    def cached(self, key: Hashable, build: Callable[[], _T]) -> _T:
+        """What an engine derives from this layout, built at the first call with `key` and kept with us."""
+        if key not in self._cache:
+            self._cache[key] = build()
+        return self._cache[key]
+
     def _neighbours(self, other: SiteLayout, spacing: int, exchange: str) -> NeighbourTable:
         height, width = self.size
         batch, y, x = _unflatten(other.cells[other.num_lattice :, None], other.size)
@@ -227,7 +239,7 @@ class SiteLayout:
         places = (index < 0).flatten().nonzero().squeeze(1)
         zero = torch.full_like(cells, ghost_cells.shape[0])
         special = ghost_of_cell[cells].where(missing, zero).flatten()[places]
-        return NeighbourTable(index.clamp_min_(0), ghosts, places, special)
+        return NeighbourTable(index.clamp_min_(0), ghosts, ghost_cells, places, special)
 
     def __repr__(self) -> str:
         return (

@@ -116,6 +116,9 @@ def test_failures_are_one_line(capsys, trained, tmp_path):
     )
     assert "does not fit" in fails(capsys, "evaluate", config, checkpoint, "--set", "model.width=0.25")
     assert "no such folder" in fails(capsys, "evaluate", config, checkpoint, "--split", "vall")
+    assert "engine: gather" in fails(
+        capsys, "train", config, "--set", "model.engine=spconv", "--set", "train.network=selective"
+    )
     assert "already holds a run" in fails(capsys, "train", config, "--work-dir", checkpoint.parent)
 
 

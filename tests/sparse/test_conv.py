@@ -177,7 +177,7 @@ def test_the_layer() -> None:
     out = layer(torch.randn(src.num_sites, 64), src, dst)
     assert out.shape == (dst.num_sites, 32)
     assert layer.macs == dst.num_sites * 9 * 64 * 32
-    assert repr(layer) == "SelectiveConv2d(64, 32, spacing=16px, exchange=nearest)"
+    assert repr(layer) == "SelectiveConv2d(64, 32, spacing=16px, exchange=nearest, engine=auto)"
     assert layer.weight.std().item() == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.05)
     table = gather.selective_conv2d(torch.zeros(src.num_sites, 64), layer.weight, src, dst, 16, "nearest")
     assert table.abs().max() == 0

@@ -111,7 +111,15 @@ def test_neighbour_table(size: tuple[int, int], levels: int, seed: int, spacing:
             hits += inside and (exchange != "none" or (b, v, u) in slow.rows_of[-1])
     assert torch.allclose(read, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-14)
     assert table.num_hits == hits
+    ghosts_at = [grid[cell] for cell in zip(*_cells_of(table.ghost_cells, size), strict=True)]
+    assert torch.allclose(ghosts[:-1], torch.stack([*ghosts_at, ghosts[-1]])[:-1], rtol=0, atol=1e-14)
     assert layout.neighbours(layout, spacing, exchange) is table, "tables are cached"
+
+
+def _cells_of(flat: Tensor, size: tuple[int, int]) -> tuple[list[int], list[int], list[int]]:
+    """(b, y, x) of flat cells."""
+    b, y, x = torch.unravel_index(flat, (2, *size))
+    return b.tolist(), y.tolist(), x.tolist()
 
 
 def test_tables_of_one_layout_do_not_mix() -> None:
@@ -125,7 +133,7 @@ def test_tables_of_one_layout_do_not_mix() -> None:
             dense.neighbours(shared, spacing, exchange)
             fresh = SiteLayout(2, (9, 8), 8, splits)
             expected = fresh.neighbours(fresh, spacing, exchange)
-            for name in ("index", "ghosts", "special_places", "special_ghosts"):
+            for name in ("index", "ghosts", "ghost_cells", "special_places", "special_ghosts"):
                 assert torch.equal(getattr(table, name), getattr(expected, name)), (exchange, spacing, name)
 
 
@@ -194,5 +202,6 @@ def test_device(device: str) -> None:
         layout.interpolation,
         table.index,
         table.ghosts,
+        table.ghost_cells,
     ]
     assert {tensor.device.type for tensor in tensors} == {device}

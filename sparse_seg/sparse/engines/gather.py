@@ -38,14 +38,19 @@ def selective_conv2d(
     Raises:
         ValueError: the spacing does not fall on the lattice of `src`, or rows and layout differ in length.
     """
-    if rows.shape[0] != src.num_sites:
-        raise ValueError(f"{rows.shape[0]} rows given for a layout of {src.num_sites} sites")
-    rows, weight = _autocast(rows, weight)
+    check_rows(rows, src)
+    rows, weight = autocast(rows, weight)
     stride, dilation = lattice_conv_geometry(src, dst, spacing)
     if dst.num_extra == 0:
-        return grid_to_rows(_lattice_conv(rows, weight, src, stride, dilation))
+        return lattice_conv2d(rows, weight, src, stride, dilation)
     table = src.neighbours(dst, spacing, exchange)
     return _SelectiveConv2d.apply(rows, weight, src, dst, table, stride, dilation)
+
+
+def check_rows(rows: Tensor, layout: SiteLayout) -> None:
+    """Raises ValueError where rows and layout differ in length."""
+    if rows.shape[0] != layout.num_sites:
+        raise ValueError(f"{rows.shape[0]} rows given for a layout of {layout.num_sites} sites")
 
 
 def lattice_conv_geometry(src: SiteLayout, dst: SiteLayout, spacing: int) -> tuple[int, int]:
@@ -63,18 +68,36 @@ def lattice_conv_geometry(src: SiteLayout, dst: SiteLayout, spacing: int) -> tup
     return stride, spacing // src.lattice_stride
 
 
-def _autocast(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What autocast does for built-in convolutions; a custom function has to ask for it."""
+def autocast_dtype(rows: Tensor) -> torch.dtype:
+    """The dtype a convolution of these rows runs in: autocast's, or their own."""
     device = rows.device.type
     if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        return rows.to(dtype), weight.to(dtype)
-    return rows, weight
+        return torch.get_autocast_dtype(device)
+    return rows.dtype
 
 
-def _lattice_conv(rows: Tensor, weight: Tensor, src: SiteLayout, stride: int, dilation: int) -> Tensor:
+def autocast(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What autocast does for built-in convolutions; a custom function has to ask for it."""
+    dtype = autocast_dtype(rows)
+    return (rows, weight) if dtype == rows.dtype else (rows.to(dtype), weight.to(dtype))
+
+
+def lattice_conv2d(rows: Tensor, weight: Tensor, src: SiteLayout, stride: int, dilation: int) -> Tensor:
+    """The lattice part of a convolution, `[src.num_sites, I]` to `[dst.num_lattice, O]`; differentiable."""
     oihw = weight.permute(0, 3, 1, 2)  # the same memory, channels_last
-    return F.conv2d(lattice_grid(rows, src), oihw, None, stride, dilation, dilation)
+    return grid_to_rows(F.conv2d(lattice_grid(rows, src), oihw, None, stride, dilation, dilation))
+
+
+def ghost_rows(rows: Tensor, table: NeighbourTable) -> Tensor:
+    """`[G, I]`: the value of each ghost; differentiable."""
+    if not table.ghosts.shape[0]:
+        return rows.new_zeros(0, rows.shape[1])
+    return _ghost_sums(rows, table) / table.ghosts.shape[1]
+
+
+def _ghost_sums(rows: Tensor, table: NeighbourTable) -> Tensor:
+    # 2 to 4 times faster than indexing and adding
+    return F.embedding_bag(table.ghosts, rows, mode="sum")
 
 
 class _Tiles:
@@ -108,12 +131,11 @@ class _Tiles:
         return tile.view(-1, TAPS * self.rows.shape[1])
 
 
-def _ghost_rows(rows: Tensor, table: NeighbourTable) -> Tensor:
-    """`[G + 1, I]`: the value of each ghost, and zero."""
+def _ghosts_and_zero(rows: Tensor, table: NeighbourTable) -> Tensor:
+    """`[G + 1, I]`: the value of each ghost, and zero. Not differentiable."""
     ghosts = rows.new_zeros(table.ghosts.shape[0] + 1, rows.shape[1])
     if table.ghosts.shape[0]:
-        sums = F.embedding_bag(table.ghosts, rows, mode="sum")  # 2 to 4 times faster than indexing and adding
-        torch.div(sums, table.ghosts.shape[1], out=ghosts[:-1])
+        torch.div(_ghost_sums(rows, table), table.ghosts.shape[1], out=ghosts[:-1])
     return ghosts
 
 
@@ -121,7 +143,7 @@ def multiply_neighbours(
     rows: Tensor, weight: Tensor, table: NeighbourTable, out: Tensor, bias: Tensor | None = None
 ) -> None:
     """The extra sites' outputs `[M, O]`, written to `out`; without autograd."""
-    tiles, matrix, ghosts = _Tiles(rows, table), weight.flatten(1).t(), _ghost_rows(rows, table)
+    tiles, matrix, ghosts = _Tiles(rows, table), weight.flatten(1).t(), _ghosts_and_zero(rows, table)
     for extra, special in tiles:
         tile = tiles.gather(extra, special, ghosts)
         if bias is None:
@@ -145,7 +167,7 @@ class _SelectiveConv2d(torch.autograd.Function):
         ctx.save_for_backward(rows, weight)
         ctx.plan = src, dst, table, stride, dilation
         out = rows.new_empty(dst.num_sites, weight.shape[0])
-        out[: dst.num_lattice] = grid_to_rows(_lattice_conv(rows, weight, src, stride, dilation))
+        out[: dst.num_lattice] = lattice_conv2d(rows, weight, src, stride, dilation)
         multiply_neighbours(rows, weight, table, out=out[dst.num_lattice :])
         return out
 
@@ -187,7 +209,7 @@ def _with_extra(grad_grid: Tensor, layout: SiteLayout) -> Tensor:
 
 def _add_weight_grad(grad_weight: Tensor, grad: Tensor, rows: Tensor, table: NeighbourTable) -> Tensor:
     """The weight's gradient plus what the extra sites' outputs contribute."""
-    tiles, ghosts = _Tiles(rows, table), _ghost_rows(rows, table)
+    tiles, ghosts = _Tiles(rows, table), _ghosts_and_zero(rows, table)
     # half precision would lose small addends over many tiles: it sums in float32
     total = grad_weight.to(torch.promote_types(grad_weight.dtype, torch.float32))
     matrix = total.flatten(1)
