@@ -87,7 +87,7 @@ def runs_on_image(
     index: int,
     shown: Sequence[Setting],
 ) -> list[tuple[str, Image]]:
-    """Named pictures: input, label, then each setting's prediction, and its fine blocks if it is selective."""
+    """Named pictures: input, label, then each setting's prediction and, if selective, its fine blocks."""
     image, label = dataset.load(index)
     palette = dataset.classes.palette
     device = next(model.parameters()).device
