@@ -202,7 +202,7 @@ def test_bad_configs(config: dict[str, Any], message: str) -> None:
 
 def test_print() -> None:
     text = str(random_model())
-    assert "SelectiveConv2d(32, 64, spacing=16px, exchange=linear)" in text
+    assert "SelectiveConv2d(32, 64, spacing=16px, exchange=linear, engine=auto)" in text
     assert "EdgePolicy(fine_fraction=0.15)" in text
 
 

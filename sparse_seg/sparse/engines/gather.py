@@ -70,16 +70,19 @@ def lattice_conv_geometry(src: SiteLayout, dst: SiteLayout, spacing: int) -> tup
 
 def autocast_dtype(rows: Tensor) -> torch.dtype:
     """The dtype a convolution of these rows runs in: autocast's, or their own."""
-    device = rows.device.type
-    if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return rows.dtype
+    return torch.get_autocast_dtype(rows.device.type) if _autocasts(rows) else rows.dtype
 
 
 def autocast(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What autocast does for built-in convolutions; a custom function has to ask for it."""
+    if not _autocasts(rows):
+        return rows, weight
     dtype = autocast_dtype(rows)
-    return (rows, weight) if dtype == rows.dtype else (rows.to(dtype), weight.to(dtype))
+    return rows.to(dtype), weight.to(dtype)
+
+
+def _autocasts(rows: Tensor) -> bool:
+    return torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64
 
 
 def lattice_conv2d(rows: Tensor, weight: Tensor, src: SiteLayout, stride: int, dilation: int) -> Tensor:
