@@ -125,7 +125,8 @@ def test_autocast(layer: str, dtype: torch.dtype, device: str) -> None:
         rows, weight = (t.to(device).requires_grad_() for t in random_tensors(src, torch.float32, 16, 8))
         with torch.autocast(device, dtype, enabled=enabled):
             out = gather.selective_conv2d(rows, weight, src, dst, spacing, "linear")
-        assert out.dtype == (dtype if enabled else torch.float32)
+            again = gather.selective_conv2d(rows.to(out.dtype), weight, src, dst, spacing, "linear")
+        assert out.dtype == again.dtype == (dtype if enabled else torch.float32)
         out.backward(torch.linspace(-1, 1, out.numel(), device=device).view_as(out).to(out.dtype))
         assert rows.grad is not None
         assert weight.grad is not None
