@@ -7,7 +7,7 @@ float32 it runs oneDNN's fused convolutions on weights packed once; elsewhere th
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sparse_seg.models.heads import DeepLabV3Head, LiteHead, mean_by_area
 from sparse_seg.models.resnet import BasicBlock, Bottleneck, ResNet, Stage
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout, densify, grid_to_rows, lattice_grid, select_rows
 from sparse_seg.sparse.engines import gather
 
 Module = TypeVar("Module", bound=nn.Module)
+_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def for_inference(model: SelectiveSegmentor) -> SelectiveSegmentor:
@@ -32,88 +33,105 @@ def for_inference(model: SelectiveSegmentor) -> SelectiveSegmentor:
     if model.training:
         raise ValueError("call model.eval() before for_inference(): batch statistics cannot be folded")
     with torch.no_grad():
-        head = {LiteHead: FusedLiteHead, DeepLabV3Head: FusedDeepLabV3Head}[type(model.head)](model.head)
-        fused = SelectiveSegmentor(FusedResNet(model.backbone), head, model.policy, model.trained_stride)
+        head = _FUSED_HEADS[type(model.head)](model.head) if type(model.head) in _FUSED_HEADS else model.head
+        fused = FusedSegmentor(FusedResNet(model.backbone), head, model.policy, model.trained_stride)
     return fused.eval().requires_grad_(False)
 
 
-class _Packed:
-    """A convolution with bias whose weight is packed for oneDNN where that applies.
+class FusedSegmentor(SelectiveSegmentor):
+    """A network of fused layers. It runs in the dtype of its weights: autocast has no say in it."""
+
+    def outputs(self, images: Tensor, layouts: list[SiteLayout]) -> Outputs:
+        """As `SelectiveSegmentor.outputs`."""
+        with torch.autocast(images.device.type, enabled=False):
+            return super().outputs(images, layouts)
+
+
+class FusedConvolution(nn.Module):
+    """A convolution with bias, `+ residual` and ReLU, its weight packed for oneDNN where that applies.
 
     Args:
         weight: `[O, I, k, k]`, channels_last.
+        relu: whether ReLU comes last.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, dilation: int = 1) -> None:
-        self.weight, self.bias = weight, bias
-        padding = dilation * (weight.shape[2] // 2)
-        self.geometry = [padding] * 2, [stride] * 2, [dilation] * 2
-        self.packed: Tensor | None = None
-        if (
-            weight.device.type == "cpu"
-            and weight.dtype == torch.float32
-            and torch.backends.mkldnn.is_available()
-        ):
-            self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *self.geometry, 1)
+    weight: Tensor
+    bias: Tensor
 
-    def __call__(self, grid: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-        """`relu(conv(grid) + bias + residual)`; the residual's memory may be overwritten."""
-        activation = "relu" if relu else "none"
-        if self.packed is None or grid.dtype != torch.float32:
-            out = F.conv2d(grid, self.weight, self.bias, self.geometry[1], self.geometry[0], self.geometry[2])
+    def __init__(self, weight: Tensor, bias: Tensor, relu: bool = True) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.activation = "relu" if relu else "none"
+        self._packed: dict[tuple[int, int], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": {}}  # packed weights can be neither copied nor saved
+
+    def _apply(self, *arguments: Any, **options: Any) -> FusedConvolution:
+        self._packed.clear()
+        return super()._apply(*arguments, **options)
+
+    def convolve(
+        self, grid: Tensor, residual: Tensor | None = None, stride: int = 1, dilation: int = 1
+    ) -> Tensor:
+        """`[B, I, H, W]` to `[B, O, h, w]`; the memory of `residual` may be overwritten."""
+        padding = dilation * (self.weight.shape[2] // 2)
+        if grid.device.type != "cpu" or grid.dtype != torch.float32 or not _ONEDNN:
+            out = F.conv2d(grid, self.weight, self.bias, stride, padding, dilation)
             out = out if residual is None else out.add_(residual)
-            return out.relu_() if relu else out
+            return out.relu_() if self.activation == "relu" else out
+        geometry = [padding] * 2, [stride] * 2, [dilation] * 2
+        if (stride, dilation) not in self._packed:
+            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(self.weight.to_mkldnn(), *geometry, 1)
+            self._packed[stride, dilation] = packed
+        packed = self._packed[stride, dilation]
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(
-                grid, self.packed, self.bias, *self.geometry, 1, activation, [], ""
+                grid, packed, self.bias, *geometry, 1, self.activation, [], ""
             )
         return torch.ops.mkldnn._convolution_pointwise_(
-            residual, grid, self.packed, self.bias, *self.geometry, 1, "add", 1.0, activation, [], ""
+            residual, grid, packed, self.bias, *geometry, 1, "add", 1.0, self.activation, [], ""
         )
 
 
-class FusedLinear(nn.Module):
+class FusedLinear(FusedConvolution):
     """Linear and batch norm on rows, then `+ residual` and ReLU."""
 
     def __init__(self, linear: nn.Module, norm: nn.Module, relu: bool = True) -> None:
-        super().__init__()
         assert isinstance(linear, nn.Linear)
         scale, bias = _fold(norm)
-        self.conv, self.relu = _Packed((linear.weight * scale[:, None])[:, :, None, None], bias), relu
+        super().__init__((linear.weight * scale[:, None])[:, :, None, None], bias, relu)
 
     def forward(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
         """`[N, I]` to `[N, O]`; the memory of `residual` may be overwritten."""
         # as a 1x1 convolution: it fuses the residual, which a matrix product does not
-        return grid_to_rows(self.conv(_line(rows), None if residual is None else _line(residual), self.relu))
+        return grid_to_rows(self.convolve(_line(rows), None if residual is None else _line(residual)))
 
 
-class FusedConv(nn.Module):
+class FusedConv(FusedConvolution):
     """`SelectiveConv2d` and batch norm, then `+ residual` and ReLU."""
 
     def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
-        super().__init__()
         assert isinstance(conv, SelectiveConv2d)
-        scale, self.bias = _fold(norm)
-        self.weight = conv.weight * scale[:, None, None, None]
+        scale, bias = _fold(norm)
+        super().__init__((conv.weight * scale[:, None, None, None]).permute(0, 3, 1, 2), bias)
         self.spacing, self.exchange = conv.spacing, conv.exchange
-        self.packed: dict[tuple[int, int], _Packed] = {}
 
     def forward(
         self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None = None
     ) -> Tensor:
         """`[src.num_sites, I]` to `[dst.num_sites, O]`; the memory of `residual` may be overwritten."""
-        geometry = gather.lattice_conv_geometry(src, dst, self.spacing)
-        if geometry not in self.packed:
-            self.packed[geometry] = _Packed(self.weight.permute(0, 3, 1, 2), self.bias, *geometry)
+        stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
         lattice_residual = None if residual is None else lattice_grid(residual, dst)
-        lattice = grid_to_rows(self.packed[geometry](lattice_grid(rows, src), lattice_residual))
+        lattice = grid_to_rows(self.convolve(lattice_grid(rows, src), lattice_residual, stride, dilation))
         if dst.num_extra == 0:
             return lattice
         out = rows.new_empty(dst.num_sites, lattice.shape[1])
         out[: dst.num_lattice] = lattice
         extra = out[dst.num_lattice :]
         table = src.neighbours(dst, self.spacing, self.exchange)
-        gather.multiply_neighbours(rows, self.weight, table, out=extra, bias=self.bias)
+        gather.multiply_neighbours(rows, self.weight.permute(0, 2, 3, 1), table, out=extra, bias=self.bias)
         if residual is not None:
             extra += residual[dst.num_lattice :]
         extra.relu_()
@@ -227,3 +245,6 @@ def _channels_last(module: Module) -> Module:
 def _line(rows: Tensor) -> Tensor:
     """`[N, C]` as a channels_last image of one line, `[1, C, 1, N]`; a view."""
     return rows[None, None].permute(0, 3, 1, 2)
+
+
+_FUSED_HEADS: dict[type[nn.Module], Any] = {LiteHead: FusedLiteHead, DeepLabV3Head: FusedDeepLabV3Head}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,8 @@ def upsample_logits(logits: Tensor, size: tuple[int, int], stride: int, trained_
         _interpolation_matrix(logits.shape[axis], length, stride, trained_stride).to(logits)
         for axis, length in zip((2, 3), size, strict=True)
     )
-    return rows @ logits.contiguous() @ columns.T
+    with nullcontext() if logits.is_meta else torch.autocast(logits.device.type, enabled=False):
+        return rows @ logits.contiguous() @ columns.T  # in float32, also under autocast
 
 
 def _interpolation_matrix(cells: int, length: int, stride: int, trained_stride: int) -> Tensor:

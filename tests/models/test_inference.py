@@ -1,5 +1,7 @@
 """The fast path has the same interface and the same numbers."""
 
+import copy
+
 import pytest
 import torch
 
@@ -35,6 +37,21 @@ def test_same_logits_dense_and_selective(backbone, head, size, dtype):
 def test_a_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"call model\.eval\(\) before for_inference"):
         build_model({"width": 0.125}).train().for_inference()
+
+
+def test_copies_moves_and_autocast():
+    torch.manual_seed(0)
+    model = build_model({"width": 0.125, "num_classes": 5})
+    randomise(model)
+    fast = model.eval().for_inference()
+    images = torch.randn(1, 3, 64, 96)
+    expected = fast(images)
+    assert torch.equal(copy.deepcopy(fast)(images), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(images), expected)
+    double = fast.double()(images.double())
+    assert double.dtype == torch.float64
+    assert (double - expected).abs().max() / expected.abs().max() < 1e-5
 
 
 def test_nothing_wants_gradients_and_images_stay_as_they_are():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sparse_seg import build_model
 from sparse_seg.models.upsample import upsample_logits
 
 
@@ -55,3 +56,14 @@ def test_batches_channels_gradient_and_dtype() -> None:
         lambda logits: upsample_logits(logits, (33, 41), 16, 8), (logits[:1, :1, :3, :3],)
     )
     assert upsample_logits(logits.detach().float(), (60, 75), 16, 8).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_logits_stay_float32_under_autocast(dtype: torch.dtype, output_stride: int) -> None:
+    model = build_model({"width": 0.125, "auxiliary": True}).train()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", dtype):
+        outputs = model.outputs(images, model.dense_layouts(images, output_stride))
+    assert outputs.auxiliary is not None
+    assert outputs.logits.dtype == outputs.auxiliary.dtype == torch.float32
