@@ -15,8 +15,6 @@ from sparse_seg.evaluation.latency import Latency, Run, interleaved, peak_memory
 from sparse_seg.evaluation.subject import Setup, Subject, Way, prepare_way, use_engine
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout
 
-SCOPES = ("stages", "network", "train")
-
 
 def ways(scope: str, fractions: Sequence[float], engines: Sequence[str], fast: bool) -> list[Way]:
     """All rows of a scope, the baseline (plain dense OS8) first."""
@@ -69,7 +67,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Run the ways of one scope in turns; a plain dict of results for each, the baseline first.
 
-    A peer that cannot run is left out and reported to `notes`.
+    A peer that cannot run is left out and reported to `notes`. Peers' memory is not measured: their runtimes
+    reserve it as they compile, before a run.
     """
     runs: dict[Way, Run] = {}
     for way in tqdm(rows, desc=f"{rows[0].scope}: first runs", disable=not progress, leave=False):
@@ -86,22 +85,18 @@ def measure(
     layouts = {way.fine_fraction: way for way in runs if way.fine_fraction is not None}
     named |= {f"layout {fraction}": subject.layout_run(way) for fraction, way in layouts.items()}
     times = interleaved(named, repeats, subject.device, warmup=1)
-    costs = {key: subject.cost(way) for key, way in {_cost_key(way): way for way in runs}.items()}
     results: list[dict[str, Any]] = []
     for number, way in enumerate(tqdm(runs, desc="memory", disable=not progress or not memory, leave=False)):
-        peak = peak_memory(prepare_way, (subject.setup, way), subject.device) if memory else None
+        measured = memory and way.kind != "peer"
+        peak = peak_memory(prepare_way, (subject.setup, way), subject.device) if measured else None
         layout = times.get(f"layout {way.fine_fraction}")
-        results.append(_result(way, times[f"{number}"], layout, costs[_cost_key(way)], peak))
+        results.append(_result(way, times[f"{number}"], layout, subject.cost(way), peak))
     return _with_ratios(results)
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _cost_key(way: Way) -> tuple[int, float | None]:
-    return way.output_stride, way.fine_fraction
 
 
 def _result(

@@ -21,13 +21,13 @@ from sparse_seg.models.segmentor import SelectiveSegmentor
 
 PREFIX = "sparse_seg:"
 KINDS = {  # the first whose word is in the operator's name
+    "norm": ("norm",),
+    "interpolate": ("upsample", "interpolate"),
     "conv": ("conv",),
     "GEMM": ("mm", "linear", "matmul"),
     "gather": ("index", "embedding_bag", "gather", "scatter"),
-    "norm": ("norm",),
-    "interpolate": ("upsample", "interpolate"),
     "ReLU, add": ("relu", "clamp", "add"),
-    "copy": ("copy", "contiguous", "clone", "cat", "fill", "zero", "empty", "pad"),
+    "copy": ("copy", "contiguous", "clone", "cat", "fill", "zero_", "empty", "pad"),
 }
 ORDER = (*KINDS, "layout", "mask", "other")
 HEAD = ("refine", "classifier")  # a head's layers after densify
@@ -71,12 +71,17 @@ def profile_network(subject: Subject, way: Way, repeats: int) -> list[dict[str, 
         kind = part if part in ("layout", "mask") else _kind(event.name)
         time = event.self_device_time_total if cuda else event.self_cpu_time_total
         totals[part][kind] = totals[part].get(kind, 0.0) + time / 1000 / repeats
-    rows = [
-        {"network": way.name, "form": way.form, "part": part, "kinds": kinds}
+    return [
+        {
+            "network": way.name,
+            "form": way.form,
+            "part": part,
+            "kinds": kinds,
+            "milliseconds": sum(kinds.values()),
+        }
         for part, kinds in totals.items()
         if kinds
     ]
-    return [row | {"milliseconds": sum(row["kinds"].values())} for row in rows]  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -102,6 +102,7 @@ class Subject:
         images, labels = scenes(setup)
         self.images, self.labels = images.to(self.device, self.dtype), labels.to(self.device)
         self._plain: dict[tuple[str, int], nn.Module] = {}
+        self._costs: dict[tuple[int, float | None], dict[str, Macs]] = {}
 
     @cached_property
     def model(self) -> SelectiveSegmentor:
@@ -141,8 +142,11 @@ class Subject:
 
     def cost(self, way: Way) -> Macs:
         """Multiply-adds of the way's scope: one forward, or in training forward and both gradients (x 3)."""
-        policy = None if way.fine_fraction is None else self.policy(way.fine_fraction)
-        counts = count_cost(self.model, self.images, self.layouts(way), policy, self.labels)
+        key = way.output_stride, way.fine_fraction
+        if key not in self._costs:
+            policy = None if way.fine_fraction is None else self.policy(way.fine_fraction)
+            self._costs[key] = count_cost(self.model, self.images, self.layouts(way), policy, self.labels)
+        counts = self._costs[key]
         parts = STAGES if way.scope == "stages" else tuple(counts)
         passes = 3 if way.scope == "train" else 1
         return Macs(*(passes * sum(numbers) for numbers in zip(*(counts[p] for p in parts), strict=True)))

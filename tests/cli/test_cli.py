@@ -243,3 +243,34 @@ def test_demo_in_small(capsys, tmp_path):
     assert (tmp_path / "demo/report.html").exists()
     assert main([*arguments, "--set", *small]) == 0  # a second run reuses scenes and weights
     assert "best validation" not in capsys.readouterr().err
+
+
+def test_benchmark_prints_and_writes(capsys, trained, tmp_path):
+    config, checkpoint = trained
+    arguments = ["--size", "64x96", "--repeats", "1", "--fine-fraction", "0.1", "0.5", "--batch", "2"]
+    arguments += ["--train", "--profile", "--no-memory", "--engines", "gather", "--device", "cpu"]
+    files = ["--checkpoint", str(checkpoint), "--json", str(tmp_path / "b.json")]
+    assert main(["benchmark", str(config), *arguments, *files]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^network +selective f=0.1 +gather +\d+\.\d ", out, re.M)
+    assert "2 x 64x96 px, edge mask; medians of 1" in out
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert {"command", "commit", "machine", "threads", "date", "notes", "parameters"} <= set(written)
+    assert written["checkpoint_bytes"] > 4 * written["parameters"]
+    for scope, names in (
+        ("stages", {"plain OS8", "plain OS16", "dense OS8", "selective f=0.1", "selective f=0.5"}),
+        ("network", {"plain OS8", "plain OS16", "dense OS8", "selective f=0.1", "selective f=0.5"}),
+        ("train", {"plain OS8", "selective f=0.1", "selective f=0.5"}),
+    ):
+        assert {row["network"] for row in written["rows"] if row["scope"] == scope} == names
+    assert {row["part"] for row in written["profile"]} >= {"layout", "stem", "layer3", "densify"}
+
+
+def test_benchmark_errors(capsys, trained, tmp_path):
+    config, _ = trained
+    tiny = ["--size", "64x96", "--no-memory"]
+    assert "must be at least 32 px" in fails(capsys, "benchmark", config, "--size", "16x64", code=2)
+    assert "invalid choice: 'cudnn'" in fails(capsys, "benchmark", config, "--engines", "cudnn", code=2)
+    assert "does not exist" in fails(capsys, "benchmark", config, "--checkpoint", tmp_path / "no.pt", *tiny)
+    pooled = ["--train", "--set", "model.head=deeplabv3"]
+    assert "needs --batch 2 or more" in fails(capsys, "benchmark", config, *tiny, *pooled)

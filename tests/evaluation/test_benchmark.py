@@ -1,0 +1,193 @@
+"""Benchmark rows: all runs compute the same, ratios are sane, what cannot run is told."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from sparse_seg import build_model
+from sparse_seg.config import config_from_dict
+from sparse_seg.errors import ConfigError, SparseSegError
+from sparse_seg.evaluation import peers
+from sparse_seg.evaluation.benchmark import check_training, engine_fault, measure, ways
+from sparse_seg.evaluation.peers import peer_run
+from sparse_seg.evaluation.profile import profile_network
+from sparse_seg.evaluation.subject import Setup, Subject, Way
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.reporting.benchmark import benchmark_table, profile_table
+from sparse_seg.sparse import SelectiveConv2d, grid_to_rows
+from sparse_seg.training.checkpoint import save_checkpoint
+from tests.reference import relative_error
+
+TREE = {"model": {"backbone": "resnet50", "width": 0.125, "head": "deeplabv3", "num_classes": 19}}
+SETUP = Setup(config_from_dict(TREE, "test"), size=(70, 100), batch=2)
+FRACTIONS = [0.1, 0.5, 1.0]
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return Subject(SETUP)
+
+
+def test_ways_start_with_the_baseline():
+    rows = ways("network", [0.1], ["gather", "spconv"], fast=True)
+    assert [f"{way.name}, {way.form}" for way in rows] == [
+        "plain OS8, nn.Conv2d",
+        "plain OS16, nn.Conv2d",
+        "dense OS8, gather",
+        "dense OS8, gather, fast",
+        "selective f=0.1, gather",
+        "selective f=0.1, spconv",
+        "selective f=0.1, gather, fast",
+    ]
+    assert [way.name for way in ways("train", [0.1, 0.2], ["gather"], fast=True)] == [
+        "plain OS8",
+        "selective f=0.1",
+        "selective f=0.2",
+    ]
+
+
+def test_all_runs_compute_the_same_network(subject):
+    for scope in ("stages", "network"):
+        plain, dense, fine = (
+            subject.run(way)()
+            for way in (Way(scope, "plain"), Way(scope, "dense"), Way(scope, "selective", 8, 1.0))
+        )
+        plain = grid_to_rows(plain) if scope == "stages" else plain
+        assert relative_error(dense, plain) < 1e-5
+        if scope == "stages":  # the same sites in another order
+            fine, dense = fine.sort(0).values, dense.sort(0).values
+        assert relative_error(fine, dense) < 1e-5
+    with torch.inference_mode():
+        blocks = subject.fine_blocks(0.3)
+        expected = subject.model(subject.images, fine_blocks=blocks)
+    assert torch.equal(subject.run(Way("network", "selective", 8, 0.3))(), expected)
+    assert blocks.float().mean() == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_child_would_measure_the_same_network(subject):
+    other = Subject(SETUP)
+    way = Way("network", "selective", 8, 0.3)
+    assert torch.equal(subject.run(way)(), other.run(way)())
+    assert not subject.images.isnan().any()
+    assert set(subject.labels.unique().tolist()) <= {*range(19), 255}
+
+
+@pytest.mark.parametrize("scope", ["stages", "network", "train"])
+def test_rows_are_sane(subject, scope):
+    rows = measure(subject, ways(scope, FRACTIONS, ["gather"], fast=False), repeats=2, memory=False)
+    baseline, selective = rows[0], [row for row in rows if row["kind"] == "selective"]
+    assert (baseline["network"], baseline["speedup"], baseline["mac_ratio"]) == ("plain OS8", 1, 1)
+    gmacs = [row["gmacs"] for row in selective]
+    assert gmacs == sorted(gmacs)
+    assert [row["fine_fraction"] for row in selective] == FRACTIONS
+    assert gmacs[-1] == pytest.approx(baseline["gmacs"])  # all fine: dense OS8's work
+    for row in rows:
+        assert row["milliseconds"] > 0
+        assert row["gmacs_hits"] < row["gmacs"]
+        assert row["speedup_per_mac_ratio"] == pytest.approx(row["speedup"] / row["mac_ratio"])
+        assert (row["layout_share"] is not None) == (row["kind"] == "selective")
+        assert len(row["samples"]) == 2
+    coarse = [row for row in rows if row["output_stride"] == 16]
+    assert all(row["gmacs"] < gmacs[0] for row in coarse)
+    assert rows[-1]["network"] in benchmark_table(rows).to_text()
+
+
+def test_peak_memory_of_rows(subject):
+    rows = measure(subject, [Way("stages", "plain"), Way("stages", "dense", 8, engine="gather")], repeats=1)
+    assert all(0 < row["peak_mib"] < 500 for row in rows)
+
+
+def test_layout_run_builds_the_tables_of_a_forward(subject):
+    for scope in ("stages", "network"):
+        way = Way(scope, "selective", 8, 0.3)
+        tables = subject.tables(way)
+        prepared = subject.prepare(subject.fine_blocks(0.3), tables)
+        layouts = subject.layouts(way)
+        with torch.inference_mode():
+            backbone, features = subject.model.backbone, subject.features
+            rows = backbone.layer4(backbone.layer3(features, *layouts[1:3]), *layouts[2:])
+            if scope == "network":
+                subject.model.head(rows, layouts[3])
+        for number in (1, 2):
+            built = layouts[number]._tables[layouts[2]]
+            assert prepared[number]._tables[prepared[2]].keys() == built.keys()
+            assert built
+        assert len(tables) == (3 if scope == "stages" else 6)  # ASPP has three spacings of its own
+
+
+def test_the_fast_form_is_measured_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(SelectiveSegmentor, "for_inference", lambda self: self, raising=False)
+    subject = Subject(SETUP)
+    assert subject.fast_model is subject.model
+    rows = measure(subject, ways("stages", [0.1], ["gather"], fast=True), repeats=1, memory=False)
+    assert [row["form"] for row in rows if row["fast"]] == ["gather, fast"] * 2
+
+
+def test_training_steps_train_copies(subject):
+    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    subject.run(Way("train", "selective", 8, 0.3))()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in subject.model.state_dict().items())
+    assert not torch.equal(subject.trainee.backbone.conv1.weight, before["backbone.conv1.weight"])
+    with pytest.raises(ConfigError, match="needs --batch 2 or more"):
+        check_training(dataclasses.replace(SETUP, batch=1))
+
+
+def test_peers_that_cannot_run_are_noted(subject, monkeypatch):
+    def missing(module, given):
+        raise ModuleNotFoundError("No module named 'fastest'\nmore")
+
+    def wrong(module, given):
+        return lambda: module(given) + 1
+
+    def right(module, given):
+        return lambda: module(given).detach().numpy()
+
+    monkeypatch.setattr(peers, "PEERS", {"missing": missing, "wrong": wrong, "right": right})
+    names = ["missing", "wrong", "right"]
+    todo = [Way("network", "plain"), *(Way("network", "peer", engine=name) for name in names)]
+    notes: list[str] = []
+    rows = measure(subject, todo, repeats=1, memory=False, notes=notes.append)
+    assert [row["form"] for row in rows] == ["nn.Conv2d", "right"]
+    assert notes[0] == "network: missing not measured: ModuleNotFoundError: No module named 'fastest'"
+    assert "wrong computes other numbers (relative error" in notes[1]
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_peers(subject, name):
+    pytest.importorskip(name)
+    grid = torch.randn(1, 3, 64, 64)
+    assert peer_run(name, torch.nn.Conv2d(3, 4, 3), grid)().shape == (1, 4, 62, 62)
+
+
+def test_engines_that_cannot_run_say_why(monkeypatch):
+    def refuse(self, rows, src, dst):
+        raise SparseSegError(f"{self.engine} is not installed")
+
+    cpu = torch.device("cpu")
+    assert engine_fault("gather", cpu, torch.float32, train=True) is None
+    monkeypatch.setattr(SelectiveConv2d, "forward", refuse)
+    monkeypatch.setattr(SelectiveConv2d, "engine", "gather", raising=False)
+    assert engine_fault("spconv", cpu, torch.float32, train=False) == "spconv is not installed"
+
+
+@pytest.mark.parametrize("head", ["lite", "deeplabv3"])
+def test_profile(head):
+    tree = {"model": TREE["model"] | {"head": head}}
+    subject = Subject(dataclasses.replace(SETUP, config=config_from_dict(tree, "test")))
+    parts = ["layout", "stem", "layer1", "layer2", "layer3", "layer4", "neck", "densify", "head", "upsample"]
+    for way in (Way("network", "dense", 8, engine="gather"), Way("network", "selective", 8, 0.3, "gather")):
+        rows = profile_network(subject, way, repeats=1)
+        assert [row["part"] for row in rows] == (["mask", *parts] if way.fine_fraction else parts)
+        layer3 = next(row for row in rows if row["part"] == "layer3")
+        assert {"conv", "GEMM", "norm"} <= layer3["kinds"].keys()
+        assert ("gather" in layer3["kinds"]) == bool(way.fine_fraction)
+        assert "100.0" in profile_table(rows).to_text()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in subject.model.modules())
+
+
+def test_checkpoints(tmp_path):
+    model = build_model(SETUP.config)
+    save_checkpoint(tmp_path / "weights.pt", SETUP.config, model.state_dict())
+    subject = Subject(dataclasses.replace(SETUP, checkpoint=str(tmp_path / "weights.pt")))
+    assert torch.equal(subject.model.backbone.conv1.weight, model.backbone.conv1.weight)
