@@ -47,11 +47,11 @@ class FusedSegmentor(SelectiveSegmentor):
             return super().outputs(images, layouts)
 
 
-class FusedConvolution(nn.Module):
-    """A convolution with bias, `+ residual` and ReLU, its weight packed for oneDNN where that applies.
+class FusedLayer(nn.Module):
+    """Weight and bias with batch norm folded in; the weight is packed for oneDNN on first use.
 
     Args:
-        weight: `[O, I, k, k]`, channels_last.
+        weight, bias: as the layer's engine reads them.
         relu: whether ReLU comes last.
     """
 
@@ -60,30 +60,78 @@ class FusedConvolution(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool = True) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", weight.contiguous())
         self.register_buffer("bias", bias)
-        self.activation = "relu" if relu else "none"
-        self._packed: dict[tuple[int, int], Tensor] = {}
+        self.relu, self.activation = relu, "relu" if relu else "none"
+        self._packed: dict[Any, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": {}}  # packed weights can be neither copied nor saved
 
-    def _apply(self, *arguments: Any, **options: Any) -> FusedConvolution:
+    def _apply(self, *arguments: Any, **options: Any) -> FusedLayer:
         self._packed.clear()
         return super()._apply(*arguments, **options)
 
-    def convolve(
-        self, grid: Tensor, residual: Tensor | None = None, stride: int = 1, dilation: int = 1
+    def _finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
+        out = out if residual is None else out.add_(residual)
+        return out.relu_() if self.relu else out
+
+
+class FusedLinear(FusedLayer):
+    """Linear and batch norm on rows, then `+ residual` and ReLU."""
+
+    def __init__(self, linear: nn.Module, norm: nn.Module, relu: bool = True) -> None:
+        assert isinstance(linear, nn.Linear)
+        scale, bias = _fold(norm)
+        super().__init__(linear.weight * scale[:, None], bias, relu)
+
+    def forward(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`[N, I]` to `[N, O]`."""
+        if not _runs_onednn(rows):
+            return self._finish(F.linear(rows, self.weight, self.bias), residual)
+        if not self._packed:
+            self._packed["linear"] = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        packed = self._packed["linear"]
+        # oneDNN's own "add" and its 1x1 convolutions were up to twice as slow for some shapes
+        activation = self.activation if residual is None else "none"
+        out = torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, activation, [], "")
+        return out if residual is None else self._finish(out, residual)
+
+
+class FusedConv(FusedLayer):
+    """`SelectiveConv2d` and batch norm, then `+ residual` and ReLU."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
+        assert isinstance(conv, SelectiveConv2d)
+        scale, bias = _fold(norm)
+        super().__init__(conv.weight * scale[:, None, None, None], bias)
+        self.spacing, self.exchange = conv.spacing, conv.exchange
+
+    def forward(
+        self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None = None
     ) -> Tensor:
-        """`[B, I, H, W]` to `[B, O, h, w]`; the memory of `residual` may be overwritten."""
-        padding = dilation * (self.weight.shape[2] // 2)
-        if grid.device.type != "cpu" or grid.dtype != torch.float32 or not _ONEDNN:
-            out = F.conv2d(grid, self.weight, self.bias, stride, padding, dilation)
-            out = out if residual is None else out.add_(residual)
-            return out.relu_() if self.activation == "relu" else out
-        geometry = [padding] * 2, [stride] * 2, [dilation] * 2
+        """`[src.num_sites, I]` to `[dst.num_sites, O]`; the memory of `residual` may be overwritten."""
+        stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
+        lattice_residual = None if residual is None else lattice_grid(residual, dst)
+        lattice = grid_to_rows(self._lattice(lattice_grid(rows, src), lattice_residual, stride, dilation))
+        if dst.num_extra == 0:
+            return lattice
+        out = rows.new_empty(dst.num_sites, lattice.shape[1])
+        out[: dst.num_lattice] = lattice
+        extra = out[dst.num_lattice :]
+        table = src.neighbours(dst, self.spacing, self.exchange)
+        gather.multiply_neighbours(rows, self.weight, table, out=extra, bias=self.bias)
+        self._finish(extra, None if residual is None else residual[dst.num_lattice :])
+        return out
+
+    def _lattice(self, grid: Tensor, residual: Tensor | None, stride: int, dilation: int) -> Tensor:
+        """The plain convolution, on a channels_last grid; the memory of `residual` may be overwritten."""
+        oihw = self.weight.permute(0, 3, 1, 2)
+        if not _runs_onednn(grid):
+            return self._finish(F.conv2d(grid, oihw, self.bias, stride, dilation, dilation), residual)
+        geometry = [dilation] * 2, [stride] * 2, [dilation] * 2
         if (stride, dilation) not in self._packed:
-            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(self.weight.to_mkldnn(), *geometry, 1)
+            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(oihw.to_mkldnn(), *geometry, 1)
             self._packed[stride, dilation] = packed
         packed = self._packed[stride, dilation]
         if residual is None:
@@ -95,47 +143,8 @@ class FusedConvolution(nn.Module):
         )
 
 
-class FusedLinear(FusedConvolution):
-    """Linear and batch norm on rows, then `+ residual` and ReLU."""
-
-    def __init__(self, linear: nn.Module, norm: nn.Module, relu: bool = True) -> None:
-        assert isinstance(linear, nn.Linear)
-        scale, bias = _fold(norm)
-        super().__init__((linear.weight * scale[:, None])[:, :, None, None], bias, relu)
-
-    def forward(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`[N, I]` to `[N, O]`; the memory of `residual` may be overwritten."""
-        # as a 1x1 convolution: it fuses the residual, which a matrix product does not
-        return grid_to_rows(self.convolve(_line(rows), None if residual is None else _line(residual)))
-
-
-class FusedConv(FusedConvolution):
-    """`SelectiveConv2d` and batch norm, then `+ residual` and ReLU."""
-
-    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
-        assert isinstance(conv, SelectiveConv2d)
-        scale, bias = _fold(norm)
-        super().__init__((conv.weight * scale[:, None, None, None]).permute(0, 3, 1, 2), bias)
-        self.spacing, self.exchange = conv.spacing, conv.exchange
-
-    def forward(
-        self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None = None
-    ) -> Tensor:
-        """`[src.num_sites, I]` to `[dst.num_sites, O]`; the memory of `residual` may be overwritten."""
-        stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
-        lattice_residual = None if residual is None else lattice_grid(residual, dst)
-        lattice = grid_to_rows(self.convolve(lattice_grid(rows, src), lattice_residual, stride, dilation))
-        if dst.num_extra == 0:
-            return lattice
-        out = rows.new_empty(dst.num_sites, lattice.shape[1])
-        out[: dst.num_lattice] = lattice
-        extra = out[dst.num_lattice :]
-        table = src.neighbours(dst, self.spacing, self.exchange)
-        gather.multiply_neighbours(rows, self.weight.permute(0, 2, 3, 1), table, out=extra, bias=self.bias)
-        if residual is not None:
-            extra += residual[dst.num_lattice :]
-        extra.relu_()
-        return out
+def _runs_onednn(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.dtype == torch.float32 and _ONEDNN
 
 
 class FusedBlock(nn.Module):
@@ -240,11 +249,6 @@ def _fuse_sequence(modules: nn.Sequential) -> nn.Sequential:
 
 def _channels_last(module: Module) -> Module:
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _line(rows: Tensor) -> Tensor:
-    """`[N, C]` as a channels_last image of one line, `[1, C, 1, N]`; a view."""
-    return rows[None, None].permute(0, 3, 1, 2)
 
 
 _FUSED_HEADS: dict[type[nn.Module], Any] = {LiteHead: FusedLiteHead, DeepLabV3Head: FusedDeepLabV3Head}
