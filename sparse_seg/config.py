@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +25,25 @@ from sparse_seg.models.heads import HEADS
 from sparse_seg.models.resnet import ARCHITECTURES
 from sparse_seg.schema import Config, ModelConfig
 from sparse_seg.sparse import ENGINES, EXCHANGES
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where `1e-3` is a text; here it is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, _Loader)
+    except ValueError as error:  # PyYAML's own for dates such as 2020-99-99
+        raise yaml.YAMLError(str(error)) from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -89,7 +110,7 @@ def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if path in parents:
         raise ConfigError(f"{path}: _base_ files form a circle")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = _parse_yaml(path.read_text()) or {}
     except FileNotFoundError:
         raise ConfigError(f"config {path} does not exist{_nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -123,7 +144,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: write key=value, for instance data.root=../camvid")
     try:
-        value = yaml.safe_load(text)
+        value = _parse_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
     for part in reversed(key.strip().split(".")):

@@ -31,6 +31,13 @@ def test_bases_then_file_then_overrides(tmp_path):
     assert (config.data.root, config.data.mean, config.model.mask.fine_fraction) == ("here", [0, 0.5, 1], 0.3)
 
 
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("5E-4", 5e-4), ("1.e+1", 10), ("2", 2)])
+def test_numbers_with_an_exponent_are_numbers(tmp_path, text, value):
+    path = write(tmp_path, f"train: {{lr: {text}}}")
+    assert load_config(path, [f"train.weight_decay={text}"]).train.lr == value
+    assert load_config(path, [f"train.weight_decay={text}"]).train.weight_decay == value
+
+
 def test_resolved_yaml_comes_back_the_same(tmp_path):
     config = load_config(write(tmp_path, "train: {loss: {ohem_threshold: 0.7}}\ndata: {crop: [64, 96]}"))
     assert load_config(write(tmp_path, to_yaml(config), "again.yaml")) == config
@@ -60,6 +67,7 @@ def test_resolved_yaml_comes_back_the_same(tmp_path):
         ("model: {head: deeplabv3}\ntrain: {batch_size: 1}", r"batch_size must be 2 or more"),
         ("- a list", "must hold keys and values"),
         ("a: [", "is not valid YAML"),
+        ("a: 2020-99-99", "is not valid YAML"),
         ("_base_: missing.yaml", r"missing\.yaml does not exist"),
         ("_base_: config.yaml", "circle"),
     ],
