@@ -120,8 +120,11 @@ def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path} must hold keys and values, not a {type(tree).__name__}")
     bases = tree.pop("_base_", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not _fits(bases, list[str]):
+        raise ConfigError(f"config {path}: _base_ must be a file name or a list of them, not {bases!r}")
     result: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         result = _overlay(result, _read(path.parent / base, (*parents, path)))
     return _overlay(result, tree)
 
@@ -187,6 +190,8 @@ def _check_type(value: Any, node: Any, where: str, key: str) -> None:
     name = _type_name(expected)
     if not _fits(value, expected):
         raise ConfigError(f"{where}: '{key}' must be {name}, not {value!r}")
+    if isinstance(value, str) and ("${" in value or value == "???"):  # OmegaConf would fill these in
+        raise ConfigError(f"{where}: '{key}' is {value!r}; write the text itself, nothing is filled in here")
 
 
 def _fits(value: Any, expected: Any) -> bool:

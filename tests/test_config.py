@@ -70,6 +70,14 @@ def test_resolved_yaml_comes_back_the_same(tmp_path):
         ("a: 2020-99-99", "is not valid YAML"),
         ("_base_: missing.yaml", r"missing\.yaml does not exist"),
         ("_base_: config.yaml", "circle"),
+        ("_base_: 3", r"_base_ must be a file name or a list of them, not 3"),
+        ("_base_: [a.yaml, null]", r"_base_ must be a file name or a list of them"),
+        ("_base_:", r"_base_ must be a file name or a list of them, not None"),
+        ("data: {root: '${HOME}/x'}", r"'data\.root' is '\$\{HOME\}/x'; write the text itself"),
+        ("data: {root: '${'}", r"'data\.root' is '\$\{'; write the text itself"),
+        ("data: {root: '???'}", r"'data\.root' is '\?\?\?'; write the text itself"),
+        ("train: {lr: '${train.momentum}'}", r"'train\.lr' must be a number"),
+        ("1: 2", "unknown key '1'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, message):
