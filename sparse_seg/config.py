@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -245,6 +244,56 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+_MODEL_BOUNDS = {
+    "width": "(0, inf)",
+    "head_channels": "[1, inf)",
+    "num_classes": "[2, 255]",
+    "aspp_rates": "[1, inf)",
+}
+_MASK_BOUNDS = {"fine_fraction": "[0, 1]", "threshold": "(-inf, inf)"}
+_DATA_BOUNDS = {
+    "scale_range": "(0, inf)",
+    "jitter": "[0, 1)",
+    "mean": "(-inf, inf)",
+    "std": "(0, inf)",
+    "workers": "[0, inf)",
+}
+_TRAIN_BOUNDS = {
+    "iterations": "[1, inf)",
+    "batch_size": "[1, inf)",
+    "lr": "(0, inf)",
+    "momentum": "[0, 1)",
+    "weight_decay": "[0, inf)",
+    "warmup_iterations": "[0, inf)",
+    "poly_power": "[0, inf)",
+    "clip_grad_norm": "(0, inf)",
+    "ema_decay": "[0, 1)",
+    "seed": "[0, inf)",
+    "threads": "[1, inf)",
+    "log_every": "[1, inf)",
+    "eval_every": "[1, inf)",
+    "save_every": "[1, inf)",
+    "eval_images": "[1, inf)",
+}
+_LOSS_BOUNDS = {
+    "class_weights": "[0, inf)",
+    "ohem_threshold": "(0, 1)",
+    "ohem_min_kept": "[0, 1]",
+    "auxiliary_weight": "[0, inf)",
+}
+
+
+def _check_bounds(section: Any, name: str, bounds: Mapping[str, str]) -> None:
+    """Each key's value, or each of its list, lies in the interval; a bracket includes the bound."""
+    for key, interval in bounds.items():
+        value = getattr(section, key)
+        low, high = map(float, interval[1:-1].split(","))
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            inside = low < number < high
+            on_bound = (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
+            _require(inside or on_bound, f"{name}.{key} is {value}; it must lie in {interval}")
+
+
 def check_config(config: Config) -> None:
     """Checks across and beyond types.
 
@@ -255,6 +304,9 @@ def check_config(config: Config) -> None:
     data, train = config.data, config.train
     _choose("data.dataset", data.dataset, DATASETS)
     _require(len(data.crop) == 2 and min(data.crop) >= 32, "data.crop must be [height, width], each >= 32")
+    _check_bounds(config.data, "data", _DATA_BOUNDS)
+    _check_bounds(config.train, "train", _TRAIN_BOUNDS)
+    _check_bounds(config.train.loss, "train.loss", _LOSS_BOUNDS)
     low_high = len(data.scale_range) == 2 and 0 < data.scale_range[0] <= data.scale_range[1]
     _require(low_high, "data.scale_range must be [low, high] with 0 < low <= high")
     _require(len(data.mean) == len(data.std) == 3, "data.mean and data.std need three numbers each")
@@ -262,8 +314,11 @@ def check_config(config: Config) -> None:
     _choose("train.output_stride", train.output_stride, (8, 16, 32))
     _choose("train.optimizer", train.optimizer, ("sgd", "adamw"))
     _choose("train.amp_dtype", train.amp_dtype, ("bfloat16", "float16"))
-    for key in ("iterations", "batch_size", "log_every", "eval_every", "save_every"):
-        _require(getattr(train, key) >= 1, f"train.{key} must be at least 1")
+    _require(
+        train.warmup_iterations < train.iterations,
+        f"train.warmup_iterations is {train.warmup_iterations}; it must be below train.iterations "
+        f"({train.iterations})",
+    )
     both = train.loss.class_weights is not None and train.loss.ohem_threshold is not None
     _require(not both, "train.loss: choose either class_weights or ohem_threshold")
     weights = train.loss.class_weights
@@ -285,7 +340,11 @@ def _check_model(model: ModelConfig) -> None:
     _choose("model.engine", model.engine, ENGINES)
     _choose("model.trained_stride", model.trained_stride, (8, 16, 32))
     _choose("model.mask.policy", model.mask.policy, POLICIES)
-    _require(0 <= model.mask.fine_fraction <= 1, "model.mask.fine_fraction must lie in 0..1")
-    _require(model.width > 0, "model.width must be positive")
-    if model.num_classes is not None:
-        _require(2 <= model.num_classes <= 255, "model.num_classes must lie in 2..255")
+    _check_bounds(model, "model", _MODEL_BOUNDS)
+    _check_bounds(model.mask, "model.mask", _MASK_BOUNDS)
+    _require(bool(model.aspp_rates), "model.aspp_rates needs at least one rate")
+    spacings = [rate * model.trained_stride for rate in model.aspp_rates]
+    _require(
+        model.head != "deeplabv3" or all(spacing % 16 == 0 for spacing in spacings),
+        f"model.aspp_rates x trained_stride is {spacings} px; to run selective each must divide by 16",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import signal
 import time
 from pathlib import Path
@@ -147,7 +148,8 @@ class Trainer:
         self._require_finite(loss, "loss")
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_grad_norm or float("inf"))
+        limit = math.inf if train.clip_grad_norm is None else train.clip_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         if not self.scaler.is_enabled():  # with float16 the scaler skips such a step and lowers its scale
             self._require_finite(norm, "gradient")
         self.scaler.step(self.optimizer)

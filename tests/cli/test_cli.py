@@ -237,6 +237,7 @@ def test_demo_in_small(capsys, tmp_path):
         "10",
     ]
     small = ["train.iterations=2", "model.width=0.125", "train.batch_size=2", "data.crop=[64, 64]"]
+    small += ["train.warmup_iterations=0"]
     assert main([*arguments, "--set", *small]) == 0
     first = capsys.readouterr().out
     assert "dense OS8" in first
