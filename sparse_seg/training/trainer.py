@@ -184,6 +184,12 @@ class Trainer:
         model = self.ema or self.model
         result = evaluate(model, self.validation, self.config.data, output_stride, limit=train.eval_images)
         metrics = result.metrics
+        if math.isnan(metrics.miou):
+            self.save()
+            raise TrainingError(
+                f"validation at iteration {self.iteration} found no labelled pixel; check the val labels or "
+                "raise train.eval_images"
+            )
         self._log(
             miou=metrics.miou, boundary_miou=metrics.boundary_miou, pixel_accuracy=metrics.pixel_accuracy
         )
@@ -223,10 +229,19 @@ class Trainer:
         load_weights(self.model, state["model"], path)
         if self.ema is not None:
             load_weights(self.ema, state["ema"] or state["model"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        configured = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state["optimizer"])  # brings the settings it was saved with, too
+        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(settings)
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         for name, value in state["progress"].items():
             setattr(self, name, value)
+        if not (self.work_dir / "best.pt").exists():
+            self.best = -1.0  # another folder's best is not here: the next validation writes this one's
         torch.set_rng_state(state["random"])
         if self.iteration >= self.config.train.iterations:
             raise TrainingError(
@@ -267,12 +282,14 @@ class Trainer:
             self.tensorboard = _tensorboard_writer(self.work_dir, self.iteration)
 
     def _log(self, **values: float) -> None:
+        known = {name: None if math.isnan(value) else value for name, value in values.items()}
         with self.log_path.open("a") as file:
             elapsed = {"iteration": self.iteration, "seconds": round(time.monotonic() - self.started, 1)}
-            file.write(json.dumps(elapsed | values) + "\n")
+            file.write(json.dumps(elapsed | known) + "\n")
         if self.tensorboard is not None:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, self.iteration)
+            for name, value in known.items():
+                if value is not None:
+                    self.tensorboard.add_scalar(name, value, self.iteration)
             self.tensorboard.flush()
 
 
