@@ -96,6 +96,22 @@ def test_usage_errors(capsys, trained):
     assert "unknown device 'tpuu'" in fails(
         capsys, "evaluate", config, checkpoint, "--device", "tpuu", code=2
     )
+    evaluate = "evaluate", config, checkpoint
+    assert "--report: only with --compare" in fails(capsys, *evaluate, "--report", "r.html", code=2)
+    assert "--policies: only with --compare" in fails(capsys, *evaluate, "--policies", "edge", code=2)
+    for one, other in (
+        ("--compare", "--dense"),
+        ("--compare", "--fine-fraction"),
+        ("--dense", "--fine-fraction"),
+    ):
+        values = {"--compare": "0.1", "--fine-fraction": "0.1", "--dense": "8"}
+        complaint = fails(capsys, *evaluate, one, values[one], other, values[other], code=2)
+        assert f"argument {other}: not allowed with argument {one}" in complaint
+    folder = checkpoint.parent
+    assert "is a folder; name a file in it" in fails(capsys, *evaluate, "--json", folder, code=2)
+    assert "is a folder; name a file in it" in fails(
+        capsys, *evaluate, "--compare", "0.1", "--report", folder, code=2
+    )
     if not torch.cuda.is_available():
         assert "no CUDA device" in fails(capsys, "train", config, "--device", "cuda", code=2)
 
