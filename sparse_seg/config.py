@@ -103,6 +103,20 @@ def num_classes(config: Config) -> int:
     return len(DATASETS[config.data.dataset].classes)
 
 
+def check_classes(config: Config) -> None:
+    """The model's classes are the dataset's.
+
+    Raises:
+        ConfigError: their counts differ.
+    """
+    count, own = len(DATASETS[config.data.dataset].classes), num_classes(config)
+    _require(
+        own == count,
+        f"model.num_classes is {own} but {config.data.dataset} has {count} classes; choose the data.dataset "
+        "that the model was trained on",
+    )
+
+
 def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     """A file's tree over those of its `_base_` files (one path or a list, relative to the file)."""
     path = path.resolve()

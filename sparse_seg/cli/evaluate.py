@@ -22,7 +22,7 @@ import torch
 
 from sparse_seg.cli.arguments import whole_number
 from sparse_seg.cli.options import add_config, add_device, add_network, fraction, output_file, overrides
-from sparse_seg.config import load_config
+from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.evaluation.comparison import compare, settings
 from sparse_seg.evaluation.evaluate import evaluate
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
             args.report,
         )
         return 0
+    check_classes(config)
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
     dataset.check()
     model = load_model(args.checkpoint, config).to(args.device)
@@ -99,6 +100,7 @@ def compare_and_report(
     report_path: str | Path | None = None,
 ) -> None:
     """Compare the ways to run a checkpoint, print the table, and write the files asked for."""
+    check_classes(config)
     dataset = build_dataset(config.data.dataset, config.data.root, split)
     dataset.check()
     model = load_model(checkpoint, config).to(device)

@@ -131,6 +131,11 @@ def test_failures_are_one_line(capsys, trained, tmp_path):
         capsys, "evaluate", config, checkpoint, "--set", "data.root=nowhere"
     )
     assert "does not fit" in fails(capsys, "evaluate", config, checkpoint, "--set", "model.width=0.25")
+    for command, rest in (("evaluate", []), ("predict", [tmp_path, "--out", tmp_path])):
+        other = ["--set", "data.dataset=camvid", "model.num_classes=19"]
+        assert "model.num_classes is 19 but camvid has 11 classes" in fails(
+            capsys, command, config, checkpoint, *rest, *other
+        )
     assert "no such folder" in fails(capsys, "evaluate", config, checkpoint, "--split", "vall")
     assert "engine: gather" in fails(
         capsys, "train", config, "--set", "model.engine=spconv", "--set", "train.network=selective"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from sparse_seg import load_model
 from sparse_seg.config import load_config
 from sparse_seg.errors import CheckpointError, ConfigError, DataError, TrainingError
+from sparse_seg.models.build import build_model
 from sparse_seg.training.checkpoint import load_checkpoint, save_checkpoint
 from sparse_seg.training.trainer import Trainer, finish_training
 
@@ -240,19 +242,38 @@ def test_bad_checkpoints_are_named(tiny, tmp_path):
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
     with pytest.raises(CheckpointError, match="was not written by sparse_seg"):
         load_model(tmp_path / "foreign.pt")
-    wider = load_config(tiny, ["model.width=0.25"])
-    with pytest.raises(
-        CheckpointError, match=r"backbone\.conv1\.weight is \[8, 3, 7, 7\], the model's is \[16"
-    ):
+    wider = load_config(tiny, ["model.head_channels=32"])
+    with pytest.raises(CheckpointError, match=r"head\.reduce\.0\.weight is \[16, 64\], the model's is \[32"):
         load_model(last, wider)
-    with pytest.raises(
-        CheckpointError, match=r"backbone\.layer1\.2\.conv1\.weight is missing \(and \d+ more\)"
-    ):
-        load_model(last, load_config(tiny, ["model.backbone=resnet34"]))
     with pytest.raises(CheckpointError, match=r"holds weights only; resume from last\.pt"):
         Trainer(load_config(tiny), tmp_path / "new", resume=tmp_path / "run/best.pt")
     with pytest.raises(CheckpointError, match="does not exist"):
         Trainer(config, tmp_path / "empty", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "trained"),
+    [
+        ("model.backbone=resnet34", "resnet18"),
+        ("model.width=0.25", "0.125"),
+        ("model.trained_stride=16", "8"),
+        ("data.std=[1, 1, 1]", "[0.229,0.224,0.225]"),
+        ("data.dataset=camvid", "19"),
+    ],
+)
+def test_a_config_of_another_function_is_refused(tiny, tmp_path, override, trained):
+    own = load_config(tiny)
+    save_checkpoint(tmp_path / "a.pt", own, build_model(own).state_dict())
+    key = override.partition("=")[0].replace("data.dataset", "model.num_classes")
+    with pytest.raises(CheckpointError, match=re.escape(f"use --set {key}={trained}")):
+        load_model(tmp_path / "a.pt", load_config(tiny, [override]))
+
+
+def test_mask_engine_and_exchange_are_free_at_inference(tiny, tmp_path):
+    own = load_config(tiny)
+    save_checkpoint(tmp_path / "a.pt", own, build_model(own).state_dict())
+    free = ["model.mask.policy=random", "model.engine=gather", "model.exchange=none"]
+    load_model(tmp_path / "a.pt", load_config(tiny, free))
 
 
 def test_a_pickle_that_wants_code_is_refused(tmp_path):
