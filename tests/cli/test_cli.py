@@ -143,6 +143,21 @@ def test_failures_are_one_line(capsys, trained, tmp_path):
     assert "already holds a run" in fails(capsys, "train", config, "--work-dir", checkpoint.parent)
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError("disk full"), "error: disk full"),
+        (OSError(28, "No space left", "a.json"), "error: a.json: No space left"),
+    ],
+)
+def test_system_errors_are_one_line(capsys, monkeypatch, trained, error, line):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("sparse_seg.cli.train.load_config", fail)
+    assert fails(capsys, "train", trained[0]) == line
+
+
 def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
     config, _ = trained
     write_scenes(tmp_path / "scenes", 4, (64, 96), val_fraction=0.5)
