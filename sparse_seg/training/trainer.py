@@ -86,6 +86,7 @@ class Trainer:
         self.work_dir.mkdir(parents=True, exist_ok=True)
         atomic_write(self.work_dir / "config.yaml", to_yaml(config))
         self._start_log()
+        self.how_to_go_on = f"go on with {self._resume_hint()}"
         self._stop, self.started = False, time.monotonic()
 
     # -- the loop ------------------------------------------------------------------------------------------
@@ -126,9 +127,7 @@ class Trainer:
                 self._after_step()
                 if self._stop:
                     self.save()
-                    raise TrainingError(
-                        f"stopped at iteration {self.iteration}; go on with {self._resume_hint()}"
-                    )
+                    raise TrainingError(f"stopped at iteration {self.iteration}; {self.how_to_go_on}")
         finally:
             bar.close()
             for number, handler in handlers.items():
@@ -334,5 +333,7 @@ def finish_training(config: Config, work_dir: str | Path, device: torch.device |
     if state is not None and checkpoint_config(state, last) != config:
         raise TrainingError(f"{work_dir} holds a run of another config; remove it or choose another folder")
     if state is None or state["progress"]["iteration"] < config.train.iterations:
-        Trainer(config, work_dir, resume=state is not None, device=device).run()
+        trainer = Trainer(config, work_dir, resume=state is not None, device=device)
+        trainer.how_to_go_on = "run it again to go on"  # by this function
+        trainer.run()
     return work_dir / "best.pt"

@@ -261,25 +261,29 @@ def test_predict_refuses_bad_images_and_writes_nothing_for_them(capsys, trained,
     assert not out.exists() or not list(out.iterdir())
 
 
-def test_demo_in_small(capsys, tmp_path):
+def test_demo_in_small(capsys, tmp_path, monkeypatch):
+    """From any folder, and into one whose name would not be valid YAML."""
     pytest.importorskip("matplotlib")
-    arguments = [
-        "demo",
-        "--out",
-        str(tmp_path / "demo"),
-        "--config",
-        str(ROOT / "configs/demo.yaml"),
-        "--count",
-        "10",
-    ]
+    monkeypatch.chdir(tmp_path)
+    arguments = ["demo", "--out", "a: [demo", "--count", "10", "--device", "cpu"]
     small = ["train.iterations=2", "model.width=0.125", "train.batch_size=2", "data.crop=[64, 64]"]
     small += ["train.warmup_iterations=0"]
     assert main([*arguments, "--set", *small]) == 0
     first = capsys.readouterr().out
     assert "dense OS8" in first
-    assert (tmp_path / "demo/report.html").exists()
+    assert (tmp_path / "a: [demo/report.html").exists()
     assert main([*arguments, "--set", *small]) == 0  # a second run reuses scenes and weights
     assert "best validation" not in capsys.readouterr().err
+
+
+def test_demo_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparse_seg.cli.demo.write_scenes", interrupt)
+    assert "interrupted; run it again to go on" in fails(capsys, "demo", "--out", tmp_path)
+    monkeypatch.setattr("sparse_seg.__file__", str(tmp_path / "package/__init__.py"))
+    assert "is not there: run from a checkout" in fails(capsys, "demo", "--out", tmp_path)
 
 
 def test_benchmark_prints_and_writes(capsys, trained, tmp_path):

@@ -215,6 +215,12 @@ def test_finish_training_starts_goes_on_and_leaves_alone(tiny, tmp_path):
         finish_training(other, tmp_path / "run")
 
 
+def test_an_interrupted_demo_says_how_to_go_on(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_after_step", lambda trainer: trainer._request_stop(signal.SIGINT, None))
+    with pytest.raises(TrainingError, match="stopped at iteration 1; run it again to go on"):
+        finish_training(load_config(tiny), tmp_path / "run")
+
+
 def test_best_checkpoint_predicts_as_the_averaged_model(tiny, tmp_path):
     trainer = run(load_config(tiny), tmp_path / "run")
     best = load_checkpoint(tmp_path / "run/best.pt")
