@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,25 @@ from sparse_seg.models.heads import HEADS
 from sparse_seg.models.resnet import ARCHITECTURES
 from sparse_seg.schema import Config, ModelConfig
 from sparse_seg.sparse import ENGINES, EXCHANGES
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where `1e-3` is a text; here it is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, _Loader)
+    except ValueError as error:  # PyYAML's own for dates such as 2020-99-99
+        raise yaml.YAMLError(str(error)) from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -83,13 +103,27 @@ def num_classes(config: Config) -> int:
     return len(DATASETS[config.data.dataset].classes)
 
 
+def check_classes(config: Config) -> None:
+    """The model's classes are the dataset's.
+
+    Raises:
+        ConfigError: their counts differ.
+    """
+    count, own = len(DATASETS[config.data.dataset].classes), num_classes(config)
+    _require(
+        own == count,
+        f"model.num_classes is {own} but {config.data.dataset} has {count} classes; choose the data.dataset "
+        "that the model was trained on",
+    )
+
+
 def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     """A file's tree over those of its `_base_` files (one path or a list, relative to the file)."""
     path = path.resolve()
     if path in parents:
         raise ConfigError(f"{path}: _base_ files form a circle")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = _parse_yaml(path.read_text()) or {}
     except FileNotFoundError:
         raise ConfigError(f"config {path} does not exist{_nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -99,8 +133,11 @@ def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path} must hold keys and values, not a {type(tree).__name__}")
     bases = tree.pop("_base_", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not _fits(bases, list[str]):
+        raise ConfigError(f"config {path}: _base_ must be a file name or a list of them, not {bases!r}")
     result: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         result = _overlay(result, _read(path.parent / base, (*parents, path)))
     return _overlay(result, tree)
 
@@ -123,7 +160,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: write key=value, for instance data.root=../camvid")
     try:
-        value = yaml.safe_load(text)
+        value = _parse_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
     for part in reversed(key.strip().split(".")):
@@ -166,6 +203,8 @@ def _check_type(value: Any, node: Any, where: str, key: str) -> None:
     name = _type_name(expected)
     if not _fits(value, expected):
         raise ConfigError(f"{where}: '{key}' must be {name}, not {value!r}")
+    if isinstance(value, str) and ("${" in value or value == "???"):  # OmegaConf would fill these in
+        raise ConfigError(f"{where}: '{key}' is {value!r}; write the text itself, nothing is filled in here")
 
 
 def _fits(value: Any, expected: Any) -> bool:
@@ -219,6 +258,56 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+_MODEL_BOUNDS = {
+    "width": "(0, inf)",
+    "head_channels": "[1, inf)",
+    "num_classes": "[2, 255]",
+    "aspp_rates": "[1, inf)",
+}
+_MASK_BOUNDS = {"fine_fraction": "[0, 1]", "threshold": "(-inf, inf)"}
+_DATA_BOUNDS = {
+    "scale_range": "(0, inf)",
+    "jitter": "[0, 1)",
+    "mean": "(-inf, inf)",
+    "std": "(0, inf)",
+    "workers": "[0, inf)",
+}
+_TRAIN_BOUNDS = {
+    "iterations": "[1, inf)",
+    "batch_size": "[1, inf)",
+    "lr": "(0, inf)",
+    "momentum": "[0, 1)",
+    "weight_decay": "[0, inf)",
+    "warmup_iterations": "[0, inf)",
+    "poly_power": "[0, inf)",
+    "clip_grad_norm": "(0, inf)",
+    "ema_decay": "[0, 1)",
+    "seed": "[0, inf)",
+    "threads": "[1, inf)",
+    "log_every": "[1, inf)",
+    "eval_every": "[1, inf)",
+    "save_every": "[1, inf)",
+    "eval_images": "[1, inf)",
+}
+_LOSS_BOUNDS = {
+    "class_weights": "[0, inf)",
+    "ohem_threshold": "(0, 1)",
+    "ohem_min_kept": "[0, 1]",
+    "auxiliary_weight": "[0, inf)",
+}
+
+
+def _check_bounds(section: Any, name: str, bounds: Mapping[str, str]) -> None:
+    """Each key's value, or each of its list, lies in the interval; a bracket includes the bound."""
+    for key, interval in bounds.items():
+        value = getattr(section, key)
+        low, high = map(float, interval[1:-1].split(","))
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            inside = low < number < high
+            on_bound = (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
+            _require(inside or on_bound, f"{name}.{key} is {value}; it must lie in {interval}")
+
+
 def check_config(config: Config) -> None:
     """Checks across and beyond types.
 
@@ -229,6 +318,9 @@ def check_config(config: Config) -> None:
     data, train = config.data, config.train
     _choose("data.dataset", data.dataset, DATASETS)
     _require(len(data.crop) == 2 and min(data.crop) >= 32, "data.crop must be [height, width], each >= 32")
+    _check_bounds(config.data, "data", _DATA_BOUNDS)
+    _check_bounds(config.train, "train", _TRAIN_BOUNDS)
+    _check_bounds(config.train.loss, "train.loss", _LOSS_BOUNDS)
     low_high = len(data.scale_range) == 2 and 0 < data.scale_range[0] <= data.scale_range[1]
     _require(low_high, "data.scale_range must be [low, high] with 0 < low <= high")
     _require(len(data.mean) == len(data.std) == 3, "data.mean and data.std need three numbers each")
@@ -236,8 +328,11 @@ def check_config(config: Config) -> None:
     _choose("train.output_stride", train.output_stride, (8, 16, 32))
     _choose("train.optimizer", train.optimizer, ("sgd", "adamw"))
     _choose("train.amp_dtype", train.amp_dtype, ("bfloat16", "float16"))
-    for key in ("iterations", "batch_size", "log_every", "eval_every", "save_every"):
-        _require(getattr(train, key) >= 1, f"train.{key} must be at least 1")
+    _require(
+        train.warmup_iterations < train.iterations,
+        f"train.warmup_iterations is {train.warmup_iterations}; it must be below train.iterations "
+        f"({train.iterations})",
+    )
     both = train.loss.class_weights is not None and train.loss.ohem_threshold is not None
     _require(not both, "train.loss: choose either class_weights or ohem_threshold")
     weights = train.loss.class_weights
@@ -259,7 +354,11 @@ def _check_model(model: ModelConfig) -> None:
     _choose("model.engine", model.engine, ENGINES)
     _choose("model.trained_stride", model.trained_stride, (8, 16, 32))
     _choose("model.mask.policy", model.mask.policy, POLICIES)
-    _require(0 <= model.mask.fine_fraction <= 1, "model.mask.fine_fraction must lie in 0..1")
-    _require(model.width > 0, "model.width must be positive")
-    if model.num_classes is not None:
-        _require(2 <= model.num_classes <= 255, "model.num_classes must lie in 2..255")
+    _check_bounds(model, "model", _MODEL_BOUNDS)
+    _check_bounds(model.mask, "model.mask", _MASK_BOUNDS)
+    _require(bool(model.aspp_rates), "model.aspp_rates needs at least one rate")
+    spacings = [rate * model.trained_stride for rate in model.aspp_rates]
+    _require(
+        model.head != "deeplabv3" or all(spacing % 16 == 0 for spacing in spacings),
+        f"model.aspp_rates x trained_stride is {spacings} px; to run selective each must divide by 16",
+    )

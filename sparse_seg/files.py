@@ -18,6 +18,8 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     try:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # say the name that the caller knows
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise

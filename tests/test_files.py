@@ -45,6 +45,12 @@ def test_failure_leaves_the_old_file_alone(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_errors_name_the_file_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError) as caught:
+        atomic_write(tmp_path, "a folder is there")
+    assert (caught.value.filename, caught.value.filename2) == (str(tmp_path), None)
+
+
 def test_failed_encoding_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         atomic_write(tmp_path / "file", "\ud800")

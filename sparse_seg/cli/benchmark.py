@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from sparse_seg.cli.arguments import parse_size, whole_number
-from sparse_seg.cli.options import add_config, add_device, fraction
+from sparse_seg.cli.options import add_config, add_device, fraction, output_file
 from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
 from sparse_seg.evaluation.benchmark import check_training, engine_fault, measure, ways
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--repeats", type=whole_number(1), default=5, metavar="N", help="default: 5")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out (much faster)")
-    parser.add_argument("--json", metavar="OUT", help="also write the result to this file")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the result to this file")
     add_device(parser)
 
 

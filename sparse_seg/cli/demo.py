@@ -13,10 +13,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import sparse_seg
 from sparse_seg.cli.arguments import whole_number
 from sparse_seg.cli.evaluate import compare_and_report
+from sparse_seg.cli.options import add_device
 from sparse_seg.config import load_config
 from sparse_seg.data.scenes import write_scenes
+from sparse_seg.errors import ConfigError, TrainingError
+from sparse_seg.schema import Config
 from sparse_seg.training.trainer import finish_training
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -27,24 +31,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="runs/demo", metavar="D", help="folder to work in (default: runs/demo)"
     )
-    parser.add_argument("--config", default="configs/demo.yaml", help="default: configs/demo.yaml")
+    parser.add_argument("--config", metavar="CONFIG", help="default: configs/demo.yaml of the checkout")
     parser.add_argument("--count", type=whole_number(10), default=250, help="scenes to make (default: 250)")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"
     )
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    config = load_config(args.config, [f"data.root={out / 'scenes'}", *args.set])
+    config = load_config(args.config or _default_config(), args.set)
+    config.data.root = str(out / "scenes")  # not by an override: a path need not be valid YAML
+    try:
+        _run(out, config, args)
+    except KeyboardInterrupt:
+        raise TrainingError("interrupted; run it again to go on") from None
+    return 0
+
+
+def _run(out: Path, config: Config, args: argparse.Namespace) -> None:
     write_scenes(out / "scenes", args.count, progress=True)
-    checkpoint = finish_training(config, out / "training")
+    checkpoint = finish_training(config, out / "training", args.device)
     compare_and_report(
         config,
         checkpoint,
         POLICIES,
         FRACTIONS,
+        device=args.device,
         json_path=out / "comparison.json",
         report_path=out / "report.html",
     )
-    return 0
+
+
+def _default_config() -> Path:
+    path = Path(sparse_seg.__file__).parents[1] / "configs/demo.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there: run from a checkout of the repository, or add --config FILE")
+    return path

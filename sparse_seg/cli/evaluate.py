@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from sparse_seg.cli.arguments import whole_number
-from sparse_seg.cli.options import add_config, add_device, add_network, fraction, overrides
-from sparse_seg.config import load_config
+from sparse_seg.cli.options import add_config, add_device, add_network, fraction, output_file, overrides
+from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.evaluation.comparison import compare, settings
 from sparse_seg.evaluation.evaluate import evaluate
@@ -38,31 +38,35 @@ from sparse_seg.training.checkpoint import load_model
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a training run")
-    add_network(parser)
-    parser.add_argument(
+    add_network(parser).add_argument(
         "--compare", nargs="+", type=fraction, metavar="F", help="compare at these fine fractions"
     )
     parser.add_argument(
         "--policies",
         nargs="+",
         choices=sorted(set(POLICIES) - {"uniform"}),
-        default=["edge", "oracle"],
-        help="mask policies to compare (default: edge oracle)",
+        help="with --compare: mask policies to compare (default: edge oracle)",
     )
-    parser.add_argument("--report", metavar="OUT", help="with --compare: also write an HTML report")
+    parser.add_argument(
+        "--report", type=output_file, metavar="OUT", help="with --compare: also write an HTML report"
+    )
     parser.add_argument("--split", default="val", help="split of the dataset (default: val)")
     parser.add_argument("--limit", type=whole_number(1), metavar="N", help="measure the first N images only")
-    parser.add_argument("--json", metavar="OUT", help="also write the result to this file")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the result to this file")
     add_device(parser)
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
+    for option in ("policies", "report"):
+        if getattr(args, option) is not None and args.compare is None:
+            args.usage_error(f"argument --{option}: only with --compare; add --compare F")
     config = load_config(args.config, overrides(args))
     if args.compare:
         compare_and_report(
             config,
             args.checkpoint,
-            args.policies,
+            args.policies or ["edge", "oracle"],
             args.compare,
             args.split,
             args.limit,
@@ -71,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
             args.report,
         )
         return 0
+    check_classes(config)
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
     dataset.check()
     model = load_model(args.checkpoint, config).to(args.device)
@@ -95,6 +100,7 @@ def compare_and_report(
     report_path: str | Path | None = None,
 ) -> None:
     """Compare the ways to run a checkpoint, print the table, and write the files asked for."""
+    check_classes(config)
     dataset = build_dataset(config.data.dataset, config.data.root, split)
     dataset.check()
     model = load_model(checkpoint, config).to(device)

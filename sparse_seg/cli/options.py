@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -26,12 +27,14 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_network(parser: argparse.ArgumentParser) -> None:
-    """`--dense` and `--fine-fraction`."""
-    parser.add_argument(
+def add_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """`--dense` or `--fine-fraction`; the group, for further ways to run the network."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
         "--dense", type=int, choices=(8, 16, 32), metavar="OS", help="run dense at output stride 8, 16 or 32"
     )
-    parser.add_argument("--fine-fraction", type=fraction, metavar="F", help="share of fine blocks, 0 to 1")
+    group.add_argument("--fine-fraction", type=fraction, metavar="F", help="share of fine blocks, 0 to 1")
+    return group
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
@@ -50,6 +53,13 @@ def fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, not {text!r}")
     return value
+
+
+def output_file(text: str) -> str:
+    """An argument type: a file to write, checked before the work that fills it."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+    return text
 
 
 def _device(text: str) -> torch.device:

@@ -14,7 +14,7 @@ import argparse
 from tqdm import tqdm
 
 from sparse_seg.cli.options import add_config, add_device, add_network, overrides
-from sparse_seg.config import load_config
+from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import DATASETS
 from sparse_seg.reporting.pictures import find_images, write_pictures
 from sparse_seg.training.checkpoint import load_model
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides(args))
+    check_classes(config)
     images = find_images(args.inputs)
     model = load_model(args.checkpoint, config).to(args.device)
     palette = DATASETS[config.data.dataset].classes.palette

@@ -17,6 +17,9 @@ from sparse_seg.errors import DataError
 IGNORE_INDEX = 255
 """Train id of pixels that neither the loss nor the metrics count."""
 
+SMALLEST_SIDE = 32
+"""Pixels; on smaller images the coarsest stage of a network has no cell left."""
+
 _NO_SUCH_LABEL = 254  # a stored value outside the dataset's list; never leaves this module
 _END_OF_FILE = {b"\x89PNG": b"IEND\xaeB`\x82", b"\xff\xd8\xff": b"\xff\xd9"}  # first bytes -> last bytes
 
@@ -117,9 +120,14 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
 
     def _fault(self, index: int) -> str | None:
         try:
-            self.load(index)
+            image, _ = self.load(index)
         except DataError as error:
             return str(error)
+        if min(image.shape[:2]) < SMALLEST_SIDE:
+            file = self.samples[index][0]
+            return (
+                f"{file}: the image is {_size(image)}; use images of {SMALLEST_SIDE}x{SMALLEST_SIDE} or more"
+            )
         return None
 
 

@@ -1,5 +1,6 @@
 """Loaders whose samples depend on the seed and the position alone: not on workers, not on interruptions."""
 
+import signal
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -97,7 +98,7 @@ def training_loader(
         TrainingView(dataset, transform, seed),
         batch_sampler=ResumableSampler(len(dataset), batch_size, seed, start_iteration, iterations),
         num_workers=workers,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each loader draws from torch's global state, and resuming differs
     )
@@ -111,12 +112,14 @@ def evaluation_loader(
         EvaluationView(dataset, mean, std),
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
 
 
-def _use_one_thread(worker: int) -> None:
-    """Workers are the parallelism; OpenCV's own threads would fight over the same cores."""
+def _start_worker(worker: int) -> None:
+    """One thread, since workers are the parallelism; Ctrl-C is left to the main process, which ends them."""
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the trainer's handler, inherited by the fork

@@ -159,7 +159,7 @@ def _lite(
     exchange: str,
     engine: str,
 ) -> nn.Module:
-    return LiteHead(in_channels, channels or 128, num_classes)
+    return LiteHead(in_channels, 128 if channels is None else channels, num_classes)
 
 
 def _deeplabv3(
@@ -170,7 +170,8 @@ def _deeplabv3(
     exchange: str,
     engine: str,
 ) -> nn.Module:
-    return DeepLabV3Head(in_channels, channels or 256, num_classes, spacings, exchange, engine)
+    channels = 256 if channels is None else channels
+    return DeepLabV3Head(in_channels, channels, num_classes, spacings, exchange, engine)
 
 
 HEADS: dict[str, Callable[[int, int, int | None, Sequence[int], str, str], nn.Module]] = {

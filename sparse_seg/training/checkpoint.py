@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.config import config_from_dict, to_dict
+from sparse_seg.config import config_from_dict, num_classes, to_dict
 from sparse_seg.errors import CheckpointError
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
@@ -89,15 +89,45 @@ def load_model(path: str | Path, config: Config | None = None) -> SelectiveSegme
     """The trained network of a checkpoint, in eval mode, with the averaged weights if training kept them.
 
     Args:
-        config: in place of the one in the checkpoint.
+        config: in place of the one in the checkpoint. Mask, engine and exchange may differ, what else the
+            network computes may not.
 
     Raises:
         CheckpointError: missing, truncated or foreign file, or one that does not fit the config.
     """
     content = load_checkpoint(path)
-    model = build_model(config or checkpoint_config(content, path))
+    trained = checkpoint_config(content, path)
+    if config is not None:
+        _check_same_function(config, trained, path)
+    model = build_model(config or trained)
     load_weights(model, _inference_weights(model, content), path)
     return model.eval()
+
+
+def _check_same_function(config: Config, trained: Config, path: str | Path) -> None:
+    """Settings that the weights' shapes do not tell, and those whose name tells more than a shape."""
+    asked, own = _function(config), _function(trained)
+    for key, value in asked.items():
+        if value != own[key]:
+            text = str(own[key]).replace(" ", "")
+            raise CheckpointError(
+                f"{path} does not fit the config: it was trained with {key} {own[key]}, not {value}; "
+                f"train again or use --set {key}={text}"
+            )
+
+
+def _function(config: Config) -> dict[str, Any]:
+    model, data = config.model, config.data
+    return {
+        "model.backbone": model.backbone,
+        "model.width": model.width,
+        "model.head": model.head,
+        "model.num_classes": num_classes(config),
+        "model.trained_stride": model.trained_stride,
+        "model.aspp_rates": model.aspp_rates if model.head == "deeplabv3" else None,
+        "data.mean": data.mean,
+        "data.std": data.std,
+    }
 
 
 def _inference_weights(model: nn.Module, content: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -52,6 +52,8 @@ def hard_pixel_mean(losses: Tensor, threshold: float, min_kept: float) -> Tensor
     """
     if losses.numel() == 0:
         return losses.sum()
-    hard = losses > -math.log(threshold)
-    kept = max(int(hard.sum()), math.ceil(min_kept * losses.numel()))
-    return losses.topk(kept).values.mean()
+    hard = losses[losses > -math.log(threshold)]
+    least = math.ceil(min_kept * losses.numel())
+    if hard.numel() < max(least, 1):
+        hard = losses.topk(max(least, 1)).values
+    return hard.mean()  # no topk where it is not needed: over a million pixels it costs more than the loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import signal
 import time
 from pathlib import Path
@@ -85,6 +86,7 @@ class Trainer:
         self.work_dir.mkdir(parents=True, exist_ok=True)
         atomic_write(self.work_dir / "config.yaml", to_yaml(config))
         self._start_log()
+        self.how_to_go_on = f"go on with {self._resume_hint()}"
         self._stop, self.started = False, time.monotonic()
 
     # -- the loop ------------------------------------------------------------------------------------------
@@ -125,9 +127,7 @@ class Trainer:
                 self._after_step()
                 if self._stop:
                     self.save()
-                    raise TrainingError(
-                        f"stopped at iteration {self.iteration}; go on with {self._resume_hint()}"
-                    )
+                    raise TrainingError(f"stopped at iteration {self.iteration}; {self.how_to_go_on}")
         finally:
             bar.close()
             for number, handler in handlers.items():
@@ -147,7 +147,8 @@ class Trainer:
         self._require_finite(loss, "loss")
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_grad_norm or float("inf"))
+        limit = math.inf if train.clip_grad_norm is None else train.clip_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         if not self.scaler.is_enabled():  # with float16 the scaler skips such a step and lowers its scale
             self._require_finite(norm, "gradient")
         self.scaler.step(self.optimizer)
@@ -182,6 +183,12 @@ class Trainer:
         model = self.ema or self.model
         result = evaluate(model, self.validation, self.config.data, output_stride, limit=train.eval_images)
         metrics = result.metrics
+        if math.isnan(metrics.miou):
+            self.save()
+            raise TrainingError(
+                f"validation at iteration {self.iteration} found no labelled pixel; check the val labels or "
+                "raise train.eval_images"
+            )
         self._log(
             miou=metrics.miou, boundary_miou=metrics.boundary_miou, pixel_accuracy=metrics.pixel_accuracy
         )
@@ -221,10 +228,19 @@ class Trainer:
         load_weights(self.model, state["model"], path)
         if self.ema is not None:
             load_weights(self.ema, state["ema"] or state["model"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        configured = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state["optimizer"])  # brings the settings it was saved with, too
+        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(settings)
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         for name, value in state["progress"].items():
             setattr(self, name, value)
+        if not (self.work_dir / "best.pt").exists():
+            self.best = -1.0  # another folder's best is not here: the next validation writes this one's
         torch.set_rng_state(state["random"])
         if self.iteration >= self.config.train.iterations:
             raise TrainingError(
@@ -265,12 +281,14 @@ class Trainer:
             self.tensorboard = _tensorboard_writer(self.work_dir, self.iteration)
 
     def _log(self, **values: float) -> None:
+        known = {name: None if math.isnan(value) else value for name, value in values.items()}
         with self.log_path.open("a") as file:
             elapsed = {"iteration": self.iteration, "seconds": round(time.monotonic() - self.started, 1)}
-            file.write(json.dumps(elapsed | values) + "\n")
+            file.write(json.dumps(elapsed | known) + "\n")
         if self.tensorboard is not None:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, self.iteration)
+            for name, value in known.items():
+                if value is not None:
+                    self.tensorboard.add_scalar(name, value, self.iteration)
             self.tensorboard.flush()
 
 
@@ -315,5 +333,7 @@ def finish_training(config: Config, work_dir: str | Path, device: torch.device |
     if state is not None and checkpoint_config(state, last) != config:
         raise TrainingError(f"{work_dir} holds a run of another config; remove it or choose another folder")
     if state is None or state["progress"]["iteration"] < config.train.iterations:
-        Trainer(config, work_dir, resume=state is not None, device=device).run()
+        trainer = Trainer(config, work_dir, resume=state is not None, device=device)
+        trainer.how_to_go_on = "run it again to go on"  # by this function
+        trainer.run()
     return work_dir / "best.pt"

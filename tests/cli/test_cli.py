@@ -96,6 +96,22 @@ def test_usage_errors(capsys, trained):
     assert "unknown device 'tpuu'" in fails(
         capsys, "evaluate", config, checkpoint, "--device", "tpuu", code=2
     )
+    evaluate = "evaluate", config, checkpoint
+    assert "--report: only with --compare" in fails(capsys, *evaluate, "--report", "r.html", code=2)
+    assert "--policies: only with --compare" in fails(capsys, *evaluate, "--policies", "edge", code=2)
+    for one, other in (
+        ("--compare", "--dense"),
+        ("--compare", "--fine-fraction"),
+        ("--dense", "--fine-fraction"),
+    ):
+        values = {"--compare": "0.1", "--fine-fraction": "0.1", "--dense": "8"}
+        complaint = fails(capsys, *evaluate, one, values[one], other, values[other], code=2)
+        assert f"argument {other}: not allowed with argument {one}" in complaint
+    folder = checkpoint.parent
+    assert "is a folder; name a file in it" in fails(capsys, *evaluate, "--json", folder, code=2)
+    assert "is a folder; name a file in it" in fails(
+        capsys, *evaluate, "--compare", "0.1", "--report", folder, code=2
+    )
     if not torch.cuda.is_available():
         assert "no CUDA device" in fails(capsys, "train", config, "--device", "cuda", code=2)
 
@@ -115,11 +131,31 @@ def test_failures_are_one_line(capsys, trained, tmp_path):
         capsys, "evaluate", config, checkpoint, "--set", "data.root=nowhere"
     )
     assert "does not fit" in fails(capsys, "evaluate", config, checkpoint, "--set", "model.width=0.25")
+    for command, rest in (("evaluate", []), ("predict", [tmp_path, "--out", tmp_path])):
+        other = ["--set", "data.dataset=camvid", "model.num_classes=19"]
+        assert "model.num_classes is 19 but camvid has 11 classes" in fails(
+            capsys, command, config, checkpoint, *rest, *other
+        )
     assert "no such folder" in fails(capsys, "evaluate", config, checkpoint, "--split", "vall")
     assert "engine: gather" in fails(
         capsys, "train", config, "--set", "model.engine=spconv", "--set", "train.network=selective"
     )
     assert "already holds a run" in fails(capsys, "train", config, "--work-dir", checkpoint.parent)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError("disk full"), "error: disk full"),
+        (OSError(28, "No space left", "a.json"), "error: a.json: No space left"),
+    ],
+)
+def test_system_errors_are_one_line(capsys, monkeypatch, trained, error, line):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("sparse_seg.cli.train.load_config", fail)
+    assert fails(capsys, "train", trained[0]) == line
 
 
 def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
@@ -225,24 +261,29 @@ def test_predict_refuses_bad_images_and_writes_nothing_for_them(capsys, trained,
     assert not out.exists() or not list(out.iterdir())
 
 
-def test_demo_in_small(capsys, tmp_path):
+def test_demo_in_small(capsys, tmp_path, monkeypatch):
+    """From any folder, and into one whose name would not be valid YAML."""
     pytest.importorskip("matplotlib")
-    arguments = [
-        "demo",
-        "--out",
-        str(tmp_path / "demo"),
-        "--config",
-        str(ROOT / "configs/demo.yaml"),
-        "--count",
-        "10",
-    ]
+    monkeypatch.chdir(tmp_path)
+    arguments = ["demo", "--out", "a: [demo", "--count", "10", "--device", "cpu"]
     small = ["train.iterations=2", "model.width=0.125", "train.batch_size=2", "data.crop=[64, 64]"]
+    small += ["train.warmup_iterations=0"]
     assert main([*arguments, "--set", *small]) == 0
     first = capsys.readouterr().out
     assert "dense OS8" in first
-    assert (tmp_path / "demo/report.html").exists()
+    assert (tmp_path / "a: [demo/report.html").exists()
     assert main([*arguments, "--set", *small]) == 0  # a second run reuses scenes and weights
     assert "best validation" not in capsys.readouterr().err
+
+
+def test_demo_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparse_seg.cli.demo.write_scenes", interrupt)
+    assert "interrupted; run it again to go on" in fails(capsys, "demo", "--out", tmp_path)
+    monkeypatch.setattr("sparse_seg.__file__", str(tmp_path / "package/__init__.py"))
+    assert "is not there: run from a checkout" in fails(capsys, "demo", "--out", tmp_path)
 
 
 def test_benchmark_prints_and_writes(capsys, trained, tmp_path):

@@ -28,7 +28,7 @@ def write_pair(root: Path, city: str, stem: str, ids: np.ndarray) -> None:
 
 
 def test_every_label_id(tmp_path: Path) -> None:
-    ids = np.array([[*_TRAIN_ID_OF, *_IGNORED]], np.uint8)
+    ids = np.tile(np.array([*_TRAIN_ID_OF, *_IGNORED], np.uint8), (32, 1))
     assert sorted(ids[0]) == [*range(34), 255]
     write_pair(tmp_path, "ulm", "ulm_000000_000019", ids)
     dataset = build_dataset("cityscapes", tmp_path, "val")
@@ -46,7 +46,7 @@ def test_other_label_ids_are_errors(tmp_path: Path, value: int) -> None:
 
 def test_names_over_cities(tmp_path: Path) -> None:
     for city in ("ulm", "aachen"):
-        write_pair(tmp_path, city, f"{city}_000001_000019", np.full((4, 4), 7, np.uint8))
+        write_pair(tmp_path, city, f"{city}_000001_000019", np.full((32, 32), 7, np.uint8))
     (tmp_path / "gtFine" / "val" / "ulm" / "ulm_000001_000019_gtFine_color.png").write_bytes(b"not read")
     dataset = build_dataset("cityscapes", tmp_path, "val")
     dataset.check()

@@ -21,8 +21,8 @@ def root(tmp_path: Path) -> Path:
     """Three sound pairs."""
     rng = np.random.default_rng(0)
     for stem in "abc":
-        write(tmp_path / "train" / f"{stem}.jpg", rng.integers(0, 256, (24, 32, 3), np.uint8))
-        write(tmp_path / "trainannot" / f"{stem}.png", rng.integers(0, 12, (24, 32), np.uint8))
+        write(tmp_path / "train" / f"{stem}.jpg", rng.integers(0, 256, (36, 48, 3), np.uint8))
+        write(tmp_path / "trainannot" / f"{stem}.png", rng.integers(0, 12, (36, 48), np.uint8))
     return tmp_path
 
 
@@ -41,16 +41,16 @@ def test_sound_folder_passes(root: Path) -> None:
     assert len(dataset) == 3
     assert [dataset.name(index) for index in range(3)] == ["a", "b", "c"]
     image, label = dataset[1]
-    assert image.shape == (24, 32, 3)
+    assert image.shape == (36, 48, 3)
     assert image.dtype == label.dtype == np.uint8
-    assert label.shape == (24, 32)
+    assert label.shape == (36, 48)
 
 
 def test_images_are_rgb(root: Path) -> None:
-    red = np.zeros((24, 32, 3), np.uint8)
+    red = np.zeros((36, 48, 3), np.uint8)
     red[..., 2] = 255  # OpenCV writes BGR
     write(root / "train" / "d.png", red)
-    write(root / "trainannot" / "d.png", np.zeros((24, 32), np.uint8))
+    write(root / "trainannot" / "d.png", np.zeros((36, 48), np.uint8))
     image, _ = build_dataset("camvid", root, "train").load(3)
     assert (image == (255, 0, 0)).all()
 
@@ -66,22 +66,28 @@ def test_label_without_image(root: Path) -> None:
 
 
 def test_sizes_differ(root: Path) -> None:
-    write(root / "trainannot" / "b.png", np.zeros((24, 30), np.uint8))
-    check_fails(root, "trainannot/b.png", "24x30", "24x32", "nearest neighbour")
+    write(root / "trainannot" / "b.png", np.zeros((36, 40), np.uint8))
+    check_fails(root, "trainannot/b.png", "36x40", "36x48", "nearest neighbour")
+
+
+def test_image_too_small_for_a_network(root: Path) -> None:
+    write(root / "train" / "b.jpg", np.zeros((31, 48, 3), np.uint8))
+    write(root / "trainannot" / "b.png", np.zeros((31, 48), np.uint8))
+    check_fails(root, "train/b.jpg", "the image is 31x48", "32x32 or more")
 
 
 def test_unknown_label_value(root: Path) -> None:
-    write(root / "trainannot" / "b.png", np.full((24, 32), 12, np.uint8))
+    write(root / "trainannot" / "b.png", np.full((36, 48), 12, np.uint8))
     check_fails(root, "trainannot/b.png", "[12]", "0..11")
 
 
 def test_label_of_colours(root: Path) -> None:
-    write(root / "trainannot" / "b.png", np.zeros((24, 32, 3), np.uint8))
+    write(root / "trainannot" / "b.png", np.zeros((36, 48, 3), np.uint8))
     check_fails(root, "trainannot/b.png", "3-channel uint8", "single-channel")
 
 
 def test_label_of_16_bits(root: Path) -> None:
-    write(root / "trainannot" / "b.png", np.zeros((24, 32), np.uint16))
+    write(root / "trainannot" / "b.png", np.zeros((36, 48), np.uint16))
     check_fails(root, "trainannot/b.png", "1-channel uint16", "8-bit")
 
 
@@ -117,7 +123,7 @@ def test_damage_inside_a_png(root: Path) -> None:
 
 def test_further_faults_are_counted(root: Path) -> None:
     (root / "trainannot" / "a.png").unlink()
-    write(root / "trainannot" / "c.png", np.full((24, 32), 77, np.uint8))
+    write(root / "trainannot" / "c.png", np.full((36, 48), 77, np.uint8))
     check_fails(root, "a.jpg", "(faulty files in all: 2)")
 
 
@@ -162,6 +168,6 @@ def test_pixels_stay_as_stored_whatever_exif_says(root: Path) -> None:
     file.write_bytes(jpeg[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + jpeg[2:])
     turned = cv2.imread(str(file))
     assert turned is not None
-    assert turned.shape == (32, 24, 3)
+    assert turned.shape == (48, 36, 3)
     after, _ = build_dataset("camvid", root, "train").load(1)
     np.testing.assert_array_equal(after, before)

@@ -82,3 +82,12 @@ def test_ohem_keeps_hard_pixels_only(logits, labels):
 def test_ohem_keeps_a_least_share():
     losses = torch.tensor([0.1, 0.2, 0.3, 0.4])
     assert hard_pixel_mean(losses, math.exp(-9), 0.5) == pytest.approx(0.35)
+
+
+def test_ohem_without_a_hard_pixel_is_no_nan():
+    assert hard_pixel_mean(torch.tensor([0.1, 0.2]), math.exp(-9), 0.0) == pytest.approx(0.2)
+
+
+def test_ohem_sorts_only_where_too_few_are_hard(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "topk", None)
+    assert hard_pixel_mean(torch.tensor([0.1, 0.2, 0.3, 0.4]), math.exp(-0.25), 0.5) == pytest.approx(0.35)

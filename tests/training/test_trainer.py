@@ -2,18 +2,21 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from sparse_seg import load_model
 from sparse_seg.config import load_config
 from sparse_seg.errors import CheckpointError, ConfigError, DataError, TrainingError
+from sparse_seg.models.build import build_model
 from sparse_seg.training.checkpoint import load_checkpoint, save_checkpoint
 from sparse_seg.training.trainer import Trainer, finish_training
 
@@ -67,7 +70,10 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(tiny, tmp_path, overrides):
 def start(tiny, folder, *arguments) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "tools/train.py"), str(tiny), "--work-dir", str(folder), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
 
 
 def wait_for_iteration(folder: Path, iteration: int, process: subprocess.Popen) -> None:
@@ -95,13 +101,15 @@ def test_killed_run_goes_on_with_the_same_losses(tiny, tmp_path):
     assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(tiny, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_saves_and_says_how_to_resume(tiny, tmp_path, workers):
     settings = ["--set", "train.iterations=10000", "train.eval_every=10000", "train.save_every=10000"]
-    process = start(tiny, tmp_path / "run", *settings)
+    process = start(tiny, tmp_path / "run", *settings, f"data.workers={workers}")
     wait_for_iteration(tmp_path / "run", 2, process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 1
+    assert output.count("stopping after this step") == 1
     assert "error: stopped at iteration" in errors
     assert f"--work-dir {tmp_path / 'run'} --resume" in errors
     state = load_checkpoint(tmp_path / "run/last.pt")
@@ -150,6 +158,52 @@ def test_a_folder_with_a_run_is_refused_unless_resuming(tiny, tmp_path):
     assert (tmp_path / "run/last.pt").read_bytes() == before
 
 
+def test_best_of_another_folder_is_not_claimed(tiny, tmp_path):
+    run(load_config(tiny, ["train.iterations=3"]), tmp_path / "first")
+    last = tmp_path / "first/last.pt"
+    state = load_checkpoint(last)
+    state["progress"]["best"] = 0.99
+    torch.save(state, last)
+    config = load_config(tiny, ["train.iterations=4"])
+    assert run(config, tmp_path / "second", resume=last).best < 0.99
+    assert (tmp_path / "second/best.pt").exists()
+    assert run(config, tmp_path / "first", resume=True).best == 0.99
+
+
+def test_validation_without_a_label_is_named(tiny, tmp_path, monkeypatch):
+    trainer = Trainer(load_config(tiny), tmp_path / "run")
+    load = trainer.validation.load
+    monkeypatch.setattr(trainer.validation, "load", lambda i: (load(i)[0], np.full_like(load(i)[1], 255)))
+    with pytest.raises(TrainingError, match="validation at iteration 3 found no labelled pixel"):
+        trainer.run()
+    assert load_checkpoint(tmp_path / "run/last.pt")["progress"]["iteration"] == 3
+
+
+def test_log_never_holds_nan(tiny, tmp_path):
+    Trainer(load_config(tiny), tmp_path / "run")._log(boundary_miou=float("nan"))
+    assert log_of(tmp_path / "run") == [{"iteration": 0, "boundary_miou": None}]
+
+
+def test_settings_changed_on_resume_take_effect(tiny, tmp_path):
+    run(load_config(tiny, ["train.iterations=2"]), tmp_path / "run")
+    changed = load_config(tiny, ["train.weight_decay=0.5", "train.momentum=0.2"])
+    resumed = Trainer(changed, tmp_path / "run", resume=True)
+    settings = [(group["weight_decay"], group["momentum"]) for group in resumed.optimizer.param_groups]
+    assert settings == [(0.5, 0.2), (0.0, 0.2)]
+    assert all("momentum_buffer" in state for state in resumed.optimizer.state.values())
+
+
+@pytest.mark.parametrize("first", ["true", "false"])
+def test_float16_may_be_switched_on_resume(tiny, tmp_path, first):
+    second = {"true": "false", "false": "true"}[first]
+    half = ["train.amp_dtype=float16", "train.iterations=2"]
+    run(load_config(tiny, [*half, f"train.amp={first}"]), tmp_path / "run")
+    resumed = Trainer(
+        load_config(tiny, [*half, f"train.amp={second}", "train.iterations=3"]), tmp_path / "run", True
+    )
+    resumed.run()
+
+
 def test_finish_training_starts_goes_on_and_leaves_alone(tiny, tmp_path):
     config = load_config(tiny)
     best = finish_training(config, tmp_path / "run")
@@ -159,6 +213,12 @@ def test_finish_training_starts_goes_on_and_leaves_alone(tiny, tmp_path):
     other = load_config(tiny, ["train.lr=0.02"])
     with pytest.raises(TrainingError, match="holds a run of another config"):
         finish_training(other, tmp_path / "run")
+
+
+def test_an_interrupted_demo_says_how_to_go_on(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_after_step", lambda trainer: trainer._request_stop(signal.SIGINT, None))
+    with pytest.raises(TrainingError, match="stopped at iteration 1; run it again to go on"):
+        finish_training(load_config(tiny), tmp_path / "run")
 
 
 def test_best_checkpoint_predicts_as_the_averaged_model(tiny, tmp_path):
@@ -188,19 +248,38 @@ def test_bad_checkpoints_are_named(tiny, tmp_path):
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
     with pytest.raises(CheckpointError, match="was not written by sparse_seg"):
         load_model(tmp_path / "foreign.pt")
-    wider = load_config(tiny, ["model.width=0.25"])
-    with pytest.raises(
-        CheckpointError, match=r"backbone\.conv1\.weight is \[8, 3, 7, 7\], the model's is \[16"
-    ):
+    wider = load_config(tiny, ["model.head_channels=32"])
+    with pytest.raises(CheckpointError, match=r"head\.reduce\.0\.weight is \[16, 64\], the model's is \[32"):
         load_model(last, wider)
-    with pytest.raises(
-        CheckpointError, match=r"backbone\.layer1\.2\.conv1\.weight is missing \(and \d+ more\)"
-    ):
-        load_model(last, load_config(tiny, ["model.backbone=resnet34"]))
     with pytest.raises(CheckpointError, match=r"holds weights only; resume from last\.pt"):
         Trainer(load_config(tiny), tmp_path / "new", resume=tmp_path / "run/best.pt")
     with pytest.raises(CheckpointError, match="does not exist"):
         Trainer(config, tmp_path / "empty", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "trained"),
+    [
+        ("model.backbone=resnet34", "resnet18"),
+        ("model.width=0.25", "0.125"),
+        ("model.trained_stride=16", "8"),
+        ("data.std=[1, 1, 1]", "[0.229,0.224,0.225]"),
+        ("data.dataset=camvid", "19"),
+    ],
+)
+def test_a_config_of_another_function_is_refused(tiny, tmp_path, override, trained):
+    own = load_config(tiny)
+    save_checkpoint(tmp_path / "a.pt", own, build_model(own).state_dict())
+    key = override.partition("=")[0].replace("data.dataset", "model.num_classes")
+    with pytest.raises(CheckpointError, match=re.escape(f"use --set {key}={trained}")):
+        load_model(tmp_path / "a.pt", load_config(tiny, [override]))
+
+
+def test_mask_engine_and_exchange_are_free_at_inference(tiny, tmp_path):
+    own = load_config(tiny)
+    save_checkpoint(tmp_path / "a.pt", own, build_model(own).state_dict())
+    free = ["model.mask.policy=random", "model.engine=gather", "model.exchange=none"]
+    load_model(tmp_path / "a.pt", load_config(tiny, free))
 
 
 def test_a_pickle_that_wants_code_is_refused(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sparse_seg.data.cityscapes import IMAGE_SUFFIX, LABEL_SUFFIX, Cityscapes
-from sparse_seg.data.dataset import Image
+from sparse_seg.data.dataset import SMALLEST_SIDE, Image
 from sparse_seg.data.scenes.street import render_scene
 from sparse_seg.errors import DataError
 
@@ -24,7 +24,6 @@ _VERSION = 1  # raise it when the same seed gives other scenes than before
 _RECORD = "scenes.json"
 _SPLITS = ("train", "val")
 _CITY = "scenes"
-SMALLEST_SIDE = 32  # px
 _SCENES_PER_WORKER = 16  # fewer are not worth a process
 _PNG = [
     cv2.IMWRITE_PNG_COMPRESSION,
