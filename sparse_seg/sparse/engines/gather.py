@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid
 from sparse_seg.sparse.layout import TAPS, NeighbourTable, SiteLayout
 
-# Bytes of a gathered tile: many rows make an efficient GEMM (16 MiB was best of 1 to 64 on two Xeon cores);
+# Bytes of a gathered tile: many rows make an efficient GEMM (16 MiB was best of 1 to 64 on two Xeon cores).
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
 
