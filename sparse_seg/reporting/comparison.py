@@ -48,7 +48,7 @@ def write_comparison(
 ) -> None:
     """Write the report: table, curves of quality against cost, some images run by the `shown` settings.
 
-    The first image's pictures also go side by side into a PNG file of the same name.
+    The first image's pictures also go together into a PNG file of the same name.
     """
     curves = [
         plot(_curve(rows, "miou", "mIoU %"), "mIoU against multiply-adds"),
@@ -62,9 +62,16 @@ def write_comparison(
         named = runs_on_image(model, dataset, data, index, shown)
         sections.append(Section(dataset.name(index), pictures=[photo(image, name) for name, image in named]))
         if index == 0:
-            names, pictures = zip(*named, strict=True)
-            write_image(Path(path).with_suffix(".png"), side_by_side(pictures, names))
+            write_image(Path(path).with_suffix(".png"), _in_rows_of_three(named))
     write_report(path, title, sections)
+
+
+def _in_rows_of_three(named: Sequence[tuple[str, Image]]) -> Image:
+    rows = [named[start : start + 3] for start in range(0, len(named), 3)]
+    strips = [side_by_side([image for _, image in row], [name for name, _ in row]) for row in rows]
+    width = max(strip.shape[1] for strip in strips)
+    padding = [((0, 0), (0, width - strip.shape[1]), (0, 0)) for strip in strips]
+    return np.concatenate([np.pad(*pair, constant_values=255) for pair in zip(strips, padding, strict=True)])
 
 
 def _curve(rows: Rows, key: str, label: str) -> bytes:
