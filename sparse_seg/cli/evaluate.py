@@ -117,7 +117,7 @@ def compare_and_report(
             "One set of weights, no retraining. "
             f"{origin['machine']}, {origin['threads']} threads; milliseconds are medians over the images."
         )
-        shown = [ways[0], ways[1], *ways[2:][:: max(1, len(fractions) // 2)][:1]]
+        shown = [ways[0], ways[1], ways[2 + len(fractions) // 2]]  # the first policy at a middle fraction
         write_comparison(
             report_path, "Dense and selective", description, rows, model, dataset, config.data, shown
         )
