@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparse_seg.data import DATASETS
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks import POLICIES
+from sparse_seg.masks import POLICIES, RULES
 from sparse_seg.models.heads import HEADS
 from sparse_seg.models.resnet import ARCHITECTURES
 from sparse_seg.schema import Config, ModelConfig
@@ -264,7 +264,13 @@ _MODEL_BOUNDS = {
     "num_classes": "[2, 255]",
     "aspp_rates": "[1, inf)",
 }
-_MASK_BOUNDS = {"fine_fraction": "[0, 1]", "threshold": "(-inf, inf)"}
+_MASK_BOUNDS = {
+    "fine_fraction": "[0, 1]",
+    "threshold": "(-inf, inf)",
+    "middle_fraction": "[0, 1]",
+    "middle_threshold": "(-inf, inf)",
+}
+STRIDES = ([8, 16], [8, 16, 32], [4, 8, 16])
 _DATA_BOUNDS = {
     "scale_range": "(0, inf)",
     "jitter": "[0, 1)",
@@ -353,12 +359,19 @@ def _check_model(model: ModelConfig) -> None:
     _choose("model.exchange", model.exchange, EXCHANGES)
     _choose("model.engine", model.engine, ENGINES)
     _choose("model.trained_stride", model.trained_stride, (8, 16, 32))
+    _choose("model.strides", model.strides, STRIDES)
     _choose("model.mask.policy", model.mask.policy, POLICIES)
+    _choose("model.mask.edge", model.mask.edge, RULES)
     _check_bounds(model, "model", _MODEL_BOUNDS)
     _check_bounds(model.mask, "model.mask", _MASK_BOUNDS)
     _require(bool(model.aspp_rates), "model.aspp_rates needs at least one rate")
-    spacings = [rate * model.trained_stride for rate in model.aspp_rates]
+    if len(model.strides) == 3:
+        _require(
+            model.mask.threshold is None or model.mask.middle_threshold is not None,
+            "model.mask.threshold with three strides needs model.mask.middle_threshold too",
+        )
+    spacings, coarsest = [rate * model.trained_stride for rate in model.aspp_rates], model.strides[-1]
     _require(
-        model.head != "deeplabv3" or all(spacing % 16 == 0 for spacing in spacings),
-        f"model.aspp_rates x trained_stride is {spacings} px; to run selective each must divide by 16",
+        model.head != "deeplabv3" or all(spacing % coarsest == 0 for spacing in spacings),
+        f"model.aspp_rates x trained_stride is {spacings} px; run selective, each must divide by {coarsest}",
     )

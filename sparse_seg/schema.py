@@ -10,7 +10,10 @@ class MaskConfig:
     policy: str = "edge"  # uniform | random | edge | oracle
     fine_fraction: float = 0.15  # share of blocks that become fine, exact per image
     threshold: float | None = None  # when set, it replaces fine_fraction: blocks scoring above it are fine
+    middle_fraction: float = 0.2  # with three strides, share of blocks that get the middle one
+    middle_threshold: float | None = None  # with three strides and a threshold, that of the middle stride
     seed: int = 0  # of the random policy in eval
+    edge: str = "sobel"  # sobel | cad: rule of the edge policy
 
 
 @dataclasses.dataclass
@@ -23,6 +26,7 @@ class ModelConfig:
     aspp_rates: list[int] = dataclasses.field(default_factory=lambda: [12, 24, 36])  # at trained_stride
     exchange: str = "linear"  # linear | nearest | none
     engine: str = "auto"  # auto (spconv on CUDA where it works, else gather) | gather | spconv
+    strides: list[int] = dataclasses.field(default_factory=lambda: [8, 16])  # or [8, 16, 32] or [4, 8, 16]
     trained_stride: int = 8  # output stride whose upsampling offset the head is trained with
     auxiliary: bool = False  # FCN head on layer3, in training only
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)

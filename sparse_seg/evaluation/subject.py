@@ -129,7 +129,7 @@ class Subject:
 
     def policy(self, fraction: float) -> MaskPolicy:
         mask = dataclasses.replace(self.setup.config.model.mask, fine_fraction=fraction, threshold=None)
-        return build_policy(mask).to(self.device).eval()
+        return build_policy(mask, self.setup.config.model.strides).to(self.device).eval()
 
     def fine_blocks(self, fraction: float) -> Tensor:
         """The mask by the config's policy on this input."""

@@ -1,7 +1,7 @@
 """Mask policies: which blocks are worth full resolution."""
 
 from sparse_seg.masks.base import BLOCK, MaskPolicy, block_shape, top_blocks
-from sparse_seg.masks.edge import EdgePolicy, gradient_magnitude
+from sparse_seg.masks.edge import RULES, EdgePolicy, cad_edges, gradient_magnitude
 from sparse_seg.masks.oracle import OraclePolicy
 from sparse_seg.masks.random import RandomPolicy
 from sparse_seg.masks.uniform import UniformPolicy
@@ -16,12 +16,14 @@ POLICIES: dict[str, type[MaskPolicy]] = {
 __all__ = [
     "BLOCK",
     "POLICIES",
+    "RULES",
     "EdgePolicy",
     "MaskPolicy",
     "OraclePolicy",
     "RandomPolicy",
     "UniformPolicy",
     "block_shape",
+    "cad_edges",
     "gradient_magnitude",
     "top_blocks",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -
     num_classes = settings.num_classes or DEFAULT_NUM_CLASSES
     try:
         backbone = ResNet(settings.backbone, settings.width, settings.exchange, settings.engine)
-        policy = build_policy(settings.mask)
+        policy = build_policy(settings.mask, settings.strides)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
     spacings = [rate * settings.trained_stride for rate in settings.aspp_rates]
@@ -42,21 +42,27 @@ def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -
         spacings,
         settings.exchange,
         settings.engine,
+        settings.trained_stride,
     )
     auxiliary = None
     if settings.auxiliary:
         auxiliary = FCNHead(backbone.stage_channels[2], backbone.stage_channels[2] // 4, num_classes)
-    return SelectiveSegmentor(backbone, head, policy, settings.trained_stride, auxiliary)
+    return SelectiveSegmentor(
+        backbone, head, policy, settings.trained_stride, auxiliary, tuple(settings.strides)
+    )
 
 
-def build_policy(mask: MaskConfig) -> MaskPolicy:
+def build_policy(mask: MaskConfig, strides: Sequence[int] = (8, 16)) -> MaskPolicy:
     """The mask policy of a config.
 
     Raises:
         ValueError: settings the policy refuses.
     """
-    cut = (
-        {"threshold": mask.threshold} if mask.threshold is not None else {"fine_fraction": mask.fine_fraction}
-    )
-    seed = {"seed": mask.seed} if mask.policy == "random" else {}
-    return POLICIES[mask.policy](**cut, **seed)
+    kind = "fraction" if mask.threshold is None else "threshold"
+    cut: dict[str, Any] = {"fine_fraction": mask.fine_fraction} if kind == "fraction" else {}
+    if kind == "threshold":
+        cut = {"threshold": mask.threshold}
+    if len(strides) == 3:
+        cut[f"middle_{kind}"] = getattr(mask, f"middle_{kind}")
+    own: dict[str, dict[str, Any]] = {"random": {"seed": mask.seed}, "edge": {"rule": mask.edge}}
+    return POLICIES[mask.policy](**cut, **own.get(mask.policy, {}), block=strides[-1])

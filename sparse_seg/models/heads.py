@@ -11,16 +11,42 @@ from torch import Tensor, nn
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout, densify
 
 
+def at_trained_spacing(module: nn.Module, grid: Tensor, stride: int, trained_stride: int) -> Tensor:
+    """Run 3x3 convolutions on a grid `[B, C, H, W]` with the taps as far apart, in pixels, as in training.
+
+    On a grid finer than the trained one a tap is several cells away: cells of other phases are other grids.
+    On a coarser grid taps are one cell apart, as in the dense network of that stride.
+    """
+    phases = trained_stride // stride
+    if phases <= 1:
+        return module(grid)
+    parts = [(slice(y, None, phases), slice(x, None, phases)) for y in range(phases) for x in range(phases)]
+    first, *others = (module(grid[:, :, y, x]) for y, x in parts)
+    out = grid.new_empty(grid.shape[0], first.shape[1], *grid.shape[2:])
+    for (y, x), part in zip(parts, (first, *others), strict=True):
+        out[:, :, y, x] = part
+    return out
+
+
 class LiteHead(nn.Module):
     """1x1 reduction on rows, densify, depthwise 3x3 and 1x1, classifier.
 
     Args:
         in_channels, channels, num_classes: widths of rows, of the head, and K.
+        trained_stride: see `at_trained_spacing`.
         dropout: share of whole channels dropped before the classifier in training.
     """
 
-    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        num_classes: int,
+        trained_stride: int = 8,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
+        self.trained_stride = trained_stride
         self.reduce = nn.Sequential(
             nn.Linear(in_channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)
         )
@@ -36,7 +62,8 @@ class LiteHead(nn.Module):
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
         """Rows `[N, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        return self.classifier(self.refine(densify(self.reduce(rows), layout)))
+        grid = densify(self.reduce(rows), layout)
+        return self.classifier(at_trained_spacing(self.refine, grid, layout.stride, self.trained_stride))
 
 
 class ASPP(nn.Module):
@@ -108,6 +135,7 @@ class DeepLabV3Head(nn.Module):
         in_channels, channels, num_classes: widths of rows, of the head, and K.
         spacings: see `ASPP`.
         exchange, engine: of the 3x3 convolutions on rows, see `SelectiveConv2d`.
+        trained_stride: see `at_trained_spacing`.
     """
 
     def __init__(
@@ -118,15 +146,18 @@ class DeepLabV3Head(nn.Module):
         spacings: Sequence[int],
         exchange: str,
         engine: str = "auto",
+        trained_stride: int = 8,
     ) -> None:
         super().__init__()
+        self.trained_stride = trained_stride
         self.aspp = ASPP(in_channels, channels, spacings, exchange, engine)
         self.refine = _conv_bn_relu(channels, channels)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
         """Rows `[N, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        return self.classifier(self.refine(densify(self.aspp(rows, layout), layout)))
+        grid = densify(self.aspp(rows, layout), layout)
+        return self.classifier(at_trained_spacing(self.refine, grid, layout.stride, self.trained_stride))
 
 
 class FCNHead(nn.Module):
@@ -158,8 +189,9 @@ def _lite(
     spacings: Sequence[int],
     exchange: str,
     engine: str,
+    trained_stride: int,
 ) -> nn.Module:
-    return LiteHead(in_channels, 128 if channels is None else channels, num_classes)
+    return LiteHead(in_channels, 128 if channels is None else channels, num_classes, trained_stride)
 
 
 def _deeplabv3(
@@ -169,12 +201,13 @@ def _deeplabv3(
     spacings: Sequence[int],
     exchange: str,
     engine: str,
+    trained_stride: int,
 ) -> nn.Module:
     channels = 256 if channels is None else channels
-    return DeepLabV3Head(in_channels, channels, num_classes, spacings, exchange, engine)
+    return DeepLabV3Head(in_channels, channels, num_classes, spacings, exchange, engine, trained_stride)
 
 
-HEADS: dict[str, Callable[[int, int, int | None, Sequence[int], str, str], nn.Module]] = {
+HEADS: dict[str, Callable[[int, int, int | None, Sequence[int], str, str, int], nn.Module]] = {
     "lite": _lite,
     "deeplabv3": _deeplabv3,
 }

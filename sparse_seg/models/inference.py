@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sparse_seg.models.heads import DeepLabV3Head, LiteHead, mean_by_area
+from sparse_seg.models.heads import DeepLabV3Head, LiteHead, at_trained_spacing, mean_by_area
 from sparse_seg.models.resnet import BasicBlock, Bottleneck, ResNet, Stage
 from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout, densify, grid_to_rows, lattice_grid, select_rows
@@ -34,7 +34,9 @@ def for_inference(model: SelectiveSegmentor) -> SelectiveSegmentor:
         raise ValueError("call model.eval() before for_inference(): batch statistics cannot be folded")
     with torch.no_grad():
         head = _FUSED_HEADS[type(model.head)](model.head) if type(model.head) in _FUSED_HEADS else model.head
-        fused = FusedSegmentor(FusedResNet(model.backbone), head, model.policy, model.trained_stride)
+        fused = FusedSegmentor(
+            FusedResNet(model.backbone), head, model.policy, model.trained_stride, strides=model.strides
+        )
     return fused.eval().requires_grad_(False)
 
 
@@ -200,11 +202,13 @@ class FusedLiteHead(nn.Module):
 
     def __init__(self, head: LiteHead) -> None:
         super().__init__()
+        self.trained_stride = head.trained_stride
         self.reduce = FusedLinear(head.reduce[0], head.reduce[1])
         self.refine, self.classifier = _fuse_sequence(head.refine), copy.deepcopy(head.classifier)
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        return self.classifier(self.refine(densify(self.reduce(rows), layout)))
+        grid = densify(self.reduce(rows), layout)
+        return self.classifier(at_trained_spacing(self.refine, grid, layout.stride, self.trained_stride))
 
 
 class FusedDeepLabV3Head(nn.Module):
@@ -212,7 +216,7 @@ class FusedDeepLabV3Head(nn.Module):
 
     def __init__(self, head: DeepLabV3Head) -> None:
         super().__init__()
-        aspp = head.aspp
+        self.trained_stride, aspp = head.trained_stride, head.aspp
         self.point = FusedLinear(aspp.point[0], aspp.point[1])
         self.atrous = nn.ModuleList(map(FusedConv, aspp.atrous, aspp.atrous_bn))
         self.pool = FusedLinear(aspp.pool[0], aspp.pool[1])
@@ -222,7 +226,8 @@ class FusedDeepLabV3Head(nn.Module):
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
         branches = [self.point(rows), *(conv(rows, layout, layout) for conv in self.atrous)]
         branches.append(self.pool(mean_by_area(rows, layout))[layout.image_of_row])
-        return self.classifier(self.refine(densify(self.project(torch.cat(branches, 1)), layout)))
+        grid = densify(self.project(torch.cat(branches, 1)), layout)
+        return self.classifier(at_trained_spacing(self.refine, grid, layout.stride, self.trained_stride))
 
 
 def _fold(norm: nn.Module) -> tuple[Tensor, Tensor]:

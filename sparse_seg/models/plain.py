@@ -118,14 +118,13 @@ class PlainASPP(nn.Module):
 
 
 def _head(head: nn.Module, stride: int) -> nn.Sequential:
-    if isinstance(head, LiteHead):
-        return nn.Sequential(
-            _rows_to_grid(head.reduce), copy.deepcopy(head.refine), copy.deepcopy(head.classifier)
-        )
-    assert isinstance(head, DeepLabV3Head)
-    return nn.Sequential(
-        PlainASPP(head.aspp, stride), copy.deepcopy(head.refine), copy.deepcopy(head.classifier)
-    )
+    assert isinstance(head, (LiteHead, DeepLabV3Head))
+    neck = _rows_to_grid(head.reduce) if isinstance(head, LiteHead) else PlainASPP(head.aspp, stride)
+    refine = copy.deepcopy(head.refine)
+    for conv in refine.children():
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+            conv.dilation = conv.padding = (max(1, head.trained_stride // stride),) * 2
+    return nn.Sequential(neck, refine, copy.deepcopy(head.classifier))
 
 
 def _rows_to_grid(modules: nn.Sequential) -> nn.Sequential:

@@ -32,6 +32,8 @@ class SelectiveSegmentor(nn.Module):
         backbone, head, policy: built by `build_model`.
         trained_stride: output stride the head's last upsampling was trained at, in pixels.
         auxiliary: head on layer3's rows, used in training only.
+        strides: strides in pixels between which the mask chooses, finest first, each twice the one before.
+            A block is one cell of the coarsest grid.
     """
 
     def __init__(
@@ -41,16 +43,19 @@ class SelectiveSegmentor(nn.Module):
         policy: MaskPolicy,
         trained_stride: int = 8,
         auxiliary: nn.Module | None = None,
+        strides: tuple[int, ...] = (8, 16),
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
-        self.policy, self.trained_stride = policy, trained_stride
+        self.policy, self.trained_stride, self.strides = policy, trained_stride, strides
 
     def forward(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
         """Logits `[B, K, H, W]` of normalised images `[B, 3, H, W]`, any size from 32x32 up.
 
         Args:
-            fine_blocks: bool `[B, ceil(H/16), ceil(W/16)]`; by default the policy chooses.
+            fine_blocks: `[B, ceil(H/s), ceil(W/s)]` for the coarsest stride s: bool, the blocks at the finest
+                stride; or int64 levels, 0 for the coarsest stride up to the number of strides - 1 for the
+                finest. By default the policy chooses.
 
         Raises:
             ValueError: images or mask of a wrong shape or dtype.
@@ -58,7 +63,7 @@ class SelectiveSegmentor(nn.Module):
         return self.outputs(images, self.selective_layouts(images, fine_blocks)).logits
 
     def dense(self, images: Tensor, output_stride: int = 8) -> Tensor:
-        """Logits `[B, K, H, W]` of the same weights run dense at output stride 8, 16 or 32."""
+        """Logits `[B, K, H, W]` of the same weights run dense at output stride 4, 8, 16 or 32."""
         return self.outputs(images, self.dense_layouts(images, output_stride)).logits
 
     def for_inference(self) -> SelectiveSegmentor:
@@ -86,32 +91,55 @@ class SelectiveSegmentor(nn.Module):
         return upsample_logits(logits, size, layout.stride, self.trained_stride)
 
     def selective_layouts(self, images: Tensor, fine_blocks: Tensor | None = None) -> list[SiteLayout]:
-        """Layouts of layer1..layer4: dense at 4 and 8, then two levels by the mask."""
+        """Layouts of layer1..layer4: each on its natural stride, but at most the coarsest of `strides`, with
+        the finer levels that the mask asks for; stages above the finest stride are dense."""
         _check_images(images)
-        if fine_blocks is None:
-            fine_blocks = self.policy(images)
-        if tuple(fine_blocks.shape) != block_shape(images) or fine_blocks.dtype != torch.bool:
+        splits = self._splits(images, self.policy(images) if fine_blocks is None else fine_blocks)
+        finest, coarsest = self.strides[0], self.strides[-1]
+        layouts: dict[int, SiteLayout] = {}
+        for stride in sorted({min(stride, coarsest) for stride in STAGE_STRIDES}):
+            layouts[stride] = _dense_layout(images, stride)
+            if stride > finest:
+                size, coarser = _grid_size(images, finest), self.strides[::-1].index(stride)
+                layouts[stride] = SiteLayout(images.shape[0], size, finest, splits[coarser:])
+        return [layouts[min(stride, coarsest)] for stride in STAGE_STRIDES]
+
+    def _splits(self, images: Tensor, fine_blocks: Tensor) -> list[Tensor]:
+        """Which cells of each grid but the finest gain the next one's sites, coarsest grid first."""
+        expected, levels = block_shape(images, self.strides[-1]), len(self.strides) - 1
+        if tuple(fine_blocks.shape) != expected or fine_blocks.dtype not in (torch.bool, torch.int64):
             raise ValueError(
-                f"fine_blocks must be bool {list(block_shape(images))} for images {list(images.shape)}, "
+                f"fine_blocks must be bool or int64 levels {list(expected)} for images {list(images.shape)}, "
                 f"not {fine_blocks.dtype} {list(fine_blocks.shape)}"
             )
-        quarter, eighth = (_dense_layout(images, stride) for stride in STAGE_STRIDES[:2])
-        selective = SiteLayout.from_fine_blocks(fine_blocks.to(images.device), eighth.size, eighth.stride)
-        return [quarter, eighth, selective, selective]
+        blocks = fine_blocks.to(images.device)
+        if blocks.dtype == torch.int64 and not bool(((blocks >= 0) & (blocks <= levels)).all()):
+            raise ValueError(f"levels must lie in 0..{levels} for the strides {list(self.strides)}")
+        splits = []
+        for level, stride in enumerate(self.strides[:0:-1]):
+            height, width = _grid_size(images, stride)
+            split = blocks if blocks.dtype == torch.bool else blocks > level
+            if level:
+                split = split.repeat_interleave(2**level, 1).repeat_interleave(2**level, 2)
+            splits.append(split[:, :height, :width])
+        return splits
 
     def dense_layouts(self, images: Tensor, output_stride: int) -> list[SiteLayout]:
         """Layouts of layer1..layer4 of the plain dense network."""
         _check_images(images)
-        if output_stride not in STAGE_STRIDES[1:]:
-            raise ValueError(f"output_stride must be 8, 16 or 32, not {output_stride}")
+        if output_stride not in STAGE_STRIDES:
+            raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {output_stride}")
         strides = [min(stride, output_stride) for stride in STAGE_STRIDES]
         layouts = {stride: _dense_layout(images, stride) for stride in strides}
         return [layouts[stride] for stride in strides]
 
 
 def _dense_layout(images: Tensor, stride: int) -> SiteLayout:
-    size = (-(-images.shape[2] // stride), -(-images.shape[3] // stride))
-    return SiteLayout(images.shape[0], size, stride, device=images.device)
+    return SiteLayout(images.shape[0], _grid_size(images, stride), stride, device=images.device)
+
+
+def _grid_size(images: Tensor, stride: int) -> tuple[int, int]:
+    return -(-images.shape[2] // stride), -(-images.shape[3] // stride)
 
 
 def _check_images(images: Tensor) -> None:
