@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparse_seg.data import DATASETS
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks import POLICIES, RULES
+from sparse_seg.masks import POLICIES, REDUCTIONS, RULES, UNCERTAINTIES
 from sparse_seg.models.heads import HEADS
 from sparse_seg.models.resnet import ARCHITECTURES
 from sparse_seg.schema import Config, ModelConfig
@@ -362,6 +362,9 @@ def _check_model(model: ModelConfig) -> None:
     _choose("model.strides", model.strides, STRIDES)
     _choose("model.mask.policy", model.mask.policy, POLICIES)
     _choose("model.mask.edge", model.mask.edge, RULES)
+    _choose("model.mask.uncertainty", model.mask.uncertainty, UNCERTAINTIES)
+    _choose("model.mask.reduce", model.mask.reduce, REDUCTIONS)
+    _choose("model.mask.stored_dtype", model.mask.stored_dtype, (None, "float16", "bfloat16"))
     _check_bounds(model, "model", _MODEL_BOUNDS)
     _check_bounds(model.mask, "model.mask", _MASK_BOUNDS)
     _require(bool(model.aspp_rates), "model.aspp_rates needs at least one rate")

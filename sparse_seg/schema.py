@@ -7,13 +7,17 @@ import dataclasses
 
 @dataclasses.dataclass
 class MaskConfig:
-    policy: str = "edge"  # uniform | random | edge | oracle
+    policy: str = "edge"  # uniform | random | edge | confidence | oracle
     fine_fraction: float = 0.15  # share of blocks that become fine, exact per image
     threshold: float | None = None  # when set, it replaces fine_fraction: blocks scoring above it are fine
     middle_fraction: float = 0.2  # with three strides, share of blocks that get the middle one
     middle_threshold: float | None = None  # with three strides and a threshold, that of the middle stride
     seed: int = 0  # of the random policy in eval
     edge: str = "sobel"  # sobel | cad: rule of the edge policy
+    uncertainty: str = "margin"  # margin | entropy | boundary: what the confidence policy looks at
+    reduce: str = "mean"  # mean | max: of the uncertainty over a block
+    neighbours: bool = False  # whether a block is as uncertain as its most uncertain neighbour
+    stored_dtype: str | None = None  # float16: keep the coarse pass's activations so; null: as they are
 
 
 @dataclasses.dataclass

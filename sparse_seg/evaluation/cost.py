@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_seg.masks import MaskPolicy
+from sparse_seg.models.heads import PooledLinear
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout
 
@@ -95,6 +96,9 @@ def layer_macs(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Ma
     if isinstance(module, SelectiveConv2d):
         _, src, dst = inputs
         return Macs(module.macs, _site_hits(module, src, dst) * module.in_channels * module.out_channels)
+    if isinstance(module, PooledLinear):
+        macs = inputs[0].shape[0] * module.weight.numel()
+        return Macs(macs, macs)
     if isinstance(module, nn.Linear):
         macs = inputs[0].numel() // module.in_features * module.weight.numel()
         return Macs(macs, macs)
@@ -117,7 +121,7 @@ def layer_macs(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Ma
 def _site_hits(conv: SelectiveConv2d, src: SiteLayout, dst: SiteLayout) -> int:
     """(site, tap) pairs that read something: on the lattice those inside the image, else sites and ghosts."""
     stride, dilation = dst.lattice_stride // src.lattice_stride, conv.spacing // src.lattice_stride
-    hits = dst.batch
+    hits = dst.batch if dst.runs_lattice else 0
     for inside, outside in zip(src.lattice_size, dst.lattice_size, strict=True):
         hits *= _axis_hits(inside, outside, 3, stride, dilation, dilation)
     if dst.num_extra:

@@ -1,6 +1,7 @@
 """Mask policies: which blocks are worth full resolution."""
 
 from sparse_seg.masks.base import BLOCK, MaskPolicy, block_shape, top_blocks
+from sparse_seg.masks.confidence import REDUCTIONS, UNCERTAINTIES, ConfidencePolicy
 from sparse_seg.masks.edge import RULES, EdgePolicy, cad_edges, gradient_magnitude
 from sparse_seg.masks.oracle import OraclePolicy
 from sparse_seg.masks.random import RandomPolicy
@@ -10,13 +11,17 @@ POLICIES: dict[str, type[MaskPolicy]] = {
     "uniform": UniformPolicy,
     "random": RandomPolicy,
     "edge": EdgePolicy,
+    "confidence": ConfidencePolicy,
     "oracle": OraclePolicy,
 }
 
 __all__ = [
     "BLOCK",
     "POLICIES",
+    "REDUCTIONS",
     "RULES",
+    "UNCERTAINTIES",
+    "ConfidencePolicy",
     "EdgePolicy",
     "MaskPolicy",
     "OraclePolicy",

@@ -27,6 +27,8 @@ class MaskPolicy(nn.Module):
         ValueError: both or neither cut given, cuts of two kinds, or a fraction outside 0..1.
     """
 
+    reads = "images"  # and labels; or "features" or "logits", see the subclasses
+
     def __init__(
         self,
         fine_fraction: float | None = None,

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparse_seg.config import model_config
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import POLICIES, MaskPolicy
@@ -65,4 +67,7 @@ def build_policy(mask: MaskConfig, strides: Sequence[int] = (8, 16)) -> MaskPoli
     if len(strides) == 3:
         cut[f"middle_{kind}"] = getattr(mask, f"middle_{kind}")
     own: dict[str, dict[str, Any]] = {"random": {"seed": mask.seed}, "edge": {"rule": mask.edge}}
+    own["confidence"] = {name: getattr(mask, name) for name in ("uncertainty", "reduce", "neighbours")}
+    if mask.stored_dtype is not None:
+        own["confidence"]["stored_dtype"] = getattr(torch, mask.stored_dtype)
     return POLICIES[mask.policy](**cut, **own.get(mask.policy, {}), block=strides[-1])

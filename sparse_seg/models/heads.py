@@ -62,8 +62,25 @@ class LiteHead(nn.Module):
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
         """Rows `[N, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        grid = densify(self.reduce(rows), layout)
+        grid = densify(layout.complete(self.reduce(rows), layout, self), layout)
         return self.classifier(at_trained_spacing(self.refine, grid, layout.stride, self.trained_stride))
+
+
+class PooledLinear(nn.Linear):
+    """A linear layer without bias on rows `[n, C]` and, behind their channels, a vector `[B, P]` per image.
+
+    The vector's share of the weight is multiplied once an image. Multiply-adds are counted as usual, as if
+    the vector stood in every row.
+    """
+
+    def __init__(self, in_channels: int, pooled_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels + pooled_channels, out_channels, bias=False)
+
+    def forward(self, rows: Tensor, pooled: Tensor, layout: SiteLayout) -> Tensor:  # type: ignore[override]
+        """`[layout.num_run, C]` and `[B, P]` to `[layout.num_sites, O]`: known rows change, too."""
+        channels = rows.shape[1]
+        local = layout.complete(F.linear(rows, self.weight[:, :channels]), layout, self)
+        return local + F.linear(pooled, self.weight[:, channels:])[layout.image_of_row]
 
 
 class ASPP(nn.Module):
@@ -95,19 +112,20 @@ class ASPP(nn.Module):
             nn.Linear(in_channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)
         )
         self.project = nn.Sequential(
-            nn.Linear((2 + len(spacings)) * channels, channels, bias=False),
+            PooledLinear((1 + len(spacings)) * channels, channels, channels),
             nn.BatchNorm1d(channels),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
         )
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[N, in_channels]` to `[N, channels]`."""
+        """Rows `[layout.num_run, in_channels]` to `[N, channels]`."""
         branches = [self.point(rows)]
         for conv, norm in zip(self.atrous, self.atrous_bn, strict=True):
             branches.append(F.relu(norm(conv(rows, layout, layout)), inplace=True))
-        branches.append(self.pool(mean_by_area(rows, layout))[layout.image_of_row])
-        return self.project(torch.cat(branches, 1))
+        pooled = self.pool(mean_by_area(layout.complete(rows, layout, self), layout))
+        linear, *rest = self.project
+        return nn.Sequential(*rest)(linear(torch.cat(branches, 1), pooled, layout))
 
 
 def mean_by_area(rows: Tensor, layout: SiteLayout) -> Tensor:

@@ -7,6 +7,7 @@ float32 it runs oneDNN's fused convolutions on weights packed once; elsewhere th
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sparse_seg.models.heads import DeepLabV3Head, LiteHead, at_trained_spacing, mean_by_area
 from sparse_seg.models.resnet import BasicBlock, Bottleneck, ResNet, Stage
-from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
+from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout, densify, grid_to_rows, lattice_grid, select_rows
 from sparse_seg.sparse.engines import gather
 
@@ -43,10 +44,8 @@ def for_inference(model: SelectiveSegmentor) -> SelectiveSegmentor:
 class FusedSegmentor(SelectiveSegmentor):
     """A network of fused layers. It runs in the dtype of its weights: autocast has no say in it."""
 
-    def outputs(self, images: Tensor, layouts: list[SiteLayout]) -> Outputs:
-        """As `SelectiveSegmentor.outputs`."""
-        with torch.autocast(images.device.type, enabled=False):
-            return super().outputs(images, layouts)
+    def precision(self, images: Tensor) -> AbstractContextManager:
+        return torch.autocast(images.device.type, enabled=False)
 
 
 class FusedLayer(nn.Module):
@@ -89,7 +88,7 @@ class FusedLinear(FusedLayer):
 
     def forward(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
         """`[N, I]` to `[N, O]`."""
-        if not _runs_onednn(rows):
+        if not _runs_onednn(rows) or not rows.shape[0]:
             return self._finish(F.linear(rows, self.weight, self.bias), residual)
         if not self._packed:
             self._packed["linear"] = torch.ops.mkldnn._reorder_linear_weight(self.weight)
@@ -112,21 +111,28 @@ class FusedConv(FusedLayer):
     def forward(
         self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None = None
     ) -> Tensor:
-        """`[src.num_sites, I]` to `[dst.num_sites, O]`; the memory of `residual` may be overwritten."""
-        stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
-        lattice_residual = None if residual is None else lattice_grid(residual, dst)
-        lattice = grid_to_rows(self._lattice(lattice_grid(rows, src), lattice_residual, stride, dilation))
-        if dst.num_extra == 0:
-            return lattice
-        out = rows.new_empty(dst.num_sites, lattice.shape[1])
-        out[: dst.num_lattice] = lattice
-        extra = out[dst.num_lattice :]
+        """`[src.num_run, I]` to `[dst.num_run, O]`; the memory of `residual` may be overwritten."""
+        rows, first = dst.complete(rows, src, self), 0
+        if dst.runs_lattice:
+            lattice, first = self._lattice(rows, src, dst, residual), dst.num_lattice
+            if dst.num_extra == 0:
+                return lattice
+        out = rows.new_empty(dst.num_run, self.weight.shape[0])
+        if dst.runs_lattice:
+            out[:first] = lattice
         table = src.neighbours(dst, self.spacing, self.exchange)
-        gather.multiply_neighbours(rows, self.weight, table, out=extra, bias=self.bias)
-        self._finish(extra, None if residual is None else residual[dst.num_lattice :])
+        gather.multiply_neighbours(rows, self.weight, table, out=out[first:], bias=self.bias)
+        self._finish(out[first:], None if residual is None else residual[first:])
         return out
 
-    def _lattice(self, grid: Tensor, residual: Tensor | None, stride: int, dilation: int) -> Tensor:
+    def _lattice(self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None) -> Tensor:
+        """The lattice's rows of the output."""
+        stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
+        if residual is not None:
+            residual = lattice_grid(residual.clone() if dst.remembers else residual, dst)
+        return grid_to_rows(self._convolve(lattice_grid(rows, src), residual, stride, dilation))
+
+    def _convolve(self, grid: Tensor, residual: Tensor | None, stride: int, dilation: int) -> Tensor:
         """The plain convolution, on a channels_last grid; the memory of `residual` may be overwritten."""
         oihw = self.weight.permute(0, 3, 1, 2)
         if not _runs_onednn(grid):
@@ -172,7 +178,7 @@ class FusedBlock(nn.Module):
         out = rows
         for conv in self.convs:
             out = conv(out, src, dst) if isinstance(conv, FusedConv) else conv(out)
-        shortcut = select_rows(rows, src, dst)
+        shortcut = select_rows(rows, src, dst, self)
         shortcut = shortcut if self.shortcut is None else self.shortcut(shortcut)
         if isinstance(self.last, FusedConv):
             return self.last(out, dst, dst, shortcut)
@@ -207,12 +213,14 @@ class FusedLiteHead(nn.Module):
         self.refine, self.classifier = _fuse_sequence(head.refine), copy.deepcopy(head.classifier)
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        grid = densify(self.reduce(rows), layout)
+        grid = densify(layout.complete(self.reduce(rows), layout, self), layout)
         return self.classifier(at_trained_spacing(self.refine, grid, layout.stride, self.trained_stride))
 
 
 class FusedDeepLabV3Head(nn.Module):
     """The interface of `DeepLabV3Head`."""
+
+    pooled: Tensor
 
     def __init__(self, head: DeepLabV3Head) -> None:
         super().__init__()
@@ -220,13 +228,18 @@ class FusedDeepLabV3Head(nn.Module):
         self.point = FusedLinear(aspp.point[0], aspp.point[1])
         self.atrous = nn.ModuleList(map(FusedConv, aspp.atrous, aspp.atrous_bn))
         self.pool = FusedLinear(aspp.pool[0], aspp.pool[1])
-        self.project = FusedLinear(aspp.project[0], aspp.project[1])
+        channels = self.pool.weight.shape[0]
+        self.project = FusedLinear(aspp.project[0], aspp.project[1], relu=False)
+        self.register_buffer("pooled", self.project.weight[:, -channels:].clone())
+        self.project.weight = self.project.weight[:, :-channels].contiguous()
         self.refine, self.classifier = _fuse_sequence(head.refine), copy.deepcopy(head.classifier)
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
         branches = [self.point(rows), *(conv(rows, layout, layout) for conv in self.atrous)]
-        branches.append(self.pool(mean_by_area(rows, layout))[layout.image_of_row])
-        grid = densify(self.project(torch.cat(branches, 1)), layout)
+        pooled = self.pool(mean_by_area(layout.complete(rows, layout, self), layout))
+        local = layout.complete(self.project(torch.cat(branches, 1)), layout, self.project)
+        projected = local + F.linear(pooled, self.pooled)[layout.image_of_row]
+        grid = densify(projected.relu_(), layout)
         return self.classifier(at_trained_spacing(self.refine, grid, layout.stride, self.trained_stride))
 
 

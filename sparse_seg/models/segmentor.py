@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.masks import MaskPolicy, block_shape
+from sparse_seg.masks import ConfidencePolicy, MaskPolicy, block_shape
+from sparse_seg.models.refinement import Refinement, refine
 from sparse_seg.models.resnet import STAGE_STRIDES, ResNet
 from sparse_seg.models.upsample import upsample_logits
 from sparse_seg.sparse import SiteLayout
@@ -20,6 +23,13 @@ class Outputs(NamedTuple):
 
     logits: Tensor
     auxiliary: Tensor | None
+
+
+class Segmentation(NamedTuple):
+    """What the network makes of images, and the mask it ran with: bool or int64 `[B, Hc, Wc]`."""
+
+    outputs: Outputs
+    fine_blocks: Tensor
 
 
 class SelectiveSegmentor(nn.Module):
@@ -60,7 +70,50 @@ class SelectiveSegmentor(nn.Module):
         Raises:
             ValueError: images or mask of a wrong shape or dtype.
         """
+        if fine_blocks is None:
+            return self.segment(images).outputs.logits
         return self.outputs(images, self.selective_layouts(images, fine_blocks)).logits
+
+    def segment(
+        self, images: Tensor, labels: Tensor | None = None, policy: MaskPolicy | None = None
+    ) -> Segmentation:
+        """Outputs under the mask that a policy chooses, and the mask.
+
+        Args:
+            labels: int64 `[B, H, W]`, for policies that read them (oracle).
+            policy: in place of the model's own.
+        """
+        policy = policy or self.policy
+        _check_images(images)
+        if isinstance(policy, ConfidencePolicy) and not self.training:
+            run = Refinement(self, images, policy.stored_dtype)
+            fine_blocks = policy.cut(run.scores(policy))
+            run.refine(fine_blocks)
+            return Segmentation(Outputs(run.logits(), None), fine_blocks)
+        fine_blocks = self._choose(images, labels, policy)
+        return Segmentation(self.outputs(images, self.selective_layouts(images, fine_blocks)), fine_blocks)
+
+    def refine(
+        self,
+        images: Tensor,
+        fractions: Sequence[float] | None = None,
+        milliseconds: float | None = None,
+    ) -> Iterator[Tensor]:
+        """Anytime prediction: logits `[B, K, H, W]`, better and better; a step pays for its new sites only.
+
+        Args:
+            fractions: rising shares of fine blocks, a result for each; 0 is the dense network at the coarsest
+                stride. With three strides the policy's `middle_fraction` follows in rank.
+            milliseconds: in place of fractions, the time to spend. The first result is the coarse network's,
+                later ones come as long as a further step fits, by the cost measured so far.
+
+        Blocks are ranked once, by the confidence policy (the model's own, else its defaults). Results after
+        the first differ from one-shot ones only where new sites lie next to those of an earlier step.
+
+        Raises:
+            ValueError: both or neither given, fractions that do not rise, or a model in training mode.
+        """
+        return refine(self, images, fractions, milliseconds)
 
     def dense(self, images: Tensor, output_stride: int = 8) -> Tensor:
         """Logits `[B, K, H, W]` of the same weights run dense at output stride 4, 8, 16 or 32."""
@@ -78,17 +131,34 @@ class SelectiveSegmentor(nn.Module):
 
     def outputs(self, images: Tensor, layouts: list[SiteLayout]) -> Outputs:
         """Run on the four stages' layouts, as `selective_layouts` or `dense_layouts` give them."""
-        features = self.backbone(images, layouts)
-        auxiliary = None
-        if self.auxiliary is not None and self.training:
-            auxiliary = self._upsample(self.auxiliary(features[2], layouts[2]), images, layouts[2])
-        logits = self.head(features[3], layouts[3])
-        return Outputs(self._upsample(logits, images, layouts[3]), auxiliary)
+        with self.precision(images):
+            features = self.backbone(images, layouts)
+            auxiliary = None
+            if self.auxiliary is not None and self.training:
+                grid = self.auxiliary(features[2], layouts[2])
+                auxiliary = self.upsample(grid, images, layouts[2].stride)
+            grid = self.head(features[3], layouts[3])
+            return Outputs(self.upsample(grid, images, layouts[3].stride), auxiliary)
 
-    def _upsample(self, logits: Tensor, images: Tensor, layout: SiteLayout) -> Tensor:
+    def precision(self, images: Tensor) -> AbstractContextManager:
+        """The precision that the network runs in: here whatever autocast asks for."""
+        return nullcontext()
+
+    def upsample(self, logits: Tensor, images: Tensor, stride: int) -> Tensor:
+        """Logits `[B, K, h, w]` at `stride` px to the images' size, in float32 or more."""
         size = (images.shape[2], images.shape[3])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return upsample_logits(logits, size, layout.stride, self.trained_stride)
+        return upsample_logits(logits, size, stride, self.trained_stride)
+
+    def _choose(self, images: Tensor, labels: Tensor | None, policy: MaskPolicy) -> Tensor:
+        """The mask before the network runs. In training the confidence policy reads a pass of its own."""
+        if not isinstance(policy, ConfidencePolicy):
+            return policy(images, labels)
+        modes = [(module, module.training) for module in self.modules()]
+        scores = Refinement(self.eval(), images).scores(policy)
+        for module, training in modes:
+            module.training = training
+        return policy.cut(scores)
 
     def selective_layouts(self, images: Tensor, fine_blocks: Tensor | None = None) -> list[SiteLayout]:
         """Layouts of layer1..layer4: each on its natural stride, but at most the coarsest of `strides`, with

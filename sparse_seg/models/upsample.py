@@ -9,26 +9,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def upsample_logits(logits: Tensor, size: tuple[int, int], stride: int, trained_stride: int) -> Tensor:
-    """Logits `[B, K, h, w]` at `stride` px to `[B, K, H, W]`.
+def upsample_logits(
+    logits: Tensor, size: tuple[int, int], stride: int, trained_stride: int, every: int = 1
+) -> Tensor:
+    """Logits `[B, K, h, w]` at `stride` px to `[B, K, H, W]`, or to one pixel of each `every` x `every`, that
+    in their middle, a square cut by the border included.
 
     Sites sit at multiples of their stride. A network trained with half-pixel upsampling at output stride s
     reads, for pixel q, the place `(q + 1/2) * n / H - 1/2` of its n cells (q - (s - 1)/2 px if s divides H);
     run at another stride, it must read the same place, or its output is shifted by half the difference.
     """
-    if stride == trained_stride:
+    if stride == trained_stride and every == 1:
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
     rows, columns = (
-        _interpolation_matrix(logits.shape[axis], length, stride, trained_stride).to(logits)
+        _interpolation_matrix(logits.shape[axis], length, stride, trained_stride, every).to(logits)
         for axis, length in zip((2, 3), size, strict=True)
     )
     with nullcontext() if logits.is_meta else torch.autocast(logits.device.type, enabled=False):
         return rows @ logits.contiguous() @ columns.T  # in float32, also under autocast
 
 
-def _interpolation_matrix(cells: int, length: int, stride: int, trained_stride: int) -> Tensor:
-    """`[length, cells]` float64: the share of each cell in each pixel, along one axis."""
-    pixels = torch.arange(length, dtype=torch.float64)
+def _interpolation_matrix(
+    cells: int, length: int, stride: int, trained_stride: int, every: int = 1
+) -> Tensor:
+    """`[ceil(length / every), cells]` float64: the share of each cell in each pixel, along one axis."""
+    pixels = torch.arange(0, length, every, dtype=torch.float64)
+    pixels = (pixels + every // 2).clamp_max(length - 1)
     trained_cells = -(-length // trained_stride)
     places = ((pixels + 0.5) * (trained_cells / length) - 0.5) * (trained_stride / stride)
     places = places.clamp(0, cells - 1)[:, None]

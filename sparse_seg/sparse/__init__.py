@@ -5,14 +5,17 @@ from sparse_seg.sparse.densify import densify
 from sparse_seg.sparse.engines import ENGINES, EngineError
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid, rows_to_grid, select_rows
 from sparse_seg.sparse.layout import EXCHANGES, NeighbourTable, SiteLayout
+from sparse_seg.sparse.steps import Memory, StepLayout
 
 __all__ = [
     "ENGINES",
     "EXCHANGES",
     "EngineError",
+    "Memory",
     "NeighbourTable",
     "SelectiveConv2d",
     "SiteLayout",
+    "StepLayout",
     "densify",
     "grid_to_rows",
     "lattice_grid",

@@ -54,8 +54,9 @@ class SelectiveConv2d(nn.Module):
         nn.init.normal_(self.weight, std=math.sqrt(2 / (TAPS * self.out_channels)))
 
     def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
-        """Rows `[src.num_sites, I]` to `[dst.num_sites, O]`."""
-        self.macs = dst.num_sites * TAPS * self.in_channels * self.out_channels
+        """Rows `[src.num_run, I]` to `[dst.num_run, O]`: those of all sites, or in a step of the new ones."""
+        rows = dst.complete(rows, src, self)
+        self.macs = dst.num_run * TAPS * self.in_channels * self.out_channels
         engine = _engine(self.engine, rows, src, dst)
         return engine.selective_conv2d(rows, self.weight, src, dst, self.spacing, self.exchange)
 

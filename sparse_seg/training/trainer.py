@@ -162,9 +162,8 @@ class Trainer:
     def _forward(self, images: Tensor, labels: Tensor) -> Outputs:
         if self.config.train.network == "dense":
             layouts = self.model.dense_layouts(images, self.config.train.output_stride)
-        else:
-            layouts = self.model.selective_layouts(images, self.model.policy(images, labels))
-        return self.model.outputs(images, layouts)
+            return self.model.outputs(images, layouts)
+        return self.model.segment(images, labels).outputs
 
     def _after_step(self) -> None:
         train = self.config.train
