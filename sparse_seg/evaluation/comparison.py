@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
-from sparse_seg.evaluation.cost import count_macs
+from sparse_seg.evaluation.cost import count_macs, count_segment
 from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.evaluation.metrics import SegmentationMetrics
 from sparse_seg.masks import POLICIES, MaskPolicy
@@ -95,11 +95,9 @@ def compare(
 
 def _macs(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Setting) -> int:
     if setting.output_stride is not None:
-        layouts = model.dense_layouts(image, setting.output_stride)
-    else:
-        assert setting.policy is not None
-        layouts = model.selective_layouts(image, setting.policy(image, label))
-    return sum(count_macs(model, image, layouts).values())
+        return sum(count_macs(model, image, model.dense_layouts(image, setting.output_stride)).values())
+    assert setting.policy is not None
+    return sum(macs.total for macs in count_segment(model, image, setting.policy, label).values())
 
 
 def _timed(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Setting) -> tuple[Tensor, float]:

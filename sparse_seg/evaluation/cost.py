@@ -62,6 +62,19 @@ def count_cost(
     return counts
 
 
+@torch.inference_mode()
+def count_segment(
+    model: SelectiveSegmentor, images: Tensor, policy: MaskPolicy, labels: Tensor | None = None
+) -> dict[str, Macs]:
+    """As `count_cost`, of `model.segment`, where the mask may read the network: in several passes, say."""
+    both = nn.ModuleDict({"model": model, "policy": policy})
+    return count_modules(
+        both,
+        lambda: model.segment(images, labels, policy),
+        lambda name: _part(name.removeprefix("model.")),
+    )
+
+
 def count_modules(
     model: nn.Module, run: Callable[[], Any], part: Callable[[str], str] = lambda name: "all"
 ) -> dict[str, Macs]:
@@ -144,13 +157,13 @@ def _policy_macs(policy: MaskPolicy, images: Tensor, labels: Tensor | None) -> M
 
 
 def _part(name: str) -> str:
-    """`stem`, `layer1`..`layer4`, `neck` or `head` from a module's name in `SelectiveSegmentor`."""
+    """`stem`, `layer1`..`layer4`, `neck`, `head` or `mask` from a module's name in `SelectiveSegmentor`."""
     first, *rest = name.split(".")
     if first == "backbone":
         return rest[0] if rest[0].startswith("layer") else "stem"
     if first == "head" and rest[0] in ("reduce", "aspp"):
         return "neck"
-    return first
+    return "mask" if first == "policy" else first
 
 
 def count_parameters(model: nn.Module) -> int:
