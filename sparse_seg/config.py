@@ -279,6 +279,7 @@ _DATA_BOUNDS = {
     "workers": "[0, inf)",
 }
 _TRAIN_BOUNDS = {
+    "budget_weight": "[0, inf)",
     "iterations": "[1, inf)",
     "batch_size": "[1, inf)",
     "lr": "(0, inf)",
@@ -332,6 +333,7 @@ def check_config(config: Config) -> None:
     _require(len(data.mean) == len(data.std) == 3, "data.mean and data.std need three numbers each")
     _choose("train.network", train.network, ("dense", "selective"))
     _choose("train.output_stride", train.output_stride, (8, 16, 32))
+    _choose("train.mask_loss", train.mask_loss, ("straight_through", "supervised"))
     _choose("train.optimizer", train.optimizer, ("sgd", "adamw"))
     _choose("train.amp_dtype", train.amp_dtype, ("bfloat16", "float16"))
     _require(
@@ -351,6 +353,29 @@ def check_config(config: Config) -> None:
     _require(
         not pooled or train.batch_size >= 2, "train.batch_size must be 2 or more: deeplabv3 pools each image"
     )
+
+
+def check_training(config: Config) -> None:
+    """What training needs beyond a valid config.
+
+    Raises:
+        ConfigError: settings of a learned mask that exclude each other, with the fix.
+    """
+    train, mask = config.train, config.model.mask
+    learned, supervised = mask.policy == "learned", train.mask_loss == "supervised"
+    _require(
+        learned or not train.freeze,
+        "train.freeze leaves nothing to train but a learned mask: set model.mask.policy=learned",
+    )
+    if learned and supervised:
+        _require(train.freeze, "train.mask_loss=supervised trains the mask alone: set train.freeze=true")
+    elif learned:
+        fits = len(config.model.strides) == 2 and mask.threshold is None
+        _require(
+            fits,
+            "train.mask_loss=straight_through needs two strides and a budget: set model.mask.threshold=null "
+            "and model.strides=[8,16], or train.mask_loss=supervised with train.freeze=true",
+        )
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass
 class MaskConfig:
-    policy: str = "edge"  # uniform | random | edge | confidence | oracle
+    policy: str = "edge"  # uniform | random | edge | confidence | learned | oracle
     fine_fraction: float = 0.15  # share of blocks that become fine, exact per image
     threshold: float | None = None  # when set, it replaces fine_fraction: blocks scoring above it are fine
     middle_fraction: float = 0.2  # with three strides, share of blocks that get the middle one
@@ -59,6 +59,10 @@ class LossConfig:
 
 @dataclasses.dataclass
 class TrainConfig:
+    init: str | None = None  # checkpoint of ours whose network training starts from
+    freeze: bool = False  # train the learned mask alone, and leave the network as it is
+    mask_loss: str = "straight_through"  # straight_through | supervised: of the learned mask
+    budget_weight: float = 10.0  # straight_through: weight of (share of fine blocks - fine_fraction)^2
     iterations: int = 1000
     batch_size: int = 8
     network: str = "dense"  # dense | selective: what runs in training and validation

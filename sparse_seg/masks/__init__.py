@@ -3,7 +3,8 @@
 from sparse_seg.masks.base import BLOCK, MaskPolicy, block_shape, top_blocks
 from sparse_seg.masks.confidence import REDUCTIONS, UNCERTAINTIES, ConfidencePolicy
 from sparse_seg.masks.edge import RULES, EdgePolicy, cad_edges, gradient_magnitude
-from sparse_seg.masks.oracle import OraclePolicy
+from sparse_seg.masks.learned import LearnedPolicy, mask_net, straight_through
+from sparse_seg.masks.oracle import OraclePolicy, block_mean, label_boundary
 from sparse_seg.masks.random import RandomPolicy
 from sparse_seg.masks.uniform import UniformPolicy
 
@@ -12,6 +13,7 @@ POLICIES: dict[str, type[MaskPolicy]] = {
     "random": RandomPolicy,
     "edge": EdgePolicy,
     "confidence": ConfidencePolicy,
+    "learned": LearnedPolicy,
     "oracle": OraclePolicy,
 }
 
@@ -23,12 +25,17 @@ __all__ = [
     "UNCERTAINTIES",
     "ConfidencePolicy",
     "EdgePolicy",
+    "LearnedPolicy",
     "MaskPolicy",
     "OraclePolicy",
     "RandomPolicy",
     "UniformPolicy",
+    "block_mean",
     "block_shape",
     "cad_edges",
     "gradient_magnitude",
+    "label_boundary",
+    "mask_net",
+    "straight_through",
     "top_blocks",
 ]

@@ -61,9 +61,16 @@ class LiteHead(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[N, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        grid = densify(layout.complete(self.reduce(rows), layout, self), layout)
-        return self.classifier(at_trained_spacing(self.refine, grid, layout.stride, self.trained_stride))
+        """Rows `[layout.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
+        return self.decode(densify(self.neck(rows, layout), layout), layout.stride)
+
+    def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
+        """What runs on rows, `[layout.num_run, in_channels]` to `[layout.num_sites, channels]`."""
+        return layout.complete(self.reduce(rows), layout, self)
+
+    def decode(self, grid: Tensor, stride: int) -> Tensor:
+        """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
+        return self.classifier(at_trained_spacing(self.refine, grid, stride, self.trained_stride))
 
 
 class PooledLinear(nn.Linear):
@@ -173,9 +180,16 @@ class DeepLabV3Head(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[N, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        grid = densify(self.aspp(rows, layout), layout)
-        return self.classifier(at_trained_spacing(self.refine, grid, layout.stride, self.trained_stride))
+        """Rows `[layout.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
+        return self.decode(densify(self.neck(rows, layout), layout), layout.stride)
+
+    def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
+        """What runs on rows, `[layout.num_run, in_channels]` to `[layout.num_sites, channels]`."""
+        return self.aspp(rows, layout)
+
+    def decode(self, grid: Tensor, stride: int) -> Tensor:
+        """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
+        return self.classifier(at_trained_spacing(self.refine, grid, stride, self.trained_stride))
 
 
 class FCNHead(nn.Module):

@@ -46,7 +46,7 @@ class Refinement:
             raise ValueError("call model.eval() before refining: batch statistics would depend on the step")
         self.model, self.images, self.memory = model, images, Memory(dtype)
         layouts = model.dense_layouts(images, model.strides[-1])
-        self._first = next(i for i, layout in enumerate(layouts) if layout.stride > model.strides[0])
+        self._first = model.first_selective
         self._layouts = self._as_steps(layouts, [None] * len(layouts))
         self.levels = torch.zeros(
             images.shape[0], *layouts[-1].lattice_size, dtype=torch.int64, device=images.device

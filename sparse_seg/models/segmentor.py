@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.masks import ConfidencePolicy, MaskPolicy, block_shape
+from sparse_seg.masks import ConfidencePolicy, LearnedPolicy, MaskPolicy, block_shape
 from sparse_seg.models.refinement import Refinement, refine
 from sparse_seg.models.resnet import STAGE_STRIDES, ResNet
 from sparse_seg.models.upsample import upsample_logits
-from sparse_seg.sparse import SiteLayout
+from sparse_seg.sparse import SiteLayout, rows_to_grid
 
 MIN_SIZE = 32  # pixels; below it the coarsest stage has no cell left
 
@@ -90,6 +90,8 @@ class SelectiveSegmentor(nn.Module):
             fine_blocks = policy.cut(run.scores(policy))
             run.refine(fine_blocks)
             return Segmentation(Outputs(run.logits(), None), fine_blocks)
+        if isinstance(policy, LearnedPolicy):
+            return self._segment_by_features(images, policy)
         fine_blocks = self._choose(images, labels, policy)
         return Segmentation(self.outputs(images, self.selective_layouts(images, fine_blocks)), fine_blocks)
 
@@ -132,13 +134,36 @@ class SelectiveSegmentor(nn.Module):
     def outputs(self, images: Tensor, layouts: list[SiteLayout]) -> Outputs:
         """Run on the four stages' layouts, as `selective_layouts` or `dense_layouts` give them."""
         with self.precision(images):
-            features = self.backbone(images, layouts)
-            auxiliary = None
-            if self.auxiliary is not None and self.training:
-                grid = self.auxiliary(features[2], layouts[2])
-                auxiliary = self.upsample(grid, images, layouts[2].stride)
-            grid = self.head(features[3], layouts[3])
-            return Outputs(self.upsample(grid, images, layouts[3].stride), auxiliary)
+            return self._outputs(images, self.backbone(images, layouts), layouts)
+
+    def _outputs(self, images: Tensor, features: Sequence[Tensor], layouts: list[SiteLayout]) -> Outputs:
+        auxiliary = None
+        if self.auxiliary is not None and self.training:
+            grid = self.auxiliary(features[2], layouts[2])
+            auxiliary = self.upsample(grid, images, layouts[2].stride)
+        grid = self.head(features[3], layouts[3])
+        return Outputs(self.upsample(grid, images, layouts[3].stride), auxiliary)
+
+    def _segment_by_features(self, images: Tensor, policy: LearnedPolicy) -> Segmentation:
+        """The dense stages, then the mask from their features, then the others."""
+        first, layouts = self.first_selective, self.dense_layouts(images, self.strides[0])
+        with self.precision(images):
+            early = self.backbone(images, layouts[:first])
+            with torch.no_grad():
+                fine_blocks = policy.cut(policy.feature_scores(self.mask_features(early, layouts)))
+            layouts = self.selective_layouts(images, fine_blocks)
+            late = self.backbone.run_stages(early[-1], layouts, first)
+            return Segmentation(self._outputs(images, [*early, *late], layouts), fine_blocks)
+
+    @property
+    def first_selective(self) -> int:
+        """Index of the first stage whose stride the mask decides."""
+        return sum(stride <= self.strides[0] for stride in STAGE_STRIDES)
+
+    def mask_features(self, features: Sequence[Tensor], layouts: Sequence[SiteLayout]) -> Tensor:
+        """What the learned policy reads, `[B, C, h, w]`: the output of the last stage before the mask."""
+        last = self.first_selective - 1
+        return rows_to_grid(features[last], layouts[last].batch, layouts[last].size)
 
     def precision(self, images: Tensor) -> AbstractContextManager:
         """The precision that the network runs in: here whatever autocast asks for."""
