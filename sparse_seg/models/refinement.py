@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,13 +101,20 @@ class Refinement:
         )
 
 
+class Step(NamedTuple):
+    """A result: logits `[B, K, H, W]` and the blocks' levels int64 `[B, Hc, Wc]`."""
+
+    logits: Tensor
+    levels: Tensor
+
+
 def refine(
     model: SelectiveSegmentor,
     images: Tensor,
     fractions: Sequence[float] | None = None,
     milliseconds: float | None = None,
-) -> Iterator[Tensor]:
-    """Logits `[B, K, H, W]`, better and better; see `SelectiveSegmentor.refine`."""
+) -> Iterator[Step]:
+    """Results, better and better; see `SelectiveSegmentor.refine`."""
     if (fractions is None) == (milliseconds is None):
         raise ValueError("give refine either fractions or milliseconds")
     if fractions is not None and (not fractions or list(fractions) != sorted(fractions)):
@@ -125,9 +132,9 @@ def refine(
         if fraction > 0:
             assert scores is not None
             run.refine(_cut(policy, scores, fraction))
-        yield run.logits()
+        yield Step(run.logits(), run.levels)
     if milliseconds is not None:
-        yield run.logits()
+        yield Step(run.logits(), run.levels)
         yield from _within(run, policy, start, milliseconds)
 
 
@@ -137,7 +144,7 @@ def _cut(policy: ConfidencePolicy, scores: Tensor, fraction: float) -> Tensor:
     return top_blocks(scores, fraction, None if middle is None else min(middle, 1 - fraction))
 
 
-def _within(run: Refinement, policy: ConfidencePolicy, start: float, milliseconds: float) -> Iterator[Tensor]:
+def _within(run: Refinement, policy: ConfidencePolicy, start: float, milliseconds: float) -> Iterator[Step]:
     """Steps as large as the time left allows, each at most twice the one before, by measured cost.
 
     A step costs something by itself (head, upsampling) and something per block. Before the first, a block is
@@ -154,10 +161,10 @@ def _within(run: Refinement, policy: ConfidencePolicy, start: float, millisecond
         if count < min(SMALLEST_STEP * blocks, blocks - done) or count < 1:
             return
         run.refine(_cut(policy, scores, (done + count) / blocks))
-        logits = run.logits()
+        step = Step(run.logits(), run.levels)
         seconds = now() - began
         if done and count != last[0] and seconds > last[1]:  # a line through the last two steps
             per_block = (seconds - last[1]) / (count - last[0])
         fixed = max(0.0, seconds - per_block * count)
         done, largest, last = done + count, 2 * count, (count, seconds)
-        yield logits
+        yield step

@@ -115,7 +115,7 @@ class SelectiveSegmentor(nn.Module):
         Raises:
             ValueError: both or neither given, fractions that do not rise, or a model in training mode.
         """
-        return refine(self, images, fractions, milliseconds)
+        return (step.logits for step in refine(self, images, fractions, milliseconds))
 
     def dense(self, images: Tensor, output_stride: int = 8) -> Tensor:
         """Logits `[B, K, H, W]` of the same weights run dense at output stride 4, 8, 16 or 32."""
@@ -227,6 +227,11 @@ class SelectiveSegmentor(nn.Module):
         strides = [min(stride, output_stride) for stride in STAGE_STRIDES]
         layouts = {stride: _dense_layout(images, stride) for stride in strides}
         return [layouts[stride] for stride in strides]
+
+
+def block_levels(model: SelectiveSegmentor, fine_blocks: Tensor) -> Tensor:
+    """A mask, bool or int64, as int64 levels: 0 for the coarsest of the model's strides."""
+    return fine_blocks.long() * (len(model.strides) - 1 if fine_blocks.dtype == torch.bool else 1)
 
 
 def _dense_layout(images: Tensor, stride: int) -> SiteLayout:

@@ -65,7 +65,7 @@ def test_ways_of_further_policies(subject):
     results = measure(subject, [Way("network", "plain"), *rows], repeats=1, memory=False)
     assert results[1]["stored_mib"] is None
     assert 0.1 < results[2]["stored_mib"] < 10
-    assert 1 < results[2]["gmacs"] / results[1]["gmacs"] < 1.5, "one more head on the coarse grid"
+    assert results[2]["gmacs"] == pytest.approx(results[1]["gmacs"], rel=0.2), "other blocks, one more head"
 
 
 def test_all_runs_compute_the_same_network(subject):

@@ -1,4 +1,4 @@
-"""Training a learned mask: losses against plain definitions, gradients, budget, frozen networks, checkpoints."""
+"""Training a learned mask: losses against plain definitions, gradients, budget, checkpoints."""
 
 import pytest
 import torch
@@ -93,8 +93,7 @@ def test_straight_through_loss_at_the_ends(head: str, monkeypatch: pytest.Monkey
             assert found.item() == pytest.approx(expected.item(), rel=1e-9)
         model.zero_grad()
         found.backward()
-        first = model.policy.net[0].weight.grad  # type: ignore[union-attr]
-        assert first is not None or share is None
+        assert any(parameter.grad is not None for parameter in model.policy.parameters())
         assert model.backbone.conv1.weight.grad is not None
 
 
@@ -116,7 +115,7 @@ def test_the_budget_is_reached() -> None:
 
 @pytest.mark.parametrize("strides", [[8, 16], [8, 16, 32], [4, 8, 16]], ids=str)
 def test_supervised_loss(strides: list[int]) -> None:
-    """Cross-entropy against the share of a block's pixels that the dense network changes; it can be learned."""
+    """Cross-entropy against the share of a block's pixels that the dense network changes; it is learnable."""
     model, (images, labels) = learned_model(strides=strides), batch()
     model.requires_grad_(False).policy.requires_grad_(True)
     policy = model.policy
@@ -180,11 +179,11 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> Non
 
 def test_a_mask_and_its_network_are_trained_together_and_resumed(tiny, tmp_path) -> None:
     config = load_config(tiny, ["model.mask.policy=learned", "train.network=selective"])
-    whole, broken = (Trainer(config, tmp_path / name) for name in ("whole", "broken"))
+    whole = Trainer(config, tmp_path / "whole")
     first = whole.model.backbone.conv1.weight.clone()
     whole.run()
     assert not torch.equal(whole.model.backbone.conv1.weight, first)
-    broken.config.train.iterations = 6
+    broken = Trainer(config, tmp_path / "broken")
     broken._stop = True
     with pytest.raises(Exception, match="stopped at iteration 1"):
         broken.run()
