@@ -95,12 +95,14 @@ def _steps(
     model: SelectiveSegmentor, batch: Tensor, image: Image, palette: Palette, fractions: Sequence[float]
 ) -> Image:
     """A contact sheet: a column per step, prediction above blocks; what a step changed is white."""
-    columns, before = [], None
+    columns: list[tuple[tuple[str, Image], ...]] = []
+    before = None
     for fraction, step in zip(fractions, refine(model, batch, fractions), strict=True):
         label = step.logits[0].max(0).indices.cpu().numpy()
         picture = overlay(image, label, palette)
         changed = np.zeros_like(label, bool) if before is None else label != before
         picture[changed], before = 255, label
         blocks = draw_levels(image, step.levels[0].cpu().numpy(), model.strides)
-        columns.append(((f"f={fraction:g}: {100 * changed.mean():.1f}% changed", picture), ("", blocks)))
+        title = f"f={fraction:g}" + (f": {100 * changed.mean():.1f}% changed (white)" if columns else "")
+        columns.append(((title, picture), ("", blocks)))
     return contact_sheet([[column[row] for column in columns] for row in (0, 1)])

@@ -4,7 +4,8 @@ from sparse_seg.sparse.conv import SelectiveConv2d
 from sparse_seg.sparse.densify import densify
 from sparse_seg.sparse.engines import ENGINES, EngineError
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid, rows_to_grid, select_rows
-from sparse_seg.sparse.layout import EXCHANGES, NeighbourTable, SiteLayout
+from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
+from sparse_seg.sparse.neighbours import NeighbourTable
 from sparse_seg.sparse.steps import Memory, StepLayout
 
 __all__ = [

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.sparse.engines import ENGINES, gather, spconv
-from sparse_seg.sparse.layout import EXCHANGES, TAPS, SiteLayout
+from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
+from sparse_seg.sparse.neighbours import TAPS
 
 
 class SelectiveConv2d(nn.Module):
