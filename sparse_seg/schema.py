@@ -17,6 +17,7 @@ class MaskConfig:
     uncertainty: str = "margin"  # margin | entropy | boundary: what the confidence policy looks at
     reduce: str = "mean"  # mean | max: of the uncertainty over a block
     neighbours: bool = False  # whether a block is as uncertain as its most uncertain neighbour
+    blur: bool = False  # smooth the scores of any policy over neighbouring blocks, so that fine ones cluster
     stored_dtype: str | None = None  # float16: keep the coarse pass's activations so; null: as they are
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK = 16  # pixels of a block's side: a block is one cell of the coarsest grid, by default that of stride 16
@@ -22,6 +23,7 @@ class MaskPolicy(nn.Module):
         middle_fraction: with three strides, the share of blocks, next in rank, that get the middle one.
         middle_threshold: with three strides, those with a score above it that are not fine.
         block: pixels of a block's side, the coarsest stride.
+        blur: smooth the scores over neighbouring blocks before they are cut, see `blur_scores`.
 
     Raises:
         ValueError: both or neither cut given, cuts of two kinds, or a fraction outside 0..1.
@@ -36,6 +38,7 @@ class MaskPolicy(nn.Module):
         middle_fraction: float | None = None,
         middle_threshold: float | None = None,
         block: int = BLOCK,
+        blur: bool = False,
     ) -> None:
         super().__init__()
         if (fine_fraction is None) == (threshold is None):
@@ -53,7 +56,7 @@ class MaskPolicy(nn.Module):
             raise ValueError(f"middle_threshold {middle_threshold} must not exceed threshold {threshold}")
         self.fine_fraction, self.threshold = fine_fraction, threshold
         self.middle_fraction, self.middle_threshold = middle_fraction, middle_threshold
-        self.block = block
+        self.block, self.blur = block, blur
 
     def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """Images `[B, 3, H, W]` (and labels `[B, H, W]`) to scores `[B, ceil(H/block), ceil(W/block)]`."""
@@ -66,6 +69,7 @@ class MaskPolicy(nn.Module):
 
     def cut(self, scores: Tensor) -> Tensor:
         """Scores `[B, h, w]` to fine blocks or levels."""
+        scores = blur_scores(scores) if self.blur else scores
         if self.fine_fraction is not None:
             return top_blocks(scores, self.fine_fraction, self.middle_fraction)
         assert self.threshold is not None
@@ -80,7 +84,19 @@ class MaskPolicy(nn.Module):
 
     def extra_repr(self) -> str:
         names = ("fine_fraction", "middle_fraction", "threshold", "middle_threshold")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None)
+        text = ", ".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None)
+        return text + (", blur" if self.blur else "")
+
+
+def blur_scores(scores: Tensor) -> Tensor:
+    """`[B, h, w]` smoothed by 1 2 1 along both axes, borders replicated.
+
+    Fine blocks then lie together. A fine block next to coarse ones reads interpolated values from them, so
+    one that stands alone gains less than its score says.
+    """
+    padded = F.pad(scores.float()[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    rows = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
+    return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
 
 
 def top_blocks(scores: Tensor, fine_fraction: float, middle_fraction: float | None = None) -> Tensor:

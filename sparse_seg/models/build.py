@@ -95,7 +95,7 @@ def build_policy(
         own["confidence"]["stored_dtype"] = getattr(torch, mask.stored_dtype)
     if net is not None:
         own["learned"] = {"net": net}
-    return POLICIES[mask.policy](**cut, **own.get(mask.policy, {}), block=strides[-1])
+    return POLICIES[mask.policy](**cut, **own.get(mask.policy, {}), block=strides[-1], blur=mask.blur)
 
 
 def policy_for(model: SelectiveSegmentor, mask: MaskConfig, spec: str | None = None) -> MaskPolicy:
@@ -122,15 +122,16 @@ def parse_policy(spec: str, mask: MaskConfig) -> MaskConfig:
     name, _, options = spec.partition(":")
     if name not in POLICIES:
         raise ConfigError(f"unknown mask policy {name!r}; choose one of {', '.join(POLICIES)}")
-    valid: dict[str, dict[str, Any]] = {}
+    valid: dict[str, dict[str, Any]] = {"blur": {"blur": True}}
     if name == "edge":
-        valid = {rule: {"edge": rule} for rule in RULES}
+        valid |= {rule: {"edge": rule} for rule in RULES}
     elif name == "confidence":
-        valid = {value: {"uncertainty": value} for value in UNCERTAINTIES}
+        valid |= {value: {"uncertainty": value} for value in UNCERTAINTIES}
         valid |= {value: {"reduce": value} for value in REDUCTIONS} | {"neighbours": {"neighbours": True}}
     for option in filter(None, options.split(",")):
         if option not in valid:
-            choice = f"choose of {', '.join(valid)}" if valid else f"{name} has none"
-            raise ConfigError(f"unknown option {option!r} in the mask policy {spec!r}; {choice}")
+            raise ConfigError(
+                f"unknown option {option!r} in the mask policy {spec!r}; choose of {', '.join(valid)}"
+            )
         mask = dataclasses.replace(mask, **valid[option])
     return dataclasses.replace(mask, policy=name)

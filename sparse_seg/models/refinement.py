@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_seg.masks import ConfidencePolicy, top_blocks
+from sparse_seg.masks import ConfidencePolicy, blur_scores, top_blocks
 from sparse_seg.models.upsample import upsample_logits
 from sparse_seg.sparse import Memory, SiteLayout, StepLayout
 
@@ -140,6 +140,7 @@ def refine(
 
 def _cut(policy: ConfidencePolicy, scores: Tensor, fraction: float) -> Tensor:
     """The blocks of the highest scores; with three strides those next in rank get the middle one."""
+    scores = blur_scores(scores) if policy.blur else scores
     middle = policy.middle_fraction
     return top_blocks(scores, fraction, None if middle is None else min(middle, 1 - fraction))
 

@@ -35,6 +35,17 @@ def comparison_table(rows: Rows) -> Table:
     return Table(columns, list(rows))
 
 
+def fraction_table(rows: Rows, key: str, exchange: str | None = None) -> Table:
+    """One value of the selective rows: a line per policy, a column per fine fraction, under one rule."""
+    own = [row for row in rows if row["policy"] and row["exchange"] == exchange]
+    lines: dict[str, dict[str, Any]] = {}
+    for row in own:
+        lines.setdefault(row["policy"], {"policy": row["policy"]})[f"{row['fine_fraction']:g}"] = row[key]
+    fractions = sorted({row["fine_fraction"] for row in own})
+    columns = [Column(f"{fraction:g}", f"f={fraction:g}", "{:.2f}") for fraction in fractions]
+    return Table([Column("policy", "policy"), *columns], list(lines.values()))
+
+
 def write_comparison(
     path: str | Path,
     title: str,

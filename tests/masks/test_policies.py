@@ -17,6 +17,7 @@ from sparse_seg.masks import (
     RandomPolicy,
     UniformPolicy,
     block_shape,
+    blur_scores,
     gradient_magnitude,
     top_blocks,
 )
@@ -212,6 +213,17 @@ def test_two_cuts_of_one_ranking() -> None:
     assert torch.equal(levels, (scores > 0.5).long() + (scores > -0.5))
     assert "middle_threshold=-0.5" in thresholds.extra_repr()
     assert EdgePolicy(0.1, middle_fraction=0.2, block=32)(torch.randn(1, 3, 64, 96)).shape == (1, 2, 3)
+
+
+def test_blurred_scores() -> None:
+    """OpenCV's 3x3 Gaussian, whose kernel is 1 2 1 too; the cut sees it, the scores do not."""
+    scores = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(2))
+    expected = [cv2.GaussianBlur(one.numpy(), (3, 3), 0, borderType=cv2.BORDER_REPLICATE) for one in scores]
+    np.testing.assert_allclose(blur_scores(scores), np.stack(expected), atol=1e-6)
+    policy = Given(scores, fine_fraction=0.2, blur=True)
+    assert torch.equal(policy(scores), top_blocks(blur_scores(scores), 0.2))
+    assert not torch.equal(policy(scores), top_blocks(scores, 0.2))
+    assert policy.extra_repr() == "fine_fraction=0.2, blur"
 
 
 @pytest.mark.parametrize(

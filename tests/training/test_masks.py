@@ -213,7 +213,7 @@ def test_bad_configs(tiny, tmp_path, overrides: list[str], message: str) -> None
     ("spec", "settings"),
     [
         ("edge:cad", {"policy": "edge", "edge": "cad"}),
-        ("random", {"policy": "random"}),
+        ("random:blur", {"policy": "random", "blur": True}),
         (
             "confidence:entropy,max,neighbours",
             {"policy": "confidence", "uncertainty": "entropy", "reduce": "max", "neighbours": True},
@@ -229,8 +229,8 @@ def test_policy_specs(spec: str, settings: dict[str, object]) -> None:
     ("spec", "message"),
     [
         ("edges", "unknown mask policy 'edges'; choose one of uniform, random"),
-        ("edge:canny", "unknown option 'canny' in the mask policy 'edge:canny'; choose of sobel, cad"),
-        ("random:cad", "unknown option 'cad' in the mask policy 'random:cad'; random has none"),
+        ("edge:canny", "unknown option 'canny' in the mask policy 'edge:canny'; choose of blur, sobel, cad"),
+        ("random:cad", "unknown option 'cad' in the mask policy 'random:cad'; choose of blur"),
     ],
 )
 def test_bad_policy_specs(spec: str, message: str) -> None:
