@@ -14,8 +14,8 @@ class MaskConfig:
     middle_threshold: float | None = None  # with three strides and a threshold, that of the middle stride
     seed: int = 0  # of the random policy in eval
     edge: str = "sobel"  # sobel | cad: rule of the edge policy
-    uncertainty: str = "margin"  # margin | entropy | boundary: what the confidence policy looks at
-    reduce: str = "mean"  # mean | max: of the uncertainty over a block
+    uncertainty: str = "entropy"  # entropy | margin | boundary: what the confidence policy looks at
+    reduce: str = "max"  # max | mean: of the uncertainty over a block
     neighbours: bool = False  # whether a block is as uncertain as its most uncertain neighbour
     blur: bool = False  # smooth the scores of any policy over neighbouring blocks, so that fine ones cluster
     stored_dtype: str | None = None  # float16: keep the coarse pass's activations so; null: as they are

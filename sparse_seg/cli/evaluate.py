@@ -129,7 +129,11 @@ def compare_and_report(
     dataset.check()
     model = load_model(checkpoint, config).to(device)
     ways = settings(model, config.model.mask, policies, fractions, exchanges)
-    origin, rows = provenance(), _rows(json_path) if resume else []
+    origin, rows = provenance(), list[dict[str, Any]]()
+    if resume:
+        earlier = _earlier(json_path)
+        rows = earlier["rows"]
+        origin["commits"] = sorted({*earlier["commits"], str(origin["commit"])})  # of all runs that measured
     known = {row["network"] for row in rows}
     for part in groups([way for way in ways if way.name not in known]) if resume else [ways]:
         rows += compare(model, dataset, config.data, part, limit, progress=True)
@@ -161,17 +165,18 @@ def _policy(text: str) -> str:
     raise argparse.ArgumentTypeError("uniform takes no fraction between 0 and 1; choose another policy")
 
 
-def _rows(path: str | Path | None) -> list[dict[str, Any]]:
-    """The rows of an earlier comparison; none if there is no such file.
+def _earlier(path: str | Path | None) -> dict[str, Any]:
+    """The rows of an earlier comparison and the commits they are of; none if there is no such file.
 
     Raises:
         ConfigError: the file holds something else.
     """
     assert path is not None
     if not Path(path).exists():
-        return []
+        return {"rows": [], "commits": []}
     try:
-        rows = json.loads(Path(path).read_text())["rows"]
-        return [row for row in rows if row["network"]]
+        found = json.loads(Path(path).read_text())
+        rows = [row for row in found["rows"] if row["network"]]
+        return {"rows": rows, "commits": found.get("commits", [str(found["commit"])])}
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{path} holds no comparison to resume; remove it or name another file") from None

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_seg.masks.base import MaskPolicy
 from sparse_seg.masks.oracle import label_boundary
 
-UNCERTAINTIES = ("margin", "entropy", "boundary")
+UNCERTAINTIES = ("entropy", "margin", "boundary")
 REDUCTIONS = ("max", "mean")
 
 
@@ -22,9 +22,9 @@ class ConfidencePolicy(MaskPolicy):
     It reads the logits of a coarse pass, so the model runs it (`model.segment`, `model.refine`).
 
     Args:
-        uncertainty: `margin`, one minus the difference of the two largest class probabilities; `entropy` of
-            the class probabilities over its largest value, log K; `boundary`, 1 where the predicted class
-            differs from a neighbour's. All lie in 0..1.
+        uncertainty: `entropy` of the class probabilities over its largest value, log K; `margin`, one minus
+            the difference of the two largest; `boundary`, 1 where the predicted class differs from a
+            neighbour's. All lie in 0..1. What each is worth is in docs/masks.md.
         reduce: the `max` or the `mean` over the block.
         neighbours: whether a block's score is the largest of its own and its 8 neighbours'.
         stored_dtype: what a coarse pass keeps its activations in; None keeps them as they are.
@@ -37,8 +37,8 @@ class ConfidencePolicy(MaskPolicy):
         self,
         fine_fraction: float | None = None,
         threshold: float | None = None,
-        uncertainty: str = "margin",
-        reduce: str = "mean",
+        uncertainty: str = "entropy",
+        reduce: str = "max",
         neighbours: bool = False,
         stored_dtype: torch.dtype | None = None,
         **levels: Any,

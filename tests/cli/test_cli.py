@@ -231,7 +231,9 @@ def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
         f"selective, {spec}, f=0.5, {rule}" for spec in ("random", "edge:cad") for rule in ("none", "linear")
     ]
     assert measured == names
-    assert json.loads(out.read_text())["rows"][: len(before)] == before
+    result = json.loads(out.read_text())
+    assert result["rows"][: len(before)] == before
+    assert result["commits"] == [str(result["commit"])]
     assert "edge:cad, f=0.5, linear" in capsys.readouterr().out
     out.write_text("{}")
     assert "holds no comparison to resume" in fails(capsys, *compare)
