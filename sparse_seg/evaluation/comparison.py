@@ -82,8 +82,9 @@ def settings(
     rules: Sequence[str | None] = exchanges or [None]
     for spec, exchange, fraction in itertools.product(policies, rules, fractions):
         cut = dataclasses.replace(mask, fine_fraction=fraction, threshold=None)
-        name = f"selective, {spec}, f={fraction:g}" + (f", {exchange}" if exchange else "")
         policy = policy_for(model, cut, spec)
+        share = "" if policy.middle_fraction is None else f"+{policy.middle_fraction:g}"
+        name = f"selective, {spec}, f={fraction:g}{share}" + (f", {exchange}" if exchange else "")
         rows.append(Setting(name, policy=policy, spec=spec, exchange=exchange))
     return rows
 

@@ -1,6 +1,6 @@
 """Mask policies: which blocks are worth full resolution."""
 
-from sparse_seg.masks.base import BLOCK, MaskPolicy, block_shape, blur_scores, top_blocks
+from sparse_seg.masks.base import BLOCK, MaskPolicy, block_levels, block_shape, blur_scores, top_blocks
 from sparse_seg.masks.confidence import REDUCTIONS, UNCERTAINTIES, ConfidencePolicy
 from sparse_seg.masks.edge import RULES, EdgePolicy, cad_edges, gradient_magnitude
 from sparse_seg.masks.learned import LearnedPolicy, mask_net, straight_through
@@ -30,6 +30,7 @@ __all__ = [
     "OraclePolicy",
     "RandomPolicy",
     "UniformPolicy",
+    "block_levels",
     "block_mean",
     "block_shape",
     "blur_scores",

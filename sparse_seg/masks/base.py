@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -112,6 +114,11 @@ def top_blocks(scores: Tensor, fine_fraction: float, middle_fraction: float | No
     if middle_fraction is None:
         return fine
     return fine.long() + (ranks < round((fine_fraction + middle_fraction) * flat.shape[1]))
+
+
+def block_levels(fine_blocks: Tensor, strides: Sequence[int]) -> Tensor:
+    """A mask, bool or int64, as int64 levels: 0 for the coarsest of the strides."""
+    return fine_blocks.long() * (len(strides) - 1 if fine_blocks.dtype == torch.bool else 1)
 
 
 def block_shape(images: Tensor, block: int = BLOCK) -> tuple[int, int, int]:

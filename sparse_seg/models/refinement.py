@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_seg.masks import ConfidencePolicy, blur_scores, top_blocks
+from sparse_seg.masks import ConfidencePolicy, block_levels, blur_scores, top_blocks
 from sparse_seg.models.upsample import upsample_logits
 from sparse_seg.sparse import Memory, SiteLayout, StepLayout
 
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from sparse_seg.models.segmentor import SelectiveSegmentor
 
 FIRST_STEP, SMALLEST_STEP = 0.05, 0.01  # of all blocks, when steps are sized by time
-now = time.perf_counter
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class Refinement:
@@ -63,9 +69,7 @@ class Refinement:
             ValueError: a wrong shape or dtype, or a block that would become coarser.
         """
         layouts = self.model.selective_layouts(self.images, levels)
-        if levels.dtype == torch.bool:
-            levels = levels.long() * (len(self.model.strides) - 1)
-        levels = levels.to(self.images.device)
+        levels = block_levels(levels, self.model.strides).to(self.images.device)
         if bool((levels < self.levels).any()):
             raise ValueError("a step can only refine: some block has a lower level than before")
         self._layouts, self.levels = self._as_steps(layouts, self._layouts), levels
@@ -122,20 +126,20 @@ def refine(
     for fraction in fractions or ():
         if not 0 <= fraction <= 1:
             raise ValueError(f"fractions must lie in 0..1, not {fraction}")
-    start = now()
+    start = now(images.device)
     policy = model.policy
     if not isinstance(policy, ConfidencePolicy):
         policy = ConfidencePolicy(fine_fraction=1.0, block=model.strides[-1])
     run = Refinement(model, images, policy.stored_dtype)
-    scores = run.scores(policy) if milliseconds is None else None
-    for fraction in fractions or ():
-        if fraction > 0:
-            assert scores is not None
-            run.refine(_cut(policy, scores, fraction))
-        yield Step(run.logits(), run.levels)
     if milliseconds is not None:
         yield Step(run.logits(), run.levels)
         yield from _within(run, policy, start, milliseconds)
+        return
+    scores = run.scores(policy)
+    for fraction in fractions or ():
+        if fraction > 0:
+            run.refine(_cut(policy, scores, fraction))
+        yield Step(run.logits(), run.levels)
 
 
 def _cut(policy: ConfidencePolicy, scores: Tensor, fraction: float) -> Tensor:
@@ -151,19 +155,19 @@ def _within(run: Refinement, policy: ConfidencePolicy, start: float, millisecond
     A step costs something by itself (head, upsampling) and something per block. Before the first, a block is
     taken to cost three times its share of the coarse pass, for it has three sites more.
     """
-    scores = run.scores(policy)
+    scores, device = run.scores(policy), run.images.device
     blocks = scores[0].numel()
-    per_block, fixed = 3 * (now() - start) / blocks, 0.0
+    per_block, fixed = 3 * (now(device) - start) / blocks, 0.0
     done, largest, last = 0, FIRST_STEP * blocks, (0, 0.0)
     while done < blocks:
-        began = now()
+        began = now(device)
         left = milliseconds / 1000 - (began - start)
         count = min(int((left - fixed) / per_block), round(largest), blocks - done)
         if count < min(SMALLEST_STEP * blocks, blocks - done) or count < 1:
             return
         run.refine(_cut(policy, scores, (done + count) / blocks))
         step = Step(run.logits(), run.levels)
-        seconds = now() - began
+        seconds = now(device) - began
         if done and count != last[0] and seconds > last[1]:  # a line through the last two steps
             per_block = (seconds - last[1]) / (count - last[0])
         fixed = max(0.0, seconds - per_block * count)

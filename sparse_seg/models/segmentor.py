@@ -229,11 +229,6 @@ class SelectiveSegmentor(nn.Module):
         return [layouts[stride] for stride in strides]
 
 
-def block_levels(model: SelectiveSegmentor, fine_blocks: Tensor) -> Tensor:
-    """A mask, bool or int64, as int64 levels: 0 for the coarsest of the model's strides."""
-    return fine_blocks.long() * (len(model.strides) - 1 if fine_blocks.dtype == torch.bool else 1)
-
-
 def _dense_layout(images: Tensor, stride: int) -> SiteLayout:
     return SiteLayout(images.shape[0], _grid_size(images, stride), stride, device=images.device)
 

@@ -13,7 +13,8 @@ from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.comparison import Setting
 from sparse_seg.evaluation.evaluate import predict
-from sparse_seg.models.segmentor import SelectiveSegmentor, block_levels
+from sparse_seg.masks import block_levels
+from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.reporting.html import Section, photo, plot, write_report
 from sparse_seg.reporting.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
 from sparse_seg.reporting.plots import cost_curve
@@ -108,7 +109,7 @@ def runs_on_image(
     for setting in shown:
         classes, fine_blocks = predict(model, batch, setting.output_stride, setting.policy, target)
         if fine_blocks is not None:
-            levels = block_levels(model, fine_blocks)[0].cpu().numpy()
+            levels = block_levels(fine_blocks, model.strides)[0].cpu().numpy()
             pictures.append((f"stride by block: {setting.name}", draw_levels(image, levels, model.strides)))
         pictures.append((setting.name, overlay(image, classes[0].cpu().numpy(), palette)))
     return pictures

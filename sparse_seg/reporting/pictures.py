@@ -12,8 +12,9 @@ from sparse_seg.data.dataset import Image, read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import DataError
 from sparse_seg.evaluation.evaluate import predict
+from sparse_seg.masks import block_levels
 from sparse_seg.models.refinement import refine
-from sparse_seg.models.segmentor import SelectiveSegmentor, block_levels
+from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.reporting.overlays import (
     Palette,
     colourise,
@@ -82,7 +83,7 @@ def write_pictures(
     write_image(Path(out) / f"{path.stem}_overlay.png", overlay(image, label, palette))
     write_image(Path(out) / f"{path.stem}_classes.png", colourise(label, palette))
     if fine_blocks is not None:
-        levels = block_levels(model, fine_blocks)[0].cpu().numpy()
+        levels = block_levels(fine_blocks, model.strides)[0].cpu().numpy()
         blocks = draw_blocks(image, levels == len(model.strides) - 1, model.strides[-1])
         write_image(Path(out) / f"{path.stem}_blocks.png", blocks)
         if show_levels:

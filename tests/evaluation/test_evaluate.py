@@ -96,7 +96,7 @@ def test_comparison_of_options_exchanges_and_strides(dataset):
         "dense OS8",
         "dense OS16",
         "dense OS32",
-        "selective, edge:cad, f=0.25, linear",
+        "selective, edge:cad, f=0.25+0.25, linear",
     ]
     assert [row["exchange"] for row in rows[3:]] == ["linear", "none", "linear", "none"]
     assert rows[-1]["middle_fraction"] == 0.25

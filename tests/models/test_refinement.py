@@ -193,7 +193,7 @@ class FakeClock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds, self.steps = 5.0, list[int]()
-        monkeypatch.setattr(refinement, "now", lambda: self.seconds)
+        monkeypatch.setattr(refinement, "now", lambda device: self.seconds)
         self._refine = Refinement.refine
 
         self._start = Refinement.__init__
