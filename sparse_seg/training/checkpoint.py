@@ -15,11 +15,16 @@ from sparse_seg.config import config_from_dict, num_classes, to_dict
 from sparse_seg.errors import CheckpointError
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
+from sparse_seg.models.heads import POOLING_HEADS
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import Config
 from sparse_seg.version import __version__
 
 FORMAT = "sparse_seg.checkpoint"
+_FUNCTION_KEYS = (  # of the model, beside those whose default depends on others
+    *("depths", "stem", "shortcut", "entry_spacings", "dilate_second", "bn_eps", "aspp_separable"),
+    *("aspp_projection", "refine", "separable", "low_level_channels", "decoder_convs", "align_corners"),
+)
 
 
 def save_checkpoint(path: str | Path, config: Config, weights: Mapping[str, Tensor], **state: Any) -> None:
@@ -124,7 +129,8 @@ def _function(config: Config) -> dict[str, Any]:
         "model.head": model.head,
         "model.num_classes": num_classes(config),
         "model.trained_stride": model.trained_stride,
-        "model.aspp_rates": model.aspp_rates if model.head == "deeplabv3" else None,
+        "model.aspp_rates": model.aspp_rates if model.head in POOLING_HEADS else None,
+        **{f"model.{key}": getattr(model, key) for key in _FUNCTION_KEYS},
         "data.mean": data.mean,
         "data.std": data.std,
     }
