@@ -97,6 +97,18 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+def parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """`key=value` texts, values in YAML, as one tree.
+
+    Raises:
+        ConfigError: a text of another form.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        tree = _overlay(tree, _parse_override(override))
+    return tree
+
+
 def num_classes(config: Config) -> int:
     """The model's class count: its own if set, else the dataset's."""
     if config.model.num_classes is not None:
