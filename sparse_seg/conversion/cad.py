@@ -111,7 +111,7 @@ def _drop_high_resolution(result: Plan, tensors: Tensors) -> None:
         else:
             others.append(name)
     for stage in ("layer3", "layer4"):
-        result.dropped[f"backbone.{stage}_high_res."] = "twin of the low-resolution stage"
+        result.dropped[f"backbone.{stage}_high_res."] = f"twin of {stage}_low_res"
     result.notes.append(
         f"layer3 and layer4 run with the low-resolution statistics at both resolutions, as in CAD's own "
         f"evaluation; {statistics} statistics of the high-resolution twin differ"

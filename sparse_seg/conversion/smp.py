@@ -56,7 +56,7 @@ def plan(tensors: Tensors, options: Options) -> Plan:
         config["low_level_channels"] = output_channels(tensors, "decoder.block1.0.weight")
     assumed.append("ASPP rates 12, 24, 36 (else use --set aspp_rates=[...])")
     note = (
-        f"entries of dilated stages have the stage's own spacing, as smp has at output stride {stride}; smp's "
+        f"entries of dilated stages have the stage's own spacing, as in smp at output stride {stride}; smp's "
         f"own network of output stride {24 - stride} has another spacing at layer3's entry, so these weights "
         "run at that stride here compute something else than there"
     )
