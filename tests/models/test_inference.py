@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_seg import build_model
-from tests.reference import randomise
+from tests.reference import VARIANTS, randomise, relative_error, variant_model
 
 
 @pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
@@ -32,6 +32,22 @@ def test_same_logits_dense_and_selective(backbone, head, size, dtype):
         assert (found - expected).abs().max() / expected.abs().max() < tolerance
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_variants(variant):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        model = variant_model(variant, dtype)
+        fast = model.for_inference()
+        images = torch.randn(2, 3, 75, 98, dtype=dtype)
+        mask = torch.rand(2, 5, 7) < 0.3
+        for stride in (8, 16):
+            assert relative_error(fast.dense(images, stride), model.dense(images, stride)) < tolerance
+        for blocks in (mask, torch.ones_like(mask)):
+            assert relative_error(fast(images, blocks), model(images, blocks)) < tolerance
+        norms = [m for m in fast.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        assert not norms, "all are folded"
 
 
 def test_a_model_in_training_mode_is_refused():
