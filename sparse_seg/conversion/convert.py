@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_seg.conversion import cad, mmseg, smp, timm, torchvision, vainf
 from sparse_seg.conversion.converted import Description, is_safetensors, read_converted, write_converted
 from sparse_seg.conversion.mapping import (
+    Entry,
     Expected,
     Mapped,
     expected_tensors,
@@ -25,6 +26,7 @@ from sparse_seg.conversion.mapping import (
 )
 from sparse_seg.conversion.plan import Options, Plan, Tensors
 from sparse_seg.conversion.reading import SourceFile, read_source
+from sparse_seg.conversion.safetensors_file import Pending, write_safetensors
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.files import atomic_path
 
@@ -60,20 +62,24 @@ class Conversion:
 
     def network(self) -> dict[str, Tensor]:
         """The network's tensors, by our names and in our layout."""
-        tensors = dict(self.mapped.fresh)
-        for entry in self.mapped.network:
-            target = self.expected[entry.ours]
-            tensors[entry.ours] = to_ours(self.file.tensors[entry.theirs], target, entry.roll)
-        return tensors
+        converted = {entry.ours: self._tensor(entry) for entry in self.mapped.network}
+        return self.mapped.fresh | converted
 
-    def aside(self) -> dict[str, Tensor]:
-        """What the network does not need, as the source has it."""
-        entries = (entry for entries in self.mapped.aside.values() for entry in entries)
-        return {entry.ours: self.file.tensors[entry.theirs].contiguous() for entry in entries}
+    def _tensor(self, entry: Entry) -> Tensor:
+        tensor, target = self.file.tensors[entry.theirs], self.expected.get(entry.ours)
+        return tensor if target is None else to_ours(tensor, target, entry.roll)
 
     def write(self, path: str | Path) -> None:
-        """Write the converted file. Raises OSError where the folder cannot be written."""
-        write_converted(path, self.network() | self.aside(), self.description)
+        """Write the converted file, with what the network does not need as the source has it.
+
+        Raises OSError where the folder cannot be written.
+        """
+        pending = {name: Pending.of(tensor) for name, tensor in self.mapped.fresh.items()}
+        for entry in self.description.entries:
+            shape = self.expected[entry.ours].shape if entry.ours in self.expected else tuple(entry.shape)
+            dtype = self.file.tensors[entry.theirs].dtype
+            pending[entry.ours] = Pending(shape, dtype, functools.partial(self._tensor, entry))
+        write_converted(path, pending, self.description)
 
 
 def convert(
@@ -176,6 +182,7 @@ def write_dense(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a plain state dict: safetensors by that suffix, else PyTorch's format."""
     with atomic_path(path) as temporary:
         if is_safetensors(path):
-            save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary)
+            pending = {name: Pending.of(tensor) for name, tensor in tensors.items()}
+            write_safetensors(temporary, pending, {})
         else:
             torch.save(dict(tensors), temporary)

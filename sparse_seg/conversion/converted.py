@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_seg.config import model_config, to_dict
 from sparse_seg.conversion.mapping import Entry
+from sparse_seg.conversion.safetensors_file import Pending, write_safetensors
 from sparse_seg.errors import CheckpointError
 from sparse_seg.files import atomic_path
 from sparse_seg.schema import ModelConfig
@@ -68,7 +68,7 @@ def is_converted(path: str | Path) -> bool:
         return False
 
 
-def write_converted(path: str | Path, tensors: Mapping[str, Tensor], description: Description) -> None:
+def write_converted(path: str | Path, tensors: Mapping[str, Pending], description: Description) -> None:
     """Write a converted network. Raises OSError where the folder cannot be written."""
     metadata = {
         "format": FORMAT,
@@ -82,10 +82,7 @@ def write_converted(path: str | Path, tensors: Mapping[str, Tensor], description
         "aliases": json.dumps(description.aliases),
     }
     with atomic_path(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from None
+        write_safetensors(temporary, tensors, metadata)
 
 
 def read_converted(path: str | Path) -> tuple[dict[str, Tensor], Description]:

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sparse_seg.conversion.safetensors_file import DTYPES
 from sparse_seg.errors import CheckpointError
 
 TRUST_FLAG = "--trust"
@@ -66,8 +67,11 @@ def read_source(path: str | Path, trust: bool = False) -> SourceFile:
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, trust)
     state, notes = _unwrap(content, path)
     file = SourceFile(path, _strip_prefixes(state, path, notes), notes, _class_names(content))
-    if not file.tensors:
-        raise CheckpointError(f"{path} holds no tensors")
+    for name, tensor in file.tensors.items():
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+            raise CheckpointError(
+                f"{path}: {name} is {tensor.layout} {tensor.dtype}; it must be a plain tensor"
+            )
     return file
 
 
