@@ -5,7 +5,8 @@ from sparse_seg.sparse.densify import densify
 from sparse_seg.sparse.depthwise import SelectiveAvgPool2d, SelectiveDepthwiseConv2d
 from sparse_seg.sparse.engines import ENGINES, EngineError
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid, rows_to_grid, select_rows
-from sparse_seg.sparse.layout import EXCHANGES, NeighbourTable, SiteLayout
+from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
+from sparse_seg.sparse.neighbours import NeighbourTable
 
 __all__ = [
     "ENGINES",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sparse_seg.sparse.densify import densify
 from sparse_seg.sparse.engines import ENGINES, gather, spconv
 from sparse_seg.sparse.features import grid_to_rows
-from sparse_seg.sparse.layout import EXCHANGES, TAPS, SiteLayout
+from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
+from sparse_seg.sparse.neighbours import TAPS
 
 
 class SelectiveConv2d(nn.Module):

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from sparse_seg.sparse.engines import gather
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid
-from sparse_seg.sparse.layout import EXCHANGES, TAPS, NeighbourTable, SiteLayout
+from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
+from sparse_seg.sparse.neighbours import TAPS, NeighbourTable
 
 WINDOW = (4, 5, 7, 8)  # taps of a 3x3 kernel that a 2x2 window reads: its own place, right, below, diagonal
 
@@ -69,8 +70,8 @@ class SelectiveAvgPool2d(nn.Module):
         lattice = grid_to_rows(window_mean(lattice_grid(rows, src), stride, dilation))
         if dst.num_extra == 0:
             return lattice
-        values, index = neighbour_values(rows, src.neighbours(dst, self.spacing, self.exchange))
-        window = index[:, list(WINDOW)]
+        table = src.neighbours(dst, self.spacing, self.exchange)
+        values, window = neighbour_values(rows, table), table.index[:, list(WINDOW)]
         count = (window < values.shape[0] - 1).sum(1, keepdim=True)  # the last value is the zero outside
         return torch.cat((lattice, values[window].sum(1) / count))
 
@@ -113,15 +114,14 @@ def depthwise_conv2d(
     lattice = grid_to_rows(F.conv2d(grid, kernel, None, stride, dilation, dilation, rows.shape[1]))
     if dst.num_extra == 0:
         return lattice
-    values, index = neighbour_values(rows, src.neighbours(dst, spacing, exchange))
-    return torch.cat((lattice, _WeightedSum.apply(values, index, weight.flatten(1).t())))
+    table = src.neighbours(dst, spacing, exchange)
+    values = neighbour_values(rows, table)
+    return torch.cat((lattice, _WeightedSum.apply(values, table.index, weight.flatten(1).t())))
 
 
-def neighbour_values(rows: Tensor, table: NeighbourTable) -> tuple[Tensor, Tensor]:
-    """`[N + G + 1, C]` rows, ghosts and a zero, and `[M, 9]` which of them each neighbour is."""
-    values = torch.cat((rows, gather.ghost_rows(rows, table), rows.new_zeros(1, rows.shape[1])))
-    special = table.special_ghosts + rows.shape[0]
-    return values, table.index.flatten().index_copy(0, table.special_places, special).view(-1, TAPS)
+def neighbour_values(rows: Tensor, table: NeighbourTable) -> Tensor:
+    """`[N + G + 1, C]`: what the table's index reads, rows, ghosts and zero; differentiable."""
+    return torch.cat((rows, gather.ghost_rows(rows, table), rows.new_zeros(1, rows.shape[1])))
 
 
 class _WeightedSum(torch.autograd.Function):

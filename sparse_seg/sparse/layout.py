@@ -11,49 +11,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from sparse_seg.sparse.neighbours import TAPS, NeighbourTable
+
 EXCHANGES = ("linear", "nearest", "none")
-TAPS = 9  # of a 3x3 kernel, in (ky, kx) order
 _PHASE_Y, _PHASE_X = (0, 1, 1), (1, 0, 1)  # phases 1, 2, 3 of a 2x2 block
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, eq=False)
-class NeighbourTable:
-    """The 3x3 neighbours of the extra sites of one layout, as rows of another.
-
-    index:          `[M, 9]` int64. Row of the source; ghost and zero places hold row 0, overwritten below.
-    ghosts:         `[G, R]` int64. A ghost is the mean of these R rows (repeats stand for weights).
-    ghost_cells:    `[G]` int64, ascending. The flat cell of the finest grid where a ghost stands.
-    special_places: `[S]` int64, ascending. Flat places in `index` that hold a ghost or a zero.
-    special_ghosts: `[S]` int64. Which ghost stands there; G stands for zero.
-    """
-
-    index: Tensor
-    ghosts: Tensor
-    ghost_cells: Tensor
-    special_places: Tensor
-    special_ghosts: Tensor
-    _bounds: dict[int, list[int]] = field(default_factory=dict)
-
-    def special_bounds(self, tile: int) -> list[int]:
-        """Where each tile of `tile` sites starts in `special_places`, and the end (cached per tile size)."""
-        if tile not in self._bounds:
-            starts = torch.arange(0, self.index.shape[0] + tile, tile, device=self.index.device) * TAPS
-            self._bounds[tile] = torch.searchsorted(self.special_places, starts).tolist()
-        return self._bounds[tile]
-
-    @property
-    def num_hits(self) -> int:
-        """Taps that read a site or a ghost, not zero."""
-        return self.index.numel() - int((self.special_ghosts == self.ghosts.shape[0]).sum())
 
 
 class SiteLayout:
@@ -236,10 +205,10 @@ class SiteLayout:
             ghosts = self.owner.flatten()[ghost_cells, None]
         else:
             ghosts = self.interpolation[ghost_cells]
-        places = (index < 0).flatten().nonzero().squeeze(1)
-        zero = torch.full_like(cells, ghost_cells.shape[0])
-        special = ghost_of_cell[cells].where(missing, zero).flatten()[places]
-        return NeighbourTable(index.clamp_min_(0), ghosts, ghost_cells, places, special)
+        zero = self.num_sites + ghost_cells.shape[0]
+        ghost = (self.num_sites + ghost_of_cell[cells]).where(missing, zero)
+        index = index.where(index >= 0, ghost)
+        return NeighbourTable(index, inside, ghosts, ghost_cells, self.num_sites)
 
     def __repr__(self) -> str:
         return (

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -235,3 +236,24 @@ def _check_backward_memory(mask: Tensor, channels: int, tile_bytes: int) -> None
     assert peak > row_bytes, "the gradient of the rows alone is as large"
     assert peak <= 2 * features + tile_bytes
     assert 9 * layout.num_extra * channels * 4 > 2 * features + tile_bytes, "an im2col in one piece must show"
+
+
+@pytest.mark.parametrize(("spacing", "groups"), [(16, 1), (80, 9), (160, 9)])
+def test_taps_outside_the_image(spacing: int, groups: int, device: str) -> None:
+    """Near taps multiply their few zeros, far ones leave them out: both equal the dense convolution."""
+    size = (24, 33)
+    layout = SiteLayout.from_fine_blocks(torch.ones(2, 12, 17, dtype=torch.bool, device=device), size)
+    assert len(layout.neighbours(layout, spacing).groups) == groups
+    rows, weight = (tensor.to(device).requires_grad_() for tensor in random_tensors(layout))
+    out = gather.selective_conv2d(rows, weight, layout, layout, spacing, "linear")
+    seed = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=device).view_as(out)
+    ours = torch.autograd.grad(out, (rows, weight), seed)
+
+    grid = torch.zeros(2 * size[0] * size[1], 3, dtype=out.dtype, device=device)
+    grid = grid.index_copy(0, layout.cells, rows).view(2, *size, 3).permute(0, 3, 1, 2)
+    dilation = spacing // 8
+    dense = F.conv2d(grid, weight.permute(0, 3, 1, 2), None, 1, dilation, dilation)
+    theirs = dense.permute(0, 2, 3, 1).flatten(0, 2)[layout.cells]
+    assert relative_error(out, theirs) < 1e-12
+    for our, their in zip(ours, torch.autograd.grad(theirs, (rows, weight), seed), strict=True):
+        assert relative_error(our, their) < 1e-12

@@ -1,8 +1,9 @@
 """The gather engine: the lattice through the vendor's dense convolution, extra sites by gather and GEMM.
 
-Extra sites are processed in tiles that stay in cache: gather the nine neighbours of each site into
-`[T, 9*I]`, multiply by the weight as a matrix `[9*I, O]`. Backward gathers again in place of saving nine
-copies of the activations: it holds the gradient of the rows, that of the lattice, and one tile.
+Extra sites are processed in tiles: gather the nine neighbours of each site into `[T, 9*I]`, multiply by the
+weight as a matrix `[9*I, O]`. Taps that the image border cuts off are left out where they are many. Backward
+gathers again in place of saving nine copies of the activations: it holds the gradient of the rows, that of
+the lattice, and one tile.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid
-from sparse_seg.sparse.layout import TAPS, NeighbourTable, SiteLayout
+from sparse_seg.sparse.layout import SiteLayout
+from sparse_seg.sparse.neighbours import NeighbourTable, TapGroup
 
-# Bytes of a gathered tile: many rows make an efficient GEMM (16 MiB was best of 1 to 64 on two Xeon cores).
-TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+# Bytes of a gathered tile: many rows make an efficient GEMM (32 MiB was best of 1 to 64 on two Xeon cores).
+TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
 def selective_conv2d(
@@ -93,7 +95,7 @@ def lattice_conv2d(rows: Tensor, weight: Tensor, src: SiteLayout, stride: int, d
 
 def ghost_rows(rows: Tensor, table: NeighbourTable) -> Tensor:
     """`[G, I]`: the value of each ghost; differentiable."""
-    if not table.ghosts.shape[0]:
+    if not table.num_ghosts:
         return rows.new_zeros(0, rows.shape[1])
     return _ghost_sums(rows, table) / table.ghosts.shape[1]
 
@@ -103,56 +105,63 @@ def _ghost_sums(rows: Tensor, table: NeighbourTable) -> Tensor:
     return F.embedding_bag(table.ghosts, rows, mode="sum")
 
 
+def _with_ghosts(rows: Tensor, table: NeighbourTable) -> Tensor:
+    """`[N + G + 1, I]`: what the table's index reads, rows, ghosts and zero. Not differentiable."""
+    source = rows.new_empty(table.num_rows + table.num_ghosts + 1, rows.shape[1])
+    source[: table.num_rows] = rows
+    if table.num_ghosts:
+        torch.div(_ghost_sums(rows, table), table.ghosts.shape[1], out=source[table.num_rows : -1])
+    source[-1] = 0
+    return source
+
+
 class _Tiles:
-    """Walks over the extra sites tile by tile, with one reused buffer for the nine neighbours of each."""
+    """The tiles of a table's groups, with one reused buffer `[T * taps, I]` for what their taps read."""
 
-    def __init__(self, rows: Tensor, table: NeighbourTable) -> None:
-        self.rows, self.table = rows, table
-        sites, channels = table.index.shape[0], rows.shape[1]
-        budget = TILE_BYTES.get(rows.device.type, TILE_BYTES["cpu"])
-        self.tile = min(sites, max(1, budget // (TAPS * channels * rows.element_size())))
-        self.buffer = rows.new_empty(self.tile * TAPS, channels)
+    def __init__(self, source: Tensor, table: NeighbourTable) -> None:
+        self.row_bytes = source.shape[1] * source.element_size()
+        self.max_bytes = TILE_BYTES.get(source.device.type, TILE_BYTES["cpu"])
+        rows = max(self._max_sites(group) * group.index.shape[1] for group in table.groups)
+        self.buffer = source.new_empty(rows, source.shape[1])
 
-    def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        """Yields (extra sites, their places in the special lists)."""
-        bounds = self.table.special_bounds(self.tile)
-        sites = self.table.index.shape[0]
-        for number, first in enumerate(range(0, sites, self.tile)):
-            yield slice(first, min(first + self.tile, sites)), slice(bounds[number], bounds[number + 1])
+    def _max_sites(self, group: TapGroup) -> int:
+        sites, taps = group.index.shape
+        return min(sites, max(1, self.max_bytes // (taps * self.row_bytes)))
 
-    def places(self, extra: slice, special: slice) -> Tensor:
-        """Where the specials of a tile stand in its buffer."""
-        return self.table.special_places[special] - extra.start * TAPS
+    def of(self, group: TapGroup) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yields (sites of the group, `[T * taps]` what they read, room for it `[T * taps, I]`)."""
+        for sites in group.tiles(self._max_sites(group)):
+            index = group.index[sites].flatten()
+            yield sites, index, self.buffer[: index.shape[0]]
 
-    def gather(self, extra: slice, special: slice, ghosts: Tensor) -> Tensor:
-        """`[T, 9*I]`: the tile's neighbours. Valid until the next call."""
-        index = self.table.index[extra].flatten()
-        tile = self.buffer[: index.shape[0]]
-        torch.index_select(self.rows, 0, index, out=tile)
-        specials = ghosts.index_select(0, self.table.special_ghosts[special])
-        tile.index_copy_(0, self.places(extra, special), specials)
-        return tile.view(-1, TAPS * self.rows.shape[1])
-
-
-def _ghosts_and_zero(rows: Tensor, table: NeighbourTable) -> Tensor:
-    """`[G + 1, I]`: the value of each ghost, and zero. Not differentiable."""
-    ghosts = rows.new_zeros(table.ghosts.shape[0] + 1, rows.shape[1])
-    if table.ghosts.shape[0]:
-        torch.div(_ghost_sums(rows, table), table.ghosts.shape[1], out=ghosts[:-1])
-    return ghosts
+    def gathered(self, source: Tensor, group: TapGroup) -> Iterator[tuple[slice, Tensor]]:
+        """Yields (sites of the group, their neighbours `[T, taps * I]`); a tile is valid until the next."""
+        for sites, index, values in self.of(group):
+            torch.index_select(source, 0, index, out=values)
+            yield sites, values.view(sites.stop - sites.start, -1)
 
 
 def multiply_neighbours(
     rows: Tensor, weight: Tensor, table: NeighbourTable, out: Tensor, bias: Tensor | None = None
 ) -> None:
     """The extra sites' outputs `[M, O]`, written to `out`; without autograd."""
-    tiles, matrix, ghosts = _Tiles(rows, table), weight.flatten(1).t(), _ghosts_and_zero(rows, table)
-    for extra, special in tiles:
-        tile = tiles.gather(extra, special, ghosts)
-        if bias is None:
-            torch.mm(tile, matrix, out=out[extra])
-        else:
-            torch.addmm(bias, tile, matrix, out=out[extra])
+    if not table.groups:
+        return
+    source = _with_ghosts(rows, table)
+    tiles = _Tiles(source, table)
+    for group in table.groups:
+        (columns, first), *rest = group.weight_blocks(weight)
+        result = out if group.sites is None else out.new_empty(group.index.shape[0], out.shape[1])
+        for sites, values in tiles.gathered(source, group):
+            part = result[sites]
+            if bias is None:
+                torch.mm(values[:, columns], first.t(), out=part)
+            else:
+                torch.addmm(bias, values[:, columns], first.t(), out=part)
+            for more, block in rest:
+                part.addmm_(values[:, more], block.t())
+        if group.sites is not None:
+            out.index_copy_(0, group.sites, result)
 
 
 class _SelectiveConv2d(torch.autograd.Function):
@@ -198,45 +207,46 @@ class _SelectiveConv2d(torch.autograd.Function):
             grad_weight = grad_oihw.permute(0, 2, 3, 1).contiguous()
             grad_weight = _add_weight_grad(grad_weight, extra_grad, rows, table)
         if ctx.needs_input_grad[0]:
-            grad_rows = _with_extra(grad_rows, src)
-            _add_rows_grad(grad_rows, extra_grad, weight, table)
+            grad_rows = _rows_grad(grad_rows, extra_grad, weight, table)
         return grad_rows, grad_weight, None, None, None, None, None
 
 
-def _with_extra(grad_grid: Tensor, layout: SiteLayout) -> Tensor:
-    """Gradient of the lattice `[B, C, Hc, Wc]` as that of all rows `[N, C]`, zero at the extra sites."""
-    grad_rows = grad_grid.new_zeros(layout.num_sites, grad_grid.shape[1])
-    grad_rows[: layout.num_lattice] = grid_to_rows(grad_grid)
-    return grad_rows
-
-
 def _add_weight_grad(grad_weight: Tensor, grad: Tensor, rows: Tensor, table: NeighbourTable) -> Tensor:
-    """The weight's gradient plus what the extra sites' outputs contribute."""
-    tiles, ghosts = _Tiles(rows, table), _ghosts_and_zero(rows, table)
+    """The weight's gradient plus what the extra sites contribute."""
+    source = _with_ghosts(rows, table)
+    tiles = _Tiles(source, table)
     # half precision would lose small addends over many tiles: it sums in float32
     total = grad_weight.to(torch.promote_types(grad_weight.dtype, torch.float32))
-    matrix = total.flatten(1)
-    for extra, special in tiles:
-        if total.dtype == rows.dtype:
-            matrix.addmm_(grad[extra].t(), tiles.gather(extra, special, ghosts))
-        else:
-            matrix += grad[extra].t() @ tiles.gather(extra, special, ghosts)
+    for group in table.groups:
+        blocks, of_group = group.weight_blocks(total), _of_group(grad, group)
+        for sites, values in tiles.gathered(source, group):
+            for columns, block in blocks:
+                if total.dtype == rows.dtype:
+                    block.addmm_(of_group[sites].t(), values[:, columns])
+                else:
+                    block += of_group[sites].t() @ values[:, columns]
     return total.to(grad_weight.dtype)
 
 
-def _add_rows_grad(grad_rows: Tensor, grad: Tensor, weight: Tensor, table: NeighbourTable) -> None:
-    """Add what the extra sites' outputs contribute to the gradient of the rows, in place."""
-    tiles, matrix = _Tiles(grad_rows, table), weight.flatten(1)
-    grad_ghosts = grad_rows.new_zeros(table.ghosts.shape[0] + 1, grad_rows.shape[1])
-    for extra, special in tiles:
-        index = table.index[extra].flatten()
-        grad_tile = tiles.buffer[: index.shape[0]]
-        torch.mm(grad[extra], matrix, out=grad_tile.view(-1, matrix.shape[1]))
-        places = tiles.places(extra, special)
-        grad_ghosts.index_add_(0, table.special_ghosts[special], grad_tile[places])
-        grad_tile.index_fill_(0, places, 0)
-        grad_rows.index_add_(0, index, grad_tile)
-    if table.ghosts.shape[0]:
+def _rows_grad(lattice_grad: Tensor, grad: Tensor, weight: Tensor, table: NeighbourTable) -> Tensor:
+    """`[N, I]`: the gradient of the lattice `[B, I, Hc, Wc]` plus what the extra sites contribute."""
+    total = lattice_grad.new_zeros(table.num_rows + table.num_ghosts + 1, lattice_grad.shape[1])
+    lattice = grid_to_rows(lattice_grad)
+    total[: lattice.shape[0]] = lattice
+    tiles = _Tiles(total, table)
+    for group in table.groups:
+        blocks, of_group = group.weight_blocks(weight), _of_group(grad, group)
+        for sites, index, values in tiles.of(group):
+            for columns, block in blocks:
+                torch.mm(of_group[sites], block, out=values.view(sites.stop - sites.start, -1)[:, columns])
+            total.index_add_(0, index, values)
+    grad_rows, grad_ghosts = total[: table.num_rows], total[table.num_rows : -1]
+    if table.num_ghosts:
         grad_ghosts /= table.ghosts.shape[1]
-        for source in table.ghosts.unbind(1):
-            grad_rows.index_add_(0, source, grad_ghosts[:-1])
+        for rows in table.ghosts.unbind(1):
+            grad_rows.index_add_(0, rows, grad_ghosts)
+    return grad_rows
+
+
+def _of_group(grad: Tensor, group: TapGroup) -> Tensor:
+    return grad if group.sites is None else grad[group.sites]

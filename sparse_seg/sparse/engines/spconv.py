@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sparse_seg.sparse.engines import EngineError, gather
-from sparse_seg.sparse.layout import NeighbourTable, SiteLayout
+from sparse_seg.sparse.layout import SiteLayout
+from sparse_seg.sparse.neighbours import NeighbourTable
 
 DEVICES, DTYPES = ("cpu", "cuda"), (torch.float32, torch.float16)
 TOLERANCE = 1e-3  # of the self-check, above TF32's rounding
