@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sparse_seg.models.heads import DeepLabV3Head, LiteHead, mean_by_area
+from sparse_seg.models.aspp import ASPP, SelectiveSeparableConv2d, mean_by_area
+from sparse_seg.models.heads import DeepLabV3Head, DeepLabV3PlusHead, FCNHead, LiteHead
 from sparse_seg.models.resnet import BasicBlock, Bottleneck, ResNet, Stage
 from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
 from sparse_seg.models.tuning import Tuner
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout, densify, grid_to_rows, lattice_grid, select_rows
+from sparse_seg.sparse.conv import undilated_conv2d
 from sparse_seg.sparse.engines import gather
 from sparse_seg.sparse.winograd import transform_weight, winograd_conv2d
 
@@ -41,7 +43,13 @@ def for_inference(model: SelectiveSegmentor) -> SelectiveSegmentor:
         raise ValueError("call model.eval() before for_inference(): batch statistics cannot be folded")
     with torch.no_grad():
         head = _FUSED_HEADS[type(model.head)](model.head) if type(model.head) in _FUSED_HEADS else model.head
-        fused = FusedSegmentor(FusedResNet(model.backbone), head, model.policy, model.trained_stride)
+        fused = FusedSegmentor(
+            FusedResNet(model.backbone),
+            head,
+            model.policy,
+            model.trained_stride,
+            align_corners=model.align_corners,
+        )
     tuner = Tuner()
     for layer in fused.modules():
         if isinstance(layer, FusedLayer):
@@ -168,6 +176,8 @@ class FusedConv(FusedLayer):
         self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None = None
     ) -> Tensor:
         """`[src.num_sites, I]` to `[dst.num_sites, O]`; the memory of `residual` may be overwritten."""
+        if self.spacing is None:
+            return self._finish(undilated_conv2d(rows, self.weight, dst, self.bias), residual)
         stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
         lattice_residual = None if residual is None else lattice_grid(residual, dst)
         lattice = grid_to_rows(self._lattice(lattice_grid(rows, src), lattice_residual, stride, dilation))
@@ -217,7 +227,7 @@ class FusedBlock(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         assert isinstance(block, (BasicBlock, Bottleneck))
-        self.shortcut = None
+        self.shortcut, self.pool = None, block.pool
         if block.downsample is not None:
             self.shortcut = FusedLinear(block.downsample[0], block.downsample[1], relu=False)
         if isinstance(block, BasicBlock):
@@ -234,7 +244,7 @@ class FusedBlock(nn.Module):
         out = rows
         for conv in self.convs:
             out = conv(out, src, dst) if isinstance(conv, FusedConv) else conv(out)
-        shortcut = select_rows(rows, src, dst)
+        shortcut = self.pool(rows, src, dst) if self.pool else select_rows(rows, src, dst)
         shortcut = shortcut if self.shortcut is None else self.shortcut(shortcut)
         if isinstance(self.last, FusedConv):
             return self.last(out, dst, dst, shortcut)
@@ -247,7 +257,9 @@ class FusedResNet(ResNet):
     def __init__(self, backbone: ResNet) -> None:
         nn.Module.__init__(self)  # the parts come from `backbone`, not from a stage table
         self.stage_channels = backbone.stage_channels
-        self.conv1 = _channels_last(fuse_conv_bn_eval(backbone.conv1, backbone.bn1))
+        deep = isinstance(backbone.conv1, nn.Sequential)
+        parts = backbone.conv1.children() if deep else [backbone.conv1]
+        self.conv1 = _fuse_sequence(nn.Sequential(*parts, backbone.bn1))
         stages = (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             Stage(FusedBlock(block) for block in stage) for stage in stages
@@ -271,22 +283,75 @@ class FusedLiteHead(nn.Module):
         return self.classifier(self.refine(densify(self.reduce(rows), layout)))
 
 
-class FusedDeepLabV3Head(nn.Module):
-    """The interface of `DeepLabV3Head`."""
+class FusedSeparableConv(nn.Module):
+    """`SelectiveSeparableConv2d` and batch norm, then ReLU."""
 
-    def __init__(self, head: DeepLabV3Head) -> None:
+    def __init__(self, conv: SelectiveSeparableConv2d, norm: nn.Module) -> None:
         super().__init__()
-        aspp = head.aspp
+        self.depthwise, self.pointwise = copy.deepcopy(conv.depthwise), FusedLinear(conv.pointwise, norm)
+        self.bias: Tensor | None
+        self.register_buffer("bias", None)
+        if conv.norm is not None:
+            scale, self.bias = _fold(conv.norm)
+            self.depthwise.weight.mul_(scale[:, None, None, None])
+
+    def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
+        out = self.depthwise(rows, src, dst)
+        return self.pointwise(out if self.bias is None else out.add_(self.bias).relu_())
+
+
+class FusedASPP(nn.Module):
+    """The interface of `ASPP`."""
+
+    def __init__(self, aspp: ASPP) -> None:
+        super().__init__()
+        branches: Any = zip(aspp.atrous, aspp.atrous_bn, strict=True)
         self.point = FusedLinear(aspp.point[0], aspp.point[1])
-        self.atrous = nn.ModuleList(map(FusedConv, aspp.atrous, aspp.atrous_bn))
+        self.atrous = nn.ModuleList(_fuse_atrous(conv, norm) for conv, norm in branches)
         self.pool = FusedLinear(aspp.pool[0], aspp.pool[1])
-        self.project = FusedLinear(aspp.project[0], aspp.project[1])
-        self.refine, self.classifier = _fuse_sequence(head.refine), copy.deepcopy(head.classifier)
+        self.project = None if aspp.project is None else FusedLinear(aspp.project[0], aspp.project[1])
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
         branches = [self.point(rows), *(conv(rows, layout, layout) for conv in self.atrous)]
         branches.append(self.pool(mean_by_area(rows, layout))[layout.image_of_row])
-        return self.classifier(self.refine(densify(self.project(torch.cat(branches, 1)), layout)))
+        out = torch.cat(branches, 1)
+        return out if self.project is None else self.project(out)
+
+
+def _fuse_atrous(conv: nn.Module, norm: nn.Module) -> nn.Module:
+    if isinstance(conv, SelectiveSeparableConv2d):
+        return FusedSeparableConv(conv, norm)
+    return FusedConv(conv, norm)
+
+
+class FusedDeepLabV3Head(DeepLabV3Head):
+    """A `DeepLabV3Head` of fused parts."""
+
+    def __init__(self, head: DeepLabV3Head) -> None:
+        nn.Module.__init__(self)  # the parts come from `head`, not from options
+        self.aspp: Any = FusedASPP(head.aspp)
+        self.refine, self.classifier = _fuse_sequence(head.refine), copy.deepcopy(head.classifier)
+
+
+class FusedDeepLabV3PlusHead(DeepLabV3PlusHead):
+    """A `DeepLabV3PlusHead` of fused parts."""
+
+    def __init__(self, head: DeepLabV3PlusHead) -> None:
+        nn.Module.__init__(self)
+        self.trained_stride, self.align_corners = head.trained_stride, head.align_corners
+        self.aspp: Any = FusedASPP(head.aspp)
+        self.refine, self.low_level = _fuse_sequence(head.refine), _fuse_sequence(head.low_level)
+        self.decoder = nn.Sequential(*(_fuse_sequence(part) for part in head.decoder.children()))
+        self.classifier = copy.deepcopy(head.classifier)
+
+
+class FusedFCNHead(FCNHead):
+    """An `FCNHead` of fused parts."""
+
+    def __init__(self, head: FCNHead) -> None:
+        nn.Module.__init__(self)
+        self.refine, self.classifier = _fuse_sequence(head.refine), copy.deepcopy(head.classifier)
+        self.dropout = copy.deepcopy(head.dropout)
 
 
 def _fold(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -298,10 +363,10 @@ def _fold(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-def _fuse_sequence(modules: nn.Sequential) -> nn.Sequential:
+def _fuse_sequence(modules: nn.Module) -> nn.Sequential:
     """A sequence with each batch norm folded into the convolution before it, without dropout."""
     fused: list[nn.Module] = []
-    for module in modules:
+    for module in modules.children():
         if isinstance(module, nn.BatchNorm2d):
             conv = fused.pop()
             assert isinstance(conv, nn.Conv2d)
@@ -315,4 +380,9 @@ def _channels_last(module: Module) -> Module:
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-_FUSED_HEADS: dict[type[nn.Module], Any] = {LiteHead: FusedLiteHead, DeepLabV3Head: FusedDeepLabV3Head}
+_FUSED_HEADS: dict[type[nn.Module], Any] = {
+    LiteHead: FusedLiteHead,
+    DeepLabV3Head: FusedDeepLabV3Head,
+    DeepLabV3PlusHead: FusedDeepLabV3PlusHead,
+    FCNHead: FusedFCNHead,
+}

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.masks import MaskPolicy, block_shape
+from sparse_seg.models.heads import LOW_LEVEL_STRIDE
 from sparse_seg.models.resnet import STAGE_STRIDES, ResNet
 from sparse_seg.models.upsample import upsample_logits
-from sparse_seg.sparse import SiteLayout
+from sparse_seg.sparse import SiteLayout, rows_to_grid
 
 MIN_SIZE = 32  # pixels; below it the coarsest stage has no cell left
 
@@ -32,6 +33,7 @@ class SelectiveSegmentor(nn.Module):
         backbone, head, policy: built by `build_model`.
         trained_stride: output stride the head's last upsampling was trained at, in pixels.
         auxiliary: head on layer3's rows, used in training only.
+        align_corners: of the last upsampling.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class SelectiveSegmentor(nn.Module):
         policy: MaskPolicy,
         trained_stride: int = 8,
         auxiliary: nn.Module | None = None,
+        align_corners: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
-        self.policy, self.trained_stride = policy, trained_stride
+        self.policy, self.trained_stride, self.align_corners = policy, trained_stride, align_corners
 
     def forward(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
         """Logits `[B, K, H, W]` of normalised images `[B, 3, H, W]`, any size from 32x32 up.
@@ -76,14 +79,30 @@ class SelectiveSegmentor(nn.Module):
         features = self.backbone(images, layouts)
         auxiliary = None
         if self.auxiliary is not None and self.training:
-            auxiliary = self._upsample(self.auxiliary(features[2], layouts[2]), images, layouts[2])
-        logits = self.head(features[3], layouts[3])
-        return Outputs(self._upsample(logits, images, layouts[3]), auxiliary)
+            auxiliary = self._upsample(self.auxiliary(features[2], layouts[2]), images, layouts[2].stride)
+        return Outputs(self._logits(images, features, layouts), auxiliary)
 
-    def _upsample(self, logits: Tensor, images: Tensor, layout: SiteLayout) -> Tensor:
+    def grid_logits(self, features: list[Tensor], layouts: list[SiteLayout]) -> Tensor:
+        """The head's logits `[B, K, h, w]` from the stages' rows, before the last upsampling."""
+        if not getattr(self.head, "uses_low_level", False):
+            return self.head(features[3], layouts[3])
+        low_level = rows_to_grid(features[0], layouts[0].batch, layouts[0].size)
+        return self.head(features[3], layouts[3], low_level)
+
+    def _logits(self, images: Tensor, features: list[Tensor], layouts: list[SiteLayout]) -> Tensor:
+        logits = self.grid_logits(features, layouts)
+        if not getattr(self.head, "uses_low_level", False):
+            return self._upsample(logits, images, layouts[3].stride)
+        return self._upsample(logits, images, LOW_LEVEL_STRIDE, LOW_LEVEL_STRIDE)
+
+    def _upsample(
+        self, logits: Tensor, images: Tensor, stride: int, trained_stride: int | None = None
+    ) -> Tensor:
         size = (images.shape[2], images.shape[3])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return upsample_logits(logits, size, layout.stride, self.trained_stride)
+        return upsample_logits(
+            logits, size, stride, trained_stride or self.trained_stride, self.align_corners
+        )
 
     def selective_layouts(self, images: Tensor, fine_blocks: Tensor | None = None) -> list[SiteLayout]:
         """Layouts of layer1..layer4: dense at 4 and 8, then two levels by the mask."""

@@ -27,6 +27,7 @@ from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
 from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import checkpoint_config, load_checkpoint, load_weights, save_checkpoint
 from sparse_seg.training.losses import SegmentationLoss
+from sparse_seg.training.pretrained import load_pretrained
 from sparse_seg.training.schedule import build_optimizer, learning_rate
 
 
@@ -44,7 +45,7 @@ class Trainer:
 
     Raises:
         TrainingError: the folder already holds a run.
-        CheckpointError: the checkpoint to resume from is missing, corrupt or of another model.
+        CheckpointError: the checkpoint to resume or to start from is missing, corrupt or of another model.
         DataError: the dataset is incomplete or inconsistent.
     """
 
@@ -73,7 +74,10 @@ class Trainer:
         self.validation.check()
 
         torch.manual_seed(train.seed)
-        self.model = build_model(config).to(self.device)
+        self.model = build_model(config)
+        if config.model.pretrained is not None and state is None:
+            tqdm.write(load_pretrained(self.model, config.model, config.model.pretrained))
+        self.model.to(self.device)
         self.ema = copy.deepcopy(self.model) if train.ema_decay is not None else None
         self.loss = SegmentationLoss(train.loss).to(self.device)
         self.optimizer = build_optimizer(self.model, train)
