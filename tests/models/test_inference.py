@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_seg import build_model
-from sparse_seg.models.inference import FusedLayer
+from sparse_seg.models.fused import FusedLayer
 from sparse_seg.models.tuning import Tuner
 from tests.reference import VARIANTS, randomise, relative_error, variant_model
 
