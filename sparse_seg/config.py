@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparse_seg.data import DATASETS
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks import POLICIES
+from sparse_seg.masks import POLICIES, REDUCTIONS, RULES, UNCERTAINTIES
 from sparse_seg.models.aspp import SEPARABLE
 from sparse_seg.models.heads import HEADS, POOLING_HEADS
 from sparse_seg.models.resnet import ARCHITECTURES, SHORTCUTS, STAGE_STRIDES, STEMS
@@ -281,7 +281,13 @@ _MODEL_BOUNDS = {
     "low_level_channels": "[1, inf)",
     "decoder_convs": "[1, inf)",
 }
-_MASK_BOUNDS = {"fine_fraction": "[0, 1]", "threshold": "(-inf, inf)"}
+_MASK_BOUNDS = {
+    "fine_fraction": "[0, 1]",
+    "threshold": "(-inf, inf)",
+    "middle_fraction": "[0, 1]",
+    "middle_threshold": "(-inf, inf)",
+}
+STRIDES = ([8, 16], [8, 16, 32], [4, 8, 16])
 _DATA_BOUNDS = {
     "scale_range": "(0, inf)",
     "jitter": "[0, 1)",
@@ -290,6 +296,7 @@ _DATA_BOUNDS = {
     "workers": "[0, inf)",
 }
 _TRAIN_BOUNDS = {
+    "budget_weight": "[0, inf)",
     "iterations": "[1, inf)",
     "batch_size": "[1, inf)",
     "lr": "(0, inf)",
@@ -343,6 +350,7 @@ def check_config(config: Config) -> None:
     _require(len(data.mean) == len(data.std) == 3, "data.mean and data.std need three numbers each")
     _choose("train.network", train.network, ("dense", "selective"))
     _choose("train.output_stride", train.output_stride, (8, 16, 32))
+    _choose("train.mask_loss", train.mask_loss, ("straight_through", "supervised"))
     _choose("train.optimizer", train.optimizer, ("sgd", "adamw"))
     _choose("train.amp_dtype", train.amp_dtype, ("bfloat16", "float16"))
     _require(
@@ -365,6 +373,34 @@ def check_config(config: Config) -> None:
     )
 
 
+def check_training(config: Config) -> None:
+    """What training needs beyond a valid config.
+
+    Raises:
+        ConfigError: settings of a learned mask that exclude each other, with the fix.
+    """
+    train, mask = config.train, config.model.mask
+    learned, supervised = mask.policy == "learned", train.mask_loss == "supervised"
+    _require(
+        learned or not train.freeze,
+        "train.freeze leaves nothing to train but a learned mask: set model.mask.policy=learned",
+    )
+    if learned and supervised:
+        _require(train.freeze, "train.mask_loss=supervised trains the mask alone: set train.freeze=true")
+    elif learned:
+        _require(
+            config.model.head != "deeplabv3plus",
+            "train.mask_loss=straight_through cannot train through the skip of model.head=deeplabv3plus: set "
+            "train.mask_loss=supervised with train.freeze=true",
+        )
+        fits = len(config.model.strides) == 2 and mask.threshold is None
+        _require(
+            fits,
+            "train.mask_loss=straight_through needs two strides and a budget: set model.mask.threshold=null "
+            "and model.strides=[8,16], or train.mask_loss=supervised with train.freeze=true",
+        )
+
+
 def _check_model(model: ModelConfig) -> None:
     _choose("model.backbone", model.backbone, ARCHITECTURES)
     _choose("model.head", model.head, HEADS)
@@ -375,7 +411,17 @@ def _check_model(model: ModelConfig) -> None:
     _choose("model.exchange", model.exchange, EXCHANGES)
     _choose("model.engine", model.engine, ENGINES)
     _choose("model.trained_stride", model.trained_stride, (8, 16, 32))
+    _choose("model.strides", model.strides, STRIDES)
     _choose("model.mask.policy", model.mask.policy, POLICIES)
+    _choose("model.mask.edge", model.mask.edge, RULES)
+    _choose("model.mask.uncertainty", model.mask.uncertainty, UNCERTAINTIES)
+    _choose("model.mask.reduce", model.mask.reduce, REDUCTIONS)
+    _choose("model.mask.stored_dtype", model.mask.stored_dtype, (None, "float16", "bfloat16"))
+    _require(
+        model.dilate_second or model.mask.policy != "confidence",
+        "model.mask.policy=confidence needs a coarse pass that does not depend on the mask, which "
+        "model.dilate_second=false makes it do: choose another policy",
+    )
     _check_bounds(model, "model", _MODEL_BOUNDS)
     _check_bounds(model.mask, "model.mask", _MASK_BOUNDS)
     _require(
@@ -393,8 +439,13 @@ def _check_model(model: ModelConfig) -> None:
         "model.aspp_projection and model.refine cannot both be false for deeplabv3",
     )
     _require(bool(model.aspp_rates), "model.aspp_rates needs at least one rate")
-    spacings = [rate * model.trained_stride for rate in model.aspp_rates]
+    if len(model.strides) == 3:
+        _require(
+            model.mask.threshold is None or model.mask.middle_threshold is not None,
+            "model.mask.threshold with three strides needs model.mask.middle_threshold too",
+        )
+    spacings, coarsest = [rate * model.trained_stride for rate in model.aspp_rates], model.strides[-1]
     _require(
-        model.head not in POOLING_HEADS or all(spacing % 16 == 0 for spacing in spacings),
-        f"model.aspp_rates x trained_stride is {spacings} px; to run selective each must divide by 16",
+        model.head not in POOLING_HEADS or all(spacing % coarsest == 0 for spacing in spacings),
+        f"model.aspp_rates x trained_stride is {spacings} px; run selective, each must divide by {coarsest}",
     )

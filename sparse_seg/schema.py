@@ -7,10 +7,18 @@ import dataclasses
 
 @dataclasses.dataclass
 class MaskConfig:
-    policy: str = "edge"  # uniform | random | edge | oracle
+    policy: str = "edge"  # uniform | random | edge | confidence | learned | oracle
     fine_fraction: float = 0.15  # share of blocks that become fine, exact per image
     threshold: float | None = None  # when set, it replaces fine_fraction: blocks scoring above it are fine
+    middle_fraction: float = 0.2  # with three strides, share of blocks that get the middle one
+    middle_threshold: float | None = None  # with three strides and a threshold, that of the middle stride
     seed: int = 0  # of the random policy in eval
+    edge: str = "sobel"  # sobel | cad: rule of the edge policy
+    uncertainty: str = "entropy"  # entropy | margin | boundary: what the confidence policy looks at
+    reduce: str = "max"  # max | mean: of the uncertainty over a block
+    neighbours: bool = False  # whether a block is as uncertain as its most uncertain neighbour
+    blur: bool = False  # smooth the scores of any policy over neighbouring blocks, so that fine ones cluster
+    stored_dtype: str | None = None  # float16: keep the coarse pass's activations so; null: as they are
 
 
 @dataclasses.dataclass
@@ -38,6 +46,7 @@ class ModelConfig:
     align_corners: bool = False  # of upsampling
     exchange: str = "linear"  # linear | nearest | none
     engine: str = "auto"  # auto (spconv on CUDA where it works, else gather) | gather | spconv
+    strides: list[int] = dataclasses.field(default_factory=lambda: [8, 16])  # or [8, 16, 32] or [4, 8, 16]
     trained_stride: int = 8  # output stride whose upsampling offset the head is trained with
     auxiliary: bool = False  # FCN head on layer3, in training only
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
@@ -66,6 +75,10 @@ class LossConfig:
 
 @dataclasses.dataclass
 class TrainConfig:
+    init: str | None = None  # checkpoint of ours whose network training starts from
+    freeze: bool = False  # train the learned mask alone, and leave the network as it is
+    mask_loss: str = "straight_through"  # straight_through | supervised: of the learned mask
+    budget_weight: float = 10.0  # straight_through: weight of (share of fine blocks - fine_fraction)^2
     iterations: int = 1000
     batch_size: int = 8
     network: str = "dense"  # dense | selective: what runs in training and validation

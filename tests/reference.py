@@ -102,9 +102,9 @@ class DenseResNet(nn.Module):
 
 
 class DenseLite(nn.Module):
-    def __init__(self, inside: int, channels: int) -> None:
+    def __init__(self, inside: int, channels: int, dilation: int = 1) -> None:
         super().__init__()
-        depthwise = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels, bias=False)
+        depthwise = nn.Conv2d(channels, channels, 3, 1, dilation, dilation, groups=channels, bias=False)
         self.reduce = nn.Sequential(_conv(inside, channels, 1), nn.BatchNorm2d(channels), nn.ReLU())
         self.refine = nn.Sequential(
             depthwise,
@@ -122,7 +122,7 @@ class DenseLite(nn.Module):
 class DenseDeepLabV3(nn.Module):
     """torchvision's DeepLabHead; `rates` are dilations at the stride it runs at."""
 
-    def __init__(self, inside: int, channels: int, rates: Sequence[int]) -> None:
+    def __init__(self, inside: int, channels: int, rates: Sequence[int], dilation: int = 1) -> None:
         super().__init__()
 
         def branch(kernel: int, rate: int) -> nn.Sequential:
@@ -133,7 +133,8 @@ class DenseDeepLabV3(nn.Module):
         self.convs = nn.ModuleList([branch(1, 1), *(branch(3, rate) for rate in rates), branch(1, 1)])
         width = len(self.convs) * channels
         self.project = nn.Sequential(_conv(width, channels, 1), nn.BatchNorm2d(channels), nn.ReLU())
-        self.refine = nn.Sequential(_conv(channels, channels, 3), nn.BatchNorm2d(channels), nn.ReLU())
+        last = _conv(channels, channels, 3, 1, dilation)
+        self.refine = nn.Sequential(last, nn.BatchNorm2d(channels), nn.ReLU())
         self.classifier = nn.Conv2d(channels, NUM_CLASSES, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,13 +145,25 @@ class DenseDeepLabV3(nn.Module):
 
 
 class DenseSegmentor(nn.Module):
+    """`dilation` is that of the head's last 3x3 convolution."""
+
     def __init__(
-        self, name: str, width: float, output_stride: int, head: str, channels: int, rates: Sequence[int]
+        self,
+        name: str,
+        width: float,
+        output_stride: int,
+        head: str,
+        channels: int,
+        rates: Sequence[int],
+        dilation: int = 1,
     ):
         super().__init__()
         self.backbone = DenseResNet(name, width, output_stride)
         inside = self.backbone.channels
-        self.head = DenseLite(inside, channels) if head == "lite" else DenseDeepLabV3(inside, channels, rates)
+        if head == "lite":
+            self.head: nn.Module = DenseLite(inside, channels, dilation)
+        else:
+            self.head = DenseDeepLabV3(inside, channels, rates, dilation)
 
     def grid_logits(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images)[3])
@@ -233,12 +246,14 @@ def random_model(
     device: str = "cpu",
     exchange: str = "linear",
     trained_stride: int = 8,
+    strides: tuple[int, ...] = (8, 16),
 ) -> SelectiveSegmentor:
     """A network with random weights and statistics, in eval mode. Shared between tests: do not change it."""
     torch.manual_seed(0)
     config = {"backbone": backbone, "head": head, "width": width, "exchange": exchange, "head_channels": 16}
     config |= {"num_classes": NUM_CLASSES, "trained_stride": trained_stride}
     config["aspp_rates"] = [rate * 8 // trained_stride for rate in (4, 8, 12)]
+    config["strides"] = list(strides)
     model = build_model(config).to(device, dtype)
     randomise(model)
     return model
@@ -282,7 +297,9 @@ def dense_reference(
 ) -> DenseSegmentor:
     """The `nn.Conv2d` network of the same weights at an output stride."""
     rates = [rate * 8 // output_stride for rate in (4, 8, 12)]
-    reference = DenseSegmentor(backbone, width, output_stride, head, 16, rates).to(next(model.parameters()))
+    dilation = max(1, model.trained_stride // output_stride)
+    reference = DenseSegmentor(backbone, width, output_stride, head, 16, rates, dilation)
+    reference.to(next(model.parameters()))
     copy_weights(model, reference)
     return reference.train(model.training)
 

@@ -10,6 +10,7 @@ examples:
   sparse-seg benchmark configs/bench_r50.yaml --json bench_r50.json
   sparse-seg benchmark configs/bench_r101.yaml --size 1024x2048 --device cuda --dtype float16
   sparse-seg benchmark configs/bench_r50.yaml --fine-fraction 0.15 --batch 2 --scopes --train
+  sparse-seg benchmark configs/bench_r50.yaml --fine-fraction 0.1 --scopes network --policies given confidence
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from sparse_seg.evaluation.profile import profile_network
 from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.evaluation.subject import Setup, Subject, Way
 from sparse_seg.files import atomic_write
+from sparse_seg.masks import POLICIES
 from sparse_seg.reporting.benchmark import benchmark_table, profile_table
 
 
@@ -61,6 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["stages", "network"],
         help="default: both",
     )
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        choices=["given", *sorted(set(POLICIES) - {"uniform"})],
+        default=[],
+        metavar="P",
+        help="also these mask policies, by the network's fastest form; given: the config's mask, ready made",
+    )
     parser.add_argument("--train", action="store_true", help="also a training step")
     parser.add_argument("--profile", action="store_true", help="also where the time goes")
     parser.add_argument("--peers", action="store_true", help=f"also {', '.join(PEERS)}, where installed")
@@ -82,10 +92,13 @@ def run(args: argparse.Namespace) -> int:
         check_training(setup)
     subject, notes, rows = Subject(setup), list[str](), list[dict[str, Any]]()
     for scope in [*args.scopes, *(["train"] if args.train else [])]:
-        todo = ways(scope, args.fine_fraction, _engines(args, scope, subject, notes), _has_fast(subject))
+        engines = _engines(args, scope, subject, notes)
+        todo = ways(scope, args.fine_fraction, engines, _has_fast(subject), args.policies)
         if args.peers and scope != "train":
             todo += [Way(scope, "peer", 8, engine=name) for name in PEERS]
         rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
+    for row in (row for row in rows if row["stored_mib"] is not None):
+        notes.append(f"{row['network']}, {row['form']}: {row['stored_mib']:.1f} MiB of activations kept")
     if rows:
         print(benchmark_table(rows).to_text())
     profiles = _profiles(args, subject) if args.profile else []

@@ -1,8 +1,10 @@
 """Measure a checkpoint on a dataset: mIoU, per-class IoU, pixel accuracy, boundary mIoU, speed.
 
 The network runs selective, with the config's mask policy, unless --dense names an output stride. With
---compare, the same weights run dense OS8, dense OS16, and selective with each of --policies at each of the
-given fine fractions; the table then has multiply-adds and milliseconds too.
+--compare, the same weights run dense at each of model.strides, and selective with each of --policies at each
+of the given fine fractions; the table then has multiply-adds and milliseconds too. A policy may have options:
+edge:cad, confidence:entropy,max,neighbours. A long comparison can go on where it was stopped: --resume keeps
+the rows that are in the --json file and measures policy by policy (times are then not of one run).
 
 examples:
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --fine-fraction 0.2
@@ -10,6 +12,8 @@ examples:
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --set model.mask.policy=oracle
   sparse-seg evaluate configs/converted.yaml r101.safetensors --set data.root=../cityscapes
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --compare 0.1 0.2 --report r.html
+  sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --compare 0.1 0.2 --json masks.json \
+    --policies random edge edge:cad confidence oracle --exchange linear nearest --resume
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,14 +32,17 @@ from sparse_seg.config import check_classes, load_config
 from sparse_seg.conversion.converted import is_safetensors
 from sparse_seg.conversion.loading import run_config
 from sparse_seg.data import build_dataset
-from sparse_seg.evaluation.comparison import compare, settings
+from sparse_seg.errors import ConfigError
+from sparse_seg.evaluation.comparison import compare, groups, settings
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
 from sparse_seg.masks import POLICIES
+from sparse_seg.models.build import parse_policy
 from sparse_seg.reporting.comparison import comparison_table, write_comparison
 from sparse_seg.reporting.summary import class_table, summary
-from sparse_seg.schema import Config
+from sparse_seg.schema import Config, MaskConfig
+from sparse_seg.sparse import EXCHANGES
 from sparse_seg.training.checkpoint import load_model
 
 
@@ -49,8 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policies",
         nargs="+",
-        choices=sorted(set(POLICIES) - {"uniform"}),
-        help="with --compare: mask policies to compare (default: edge oracle)",
+        type=_policy,
+        metavar="P",
+        help=f"with --compare: of {', '.join(POLICIES)}, with options (default: edge oracle)",
+    )
+    parser.add_argument(
+        "--exchange",
+        nargs="+",
+        choices=EXCHANGES,
+        help="with --compare: rules to compare (default: the model's)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="with --compare: keep the rows that the --json file holds"
     )
     parser.add_argument(
         "--report", type=output_file, metavar="OUT", help="with --compare: also write an HTML report"
@@ -63,9 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for option in ("policies", "report"):
-        if getattr(args, option) is not None and args.compare is None:
+    for option in ("policies", "exchange", "report", "resume"):
+        if getattr(args, option) not in (None, False) and args.compare is None:
             args.usage_error(f"argument --{option}: only with --compare; add --compare F")
+    if args.resume and not args.json:
+        args.usage_error("argument --resume: name the file to go on with; add --json OUT")
     config = load_config(args.config, overrides(args))
     if args.compare:
         compare_and_report(
@@ -78,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
             args.device,
             args.json,
             args.report,
+            args.exchange or (),
+            args.resume,
         )
         return 0
     check_classes(config)
@@ -103,18 +125,26 @@ def compare_and_report(
     device: torch.device | str = "cpu",
     json_path: str | Path | None = None,
     report_path: str | Path | None = None,
+    exchanges: Sequence[str] = (),
+    resume: bool = False,
 ) -> None:
     """Compare the ways to run a checkpoint, print the table, and write the files asked for."""
     check_classes(config)
     dataset = build_dataset(config.data.dataset, config.data.root, split)
     dataset.check()
     model = load_model(checkpoint, config).to(device)
-    ways = settings(policies, fractions)
-    rows = compare(model, dataset, config.data, ways, limit, progress=True)
+    ways = settings(model, config.model.mask, policies, fractions, exchanges)
+    origin, rows = provenance(), list[dict[str, Any]]()
+    if resume:
+        earlier = _earlier(json_path)
+        rows = earlier["rows"]
+        origin["commits"] = sorted({*earlier["commits"], str(origin["commit"])})  # of all runs that measured
+    known = {row["network"] for row in rows}
+    for part in groups([way for way in ways if way.name not in known]) if resume else [ways]:
+        rows += compare(model, dataset, config.data, part, limit, progress=True)
+        if json_path:
+            atomic_write(json_path, json.dumps(origin | {"rows": rows}, indent=1) + "\n")
     print(comparison_table(rows).to_text())
-    origin = provenance()
-    if json_path:
-        atomic_write(json_path, json.dumps(origin | {"rows": rows}, indent=1) + "\n")
     if report_path:
         config = run_config(checkpoint, config) if is_safetensors(checkpoint) else config
         description = (
@@ -123,8 +153,36 @@ def compare_and_report(
             "One set of weights, no retraining. "
             f"{origin['machine']}, {origin['threads']} threads; milliseconds are medians over the images."
         )
-        shown = [ways[0], ways[1], ways[2 + len(fractions) // 2]]  # the first policy at a middle fraction
+        dense = len(model.strides)
+        shown = [*ways[:dense], ways[dense + len(fractions) // 2]]  # the first policy at a middle fraction
         write_comparison(
             report_path, "Dense and selective", description, rows, model, dataset, config.data, shown
         )
         print(f"report: {report_path}")
+
+
+def _policy(text: str) -> str:
+    """An argument type: a mask policy that takes any fraction, with its options."""
+    try:
+        if parse_policy(text, MaskConfig()).policy != "uniform":
+            return text
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    raise argparse.ArgumentTypeError("uniform takes no fraction between 0 and 1; choose another policy")
+
+
+def _earlier(path: str | Path | None) -> dict[str, Any]:
+    """The rows of an earlier comparison and the commits they are of; none if there is no such file.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    assert path is not None
+    if not Path(path).exists():
+        return {"rows": [], "commits": []}
+    try:
+        found = json.loads(Path(path).read_text())
+        rows = [row for row in found["rows"] if row["network"]]
+        return {"rows": rows, "commits": found.get("commits", [str(found["commit"])])}
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} holds no comparison to resume; remove it or name another file") from None

@@ -31,7 +31,11 @@ def add_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveG
     """`--dense` or `--fine-fraction`; the group, for further ways to run the network."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
-        "--dense", type=int, choices=(8, 16, 32), metavar="OS", help="run dense at output stride 8, 16 or 32"
+        "--dense",
+        type=int,
+        choices=(4, 8, 16, 32),
+        metavar="OS",
+        help="run dense at output stride 4, 8, 16 or 32",
     )
     group.add_argument("--fine-fraction", type=fraction, metavar="F", help="share of fine blocks, 0 to 1")
     return group

@@ -16,8 +16,14 @@ from sparse_seg.evaluation.subject import Setup, Subject, Way, prepare_way, use_
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout
 
 
-def ways(scope: str, fractions: Sequence[float], engines: Sequence[str], fast: bool) -> list[Way]:
-    """All rows of a scope, the baseline (plain dense OS8) first."""
+def ways(
+    scope: str,
+    fractions: Sequence[float],
+    engines: Sequence[str],
+    fast: bool,
+    policies: Sequence[str] = (),
+) -> list[Way]:
+    """All rows of a scope, the baseline (plain dense OS8) first; `policies` beside the config's own."""
     rows = [Way(scope, "plain", 8)]
     if scope == "train":
         return rows + [Way(scope, "selective", 8, f, engine) for f in fractions for engine in engines]
@@ -27,6 +33,8 @@ def ways(scope: str, fractions: Sequence[float], engines: Sequence[str], fast: b
         rows += [Way(scope, "selective", 8, fraction, engine) for engine in engines]
         if fast:  # it has its own form of the gather engine
             rows.append(Way(scope, "selective", 8, fraction, "gather", fast=True))
+        if scope == "network":  # the other scope starts behind the mask
+            rows += [Way(scope, "selective", 8, fraction, "gather", fast, policy) for policy in policies]
     return rows
 
 
@@ -90,7 +98,8 @@ def measure(
         measured = memory and way.kind != "peer"
         peak = peak_memory(prepare_way, (subject.setup, way), subject.device) if measured else None
         layout = times.get(f"layout {way.fine_fraction}")
-        results.append(_result(way, times[f"{number}"], layout, subject.cost(way), peak))
+        result = _result(way, times[f"{number}"], layout, subject.cost(way), peak)
+        results.append(result | {"stored_mib": subject.stored_mib(way)})
     return _with_ratios(results)
 
 

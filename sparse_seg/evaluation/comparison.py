@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,21 +17,27 @@ from tqdm import tqdm
 
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
-from sparse_seg.evaluation.cost import count_macs
+from sparse_seg.evaluation.cost import count_macs, count_segment
 from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.evaluation.metrics import SegmentationMetrics
-from sparse_seg.masks import POLICIES, MaskPolicy
+from sparse_seg.masks import MaskPolicy
+from sparse_seg.models.build import policy_for
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import DataConfig
+from sparse_seg.schema import DataConfig, MaskConfig
 
 
 @dataclass
 class Setting:
-    """One way to run a network: dense at `output_stride`, or selective with `policy`."""
+    """One way to run a network: dense at `output_stride`, or selective with `policy`.
+
+    `spec` names the policy (see `parse_policy`); `exchange` replaces the network's own rule.
+    """
 
     name: str
     output_stride: int | None = None
     policy: MaskPolicy | None = None
+    spec: str | None = None
+    exchange: str | None = None
     gmacs: float = 0.0  # multiply-adds of the first image, in billions
     milliseconds: list[float] = field(default_factory=list)  # one per image, mask policy included
     metrics: SegmentationMetrics | None = None
@@ -39,25 +48,63 @@ class Setting:
         result = self.metrics.result()
         return {
             "network": self.name,
-            "policy": type(self.policy).__name__.removesuffix("Policy").lower() if self.policy else None,
+            "policy": self.spec,
+            "exchange": self.exchange,
             "fine_fraction": self.policy.fine_fraction if self.policy else None,
+            "middle_fraction": self.policy.middle_fraction if self.policy else None,
             "output_stride": self.output_stride,
             "miou": 100 * result.miou,
             "boundary_miou": 100 * result.boundary_miou,
+            "class_iou": [100 * iou for iou in result.class_iou],
             "gmacs": self.gmacs,
             "milliseconds": statistics.median(self.milliseconds),
             "images": len(self.milliseconds),
         }
 
 
-def settings(policies: Sequence[str], fractions: Sequence[float]) -> list[Setting]:
-    """Dense OS8, dense OS16, and each policy at each fine fraction."""
-    rows = [Setting("dense OS8", 8), Setting("dense OS16", 16)]
-    for policy in policies:
-        for fraction in fractions:
-            name = f"selective, {policy}, f={fraction:g}"
-            rows.append(Setting(name, policy=POLICIES[policy](fine_fraction=fraction).eval()))
+def settings(
+    model: SelectiveSegmentor,
+    mask: MaskConfig,
+    policies: Sequence[str],
+    fractions: Sequence[float],
+    exchanges: Sequence[str] = (),
+) -> list[Setting]:
+    """The dense network at each of the model's strides, then each policy at each fine fraction.
+
+    Args:
+        mask: settings of the policies, but for what `policies` (see `parse_policy`) name.
+        exchanges: run under each of these rules; by default the model's own.
+
+    Raises:
+        ConfigError: an unknown policy or option, or a learned mask where the model has none.
+    """
+    rows = [Setting(f"dense OS{stride}", stride) for stride in model.strides]
+    rules: Sequence[str | None] = exchanges or [None]
+    for spec, exchange, fraction in itertools.product(policies, rules, fractions):
+        cut = dataclasses.replace(mask, fine_fraction=fraction, threshold=None)
+        name = f"selective, {spec}, f={fraction:g}" + (f", {exchange}" if exchange else "")
+        policy = policy_for(model, cut, spec)
+        rows.append(Setting(name, policy=policy, spec=spec, exchange=exchange))
     return rows
+
+
+def groups(rows: Sequence[Setting]) -> list[list[Setting]]:
+    """The settings in parts that can be measured one by one: dense ones, then each policy under each rule."""
+    return [list(part) for _, part in itertools.groupby(rows, lambda row: (row.spec, row.exchange))]
+
+
+@contextlib.contextmanager
+def exchanging(model: SelectiveSegmentor, exchange: str | None) -> Iterator[None]:
+    """Run under another exchange rule."""
+    convs: list[Any] = [module for module in model.modules() if hasattr(module, "exchange")]
+    before = [conv.exchange for conv in convs]
+    for conv in convs:
+        conv.exchange = exchange or conv.exchange
+    try:
+        yield
+    finally:
+        for conv, rule in zip(convs, before, strict=True):
+            conv.exchange = rule
 
 
 @torch.inference_mode()
@@ -84,9 +131,10 @@ def compare(
             break
         image, label = image.to(device), label.to(device)
         for setting in rows:
-            if index == 0:  # counts the cost, and warms up
-                setting.gmacs = _macs(model, image, label, setting) / 1e9
-            classes, milliseconds = _timed(model, image, label, setting)
+            with exchanging(model, setting.exchange):
+                if index == 0:  # counts the cost, and warms up
+                    setting.gmacs = _macs(model, image, label, setting) / 1e9
+                classes, milliseconds = _timed(model, image, label, setting)
             setting.milliseconds.append(milliseconds)
             assert setting.metrics is not None
             setting.metrics.update(classes, label)
@@ -95,11 +143,9 @@ def compare(
 
 def _macs(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Setting) -> int:
     if setting.output_stride is not None:
-        layouts = model.dense_layouts(image, setting.output_stride)
-    else:
-        assert setting.policy is not None
-        layouts = model.selective_layouts(image, setting.policy(image, label))
-    return sum(count_macs(model, image, layouts).values())
+        return sum(count_macs(model, image, model.dense_layouts(image, setting.output_stride)).values())
+    assert setting.policy is not None
+    return sum(macs.total for macs in count_segment(model, image, setting.policy, label).values())
 
 
 def _timed(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Setting) -> tuple[Tensor, float]:

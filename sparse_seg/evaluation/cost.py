@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_seg.masks import MaskPolicy
+from sparse_seg.models.aspp import PooledLinear
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.sparse import SelectiveConv2d, SelectiveDepthwiseConv2d, SiteLayout
 
@@ -61,6 +62,19 @@ def count_cost(
     return counts
 
 
+@torch.inference_mode()
+def count_segment(
+    model: SelectiveSegmentor, images: Tensor, policy: MaskPolicy, labels: Tensor | None = None
+) -> dict[str, Macs]:
+    """As `count_cost`, of `model.segment`, where the mask may read the network: in several passes, say."""
+    both = nn.ModuleDict({"model": model, "policy": policy})
+    return count_modules(
+        both,
+        lambda: model.segment(images, labels, policy),
+        lambda name: _part(name.removeprefix("model.")),
+    )
+
+
 def count_modules(
     model: nn.Module, run: Callable[[], Any], part: Callable[[str], str] = lambda name: "all"
 ) -> dict[str, Macs]:
@@ -98,6 +112,9 @@ def layer_macs(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Ma
     if isinstance(module, SelectiveDepthwiseConv2d):
         _, src, dst = inputs
         return Macs(module.macs, _site_hits(module, src, dst) * module.channels)
+    if isinstance(module, PooledLinear):
+        macs = inputs[0].shape[0] * module.weight.numel()
+        return Macs(macs, macs)
     if isinstance(module, nn.Linear):
         macs = inputs[0].numel() // module.in_features * module.weight.numel()
         return Macs(macs, macs)
@@ -123,7 +140,7 @@ def _site_hits(conv: SelectiveConv2d | SelectiveDepthwiseConv2d, src: SiteLayout
         height, width = (_axis_hits(cells, cells, 3, 1, 1, 1) for cells in dst.size)
         return dst.batch * height * width
     stride, dilation = dst.lattice_stride // src.lattice_stride, conv.spacing // src.lattice_stride
-    hits = dst.batch
+    hits = dst.batch if dst.runs_lattice else 0
     for inside, outside in zip(src.lattice_size, dst.lattice_size, strict=True):
         hits *= _axis_hits(inside, outside, 3, stride, dilation, dilation)
     if dst.num_extra:
@@ -146,13 +163,13 @@ def _policy_macs(policy: MaskPolicy, images: Tensor, labels: Tensor | None) -> M
 
 
 def _part(name: str) -> str:
-    """`stem`, `layer1`..`layer4`, `neck` or `head` from a module's name in `SelectiveSegmentor`."""
+    """`stem`, `layer1`..`layer4`, `neck`, `head` or `mask` from a module's name in `SelectiveSegmentor`."""
     first, *rest = name.split(".")
     if first == "backbone":
         return rest[0] if rest[0].startswith("layer") else "stem"
     if first == "head" and rest[0] in ("reduce", "aspp"):
         return "neck"
-    return first
+    return "mask" if first == "policy" else first
 
 
 def count_parameters(model: nn.Module) -> int:

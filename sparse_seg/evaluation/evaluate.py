@@ -56,8 +56,8 @@ def predict(
     """
     if output_stride is not None:
         return _classes(model.dense(images, output_stride)), None
-    fine_blocks = (policy or model.policy)(images, labels)
-    return _classes(model(images, fine_blocks)), fine_blocks
+    (logits, _), fine_blocks = model.segment(images, labels, policy)
+    return _classes(logits), fine_blocks
 
 
 def _classes(logits: Tensor) -> Tensor:

@@ -18,12 +18,13 @@ from sparse_seg.data.cityscapes import Cityscapes
 from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.data.scenes import render_scene
 from sparse_seg.data.transforms import normalise
-from sparse_seg.evaluation.cost import Macs, count_cost
+from sparse_seg.evaluation.cost import Macs, count_cost, count_segment
 from sparse_seg.evaluation.latency import Run
 from sparse_seg.evaluation.peers import peer_run
-from sparse_seg.masks import MaskPolicy
+from sparse_seg.masks import ConfidencePolicy, MaskPolicy
 from sparse_seg.models.build import build_model, build_policy
 from sparse_seg.models.plain import channels_last, plain_network, plain_stages
+from sparse_seg.models.refinement import Refinement
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import Config
 from sparse_seg.sparse import (
@@ -61,6 +62,8 @@ class Way:
         kind: `plain` (the `nn.Conv2d` twin), `dense` (ours on the lattice), `selective`, or `peer`.
         engine: of our network, or the peer's name.
         fast: the form that `for_inference` makes.
+        policy: the mask policy of a selective run, None for the config's; `given`, the config's mask, made
+            beforehand.
     """
 
     scope: str
@@ -69,11 +72,12 @@ class Way:
     fine_fraction: float | None = None
     engine: str | None = None
     fast: bool = False
+    policy: str | None = None
 
     @property
     def name(self) -> str:
         if self.kind == "selective":
-            return f"selective f={self.fine_fraction:g}"
+            return f"{self.policy or 'selective'} f={self.fine_fraction:g}"
         return f"{self.kind} OS{self.output_stride}"
 
     @property
@@ -109,7 +113,7 @@ class Subject:
         images, labels = scenes(setup)
         self.images, self.labels = images.to(self.device, self.dtype), labels.to(self.device)
         self._plain: dict[tuple[str, int], nn.Module] = {}
-        self._costs: dict[tuple[int, float | None], dict[str, Macs]] = {}
+        self._costs: dict[tuple[int, float | None, str | None], dict[str, Macs]] = {}
 
     @cached_property
     def model(self) -> SelectiveSegmentor:
@@ -134,13 +138,17 @@ class Subject:
         with torch.inference_mode():
             return self.model.backbone(self.images, self.model.dense_layouts(self.images, 8))[1]
 
-    def policy(self, fraction: float) -> MaskPolicy:
+    def policy(self, fraction: float, name: str | None = None) -> MaskPolicy:
+        """A policy by name, or the config's."""
         mask = dataclasses.replace(self.setup.config.model.mask, fine_fraction=fraction, threshold=None)
-        return build_policy(mask).to(self.device).eval()
+        if name not in (None, "given"):
+            mask = dataclasses.replace(mask, policy=name)
+        return build_policy(mask, self.setup.config.model.strides).to(self.device).eval()
 
     def fine_blocks(self, fraction: float) -> Tensor:
         """The mask by the config's policy on this input."""
-        return self.policy(fraction)(self.images, self.labels)
+        with torch.inference_mode():
+            return self.model.segment(self.images, self.labels, self.policy(fraction)).fine_blocks.clone()
 
     def layouts(self, way: Way) -> list[SiteLayout]:
         if way.fine_fraction is None:
@@ -149,14 +157,28 @@ class Subject:
 
     def cost(self, way: Way) -> Macs:
         """Multiply-adds of the way's scope: one forward, or in training forward and both gradients (x 3)."""
-        key = way.output_stride, way.fine_fraction
+        key = way.output_stride, way.fine_fraction, way.policy
         if key not in self._costs:
-            policy = None if way.fine_fraction is None else self.policy(way.fine_fraction)
-            self._costs[key] = count_cost(self.model, self.images, self.layouts(way), policy, self.labels)
+            if way.scope == "network" and way.fine_fraction is not None and way.policy != "given":
+                policy = self.policy(way.fine_fraction, way.policy)
+                self._costs[key] = count_segment(self.model, self.images, policy, self.labels)
+            else:
+                self._costs[key] = count_cost(self.model, self.images, self.layouts(way))
         counts = self._costs[key]
         parts = STAGES if way.scope == "stages" else tuple(counts)
         passes = 3 if way.scope == "train" else 1
         return Macs(*(passes * sum(numbers) for numbers in zip(*(counts[p] for p in parts), strict=True)))
+
+    def stored_mib(self, way: Way) -> float | None:
+        """MiB of the activations that a way keeps for refining, if it does."""
+        if way.scope != "network" or way.fine_fraction is None or way.policy == "given":
+            return None
+        policy = self.policy(way.fine_fraction, way.policy)
+        if not isinstance(policy, ConfidencePolicy):
+            return None
+        run = Refinement(self.model, self.images, policy.stored_dtype)
+        run.refine(policy.cut(run.scores(policy)))
+        return run.memory.num_bytes / 2**20
 
     # -- runs ----------------------------------------------------------------------------------------------
 
@@ -192,7 +214,10 @@ class Subject:
         """Layouts, tables and (in the scope `network`) the mask are made anew in each run."""
         model = self.fast_model if way.fast else self.model
         assert model is not None
-        policy = None if way.fine_fraction is None else self.policy(way.fine_fraction)
+        policy = fixed = None
+        if way.fine_fraction is not None:
+            policy = self.policy(way.fine_fraction, way.policy)
+            fixed = self.fine_blocks(way.fine_fraction)
 
         def layouts(fine_blocks: Tensor | None) -> list[SiteLayout]:
             if fine_blocks is None:
@@ -201,12 +226,12 @@ class Subject:
 
         def network() -> Tensor:
             use_engine(model, way.engine)
-            mask = None if policy is None else policy(self.images, self.labels)
-            return model.outputs(self.images, layouts(mask)).logits
+            if policy is None or way.policy == "given":
+                return model.outputs(self.images, layouts(fixed)).logits
+            return model.segment(self.images, self.labels, policy).outputs.logits
 
         if way.scope == "network":
             return network
-        fixed = None if policy is None else policy(self.images, self.labels)
         features = self.features
 
         def stages() -> Tensor:
@@ -227,7 +252,10 @@ class Subject:
             use_engine(network, way.engine)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(self.device.type, self.dtype, enabled=half):
-                logits = network(images, policy(images, self.labels)) if policy else network(images)
+                if policy is None:
+                    logits = network(images)
+                else:
+                    logits = self.trainee.segment(images, self.labels, policy).outputs.logits
             F.cross_entropy(logits.float(), self.labels, ignore_index=IGNORE_INDEX).backward()
             optimizer.step()
 

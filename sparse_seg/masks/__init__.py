@@ -1,8 +1,10 @@
 """Mask policies: which blocks are worth full resolution."""
 
-from sparse_seg.masks.base import BLOCK, MaskPolicy, block_shape, top_blocks
-from sparse_seg.masks.edge import EdgePolicy, gradient_magnitude
-from sparse_seg.masks.oracle import OraclePolicy
+from sparse_seg.masks.base import BLOCK, MaskPolicy, block_shape, blur_scores, top_blocks
+from sparse_seg.masks.confidence import REDUCTIONS, UNCERTAINTIES, ConfidencePolicy
+from sparse_seg.masks.edge import RULES, EdgePolicy, cad_edges, gradient_magnitude
+from sparse_seg.masks.learned import LearnedPolicy, mask_net, straight_through
+from sparse_seg.masks.oracle import OraclePolicy, block_mean, label_boundary
 from sparse_seg.masks.random import RandomPolicy
 from sparse_seg.masks.uniform import UniformPolicy
 
@@ -10,18 +12,31 @@ POLICIES: dict[str, type[MaskPolicy]] = {
     "uniform": UniformPolicy,
     "random": RandomPolicy,
     "edge": EdgePolicy,
+    "confidence": ConfidencePolicy,
+    "learned": LearnedPolicy,
     "oracle": OraclePolicy,
 }
 
 __all__ = [
     "BLOCK",
     "POLICIES",
+    "REDUCTIONS",
+    "RULES",
+    "UNCERTAINTIES",
+    "ConfidencePolicy",
     "EdgePolicy",
+    "LearnedPolicy",
     "MaskPolicy",
     "OraclePolicy",
     "RandomPolicy",
     "UniformPolicy",
+    "block_mean",
     "block_shape",
+    "blur_scores",
+    "cad_edges",
     "gradient_magnitude",
+    "label_boundary",
+    "mask_net",
+    "straight_through",
     "top_blocks",
 ]

@@ -1,61 +1,119 @@
-"""What every mask policy shares: score blocks, then cut by a threshold or a budget."""
+"""What every mask policy shares: score blocks, rank them once, then cut by thresholds or budgets."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK = 16  # pixels a block's side covers: one cell of the stride-16 grid
+BLOCK = 16  # pixels of a block's side: a block is one cell of the coarsest grid, by default that of stride 16
 
 
 class MaskPolicy(nn.Module):
-    """Chooses fine blocks from images: a subclass gives `scores`, this class cuts them.
+    """Chooses each block's level from images: a subclass gives `scores`, this class cuts them.
+
+    A block is one cell of the coarsest grid. At level 0 it keeps that grid's one site; each level more halves
+    its stride. With two strides the result is a bool mask of fine blocks; with three, where `middle_fraction`
+    or `middle_threshold` is given, it is int64 levels 0 (coarsest stride), 1, 2 (finest).
 
     Args:
         fine_fraction: share of blocks in 0..1; exactly `round(fine_fraction * blocks)` per image become fine,
             those of the highest scores (ties: in raster order).
         threshold: blocks with a score above it become fine. Give one of the two.
+        middle_fraction: with three strides, the share of blocks, next in rank, that get the middle one.
+        middle_threshold: with three strides, those with a score above it that are not fine.
+        block: pixels of a block's side, the coarsest stride.
+        blur: smooth the scores over neighbouring blocks before they are cut, see `blur_scores`.
 
     Raises:
-        ValueError: both or neither given, or a fraction outside 0..1.
+        ValueError: both or neither cut given, cuts of two kinds, or a fraction outside 0..1.
     """
 
-    def __init__(self, fine_fraction: float | None = None, threshold: float | None = None) -> None:
+    reads = "images"  # and labels; or "features" or "logits", see the subclasses
+
+    def __init__(
+        self,
+        fine_fraction: float | None = None,
+        threshold: float | None = None,
+        middle_fraction: float | None = None,
+        middle_threshold: float | None = None,
+        block: int = BLOCK,
+        blur: bool = False,
+    ) -> None:
         super().__init__()
         if (fine_fraction is None) == (threshold is None):
             raise ValueError("give a mask policy either fine_fraction or threshold")
-        if fine_fraction is not None and not 0 <= fine_fraction <= 1:
+        fraction, middle = fine_fraction or 0, middle_fraction or 0
+        if not 0 <= fraction <= 1:
             raise ValueError(f"fine_fraction must lie in 0..1, not {fine_fraction}")
+        if not (middle >= 0 and fraction + middle <= 1 + 1e-9):
+            raise ValueError(
+                f"fine_fraction {fraction} and middle_fraction {middle_fraction} must add up to 1 at most"
+            )
+        if (middle_fraction if threshold is not None else middle_threshold) is not None:
+            raise ValueError("cut both levels alike: fractions with fractions, thresholds with thresholds")
+        if threshold is not None and middle_threshold is not None and middle_threshold > threshold:
+            raise ValueError(f"middle_threshold {middle_threshold} must not exceed threshold {threshold}")
         self.fine_fraction, self.threshold = fine_fraction, threshold
+        self.middle_fraction, self.middle_threshold = middle_fraction, middle_threshold
+        self.block, self.blur = block, blur
 
     def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """Images `[B, 3, H, W]` (and labels `[B, H, W]`) to scores `[B, ceil(H/16), ceil(W/16)]`."""
+        """Images `[B, 3, H, W]` (and labels `[B, H, W]`) to scores `[B, ceil(H/block), ceil(W/block)]`."""
         raise NotImplementedError
 
     @torch.no_grad()
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The fine blocks: bool `[B, ceil(H/16), ceil(W/16)]`."""
-        scores = self.scores(images, labels)
+        """The fine blocks, bool `[B, ceil(H/block), ceil(W/block)]`, or with three strides int64 levels."""
+        return self.cut(self.scores(images, labels))
+
+    def cut(self, scores: Tensor) -> Tensor:
+        """Scores `[B, h, w]` to fine blocks or levels."""
+        scores = blur_scores(scores) if self.blur else scores
         if self.fine_fraction is not None:
-            return top_blocks(scores, self.fine_fraction)
+            return top_blocks(scores, self.fine_fraction, self.middle_fraction)
         assert self.threshold is not None
-        return scores > self.threshold
+        fine = self.reaches(scores, self.threshold)
+        if self.middle_threshold is None:
+            return fine
+        return fine.long() + self.reaches(scores, self.middle_threshold)
+
+    def reaches(self, scores: Tensor, threshold: float) -> Tensor:
+        """Which scores a threshold lets through: those above it."""
+        return scores > threshold
 
     def extra_repr(self) -> str:
-        if self.fine_fraction is None:
-            return f"threshold={self.threshold}"
-        return f"fine_fraction={self.fine_fraction}"
+        names = ("fine_fraction", "middle_fraction", "threshold", "middle_threshold")
+        text = ", ".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None)
+        return text + (", blur" if self.blur else "")
 
 
-def top_blocks(scores: Tensor, fine_fraction: float) -> Tensor:
-    """The `round(fine_fraction * h * w)` highest scores of each image `[B, h, w]`, as a bool mask."""
+def blur_scores(scores: Tensor) -> Tensor:
+    """`[B, h, w]` smoothed by 1 2 1 along both axes, borders replicated.
+
+    Fine blocks then lie together. A fine block next to coarse ones reads interpolated values from them, so
+    one that stands alone gains less than its score says.
+    """
+    padded = F.pad(scores.float()[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    rows = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
+    return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
+
+
+def top_blocks(scores: Tensor, fine_fraction: float, middle_fraction: float | None = None) -> Tensor:
+    """The `round(fine_fraction * h * w)` highest scores of each image `[B, h, w]`, as a bool mask.
+
+    With `middle_fraction`, int64 levels: 2 for those, 1 for the next of the ranking up to the share of both.
+    """
     flat = scores.flatten(1)
-    count = round(fine_fraction * flat.shape[1])
-    order = flat.argsort(dim=1, descending=True, stable=True)[:, :count]
-    chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, True)
-    return chosen.view_as(scores)
+    order = flat.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
+    ranks = torch.empty_like(order).scatter_(1, order, places).view_as(scores)
+    fine = ranks < round(fine_fraction * flat.shape[1])
+    if middle_fraction is None:
+        return fine
+    return fine.long() + (ranks < round((fine_fraction + middle_fraction) * flat.shape[1]))
 
 
-def block_shape(images: Tensor) -> tuple[int, int, int]:
-    """`(B, ceil(H/16), ceil(W/16))` of images `[B, C, H, W]`."""
-    return images.shape[0], -(-images.shape[2] // BLOCK), -(-images.shape[3] // BLOCK)
+def block_shape(images: Tensor, block: int = BLOCK) -> tuple[int, int, int]:
+    """`(B, ceil(H/block), ceil(W/block))` of images `[B, C, H, W]`."""
+    return images.shape[0], -(-images.shape[2] // block), -(-images.shape[3] // block)

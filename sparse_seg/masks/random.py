@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,15 @@ class RandomPolicy(MaskPolicy):
     """Scores uniform in 0..1: anew each time in training, by seed and shape alone in eval."""
 
     def __init__(
-        self, fine_fraction: float | None = None, threshold: float | None = None, seed: int = 0
+        self,
+        fine_fraction: float | None = None,
+        threshold: float | None = None,
+        seed: int = 0,
+        **levels: Any,
     ) -> None:
-        super().__init__(fine_fraction, threshold)
+        super().__init__(fine_fraction, threshold, **levels)
         self.seed = seed
 
     def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
         generator = None if self.training else torch.Generator().manual_seed(self.seed)
-        return torch.rand(block_shape(images), generator=generator).to(images.device)
+        return torch.rand(block_shape(images, self.block), generator=generator).to(images.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from sparse_seg.masks.base import MaskPolicy, block_shape
@@ -10,12 +12,14 @@ from sparse_seg.masks.base import MaskPolicy, block_shape
 class UniformPolicy(MaskPolicy):
     """`fine_fraction` 0 (all coarse) or 1 (all fine); every block scores 0.5 against a `threshold`."""
 
-    def __init__(self, fine_fraction: float | None = None, threshold: float | None = None) -> None:
-        super().__init__(fine_fraction, threshold)
+    def __init__(
+        self, fine_fraction: float | None = None, threshold: float | None = None, **levels: Any
+    ) -> None:
+        super().__init__(fine_fraction, threshold, **levels)
         if fine_fraction not in (None, 0, 1):
             raise ValueError(
                 f"the uniform policy takes fine_fraction 0 or 1, not {fine_fraction}; random takes any"
             )
 
     def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        return images.new_full(block_shape(images), 0.5)
+        return images.new_full(block_shape(images, self.block), 0.5)

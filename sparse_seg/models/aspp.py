@@ -34,9 +34,26 @@ class SelectiveSeparableConv2d(nn.Module):
         self.pointwise = nn.Linear(in_channels, out_channels, bias=False)
 
     def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
-        """Rows `[src.num_sites, I]` to `[dst.num_sites, O]`."""
+        """Rows `[src.num_run, I]` to `[dst.num_run, O]`."""
         out = self.depthwise(rows, src, dst)
         return self.pointwise(out if self.norm is None else F.relu(self.norm(out), inplace=True))
+
+
+class PooledLinear(nn.Linear):
+    """A linear layer without bias on rows `[n, C]` and, behind their channels, a vector `[B, P]` per image.
+
+    The vector's share of the weight is multiplied once an image. Multiply-adds are counted as usual, as if
+    the vector stood in every row.
+    """
+
+    def __init__(self, in_channels: int, pooled_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels + pooled_channels, out_channels, bias=False)
+
+    def forward(self, rows: Tensor, pooled: Tensor, layout: SiteLayout) -> Tensor:  # type: ignore[override]
+        """`[layout.num_run, C]` and `[B, P]` to `[layout.num_sites, O]`: known rows change, too."""
+        channels = rows.shape[1]
+        local = layout.complete(F.linear(rows, self.weight[:, :channels]), layout, self)
+        return local + F.linear(pooled, self.weight[:, channels:])[layout.image_of_row]
 
 
 class ASPP(nn.Module):
@@ -73,17 +90,30 @@ class ASPP(nn.Module):
         self.pool = _linear_bn_relu(in_channels, channels)
         self.project, self.out_channels = None, (2 + len(spacings)) * channels
         if projection:
-            self.project = _linear_bn_relu(self.out_channels, channels).append(nn.Dropout(dropout))
+            self.project = nn.Sequential(
+                PooledLinear(self.out_channels - channels, channels, channels),
+                nn.BatchNorm1d(channels),
+                nn.ReLU(inplace=True),
+                nn.Dropout(dropout),
+            )
             self.out_channels = channels
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[N, in_channels]` to `[N, out_channels]`."""
+        """Rows `[layout.num_run, in_channels]` to `[layout.num_sites, out_channels]`."""
         branches = [self.point(rows)]
         for conv, norm in zip(self.atrous, self.atrous_bn, strict=True):
             branches.append(F.relu(norm(conv(rows, layout, layout)), inplace=True))
-        branches.append(self.pool(mean_by_area(rows, layout))[layout.image_of_row])
-        out = torch.cat(branches, 1)
-        return out if self.project is None else self.project(out)
+        pooled = self.pool(mean_by_area(layout.complete(rows, layout, self), layout))
+        local = torch.cat(branches, 1)
+        if self.project is None:
+            return beside(layout.complete(local, layout, self.pool), pooled, layout)
+        linear, *rest = self.project
+        return nn.Sequential(*rest)(linear(local, pooled, layout))
+
+
+def beside(rows: Tensor, vectors: Tensor, layout: SiteLayout) -> Tensor:
+    """Rows `[layout.num_sites, C]` and, behind their channels, their image's vector of `[B, P]`."""
+    return torch.cat((rows, vectors[layout.image_of_row]), 1)
 
 
 def _linear_bn_relu(in_channels: int, channels: int) -> nn.Sequential:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparse_seg.config import model_config
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks import POLICIES, MaskPolicy
+from sparse_seg.masks import (
+    POLICIES,
+    REDUCTIONS,
+    RULES,
+    UNCERTAINTIES,
+    LearnedPolicy,
+    MaskPolicy,
+    mask_net,
+)
 from sparse_seg.models.heads import HEADS, FCNHead, HeadOptions
-from sparse_seg.models.resnet import ResNet
+from sparse_seg.models.resnet import STAGE_STRIDES, ResNet
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import Config, MaskConfig, ModelConfig
 
@@ -43,7 +53,12 @@ def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -
             settings.dilate_second,
             settings.depths,
         )
-        policy = build_policy(settings.mask)
+        net = None
+        if settings.mask.policy == "learned":
+            dense_stage = sum(stride <= settings.strides[0] for stride in STAGE_STRIDES) - 1
+            factor = settings.strides[-1] // settings.strides[0]
+            net = mask_net(backbone.stage_channels[dense_stage], factor)
+        policy = build_policy(settings.mask, settings.strides, net)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
     head = HEADS[settings.head](
@@ -69,7 +84,13 @@ def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -
     if settings.auxiliary:
         auxiliary = FCNHead(backbone.stage_channels[2], backbone.stage_channels[2] // 4, num_classes)
     model = SelectiveSegmentor(
-        backbone, head, policy, settings.trained_stride, auxiliary, settings.align_corners
+        backbone,
+        head,
+        policy,
+        settings.trained_stride,
+        auxiliary,
+        tuple(settings.strides),
+        settings.align_corners,
     )
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -77,14 +98,69 @@ def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -
     return model
 
 
-def build_policy(mask: MaskConfig) -> MaskPolicy:
+def build_policy(
+    mask: MaskConfig, strides: Sequence[int] = (8, 16), net: nn.Module | None = None
+) -> MaskPolicy:
     """The mask policy of a config.
+
+    Args:
+        net: of the learned policy, shared, not copied.
 
     Raises:
         ValueError: settings the policy refuses.
+        ConfigError: a learned policy without a net.
     """
-    cut = (
-        {"threshold": mask.threshold} if mask.threshold is not None else {"fine_fraction": mask.fine_fraction}
-    )
-    seed = {"seed": mask.seed} if mask.policy == "random" else {}
-    return POLICIES[mask.policy](**cut, **seed)
+    if mask.policy == "learned" and net is None:
+        raise ConfigError("this network has no learned mask: train one (see configs/camvid_mask.yaml)")
+    kind = "fraction" if mask.threshold is None else "threshold"
+    cut: dict[str, Any] = {"fine_fraction": mask.fine_fraction} if kind == "fraction" else {}
+    if kind == "threshold":
+        cut = {"threshold": mask.threshold}
+    if len(strides) == 3:
+        cut[f"middle_{kind}"] = getattr(mask, f"middle_{kind}")
+    own: dict[str, dict[str, Any]] = {"random": {"seed": mask.seed}, "edge": {"rule": mask.edge}}
+    own["confidence"] = {name: getattr(mask, name) for name in ("uncertainty", "reduce", "neighbours")}
+    if mask.stored_dtype is not None:
+        own["confidence"]["stored_dtype"] = getattr(torch, mask.stored_dtype)
+    if net is not None:
+        own["learned"] = {"net": net}
+    return POLICIES[mask.policy](**cut, **own.get(mask.policy, {}), block=strides[-1], blur=mask.blur)
+
+
+def policy_for(model: SelectiveSegmentor, mask: MaskConfig, spec: str | None = None) -> MaskPolicy:
+    """A policy for a network, in eval mode: that of `mask`, or of `spec`, with the network's own trained net.
+
+    Args:
+        spec: a policy's name, with options behind a colon: `edge:cad`, `confidence:entropy,max,neighbours`.
+
+    Raises:
+        ConfigError: an unknown policy or option, or a learned one where the network has none.
+    """
+    net = model.policy.net if isinstance(model.policy, LearnedPolicy) else None
+    settings = mask if spec is None else parse_policy(spec, mask)
+    policy = build_policy(settings, model.strides, net)
+    return policy.to(next(model.parameters(), torch.empty(0)).device).eval()
+
+
+def parse_policy(spec: str, mask: MaskConfig) -> MaskConfig:
+    """Mask settings with the policy and options that a text such as `edge:cad` names.
+
+    Raises:
+        ConfigError: an unknown policy or option.
+    """
+    name, _, options = spec.partition(":")
+    if name not in POLICIES:
+        raise ConfigError(f"unknown mask policy {name!r}; choose one of {', '.join(POLICIES)}")
+    valid: dict[str, dict[str, Any]] = {"blur": {"blur": True}}
+    if name == "edge":
+        valid |= {rule: {"edge": rule} for rule in RULES}
+    elif name == "confidence":
+        valid |= {value: {"uncertainty": value} for value in UNCERTAINTIES}
+        valid |= {value: {"reduce": value} for value in REDUCTIONS} | {"neighbours": {"neighbours": True}}
+    for option in filter(None, options.split(",")):
+        if option not in valid:
+            raise ConfigError(
+                f"unknown option {option!r} in the mask policy {spec!r}; choose of {', '.join(valid)}"
+            )
+        mask = dataclasses.replace(mask, **valid[option])
+    return dataclasses.replace(mask, policy=name)

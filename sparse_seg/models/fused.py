@@ -93,7 +93,7 @@ class FusedLinear(FusedLayer):
 
     def forward(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
         """`[N, I]` to `[N, O]`; the memory of `residual` may be overwritten."""
-        if not _runs_onednn(rows):
+        if not _runs_onednn(rows) or not rows.shape[0]:
             return self._finish(F.linear(rows, self.weight, self.bias), residual)
         linear = partial(self._linear, rows)
         if residual is None:
@@ -130,23 +130,31 @@ class FusedConv(FusedLayer):
     def forward(
         self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None = None
     ) -> Tensor:
-        """`[src.num_sites, I]` to `[dst.num_sites, O]`; the memory of `residual` may be overwritten."""
+        """`[src.num_run, I]` to `[dst.num_run, O]`; the memory of `residual` may be overwritten."""
         if self.spacing is None:
             return self._finish(undilated_conv2d(rows, self.weight, dst, self.bias), residual)
-        stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
-        lattice_residual = None if residual is None else lattice_grid(residual, dst)
-        lattice = grid_to_rows(self._lattice(lattice_grid(rows, src), lattice_residual, stride, dilation))
-        if dst.num_extra == 0:
-            return lattice
-        out = rows.new_empty(dst.num_sites, lattice.shape[1])
-        out[: dst.num_lattice] = lattice
-        extra = out[dst.num_lattice :]
+        rows, first = dst.complete(rows, src, self), 0
+        if dst.runs_lattice:
+            lattice, first = self._lattice(rows, src, dst, residual), dst.num_lattice
+            if dst.num_extra == 0:
+                return lattice
+        out = rows.new_empty(dst.num_run, self.weight.shape[0])
+        if dst.runs_lattice:
+            out[:first] = lattice
         table = src.neighbours(dst, self.spacing, self.exchange)
-        gather.multiply_neighbours(rows, self.weight, table, out=extra, bias=self.bias)
-        self._finish(extra, None if residual is None else residual[dst.num_lattice :])
+        gather.multiply_neighbours(rows, self.weight, table, out=out[first:], bias=self.bias)
+        self._finish(out[first:], None if residual is None else residual[first:])
         return out
 
-    def _lattice(self, grid: Tensor, residual: Tensor | None, stride: int, dilation: int) -> Tensor:
+    def _lattice(self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None) -> Tensor:
+        """The lattice's rows of the output."""
+        assert self.spacing is not None
+        stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
+        if residual is not None:
+            residual = lattice_grid(residual.clone() if dst.remembers else residual, dst)
+        return grid_to_rows(self._convolve(lattice_grid(rows, src), residual, stride, dilation))
+
+    def _convolve(self, grid: Tensor, residual: Tensor | None, stride: int, dilation: int) -> Tensor:
         """The plain convolution, on a channels_last grid; the memory of `residual` may be overwritten."""
         oihw = self.weight.permute(0, 3, 1, 2)
         if not _runs_onednn(grid):

@@ -63,16 +63,42 @@ class HeadOptions:
     align_corners: bool = False
 
 
+def at_trained_spacing(module: nn.Module, grid: Tensor, stride: int, trained_stride: int) -> Tensor:
+    """Run 3x3 convolutions on a grid `[B, C, H, W]` with the taps as far apart, in pixels, as in training.
+
+    On a grid finer than the trained one a tap is several cells away: cells of other phases are other grids.
+    On a coarser grid taps are one cell apart, as in the dense network of that stride.
+    """
+    phases = trained_stride // stride
+    if phases <= 1:
+        return module(grid)
+    parts = [(slice(y, None, phases), slice(x, None, phases)) for y in range(phases) for x in range(phases)]
+    first, *others = (module(grid[:, :, y, x]) for y, x in parts)
+    out = grid.new_empty(grid.shape[0], first.shape[1], *grid.shape[2:])
+    for (y, x), part in zip(parts, (first, *others), strict=True):
+        out[:, :, y, x] = part
+    return out
+
+
 class LiteHead(nn.Module):
     """1x1 reduction on rows, densify, depthwise 3x3 and 1x1, classifier.
 
     Args:
         in_channels, channels, num_classes: widths of rows, of the head, and K.
+        trained_stride: see `at_trained_spacing`.
         dropout: share of whole channels dropped before the classifier in training.
     """
 
-    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        num_classes: int,
+        trained_stride: int = 8,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
+        self.trained_stride = trained_stride
         self.reduce = nn.Sequential(
             nn.Linear(in_channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)
         )
@@ -87,8 +113,16 @@ class LiteHead(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[N, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        return self.classifier(self.refine(densify(self.reduce(rows), layout)))
+        """Rows `[layout.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
+        return self.decode(densify(self.neck(rows, layout), layout), layout.stride)
+
+    def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
+        """What runs on rows, `[layout.num_run, in_channels]` to `[layout.num_sites, channels]`."""
+        return layout.complete(self.reduce(rows), layout, self)
+
+    def decode(self, grid: Tensor, stride: int) -> Tensor:
+        """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
+        return self.classifier(at_trained_spacing(self.refine, grid, stride, self.trained_stride))
 
 
 class DeepLabV3Head(nn.Module):
@@ -100,13 +134,22 @@ class DeepLabV3Head(nn.Module):
 
     def __init__(self, options: HeadOptions, channels: int) -> None:
         super().__init__()
+        self.trained_stride = options.trained_stride
         self.aspp = _aspp(options, channels)
         self.refine = _refine(options, self.aspp, channels)
         self.classifier = nn.Conv2d(channels, options.num_classes, 1)
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[N, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        return self.classifier(self.refine(densify(self.aspp(rows, layout), layout)))
+        """Rows `[layout.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
+        return self.decode(densify(self.neck(rows, layout), layout), layout.stride)
+
+    def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
+        """What runs on rows, `[layout.num_run, in_channels]` to `[layout.num_sites, channels]`."""
+        return self.aspp(rows, layout)
+
+    def decode(self, grid: Tensor, stride: int) -> Tensor:
+        """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
+        return self.classifier(at_trained_spacing(self.refine, grid, stride, self.trained_stride))
 
 
 class DeepLabV3PlusHead(nn.Module):
@@ -135,8 +178,9 @@ class DeepLabV3PlusHead(nn.Module):
         self.classifier = nn.Conv2d(widths[-1], options.num_classes, 1)
 
     def forward(self, rows: Tensor, layout: SiteLayout, low_level: Tensor) -> Tensor:
-        """Rows `[N, in_channels]` and layer1's grid `[B, C, H, W]` to logits `[B, K, H, W]` at stride 4."""
-        grid = self.refine(densify(self.aspp(rows, layout), layout))
+        """Rows `[layout.num_run, in_channels]`, layer1's grid `[B, C, H, W]` to logits at stride 4."""
+        grid = densify(self.aspp(rows, layout), layout)
+        grid = at_trained_spacing(self.refine, grid, layout.stride, self.trained_stride)
         return self.classifier(self.decoder(self.join(grid, layout.stride, low_level)))
 
     def join(self, grid: Tensor, stride: int, low_level: Tensor) -> Tensor:
@@ -166,17 +210,38 @@ def _refine(options: HeadOptions, aspp: ASPP, channels: int) -> nn.Sequential:
 
 
 class FCNHead(nn.Module):
-    """Densify, dense 3x3, classifier (Long et al., CVPR 2015): the auxiliary head on layer3 in training."""
+    """Densify, dense 3x3, classifier (Long et al., CVPR 2015); also the auxiliary head on layer3 in training.
 
-    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float = 0.1) -> None:
+    Args:
+        trained_stride: see `at_trained_spacing`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        num_classes: int,
+        trained_stride: int = 8,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
+        self.trained_stride = trained_stride
         self.refine = _conv_bn_relu(in_channels, channels)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[N, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        return self.classifier(self.dropout(self.refine(densify(rows, layout))))
+        """Rows `[layout.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
+        return self.decode(densify(self.neck(rows, layout), layout), layout.stride)
+
+    def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
+        """Rows `[layout.num_run, in_channels]` to `[layout.num_sites, in_channels]`."""
+        return layout.complete(rows, layout, self)
+
+    def decode(self, grid: Tensor, stride: int) -> Tensor:
+        """What runs on the densified grid, `[B, in_channels, H, W]` to `[B, K, H, W]`."""
+        refined = at_trained_spacing(self.refine, grid, stride, self.trained_stride)
+        return self.classifier(self.dropout(refined))
 
 
 def _conv_bn_relu(in_channels: int, channels: int, separable: str = "none") -> nn.Sequential:
@@ -191,12 +256,12 @@ def _conv_bn_relu(in_channels: int, channels: int, separable: str = "none") -> n
 
 
 def _lite(options: HeadOptions) -> nn.Module:
-    return LiteHead(options.in_channels, options.channels or 128, options.num_classes)
+    return LiteHead(options.in_channels, options.channels or 128, options.num_classes, options.trained_stride)
 
 
 def _fcn(options: HeadOptions) -> nn.Module:
     channels = options.channels or max(options.in_channels // 4, 1)
-    return FCNHead(options.in_channels, channels, options.num_classes)
+    return FCNHead(options.in_channels, channels, options.num_classes, options.trained_stride)
 
 
 HEADS: dict[str, Callable[[HeadOptions], nn.Module]] = {

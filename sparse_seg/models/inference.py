@@ -8,6 +8,7 @@ at its first use, on weights packed once; elsewhere the same steps in PyTorch.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -15,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sparse_seg.models.aspp import ASPP, SelectiveSeparableConv2d, mean_by_area
+from sparse_seg.models.aspp import ASPP, SelectiveSeparableConv2d, beside, mean_by_area
 from sparse_seg.models.fused import FusedConv, FusedLayer, FusedLinear, fold_norm
 from sparse_seg.models.heads import DeepLabV3Head, DeepLabV3PlusHead, FCNHead, LiteHead
 from sparse_seg.models.resnet import BasicBlock, Bottleneck, ResNet, Stage
-from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
+from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.tuning import Tuner
-from sparse_seg.sparse import SiteLayout, densify, grid_to_rows, select_rows
+from sparse_seg.sparse import SiteLayout, grid_to_rows, select_rows
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -41,6 +42,7 @@ def for_inference(model: SelectiveSegmentor) -> SelectiveSegmentor:
             head,
             model.policy,
             model.trained_stride,
+            strides=model.strides,
             align_corners=model.align_corners,
         )
     tuner = Tuner()
@@ -53,10 +55,8 @@ def for_inference(model: SelectiveSegmentor) -> SelectiveSegmentor:
 class FusedSegmentor(SelectiveSegmentor):
     """A network of fused layers. It runs in the dtype of its weights: autocast has no say in it."""
 
-    def outputs(self, images: Tensor, layouts: list[SiteLayout]) -> Outputs:
-        """As `SelectiveSegmentor.outputs`."""
-        with torch.autocast(images.device.type, enabled=False):
-            return super().outputs(images, layouts)
+    def precision(self, images: Tensor) -> AbstractContextManager:
+        return torch.autocast(images.device.type, enabled=False)
 
     def selective_layouts(self, images: Tensor, fine_blocks: Tensor | None = None) -> list[SiteLayout]:
         """As in `SelectiveSegmentor`; where all blocks are fine, those of the dense network: no gather."""
@@ -89,7 +89,7 @@ class FusedBlock(nn.Module):
         out = rows
         for conv in self.convs:
             out = conv(out, src, dst) if isinstance(conv, FusedConv) else conv(out)
-        shortcut = self.pool(rows, src, dst) if self.pool else select_rows(rows, src, dst)
+        shortcut = self.pool(rows, src, dst) if self.pool else select_rows(rows, src, dst, self)
         shortcut = shortcut if self.shortcut is None else self.shortcut(shortcut)
         if isinstance(self.last, FusedConv):
             return self.last(out, dst, dst, shortcut)
@@ -116,16 +116,14 @@ class FusedResNet(ResNet):
         return grid_to_rows(F.max_pool2d(out, 3, stride=2, padding=1))
 
 
-class FusedLiteHead(nn.Module):
-    """The interface of `LiteHead`."""
+class FusedLiteHead(LiteHead):
+    """A `LiteHead` of fused parts."""
 
     def __init__(self, head: LiteHead) -> None:
-        super().__init__()
-        self.reduce = FusedLinear(head.reduce[0], head.reduce[1])
+        nn.Module.__init__(self)  # the parts come from `head`, not from widths
+        self.trained_stride = head.trained_stride
+        self.reduce: Any = FusedLinear(head.reduce[0], head.reduce[1])
         self.refine, self.classifier = _fuse_sequence(head.refine), copy.deepcopy(head.classifier)
-
-    def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        return self.classifier(self.refine(densify(self.reduce(rows), layout)))
 
 
 class FusedSeparableConv(nn.Module):
@@ -154,13 +152,21 @@ class FusedASPP(nn.Module):
         self.point = FusedLinear(aspp.point[0], aspp.point[1])
         self.atrous = nn.ModuleList(_fuse_atrous(conv, norm) for conv, norm in branches)
         self.pool = FusedLinear(aspp.pool[0], aspp.pool[1])
-        self.project = None if aspp.project is None else FusedLinear(aspp.project[0], aspp.project[1])
+        self.project, channels = None, self.pool.weight.shape[0]
+        self.pooled: Tensor | None
+        self.register_buffer("pooled", None)
+        if aspp.project is not None:
+            self.project = FusedLinear(aspp.project[0], aspp.project[1], relu=False)
+            self.pooled = self.project.weight[:, -channels:].clone()
+            self.project.weight = self.project.weight[:, :-channels].contiguous()
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        branches = [self.point(rows), *(conv(rows, layout, layout) for conv in self.atrous)]
-        branches.append(self.pool(mean_by_area(rows, layout))[layout.image_of_row])
-        out = torch.cat(branches, 1)
-        return out if self.project is None else self.project(out)
+        local = torch.cat([self.point(rows), *(conv(rows, layout, layout) for conv in self.atrous)], 1)
+        pooled = self.pool(mean_by_area(layout.complete(rows, layout, self), layout))
+        if self.project is None or self.pooled is None:
+            return beside(layout.complete(local, layout, self.pool), pooled, layout)
+        local = layout.complete(self.project(local), layout, self.project)
+        return (local + F.linear(pooled, self.pooled)[layout.image_of_row]).relu_()
 
 
 def _fuse_atrous(conv: nn.Module, norm: nn.Module) -> nn.Module:
@@ -174,6 +180,7 @@ class FusedDeepLabV3Head(DeepLabV3Head):
 
     def __init__(self, head: DeepLabV3Head) -> None:
         nn.Module.__init__(self)  # the parts come from `head`, not from options
+        self.trained_stride = head.trained_stride
         self.aspp: Any = FusedASPP(head.aspp)
         self.refine, self.classifier = _fuse_sequence(head.refine), copy.deepcopy(head.classifier)
 
@@ -195,6 +202,7 @@ class FusedFCNHead(FCNHead):
 
     def __init__(self, head: FCNHead) -> None:
         nn.Module.__init__(self)
+        self.trained_stride = head.trained_stride
         self.refine, self.classifier = _fuse_sequence(head.refine), copy.deepcopy(head.classifier)
         self.dropout = copy.deepcopy(head.dropout)
 

@@ -58,7 +58,7 @@ class BasicBlock(nn.Module):
         """Rows `[src.num_sites, channels]` to `[dst.num_sites, width]`."""
         out = F.relu(self.bn1(self.conv1(rows, src, dst)), inplace=True)
         out = self.bn2(self.conv2(out, dst, dst))
-        shortcut = self.pool(rows, src, dst) if self.pool else select_rows(rows, src, dst)
+        shortcut = self.pool(rows, src, dst) if self.pool else select_rows(rows, src, dst, self)
         out += self.downsample(shortcut) if self.downsample else shortcut
         return F.relu(out, inplace=True)
 
@@ -94,7 +94,7 @@ class Bottleneck(nn.Module):
         out = F.relu(self.bn1(self.conv1(rows)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out, src, dst)), inplace=True)
         out = self.bn3(self.conv3(out))
-        shortcut = self.pool(rows, src, dst) if self.pool else select_rows(rows, src, dst)
+        shortcut = self.pool(rows, src, dst) if self.pool else select_rows(rows, src, dst, self)
         out += self.downsample(shortcut) if self.downsample else shortcut
         return F.relu(out, inplace=True)
 
@@ -190,9 +190,16 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor, layouts: Sequence[SiteLayout]) -> list[Tensor]:
         """Images `[B, 3, H, W]` to the rows of layer1..layer4, each run on its layout of the four given."""
-        rows, src = self.stem(images), layouts[0]
-        outputs = []
-        for stage, dst in zip((self.layer1, self.layer2, self.layer3, self.layer4), layouts, strict=True):
+        return self.run_stages(self.stem(images), layouts)
+
+    def run_stages(self, rows: Tensor, layouts: Sequence[SiteLayout], first: int = 0) -> list[Tensor]:
+        """The rows of the stages from index `first` on, as many as there are layouts.
+
+        rows: what the first of them reads, on the layout before its own (the stem's is that of layer1).
+        """
+        src, outputs = layouts[max(first - 1, 0)], []
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        for stage, dst in zip(stages[first : len(layouts)], layouts[first:], strict=True):
             rows, src = stage(rows, src, dst), dst
             outputs.append(rows)
         return outputs

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.masks import MaskPolicy, block_shape
+from sparse_seg.masks import ConfidencePolicy, LearnedPolicy, MaskPolicy, block_shape
 from sparse_seg.models.heads import LOW_LEVEL_STRIDE
+from sparse_seg.models.refinement import Refinement, refine
 from sparse_seg.models.resnet import STAGE_STRIDES, ResNet
 from sparse_seg.models.upsample import upsample_logits
 from sparse_seg.sparse import SiteLayout, rows_to_grid
@@ -23,6 +26,13 @@ class Outputs(NamedTuple):
     auxiliary: Tensor | None
 
 
+class Segmentation(NamedTuple):
+    """What the network makes of images, and the mask it ran with: bool or int64 `[B, Hc, Wc]`."""
+
+    outputs: Outputs
+    fine_blocks: Tensor
+
+
 class SelectiveSegmentor(nn.Module):
     """A segmentation network that runs coarse everywhere and fine where a mask asks for it.
 
@@ -33,6 +43,8 @@ class SelectiveSegmentor(nn.Module):
         backbone, head, policy: built by `build_model`.
         trained_stride: output stride the head's last upsampling was trained at, in pixels.
         auxiliary: head on layer3's rows, used in training only.
+        strides: strides in pixels between which the mask chooses, finest first, each twice the one before.
+            A block is one cell of the coarsest grid.
         align_corners: of the last upsampling.
     """
 
@@ -43,25 +55,74 @@ class SelectiveSegmentor(nn.Module):
         policy: MaskPolicy,
         trained_stride: int = 8,
         auxiliary: nn.Module | None = None,
+        strides: tuple[int, ...] = (8, 16),
         align_corners: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
-        self.policy, self.trained_stride, self.align_corners = policy, trained_stride, align_corners
+        self.policy, self.trained_stride, self.strides = policy, trained_stride, strides
+        self.align_corners = align_corners
 
     def forward(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
         """Logits `[B, K, H, W]` of normalised images `[B, 3, H, W]`, any size from 32x32 up.
 
         Args:
-            fine_blocks: bool `[B, ceil(H/16), ceil(W/16)]`; by default the policy chooses.
+            fine_blocks: `[B, ceil(H/s), ceil(W/s)]` for the coarsest stride s: bool, the blocks at the finest
+                stride; or int64 levels, 0 for the coarsest stride up to the number of strides - 1 for the
+                finest. By default the policy chooses.
 
         Raises:
             ValueError: images or mask of a wrong shape or dtype.
         """
+        if fine_blocks is None:
+            return self.segment(images).outputs.logits
         return self.outputs(images, self.selective_layouts(images, fine_blocks)).logits
 
+    def segment(
+        self, images: Tensor, labels: Tensor | None = None, policy: MaskPolicy | None = None
+    ) -> Segmentation:
+        """Outputs under the mask that a policy chooses, and the mask.
+
+        Args:
+            labels: int64 `[B, H, W]`, for policies that read them (oracle).
+            policy: in place of the model's own.
+        """
+        policy = policy or self.policy
+        _check_images(images)
+        if isinstance(policy, ConfidencePolicy) and not self.training:
+            run = Refinement(self, images, policy.stored_dtype)
+            fine_blocks = policy.cut(run.scores(policy))
+            run.refine(fine_blocks)
+            return Segmentation(Outputs(run.logits(), None), fine_blocks)
+        if isinstance(policy, LearnedPolicy):
+            return self._segment_by_features(images, policy)
+        fine_blocks = self._choose(images, labels, policy)
+        return Segmentation(self.outputs(images, self.selective_layouts(images, fine_blocks)), fine_blocks)
+
+    def refine(
+        self,
+        images: Tensor,
+        fractions: Sequence[float] | None = None,
+        milliseconds: float | None = None,
+    ) -> Iterator[Tensor]:
+        """Anytime prediction: logits `[B, K, H, W]`, better and better; a step pays for its new sites only.
+
+        Args:
+            fractions: rising shares of fine blocks, a result for each; 0 is the dense network at the coarsest
+                stride. With three strides the policy's `middle_fraction` follows in rank.
+            milliseconds: in place of fractions, the time to spend. The first result is the coarse network's,
+                later ones come as long as a further step fits, by the cost measured so far.
+
+        Blocks are ranked once, by the confidence policy (the model's own, else its defaults). Results after
+        the first differ from one-shot ones only where new sites lie next to those of an earlier step.
+
+        Raises:
+            ValueError: both or neither given, fractions that do not rise, or a model in training mode.
+        """
+        return (step.logits for step in refine(self, images, fractions, milliseconds))
+
     def dense(self, images: Tensor, output_stride: int = 8) -> Tensor:
-        """Logits `[B, K, H, W]` of the same weights run dense at output stride 8, 16 or 32."""
+        """Logits `[B, K, H, W]` of the same weights run dense at output stride 4, 8, 16 or 32."""
         return self.outputs(images, self.dense_layouts(images, output_stride)).logits
 
     def for_inference(self) -> SelectiveSegmentor:
@@ -76,61 +137,133 @@ class SelectiveSegmentor(nn.Module):
 
     def outputs(self, images: Tensor, layouts: list[SiteLayout]) -> Outputs:
         """Run on the four stages' layouts, as `selective_layouts` or `dense_layouts` give them."""
-        features = self.backbone(images, layouts)
+        with self.precision(images):
+            return self._outputs(images, self.backbone(images, layouts), layouts)
+
+    def _outputs(self, images: Tensor, features: Sequence[Tensor], layouts: list[SiteLayout]) -> Outputs:
         auxiliary = None
         if self.auxiliary is not None and self.training:
-            auxiliary = self._upsample(self.auxiliary(features[2], layouts[2]), images, layouts[2].stride)
-        return Outputs(self._logits(images, features, layouts), auxiliary)
+            grid = self.auxiliary(features[2], layouts[2])
+            auxiliary = self._upsample(grid, images, layouts[2].stride, self.trained_stride)
+        return Outputs(self.upsample(self.grid_logits(features, layouts), images, layouts[3]), auxiliary)
 
-    def grid_logits(self, features: list[Tensor], layouts: list[SiteLayout]) -> Tensor:
-        """The head's logits `[B, K, h, w]` from the stages' rows, before the last upsampling."""
-        if not getattr(self.head, "uses_low_level", False):
-            return self.head(features[3], layouts[3])
+    def grid_logits(self, features: Sequence[Tensor], layouts: Sequence[SiteLayout]) -> Tensor:
+        """The head's logits `[B, K, h, w]`, before the last upsampling.
+
+        Args:
+            features, layouts: of the stages, of which the first and the last are read.
+        """
+        if not self._uses_low_level:
+            return self.head(features[-1], layouts[-1])
         low_level = rows_to_grid(features[0], layouts[0].batch, layouts[0].size)
-        return self.head(features[3], layouts[3], low_level)
+        return self.head(features[-1], layouts[-1], low_level)
 
-    def _logits(self, images: Tensor, features: list[Tensor], layouts: list[SiteLayout]) -> Tensor:
-        logits = self.grid_logits(features, layouts)
-        if not getattr(self.head, "uses_low_level", False):
-            return self._upsample(logits, images, layouts[3].stride)
-        return self._upsample(logits, images, LOW_LEVEL_STRIDE, LOW_LEVEL_STRIDE)
+    @property
+    def _uses_low_level(self) -> bool:
+        return getattr(self.head, "uses_low_level", False)
+
+    def _segment_by_features(self, images: Tensor, policy: LearnedPolicy) -> Segmentation:
+        """The dense stages, then the mask from their features, then the others."""
+        first, layouts = self.first_selective, self.dense_layouts(images, self.strides[0])
+        with self.precision(images):
+            early = self.backbone(images, layouts[:first])
+            with torch.no_grad():
+                fine_blocks = policy.cut(policy.feature_scores(self.mask_features(early, layouts)))
+            layouts = self.selective_layouts(images, fine_blocks)
+            late = self.backbone.run_stages(early[-1], layouts, first)
+            return Segmentation(self._outputs(images, [*early, *late], layouts), fine_blocks)
+
+    @property
+    def first_selective(self) -> int:
+        """Index of the first stage whose stride the mask decides."""
+        return sum(stride <= self.strides[0] for stride in STAGE_STRIDES)
+
+    def mask_features(self, features: Sequence[Tensor], layouts: Sequence[SiteLayout]) -> Tensor:
+        """What the learned policy reads, `[B, C, h, w]`: the output of the last stage before the mask."""
+        last = self.first_selective - 1
+        return rows_to_grid(features[last], layouts[last].batch, layouts[last].size)
+
+    def precision(self, images: Tensor) -> AbstractContextManager:
+        """The precision that the network runs in: here whatever autocast asks for."""
+        return nullcontext()
+
+    def upsample(self, grid_logits: Tensor, images: Tensor, layout: SiteLayout, every: int = 1) -> Tensor:
+        """The head's logits `[B, K, h, w]` at the images' size, in float32 or more; see `upsample_logits`."""
+        strides = (LOW_LEVEL_STRIDE,) * 2 if self._uses_low_level else (layout.stride, self.trained_stride)
+        return self._upsample(grid_logits, images, *strides, every)
 
     def _upsample(
-        self, logits: Tensor, images: Tensor, stride: int, trained_stride: int | None = None
+        self, logits: Tensor, images: Tensor, stride: int, trained_stride: int, every: int = 1
     ) -> Tensor:
         size = (images.shape[2], images.shape[3])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return upsample_logits(
-            logits, size, stride, trained_stride or self.trained_stride, self.align_corners
-        )
+        return upsample_logits(logits, size, stride, trained_stride, self.align_corners, every)
+
+    def _choose(self, images: Tensor, labels: Tensor | None, policy: MaskPolicy) -> Tensor:
+        """The mask before the network runs. In training the confidence policy reads a pass of its own."""
+        if not isinstance(policy, ConfidencePolicy):
+            return policy(images, labels)
+        modes = [(module, module.training) for module in self.modules()]
+        scores = Refinement(self.eval(), images).scores(policy)
+        for module, training in modes:
+            module.training = training
+        return policy.cut(scores)
 
     def selective_layouts(self, images: Tensor, fine_blocks: Tensor | None = None) -> list[SiteLayout]:
-        """Layouts of layer1..layer4: dense at 4 and 8, then two levels by the mask."""
+        """Layouts of layer1..layer4: each on its natural stride, but at most the coarsest of `strides`, with
+        the finer levels that the mask asks for; stages above the finest stride are dense."""
         _check_images(images)
-        if fine_blocks is None:
-            fine_blocks = self.policy(images)
-        if tuple(fine_blocks.shape) != block_shape(images) or fine_blocks.dtype != torch.bool:
+        splits = self._splits(images, self.policy(images) if fine_blocks is None else fine_blocks)
+        finest, coarsest = self.strides[0], self.strides[-1]
+        layouts: dict[int, SiteLayout] = {}
+        for stride in sorted({min(stride, coarsest) for stride in STAGE_STRIDES}):
+            layouts[stride] = _dense_layout(images, stride)
+            if stride > finest:
+                size, coarser = _grid_size(images, finest), self.strides[::-1].index(stride)
+                layouts[stride] = SiteLayout(images.shape[0], size, finest, splits[coarser:])
+        return [layouts[min(stride, coarsest)] for stride in STAGE_STRIDES]
+
+    def _splits(self, images: Tensor, fine_blocks: Tensor) -> list[Tensor]:
+        """Which cells of each grid but the finest gain the next one's sites, coarsest grid first."""
+        expected, levels = block_shape(images, self.strides[-1]), len(self.strides) - 1
+        if tuple(fine_blocks.shape) != expected or fine_blocks.dtype not in (torch.bool, torch.int64):
             raise ValueError(
-                f"fine_blocks must be bool {list(block_shape(images))} for images {list(images.shape)}, "
+                f"fine_blocks must be bool or int64 levels {list(expected)} for images {list(images.shape)}, "
                 f"not {fine_blocks.dtype} {list(fine_blocks.shape)}"
             )
-        quarter, eighth = (_dense_layout(images, stride) for stride in STAGE_STRIDES[:2])
-        selective = SiteLayout.from_fine_blocks(fine_blocks.to(images.device), eighth.size, eighth.stride)
-        return [quarter, eighth, selective, selective]
+        blocks = fine_blocks.to(images.device)
+        if blocks.dtype == torch.int64 and not bool(((blocks >= 0) & (blocks <= levels)).all()):
+            raise ValueError(f"levels must lie in 0..{levels} for the strides {list(self.strides)}")
+        splits = []
+        for level, stride in enumerate(self.strides[:0:-1]):
+            height, width = _grid_size(images, stride)
+            split = blocks if blocks.dtype == torch.bool else blocks > level
+            if level:
+                split = split.repeat_interleave(2**level, 1).repeat_interleave(2**level, 2)
+            splits.append(split[:, :height, :width])
+        return splits
 
     def dense_layouts(self, images: Tensor, output_stride: int) -> list[SiteLayout]:
         """Layouts of layer1..layer4 of the plain dense network."""
         _check_images(images)
-        if output_stride not in STAGE_STRIDES[1:]:
-            raise ValueError(f"output_stride must be 8, 16 or 32, not {output_stride}")
+        if output_stride not in STAGE_STRIDES:
+            raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {output_stride}")
         strides = [min(stride, output_stride) for stride in STAGE_STRIDES]
         layouts = {stride: _dense_layout(images, stride) for stride in strides}
         return [layouts[stride] for stride in strides]
 
 
+def block_levels(model: SelectiveSegmentor, fine_blocks: Tensor) -> Tensor:
+    """A mask, bool or int64, as int64 levels: 0 for the coarsest of the model's strides."""
+    return fine_blocks.long() * (len(model.strides) - 1 if fine_blocks.dtype == torch.bool else 1)
+
+
 def _dense_layout(images: Tensor, stride: int) -> SiteLayout:
-    size = (-(-images.shape[2] // stride), -(-images.shape[3] // stride))
-    return SiteLayout(images.shape[0], size, stride, device=images.device)
+    return SiteLayout(images.shape[0], _grid_size(images, stride), stride, device=images.device)
+
+
+def _grid_size(images: Tensor, stride: int) -> tuple[int, int]:
+    return -(-images.shape[2] // stride), -(-images.shape[3] // stride)
 
 
 def _check_images(images: Tensor) -> None:

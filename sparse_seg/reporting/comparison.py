@@ -13,9 +13,9 @@ from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.comparison import Setting
 from sparse_seg.evaluation.evaluate import predict
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.segmentor import SelectiveSegmentor, block_levels
 from sparse_seg.reporting.html import Section, photo, plot, write_report
-from sparse_seg.reporting.overlays import colourise, draw_blocks, overlay, side_by_side, write_image
+from sparse_seg.reporting.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
 from sparse_seg.reporting.plots import cost_curve
 from sparse_seg.reporting.tables import Column, Table
 from sparse_seg.schema import DataConfig
@@ -33,6 +33,17 @@ def comparison_table(rows: Rows) -> Table:
         Column("milliseconds", "ms", "{:.1f}"),
     ]
     return Table(columns, list(rows))
+
+
+def fraction_table(rows: Rows, key: str, exchange: str | None = None) -> Table:
+    """One value of the selective rows: a line per policy, a column per fine fraction, under one rule."""
+    own = [row for row in rows if row["policy"] and row["exchange"] == exchange]
+    lines: dict[str, dict[str, Any]] = {}
+    for row in own:
+        lines.setdefault(row["policy"], {"policy": row["policy"]})[f"{row['fine_fraction']:g}"] = row[key]
+    fractions = sorted({row["fine_fraction"] for row in own})
+    columns = [Column(f"{fraction:g}", f"f={fraction:g}", "{:.2f}") for fraction in fractions]
+    return Table([Column("policy", "policy"), *columns], list(lines.values()))
 
 
 def write_comparison(
@@ -62,16 +73,9 @@ def write_comparison(
         named = runs_on_image(model, dataset, data, index, shown)
         sections.append(Section(dataset.name(index), pictures=[photo(image, name) for name, image in named]))
         if index == 0:
-            write_image(Path(path).with_suffix(".png"), _in_rows_of_three(named))
+            rows_of_three = [named[start : start + 3] for start in range(0, len(named), 3)]
+            write_image(Path(path).with_suffix(".png"), contact_sheet(rows_of_three))
     write_report(path, title, sections)
-
-
-def _in_rows_of_three(named: Sequence[tuple[str, Image]]) -> Image:
-    rows = [named[start : start + 3] for start in range(0, len(named), 3)]
-    strips = [side_by_side([image for _, image in row], [name for name, _ in row]) for row in rows]
-    width = max(strip.shape[1] for strip in strips)
-    padding = [((0, 0), (0, width - strip.shape[1]), (0, 0)) for strip in strips]
-    return np.concatenate([np.pad(*pair, constant_values=255) for pair in zip(strips, padding, strict=True)])
 
 
 def _curve(rows: Rows, key: str, label: str) -> bytes:
@@ -104,7 +108,7 @@ def runs_on_image(
     for setting in shown:
         classes, fine_blocks = predict(model, batch, setting.output_stride, setting.policy, target)
         if fine_blocks is not None:
-            blocks = draw_blocks(image, fine_blocks[0].cpu().numpy())
-            pictures.append((f"fine blocks (bright): {setting.name}", blocks))
+            levels = block_levels(model, fine_blocks)[0].cpu().numpy()
+            pictures.append((f"stride by block: {setting.name}", draw_levels(image, levels, model.strides)))
         pictures.append((setting.name, overlay(image, classes[0].cpu().numpy(), palette)))
     return pictures

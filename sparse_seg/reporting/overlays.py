@@ -13,6 +13,8 @@ Image = npt.NDArray[np.uint8]
 Palette = Sequence[tuple[int, int, int]]
 
 COARSE_BRIGHTNESS = 0.35
+LEVEL_TINTS = ((30, 60, 160), (0, 150, 140), (255, 140, 0))  # of strides, coarsest first; two: first and last
+TINT, LEGEND_HEIGHT = 0.45, 22  # opacity; px
 OUTLINE = (255, 210, 0)
 GAP = 8  # px between pictures
 
@@ -66,6 +68,52 @@ def draw_blocks(image: Image, fine_blocks: npt.NDArray[np.bool_], block: int = 1
     inside = cv2.erode(fine.astype(np.uint8), np.ones((2 * thickness + 1, 2 * thickness + 1), np.uint8))
     picture[fine & (inside == 0)] = OUTLINE
     return picture
+
+
+def draw_levels(image: Image, levels: npt.NDArray[np.int64], strides: Sequence[int]) -> Image:
+    """`image` with every block in the colour of its stride, thin lines between blocks, and a legend below.
+
+    levels: [ceil(H/s), ceil(W/s)] for the coarsest stride s; 0 is the coarsest. strides: px, finest first.
+    Returns [H + legend, W, 3]. Raises ValueError for another shape or an unknown level.
+    """
+    _check_image(image)
+    (height, width), block = image.shape[:2], strides[-1]
+    expected = (-(-height // block), -(-width // block))
+    if levels.shape != expected or levels.min() < 0 or levels.max() >= len(strides):
+        raise ValueError(
+            f"levels must be {list(expected)} in 0..{len(strides) - 1} for an image of {height}x{width} and "
+            f"strides {list(strides)}, got {list(levels.shape)} in {levels.min()}..{levels.max()}"
+        )
+    tints = np.array(LEVEL_TINTS if len(strides) == 3 else LEVEL_TINTS[::2], np.uint8)
+    colours = tints[levels].repeat(block, axis=0).repeat(block, axis=1)[:height, :width]
+    picture = cv2.addWeighted(image, 1 - TINT, colours, TINT, 0)
+    for step, level in zip(strides[::-1], range(len(strides)), strict=True):  # the grid of sites, by stride
+        own = (levels == level).repeat(block, axis=0).repeat(block, axis=1)[:height, :width]
+        grid = np.zeros((height, width), bool)
+        grid[::step] = grid[:, ::step] = True
+        picture[own & grid] = picture[own & grid] // 4 * 3
+    entries = [
+        _legend_entry(f"stride {stride}: {100 * (levels == level).mean():.0f}%", tints[level])
+        for level, stride in enumerate(strides[::-1])
+    ]
+    legend = np.full((LEGEND_HEIGHT, width, 3), 255, np.uint8)
+    row = np.concatenate(entries, 1)[:, :width]
+    legend[:, : row.shape[1]] = row
+    return np.concatenate([picture, legend])
+
+
+def _legend_entry(text: str, colour: np.ndarray) -> Image:
+    swatch = np.full((LEGEND_HEIGHT, LEGEND_HEIGHT, 3), 255, np.uint8)
+    swatch[4:-4, 4:-4] = colour
+    return np.concatenate([swatch, _title(text, LEGEND_HEIGHT, 7 * len(text) + 8)], 1)
+
+
+def contact_sheet(rows: Sequence[Sequence[tuple[str, Image]]]) -> Image:
+    """Rows of named pictures under each other, white where a row is shorter."""
+    strips = [side_by_side([image for _, image in row], [name for name, _ in row]) for row in rows]
+    width = max(strip.shape[1] for strip in strips)
+    padding = [((0, 0), (0, width - strip.shape[1]), (0, 0)) for strip in strips]
+    return np.concatenate([np.pad(*pair, constant_values=255) for pair in zip(strips, padding, strict=True)])
 
 
 def side_by_side(pictures: Sequence[Image], titles: Sequence[str]) -> Image:

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_seg.data.dataset import read_image
+import numpy as np
+from torch import Tensor
+
+from sparse_seg.data.dataset import Image, read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import DataError
 from sparse_seg.evaluation.evaluate import predict
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.reporting.overlays import Palette, colourise, draw_blocks, overlay, write_image
+from sparse_seg.models.refinement import refine
+from sparse_seg.models.segmentor import SelectiveSegmentor, block_levels
+from sparse_seg.reporting.overlays import (
+    Palette,
+    colourise,
+    contact_sheet,
+    draw_blocks,
+    draw_levels,
+    overlay,
+    write_image,
+)
 from sparse_seg.schema import DataConfig
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
@@ -48,22 +60,49 @@ def write_pictures(
     palette: Palette,
     data: DataConfig,
     output_stride: int | None = None,
+    show_levels: bool = False,
+    steps: Sequence[float] | None = None,
 ) -> None:
     """Segment one image; write `NAME_overlay.png`, `NAME_classes.png` and, if selective, `NAME_blocks.png`.
+
+    Args:
+        show_levels: also `NAME_levels.png`, every block in the colour of its stride.
+        steps: also `NAME_steps.png`, refinement to these rising fine fractions step by step.
 
     Raises:
         DataError: the file is no image, or too small for the network.
     """
     image = read_image(path)
-    device = next(model.parameters()).device
+    batch = normalise(image, data.mean, data.std)[None].to(next(model.parameters()).device)
     try:
-        classes, fine_blocks = predict(
-            model, normalise(image, data.mean, data.std)[None].to(device), output_stride
-        )
+        classes, fine_blocks = predict(model, batch, output_stride)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     label = classes[0].cpu().numpy()
     write_image(Path(out) / f"{path.stem}_overlay.png", overlay(image, label, palette))
     write_image(Path(out) / f"{path.stem}_classes.png", colourise(label, palette))
     if fine_blocks is not None:
-        write_image(Path(out) / f"{path.stem}_blocks.png", draw_blocks(image, fine_blocks[0].cpu().numpy()))
+        levels = block_levels(model, fine_blocks)[0].cpu().numpy()
+        blocks = draw_blocks(image, levels == len(model.strides) - 1, model.strides[-1])
+        write_image(Path(out) / f"{path.stem}_blocks.png", blocks)
+        if show_levels:
+            write_image(Path(out) / f"{path.stem}_levels.png", draw_levels(image, levels, model.strides))
+    if steps is not None:
+        write_image(Path(out) / f"{path.stem}_steps.png", _steps(model, batch, image, palette, steps))
+
+
+def _steps(
+    model: SelectiveSegmentor, batch: Tensor, image: Image, palette: Palette, fractions: Sequence[float]
+) -> Image:
+    """A contact sheet: a column per step, prediction above blocks; what a step changed is white."""
+    columns: list[tuple[tuple[str, Image], ...]] = []
+    before = None
+    for fraction, step in zip(fractions, refine(model, batch, fractions), strict=True):
+        label = step.logits[0].max(0).indices.cpu().numpy()
+        picture = overlay(image, label, palette)
+        changed = np.zeros_like(label, bool) if before is None else label != before
+        picture[changed], before = 255, label
+        blocks = draw_levels(image, step.levels[0].cpu().numpy(), model.strides)
+        title = f"f={fraction:g}" + (f": {100 * changed.mean():.1f}% changed (white)" if columns else "")
+        columns.append(((title, picture), ("", blocks)))
+    return contact_sheet([[column[row] for column in columns] for row in (0, 1)])

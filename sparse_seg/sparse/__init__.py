@@ -7,16 +7,19 @@ from sparse_seg.sparse.engines import ENGINES, EngineError
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid, rows_to_grid, select_rows
 from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
 from sparse_seg.sparse.neighbours import NeighbourTable
+from sparse_seg.sparse.steps import Memory, StepLayout
 
 __all__ = [
     "ENGINES",
     "EXCHANGES",
     "EngineError",
+    "Memory",
     "NeighbourTable",
     "SelectiveAvgPool2d",
     "SelectiveConv2d",
     "SelectiveDepthwiseConv2d",
     "SiteLayout",
+    "StepLayout",
     "densify",
     "grid_to_rows",
     "lattice_grid",

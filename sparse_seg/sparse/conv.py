@@ -59,11 +59,12 @@ class SelectiveConv2d(nn.Module):
         nn.init.normal_(self.weight, std=math.sqrt(2 / (TAPS * self.out_channels)))
 
     def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
-        """Rows `[src.num_sites, I]` to `[dst.num_sites, O]`."""
-        sites = dst.num_sites if self.spacing is not None else dst.batch * dst.size[0] * dst.size[1]
-        self.macs = sites * TAPS * self.in_channels * self.out_channels
+        """Rows `[src.num_run, I]` to `[dst.num_run, O]`: those of all sites, or in a step of the new ones."""
         if self.spacing is None:
+            self.macs = dst.batch * dst.size[0] * dst.size[1] * TAPS * self.in_channels * self.out_channels
             return undilated_conv2d(rows, self.weight, dst)
+        rows = dst.complete(rows, src, self)
+        self.macs = dst.num_run * TAPS * self.in_channels * self.out_channels
         engine = _engine(self.engine, rows, src, dst)
         return engine.selective_conv2d(rows, self.weight, src, dst, self.spacing, self.exchange)
 

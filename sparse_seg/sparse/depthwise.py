@@ -45,8 +45,9 @@ class SelectiveDepthwiseConv2d(nn.Module):
         nn.init.normal_(self.weight, std=math.sqrt(2 / TAPS))  # He et al., 2015
 
     def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
-        """Rows `[src.num_sites, C]` to `[dst.num_sites, C]`."""
-        self.macs = dst.num_sites * TAPS * self.channels
+        """Rows `[src.num_run, C]` to `[dst.num_run, C]`."""
+        rows = dst.complete(rows, src, self)
+        self.macs = dst.num_run * TAPS * self.channels
         return depthwise_conv2d(rows, self.weight, src, dst, self.spacing, self.exchange)
 
     def extra_repr(self) -> str:
@@ -64,12 +65,15 @@ class SelectiveAvgPool2d(nn.Module):
         self.spacing, self.exchange = spacing, exchange
 
     def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
-        """Rows `[src.num_sites, C]` to `[dst.num_sites, C]`."""
+        """Rows `[src.num_run, C]` to `[dst.num_run, C]`."""
+        rows = dst.complete(rows, src, self)
         gather.check_rows(rows, src)
         stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
-        lattice = grid_to_rows(window_mean(lattice_grid(rows, src), stride, dilation))
-        if dst.num_extra == 0:
-            return lattice
+        lattice = rows[:0]
+        if dst.runs_lattice:
+            lattice = grid_to_rows(window_mean(lattice_grid(rows, src), stride, dilation))
+            if dst.num_extra == 0:
+                return lattice
         table = src.neighbours(dst, self.spacing, self.exchange)
         values, window = neighbour_values(rows, table), table.index[:, list(WINDOW)]
         count = (window < values.shape[0] - 1).sum(1, keepdim=True)  # the last value is the zero outside
@@ -110,10 +114,12 @@ def depthwise_conv2d(
     gather.check_rows(rows, src)
     rows, weight = gather.autocast(rows, weight)
     stride, dilation = gather.lattice_conv_geometry(src, dst, spacing)
-    grid, kernel = lattice_grid(rows, src), weight.permute(0, 3, 1, 2)
-    lattice = grid_to_rows(F.conv2d(grid, kernel, None, stride, dilation, dilation, rows.shape[1]))
-    if dst.num_extra == 0:
-        return lattice
+    lattice = rows[:0]
+    if dst.runs_lattice:
+        grid, kernel = lattice_grid(rows, src), weight.permute(0, 3, 1, 2)
+        lattice = grid_to_rows(F.conv2d(grid, kernel, None, stride, dilation, dilation, rows.shape[1]))
+        if dst.num_extra == 0:
+            return lattice
     table = src.neighbours(dst, spacing, exchange)
     values = neighbour_values(rows, table)
     return torch.cat((lattice, _WeightedSum.apply(values, table.index, weight.flatten(1).t())))

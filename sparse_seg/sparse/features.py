@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from torch import Tensor
 
 from sparse_seg.sparse.layout import SiteLayout
@@ -22,7 +24,10 @@ def lattice_grid(rows: Tensor, layout: SiteLayout) -> Tensor:
     return rows_to_grid(rows[: layout.num_lattice], layout.batch, layout.lattice_size)
 
 
-def select_rows(rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
-    """Rows `[src.num_sites, C]` at the sites of `dst`: what a strided 1x1 convolution reads."""
+def select_rows(rows: Tensor, src: SiteLayout, dst: SiteLayout, key: Hashable) -> Tensor:
+    """Rows of `src` at the sites of `dst`: what a strided 1x1 convolution reads.
+
+    key: the layer that reads them, see `SiteLayout.complete`.
+    """
     index = src.rows_at(dst)
-    return rows if index is None else rows.index_select(0, index)
+    return rows if index is None else dst.complete(rows, src, key).index_select(0, index)

@@ -88,6 +88,31 @@ class SiteLayout:
     def _lattice_numbers(self) -> Tensor:
         return torch.arange(self.num_lattice, device=self.device).view(self.batch, *self.lattice_size)
 
+    # -- what `StepLayout` changes: here every site is run, and nothing is remembered ----------------------
+
+    runs_lattice = True  # not only new sites
+    remembers = False  # what its layers read, in place
+
+    @property
+    def run_cells(self) -> Tensor:
+        """Flat cells, in row order, of the sites that a pass runs."""
+        return self.cells
+
+    @property
+    def num_run(self) -> int:
+        return self.num_sites
+
+    def complete(self, rows: Tensor, src: SiteLayout, key: Hashable) -> Tensor:
+        """All rows `[src.num_sites, C]` of `src` that a layer (`key`) with outputs on this layout reads,
+        given those `[src.num_run, C]` that this pass made."""
+        return rows
+
+    def merge(self, kept: Tensor, rows: Tensor) -> Tensor:
+        """All rows `[N, C]`, from those known before and those of new sites, of which there are none here."""
+        return kept
+
+    # ------------------------------------------------------------------------------------------------------
+
     @property
     def num_extra(self) -> int:
         return self.num_sites - self.num_lattice
@@ -143,7 +168,7 @@ class SiteLayout:
         return table
 
     def rows_at(self, other: SiteLayout) -> Tensor | None:
-        """`[other.num_sites]` int64: our row at each site of `other`; None where both have the same rows.
+        """`[other.num_run]` int64: our row at each site that `other` runs; None where both are the same.
 
         Raises:
             ValueError: `other` has a site where this layout has none.
@@ -151,14 +176,22 @@ class SiteLayout:
         if other is self:
             return None
         step = other.stride // self.stride
-        batch, y, x = _unflatten(other.cells, other.size)
+        batch, y, x = _unflatten(other.run_cells, other.size)
         rows = self.site[batch, y * step, x * step]
         if bool((rows < 0).any()):
             raise ValueError("the next stage's layout has sites that this stage's layout lacks")
         return rows
 
+    def rows_of_cells(self, other: SiteLayout) -> Tensor:
+        """`[other.num_sites]` int64: our row at each site of `other`, a layout of our stride or a finer one;
+        -1 where we have no site."""
+        step = self.stride // other.stride
+        batch, y, x = _unflatten(other.cells, other.size)
+        rows = self.site[batch, y // step, x // step]
+        return rows.where((y % step == 0) & (x % step == 0), -1)
+
     def neighbours(self, other: SiteLayout, spacing: int, exchange: str = "linear") -> NeighbourTable:
-        """Our rows around the extra sites of `other`, `spacing` px apart (cached).
+        """Our rows around the extra sites that `other` runs, `spacing` px apart (cached).
 
         exchange: what stands where we have no site: `linear`, the lattice's bilinear interpolation;
         `nearest`, the block's own site; `none`, zero. Outside the image it is zero.
@@ -186,7 +219,8 @@ class SiteLayout:
 
     def _neighbours(self, other: SiteLayout, spacing: int, exchange: str) -> NeighbourTable:
         height, width = self.size
-        batch, y, x = _unflatten(other.cells[other.num_lattice :, None], other.size)
+        extra = other.run_cells[other.num_lattice if other.runs_lattice else 0 :]
+        batch, y, x = _unflatten(extra[:, None], other.size)
         offset = torch.arange(TAPS, device=self.device)
         y = y + (offset // 3 - 1) * _steps(spacing, self.stride)
         x = x + (offset % 3 - 1) * _steps(spacing, self.stride)

@@ -90,8 +90,24 @@ def load_model(path: str | Path, config: Config | None = None) -> SelectiveSegme
     if config is not None:
         _check_same_function(config, trained, path)
     model = build_model(config or trained)
-    load_weights(model, _inference_weights(model, content), path)
+    load_weights(model, _inference_weights(model, content, path), path)
     return model.eval()
+
+
+def load_network(model: SelectiveSegmentor, path: str | Path, config: Config) -> None:
+    """Start a network from a checkpoint's weights; a mask net and an auxiliary head stay as they are if the
+    checkpoint has none.
+
+    Raises:
+        CheckpointError: missing, truncated or foreign file, or one that does not fit the config.
+    """
+    content = load_checkpoint(path)
+    _check_same_function(config, checkpoint_config(content, path), path)
+    weights, own = dict(content.get("ema") or content["model"]), model.state_dict()
+    extra = ("policy.", "auxiliary.")
+    kept = {name: tensor for name, tensor in own.items() if name.startswith(extra)}
+    weights = {name: tensor for name, tensor in weights.items() if name in own or not name.startswith(extra)}
+    load_weights(model, kept | weights, path)
 
 
 def _check_same_function(config: Config, trained: Config, path: str | Path) -> None:
@@ -121,9 +137,23 @@ def _function(config: Config) -> dict[str, Any]:
     }
 
 
-def _inference_weights(model: nn.Module, content: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Weights to predict with. An auxiliary head, which only training uses, may be missing on either side."""
+def _inference_weights(
+    model: nn.Module, content: Mapping[str, Any], path: str | Path
+) -> Mapping[str, Tensor]:
+    """Weights to predict with. An auxiliary head, which only training uses, may be missing on either side; a
+    learned mask is left out where another is asked for.
+
+    Raises:
+        CheckpointError: a learned mask is asked for, and there is none.
+    """
     weights = dict(content.get("ema") or content["model"])
+    if not any(name.startswith("policy.") for name in model.state_dict()):
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("policy.")}
+    elif not any(name.startswith("policy.") for name in weights):
+        raise CheckpointError(
+            f"{path} holds no learned mask: train one with train.init={path} (see configs/camvid_mask.yaml), "
+            "or choose another model.mask.policy"
+        )
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("auxiliary.")}
     return own | {
         name: tensor for name, tensor in weights.items() if name in own or not name.startswith("auxiliary.")

@@ -15,18 +15,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_seg.config import num_classes, to_yaml
+from sparse_seg.config import check_training, num_classes, to_yaml
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import training_loader
 from sparse_seg.data.transforms import TrainTransform
 from sparse_seg.errors import CheckpointError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.files import atomic_write
+from sparse_seg.masks import LearnedPolicy
 from sparse_seg.models.build import build_model
-from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
+from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import Config
-from sparse_seg.training.checkpoint import checkpoint_config, load_checkpoint, load_weights, save_checkpoint
+from sparse_seg.training.checkpoint import (
+    checkpoint_config,
+    load_checkpoint,
+    load_network,
+    load_weights,
+    save_checkpoint,
+)
 from sparse_seg.training.losses import SegmentationLoss
+from sparse_seg.training.masks import mask_loss
 from sparse_seg.training.pretrained import load_pretrained
 from sparse_seg.training.schedule import build_optimizer, learning_rate
 
@@ -45,7 +53,8 @@ class Trainer:
 
     Raises:
         TrainingError: the folder already holds a run.
-        CheckpointError: the checkpoint to resume or to start from is missing, corrupt or of another model.
+        ConfigError: settings of a learned mask that exclude each other.
+        CheckpointError: the checkpoint to start or resume from is missing, corrupt or of another model.
         DataError: the dataset is incomplete or inconsistent.
     """
 
@@ -57,6 +66,7 @@ class Trainer:
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.work_dir, self.device = config, Path(work_dir), torch.device(device)
+        check_training(config)
         last = self.work_dir / "last.pt"
         if not resume and last.exists():
             raise TrainingError(
@@ -78,6 +88,11 @@ class Trainer:
         if config.model.pretrained is not None and state is None:
             tqdm.write(load_pretrained(self.model, config.model, config.model.pretrained))
         self.model.to(self.device)
+        if train.init is not None and state is None:
+            load_network(self.model, train.init, config)
+        if train.freeze:
+            self.model.requires_grad_(False)
+            self.model.policy.requires_grad_(True)
         self.ema = copy.deepcopy(self.model) if train.ema_decay is not None else None
         self.loss = SegmentationLoss(train.loss).to(self.device)
         self.optimizer = build_optimizer(self.model, train)
@@ -122,7 +137,7 @@ class Trainer:
         handlers = {
             number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)
         }
-        self.model.train()
+        self._set_training()
         bar = tqdm(loader, total=train.iterations, initial=self.iteration, desc="train", dynamic_ncols=True)
         try:
             for images, labels in bar:
@@ -145,8 +160,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, getattr(torch, train.amp_dtype), enabled=train.amp):
-            outputs = self._forward(images, labels)
-        loss = self.loss(outputs, labels)
+            loss = self._loss(images, labels)
         value = loss.item()
         self._require_finite(loss, "loss")
         self.scaler.scale(loss).backward()
@@ -163,12 +177,20 @@ class Trainer:
         self.loss_sum, self.loss_count = self.loss_sum + value, self.loss_count + 1
         return value
 
-    def _forward(self, images: Tensor, labels: Tensor) -> Outputs:
-        if self.config.train.network == "dense":
-            layouts = self.model.dense_layouts(images, self.config.train.output_stride)
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        train = self.config.train
+        if isinstance(self.model.policy, LearnedPolicy):
+            return mask_loss(self.model, images, labels, self.loss, train.mask_loss, train.budget_weight)
+        if train.network == "dense":
+            outputs = self.model.outputs(images, self.model.dense_layouts(images, train.output_stride))
         else:
-            layouts = self.model.selective_layouts(images, self.model.policy(images, labels))
-        return self.model.outputs(images, layouts)
+            outputs = self.model.segment(images, labels).outputs
+        return self.loss(outputs, labels)
+
+    def _set_training(self) -> None:
+        """Training mode; a frozen network stays in eval mode, so that its statistics stay as they are."""
+        self.model.train(not self.config.train.freeze)
+        self.model.policy.train()
 
     def _after_step(self) -> None:
         train = self.config.train

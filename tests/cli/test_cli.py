@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_seg.cli import COMMANDS, main
+from sparse_seg.cli import COMMANDS, evaluate, main
+from sparse_seg.data.dataset import read_image
 from sparse_seg.data.scenes import write_scenes
+from sparse_seg.reporting.overlays import GAP, LEGEND_HEIGHT
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,6 +209,51 @@ def test_compare_writes_table_and_report(capsys, trained, tmp_path):
     assert report.count("<img") == 2 + 2 * 6  # two curves, six pictures for each of the two images
     assert 'src="data:image' in report
     assert "http" not in re.sub(r'src="[^"]*"', "", report)
+
+
+def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
+    """--resume keeps the rows there are and measures the others, policy by policy."""
+    config, checkpoint = trained
+    out = tmp_path / "rows.json"
+    compare = ["evaluate", str(config), str(checkpoint), "--compare", "0.5", "--json", str(out), "--resume"]
+    assert main([*compare, "--policies", "random"]) == 0
+    before = json.loads(out.read_text())["rows"]
+    measured: list[str] = []
+    whole = evaluate.compare
+
+    def note(model, dataset, data, rows, *others, **options):
+        measured.extend(row.name for row in rows)
+        return whole(model, dataset, data, rows, *others, **options)
+
+    monkeypatch.setattr(evaluate, "compare", note)
+    assert main([*compare, "--policies", "random", "edge:cad", "--exchange", "none", "linear"]) == 0
+    names = [
+        f"selective, {spec}, f=0.5, {rule}" for spec in ("random", "edge:cad") for rule in ("none", "linear")
+    ]
+    assert measured == names
+    result = json.loads(out.read_text())
+    assert result["rows"][: len(before)] == before
+    assert result["commits"] == [str(result["commit"])]
+    assert "edge:cad, f=0.5, linear" in capsys.readouterr().out
+    out.write_text("{}")
+    assert "holds no comparison to resume" in fails(capsys, *compare)
+    assert "--resume: name the file" in fails(capsys, *compare[:5], "--resume", code=2)
+    wrong = fails(capsys, *compare, "--policies", "edge:canny", code=2)
+    assert "unknown option 'canny' in the mask policy 'edge:canny'; choose of blur, sobel, cad" in wrong
+    assert "this network has no learned mask" in fails(capsys, *compare[:5], "--policies", "learned")
+
+
+def test_predict_shows_levels_and_steps(capsys, trained, tmp_path):
+    config, checkpoint = trained
+    image = next((config.parent / "scenes").rglob("*_leftImg8bit.png"))
+    run = ["predict", str(config), str(checkpoint), str(image), "--out", str(tmp_path), "--show-levels"]
+    assert main([*run, "--steps", "0", "0.1", "0.5"]) == 0
+    height, width = read_image(image).shape[:2]
+    levels = read_image(tmp_path / f"{image.stem}_levels.png")
+    assert levels.shape == (height + LEGEND_HEIGHT, width, 3)
+    sheet = read_image(tmp_path / f"{image.stem}_steps.png")
+    assert sheet.shape[1] == 3 * width + 2 * GAP
+    assert "fractions must rise" in fails(capsys, *run, "--steps", "0.5", "0.1", code=2)
 
 
 def test_predict_writes_pictures(capsys, trained, tmp_path):

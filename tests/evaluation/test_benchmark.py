@@ -47,6 +47,27 @@ def test_ways_start_with_the_baseline():
     ]
 
 
+def test_ways_of_further_policies(subject):
+    """A mask made beforehand, and a coarse pass that is refined: other costs, the network's numbers."""
+    rows = ways("network", [0.3], ["gather"], True, ["given", "confidence"])[-2:]
+    assert [f"{way.name}, {way.form}" for way in rows] == [
+        "given f=0.3, gather, fast",
+        "confidence f=0.3, gather, fast",
+    ]
+    assert ways("stages", [0.3], ["gather"], True, ["given"])[-1].policy is None
+    given, confidence = (subject.run(way)() for way in rows)
+    with torch.inference_mode():
+        assert relative_error(given, subject.model(subject.images, subject.fine_blocks(0.3))) < 1e-4
+        policy = subject.policy(0.3, "confidence")
+        (expected, _), blocks = subject.model.segment(subject.images, None, policy)
+        assert relative_error(confidence, expected) < 1e-4
+    assert blocks.float().mean() == pytest.approx(0.3, abs=0.02)
+    results = measure(subject, [Way("network", "plain"), *rows], repeats=1, memory=False)
+    assert results[1]["stored_mib"] is None
+    assert 0.1 < results[2]["stored_mib"] < 10
+    assert results[2]["gmacs"] == pytest.approx(results[1]["gmacs"], rel=0.2), "other blocks, one more head"
+
+
 def test_all_runs_compute_the_same_network(subject):
     for scope in ("stages", "network"):
         plain, dense, fine = (

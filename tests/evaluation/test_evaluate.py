@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_seg import build_model
 from sparse_seg.data.transforms import normalise
-from sparse_seg.evaluation.comparison import compare, settings
+from sparse_seg.evaluation.comparison import compare, exchanging, groups, settings
 from sparse_seg.evaluation.evaluate import evaluate, predict
 from sparse_seg.masks import EdgePolicy, OraclePolicy
-from sparse_seg.schema import DataConfig
+from sparse_seg.schema import DataConfig, MaskConfig
 
 DATA = DataConfig()
 
@@ -62,7 +63,7 @@ def test_oracle_is_handed_the_labels(model):
 
 
 def test_comparison_rows(model, dataset):
-    ways = settings(["edge", "oracle"], [0.0, 0.5])
+    ways = settings(model, MaskConfig(), ["edge", "oracle"], [0.0, 0.5])
     rows = compare(model, dataset, DATA, ways, limit=3)
     assert [row["network"] for row in rows] == [
         "dense OS8",
@@ -81,3 +82,28 @@ def test_comparison_rows(model, dataset):
     gmacs = [row["gmacs"] for row in rows]
     assert gmacs[1] < gmacs[2] < gmacs[3] < gmacs[0]
     assert gmacs[3] == gmacs[5]
+
+
+def test_comparison_of_options_exchanges_and_strides(dataset):
+    """Every policy with its options under every rule; three strides have three dense rows."""
+    torch.manual_seed(0)
+    model = build_model({"width": 0.125, "head_channels": 16, "strides": [8, 16, 32]}).eval()
+    specs, rules = ["edge:cad", "confidence:entropy,max"], ["linear", "none"]
+    ways = settings(model, MaskConfig(middle_fraction=0.25), specs, [0.25], rules)
+    assert [len(part) for part in groups(ways)] == [3, 1, 1, 1, 1]
+    rows = compare(model, dataset, DATA, ways, limit=2)
+    assert [row["network"] for row in rows][:4] == [
+        "dense OS8",
+        "dense OS16",
+        "dense OS32",
+        "selective, edge:cad, f=0.25, linear",
+    ]
+    assert [row["exchange"] for row in rows[3:]] == ["linear", "none", "linear", "none"]
+    assert rows[-1]["middle_fraction"] == 0.25
+    assert {module.exchange for module in model.modules() if hasattr(module, "exchange")} == {"linear"}
+    for way, row in zip(ways, rows, strict=True):
+        with exchanging(model, way.exchange):
+            alone = evaluate(model, dataset, DATA, way.output_stride, way.policy, limit=2)
+        assert row["miou"] == pytest.approx(100 * alone.metrics.miou)
+        assert row["class_iou"] == pytest.approx([100 * iou for iou in alone.metrics.class_iou], nan_ok=True)
+    assert rows[3]["gmacs"] < rows[5]["gmacs"] < 1.2 * rows[3]["gmacs"], "a head on the coarse grid more"

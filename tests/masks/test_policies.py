@@ -1,6 +1,7 @@
 """Mask policies against loops over pixels and blocks."""
 
 import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ from sparse_seg.masks import (
     RandomPolicy,
     UniformPolicy,
     block_shape,
+    blur_scores,
     gradient_magnitude,
     top_blocks,
 )
@@ -26,7 +28,7 @@ SIZES = [(32, 32), (33, 47), (49, 81), (64, 96)]
 class Given(MaskPolicy):
     """Scores as handed in."""
 
-    def __init__(self, values: Tensor, **cut: float) -> None:
+    def __init__(self, values: Tensor, **cut: Any) -> None:
         super().__init__(**cut)
         self.values = values
 
@@ -80,7 +82,7 @@ def test_threshold() -> None:
 
 
 @pytest.mark.parametrize("cut", [{}, {"fine_fraction": 0.1, "threshold": 0.1}])
-def test_one_of_two_cuts(cut: dict[str, float]) -> None:
+def test_one_of_two_cuts(cut: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="either fine_fraction or threshold"):
         EdgePolicy(**cut)
 
@@ -91,7 +93,10 @@ def test_fractions_outside(fraction: float) -> None:
         RandomPolicy(fraction)
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+IMAGE_POLICIES = sorted(name for name, policy in POLICIES.items() if policy.reads == "images")
+
+
+@pytest.mark.parametrize("name", IMAGE_POLICIES)
 def test_every_policy(name: str, images: Tensor) -> None:
     """The right shape and exact budget for both images of a batch, on any size; each image for itself."""
     blocks = (2, math.ceil(images.shape[2] / 16), math.ceil(images.shape[3] / 16))
@@ -161,6 +166,79 @@ def test_oracle_ignores_the_ignored() -> None:
         policy(images)
 
 
+@pytest.mark.parametrize("size", [(96, 128), (100, 131)], ids=str)
+@pytest.mark.parametrize("threshold", [0.15, 0.35, 0.95])
+def test_cad_rule(size: tuple[int, int], threshold: float) -> None:
+    """The published rule by loops: signed differences, zero border, 11x11 dilation, any of 4x4 cells."""
+    generator = torch.Generator().manual_seed(int(100 * threshold))
+    spots = torch.rand(2, 1, *size, generator=generator) < 0.001
+    images = 1.6 * threshold * spots * torch.rand(2, 3, *size, generator=generator)
+    mask = EdgePolicy(threshold=threshold, rule="cad")(images)
+    height, width = size
+    expected = torch.zeros_like(mask)
+    for b in range(2):
+        grey = np.pad((images[b].permute(1, 2, 0).numpy() @ np.array([0.299, 0.587, 0.114], np.float32)), 1)
+        edges = grey[1:-1, 2:] - grey[1:-1, :-2] >= threshold
+        edges |= grey[2:, 1:-1] - grey[:-2, 1:-1] >= threshold
+        dilated = cv2.dilate(edges.astype(np.uint8), np.ones((11, 11), np.uint8))
+        for y, x in np.ndindex(-(-height // 8), -(-width // 8)):
+            if dilated[8 * y, 8 * x]:
+                expected[b, y // 4 * 2 : y // 4 * 2 + 2, x // 4 * 2 : x // 4 * 2 + 2] = True
+    assert torch.equal(mask, expected)
+    assert 0 < expected.sum() < expected.numel()
+
+
+def test_cad_counts_bright_borders_and_equality() -> None:
+    """Outside the image is zero, so a bright left border is an edge; a difference of the threshold counts."""
+    bright = EdgePolicy(threshold=0.9, rule="cad")(torch.ones(1, 3, 64, 96))[0]
+    assert bright.nonzero().tolist() == [[y, x] for y in range(4) for x in range(6) if min(y, x) < 2]
+    assert not EdgePolicy(threshold=0.9, rule="cad")(-torch.ones(1, 3, 64, 96)).any(), "read 8 px further in"
+    flat = torch.zeros(1, 3, 64, 96)
+    flat[..., 48:] = 0.5
+    scores = EdgePolicy(threshold=0.5, rule="cad").scores(flat, None)
+    top = scores.max().item()
+    assert EdgePolicy(threshold=top, rule="cad")(flat).any()
+    assert not EdgePolicy(threshold=top)(flat).any()
+    with pytest.raises(ValueError, match="unknown edge rule 'canny'; choose one of sobel, cad"):
+        EdgePolicy(threshold=0.5, rule="canny")
+
+
+def test_two_cuts_of_one_ranking() -> None:
+    scores = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(3))
+    levels = top_blocks(scores, 0.2, 0.3)
+    assert torch.equal(levels == 2, top_blocks(scores, 0.2))
+    assert torch.equal(levels >= 1, top_blocks(scores, 0.5))
+    thresholds = Given(scores, threshold=0.5, middle_threshold=-0.5)
+    levels = thresholds(scores)
+    assert torch.equal(levels, (scores > 0.5).long() + (scores > -0.5))
+    assert "middle_threshold=-0.5" in thresholds.extra_repr()
+    assert EdgePolicy(0.1, middle_fraction=0.2, block=32)(torch.randn(1, 3, 64, 96)).shape == (1, 2, 3)
+
+
+def test_blurred_scores() -> None:
+    """OpenCV's 3x3 Gaussian, whose kernel is 1 2 1 too; the cut sees it, the scores do not."""
+    scores = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(2))
+    expected = [cv2.GaussianBlur(one.numpy(), (3, 3), 0, borderType=cv2.BORDER_REPLICATE) for one in scores]
+    np.testing.assert_allclose(blur_scores(scores), np.stack(expected), atol=1e-6)
+    policy = Given(scores, fine_fraction=0.2, blur=True)
+    assert torch.equal(policy(scores), top_blocks(blur_scores(scores), 0.2))
+    assert not torch.equal(policy(scores), top_blocks(scores, 0.2))
+    assert policy.extra_repr() == "fine_fraction=0.2, blur"
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ({"fine_fraction": 0.8, "middle_fraction": 0.3}, "must add up to 1 at most"),
+        ({"fine_fraction": 0.1, "middle_threshold": 0.3}, "fractions with fractions"),
+        ({"threshold": 0.1, "middle_threshold": 0.3}, "must not exceed threshold"),
+    ],
+)
+def test_bad_second_cuts(cut: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EdgePolicy(**cut)
+
+
 def test_uniform() -> None:
     images = torch.zeros(2, 3, 40, 50)
     assert not UniformPolicy(0)(images).any()
@@ -193,6 +271,6 @@ def test_policies_give_no_gradient() -> None:
 def test_device(device: str) -> None:
     images = torch.randn(2, 3, 33, 47, device=device)
     labels = random_labels(images).to(device)
-    for name, policy in POLICIES.items():
-        mask = policy(fine_fraction=1.0 if name == "uniform" else 0.3).eval()(images, labels)
+    for name in IMAGE_POLICIES:
+        mask = POLICIES[name](fine_fraction=1.0 if name == "uniform" else 0.3).eval()(images, labels)
         assert mask.device.type == device

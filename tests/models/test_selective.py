@@ -9,17 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.sparse import EXCHANGES, SiteLayout
+from sparse_seg.sparse import EXCHANGES
 from tests.reference import (
     DenseSegmentor,
     as_reference,
-    block_mask,
     dense_reference,
     random_model,
     reference_name,
     relative_error,
 )
-from tests.slow_reference import SlowSelective, SlowSites
+from tests.slow_reference import SlowSelective
 
 CONFIGS = [("resnet18", "lite"), ("resnet18", "deeplabv3"), ("resnet50", "lite")]
 
@@ -109,48 +108,3 @@ def test_gradients(backbone: str, head: str, exchange: str, train: bool) -> None
 def _grad(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
-
-
-def _three_levels(
-    model: SelectiveSegmentor, images: Tensor, coarse: Tensor, middle: Tensor
-) -> list[SiteLayout]:
-    """layer3 on 16 and 8, layer4 on 32, 16 and 8."""
-    quarter, eighth = model.dense_layouts(images, 8)[:2]
-    two = SiteLayout.from_fine_blocks(middle, eighth.size)
-    return [quarter, eighth, two, SiteLayout(len(images), eighth.size, 8, (coarse, middle))]
-
-
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("size", [(33, 47), (101, 137), (96, 64)], ids=str)
-@torch.no_grad()
-def test_three_levels(backbone: str, size: tuple[int, int]) -> None:
-    """Levels are data: the stride-32 lattice is dense OS32's under any masks, all split is dense OS8."""
-    model = random_model(backbone, dtype=torch.float64)
-    dense = {
-        stride: dense_reference(model, stride, backbone).backbone(_images(size)) for stride in (8, 16, 32)
-    }
-    coarse_shape = (2, -(-size[0] // 32), -(-size[1] // 32))
-    middle_shape = (2, -(-size[0] // 16), -(-size[1] // 16))
-    for kind in ("empty", "random", "checkerboard", "full"):
-        coarse = block_mask(kind, coarse_shape)
-        allowed = coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)[
-            :, : middle_shape[1], : middle_shape[2]
-        ]
-        allowed = allowed.clone()
-        allowed[:, ::2, ::2] = True
-        middle = block_mask(kind, middle_shape, seed=1) & allowed
-        layouts = _three_levels(model, _images(size), coarse, middle)
-        rows = model.backbone(_images(size), layouts)[3]
-        sites = SlowSites(2, layouts[3].size, [coarse, middle])
-        lattice = SlowSites(2, layouts[3].lattice_size)
-        assert relative_error(rows[: layouts[3].num_lattice], lattice.read(dense[32][3])) < 1e-12, kind
-        if kind == "full":
-            assert relative_error(rows, sites.read(dense[8][3])) < 1e-12
-    coarse, middle = torch.ones(coarse_shape).bool(), torch.zeros(middle_shape).bool()
-    rows = model.backbone(_images(size), _three_levels(model, _images(size), coarse, middle))[3]
-    middle_level = SlowSites(2, (middle_shape[1], middle_shape[2]), [coarse])
-    assert relative_error(rows, middle_level.read(dense[16][3])) < 1e-12
-
-
-def _images(size: tuple[int, int]) -> Tensor:
-    return torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 from sparse_seg.reporting.overlays import (
     COARSE_BRIGHTNESS,
     GAP,
+    LEGEND_HEIGHT,
+    LEVEL_TINTS,
     OUTLINE,
     colourise,
+    contact_sheet,
     draw_blocks,
+    draw_levels,
     overlay,
     side_by_side,
     write_image,
@@ -135,3 +139,34 @@ def test_write_image_leaves_nothing_on_failure(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match=r"cannot write image .*picture.png: disk full"):
         write_image(tmp_path / "picture.png", grey(2, 2))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("strides", "tints"), [((8, 16, 32), (0, 1, 2)), ((8, 16), (0, 2)), ((4, 8, 16), (0, 1, 2))]
+)
+def test_levels_have_their_strides_colour_and_grid(strides: tuple[int, ...], tints: tuple[int, ...]) -> None:
+    """A block's pixels are the image tinted, darker on the lines of its own stride's grid."""
+    height, width, block = 50, 150, strides[-1]
+    levels = np.random.default_rng(0).integers(0, len(strides), (-(-height // block), -(-width // block)))
+    picture = draw_levels(grey(height, width), levels, strides)
+    assert picture.shape == (height + LEGEND_HEIGHT, width, 3)
+    for y, x in np.ndindex(height, width):
+        level = levels[y // block, x // block]
+        colour = 0.55 * 100 + 0.45 * np.array(LEVEL_TINTS[tints[level]])
+        step = strides[len(strides) - 1 - level]
+        expected = colour * (0.75 if y % step == 0 or x % step == 0 else 1)
+        np.testing.assert_allclose(picture[y, x], expected, atol=3)
+    assert (picture[height:] != 255).any(), "a legend"
+
+
+def test_levels_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"levels must be \[2, 2\] in 0..1 .* got \[2, 2\] in 0..2"):
+        draw_levels(grey(32, 32), np.array([[0, 1], [2, 0]]), (8, 16))
+    with pytest.raises(ValueError, match=r"must be \[2, 2\] .* got \[1, 2\]"):
+        draw_levels(grey(32, 32), np.zeros((1, 2), np.int64), (8, 16))
+
+
+def test_contact_sheet() -> None:
+    sheet = contact_sheet([[("a", grey(32, 40)), ("b", grey(32, 40))], [("c", grey(32, 40))]])
+    assert sheet.shape[1] == 80 + GAP
+    assert (sheet[sheet.shape[0] // 2 + 22 :, 41:] == 255).all()

@@ -35,7 +35,7 @@ def selective_conv2d(
         exchange: see `SiteLayout.neighbours`.
 
     Returns:
-        `[dst.num_sites, O]`.
+        `[dst.num_run, O]`. Where `dst` runs new sites only (`StepLayout`) there is no gradient.
 
     Raises:
         ValueError: the spacing does not fall on the lattice of `src`, or rows and layout differ in length.
@@ -43,9 +43,13 @@ def selective_conv2d(
     check_rows(rows, src)
     rows, weight = autocast(rows, weight)
     stride, dilation = lattice_conv_geometry(src, dst, spacing)
-    if dst.num_extra == 0:
+    if dst.runs_lattice and dst.num_extra == 0:
         return lattice_conv2d(rows, weight, src, stride, dilation)
     table = src.neighbours(dst, spacing, exchange)
+    if not dst.runs_lattice:
+        out = rows.new_empty(dst.num_run, weight.shape[0])
+        multiply_neighbours(rows, weight, table, out)
+        return out
     return _SelectiveConv2d.apply(rows, weight, src, dst, table, stride, dilation)
 
 

@@ -56,8 +56,9 @@ def selective_conv2d(
 
 
 def runs(src: SiteLayout, dst: SiteLayout) -> bool:
-    """Whether there is work for spconv; the rest (no extra sites, a stage's entry) goes to gather."""
-    return src is dst and dst.num_extra > 0
+    """Whether there is work for spconv; the rest (no extra sites, a stage's entry, a step that runs new sites
+    only) goes to gather."""
+    return src is dst and dst.num_extra > 0 and dst.runs_lattice
 
 
 def suits(device: torch.device, dtype: torch.dtype) -> bool:

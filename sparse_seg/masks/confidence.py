@@ -1,0 +1,81 @@
+"""Blocks where the coarse network is not sure of itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_seg.masks.base import MaskPolicy
+from sparse_seg.masks.oracle import label_boundary
+
+UNCERTAINTIES = ("entropy", "margin", "boundary")
+REDUCTIONS = ("max", "mean")
+
+
+class ConfidencePolicy(MaskPolicy):
+    """A block's score is the uncertainty of the coarse network's own prediction in it; nothing is learned.
+
+    It reads the logits of a coarse pass, so the model runs it (`model.segment`, `model.refine`).
+
+    Args:
+        uncertainty: `entropy` of the class probabilities over its largest value, log K; `margin`, one minus
+            the difference of the two largest; `boundary`, 1 where the predicted class differs from a
+            neighbour's. All lie in 0..1. What each is worth is in docs/masks.md.
+        reduce: the `max` or the `mean` over the block.
+        neighbours: whether a block's score is the largest of its own and its 8 neighbours'.
+        stored_dtype: what a coarse pass keeps its activations in; None keeps them as they are.
+    """
+
+    reads = "logits"
+    sample = 4  # px between the places of a block at which the uncertainty is looked at
+
+    def __init__(
+        self,
+        fine_fraction: float | None = None,
+        threshold: float | None = None,
+        uncertainty: str = "entropy",
+        reduce: str = "max",
+        neighbours: bool = False,
+        stored_dtype: torch.dtype | None = None,
+        **levels: Any,
+    ) -> None:
+        super().__init__(fine_fraction, threshold, **levels)
+        for value, valid in ((uncertainty, UNCERTAINTIES), (reduce, REDUCTIONS)):
+            if value not in valid:
+                raise ValueError(f"unknown {value!r} of the confidence policy; choose of {', '.join(valid)}")
+        self.uncertainty, self.reduce, self.neighbours = uncertainty, reduce, neighbours
+        self.stored_dtype = stored_dtype
+
+    def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        raise ValueError(
+            "the confidence policy reads the coarse network's logits: call model(images), which runs it, "
+            "or give fine_blocks"
+        )
+
+    @torch.no_grad()
+    def logit_scores(self, logits: Tensor) -> Tensor:
+        """Logits `[B, K, ceil(H/sample), ceil(W/sample)]` to scores `[B, ceil(H/block), ceil(W/block)]`."""
+        pool = F.max_pool2d if self.reduce == "max" else F.avg_pool2d
+        scores = pool(self._uncertainty(logits.float())[:, None], self.block // self.sample, ceil_mode=True)
+        if self.neighbours:
+            scores = F.max_pool2d(scores, 3, stride=1, padding=1)
+        return scores.squeeze(1)
+
+    def _uncertainty(self, logits: Tensor) -> Tensor:
+        """`[B, K, h, w]` to `[B, h, w]`."""
+        if self.uncertainty == "boundary":
+            return label_boundary(logits.max(1).indices, ignore_index=-1).float()
+        probabilities = logits.softmax(1)
+        if self.uncertainty == "entropy":
+            return torch.special.entr(probabilities).sum(1) / math.log(logits.shape[1])
+        first = probabilities.max(1, keepdim=True)  # two maxima are several times faster than topk
+        second = probabilities.scatter(1, first.indices, 0).max(1).values
+        return 1 - (first.values.squeeze(1) - second)
+
+    def extra_repr(self) -> str:
+        neighbours = ", neighbours" if self.neighbours else ""
+        return f"{super().extra_repr()}, {self.reduce} {self.uncertainty}{neighbours}"

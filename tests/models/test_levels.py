@@ -1,0 +1,152 @@
+"""Three strides: every level exact in P1's sense, extra sites as the slow reference's, ends as dense ones."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_seg import build_model
+from sparse_seg.errors import ConfigError
+from sparse_seg.models.plain import plain_network
+from sparse_seg.models.upsample import upsample_logits
+from tests.reference import dense_reference, random_model, relative_error
+from tests.slow_reference import SlowSelective, SlowSites
+
+STRIDES = [(8, 16, 32), (4, 8, 16)]
+CONFIGS = [("resnet18", "lite"), ("resnet18", "deeplabv3"), ("resnet50", "lite")]
+SIZES = [(33, 47), (70, 101), (96, 64)]
+
+
+def random_images(size: tuple[int, int]) -> Tensor:
+    return torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def block_levels(kind: str, images: Tensor, block: int, seed: int = 0) -> Tensor:
+    """coarse, middle, fine: all blocks alike; random; split: each 1 or 2; one: a single fine block."""
+    shape = (len(images), -(-images.shape[2] // block), -(-images.shape[3] // block))
+    low, high = {"coarse": (0, 1), "middle": (1, 2), "fine": (2, 3), "one": (0, 1), "split": (1, 3)}.get(
+        kind, (0, 3)
+    )
+    levels = torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+    if kind == "one":
+        levels[0, -1, 0] = 2
+    return levels
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@torch.no_grad()
+def test_levels_are_exact(backbone: str, strides: tuple[int, ...], size: tuple[int, int]) -> None:
+    """P1 level by level: the lattice is the plain strided network's under any mask; where all blocks are
+    split once, the sites of the middle grid are the dense middle network's under any finer mask."""
+    model, images = random_model(backbone, dtype=torch.float64, strides=strides), random_images(size)
+    dense = {s: dense_reference(model, s, backbone).backbone(images)[3] for s in strides}
+    finest, middle, coarsest = strides
+    for kind in ("coarse", "middle", "fine", "random", "split", "one"):
+        layouts = model.selective_layouts(images, block_levels(kind, images, coarsest))
+        rows, layout = model.backbone(images, layouts)[3], layouts[3]
+        assert layout.lattice_stride == coarsest
+        assert layout.stride == finest
+        lattice = SlowSites(2, layout.lattice_size).read(dense[coarsest])
+        assert relative_error(rows[: layout.num_lattice], lattice) < 1e-12, kind
+        if kind in ("middle", "split", "fine"):
+            own = layout.site[:, ::2, ::2]
+            assert bool((own >= 0).all())
+            expected = dense[middle].permute(0, 2, 3, 1)
+            assert relative_error(rows[own], expected) < 1e-12, kind
+        if kind == "fine":
+            assert relative_error(rows[layout.site], dense[finest].permute(0, 2, 3, 1)) < 1e-12
+
+
+@pytest.mark.parametrize("exchange", ["linear", "nearest", "none"])
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@pytest.mark.parametrize(("backbone", "head"), CONFIGS)
+@torch.no_grad()
+def test_extra_sites_as_the_slow_reference(
+    backbone: str, head: str, strides: tuple[int, ...], exchange: str
+) -> None:
+    model = random_model(backbone, head, dtype=torch.float64, exchange=exchange, strides=strides)
+    slow = SlowSelective(dense_reference(model, strides[0], backbone, head), exchange, strides)
+    for seed, size in enumerate([(33, 70), (64, 48)]):
+        images = random_images(size)
+        levels = block_levels("random", images, strides[-1], seed)
+        layouts = model.selective_layouts(images, levels)
+        rows = model.backbone(images, layouts)
+        expected = slow.features(images, levels)
+        for ours, theirs in zip(rows[-len(expected) :], expected, strict=True):
+            assert relative_error(ours, theirs) < 1e-11
+        grid = model.head(rows[3], layouts[3])
+        assert relative_error(grid, slow.grid_logits(images, levels)) < 1e-11
+
+
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@pytest.mark.parametrize("head", ["lite", "deeplabv3"])
+@torch.no_grad()
+def test_all_fine_is_dense(head: str, strides: tuple[int, ...]) -> None:
+    """As `dense`, as the plain `nn.Conv2d` network, and by a bool mask too; the fast form likewise."""
+    model, images = random_model(head=head, dtype=torch.float64, strides=strides), random_images((70, 101))
+    reference = dense_reference(model, strides[0], "resnet18", head)
+    size = (images.shape[2], images.shape[3])
+    expected = upsample_logits(reference.grid_logits(images), size, strides[0], 8)
+    fine = block_levels("fine", images, strides[-1])
+    runs = [model(images, fine), model(images, fine.bool()), model.dense(images, strides[0])]
+    runs += [plain_network(model, strides[0])(images), model.for_inference()(images, fine)]
+    for logits in runs:
+        assert relative_error(logits, expected) < 1e-12
+
+
+@torch.no_grad()
+def test_the_head_keeps_its_trained_spacing() -> None:
+    """Dense OS4 holds the dense OS8 network in its phase 0, the head's 3x3 included."""
+    model, images = random_model(dtype=torch.float64), random_images((70, 101))
+    grids = []
+    for stride in (4, 8):
+        layouts = model.dense_layouts(images, stride)
+        grids.append(model.head(model.backbone(images, layouts)[3], layouts[3]))
+    assert relative_error(grids[0][:, :, ::2, ::2], grids[1]) < 1e-12
+
+
+@torch.no_grad()
+def test_fast_form_of_three_levels() -> None:
+    for strides in STRIDES:
+        model = random_model("resnet50", "deeplabv3", strides=strides)
+        images = random_images((65, 97)).float()
+        levels = block_levels("random", images, strides[-1])
+        assert relative_error(model.for_inference()(images, levels), model(images, levels)) < 1e-5
+
+
+@torch.no_grad()
+def test_policies_cut_twice() -> None:
+    model = build_model({"width": 0.125, "strides": [8, 16, 32], "mask": {"fine_fraction": 0.25}}).eval()
+    images = torch.randn(2, 3, 128, 256)
+    levels = model.policy(images)
+    assert levels.shape == (2, 4, 8)
+    for one in levels:
+        assert one.flatten().bincount(minlength=3).tolist() == [32 - 8 - 6, 6, 8]
+    assert torch.equal(model(images), model(images, levels))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"strides": [8, 32]}, r"model.strides is \[8, 32\]"),
+        ({"strides": [16, 8]}, r"model.strides is \[16, 8\]"),
+        ({"strides": [8, 16, 32], "head": "deeplabv3", "aspp_rates": [6, 12]}, "must divide by 32"),
+        ({"strides": [8, 16, 32], "mask": {"threshold": 0.1}}, "needs model.mask.middle_threshold"),
+        ({"strides": [8, 16, 32], "mask": {"fine_fraction": 0.9}}, "must add up to 1 at most"),
+        ({"mask": {"edge": "canny"}}, "model.mask.edge is 'canny'"),
+    ],
+)
+def test_bad_configs(config: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model(config)
+
+
+def test_bad_levels() -> None:
+    model, images = random_model(strides=(8, 16, 32)), torch.zeros(1, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"levels must lie in 0..2 for the strides \[8, 16, 32\]"):
+        model(images, torch.full((1, 2, 2), 3))
+    with pytest.raises(ValueError, match=r"must be bool or int64 levels \[1, 2, 2\]"):
+        model(images, torch.zeros(1, 4, 4).bool())
+    with pytest.raises(ValueError, match=r"levels must lie in 0..1"):
+        random_model()(images, torch.full((1, 4, 4), 2))

@@ -1,0 +1,301 @@
+"""P4: coarse first and refined later equals the one-shot pass; steps equal a slow reference; nothing is paid
+twice."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_seg import build_model
+from sparse_seg.evaluation.cost import Macs, count_modules
+from sparse_seg.masks import ConfidencePolicy, top_blocks
+from sparse_seg.models import refinement
+from sparse_seg.models.refinement import Refinement
+from sparse_seg.models.upsample import upsample_logits
+from tests.models.test_levels import block_levels, random_images
+from tests.reference import dense_reference, random_model, randomise, relative_error
+from tests.slow_reference import SlowSelective
+
+STRIDES = [(8, 16), (8, 16, 32), (4, 8, 16)]
+CONFIGS = [("resnet18", "lite"), ("resnet18", "deeplabv3"), ("resnet50", "lite"), ("resnet50", "deeplabv3")]
+
+
+def rising_levels(images: Tensor, strides: tuple[int, ...], seed: int = 0) -> list[Tensor]:
+    """Levels of two steps: some blocks refined once, some twice, some in the second step only."""
+    top = len(strides) - 1
+    first, second = (block_levels("random", images, strides[-1], seed + i).clamp_max(top) for i in (0, 1))
+    first[torch.rand(first.shape, generator=torch.Generator().manual_seed(seed)) < 0.5] = 0
+    return [first, first.maximum(second)]
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@pytest.mark.parametrize(("backbone", "head"), CONFIGS)
+def test_one_step_is_the_one_shot_pass(
+    backbone: str, head: str, strides: tuple[int, ...], fast: bool
+) -> None:
+    for dtype, size, tolerance in ((torch.float64, (33, 47), 1e-12), (torch.float32, (101, 137), 1e-5)):
+        model = random_model(backbone, head, dtype=dtype, strides=strides)
+        images = random_images(size).to(dtype)
+        levels = rising_levels(images, strides)[1]
+        run = Refinement(model.for_inference() if fast else model, images)
+        assert relative_error(run.logits(), model.dense(images, strides[-1])) < tolerance, "the coarse one"
+        run.refine(levels)
+        with torch.no_grad():
+            expected = model(images, levels)
+        assert relative_error(run.logits(), expected) < tolerance
+        assert run.levels.equal(levels)
+
+
+@pytest.mark.parametrize("exchange", ["linear", "nearest", "none"])
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@pytest.mark.parametrize(("backbone", "head"), CONFIGS[:3])
+@torch.no_grad()
+def test_several_steps(backbone: str, head: str, strides: tuple[int, ...], exchange: str) -> None:
+    """As a slow reference in which sites of earlier steps keep the values they had, in every layer."""
+    model = random_model(backbone, head, dtype=torch.float64, exchange=exchange, strides=strides)
+    images = random_images((48, 70))
+    dense = dense_reference(model, strides[0], backbone, head)
+    slow = SlowSelective(dense, exchange, strides, refine=True)
+    slow.grid_logits(images, torch.zeros_like(rising_levels(images, strides)[0]))
+    run, results = Refinement(model, images), []
+    for levels in rising_levels(images, strides):
+        run.refine(levels)
+        results.append(run.grid_logits)
+        assert relative_error(run.grid_logits, slow.grid_logits(images, levels)) < 1e-11
+    layouts = model.selective_layouts(images, levels)
+    at_once = model.head(model.backbone(images, layouts)[3], layouts[3])
+    assert relative_error(results[1], at_once) > 1e-4, "else keeping values would go untested"
+
+
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@torch.no_grad()
+def test_a_step_without_new_sites_and_a_full_one(strides: tuple[int, ...]) -> None:
+    model, images = random_model("resnet50", "deeplabv3", dtype=torch.float64, strides=strides), None
+    images = random_images((65, 97))
+    coarse, fine = (block_levels(kind, images, strides[-1]) for kind in ("coarse", "fine"))
+    for one in (model, model.for_inference()):
+        run = Refinement(one, images)
+        run.refine(coarse)
+        assert relative_error(run.logits(), model(images, coarse)) < 1e-12
+        run.refine(fine.clamp_max(len(strides) - 1))
+        assert relative_error(run.logits(), model.dense(images, strides[0])) < 1e-12
+
+
+@torch.no_grad()
+def test_half_precision_storage() -> None:
+    model, images = random_model("resnet50", "deeplabv3"), random_images((65, 97)).float()
+    levels = rising_levels(images, (8, 16))[0]
+    exact, half = Refinement(model, images), Refinement(model, images, torch.float16)
+    assert half.memory.num_bytes == exact.memory.num_bytes / 2
+    for run in (exact, half):
+        run.refine(levels)
+    assert half.grid_logits.dtype == torch.float32
+    assert 1e-6 < relative_error(half.logits(), exact.logits()) < 1e-2
+
+
+@torch.no_grad()
+def test_memory_counts_shared_rows_once() -> None:
+    """Kept are the rows that each 3x3 convolution, the shortcuts and the head read; ASPP's three once."""
+    model, images = random_model("resnet50", "deeplabv3"), random_images((64, 96)).float()
+    run = Refinement(model, images)
+    eighth, coarse = 2 * 8 * 12, 2 * 4 * 6
+    stage3 = [eighth * 32, eighth * 64, *[coarse * 32] * 5]  # first 3x3, shortcut, five more 3x3
+    stage4 = [coarse * 64] * 3  # its sites are layer3's: no shortcut strides
+    head = [coarse * 256, coarse * 16]
+    assert run.memory.num_bytes == 4 * sum(stage3 + stage4 + head)
+
+
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@torch.no_grad()
+def test_multiply_adds(strides: tuple[int, ...]) -> None:
+    """On rows the steps together cost what one shot costs. The head after densify runs once a result,
+    at the coarse stride for the first: with it, coarse pass and one step cost what one shot costs, to 1%."""
+    torch.manual_seed(0)
+    config = {"backbone": "resnet50", "head": "deeplabv3", "width": 0.25, "head_channels": 64}
+    model = build_model(config | {"strides": list(strides)}).eval()
+    images = torch.randn(1, 3, 128, 256)
+    steps = [block_levels(kind, images, strides[-1]) for kind in ("coarse", "one", "random")]
+    steps = [levels.clamp_max(len(strides) - 1) for levels in itertools.accumulate(steps, torch.maximum)]
+
+    def part(name: str) -> str:
+        return "grid" if name.startswith(("head.refine", "head.classifier")) else "rows"
+
+    def counts(levels: list[Tensor]) -> dict[str, Macs]:
+        def run() -> None:
+            steps = Refinement(model, images)
+            for step in levels:
+                steps.refine(step)
+
+        return count_modules(model, run, part)
+
+    layouts = model.selective_layouts(images, steps[-1])
+    once = count_modules(model, lambda: model.outputs(images, layouts), part)
+    pooled = 64 * 64 + 1024 // 2 * 64  # per further result: the pooled vector's own layers
+    for levels in (steps[-1:], steps):
+        found = counts(levels)
+        assert 0 <= found["rows"].total - once["rows"].total <= len(levels) * pooled
+    coarse = count_modules(model, lambda: model.dense(images, strides[-1]), part)["grid"]
+    assert found["grid"].total == coarse.total + 3 * once["grid"].total
+    one_step = counts(steps[-1:])
+    total = sum(one.total for one in one_step.values())
+    assert total == pytest.approx(sum(one.total for one in once.values()), rel=0.01)
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@torch.no_grad()
+def test_refine_by_fractions(strides: tuple[int, ...], fast: bool) -> None:
+    """A result per fraction: first the coarse network, then growing masks of one ranking."""
+    mask = {"policy": "confidence", "fine_fraction": 0.4, "middle_fraction": 0.3}
+    model = copy.deepcopy(random_model(strides=strides))
+    model.policy = build_model({"width": 0.125, "strides": list(strides), "mask": mask}).policy
+    images = random_images((96, 130)).float()
+    run = Refinement(model, images)
+    assert isinstance(model.policy, ConfidencePolicy)
+    scores = run.scores(model.policy)
+    results = list((model.for_inference() if fast else model).refine(images, fractions=[0, 0.1, 0.4]))
+    assert relative_error(results[0], model.dense(images, strides[-1])) < 1e-5
+    for fraction, logits in zip((0.1, 0.4), results[1:], strict=True):
+        run.refine(top_blocks(scores, fraction, model.policy.middle_fraction))
+        assert relative_error(logits, run.logits()) < 1e-5
+    assert relative_error(next(model.refine(images, fractions=[0.4])), model(images)) < 1e-5
+    (logits, _), chosen = model.segment(images)
+    assert torch.equal(chosen, model.policy.cut(scores))
+    assert relative_error(logits, model(images, chosen)) < 1e-5
+
+
+def test_refine_takes_any_model_in_eval_mode() -> None:
+    model, images = random_model(), torch.zeros(1, 3, 64, 64)
+    assert len(list(model.refine(images, fractions=[0, 0.5]))) == 2, "an edge policy ranks nothing here"
+    for wrong, message in (
+        ({}, "either fractions or milliseconds"),
+        ({"fractions": [0.1], "milliseconds": 3}, "either fractions or milliseconds"),
+        ({"fractions": [0.2, 0.1]}, "fractions must rise"),
+        ({"fractions": []}, "fractions must rise"),
+        ({"fractions": [0.2, 1.1]}, "lie in 0..1, not 1.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(model.refine(images, **wrong))
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) before refining"):
+        next(build_model({"width": 0.125}).train().refine(images, fractions=[0]))
+    run = Refinement(model, images)
+    run.refine(torch.ones(1, 4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="can only refine"):
+        run.refine(torch.zeros(1, 4, 4, dtype=torch.bool))
+
+
+class FakeClock:
+    """The coarse pass takes 100 ms, a step 10 ms and 1 ms a block."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds, self.steps = 5.0, list[int]()
+        monkeypatch.setattr(refinement, "now", lambda: self.seconds)
+        self._refine = Refinement.refine
+
+        self._start = Refinement.__init__
+
+    def start(self, run: Refinement, *arguments: Any) -> None:
+        self.seconds += 0.1
+        self._start(run, *arguments)
+
+    def refine(self, run: Refinement, levels: Tensor) -> None:
+        self.steps.append(int((levels > run.levels).sum()))
+        self.seconds += 0.01 + 0.001 * self.steps[-1]
+        self._refine(run, levels)
+
+
+@pytest.mark.parametrize("milliseconds", [0, 50, 120, 150, 200, 400, 1000])
+def test_refine_within_a_time_budget(milliseconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coarse result comes whatever the budget; steps grow, fill the budget and keep within it."""
+    model, images = random_model(), random_images((160, 320)).float()  # 200 blocks
+    clock = FakeClock(monkeypatch)
+    monkeypatch.setattr(Refinement, "__init__", lambda run, *arguments: clock.start(run, *arguments))
+    monkeypatch.setattr(Refinement, "refine", lambda run, levels: clock.refine(run, levels))
+    count = sum(1 for _ in model.refine(images[:1], milliseconds=milliseconds))
+    took = round(1000 * (clock.seconds - 5.0))
+    assert count == 1 + len(clock.steps)
+    assert took <= max(milliseconds, 100)
+    assert all(second <= 2 * first for first, second in itertools.pairwise(clock.steps))
+    if milliseconds == 1000:
+        assert sum(clock.steps) == 200, "all blocks, then it ends"
+    elif milliseconds >= 150:
+        assert took > 0.8 * milliseconds, "time was left"
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+@pytest.mark.parametrize("uncertainty", ["margin", "entropy", "boundary"])
+@pytest.mark.parametrize("size", [(64, 96), (33, 50)], ids=str)
+@torch.no_grad()
+def test_scores(size: tuple[int, int], uncertainty: str, reduce: str, neighbours: bool) -> None:
+    """Against loops over blocks and the full-size logits' pixels in the middle of 4x4."""
+    model, images = random_model(), random_images(size).float()
+    run = Refinement(model, images)
+    policy = ConfidencePolicy(0.1, uncertainty=uncertainty, reduce=reduce, neighbours=neighbours)
+    height, width = size
+    ys, xs = ([min(4 * i + 2, length - 1) for i in range(-(-length // 4))] for length in size)
+    probabilities = model.dense(images, 16).softmax(1)[:, :, ys][:, :, :, xs]
+    ordered = probabilities.sort(1).values
+    values = 1 - (ordered[:, -1] - ordered[:, -2])
+    if uncertainty == "entropy":
+        values = -(probabilities * probabilities.log()).sum(1) / torch.tensor(5.0).log()
+    elif uncertainty == "boundary":
+        classes = probabilities.argmax(1)
+        padded = torch.nn.functional.pad(classes.float()[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+        values = torch.zeros_like(values)
+        for dy, dx in ((0, 1), (2, 1), (1, 0), (1, 2)):
+            moved = padded[:, dy : dy + len(ys), dx : dx + len(xs)]
+            values = values.maximum((moved != classes).float())
+    blocks = torch.zeros(2, -(-height // 16), -(-width // 16))
+    for b, y, x in itertools.product(*map(range, blocks.shape)):
+        inside = values[b, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+        blocks[b, y, x] = inside.max() if reduce == "max" else inside.mean()
+    expected = blocks.clone()
+    for b, y, x in itertools.product(*map(range, blocks.shape)) if neighbours else ():
+        expected[b, y, x] = blocks[b, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].max()
+    assert torch.allclose(run.scores(policy), expected, atol=1e-5)
+
+
+def test_the_policy_needs_the_model() -> None:
+    with pytest.raises(ValueError, match="reads the coarse network's logits: call model"):
+        ConfidencePolicy(0.1)(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="unknown 'sum' of the confidence policy; choose of max, mean"):
+        ConfidencePolicy(0.1, reduce="sum")
+
+
+def test_training_under_a_confidence_mask() -> None:
+    """The mask comes from a pass in eval mode that leaves statistics and modes alone; gradients flow."""
+    torch.manual_seed(0)
+    model = build_model({"width": 0.125, "num_classes": 5, "mask": {"policy": "confidence"}})
+    randomise(model)
+    model.train()
+    model.backbone.conv1.eval()
+    images = random_images((64, 96)).float()
+    expected = copy.deepcopy(model).eval().segment(images).fine_blocks
+    reference = copy.deepcopy(model)
+    torch.manual_seed(1)  # dropout
+    (logits, _), chosen = model.segment(images)
+    assert torch.equal(chosen, expected)
+    assert not model.backbone.conv1.training
+    assert model.head.training
+    logits.sum().backward()
+    torch.manual_seed(1)
+    reference(images, chosen).sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        assert ours.grad is None or torch.allclose(ours.grad, theirs.grad), name  # type: ignore[arg-type]
+    for buffer, expected in zip(model.buffers(), reference.buffers(), strict=True):
+        assert torch.equal(buffer, expected)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (33, 47)], ids=str)
+@pytest.mark.parametrize("stride", [8, 16])
+def test_upsampling_to_every_fourth_pixel(size: tuple[int, int], stride: int) -> None:
+    logits = torch.randn(2, 3, -(-size[0] // stride), -(-size[1] // stride), dtype=torch.float64)
+    full = upsample_logits(logits, size, stride, 8)
+    ys, xs = ([min(4 * i + 2, length - 1) for i in range(-(-length // 4))] for length in size)
+    assert torch.allclose(upsample_logits(logits, size, stride, 8, every=4), full[:, :, ys][:, :, :, xs])

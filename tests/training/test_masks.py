@@ -1,0 +1,238 @@
+"""Training a learned mask: losses against plain definitions, gradients, budget, checkpoints."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_seg import build_model, load_model
+from sparse_seg.config import load_config
+from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.masks import LearnedPolicy, block_mean, straight_through
+from sparse_seg.models.build import parse_policy, policy_for
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.schema import LossConfig, MaskConfig
+from sparse_seg.training import masks
+from sparse_seg.training.losses import SegmentationLoss
+from sparse_seg.training.masks import mask_loss
+from sparse_seg.training.trainer import Trainer
+from tests.reference import randomise, relative_error
+
+
+def learned_model(**settings: object) -> SelectiveSegmentor:
+    torch.manual_seed(0)
+    mask = {"policy": "learned", "fine_fraction": 0.25}
+    model = build_model({"width": 0.125, "num_classes": 5, "head_channels": 16, "mask": mask} | settings)
+    randomise(model)
+    return model.double()
+
+
+def batch(size: tuple[int, int] = (64, 96)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(2, 3, *size, dtype=torch.float64, generator=generator)
+    return images, torch.randint(0, 5, (2, *size), generator=generator)
+
+
+@pytest.mark.parametrize("strides", [[8, 16], [8, 16, 32], [4, 8, 16]], ids=str)
+@torch.no_grad()
+def test_segment_with_a_learned_mask(strides: list[int]) -> None:
+    """The mask is a cut of the net's scores of the dense features; the result is the network's under it."""
+    model = learned_model(strides=strides)
+    images, _ = batch((70, 101))
+    (logits, _), chosen = model.segment(images)
+    policy = model.policy
+    assert isinstance(policy, LearnedPolicy)
+    stage = 0 if strides[0] == 4 else 1
+    features = model.backbone(images, model.dense_layouts(images, strides[0]))[stage]
+    shape = [-(-length // strides[0]) for length in images.shape[2:]]
+    scores = policy.net(features.view(2, *shape, -1).permute(0, 3, 1, 2))[:, 0]
+    assert torch.equal(chosen, policy.cut(scores.float()))
+    assert relative_error(logits, model(images, chosen)) < 1e-12
+    assert torch.equal(model.segment(images).fine_blocks, chosen), "deterministic in eval"
+    fast = model.for_inference()
+    assert relative_error(fast(images), logits) < 1e-12
+
+
+def test_the_net_is_cheap() -> None:
+    from sparse_seg.evaluation.cost import count_segment
+
+    mask = {"policy": "learned", "fine_fraction": 0.0}
+    for config in ({"backbone": "resnet50", "head": "deeplabv3"}, {"backbone": "resnet18", "width": 0.625}):
+        model = build_model(config | {"mask": mask}).eval()
+        with torch.no_grad():
+            counts = count_segment(model, torch.zeros(1, 3, 64, 96), model.policy)
+        assert 0 < counts["mask"].total < 0.02 * sum(part.total for part in counts.values())
+
+
+def test_straight_through_values_and_gradient() -> None:
+    scores = torch.tensor([-30.0, 30.0, 0.5] * 1000, requires_grad=True)
+    chosen = straight_through(scores)
+    assert set(chosen.tolist()) == {0.0, 1.0}
+    assert chosen[0::3].sum() == 0
+    assert chosen[1::3].sum() == 1000
+    assert chosen[2::3].mean().item() == pytest.approx(torch.tensor(0.5).sigmoid().item(), abs=0.05)
+    chosen.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad[2::3].mean() > 0.05
+    assert (scores.grad >= 0).all()
+
+
+@pytest.mark.parametrize("head", ["lite", "deeplabv3"])
+def test_straight_through_loss_at_the_ends(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All fine it is the dense network's loss and all coarse the selective one's; in between both mix, the
+    choice gets a gradient either way, and the budget is (share - fraction) squared."""
+    model, (images, labels) = learned_model(head=head), batch((70, 101))
+    model.eval()
+    loss = SegmentationLoss(LossConfig())
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(masks, "straight_through", lambda scores, share=share: scores * 0 + share)
+        found = mask_loss(model, images, labels, loss, "straight_through", budget_weight=4.0)
+        expected = model(images, torch.full((2, 5, 7), bool(share))) if head == "lite" or share else None
+        if expected is not None:  # image pooling reads the fine features in either case
+            expected = F.cross_entropy(expected, labels) + 4 * (share - 0.25) ** 2
+            assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+        model.zero_grad()
+        found.backward()
+        assert any(parameter.grad is not None for parameter in model.policy.parameters())
+        assert model.backbone.conv1.weight.grad is not None
+
+
+def test_the_budget_is_reached() -> None:
+    model, (images, labels) = learned_model(), batch()
+    model.requires_grad_(False).policy.requires_grad_(True)
+    assert isinstance(model.policy, LearnedPolicy)
+    optimizer = torch.optim.Adam(model.policy.parameters(), lr=0.02)
+    loss = SegmentationLoss(LossConfig())
+    for _ in range(60):
+        optimizer.zero_grad()
+        mask_loss(model, images, labels, loss, "straight_through", budget_weight=30.0).backward()
+        optimizer.step()
+    layouts = model.dense_layouts(images, 8)
+    with torch.no_grad():
+        scores = model.policy.feature_scores(model.mask_features(model.backbone(images, layouts), layouts))
+    assert scores.sigmoid().mean().item() == pytest.approx(0.25, abs=0.1)
+
+
+@pytest.mark.parametrize("strides", [[8, 16], [8, 16, 32], [4, 8, 16]], ids=str)
+def test_supervised_loss(strides: list[int]) -> None:
+    """Cross-entropy against the share of a block's pixels that the dense network changes; it is learnable."""
+    model, (images, labels) = learned_model(strides=strides), batch()
+    model.requires_grad_(False).policy.requires_grad_(True)
+    policy = model.policy
+    assert isinstance(policy, LearnedPolicy)
+    with torch.no_grad():
+        fine, coarse = (model.dense(images, stride).argmax(1) for stride in (strides[0], strides[-1]))
+        target = block_mean((fine != coarse).float(), strides[-1])
+        layouts = model.dense_layouts(images, strides[0])
+        features = model.mask_features(model.backbone(images, layouts), layouts)
+        scores = policy.feature_scores(features)
+        expected = F.binary_cross_entropy(scores.sigmoid(), target)
+    assert 0 < target.mean() < 1
+    found = mask_loss(model, images, labels, SegmentationLoss(LossConfig()), "supervised", 0.0)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
+    for _ in range(80):
+        optimizer.zero_grad()
+        mask_loss(model, images, labels, SegmentationLoss(LossConfig()), "supervised", 0.0).backward()
+        optimizer.step()
+    with torch.no_grad():
+        learned = policy.feature_scores(features).flatten()
+    ranks = torch.stack((learned, target.flatten())).argsort(1).argsort(1).double()
+    assert torch.corrcoef(ranks)[0, 1] > 0.7
+
+
+FROZEN = [
+    "model.mask.policy=learned",
+    "train.freeze=true",
+    "train.network=selective",
+    "model.auxiliary=false",
+]
+
+
+@pytest.mark.parametrize("mode", ["supervised", "straight_through"])
+def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> None:
+    """The network's weights and statistics stay; the checkpoint serves the learned mask and any other."""
+    Trainer(load_config(tiny), tmp_path / "dense").run()
+    start = tmp_path / "dense" / "best.pt"
+    config = load_config(tiny, [*FROZEN, f"train.init={start}", f"train.mask_loss={mode}"])
+    Trainer(config, tmp_path / "mask").run()
+    model = load_model(tmp_path / "mask" / "best.pt")
+    before = load_model(start).state_dict()
+    after = {name: value for name, value in model.state_dict().items() if not name.startswith("policy.")}
+    assert after.keys() == {name for name in before if not name.startswith("auxiliary.")}
+    for name, value in after.items():
+        assert torch.equal(value, before[name]), name
+    fresh = Trainer(config, tmp_path / "fresh").model.policy.state_dict()
+    assert any(not torch.equal(value, fresh[name]) for name, value in model.policy.state_dict().items())
+
+    with pytest.raises(CheckpointError, match=r"holds no learned mask: train one with train\.init="):
+        load_model(start, config)
+    edge = load_config(tiny, ["model.auxiliary=false"])
+    assert not isinstance(load_model(tmp_path / "mask" / "best.pt", edge).policy, LearnedPolicy)
+    policy = policy_for(model, MaskConfig(fine_fraction=0.5), "learned")
+    assert isinstance(policy, LearnedPolicy)
+    assert policy.net is model.policy.net
+    assert policy.fine_fraction == 0.5
+    with pytest.raises(ConfigError, match="this network has no learned mask: train one"):
+        policy_for(load_model(start), MaskConfig(), "learned")
+
+
+def test_a_mask_and_its_network_are_trained_together_and_resumed(tiny, tmp_path) -> None:
+    config = load_config(tiny, ["model.mask.policy=learned", "train.network=selective"])
+    whole = Trainer(config, tmp_path / "whole")
+    first = whole.model.backbone.conv1.weight.clone()
+    whole.run()
+    assert not torch.equal(whole.model.backbone.conv1.weight, first)
+    broken = Trainer(config, tmp_path / "broken")
+    broken._stop = True
+    with pytest.raises(Exception, match="stopped at iteration 1"):
+        broken.run()
+    resumed = Trainer(config, tmp_path / "broken", resume=True)
+    resumed.run()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.freeze=true"], "leaves nothing to train but a learned mask"),
+        (["model.mask.policy=learned", "train.mask_loss=supervised"], "set train.freeze=true"),
+        (["model.mask.policy=learned", "model.strides=[4,8,16]"], "needs two strides and a budget"),
+        (["model.mask.policy=learned", "model.mask.threshold=0.1"], "needs two strides and a budget"),
+        (["train.mask_loss=supervise"], "did you mean 'supervised'"),
+    ],
+)
+def test_bad_configs(tiny, tmp_path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Trainer(load_config(tiny, overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings"),
+    [
+        ("edge:cad", {"policy": "edge", "edge": "cad"}),
+        ("random:blur", {"policy": "random", "blur": True}),
+        (
+            "confidence:entropy,max,neighbours",
+            {"policy": "confidence", "uncertainty": "entropy", "reduce": "max", "neighbours": True},
+        ),
+    ],
+)
+def test_policy_specs(spec: str, settings: dict[str, object]) -> None:
+    mask = parse_policy(spec, MaskConfig(fine_fraction=0.3))
+    assert mask == MaskConfig(fine_fraction=0.3, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("edges", "unknown mask policy 'edges'; choose one of uniform, random"),
+        ("edge:canny", "unknown option 'canny' in the mask policy 'edge:canny'; choose of blur, sobel, cad"),
+        ("random:cad", "unknown option 'cad' in the mask policy 'random:cad'; choose of blur"),
+    ],
+)
+def test_bad_policy_specs(spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_policy(spec, MaskConfig())
