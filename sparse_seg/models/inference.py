@@ -19,8 +19,8 @@ from sparse_seg.models.heads import DeepLabV3Head, DeepLabV3PlusHead, FCNHead, L
 from sparse_seg.models.resnet import BasicBlock, Bottleneck, ResNet, Stage
 from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout, densify, grid_to_rows, lattice_grid, select_rows
-from sparse_seg.sparse.conv import undilated_conv2d
 from sparse_seg.sparse.engines import gather
+from sparse_seg.sparse.engines.undilated import every_site
 
 Module = TypeVar("Module", bound=nn.Module)
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -120,7 +120,7 @@ class FusedConv(FusedLayer):
     ) -> Tensor:
         """`[src.num_sites, I]` to `[dst.num_sites, O]`; the memory of `residual` may be overwritten."""
         if self.spacing is None:
-            return self._finish(undilated_conv2d(rows, self.weight, dst, self.bias), residual)
+            return self._undilated(rows, dst, residual)
         stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
         lattice_residual = None if residual is None else lattice_grid(residual, dst)
         lattice = grid_to_rows(self._lattice(lattice_grid(rows, src), lattice_residual, stride, dilation))
@@ -133,6 +133,15 @@ class FusedConv(FusedLayer):
         gather.multiply_neighbours(rows, self.weight, table, out=extra, bias=self.bias)
         self._finish(extra, None if residual is None else residual[dst.num_lattice :])
         return out
+
+    def _undilated(self, rows: Tensor, layout: SiteLayout, residual: Tensor | None) -> Tensor:
+        if not layout.splits:
+            grid_residual = None if residual is None else lattice_grid(residual, layout)
+            return grid_to_rows(self._lattice(lattice_grid(rows, layout), grid_residual, 1, 1))
+        out = rows.new_empty(layout.num_sites, self.weight.shape[0])
+        table = every_site(layout, self.exchange)
+        gather.multiply_neighbours(rows, self.weight, table, out=out, bias=self.bias)
+        return self._finish(out, residual)
 
     def _lattice(self, grid: Tensor, residual: Tensor | None, stride: int, dilation: int) -> Tensor:
         """The plain convolution, on a channels_last grid; the memory of `residual` may be overwritten."""

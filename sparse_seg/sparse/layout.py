@@ -157,8 +157,12 @@ class SiteLayout:
             raise ValueError("the next stage's layout has sites that this stage's layout lacks")
         return rows
 
-    def neighbours(self, other: SiteLayout, spacing: int, exchange: str = "linear") -> NeighbourTable:
+    def neighbours(
+        self, other: SiteLayout, spacing: int, exchange: str = "linear", lattice: bool = False
+    ) -> NeighbourTable:
         """Our rows around the extra sites of `other`, `spacing` px apart (cached).
+
+        lattice: the table has the sites of the lattice too, in front.
 
         exchange: what stands where we have no site: `linear`, the lattice's bilinear interpolation;
         `nearest`, the block's own site; `none`, zero. Outside the image it is zero.
@@ -174,9 +178,10 @@ class SiteLayout:
                 f"{other.size} at stride {other.stride}"
             )
         tables = self._tables.setdefault(other, {})
-        if (spacing, exchange) not in tables:
-            tables[spacing, exchange] = self._neighbours(other, spacing, exchange)
-        return tables[spacing, exchange]
+        key = spacing, exchange, lattice
+        if key not in tables:
+            tables[key] = self._neighbours(other, *key)
+        return tables[key]
 
     def cached(self, key: Hashable, build: Callable[[], _T]) -> _T:
         """What an engine derives from this layout, built at the first call with `key` and kept with us."""
@@ -184,9 +189,10 @@ class SiteLayout:
             self._cache[key] = build()
         return self._cache[key]
 
-    def _neighbours(self, other: SiteLayout, spacing: int, exchange: str) -> NeighbourTable:
+    def _neighbours(self, other: SiteLayout, spacing: int, exchange: str, lattice: bool) -> NeighbourTable:
         height, width = self.size
-        batch, y, x = _unflatten(other.cells[other.num_lattice :, None], other.size)
+        first = 0 if lattice else other.num_lattice
+        batch, y, x = _unflatten(other.cells[first:, None], other.size)
         offset = torch.arange(TAPS, device=self.device)
         y = y + (offset // 3 - 1) * _steps(spacing, self.stride)
         x = x + (offset % 3 - 1) * _steps(spacing, self.stride)
