@@ -52,4 +52,4 @@ def write_safetensors(path: Path, tensors: Mapping[str, Pending], metadata: Mapp
             tensor = make()
             assert tuple(tensor.shape) == shape, name
             assert tensor.dtype == dtype, name
-            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

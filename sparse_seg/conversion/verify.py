@@ -127,6 +127,6 @@ def explain(result: Verification, config: ModelConfig) -> list[str]:
         if not config.dilate_second:
             meaning += (
                 ". The cause: the second 3x3 of each basic block is undilated, so its taps fall between the "
-                "coarse sites, where values are interpolated; it runs on all cells, which saves no work"
+                "coarse sites, where values are interpolated"
             )
     return [*lines, meaning]

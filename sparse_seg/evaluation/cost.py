@@ -17,6 +17,7 @@ from sparse_seg.masks import MaskPolicy
 from sparse_seg.models.aspp import PooledLinear
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.sparse import SelectiveConv2d, SelectiveDepthwiseConv2d, SiteLayout
+from sparse_seg.sparse.engines.undilated import every_site
 
 COUNTED = (nn.Conv2d, nn.Linear, SelectiveConv2d, SelectiveDepthwiseConv2d)
 
@@ -136,7 +137,9 @@ def layer_macs(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Ma
 
 def _site_hits(conv: SelectiveConv2d | SelectiveDepthwiseConv2d, src: SiteLayout, dst: SiteLayout) -> int:
     """(site, tap) pairs that read something: on the lattice those inside the image, else sites and ghosts."""
-    if conv.spacing is None:  # it runs on all cells
+    if conv.spacing is None and dst.splits:
+        return every_site(dst, conv.exchange).num_hits
+    if conv.spacing is None:
         height, width = (_axis_hits(cells, cells, 3, 1, 1, 1) for cells in dst.size)
         return dst.batch * height * width
     stride, dilation = dst.lattice_stride // src.lattice_stride, conv.spacing // src.lattice_stride

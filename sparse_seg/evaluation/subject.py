@@ -269,7 +269,7 @@ class Subject:
 
         def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             assert isinstance(module, _READERS)
-            if module.spacing is None:  # it runs on the grid of all cells
+            if module.spacing is None:  # it has a table of its own kind
                 return
             src, dst = (next(i for i, one in enumerate(layouts) if one is layout) for layout in inputs[1:])
             found.append(Table(src, dst, module.spacing, module.exchange))

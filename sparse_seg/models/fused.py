@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sparse_seg.models.tuning import Tuner
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout, grid_to_rows, lattice_grid
-from sparse_seg.sparse.conv import undilated_conv2d
 from sparse_seg.sparse.engines import gather
+from sparse_seg.sparse.engines.undilated import every_site
 from sparse_seg.sparse.winograd import transform_weight, winograd_conv2d
 
 Form = Callable[[Tensor | None], Tensor]  # residual, whose memory may be overwritten, to output
@@ -132,7 +132,7 @@ class FusedConv(FusedLayer):
     ) -> Tensor:
         """`[src.num_run, I]` to `[dst.num_run, O]`; the memory of `residual` may be overwritten."""
         if self.spacing is None:
-            return self._finish(undilated_conv2d(rows, self.weight, dst, self.bias), residual)
+            return self._undilated(rows, dst, residual)
         rows, first = dst.complete(rows, src, self), 0
         if dst.runs_lattice:
             lattice, first = self._lattice(rows, src, dst, residual), dst.num_lattice
@@ -145,6 +145,15 @@ class FusedConv(FusedLayer):
         gather.multiply_neighbours(rows, self.weight, table, out=out[first:], bias=self.bias)
         self._finish(out[first:], None if residual is None else residual[first:])
         return out
+
+    def _undilated(self, rows: Tensor, layout: SiteLayout, residual: Tensor | None) -> Tensor:
+        if not layout.splits:
+            grid_residual = None if residual is None else lattice_grid(residual, layout)
+            return grid_to_rows(self._convolve(lattice_grid(rows, layout), grid_residual, 1, 1))
+        out = rows.new_empty(layout.num_sites, self.weight.shape[0])
+        table = every_site(layout, self.exchange)
+        gather.multiply_neighbours(rows, self.weight, table, out=out, bias=self.bias)
+        return self._finish(out, residual)
 
     def _lattice(self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None) -> Tensor:
         """The lattice's rows of the output."""

@@ -6,12 +6,10 @@ import math
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_seg.sparse.densify import densify
 from sparse_seg.sparse.engines import ENGINES, gather, spconv
-from sparse_seg.sparse.features import grid_to_rows
+from sparse_seg.sparse.engines.undilated import undilated_conv2d
 from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
 from sparse_seg.sparse.neighbours import TAPS
 
@@ -26,7 +24,7 @@ class SelectiveConv2d(nn.Module):
     Args:
         in_channels, out_channels: I and O.
         spacing: distance between taps in pixels; None for one cell of the layout's finest grid, whatever its
-            stride, see `undilated_conv2d`.
+            stride, see `engines/undilated.py`.
         exchange: what an extra site reads where its level has no site: `linear`, `nearest` or `none`.
         engine: `gather`, `spconv`, or `auto`: spconv on CUDA where it works and runs the dtype, else gather.
 
@@ -60,11 +58,10 @@ class SelectiveConv2d(nn.Module):
 
     def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
         """Rows `[src.num_run, I]` to `[dst.num_run, O]`: those of all sites, or in a step of the new ones."""
-        if self.spacing is None:
-            self.macs = dst.batch * dst.size[0] * dst.size[1] * TAPS * self.in_channels * self.out_channels
-            return undilated_conv2d(rows, self.weight, dst)
-        rows = dst.complete(rows, src, self)
         self.macs = dst.num_run * TAPS * self.in_channels * self.out_channels
+        if self.spacing is None:
+            return undilated_conv2d(rows, self.weight, dst, self.exchange)
+        rows = dst.complete(rows, src, self)
         engine = _engine(self.engine, rows, src, dst)
         return engine.selective_conv2d(rows, self.weight, src, dst, self.spacing, self.exchange)
 
@@ -74,18 +71,6 @@ class SelectiveConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, spacing={spacing}, "
             f"exchange={self.exchange}, engine={self.engine}"
         )
-
-
-def undilated_conv2d(rows: Tensor, weight: Tensor, layout: SiteLayout, bias: Tensor | None = None) -> Tensor:
-    """3x3 convolution with taps one cell of the finest grid apart, `[N, I]` to `[N, O]`.
-
-    Such taps fall between the places of the lattice, so phases mix and the lattice comes to depend on the
-    mask: a network that has one (mmsegmentation's BasicBlock) loses P1 (design.md). Missing neighbours are
-    the lattice's interpolation whatever the exchange rule, and all cells are computed: no work is saved.
-    """
-    grid = F.conv2d(densify(rows, layout), weight.permute(0, 3, 1, 2), bias, padding=1)
-    out = grid_to_rows(grid)
-    return out if not layout.splits else out.index_select(0, layout.cells)
 
 
 def _engine(name: str, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> ModuleType:

@@ -210,7 +210,7 @@ def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
 
 
 @functools.cache
-def network_of(name: str) -> nn.Module:
+def network_of(name: str) -> Any:
     """The small network of a case at its own output stride, in eval mode. Shared: do not change it."""
     case = (CASES | BACKBONES)[name]
     stride = 32 if name in BACKBONES else case.stride
@@ -222,7 +222,7 @@ def state_of(name: str) -> dict[str, Tensor]:
     return (CASES | BACKBONES)[name].rename(network_of(name).state_dict())
 
 
-def at_stride(name: str, stride: int) -> nn.Module:
+def at_stride(name: str, stride: int) -> Any:
     """The network of a case with the same weights at another output stride."""
     network = (CASES | BACKBONES)[name].build(stride)
     network.load_state_dict(network_of(name).state_dict())

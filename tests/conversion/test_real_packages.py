@@ -5,6 +5,7 @@ In float64: these networks are deep, and random ones let float32's rounding grow
 
 import importlib
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_timm(name, variant, tmp_path):
 def test_timms_dilated_average_pooling_is_another_function(tmp_path):
     """Its window stays one cell and counts zeros at the border: at output stride 8 it differs from ours."""
     timm = package("timm")
-    network = randomise(timm.create_model("resnet50d", pretrained=False))
+    network: Any = randomise(timm.create_model("resnet50d", pretrained=False))
     model = load_backbone(converted(network, tmp_path, allow_missing=["head"])).double()
     dilated = timm.create_model("resnet50d", features_only=True, output_stride=8, out_indices=(4,))
     dilated.load_state_dict(network.state_dict(), strict=False)
