@@ -24,6 +24,7 @@ __all__ = [
     "mean_by_area",
 ]
 
+FINEST_DENSE_STRIDE = 8  # of dense networks, in px
 LOW_LEVEL_STRIDE = 4  # of layer1, whose grid `deeplabv3plus` reads and writes
 
 
@@ -63,13 +64,13 @@ class HeadOptions:
     align_corners: bool = False
 
 
-def at_trained_spacing(module: nn.Module, grid: Tensor, stride: int, trained_stride: int) -> Tensor:
-    """Run 3x3 convolutions on a grid `[B, C, H, W]` with the taps as far apart, in pixels, as in training.
+def at_dense_spacing(module: nn.Module, grid: Tensor, stride: int) -> Tensor:
+    """Run dense 3x3 convolutions on a grid `[B, C, H, W]`; on one finer than stride 8 with stride 8's taps.
 
-    On a grid finer than the trained one a tap is several cells away: cells of other phases are other grids.
-    On a coarser grid taps are one cell apart, as in the dense network of that stride.
+    Dense networks have them one cell apart, at 8 px or more. On a finer grid that is several cells: cells of
+    other phases are other grids.
     """
-    phases = trained_stride // stride
+    phases = FINEST_DENSE_STRIDE // stride
     if phases <= 1:
         return module(grid)
     parts = [(slice(y, None, phases), slice(x, None, phases)) for y in range(phases) for x in range(phases)]
@@ -85,7 +86,6 @@ class LiteHead(nn.Module):
 
     Args:
         in_channels, channels, num_classes: widths of rows, of the head, and K.
-        trained_stride: see `at_trained_spacing`.
         dropout: share of whole channels dropped before the classifier in training.
     """
 
@@ -94,11 +94,9 @@ class LiteHead(nn.Module):
         in_channels: int,
         channels: int,
         num_classes: int,
-        trained_stride: int = 8,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.trained_stride = trained_stride
         self.reduce = nn.Sequential(
             nn.Linear(in_channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)
         )
@@ -122,7 +120,7 @@ class LiteHead(nn.Module):
 
     def decode(self, grid: Tensor, stride: int) -> Tensor:
         """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
-        return self.classifier(at_trained_spacing(self.refine, grid, stride, self.trained_stride))
+        return self.classifier(at_dense_spacing(self.refine, grid, stride))
 
 
 class DeepLabV3Head(nn.Module):
@@ -134,7 +132,6 @@ class DeepLabV3Head(nn.Module):
 
     def __init__(self, options: HeadOptions, channels: int) -> None:
         super().__init__()
-        self.trained_stride = options.trained_stride
         self.aspp = _aspp(options, channels)
         self.refine = _refine(options, self.aspp, channels)
         self.classifier = nn.Conv2d(channels, options.num_classes, 1)
@@ -149,7 +146,7 @@ class DeepLabV3Head(nn.Module):
 
     def decode(self, grid: Tensor, stride: int) -> Tensor:
         """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
-        return self.classifier(at_trained_spacing(self.refine, grid, stride, self.trained_stride))
+        return self.classifier(at_dense_spacing(self.refine, grid, stride))
 
 
 class DeepLabV3PlusHead(nn.Module):
@@ -180,7 +177,7 @@ class DeepLabV3PlusHead(nn.Module):
     def forward(self, rows: Tensor, layout: SiteLayout, low_level: Tensor) -> Tensor:
         """Rows `[layout.num_run, in_channels]`, layer1's grid `[B, C, H, W]` to logits at stride 4."""
         grid = densify(self.aspp(rows, layout), layout)
-        grid = at_trained_spacing(self.refine, grid, layout.stride, self.trained_stride)
+        grid = at_dense_spacing(self.refine, grid, layout.stride)
         return self.classifier(self.decoder(self.join(grid, layout.stride, low_level)))
 
     def join(self, grid: Tensor, stride: int, low_level: Tensor) -> Tensor:
@@ -210,22 +207,16 @@ def _refine(options: HeadOptions, aspp: ASPP, channels: int) -> nn.Sequential:
 
 
 class FCNHead(nn.Module):
-    """Densify, dense 3x3, classifier (Long et al., CVPR 2015); also the auxiliary head on layer3 in training.
-
-    Args:
-        trained_stride: see `at_trained_spacing`.
-    """
+    """Densify, dense 3x3, classifier (Long et al., CVPR 2015); in training also on layer3."""
 
     def __init__(
         self,
         in_channels: int,
         channels: int,
         num_classes: int,
-        trained_stride: int = 8,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.trained_stride = trained_stride
         self.refine = _conv_bn_relu(in_channels, channels)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
@@ -240,7 +231,7 @@ class FCNHead(nn.Module):
 
     def decode(self, grid: Tensor, stride: int) -> Tensor:
         """What runs on the densified grid, `[B, in_channels, H, W]` to `[B, K, H, W]`."""
-        refined = at_trained_spacing(self.refine, grid, stride, self.trained_stride)
+        refined = at_dense_spacing(self.refine, grid, stride)
         return self.classifier(self.dropout(refined))
 
 
@@ -256,12 +247,12 @@ def _conv_bn_relu(in_channels: int, channels: int, separable: str = "none") -> n
 
 
 def _lite(options: HeadOptions) -> nn.Module:
-    return LiteHead(options.in_channels, options.channels or 128, options.num_classes, options.trained_stride)
+    return LiteHead(options.in_channels, options.channels or 128, options.num_classes)
 
 
 def _fcn(options: HeadOptions) -> nn.Module:
     channels = options.channels or max(options.in_channels // 4, 1)
-    return FCNHead(options.in_channels, channels, options.num_classes, options.trained_stride)
+    return FCNHead(options.in_channels, channels, options.num_classes)
 
 
 HEADS: dict[str, Callable[[HeadOptions], nn.Module]] = {

@@ -20,7 +20,7 @@ from sparse_seg.models.aspp import ASPP, SelectiveSeparableConv2d, beside, mean_
 from sparse_seg.models.fused import FusedConv, FusedLayer, FusedLinear, fold_norm
 from sparse_seg.models.heads import DeepLabV3Head, DeepLabV3PlusHead, FCNHead, LiteHead
 from sparse_seg.models.resnet import BasicBlock, Bottleneck, ResNet, Stage
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
 from sparse_seg.models.tuning import Tuner
 from sparse_seg.sparse import SiteLayout, grid_to_rows, select_rows
 
@@ -58,12 +58,11 @@ class FusedSegmentor(SelectiveSegmentor):
     def precision(self, images: Tensor) -> AbstractContextManager:
         return torch.autocast(images.device.type, enabled=False)
 
-    def selective_layouts(self, images: Tensor, fine_blocks: Tensor | None = None) -> list[SiteLayout]:
-        """As in `SelectiveSegmentor`; where all blocks are fine, those of the dense network: no gather."""
-        layouts = super().selective_layouts(images, fine_blocks)
+    def outputs(self, images: Tensor, layouts: list[SiteLayout]) -> Outputs:
+        """As in `SelectiveSegmentor`; where all blocks are fine, on dense layouts, which gather nothing."""
         last = layouts[-1]
         all_fine = last.num_sites == last.batch * last.size[0] * last.size[1]
-        return self.dense_layouts(images, last.stride) if all_fine else layouts
+        return super().outputs(images, self.dense_layouts(images, last.stride) if all_fine else layouts)
 
 
 class FusedBlock(nn.Module):
@@ -121,7 +120,6 @@ class FusedLiteHead(LiteHead):
 
     def __init__(self, head: LiteHead) -> None:
         nn.Module.__init__(self)  # the parts come from `head`, not from widths
-        self.trained_stride = head.trained_stride
         self.reduce: Any = FusedLinear(head.reduce[0], head.reduce[1])
         self.refine, self.classifier = _fuse_sequence(head.refine), copy.deepcopy(head.classifier)
 
@@ -180,7 +178,6 @@ class FusedDeepLabV3Head(DeepLabV3Head):
 
     def __init__(self, head: DeepLabV3Head) -> None:
         nn.Module.__init__(self)  # the parts come from `head`, not from options
-        self.trained_stride = head.trained_stride
         self.aspp: Any = FusedASPP(head.aspp)
         self.refine, self.classifier = _fuse_sequence(head.refine), copy.deepcopy(head.classifier)
 
@@ -202,7 +199,6 @@ class FusedFCNHead(FCNHead):
 
     def __init__(self, head: FCNHead) -> None:
         nn.Module.__init__(self)
-        self.trained_stride = head.trained_stride
         self.refine, self.classifier = _fuse_sequence(head.refine), copy.deepcopy(head.classifier)
         self.dropout = copy.deepcopy(head.dropout)
 

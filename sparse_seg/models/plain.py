@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg.models.aspp import ASPP, SelectiveSeparableConv2d
-from sparse_seg.models.heads import LOW_LEVEL_STRIDE, DeepLabV3Head, DeepLabV3PlusHead, FCNHead, LiteHead
+from sparse_seg.models.heads import (
+    FINEST_DENSE_STRIDE,
+    LOW_LEVEL_STRIDE,
+    DeepLabV3Head,
+    DeepLabV3PlusHead,
+    FCNHead,
+    LiteHead,
+)
 from sparse_seg.models.resnet import STAGE_STRIDES, BasicBlock, Bottleneck, ResNet
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.upsample import upsample_logits
@@ -152,6 +159,7 @@ class PlainDeepLabV3Plus(nn.Module):
         self.stride, self.aspp = stride, PlainASPP(head.aspp, stride)
         self.rest = copy.deepcopy(head)
         self.rest.aspp = None  # type: ignore[assignment]
+        self.rest.refine = _refine(head, stride)
 
     def forward(self, grid: Tensor, low_level: Tensor) -> Tensor:
         joined = self.rest.join(self.rest.refine(self.aspp(grid)), self.stride, low_level)
@@ -161,16 +169,23 @@ class PlainDeepLabV3Plus(nn.Module):
 def _head(head: nn.Module, stride: int) -> nn.Module:
     if isinstance(head, LiteHead):
         return nn.Sequential(
-            _rows_to_grid(head.reduce), copy.deepcopy(head.refine), copy.deepcopy(head.classifier)
+            _rows_to_grid(head.reduce), _refine(head, stride), copy.deepcopy(head.classifier)
         )
     if isinstance(head, FCNHead):
-        return nn.Sequential(*map(copy.deepcopy, (head.refine, head.dropout, head.classifier)))
+        return nn.Sequential(_refine(head, stride), *map(copy.deepcopy, (head.dropout, head.classifier)))
     if isinstance(head, DeepLabV3PlusHead):
         return PlainDeepLabV3Plus(head, stride)
     assert isinstance(head, DeepLabV3Head)
-    return nn.Sequential(
-        PlainASPP(head.aspp, stride), copy.deepcopy(head.refine), copy.deepcopy(head.classifier)
-    )
+    return nn.Sequential(PlainASPP(head.aspp, stride), _refine(head, stride), copy.deepcopy(head.classifier))
+
+
+def _refine(head: Any, stride: int) -> nn.Sequential:
+    """The head's dense convolutions; see `at_dense_spacing`."""
+    refine = copy.deepcopy(head.refine)
+    for conv in refine.children():
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+            conv.dilation = conv.padding = (max(1, FINEST_DENSE_STRIDE // stride),) * 2
+    return refine
 
 
 def _atrous(conv: nn.Module, stride: int) -> list[nn.Module]:
