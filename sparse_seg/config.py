@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from sparse_seg.data import DATASETS
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import POLICIES, REDUCTIONS, RULES, UNCERTAINTIES
-from sparse_seg.models.heads import HEADS
-from sparse_seg.models.resnet import ARCHITECTURES
+from sparse_seg.models.aspp import SEPARABLE
+from sparse_seg.models.heads import HEADS, POOLING_HEADS
+from sparse_seg.models.resnet import ARCHITECTURES, SHORTCUTS, STAGE_STRIDES, STEMS
 from sparse_seg.schema import Config, ModelConfig
 from sparse_seg.sparse import ENGINES, EXCHANGES
 
@@ -94,6 +95,18 @@ def to_dict(config: Config | ModelConfig) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """`key=value` texts, values in YAML, as one tree.
+
+    Raises:
+        ConfigError: a text of another form.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        tree = _overlay(tree, _parse_override(override))
+    return tree
 
 
 def num_classes(config: Config) -> int:
@@ -263,6 +276,10 @@ _MODEL_BOUNDS = {
     "head_channels": "[1, inf)",
     "num_classes": "[2, 255]",
     "aspp_rates": "[1, inf)",
+    "depths": "[1, inf)",
+    "bn_eps": "(0, inf)",
+    "low_level_channels": "[1, inf)",
+    "decoder_convs": "[1, inf)",
 }
 _MASK_BOUNDS = {
     "fine_fraction": "[0, 1]",
@@ -349,9 +366,10 @@ def check_config(config: Config) -> None:
         _require(
             len(weights) == count, f"train.loss.class_weights has {len(weights)} values for {count} classes"
         )
-    pooled = config.model.head == "deeplabv3"
+    head = config.model.head
+    pooled = head in POOLING_HEADS
     _require(
-        not pooled or train.batch_size >= 2, "train.batch_size must be 2 or more: deeplabv3 pools each image"
+        not pooled or train.batch_size >= 2, f"train.batch_size must be 2 or more: {head} pools each image"
     )
 
 
@@ -370,6 +388,11 @@ def check_training(config: Config) -> None:
     if learned and supervised:
         _require(train.freeze, "train.mask_loss=supervised trains the mask alone: set train.freeze=true")
     elif learned:
+        _require(
+            config.model.head != "deeplabv3plus",
+            "train.mask_loss=straight_through cannot train through the skip of model.head=deeplabv3plus: set "
+            "train.mask_loss=supervised with train.freeze=true",
+        )
         fits = len(config.model.strides) == 2 and mask.threshold is None
         _require(
             fits,
@@ -381,6 +404,10 @@ def check_training(config: Config) -> None:
 def _check_model(model: ModelConfig) -> None:
     _choose("model.backbone", model.backbone, ARCHITECTURES)
     _choose("model.head", model.head, HEADS)
+    _choose("model.stem", model.stem, STEMS)
+    _choose("model.shortcut", model.shortcut, SHORTCUTS)
+    _choose("model.aspp_separable", model.aspp_separable, SEPARABLE)
+    _choose("model.separable", model.separable, SEPARABLE)
     _choose("model.exchange", model.exchange, EXCHANGES)
     _choose("model.engine", model.engine, ENGINES)
     _choose("model.trained_stride", model.trained_stride, (8, 16, 32))
@@ -390,8 +417,27 @@ def _check_model(model: ModelConfig) -> None:
     _choose("model.mask.uncertainty", model.mask.uncertainty, UNCERTAINTIES)
     _choose("model.mask.reduce", model.mask.reduce, REDUCTIONS)
     _choose("model.mask.stored_dtype", model.mask.stored_dtype, (None, "float16", "bfloat16"))
+    _require(
+        model.dilate_second or model.mask.policy != "confidence",
+        "model.mask.policy=confidence needs a coarse pass that does not depend on the mask, which "
+        "model.dilate_second=false makes it do: choose another policy",
+    )
     _check_bounds(model, "model", _MODEL_BOUNDS)
     _check_bounds(model.mask, "model.mask", _MASK_BOUNDS)
+    _require(
+        model.depths is None or len(model.depths) == len(STAGE_STRIDES),
+        f"model.depths is {model.depths}; it must have the blocks of four stages",
+    )
+    entries = zip(model.entry_spacings, STAGE_STRIDES, strict=False)
+    _require(
+        len(model.entry_spacings) == 3 and all(entry > 0 and entry % least == 0 for entry, least in entries),
+        f"model.entry_spacings is {model.entry_spacings}; it must have px for layer2..layer4, multiples of "
+        f"{list(STAGE_STRIDES[:3])}",
+    )
+    _require(
+        model.refine or model.aspp_projection or model.head != "deeplabv3",
+        "model.aspp_projection and model.refine cannot both be false for deeplabv3",
+    )
     _require(bool(model.aspp_rates), "model.aspp_rates needs at least one rate")
     if len(model.strides) == 3:
         _require(
@@ -400,6 +446,6 @@ def _check_model(model: ModelConfig) -> None:
         )
     spacings, coarsest = [rate * model.trained_stride for rate in model.aspp_rates], model.strides[-1]
     _require(
-        model.head != "deeplabv3" or all(spacing % coarsest == 0 for spacing in spacings),
+        model.head not in POOLING_HEADS or all(spacing % coarsest == 0 for spacing in spacings),
         f"model.aspp_rates x trained_stride is {spacings} px; run selective, each must divide by {coarsest}",
     )

@@ -25,10 +25,25 @@ class MaskConfig:
 class ModelConfig:
     backbone: str = "resnet18"  # resnet18 | resnet34 | resnet50 | resnet101
     width: float = 1.0  # multiplier of the backbone's widths
-    head: str = "lite"  # lite | deeplabv3
-    head_channels: int | None = None  # default: 128 for lite, 256 for deeplabv3
+    depths: list[int] | None = None  # blocks of each stage; default: the backbone's
+    stem: str = "conv7"  # conv7 | deep (three 3x3 convolutions)
+    shortcut: str = "conv"  # conv | avg_pool (2x2 mean before the 1x1 of a strided shortcut)
+    entry_spacings: list[int] = dataclasses.field(default_factory=lambda: [4, 8, 16])  # px between taps of
+    #   the first 3x3 of layer2..layer4; smp's dilated stages have 16 in layer3, 32 in layer4
+    dilate_second: bool = True  # false: second 3x3 of basic blocks undilated, as mmsegmentation's (no P1)
+    bn_eps: float = 1e-5
+    pretrained: str | None = None  # checkpoint to start training from; see README, Converting checkpoints
+    head: str = "lite"  # lite | deeplabv3 | deeplabv3plus | fcn
+    head_channels: int | None = None  # default: 128 for lite, 256 for deeplab*, input / 4 for fcn
     num_classes: int | None = None  # default: the dataset's
     aspp_rates: list[int] = dataclasses.field(default_factory=lambda: [12, 24, 36])  # at trained_stride
+    aspp_separable: str = "none"  # none | linear (depthwise, 1x1) | normed (depthwise, norm, ReLU, 1x1)
+    aspp_projection: bool = True  # 1x1 over ASPP's branches; mmsegmentation has `refine` alone
+    refine: bool = True  # dense 3x3 after ASPP
+    separable: str = "none"  # of the dense 3x3 convolutions of deeplab*: as aspp_separable
+    low_level_channels: int = 48  # of deeplabv3plus's skip
+    decoder_convs: int = 1  # 3x3 convolutions after deeplabv3plus's skip
+    align_corners: bool = False  # of upsampling
     exchange: str = "linear"  # linear | nearest | none
     engine: str = "auto"  # auto (spconv on CUDA where it works, else gather) | gather | spconv
     strides: list[int] = dataclasses.field(default_factory=lambda: [8, 16])  # or [8, 16, 32] or [4, 8, 16]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -254,6 +255,39 @@ def random_model(
     config["aspp_rates"] = [rate * 8 // trained_stride for rate in (4, 8, 12)]
     config["strides"] = list(strides)
     model = build_model(config).to(device, dtype)
+    randomise(model)
+    return model
+
+
+# settings that converted networks have, in the combinations of their sources
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fcn": {"backbone": "resnet18", "head": "fcn"},
+    "deep stem, pooled, separable": {
+        "backbone": "resnet50", "depths": [1, 1, 2, 2], "stem": "deep", "shortcut": "avg_pool",
+        "head": "deeplabv3", "aspp_separable": "linear", "separable": "linear",
+    },
+    "VainF's plus": {"backbone": "resnet18", "head": "deeplabv3plus", "refine": False},
+    "smp's plus": {
+        "backbone": "resnet18", "head": "deeplabv3plus", "aspp_separable": "linear", "separable": "linear",
+        "align_corners": True, "trained_stride": 16, "entry_spacings": [4, 16, 32],
+    },
+    "mmsegmentation's": {
+        "backbone": "resnet18", "head": "deeplabv3", "dilate_second": False, "aspp_projection": False,
+    },
+    "mmsegmentation's plus": {
+        "backbone": "resnet18", "dilate_second": False, "stem": "deep", "head": "deeplabv3plus",
+        "aspp_projection": False, "aspp_separable": "normed", "separable": "normed", "decoder_convs": 2,
+        "bn_eps": 0.01,
+    },
+}  # fmt: skip
+
+
+@functools.cache
+def variant_model(name: str, dtype: torch.dtype = torch.float64) -> SelectiveSegmentor:
+    """A network of `VARIANTS` with random weights and statistics, in eval mode. Shared: do not change it."""
+    torch.manual_seed(0)
+    common = {"width": 0.125, "head_channels": 16, "low_level_channels": 6, "num_classes": NUM_CLASSES}
+    model = build_model(common | {"aspp_rates": [4, 8, 12]} | VARIANTS[name]).to(dtype)
     randomise(model)
     return model
 

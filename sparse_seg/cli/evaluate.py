@@ -10,6 +10,7 @@ examples:
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --fine-fraction 0.2
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --dense 8 --json dense8.json
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --set model.mask.policy=oracle
+  sparse-seg evaluate configs/converted.yaml r101.safetensors --set data.root=../cityscapes
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --compare 0.1 0.2 --report r.html
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --compare 0.1 0.2 --json masks.json \
     --policies random edge edge:cad confidence oracle --exchange linear nearest --resume
@@ -28,6 +29,8 @@ import torch
 from sparse_seg.cli.arguments import whole_number
 from sparse_seg.cli.options import add_config, add_device, add_network, fraction, output_file, overrides
 from sparse_seg.config import check_classes, load_config
+from sparse_seg.conversion.converted import is_safetensors
+from sparse_seg.conversion.loading import run_config
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.comparison import compare, groups, settings
@@ -45,7 +48,9 @@ from sparse_seg.training.checkpoint import load_model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a training run")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a training run, or a converted file"
+    )
     add_network(parser).add_argument(
         "--compare", nargs="+", type=fraction, metavar="F", help="compare at these fine fractions"
     )
@@ -141,6 +146,7 @@ def compare_and_report(
             atomic_write(json_path, json.dumps(origin | {"rows": rows}, indent=1) + "\n")
     print(comparison_table(rows).to_text())
     if report_path:
+        config = run_config(checkpoint, config) if is_safetensors(checkpoint) else config
         description = (
             f"{checkpoint}: {config.model.backbone} x{config.model.width:g}, {config.model.head} head, on "
             f"{rows[0]['images']} images of {config.data.dataset} {split}. "

@@ -25,7 +25,9 @@ from sparse_seg.training.checkpoint import load_model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a training run")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a training run, or a converted file"
+    )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image files, or folders of them")
     parser.add_argument("--out", required=True, metavar="D", help="folder to write to")
     parser.add_argument("--show-levels", action="store_true", help="also blocks coloured by stride")

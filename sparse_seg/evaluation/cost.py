@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.models.heads import PooledLinear
+from sparse_seg.models.aspp import PooledLinear
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.sparse import SelectiveConv2d, SiteLayout
+from sparse_seg.sparse import SelectiveConv2d, SelectiveDepthwiseConv2d, SiteLayout
+from sparse_seg.sparse.engines.undilated import every_site
 
-COUNTED = (nn.Conv2d, nn.Linear, SelectiveConv2d)
+COUNTED = (nn.Conv2d, nn.Linear, SelectiveConv2d, SelectiveDepthwiseConv2d)
 
 
 class Macs(NamedTuple):
@@ -109,6 +110,9 @@ def layer_macs(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Ma
     if isinstance(module, SelectiveConv2d):
         _, src, dst = inputs
         return Macs(module.macs, _site_hits(module, src, dst) * module.in_channels * module.out_channels)
+    if isinstance(module, SelectiveDepthwiseConv2d):
+        _, src, dst = inputs
+        return Macs(module.macs, _site_hits(module, src, dst) * module.channels)
     if isinstance(module, PooledLinear):
         macs = inputs[0].shape[0] * module.weight.numel()
         return Macs(macs, macs)
@@ -131,8 +135,13 @@ def layer_macs(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Ma
     return Macs(output.numel() // output.shape[1] * module.weight.numel(), hits)
 
 
-def _site_hits(conv: SelectiveConv2d, src: SiteLayout, dst: SiteLayout) -> int:
+def _site_hits(conv: SelectiveConv2d | SelectiveDepthwiseConv2d, src: SiteLayout, dst: SiteLayout) -> int:
     """(site, tap) pairs that read something: on the lattice those inside the image, else sites and ghosts."""
+    if conv.spacing is None and dst.splits:
+        return every_site(dst, conv.exchange).num_hits
+    if conv.spacing is None:
+        height, width = (_axis_hits(cells, cells, 3, 1, 1, 1) for cells in dst.size)
+        return dst.batch * height * width
     stride, dilation = dst.lattice_stride // src.lattice_stride, conv.spacing // src.lattice_stride
     hits = dst.batch if dst.runs_lattice else 0
     for inside, outside in zip(src.lattice_size, dst.lattice_size, strict=True):

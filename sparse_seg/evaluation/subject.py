@@ -27,10 +27,17 @@ from sparse_seg.models.plain import channels_last, plain_network, plain_stages
 from sparse_seg.models.refinement import Refinement
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import Config
-from sparse_seg.sparse import SelectiveConv2d, SiteLayout, rows_to_grid
+from sparse_seg.sparse import (
+    SelectiveAvgPool2d,
+    SelectiveConv2d,
+    SelectiveDepthwiseConv2d,
+    SiteLayout,
+    rows_to_grid,
+)
 from sparse_seg.training.checkpoint import load_model
 from sparse_seg.training.schedule import build_optimizer
 
+_READERS = (SelectiveConv2d, SelectiveDepthwiseConv2d, SelectiveAvgPool2d)  # of neighbour tables
 STAGES = ("layer3", "layer4")  # what the scope `stages` runs: those whose stride the mask decides
 
 
@@ -261,11 +268,13 @@ class Subject:
         layouts, found = self.layouts(way), []
 
         def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            assert isinstance(module, SelectiveConv2d)
+            assert isinstance(module, _READERS)
+            if module.spacing is None:  # it has a table of its own kind
+                return
             src, dst = (next(i for i, one in enumerate(layouts) if one is layout) for layout in inputs[1:])
             found.append(Table(src, dst, module.spacing, module.exchange))
 
-        convs = [m for n, m in self.model.named_modules() if isinstance(m, SelectiveConv2d) and _in(n, way)]
+        convs = [m for n, m in self.model.named_modules() if isinstance(m, _READERS) and _in(n, way)]
         hooks = [conv.register_forward_pre_hook(note) for conv in convs]
         try:
             with torch.inference_mode():

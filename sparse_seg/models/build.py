@@ -21,7 +21,7 @@ from sparse_seg.masks import (
     MaskPolicy,
     mask_net,
 )
-from sparse_seg.models.heads import HEADS, FCNHead
+from sparse_seg.models.heads import HEADS, FCNHead, HeadOptions
 from sparse_seg.models.resnet import STAGE_STRIDES, ResNet
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import Config, MaskConfig, ModelConfig
@@ -42,7 +42,17 @@ def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -
     settings = model_config(config)
     num_classes = settings.num_classes or DEFAULT_NUM_CLASSES
     try:
-        backbone = ResNet(settings.backbone, settings.width, settings.exchange, settings.engine)
+        backbone = ResNet(
+            settings.backbone,
+            settings.width,
+            settings.exchange,
+            settings.engine,
+            settings.stem,
+            settings.shortcut,
+            settings.entry_spacings,
+            settings.dilate_second,
+            settings.depths,
+        )
         net = None
         if settings.mask.policy == "learned":
             dense_stage = sum(stride <= settings.strides[0] for stride in STAGE_STRIDES) - 1
@@ -51,22 +61,41 @@ def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -
         policy = build_policy(settings.mask, settings.strides, net)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
-    spacings = [rate * settings.trained_stride for rate in settings.aspp_rates]
     head = HEADS[settings.head](
-        backbone.stage_channels[3],
-        num_classes,
-        settings.head_channels,
-        spacings,
-        settings.exchange,
-        settings.engine,
-        settings.trained_stride,
+        HeadOptions(
+            in_channels=backbone.stage_channels[3],
+            low_level_in_channels=backbone.stage_channels[0],
+            num_classes=num_classes,
+            channels=settings.head_channels,
+            spacings=[rate * settings.trained_stride for rate in settings.aspp_rates],
+            exchange=settings.exchange,
+            engine=settings.engine,
+            trained_stride=settings.trained_stride,
+            aspp_separable=settings.aspp_separable,
+            separable=settings.separable,
+            aspp_projection=settings.aspp_projection,
+            refine=settings.refine,
+            low_level_channels=settings.low_level_channels,
+            decoder_convs=settings.decoder_convs,
+            align_corners=settings.align_corners,
+        )
     )
     auxiliary = None
     if settings.auxiliary:
         auxiliary = FCNHead(backbone.stage_channels[2], backbone.stage_channels[2] // 4, num_classes)
-    return SelectiveSegmentor(
-        backbone, head, policy, settings.trained_stride, auxiliary, tuple(settings.strides)
+    model = SelectiveSegmentor(
+        backbone,
+        head,
+        policy,
+        settings.trained_stride,
+        auxiliary,
+        tuple(settings.strides),
+        settings.align_corners,
     )
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eps = settings.bn_eps
+    return model
 
 
 def build_policy(

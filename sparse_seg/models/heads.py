@@ -3,21 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_seg.sparse import SelectiveConv2d, SiteLayout, densify
+from sparse_seg.models.aspp import ASPP, mean_by_area
+from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.sparse import SiteLayout, densify
+
+__all__ = [
+    "HEADS",
+    "LOW_LEVEL_STRIDE",
+    "POOLING_HEADS",
+    "DeepLabV3Head",
+    "DeepLabV3PlusHead",
+    "FCNHead",
+    "HeadOptions",
+    "LiteHead",
+    "mean_by_area",
+]
+
+FINEST_DENSE_STRIDE = 8  # of dense networks, in px
+LOW_LEVEL_STRIDE = 4  # of layer1, whose grid `deeplabv3plus` reads and writes
 
 
-def at_trained_spacing(module: nn.Module, grid: Tensor, stride: int, trained_stride: int) -> Tensor:
-    """Run 3x3 convolutions on a grid `[B, C, H, W]` with the taps as far apart, in pixels, as in training.
+@dataclass(frozen=True)
+class HeadOptions:
+    """What heads are built from; each takes what concerns it.
 
-    On a grid finer than the trained one a tap is several cells away: cells of other phases are other grids.
-    On a coarser grid taps are one cell apart, as in the dense network of that stride.
+    Args:
+        in_channels: of layer4's rows; low_level_in_channels: of layer1's.
+        num_classes: K.
+        channels: of the head; None for its own default.
+        spacings: of ASPP's 3x3 branches, px.
+        exchange, engine: of 3x3 convolutions on rows, see `SelectiveConv2d`.
+        trained_stride: output stride that the head was trained at, px.
+        aspp_separable, separable: of ASPP's branches and of the dense 3x3 convolutions, see `SEPARABLE`.
+        aspp_projection: see `ASPP`.
+        refine: whether a dense 3x3 follows ASPP.
+        low_level_channels: of the low-level skip after its 1x1 projection.
+        decoder_convs: 3x3 convolutions after the skip.
+        align_corners: of the upsampling to the skip's grid.
     """
-    phases = trained_stride // stride
+
+    in_channels: int
+    num_classes: int
+    spacings: Sequence[int]
+    low_level_in_channels: int = 0
+    channels: int | None = None
+    exchange: str = "linear"
+    engine: str = "auto"
+    trained_stride: int = 8
+    aspp_separable: str = "none"
+    separable: str = "none"
+    aspp_projection: bool = True
+    refine: bool = True
+    low_level_channels: int = 48
+    decoder_convs: int = 1
+    align_corners: bool = False
+
+
+def at_dense_spacing(module: nn.Module, grid: Tensor, stride: int) -> Tensor:
+    """Run dense 3x3 convolutions on a grid `[B, C, H, W]`; on one finer than stride 8 with stride 8's taps.
+
+    Dense networks have them one cell apart, at 8 px or more. On a finer grid that is several cells: cells of
+    other phases are other grids.
+    """
+    phases = FINEST_DENSE_STRIDE // stride
     if phases <= 1:
         return module(grid)
     parts = [(slice(y, None, phases), slice(x, None, phases)) for y in range(phases) for x in range(phases)]
@@ -33,7 +86,6 @@ class LiteHead(nn.Module):
 
     Args:
         in_channels, channels, num_classes: widths of rows, of the head, and K.
-        trained_stride: see `at_trained_spacing`.
         dropout: share of whole channels dropped before the classifier in training.
     """
 
@@ -42,11 +94,9 @@ class LiteHead(nn.Module):
         in_channels: int,
         channels: int,
         num_classes: int,
-        trained_stride: int = 8,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.trained_stride = trained_stride
         self.reduce = nn.Sequential(
             nn.Linear(in_channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)
         )
@@ -70,114 +120,21 @@ class LiteHead(nn.Module):
 
     def decode(self, grid: Tensor, stride: int) -> Tensor:
         """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
-        return self.classifier(at_trained_spacing(self.refine, grid, stride, self.trained_stride))
-
-
-class PooledLinear(nn.Linear):
-    """A linear layer without bias on rows `[n, C]` and, behind their channels, a vector `[B, P]` per image.
-
-    The vector's share of the weight is multiplied once an image. Multiply-adds are counted as usual, as if
-    the vector stood in every row.
-    """
-
-    def __init__(self, in_channels: int, pooled_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels + pooled_channels, out_channels, bias=False)
-
-    def forward(self, rows: Tensor, pooled: Tensor, layout: SiteLayout) -> Tensor:  # type: ignore[override]
-        """`[layout.num_run, C]` and `[B, P]` to `[layout.num_sites, O]`: known rows change, too."""
-        channels = rows.shape[1]
-        local = layout.complete(F.linear(rows, self.weight[:, :channels]), layout, self)
-        return local + F.linear(pooled, self.weight[:, channels:])[layout.image_of_row]
-
-
-class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling on rows (Chen et al., "Rethinking Atrous Convolution", 2017).
-
-    Args:
-        spacings: distance between taps of each 3x3 branch, in pixels: rate x trained output stride.
-        exchange, engine: of the 3x3 branches, see `SelectiveConv2d`.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        spacings: Sequence[int],
-        exchange: str,
-        engine: str = "auto",
-        dropout: float = 0.5,
-    ) -> None:
-        super().__init__()
-        self.point = nn.Sequential(
-            nn.Linear(in_channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)
-        )
-        self.atrous = nn.ModuleList(
-            SelectiveConv2d(in_channels, channels, s, exchange, engine) for s in spacings
-        )
-        self.atrous_bn = nn.ModuleList(nn.BatchNorm1d(channels) for _ in spacings)
-        self.pool = nn.Sequential(
-            nn.Linear(in_channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)
-        )
-        self.project = nn.Sequential(
-            PooledLinear((1 + len(spacings)) * channels, channels, channels),
-            nn.BatchNorm1d(channels),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-        )
-
-    def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[layout.num_run, in_channels]` to `[N, channels]`."""
-        branches = [self.point(rows)]
-        for conv, norm in zip(self.atrous, self.atrous_bn, strict=True):
-            branches.append(F.relu(norm(conv(rows, layout, layout)), inplace=True))
-        pooled = self.pool(mean_by_area(layout.complete(rows, layout, self), layout))
-        linear, *rest = self.project
-        return nn.Sequential(*rest)(linear(torch.cat(branches, 1), pooled, layout))
-
-
-def mean_by_area(rows: Tensor, layout: SiteLayout) -> Tensor:
-    """Global average pooling `[N, C]` to `[B, C]`: a site weighs as many finest cells as its block spans.
-
-    Exact at both ends: all-fine it is the mean of the dense fine network, all-coarse of the dense coarse one.
-    """
-    # a long sum: half precision would overflow or stop counting (bfloat16 at 256), so it runs in float32
-    dtype, values = rows.dtype, rows.to(torch.promote_types(rows.dtype, torch.float32))
-    areas = layout.areas.to(values.dtype)
-    lattice, extra = slice(layout.num_lattice), slice(layout.num_lattice, None)
-    shares = areas[lattice].view(layout.batch, 1, -1)
-    with torch.autocast(rows.device.type, enabled=False):
-        pooled = torch.bmm(shares, values[lattice].view(layout.batch, -1, rows.shape[1])).squeeze(1)
-    if layout.num_extra:
-        pooled = pooled.index_add(0, layout.image_of_row[extra], values[extra] * areas[extra, None])
-    total = areas.new_zeros(layout.batch).index_add_(0, layout.image_of_row, areas)
-    return (pooled / total[:, None]).to(dtype)
+        return self.classifier(at_dense_spacing(self.refine, grid, stride))
 
 
 class DeepLabV3Head(nn.Module):
     """ASPP on rows, densify, dense 3x3, classifier (torchvision's DeepLabHead).
 
     Args:
-        in_channels, channels, num_classes: widths of rows, of the head, and K.
-        spacings: see `ASPP`.
-        exchange, engine: of the 3x3 convolutions on rows, see `SelectiveConv2d`.
-        trained_stride: see `at_trained_spacing`.
+        channels: of ASPP and of the 3x3.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        num_classes: int,
-        spacings: Sequence[int],
-        exchange: str,
-        engine: str = "auto",
-        trained_stride: int = 8,
-    ) -> None:
+    def __init__(self, options: HeadOptions, channels: int) -> None:
         super().__init__()
-        self.trained_stride = trained_stride
-        self.aspp = ASPP(in_channels, channels, spacings, exchange, engine)
-        self.refine = _conv_bn_relu(channels, channels)
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.aspp = _aspp(options, channels)
+        self.refine = _refine(options, self.aspp, channels)
+        self.classifier = nn.Conv2d(channels, options.num_classes, 1)
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
         """Rows `[layout.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
@@ -189,57 +146,119 @@ class DeepLabV3Head(nn.Module):
 
     def decode(self, grid: Tensor, stride: int) -> Tensor:
         """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
-        return self.classifier(at_trained_spacing(self.refine, grid, stride, self.trained_stride))
+        return self.classifier(at_dense_spacing(self.refine, grid, stride))
+
+
+class DeepLabV3PlusHead(nn.Module):
+    """ASPP on rows, densify, upsampling to stride 4, low-level skip, 3x3 decoder (Chen et al., ECCV 2018).
+
+    Args:
+        channels: of ASPP and of the decoder.
+    """
+
+    uses_low_level = True
+
+    def __init__(self, options: HeadOptions, channels: int) -> None:
+        super().__init__()
+        self.trained_stride, self.align_corners = options.trained_stride, options.align_corners
+        self.aspp = _aspp(options, channels)
+        self.refine = _refine(options, self.aspp, channels)
+        self.low_level = nn.Sequential(
+            nn.Conv2d(options.low_level_in_channels, options.low_level_channels, 1, bias=False),
+            nn.BatchNorm2d(options.low_level_channels),
+            nn.ReLU(inplace=True),
+        )
+        widths = [channels + options.low_level_channels] + [channels] * options.decoder_convs
+        self.decoder = nn.Sequential(
+            *(_conv_bn_relu(inside, channels, options.separable) for inside in widths[:-1])
+        )
+        self.classifier = nn.Conv2d(widths[-1], options.num_classes, 1)
+
+    def forward(self, rows: Tensor, layout: SiteLayout, low_level: Tensor) -> Tensor:
+        """Rows `[layout.num_run, in_channels]`, layer1's grid `[B, C, H, W]` to logits at stride 4."""
+        grid = densify(self.aspp(rows, layout), layout)
+        grid = at_dense_spacing(self.refine, grid, layout.stride)
+        return self.classifier(self.decoder(self.join(grid, layout.stride, low_level)))
+
+    def join(self, grid: Tensor, stride: int, low_level: Tensor) -> Tensor:
+        """A grid `[B, C, h, w]` at `stride` px beside the projected skip, on the grid of the skip."""
+        size, unit = (low_level.shape[2], low_level.shape[3]), LOW_LEVEL_STRIDE
+        trained = self.trained_stride // unit
+        grid = upsample_logits(grid, size, stride // unit, trained, self.align_corners)
+        return torch.cat([grid, self.low_level(low_level)], 1)
+
+
+def _aspp(options: HeadOptions, channels: int) -> ASPP:
+    return ASPP(
+        options.in_channels,
+        channels,
+        options.spacings,
+        options.exchange,
+        options.engine,
+        separable=options.aspp_separable,
+        projection=options.aspp_projection,
+    )
+
+
+def _refine(options: HeadOptions, aspp: ASPP, channels: int) -> nn.Sequential:
+    if not options.refine:
+        return nn.Sequential()
+    return _conv_bn_relu(aspp.out_channels, channels, options.separable)
 
 
 class FCNHead(nn.Module):
-    """Densify, dense 3x3, classifier (Long et al., CVPR 2015): the auxiliary head on layer3 in training."""
+    """Densify, dense 3x3, classifier (Long et al., CVPR 2015); in training also on layer3."""
 
-    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        num_classes: int,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.refine = _conv_bn_relu(in_channels, channels)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[N, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        return self.classifier(self.dropout(self.refine(densify(rows, layout))))
+        """Rows `[layout.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
+        return self.decode(densify(self.neck(rows, layout), layout), layout.stride)
+
+    def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
+        """Rows `[layout.num_run, in_channels]` to `[layout.num_sites, in_channels]`."""
+        return layout.complete(rows, layout, self)
+
+    def decode(self, grid: Tensor, stride: int) -> Tensor:
+        """What runs on the densified grid, `[B, in_channels, H, W]` to `[B, K, H, W]`."""
+        refined = at_dense_spacing(self.refine, grid, stride)
+        return self.classifier(self.dropout(refined))
 
 
-def _conv_bn_relu(in_channels: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
-    )
+def _conv_bn_relu(in_channels: int, channels: int, separable: str = "none") -> nn.Sequential:
+    """Dense 3x3, batch norm, ReLU; or the depthwise and 1x1 convolutions that stand for the 3x3."""
+    last = [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+    if separable == "none":
+        return nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), *last)
+    depthwise = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False)
+    between = [nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True)] if separable == "normed" else []
+    pointwise = nn.Conv2d(in_channels, channels, 1, bias=False)
+    return nn.Sequential(depthwise, *between, pointwise, *last)
 
 
-def _lite(
-    in_channels: int,
-    num_classes: int,
-    channels: int | None,
-    spacings: Sequence[int],
-    exchange: str,
-    engine: str,
-    trained_stride: int,
-) -> nn.Module:
-    return LiteHead(in_channels, 128 if channels is None else channels, num_classes, trained_stride)
+def _lite(options: HeadOptions) -> nn.Module:
+    return LiteHead(options.in_channels, options.channels or 128, options.num_classes)
 
 
-def _deeplabv3(
-    in_channels: int,
-    num_classes: int,
-    channels: int | None,
-    spacings: Sequence[int],
-    exchange: str,
-    engine: str,
-    trained_stride: int,
-) -> nn.Module:
-    channels = 256 if channels is None else channels
-    return DeepLabV3Head(in_channels, channels, num_classes, spacings, exchange, engine, trained_stride)
+def _fcn(options: HeadOptions) -> nn.Module:
+    channels = options.channels or max(options.in_channels // 4, 1)
+    return FCNHead(options.in_channels, channels, options.num_classes)
 
 
-HEADS: dict[str, Callable[[int, int, int | None, Sequence[int], str, str, int], nn.Module]] = {
+HEADS: dict[str, Callable[[HeadOptions], nn.Module]] = {
     "lite": _lite,
-    "deeplabv3": _deeplabv3,
+    "deeplabv3": lambda options: DeepLabV3Head(options, options.channels or 256),
+    "deeplabv3plus": lambda options: DeepLabV3PlusHead(options, options.channels or 256),
+    "fcn": _fcn,
 }
+POOLING_HEADS = ("deeplabv3", "deeplabv3plus")  # those with ASPP

@@ -10,11 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_seg.models.heads import ASPP, DeepLabV3Head, LiteHead
+from sparse_seg.models.aspp import ASPP, SelectiveSeparableConv2d
+from sparse_seg.models.heads import (
+    FINEST_DENSE_STRIDE,
+    LOW_LEVEL_STRIDE,
+    DeepLabV3Head,
+    DeepLabV3PlusHead,
+    FCNHead,
+    LiteHead,
+)
 from sparse_seg.models.resnet import STAGE_STRIDES, BasicBlock, Bottleneck, ResNet
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.upsample import upsample_logits
-from sparse_seg.sparse import SelectiveConv2d
+from sparse_seg.sparse import SelectiveConv2d, SelectiveDepthwiseConv2d
+from sparse_seg.sparse.depthwise import window_mean
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -36,14 +45,24 @@ class PlainSegmentor(nn.Module):
         super().__init__()
         self.output_stride, self.trained_stride = output_stride, model.trained_stride
         self.stem, self.stages = plain_stem(model.backbone), plain_stages(model.backbone, output_stride)
-        self.head = _head(model.head, output_stride)
+        self.head, self.align_corners = _head(model.head, output_stride), model.align_corners
+        self.low_level_blocks = len(model.backbone.layer1)
 
     def forward(self, images: Tensor) -> Tensor:
         """`[B, 3, H, W]` to logits `[B, K, H, W]`."""
-        logits = self.head(self.stages(self.stem(images.contiguous(memory_format=torch.channels_last))))
+        low_level = self.stem(images.contiguous(memory_format=torch.channels_last))
+        blocks = list(self.stages)
+        for block in blocks[: self.low_level_blocks]:
+            low_level = block(low_level)
+        grid = low_level
+        for block in blocks[self.low_level_blocks :]:
+            grid = block(grid)
+        if isinstance(self.head, PlainDeepLabV3Plus):
+            logits, strides = self.head(grid, low_level), (LOW_LEVEL_STRIDE, LOW_LEVEL_STRIDE)
+        else:
+            logits, strides = self.head(grid), (self.output_stride, self.trained_stride)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        size = (images.shape[2], images.shape[3])
-        return upsample_logits(logits, size, self.output_stride, self.trained_stride)
+        return upsample_logits(logits, (images.shape[2], images.shape[3]), *strides, self.align_corners)
 
 
 def plain_stem(backbone: ResNet) -> nn.Sequential:
@@ -88,12 +107,27 @@ class PlainBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if block.downsample is not None:
             linear, norm = block.downsample
-            self.shortcut = nn.Sequential(_conv1x1(linear, dst // src), _norm(norm))
+            stride = dst // src
+            self.shortcut = nn.Sequential(_conv1x1(linear, stride), _norm(norm))
+            if block.pool is not None:
+                pool = PlainAvgPool(stride, block.pool.spacing // src)
+                self.shortcut = nn.Sequential(pool, _conv1x1(linear), _norm(norm))
 
     def forward(self, grid: Tensor) -> Tensor:
         out = self.branch(grid)
         out += self.shortcut(grid)
         return F.relu(out, inplace=True)
+
+
+class PlainAvgPool(nn.Module):
+    """2x2 mean with a window that grows with the dilation."""
+
+    def __init__(self, stride: int, dilation: int) -> None:
+        super().__init__()
+        self.stride, self.dilation = stride, dilation
+
+    def forward(self, grid: Tensor) -> Tensor:
+        return window_mean(grid, self.stride, self.dilation)
 
 
 class PlainASPP(nn.Module):
@@ -104,11 +138,11 @@ class PlainASPP(nn.Module):
         branches: Any = zip(aspp.atrous, aspp.atrous_bn, strict=True)
         self.point = _rows_to_grid(aspp.point)
         self.atrous = nn.ModuleList(
-            nn.Sequential(_conv3x3(conv, stride, stride), _norm(norm), nn.ReLU(inplace=True))
+            nn.Sequential(*_atrous(conv, stride), _norm(norm), nn.ReLU(inplace=True))
             for conv, norm in branches
         )
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *_rows_to_grid(aspp.pool))
-        self.project = _rows_to_grid(aspp.project)
+        self.project = nn.Sequential() if aspp.project is None else _rows_to_grid(aspp.project)
 
     def forward(self, grid: Tensor) -> Tensor:
         pooled = self.pool(grid).expand(-1, -1, *grid.shape[2:])
@@ -117,14 +151,49 @@ class PlainASPP(nn.Module):
         )
 
 
-def _head(head: nn.Module, stride: int) -> nn.Sequential:
-    assert isinstance(head, (LiteHead, DeepLabV3Head))
-    neck = _rows_to_grid(head.reduce) if isinstance(head, LiteHead) else PlainASPP(head.aspp, stride)
+class PlainDeepLabV3Plus(nn.Module):
+    """`DeepLabV3PlusHead` on grids: the same parts, but for ASPP."""
+
+    def __init__(self, head: DeepLabV3PlusHead, stride: int) -> None:
+        super().__init__()
+        self.stride, self.aspp = stride, PlainASPP(head.aspp, stride)
+        self.rest = copy.deepcopy(head)
+        self.rest.aspp = None  # type: ignore[assignment]
+        self.rest.refine = _refine(head, stride)
+
+    def forward(self, grid: Tensor, low_level: Tensor) -> Tensor:
+        joined = self.rest.join(self.rest.refine(self.aspp(grid)), self.stride, low_level)
+        return self.rest.classifier(self.rest.decoder(joined))
+
+
+def _head(head: nn.Module, stride: int) -> nn.Module:
+    if isinstance(head, LiteHead):
+        return nn.Sequential(
+            _rows_to_grid(head.reduce), _refine(head, stride), copy.deepcopy(head.classifier)
+        )
+    if isinstance(head, FCNHead):
+        return nn.Sequential(_refine(head, stride), *map(copy.deepcopy, (head.dropout, head.classifier)))
+    if isinstance(head, DeepLabV3PlusHead):
+        return PlainDeepLabV3Plus(head, stride)
+    assert isinstance(head, DeepLabV3Head)
+    return nn.Sequential(PlainASPP(head.aspp, stride), _refine(head, stride), copy.deepcopy(head.classifier))
+
+
+def _refine(head: Any, stride: int) -> nn.Sequential:
+    """The head's dense convolutions; see `at_dense_spacing`."""
     refine = copy.deepcopy(head.refine)
     for conv in refine.children():
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
-            conv.dilation = conv.padding = (max(1, head.trained_stride // stride),) * 2
-    return nn.Sequential(neck, refine, copy.deepcopy(head.classifier))
+            conv.dilation = conv.padding = (max(1, FINEST_DENSE_STRIDE // stride),) * 2
+    return refine
+
+
+def _atrous(conv: nn.Module, stride: int) -> list[nn.Module]:
+    if isinstance(conv, SelectiveSeparableConv2d):
+        between = [] if conv.norm is None else [_norm(conv.norm), nn.ReLU(inplace=True)]
+        return [_depthwise(conv.depthwise, stride), *between, _conv1x1(conv.pointwise)]
+    assert isinstance(conv, SelectiveConv2d)
+    return [_conv3x3(conv, stride, stride)]
 
 
 def _rows_to_grid(modules: nn.Sequential) -> nn.Sequential:
@@ -138,8 +207,15 @@ def _as_plain(module: nn.Module) -> nn.Module:
 
 
 def _conv3x3(conv: SelectiveConv2d, src: int, dst: int) -> nn.Conv2d:
-    dilation = conv.spacing // src
+    dilation = 1 if conv.spacing is None else conv.spacing // src
     plain = nn.Conv2d(conv.in_channels, conv.out_channels, 3, dst // src, dilation, dilation, bias=False)
+    plain.to(conv.weight).weight.data.copy_(conv.weight.data.permute(0, 3, 1, 2))
+    return plain
+
+
+def _depthwise(conv: SelectiveDepthwiseConv2d, stride: int) -> nn.Conv2d:
+    dilation, channels = conv.spacing // stride, conv.channels
+    plain = nn.Conv2d(channels, channels, 3, 1, dilation, dilation, groups=channels, bias=False)
     plain.to(conv.weight).weight.data.copy_(conv.weight.data.permute(0, 3, 1, 2))
     return plain
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sparse_seg.masks import ConfidencePolicy, block_levels, blur_scores, top_blocks
-from sparse_seg.models.upsample import upsample_logits
 from sparse_seg.sparse import Memory, SiteLayout, StepLayout
 
 if TYPE_CHECKING:
@@ -43,13 +42,17 @@ class Refinement:
     `[B, Hc, Wc]`, and `memory.num_bytes` the size of what is kept.
 
     Raises:
-        ValueError: the model is in training mode, or images of a wrong shape.
+        ValueError: the model is in training mode or has undilated convolutions, or images of a wrong shape.
     """
 
     @torch.no_grad()
     def __init__(self, model: SelectiveSegmentor, images: Tensor, dtype: torch.dtype | None = None) -> None:
         if model.training:
             raise ValueError("call model.eval() before refining: batch statistics would depend on the step")
+        if any(getattr(module, "spacing", 0) is None for module in model.modules()):
+            raise ValueError(
+                "undilated convolutions make the coarse pass depend on the mask: it cannot be refined"
+            )
         self.model, self.images, self.memory = model, images, Memory(dtype)
         layouts = model.dense_layouts(images, model.strides[-1])
         self._first = model.first_selective
@@ -59,7 +62,8 @@ class Refinement:
         )
         with model.precision(images):
             features = model.backbone(images, self._layouts)
-            self.grid_logits = model.head(features[-1], self._layouts[-1])
+            self._low_level = features[0]
+            self.grid_logits = model.grid_logits(features, self._layouts)
 
     @torch.no_grad()
     def refine(self, levels: Tensor) -> None:
@@ -78,7 +82,7 @@ class Refinement:
         rows = self.images.new_empty(0, backbone.stage_channels[self._first - 1])  # the stage before has none
         with self.model.precision(self.images):
             features = backbone.run_stages(rows, self._layouts, self._first)
-            self.grid_logits = self.model.head(features[-1], self._layouts[-1])
+            self.grid_logits = self.model.grid_logits([self._low_level, *features], self._layouts)
 
     def _as_steps(
         self, layouts: Sequence[SiteLayout], before: Sequence[SiteLayout | None]
@@ -93,15 +97,13 @@ class Refinement:
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Logits `[B, K, H, W]` at the images' size."""
-        return self.model.upsample(self.grid_logits, self.images, self._layouts[-1].stride)
+        return self.model.upsample(self.grid_logits, self.images, self._layouts[-1])
 
     @torch.no_grad()
     def scores(self, policy: ConfidencePolicy) -> Tensor:
         """The policy's scores `[B, Hc, Wc]` of the logits as they are now."""
-        size, stride = (self.images.shape[2], self.images.shape[3]), self._layouts[-1].stride
-        logits = self.grid_logits.float()
         return policy.logit_scores(
-            upsample_logits(logits, size, stride, self.model.trained_stride, policy.sample)
+            self.model.upsample(self.grid_logits.float(), self.images, self._layouts[-1], policy.sample)
         )
 
 

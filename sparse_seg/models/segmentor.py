@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.masks import ConfidencePolicy, LearnedPolicy, MaskPolicy, block_shape
+from sparse_seg.models.heads import LOW_LEVEL_STRIDE
 from sparse_seg.models.refinement import Refinement, refine
 from sparse_seg.models.resnet import STAGE_STRIDES, ResNet
 from sparse_seg.models.upsample import upsample_logits
@@ -44,6 +45,7 @@ class SelectiveSegmentor(nn.Module):
         auxiliary: head on layer3's rows, used in training only.
         strides: strides in pixels between which the mask chooses, finest first, each twice the one before.
             A block is one cell of the coarsest grid.
+        align_corners: of the last upsampling.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class SelectiveSegmentor(nn.Module):
         trained_stride: int = 8,
         auxiliary: nn.Module | None = None,
         strides: tuple[int, ...] = (8, 16),
+        align_corners: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
         self.policy, self.trained_stride, self.strides = policy, trained_stride, strides
+        self.align_corners = align_corners
 
     def forward(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
         """Logits `[B, K, H, W]` of normalised images `[B, 3, H, W]`, any size from 32x32 up.
@@ -140,9 +144,23 @@ class SelectiveSegmentor(nn.Module):
         auxiliary = None
         if self.auxiliary is not None and self.training:
             grid = self.auxiliary(features[2], layouts[2])
-            auxiliary = self.upsample(grid, images, layouts[2].stride)
-        grid = self.head(features[3], layouts[3])
-        return Outputs(self.upsample(grid, images, layouts[3].stride), auxiliary)
+            auxiliary = self._upsample(grid, images, layouts[2].stride, self.trained_stride)
+        return Outputs(self.upsample(self.grid_logits(features, layouts), images, layouts[3]), auxiliary)
+
+    def grid_logits(self, features: Sequence[Tensor], layouts: Sequence[SiteLayout]) -> Tensor:
+        """The head's logits `[B, K, h, w]`, before the last upsampling.
+
+        Args:
+            features, layouts: of the stages, of which the first and the last are read.
+        """
+        if not self._uses_low_level:
+            return self.head(features[-1], layouts[-1])
+        low_level = rows_to_grid(features[0], layouts[0].batch, layouts[0].size)
+        return self.head(features[-1], layouts[-1], low_level)
+
+    @property
+    def _uses_low_level(self) -> bool:
+        return getattr(self.head, "uses_low_level", False)
 
     def _segment_by_features(self, images: Tensor, policy: LearnedPolicy) -> Segmentation:
         """The dense stages, then the mask from their features, then the others."""
@@ -169,11 +187,17 @@ class SelectiveSegmentor(nn.Module):
         """The precision that the network runs in: here whatever autocast asks for."""
         return nullcontext()
 
-    def upsample(self, logits: Tensor, images: Tensor, stride: int) -> Tensor:
-        """Logits `[B, K, h, w]` at `stride` px to the images' size, in float32 or more."""
+    def upsample(self, grid_logits: Tensor, images: Tensor, layout: SiteLayout, every: int = 1) -> Tensor:
+        """The head's logits `[B, K, h, w]` at the images' size, in float32 or more; see `upsample_logits`."""
+        strides = (LOW_LEVEL_STRIDE,) * 2 if self._uses_low_level else (layout.stride, self.trained_stride)
+        return self._upsample(grid_logits, images, *strides, every)
+
+    def _upsample(
+        self, logits: Tensor, images: Tensor, stride: int, trained_stride: int, every: int = 1
+    ) -> Tensor:
         size = (images.shape[2], images.shape[3])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return upsample_logits(logits, size, stride, self.trained_stride)
+        return upsample_logits(logits, size, stride, trained_stride, self.align_corners, every)
 
     def _choose(self, images: Tensor, labels: Tensor | None, policy: MaskPolicy) -> Tensor:
         """The mask before the network runs. In training the confidence policy reads a pass of its own."""

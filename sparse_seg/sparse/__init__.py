@@ -2,6 +2,7 @@
 
 from sparse_seg.sparse.conv import SelectiveConv2d
 from sparse_seg.sparse.densify import densify
+from sparse_seg.sparse.depthwise import SelectiveAvgPool2d, SelectiveDepthwiseConv2d
 from sparse_seg.sparse.engines import ENGINES, EngineError
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid, rows_to_grid, select_rows
 from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
@@ -14,7 +15,9 @@ __all__ = [
     "EngineError",
     "Memory",
     "NeighbourTable",
+    "SelectiveAvgPool2d",
     "SelectiveConv2d",
+    "SelectiveDepthwiseConv2d",
     "SiteLayout",
     "StepLayout",
     "densify",

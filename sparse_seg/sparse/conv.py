@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.sparse.engines import ENGINES, gather, spconv
+from sparse_seg.sparse.engines.undilated import undilated_conv2d
 from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
 from sparse_seg.sparse.neighbours import TAPS
 
@@ -22,7 +23,8 @@ class SelectiveConv2d(nn.Module):
 
     Args:
         in_channels, out_channels: I and O.
-        spacing: distance between taps in pixels.
+        spacing: distance between taps in pixels; None for one cell of the layout's finest grid, whatever its
+            stride, see `engines/undilated.py`.
         exchange: what an extra site reads where its level has no site: `linear`, `nearest` or `none`.
         engine: `gather`, `spconv`, or `auto`: spconv on CUDA where it works and runs the dtype, else gather.
 
@@ -36,7 +38,7 @@ class SelectiveConv2d(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        spacing: int,
+        spacing: int | None,
         exchange: str = "linear",
         engine: str = "auto",
     ) -> None:
@@ -56,14 +58,17 @@ class SelectiveConv2d(nn.Module):
 
     def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
         """Rows `[src.num_run, I]` to `[dst.num_run, O]`: those of all sites, or in a step of the new ones."""
-        rows = dst.complete(rows, src, self)
         self.macs = dst.num_run * TAPS * self.in_channels * self.out_channels
+        if self.spacing is None:
+            return undilated_conv2d(rows, self.weight, dst, self.exchange)
+        rows = dst.complete(rows, src, self)
         engine = _engine(self.engine, rows, src, dst)
         return engine.selective_conv2d(rows, self.weight, src, dst, self.spacing, self.exchange)
 
     def extra_repr(self) -> str:
+        spacing = "1 cell" if self.spacing is None else f"{self.spacing}px"
         return (
-            f"{self.in_channels}, {self.out_channels}, spacing={self.spacing}px, "
+            f"{self.in_channels}, {self.out_channels}, spacing={spacing}, "
             f"exchange={self.exchange}, engine={self.engine}"
         )
 

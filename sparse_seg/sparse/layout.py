@@ -190,8 +190,12 @@ class SiteLayout:
         rows = self.site[batch, y // step, x // step]
         return rows.where((y % step == 0) & (x % step == 0), -1)
 
-    def neighbours(self, other: SiteLayout, spacing: int, exchange: str = "linear") -> NeighbourTable:
+    def neighbours(
+        self, other: SiteLayout, spacing: int, exchange: str = "linear", lattice: bool = False
+    ) -> NeighbourTable:
         """Our rows around the extra sites that `other` runs, `spacing` px apart (cached).
+
+        lattice: the table has the sites of the lattice too, in front.
 
         exchange: what stands where we have no site: `linear`, the lattice's bilinear interpolation;
         `nearest`, the block's own site; `none`, zero. Outside the image it is zero.
@@ -207,9 +211,10 @@ class SiteLayout:
                 f"{other.size} at stride {other.stride}"
             )
         tables = self._tables.setdefault(other, {})
-        if (spacing, exchange) not in tables:
-            tables[spacing, exchange] = self._neighbours(other, spacing, exchange)
-        return tables[spacing, exchange]
+        key = spacing, exchange, lattice
+        if key not in tables:
+            tables[key] = self._neighbours(other, *key)
+        return tables[key]
 
     def cached(self, key: Hashable, build: Callable[[], _T]) -> _T:
         """What an engine derives from this layout, built at the first call with `key` and kept with us."""
@@ -217,10 +222,10 @@ class SiteLayout:
             self._cache[key] = build()
         return self._cache[key]
 
-    def _neighbours(self, other: SiteLayout, spacing: int, exchange: str) -> NeighbourTable:
+    def _neighbours(self, other: SiteLayout, spacing: int, exchange: str, lattice: bool) -> NeighbourTable:
         height, width = self.size
-        extra = other.run_cells[other.num_lattice if other.runs_lattice else 0 :]
-        batch, y, x = _unflatten(extra[:, None], other.size)
+        first = other.num_lattice if other.runs_lattice and not lattice else 0
+        batch, y, x = _unflatten(other.run_cells[first:, None], other.size)
         offset = torch.arange(TAPS, device=self.device)
         y = y + (offset // 3 - 1) * _steps(spacing, self.stride)
         x = x + (offset % 3 - 1) * _steps(spacing, self.stride)

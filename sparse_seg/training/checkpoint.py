@@ -12,14 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.config import config_from_dict, num_classes, to_dict
+from sparse_seg.conversion.converted import is_safetensors
+from sparse_seg.conversion.loading import load_converted
 from sparse_seg.errors import CheckpointError
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
+from sparse_seg.models.heads import POOLING_HEADS
 from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.weights import load_weights
 from sparse_seg.schema import Config
 from sparse_seg.version import __version__
 
 FORMAT = "sparse_seg.checkpoint"
+_FUNCTION_KEYS = (  # of the model, beside those whose default depends on others
+    *("depths", "stem", "shortcut", "entry_spacings", "dilate_second", "bn_eps", "aspp_separable"),
+    *("aspp_projection", "refine", "separable", "low_level_channels", "decoder_convs", "align_corners"),
+)
 
 
 def save_checkpoint(path: str | Path, config: Config, weights: Mapping[str, Tensor], **state: Any) -> None:
@@ -63,38 +71,20 @@ def checkpoint_config(content: Mapping[str, Any], path: str | Path) -> Config:
     return config_from_dict(content["config"], f"config in {path}")
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy a state dict into `model`; every name and shape must fit.
-
-    Raises:
-        CheckpointError: names the first tensor that does not fit, and how many there are.
-    """
-    own = model.state_dict()
-    faults = [f"{name} is missing" for name in own if name not in weights]
-    faults += [f"{name} has no place in this model" for name in weights if name not in own]
-    faults += [
-        f"{name} is {list(weights[name].shape)}, the model's is {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise CheckpointError(
-            f"{source} does not fit the configured model: {faults[0]}{more}; check model.* keys"
-        )
-    model.load_state_dict(dict(weights))
-
-
 def load_model(path: str | Path, config: Config | None = None) -> SelectiveSegmentor:
-    """The trained network of a checkpoint, in eval mode, with the averaged weights if training kept them.
+    """The network of a checkpoint of training or of a converted file (`.safetensors`), in eval mode.
+
+    Averaged weights are taken if training kept them.
 
     Args:
         config: in place of the one in the checkpoint. Mask, engine and exchange may differ, what else the
-            network computes may not.
+            network computes may not; of a converted file it stands in the file (see `load_converted`).
 
     Raises:
         CheckpointError: missing, truncated or foreign file, or one that does not fit the config.
     """
+    if is_safetensors(path):
+        return load_converted(path, config)
     content = load_checkpoint(path)
     trained = checkpoint_config(content, path)
     if config is not None:
@@ -140,7 +130,8 @@ def _function(config: Config) -> dict[str, Any]:
         "model.head": model.head,
         "model.num_classes": num_classes(config),
         "model.trained_stride": model.trained_stride,
-        "model.aspp_rates": model.aspp_rates if model.head == "deeplabv3" else None,
+        "model.aspp_rates": model.aspp_rates if model.head in POOLING_HEADS else None,
+        **{f"model.{key}": getattr(model, key) for key in _FUNCTION_KEYS},
         "data.mean": data.mean,
         "data.std": data.std,
     }

@@ -7,7 +7,7 @@ the net chooses; the segmentation loss flows to the choice, a budget loss holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def straight_through_loss(
     height, width = fine.shape[2:]
     cells = chosen.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None, :height, :width]
     grid = coarse + cells * (fine - coarse)
-    logits = model.upsample(head.decode(grid, layouts[-1].stride), images, layouts[-1].stride)
+    logits = model.upsample(head.decode(grid, layouts[-1].stride), images, layouts[-1])
     target = policy.fine_fraction or 0.0
     return loss(Outputs(logits, None), labels) + budget_weight * (chosen.mean() - target).square()
 
@@ -67,13 +67,15 @@ def supervised_loss(model: SelectiveSegmentor, policy: LearnedPolicy, images: Te
         first = model.first_selective
         layouts = [model.dense_layouts(images, stride) for stride in (model.strides[0], model.strides[-1])]
         early = model.backbone(images, layouts[0][:first])
-        classes = [_classes(model, images, early[-1], one) for one in layouts]
+        classes = [_classes(model, images, early, one) for one in layouts]
         changed = block_mean((classes[0] != classes[1]).float(), policy.block)
         features = model.mask_features(early, layouts[0])
     return F.binary_cross_entropy_with_logits(policy.feature_scores(features), changed)
 
 
-def _classes(model: SelectiveSegmentor, images: Tensor, rows: Tensor, layouts: list[SiteLayout]) -> Tensor:
-    """Predicted classes `[B, H, W]`, given the rows of the last stage that the mask does not decide."""
-    last = model.backbone.run_stages(rows, layouts, model.first_selective)[-1]
-    return model.upsample(model.head(last, layouts[-1]), images, layouts[-1].stride).max(1).indices
+def _classes(
+    model: SelectiveSegmentor, images: Tensor, early: Sequence[Tensor], layouts: list[SiteLayout]
+) -> Tensor:
+    """Predicted classes `[B, H, W]`, given the rows of the stages that the mask does not decide."""
+    late = model.backbone.run_stages(early[-1], layouts, model.first_selective)
+    return model.upsample(model.grid_logits([*early, *late], layouts), images, layouts[-1]).max(1).indices

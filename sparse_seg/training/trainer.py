@@ -35,6 +35,7 @@ from sparse_seg.training.checkpoint import (
 )
 from sparse_seg.training.losses import SegmentationLoss
 from sparse_seg.training.masks import mask_loss
+from sparse_seg.training.pretrained import load_pretrained
 from sparse_seg.training.schedule import build_optimizer, learning_rate
 
 
@@ -83,7 +84,10 @@ class Trainer:
         self.validation.check()
 
         torch.manual_seed(train.seed)
-        self.model = build_model(config).to(self.device)
+        self.model = build_model(config)
+        if config.model.pretrained is not None and state is None:
+            tqdm.write(load_pretrained(self.model, config.model, config.model.pretrained))
+        self.model.to(self.device)
         if train.init is not None and state is None:
             load_network(self.model, train.init, config)
         if train.freeze:

@@ -20,7 +20,7 @@ from sparse_seg.evaluation.cost import (
 from sparse_seg.masks import EdgePolicy
 from sparse_seg.models.plain import PlainSegmentor
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout
-from tests.reference import random_model
+from tests.reference import VARIANTS, random_model, variant_model
 
 PARTS = ["stem", "layer1", "layer2", "layer3", "layer4", "neck", "head"]
 
@@ -47,6 +47,32 @@ def test_dense_count_is_pytorchs(backbone, head, output_stride):
     plain = PlainSegmentor(model, output_stride)
     with torch.no_grad():
         assert count_modules(plain, lambda: plain(images))["all"].total == sum(counts.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("output_stride", [8, 16])
+@torch.no_grad()
+def test_dense_count_of_variants_is_pytorchs(variant, output_stride):
+    """Of `deeplabv3plus` all but the upsampling inside: a product of matrices where strides differ."""
+    model, images = variant_model(variant), torch.randn(2, 3, 75, 98, dtype=torch.float64)
+    layouts = model.dense_layouts(images, output_stride)
+    with FlopCounterMode(display=False) as counter:
+        model.grid_logits(model.backbone(images, layouts), layouts)
+    flops = counter.get_flop_counts()["Global"]
+    counts = count_cost(model, images, layouts)
+    products = (torch.ops.aten.bmm, torch.ops.aten.mm)
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    in_linear = count_modules(
+        torch.nn.ModuleList(linear), lambda: model.grid_logits(model.backbone(images, layouts), layouts)
+    )
+    convolved = sum(count for op, count in flops.items() if op not in products)
+    total = sum(macs.total for macs in counts.values())
+    assert 2 * (total - in_linear.get("all", Macs()).total) == convolved
+    plain = PlainSegmentor(model, output_stride)
+    theirs = count_modules(plain, lambda: plain(images))["all"]
+    assert theirs.total == total
+    assert theirs.hits == sum(macs.hits for macs in counts.values())
+    assert ("neck" in counts) == (variant != "fcn")
 
 
 @pytest.mark.parametrize(("output_stride", "backbone", "whole"), [(8, 1417.98, 1929.24), (16, 414.57, None)])

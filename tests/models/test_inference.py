@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sparse_seg import build_model
-from sparse_seg.models.inference import FusedLayer
+from sparse_seg.models.fused import FusedLayer
 from sparse_seg.models.tuning import Tuner
-from tests.reference import randomise
+from tests.reference import VARIANTS, randomise, relative_error, variant_model
 
 
 @pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
@@ -86,6 +86,22 @@ def test_layers_share_what_was_found():
     fast(torch.randn(1, 3, 64, 64))
     tuners = {id(layer.tuner) for layer in fast.modules() if isinstance(layer, FusedLayer)}
     assert len(tuners) == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_variants(variant):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        model = variant_model(variant, dtype)
+        fast = model.for_inference()
+        images = torch.randn(2, 3, 75, 98, dtype=dtype)
+        mask = torch.rand(2, 5, 7) < 0.3
+        for stride in (8, 16):
+            assert relative_error(fast.dense(images, stride), model.dense(images, stride)) < tolerance
+        for blocks in (mask, torch.ones_like(mask)):
+            assert relative_error(fast(images, blocks), model(images, blocks)) < tolerance
+        norms = [m for m in fast.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        assert not norms, "all are folded"
 
 
 def test_a_model_in_training_mode_is_refused():

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparse_seg.models.plain import plain_network, plain_stages
 from sparse_seg.sparse import SelectiveConv2d, grid_to_rows, rows_to_grid
-from tests.reference import block_mask, random_model, relative_error
+from tests.reference import VARIANTS, block_mask, random_model, relative_error, variant_model
 
 SIZES = [(64, 96), (65, 97), (47, 101)]
 
@@ -35,6 +35,20 @@ def test_other_output_strides(head, output_stride):
     assert relative_error(plain_network(model, output_stride)(images), model.dense(images, output_stride)) < (
         1e-12
     )
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_variants(variant, size):
+    model = variant_model(variant)
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    plain = plain_network(model)
+    assert relative_error(plain(images), model.dense(images)) < 1e-12
+    blocks = block_mask("full", (2, -(-size[0] // 16), -(-size[1] // 16)))
+    assert relative_error(plain(images), model(images, fine_blocks=blocks)) < 1e-12
+    for stride in (16, 32):
+        assert relative_error(plain_network(model, stride)(images), model.dense(images, stride)) < 1e-12
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])

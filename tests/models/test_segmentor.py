@@ -183,7 +183,7 @@ def test_build_from_a_plain_dict() -> None:
         ({"bakbone": "resnet18"}, "unknown key 'bakbone'; did you mean 'backbone'"),
         ({"mask": {"polcy": "edge"}}, "unknown key 'mask.polcy'; did you mean 'mask.policy'"),
         ({"backbone": "resnet19"}, "model.backbone is 'resnet19'; did you mean 'resnet1"),
-        ({"head": "fcn"}, "model.head is 'fcn'; choose one of lite, deeplabv3"),
+        ({"head": "psp"}, "model.head is 'psp'; choose one of lite, deeplabv3, deeplabv3plus, fcn"),
         ({"exchange": "cubic"}, "model.exchange is 'cubic'.*linear, nearest, none"),
         ({"engine": "cuda"}, "model.engine is 'cuda'; choose one of auto, gather, spconv"),
         ({"mask": {"policy": "edges"}}, "model.mask.policy is 'edges'; did you mean 'edge'"),

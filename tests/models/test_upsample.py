@@ -47,6 +47,23 @@ def test_sizes_that_strides_do_not_divide(size: tuple[int, int], trained_stride:
     assert outputs[0][covered].numel() > 100
 
 
+@pytest.mark.parametrize(("stride", "trained_stride"), [(8, 8), (16, 8), (8, 16), (32, 16)])
+@pytest.mark.parametrize("size", [(64, 96), (101, 137)], ids=str)
+def test_aligned_corners(size: tuple[int, int], stride: int, trained_stride: int) -> None:
+    """Pixel q reads the place q * (n - 1) / (H - 1) of the n trained cells, as `F.grid_sample` does."""
+    logits = torch.randn(2, 3, -(-size[0] // stride), -(-size[1] // stride), dtype=torch.float64)
+    places = []
+    for length, cells in zip(size, logits.shape[2:], strict=True):
+        trained = -(-length // trained_stride)
+        place = torch.linspace(0, (trained - 1) * trained_stride, length, dtype=torch.float64) / stride
+        places.append(place.clamp(max=cells - 1) / max(cells - 1, 1) * 2 - 1)
+    y, x = torch.meshgrid(*places, indexing="ij")
+    grid = torch.stack((x, y), -1).expand(2, -1, -1, -1)
+    expected = F.grid_sample(logits, grid, align_corners=True)
+    found = upsample_logits(logits, size, stride, trained_stride, align_corners=True)
+    assert torch.allclose(found, expected)
+
+
 def test_batches_channels_gradient_and_dtype() -> None:
     logits = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     whole = upsample_logits(logits, (60, 75), 16, 8)

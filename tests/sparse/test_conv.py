@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_seg.sparse import EXCHANGES, SelectiveConv2d, SiteLayout
 from sparse_seg.sparse.engines import gather
+from sparse_seg.sparse.engines.undilated import undilated_conv2d
 from tests.reference import relative_error
 from tests.slow_reference import SlowSites, slow_conv
 from tests.sparse.test_layout import random_splits
@@ -257,3 +258,30 @@ def test_taps_outside_the_image(spacing: int, groups: int, device: str) -> None:
     assert relative_error(out, theirs) < 1e-12
     for our, their in zip(ours, torch.autograd.grad(theirs, (rows, weight), seed), strict=True):
         assert relative_error(our, their) < 1e-12
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@settings(max_examples=8)
+@given(size=st.tuples(st.integers(1, 11), st.integers(1, 11)), seed=st.integers(0, 999))
+def test_undilated(exchange: str, size: tuple[int, int], seed: int) -> None:
+    """Taps one cell of the finest grid apart, at the sites of the lattice as well."""
+    src, _, slow_src, _, _ = layer_case("inner", size, seed)
+    rows, weight = random_tensors(src)
+    layer = SelectiveConv2d(3, 4, None, exchange).double()
+    ours = torch.func.functional_call(layer, {"weight": weight}, (rows, src, src))
+    grid = slow_src.rebuild(rows, exchange)
+    expected = slow_src.read(torch.nn.functional.conv2d(grid, weight.permute(0, 3, 1, 2), padding=1))
+    assert relative_error(ours, expected) < 1e-12
+    assert layer.macs == src.num_sites * 9 * 12
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_undilated_gradcheck(exchange: str) -> None:
+    src, _, _, _, _ = layer_case("inner", (3, 4), seed=1)
+    rows, weight = (t.requires_grad_() for t in random_tensors(src, inside=2, outside=2))
+    assert src.num_extra > 0
+
+    def conv(rows: Tensor, weight: Tensor) -> Tensor:
+        return undilated_conv2d(rows, weight, src, exchange)
+
+    assert torch.autograd.gradcheck(conv, (rows, weight), nondet_tol=1e-12)

@@ -209,13 +209,13 @@ class _SelectiveConv2d(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = grad_oihw.permute(0, 2, 3, 1).contiguous()
-            grad_weight = _add_weight_grad(grad_weight, extra_grad, rows, table)
+            grad_weight = add_weight_grad(grad_weight, extra_grad, rows, table)
         if ctx.needs_input_grad[0]:
-            grad_rows = _rows_grad(grad_rows, extra_grad, weight, table)
+            grad_rows = rows_grad(grad_rows, extra_grad, weight, table)
         return grad_rows, grad_weight, None, None, None, None, None
 
 
-def _add_weight_grad(grad_weight: Tensor, grad: Tensor, rows: Tensor, table: NeighbourTable) -> Tensor:
+def add_weight_grad(grad_weight: Tensor, grad: Tensor, rows: Tensor, table: NeighbourTable) -> Tensor:
     """The weight's gradient plus what the extra sites contribute."""
     source = _with_ghosts(rows, table)
     tiles = _Tiles(source, table)
@@ -232,7 +232,7 @@ def _add_weight_grad(grad_weight: Tensor, grad: Tensor, rows: Tensor, table: Nei
     return total.to(grad_weight.dtype)
 
 
-def _rows_grad(lattice_grad: Tensor, grad: Tensor, weight: Tensor, table: NeighbourTable) -> Tensor:
+def rows_grad(lattice_grad: Tensor, grad: Tensor, weight: Tensor, table: NeighbourTable) -> Tensor:
     """`[N, I]`: the gradient of the lattice `[B, I, Hc, Wc]` plus what the extra sites contribute."""
     total = lattice_grad.new_zeros(table.num_rows + table.num_ghosts + 1, lattice_grad.shape[1])
     lattice = grid_to_rows(lattice_grad)

@@ -1,0 +1,101 @@
+"""mmsegmentation: `deeplabv3_*` and `deeplabv3plus_*` with ResNet and ResNetV1c.
+
+Its ASPP puts image pooling first and has a 3x3 in place of the 1x1 projection. Its basic blocks leave their
+second 3x3 undilated. The tensors do not tell D8 (output stride 8, rates 12, 24, 36) from D16 (6, 12, 18).
+"""
+
+from __future__ import annotations
+
+from sparse_seg.conversion.backbone import find_backbone
+from sparse_seg.conversion.plan import (
+    AUXILIARY,
+    Options,
+    Plan,
+    Tensors,
+    assumed_stride,
+    count_modules,
+    output_channels,
+)
+from sparse_seg.errors import CheckpointError
+
+
+def detect(tensors: Tensors) -> bool:
+    """Whether the names are mmsegmentation's."""
+    return "decode_head.conv_seg.weight" in tensors and any(n.startswith("backbone.") for n in tensors)
+
+
+def plan(tensors: Tensors, options: Options) -> Plan:
+    """See `Plan`.
+
+    Raises:
+        CheckpointError: another head than ASPP's, or ResNetV1d.
+    """
+    plus = "decode_head.sep_bottleneck.0.depthwise_conv.conv.weight" in tensors
+    if "decode_head.aspp_modules.0.conv.weight" not in tensors:
+        raise CheckpointError("its decode head is neither deeplabv3 nor deeplabv3plus of mmsegmentation")
+    backbone = find_backbone(tensors, "backbone.")
+    if backbone.config.get("shortcut") == "avg_pool":
+        raise CheckpointError("ResNetV1d of mmsegmentation is not supported; ResNet and ResNetV1c are")
+    stride, assumed = assumed_stride(options, 8)
+    rates = count_modules(tensors, "decode_head.aspp_modules.") - 1
+    channels = output_channels(tensors, "decode_head.aspp_modules.0.conv.weight")
+    config = backbone.config | {
+        "head": "deeplabv3plus" if plus else "deeplabv3",
+        "head_channels": channels,
+        "num_classes": output_channels(tensors, "decode_head.conv_seg.weight"),
+        "aspp_rates": [96 // stride * (index + 1) for index in range(rates)],
+        "aspp_projection": False,
+        "trained_stride": stride,
+    }
+    if backbone.basic:
+        config["dilate_second"] = False
+    names = {"point": "aspp_modules.0", "pool": "image_pool.1"}
+    modules = backbone.modules | {"head.classifier": "decode_head.conv_seg"}
+    for ours, theirs in names.items():
+        modules |= _conv_bn(f"head.aspp.{ours}.", theirs)
+    result = Plan(f"{config['head']}_{backbone.name}", config, modules, assumed=assumed)
+    result.dropped = {"auxiliary_head.": AUXILIARY}
+    (_add_separable if plus else _add_plain)(result, tensors, rates, channels)
+    return result
+
+
+def _conv_bn(ours: str, theirs: str, first: int = 0) -> dict[str, str]:
+    """A `ConvModule`: convolution and norm at `first` and the next place of our sequence."""
+    theirs = f"decode_head.{theirs}"
+    return {f"{ours}{first}": f"{theirs}.conv", f"{ours}{first + 1}": f"{theirs}.bn"}
+
+
+def _add_plain(result: Plan, tensors: Tensors, rates: int, channels: int) -> None:
+    for index in range(rates):
+        theirs = f"decode_head.aspp_modules.{index + 1}"
+        result.modules[f"head.aspp.atrous.{index}"] = f"{theirs}.conv"
+        result.modules[f"head.aspp.atrous_bn.{index}"] = f"{theirs}.bn"
+    result.modules |= _conv_bn("head.refine.", "bottleneck")
+    result.rolls["head.refine.0.weight"] = (1, channels)  # image pooling comes last in ours
+
+
+def _add_separable(result: Plan, tensors: Tensors, rates: int, channels: int) -> None:
+    """deeplabv3plus: depthwise, norm, ReLU, 1x1 in place of each 3x3."""
+    for index in range(rates):
+        theirs, ours = f"decode_head.aspp_modules.{index + 1}", f"head.aspp.atrous.{index}"
+        result.modules |= {
+            f"{ours}.depthwise": f"{theirs}.depthwise_conv.conv",
+            f"{ours}.norm": f"{theirs}.depthwise_conv.bn",
+            f"{ours}.pointwise": f"{theirs}.pointwise_conv.conv",
+            f"head.aspp.atrous_bn.{index}": f"{theirs}.pointwise_conv.bn",
+        }
+    decoders = count_modules(tensors, "decode_head.sep_bottleneck.")
+    pairs = {f"head.decoder.{i}.": f"sep_bottleneck.{i}" for i in range(decoders)}
+    for ours, theirs in (pairs | {"head.refine.": "bottleneck"}).items():
+        result.modules |= _conv_bn(ours, f"{theirs}.depthwise_conv")
+        result.modules |= _conv_bn(ours, f"{theirs}.pointwise_conv", first=3)
+    for leaf in ("0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
+        result.rolls[f"head.refine.{leaf}"] = (0, channels)
+    result.rolls["head.refine.3.weight"] = (1, channels)
+    result.modules |= _conv_bn("head.low_level.", "c1_bottleneck")
+    result.config |= {
+        "aspp_separable": "normed",
+        "separable": "normed",
+        "low_level_channels": output_channels(tensors, "decode_head.c1_bottleneck.conv.weight"),
+        "decoder_convs": decoders,
+    }

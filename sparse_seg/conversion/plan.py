@@ -1,0 +1,121 @@
+"""What every source tells about a state dict: the network it is, and which tensor is which of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+AUXILIARY = "auxiliary head, used in training only"
+CLASSIFIER = "classifier of images"
+
+
+@dataclass
+class Options:
+    """What tensors cannot tell, from the user; None where the source's default is meant."""
+
+    output_stride: int | None = None
+
+
+@dataclass
+class Plan:
+    """How to convert a state dict.
+
+    Args:
+        arch: the source's name for the network, such as `deeplabv3_resnet50`.
+        config: model settings, as `ModelConfig` has them; only what differs from its defaults.
+        modules: our module (as `head.aspp.point.0`) to the source's; every module of ours with tensors.
+        rolls: our tensors whose channels the source has in another order: (axis, how many of the source's
+            first channels stand last in ours). Axes are those of the source's tensor.
+        dropped: prefix of the source's names to the reason why the network needs no such tensors.
+        kept: prefix of the source's names to our prefix, for tensors that are kept but not used yet.
+        aliases: the source's name to another of its names, which has the very same values.
+        assumed: what the tensors cannot tell and what was taken for it, one line each.
+        notes: further lines for the report.
+        has_head: False for a backbone alone.
+    """
+
+    arch: str
+    config: dict[str, Any]
+    modules: dict[str, str]
+    rolls: dict[str, tuple[int, int]] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    assumed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    has_head: bool = True
+
+
+def prefixed(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
+    """Module names with a prefix on either side."""
+    return {ours + name: theirs + other for name, other in names.items()}
+
+
+def count_modules(tensors: Tensors, prefix: str) -> int:
+    """How many numbered modules stand under `prefix`, which ends with a dot."""
+    numbers = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
+    return len([number for number in numbers if number.isdecimal()])
+
+
+def output_channels(tensors: Tensors, name: str) -> int:
+    """First size of a tensor."""
+    return tensors[name].shape[0]
+
+
+def assumed_stride(options: Options, default: int) -> tuple[int, list[str]]:
+    """The output stride asked for or the source's default, and the line that says so."""
+    if options.output_stride is not None:
+        return options.output_stride, []
+    other = 24 - default
+    return default, [f"output stride {default} (tensors cannot tell; else use --output-stride {other})"]
+
+
+def aspp_modules(tensors: Tensors, theirs: str) -> tuple[dict[str, str], int, str]:
+    """Modules of ASPP in torchvision's naming, which smp, VainF and CAD share.
+
+    Args:
+        theirs: prefix of `convs.0.0`, with its dot.
+
+    Returns:
+        Our names (after `head.aspp.`) to theirs, the count of rates, and which separable form it has.
+    """
+    rates = count_modules(tensors, f"{theirs}convs.") - 2
+    modules = {"point.0": "convs.0.0", "point.1": "convs.0.1"}
+    modules |= {"pool.0": f"convs.{rates + 1}.1", "pool.1": f"convs.{rates + 1}.2"}
+    modules |= {"project.0": "project.0", "project.1": "project.1"}
+    separable = "none"
+    for index in range(rates):
+        branch = f"convs.{index + 1}"
+        names = separable_names(tensors, f"{theirs}{branch}.0")
+        for part, name in zip(("depthwise", "pointwise"), names, strict=False):
+            separable = "linear"
+            modules[f"atrous.{index}.{part}"] = name.removeprefix(theirs)
+        if not names:
+            modules[f"atrous.{index}"] = f"{branch}.0"
+        modules[f"atrous_bn.{index}"] = f"{branch}.1"
+    return prefixed("head.aspp.", theirs, modules), rates, separable
+
+
+def separable_names(tensors: Tensors, conv: str) -> list[str]:
+    """Names of the depthwise and pointwise parts of a convolution (smp: 0, 1; VainF: body.0, body.1)."""
+    for parts in (("0", "1"), ("body.0", "body.1")):
+        if f"{conv}.{parts[0]}.weight" in tensors:
+            return [f"{conv}.{part}" for part in parts]
+    return []
+
+
+def dense_conv_modules(tensors: Tensors, ours: str, conv: str, norm: str) -> tuple[dict[str, str], str]:
+    """Modules of a dense 3x3 with its norm, plain or separable, and which of the two it is.
+
+    Args:
+        ours: prefix of our sequence, such as `head.refine.`.
+        conv, norm: the source's modules.
+    """
+    names = separable_names(tensors, conv)
+    if not names:
+        return {f"{ours}0": conv, f"{ours}1": norm}, "none"
+    return {f"{ours}0": names[0], f"{ours}1": names[1], f"{ours}2": norm}, "linear"

@@ -1,0 +1,65 @@
+"""segmentation_models.pytorch: `DeepLabV3` and `DeepLabV3Plus` with its own ResNet encoders.
+
+The tensors do not tell the output stride; smp's defaults are 8 for DeepLabV3, 16 for DeepLabV3Plus, with the
+rates 12, 24, 36 at either. A dilated stage of smp dilates all its convolutions, the first one too
+(`replace_strides_with_dilation`), so its entry has the stage's own spacing. Upsampling aligns corners.
+"""
+
+from __future__ import annotations
+
+from sparse_seg.conversion.backbone import find_backbone
+from sparse_seg.conversion.plan import (
+    CLASSIFIER,
+    Options,
+    Plan,
+    Tensors,
+    aspp_modules,
+    assumed_stride,
+    dense_conv_modules,
+    output_channels,
+)
+
+
+def detect(tensors: Tensors) -> bool:
+    """Whether the names are smp's."""
+    return "encoder.layer1.0.conv1.weight" in tensors and "segmentation_head.0.weight" in tensors
+
+
+def plan(tensors: Tensors, options: Options) -> Plan:
+    """See `Plan`."""
+    plus = "decoder.block1.0.weight" in tensors
+    backbone = find_backbone(tensors, "encoder.")
+    stride, assumed = assumed_stride(options, 16 if plus else 8)
+    old = "decoder.0.convs.0.0.weight" in tensors  # before version 0.4
+    prefix = "decoder.aspp.0." if plus else "decoder.0." if old else "decoder.aspp."
+    aspp, rates, aspp_separable = aspp_modules(tensors, prefix)
+    conv, norm = ("decoder.1", "decoder.2") if old else ("decoder.conv", "decoder.bn")
+    if plus:
+        conv, norm = "decoder.aspp.1", "decoder.aspp.2"
+    refine, separable = dense_conv_modules(tensors, "head.refine.", conv, norm)
+    modules = backbone.modules | aspp | refine | {"head.classifier": "segmentation_head.0"}
+    config = backbone.config | {
+        "head": "deeplabv3plus" if plus else "deeplabv3",
+        "head_channels": output_channels(tensors, f"{prefix}convs.0.0.weight"),
+        "num_classes": output_channels(tensors, "segmentation_head.0.weight"),
+        "aspp_rates": [12 * (index + 1) for index in range(rates)],
+        "aspp_separable": aspp_separable,
+        "separable": separable,
+        "align_corners": True,
+        "trained_stride": stride,
+        "entry_spacings": [4, 16 if stride == 8 else 8, 32],
+    }
+    if plus:
+        decoder, _ = dense_conv_modules(tensors, "head.decoder.0.", "decoder.block2.0", "decoder.block2.1")
+        modules |= decoder
+        modules |= {"head.low_level.0": "decoder.block1.0", "head.low_level.1": "decoder.block1.1"}
+        config["low_level_channels"] = output_channels(tensors, "decoder.block1.0.weight")
+    assumed.append("ASPP rates 12, 24, 36 (else use --set aspp_rates=[...])")
+    note = (
+        f"entries of dilated stages have the stage's own spacing, as in smp at output stride {stride}; smp's "
+        f"own network of output stride {24 - stride} has another spacing at layer3's entry, so these weights "
+        "run at that stride here compute something else than there"
+    )
+    result = Plan(f"{config['head']}_{backbone.name}", config, modules, assumed=assumed, notes=[note])
+    result.dropped = {"classification_head.": CLASSIFIER}
+    return result

@@ -1,0 +1,132 @@
+"""Run a converted network on random input and compare the ways in which it must agree with itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_seg.models.plain import plain_network, plain_stages, plain_stem
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.schema import ModelConfig
+from sparse_seg.sparse import rows_to_grid
+
+SIZE = (129, 161)  # height, width in px: odd, so that borders are checked too
+TOLERANCE = 1e-4  # relative; float32 rounding over a hundred layers stays well below
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest difference over largest value of two ways to run."""
+
+    name: str
+    value: float
+
+    @property
+    def agrees(self) -> bool:
+        return self.value < TOLERANCE  # false for nan
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Differences that must vanish in any network, and those that P1 (design.md) makes vanish."""
+
+    always: list[Difference]
+    p1: list[Difference]
+
+    @property
+    def always_agree(self) -> bool:
+        return all(difference.agrees for difference in self.always)
+
+    @property
+    def p1_holds(self) -> bool:
+        return all(difference.agrees for difference in self.p1)
+
+
+@torch.no_grad()
+def verify(model: SelectiveSegmentor, has_head: bool = True, seed: int = 0) -> Verification:
+    """Compare dense, all-fine and selective runs of a network in eval mode on one random image.
+
+    Args:
+        has_head: False compares the features of layer4 alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(1, 3, *SIZE, generator=generator)
+    blocks = (1, -(-SIZE[0] // 16), -(-SIZE[1] // 16))
+    some = torch.rand(blocks, generator=generator) < 0.3
+    fine = torch.ones(blocks, dtype=torch.bool)
+    dense = {stride: _features(model, images, stride) for stride in (8, 16)}
+    always = [
+        Difference("features, dense OS8 against plain nn.Conv2d", _plain_error(model, images, dense[8]))
+    ]
+    if has_head:
+        logits = model.dense(images)
+        plain = plain_network(model)(images)
+        always.append(Difference("logits, dense OS8 against plain nn.Conv2d", relative(logits, plain)))
+        all_fine = model(images, fine_blocks=fine)
+        always.append(Difference("logits, all-fine against dense OS8", relative(all_fine, logits)))
+    else:
+        all_fine = _grid(model, images, fine)
+        always.append(Difference("features, all-fine against dense OS8", relative(all_fine, dense[8])))
+    lattice = _lattice(model, images, some)
+    p1 = [
+        Difference("coarse sites of a random mask against dense OS16", relative(lattice, dense[16])),
+        Difference(
+            "the same against dense OS8 at every second cell", relative(lattice, dense[8][:, :, ::2, ::2])
+        ),
+    ]
+    return Verification(always, p1)
+
+
+def _features(model: SelectiveSegmentor, images: Tensor, stride: int) -> Tensor:
+    layouts = model.dense_layouts(images, stride)
+    return rows_to_grid(model.backbone(images, layouts)[3], images.shape[0], layouts[3].size)
+
+
+def _plain_error(model: SelectiveSegmentor, images: Tensor, features: Tensor) -> float:
+    stages = plain_stages(model.backbone, 8).eval()
+    return relative(features, stages(plain_stem(model.backbone).eval()(images)))
+
+
+def _grid(model: SelectiveSegmentor, images: Tensor, blocks: Tensor) -> Tensor:
+    """layer4 of an all-fine run as a grid."""
+    layouts = model.selective_layouts(images, blocks)
+    rows = model.backbone(images, layouts)[3]
+    grid = torch.empty_like(rows).index_copy_(0, layouts[3].cells, rows)
+    return rows_to_grid(grid, images.shape[0], layouts[3].size)
+
+
+def _lattice(model: SelectiveSegmentor, images: Tensor, blocks: Tensor) -> Tensor:
+    """layer4 of the coarse sites as a grid."""
+    layouts = model.selective_layouts(images, blocks)
+    rows = model.backbone(images, layouts)[3][: layouts[3].num_lattice]
+    return rows_to_grid(rows, images.shape[0], layouts[3].lattice_size)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over largest expected value."""
+    return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+
+
+def explain(result: Verification, config: ModelConfig) -> list[str]:
+    """Lines for the terminal: each difference, whether P1 holds, and what it means."""
+    lines = [f"{'ok' if d.agrees else 'DIFFERS':<9} {d.value:8.1e}  {d.name}" for d in result.always]
+    lines += [f"{'P1' if d.agrees else 'no P1':<9} {d.value:8.1e}  {d.name}" for d in result.p1]
+    if result.p1_holds:
+        meaning = (
+            "P1 holds: coarse sites compute what the dense network of output stride 16 does, whatever the "
+            "mask; sites can be refined later without recomputing them"
+        )
+    else:
+        meaning = (
+            "P1 does not hold: coarse sites depend on the mask and differ from the dense network of output "
+            "stride 16. All-fine still equals dense OS8; between the ends expect a larger loss, and "
+            "refinement after a coarse pass is not exact"
+        )
+        if not config.dilate_second:
+            meaning += (
+                ". The cause: the second 3x3 of each basic block is undilated, so its taps fall between the "
+                "coarse sites, where values are interpolated"
+            )
+    return [*lines, meaning]

@@ -1,0 +1,202 @@
+"""Layers of the fast path: batch norm folded in, steps fused, the fastest kernel by trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_seg.models.tuning import Tuner
+from sparse_seg.sparse import SelectiveConv2d, SiteLayout, grid_to_rows, lattice_grid
+from sparse_seg.sparse.engines import gather
+from sparse_seg.sparse.engines.undilated import every_site
+from sparse_seg.sparse.winograd import transform_weight, winograd_conv2d
+
+Form = Callable[[Tensor | None], Tensor]  # residual, whose memory may be overwritten, to output
+_MIN_WINOGRAD_CHANNELS = 96  # below, its transforms cost more than it saves: not worth a trial
+_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+class FusedLayer(nn.Module):
+    """Weight and bias with batch norm folded in; a kernel packs the weight on its first use.
+
+    Args:
+        weight, bias: as the layer's engine reads them.
+        relu: whether ReLU comes last.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, relu: bool = True) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.contiguous())
+        self.register_buffer("bias", bias)
+        self.relu, self.activation = relu, "relu" if relu else "none"
+        self.tuner = Tuner()  # for_inference gives all layers the same
+        self._packed: dict[Any, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": {}}  # packed weights can be neither copied nor saved
+
+    def _apply(self, *arguments: Any, **options: Any) -> FusedLayer:
+        self._packed.clear()
+        return super()._apply(*arguments, **options)
+
+    def _packed_once(self, key: Any, pack: Callable[[], Tensor]) -> Tensor:
+        if key not in self._packed:
+            self._packed[key] = pack()
+        return self._packed[key]
+
+    def _fastest(self, shape: tuple[int, ...], residual: Tensor | None, forms: Mapping[str, Form]) -> Tensor:
+        """What the fastest form returns; the memory of `residual` may be overwritten."""
+        layer = (*self.weight.shape, self.relu, residual is not None)
+        if self.tuner.wants_trial(layer, shape):
+            spare = None if residual is None else residual.clone()
+            self.tuner.try_forms(layer, shape, {name: partial(form, spare) for name, form in forms.items()})
+            self._packed.clear()  # of the forms that lost
+        return forms[self.tuner.choice(layer, shape, next(iter(forms)))](residual)
+
+    def _onednn_conv(
+        self, grid: Tensor, oihw: Tensor, residual: Tensor | None, stride: int, dilation: int, padding: int
+    ) -> Tensor:
+        """On a channels_last grid, with bias, residual and ReLU, written to the memory of `residual`."""
+        geometry = [padding] * 2, [stride] * 2, [dilation] * 2
+        packed = self._packed_once(
+            (stride, dilation),
+            lambda: torch._C._nn.mkldnn_reorder_conv2d_weight(oihw.to_mkldnn(), *geometry, 1),
+        )
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(
+                grid, packed, self.bias, *geometry, 1, self.activation, [], ""
+            )
+        return torch.ops.mkldnn._convolution_pointwise_(
+            residual, grid, packed, self.bias, *geometry, 1, "add", 1.0, self.activation, [], ""
+        )
+
+    def _finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
+        out = out if residual is None else out.add_(residual)
+        return out.relu_() if self.relu else out
+
+
+class FusedLinear(FusedLayer):
+    """Linear and batch norm on rows, then `+ residual` and ReLU."""
+
+    def __init__(self, linear: nn.Module, norm: nn.Module, relu: bool = True) -> None:
+        assert isinstance(linear, nn.Linear)
+        scale, bias = fold_norm(norm)
+        super().__init__(linear.weight * scale[:, None], bias, relu)
+
+    def forward(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`[N, I]` to `[N, O]`; the memory of `residual` may be overwritten."""
+        if not _runs_onednn(rows) or not rows.shape[0]:
+            return self._finish(F.linear(rows, self.weight, self.bias), residual)
+        linear = partial(self._linear, rows)
+        if residual is None:
+            return linear(None)
+        return self._fastest(
+            rows.shape, residual, {"linear": linear, "convolution": partial(self._convolution, rows)}
+        )
+
+    def _linear(self, rows: Tensor, residual: Tensor | None) -> Tensor:
+        packed = self._packed_once("linear", lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight))
+        # oneDNN's own "add" was up to twice as slow for some shapes
+        activation = self.activation if residual is None else "none"
+        out = torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, activation, [], "")
+        return out if residual is None else self._finish(out, residual)
+
+    def _convolution(self, rows: Tensor, residual: Tensor | None) -> Tensor:
+        """As a 1x1 convolution, which adds the residual as it goes: faster at some numbers of rows."""
+        grid = None if residual is None else _column(residual)
+        out = self._onednn_conv(
+            _column(rows), self.weight[:, :, None, None], grid, stride=1, dilation=1, padding=0
+        )
+        return grid_to_rows(out)
+
+
+class FusedConv(FusedLayer):
+    """`SelectiveConv2d` and batch norm, then `+ residual` and ReLU."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
+        assert isinstance(conv, SelectiveConv2d)
+        scale, bias = fold_norm(norm)
+        super().__init__(conv.weight * scale[:, None, None, None], bias)
+        self.spacing, self.exchange = conv.spacing, conv.exchange
+
+    def forward(
+        self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None = None
+    ) -> Tensor:
+        """`[src.num_run, I]` to `[dst.num_run, O]`; the memory of `residual` may be overwritten."""
+        if self.spacing is None:
+            return self._undilated(rows, dst, residual)
+        rows, first = dst.complete(rows, src, self), 0
+        if dst.runs_lattice:
+            lattice, first = self._lattice(rows, src, dst, residual), dst.num_lattice
+            if dst.num_extra == 0:
+                return lattice
+        out = rows.new_empty(dst.num_run, self.weight.shape[0])
+        if dst.runs_lattice:
+            out[:first] = lattice
+        table = src.neighbours(dst, self.spacing, self.exchange)
+        gather.multiply_neighbours(rows, self.weight, table, out=out[first:], bias=self.bias)
+        self._finish(out[first:], None if residual is None else residual[first:])
+        return out
+
+    def _undilated(self, rows: Tensor, layout: SiteLayout, residual: Tensor | None) -> Tensor:
+        if not layout.splits:
+            grid_residual = None if residual is None else lattice_grid(residual, layout)
+            return grid_to_rows(self._convolve(lattice_grid(rows, layout), grid_residual, 1, 1))
+        out = rows.new_empty(layout.num_sites, self.weight.shape[0])
+        table = every_site(layout, self.exchange)
+        gather.multiply_neighbours(rows, self.weight, table, out=out, bias=self.bias)
+        return self._finish(out, residual)
+
+    def _lattice(self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None) -> Tensor:
+        """The lattice's rows of the output."""
+        assert self.spacing is not None
+        stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
+        if residual is not None:
+            residual = lattice_grid(residual.clone() if dst.remembers else residual, dst)
+        return grid_to_rows(self._convolve(lattice_grid(rows, src), residual, stride, dilation))
+
+    def _convolve(self, grid: Tensor, residual: Tensor | None, stride: int, dilation: int) -> Tensor:
+        """The plain convolution, on a channels_last grid; the memory of `residual` may be overwritten."""
+        oihw = self.weight.permute(0, 3, 1, 2)
+        if not _runs_onednn(grid):
+            return self._finish(F.conv2d(grid, oihw, self.bias, stride, dilation, dilation), residual)
+
+        def direct(residual: Tensor | None) -> Tensor:
+            return self._onednn_conv(grid, oihw, residual, stride, dilation, padding=dilation)
+
+        def winograd(residual: Tensor | None) -> Tensor:
+            weight = self._packed_once("winograd", lambda: transform_weight(self.weight))
+            values = grid.permute(0, 2, 3, 1)
+            out = winograd_conv2d(values, weight, self.bias, dilation, self.tuner.workspace)
+            return self._finish(out.permute(0, 3, 1, 2), residual)
+
+        if stride > 1 or min(oihw.shape[:2]) < _MIN_WINOGRAD_CHANNELS:
+            return direct(residual)
+        forms = {"direct": direct, "winograd": winograd}
+        return self._fastest((*grid.shape, dilation), residual, forms)
+
+
+def _column(rows: Tensor) -> Tensor:
+    """`[N, C]` as a channels_last grid `[1, C, N, 1]`, the same memory."""
+    return rows[None, :, None].permute(0, 3, 1, 2)
+
+
+def _runs_onednn(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.dtype == torch.float32 and _ONEDNN
+
+
+def fold_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and bias `[C]` of a batch norm in eval mode."""
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale

@@ -1,0 +1,229 @@
+"""Networks of every source: how to build them, small or in full size, and what the conversion is told."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.conversion.deeplabs import Mmseg, Smp, VainF
+from tests.conversion.networks import Network, ResNet, Torchvision
+
+PEERS = Path(__file__).parents[3] / "shared/peers"  # names and shapes of real files, where they are at hand
+SMALL = {"width": 8, "depths": (2, 1, 2, 2)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network of a source.
+
+    Args:
+        build: a small network for an output stride, or a full-size one.
+        stride: the source's own output stride.
+        options: of `convert`.
+        rename: the network's state dict to that of the source's file.
+        peer: name of the list of the real file's tensors.
+        p1: whether P1 holds.
+    """
+
+    source: str
+    build: Callable[..., nn.Module]
+    stride: int = 8
+    options: dict[str, Any] = field(default_factory=dict)
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    peer: str | None = None
+    p1: bool = True
+
+
+def _sized(small: bool, **channels: int) -> dict[str, int]:
+    return channels if small else {}
+
+
+def _torchvision(head: str, depth: int, stride: int, small: bool = True) -> Network:
+    backbone = ResNet(depth, stride, **(SMALL if small else {}))  # type: ignore[arg-type]
+    return Torchvision(head, backbone, stride, **_sized(small, channels=6))
+
+
+def _vainf(head: str, kind: str, depth: int, stride: int, small: bool = True) -> Network:
+    backbone = ResNet(depth, stride, **(SMALL if small else {}))  # type: ignore[arg-type]
+    return VainF(head, backbone, stride, kind, **_sized(small, channels=6, skip=5))
+
+
+def _smp(head: str, kind: str, depth: int, stride: int, small: bool = True) -> Network:
+    encoder = ResNet(depth, stride, "smp", **(SMALL if small else {}))  # type: ignore[arg-type]
+    return Smp(head, encoder, [12, 24, 36], kind, **_sized(small, channels=6, skip=5))
+
+
+def _mmseg(head: str, depth: int, stem: str, stride: int, small: bool = True) -> Network:
+    backbone = ResNet(depth, stride, "mmseg", stem, **(SMALL if small else {}))  # type: ignore[arg-type]
+    full = {"channels": 128, "skip": 12} if depth == 18 else {}
+    return Mmseg(head, backbone, stride, **(_sized(small, channels=6, skip=5) or full))
+
+
+def _classifier(depth: int, stem: str, pooled: bool, stride: int, small: bool = True) -> ResNet:
+    settings: Any = SMALL if small else {}
+    return ResNet(depth, stride, "torchvision", stem, pooled, classes=1000, **settings)
+
+
+def edge_mask_names(state: Mapping[str, Tensor], first: int = 3) -> dict[str, Tensor]:
+    """CAD's edge-mask file: stages from layer`first` on have 1-D convolutions."""
+    renamed = {}
+    for name, tensor in state.items():
+        if any(f"layer{stage}." in name for stage in range(first, 5)):
+            name = name.replace("downsample.0", "downsample.conv1").replace(
+                "downsample.1", "downsample.norm1"
+            )
+            if tensor.ndim == 4:
+                tensor = tensor.flatten(2)
+                if "conv2" in name:
+                    name, tensor = name.replace("conv2", "conv2.conv"), tensor[..., None]
+        renamed[name] = tensor
+    return renamed
+
+
+def learned_mask_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CAD's learned-mask file: two twins of the last stages, of one set of weights, and the mask net."""
+    generator = torch.Generator().manual_seed(0)
+    renamed = {}
+    for name, tensor in state.items():
+        twins = [name]
+        if "layer3." in name or "layer4." in name:
+            twins = [name.replace(".layer3.", f".layer3_{t}_res.") for t in ("high", "low")]
+            twins = [
+                twin.replace(".layer4.", f".layer4_{t}_res.")
+                for twin, t in zip(twins, ("high", "low"), strict=True)
+            ]
+        for twin in twins:
+            other = "high_res" in twin and "running" in twin
+            renamed[twin] = tensor * 1.5 if other else tensor
+    inside = state["backbone.layer2.0.bn3.weight"].shape[0]
+    for number, (outside, taps) in {0: (128, inside), 2: (64, 128), 5: (64, 64), 7: (2, 64)}.items():
+        renamed[f"backbone.mask_estimator.{number}.weight"] = torch.randn(
+            outside, taps, 3, 3, generator=generator
+        )
+        renamed[f"backbone.mask_estimator.{number}.bias"] = torch.randn(outside, generator=generator)
+    channels = state["backbone.layer4.0.bn3.weight"].shape[0]
+    renamed["backbone.fc.weight"] = torch.randn(1000, channels, generator=generator)
+    renamed["backbone.fc.bias"] = torch.randn(1000, generator=generator)
+    return renamed
+
+
+def old_smp_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """smp before version 0.4."""
+    old = {"decoder.aspp.": "decoder.0.", "decoder.conv.": "decoder.1.", "decoder.bn.": "decoder.2."}
+    renamed = {}
+    for name, tensor in state.items():
+        for new, before in old.items():
+            name = name.replace(new, before)
+        renamed[name] = tensor
+    return renamed
+
+
+def _case(source: str, build: Callable[..., nn.Module], *arguments: Any, **settings: Any) -> Case:
+    return Case(source, functools.partial(build, *arguments), **settings)
+
+
+OS16 = {"stride": 16, "options": {"output_stride": 16}}
+CASES = {
+    "torchvision deeplabv3": _case(
+        "torchvision", _torchvision, "deeplabv3", 50, peer="torchvision_deeplabv3_resnet50"
+    ),
+    "torchvision fcn": _case("torchvision", _torchvision, "fcn", 50),
+    "vainf deeplabv3": _case("vainf", _vainf, "deeplabv3", "plain", 50, peer="vainf_deeplabv3_resnet50"),
+    "vainf deeplabv3 16": _case("vainf", _vainf, "deeplabv3", "plain", 50, **OS16),
+    "vainf deeplabv3 separable": _case("vainf", _vainf, "deeplabv3", "body", 50),
+    "vainf deeplabv3plus": _case(
+        "vainf", _vainf, "deeplabv3plus", "plain", 50, peer="vainf_deeplabv3plus_resnet50"
+    ),
+    "vainf deeplabv3plus 16": _case("vainf", _vainf, "deeplabv3plus", "plain", 50, **OS16),
+    "vainf deeplabv3plus separable": _case("vainf", _vainf, "deeplabv3plus", "body", 50),
+    "smp deeplabv3": _case("smp", _smp, "deeplabv3", "plain", 50, peer="smp_deeplabv3_resnet50"),
+    "smp deeplabv3 old": _case("smp", _smp, "deeplabv3", "plain", 50, rename=old_smp_names),
+    "smp deeplabv3 separable": _case("smp", _smp, "deeplabv3", "smp", 18),
+    "smp deeplabv3plus": _case(
+        "smp", _smp, "deeplabv3plus", "smp", 50, stride=16, peer="smp_deeplabv3plus_resnet50"
+    ),
+    "smp deeplabv3plus 8": _case(
+        "smp", _smp, "deeplabv3plus", "plain", 18, options={"output_stride": 8}
+    ),
+    "mmseg deeplabv3 r18": _case(
+        "mmseg", _mmseg, "deeplabv3", 18, "mmseg", peer="mmseg_deeplabv3_r18-d8", p1=False
+    ),
+    "mmseg deeplabv3 r50": _case(
+        "mmseg", _mmseg, "deeplabv3", 50, "mmseg", peer="mmseg_deeplabv3_r50-d8"
+    ),
+    "mmseg deeplabv3 16": _case("mmseg", _mmseg, "deeplabv3", 50, "conv7", **OS16),
+    "mmseg deeplabv3plus r18": _case("mmseg", _mmseg, "deeplabv3plus", 18, "mmseg", p1=False),
+    "mmseg deeplabv3plus r50": _case("mmseg", _mmseg, "deeplabv3plus", 50, "mmseg"),
+    "cad fcn": _case("cad", _vainf, "fcn", "plain", 50),
+    "cad edge mask": _case(
+        "cad", _vainf, "deeplabv3", "plain", 101, rename=edge_mask_names,
+        peer="cad_deeplabv3_batch_ap_resnet101",
+    ),
+    "cad edge mask 16": _case(
+        "cad", _vainf, "deeplabv3", "plain", 50, stride=16,
+        rename=functools.partial(edge_mask_names, first=4),
+    ),
+    "cad learned mask": _case(
+        "cad", _vainf, "deeplabv3", "plain", 101, rename=learned_mask_names,
+        peer="cad_deeplabv3_ad_resnet101",
+    ),
+}  # fmt: skip
+BACKBONES = {
+    "torchvision resnet18": _case(
+        "torchvision", _classifier, 18, "conv7", False, peer="torchvision_resnet18"
+    ),
+    "torchvision resnet50": _case(
+        "torchvision", _classifier, 50, "conv7", False, peer="torchvision_resnet50"
+    ),
+    "timm resnet50d": _case("timm", _classifier, 50, "timm", True, peer="timm_resnet50d"),
+    "timm resnet18d": _case("timm", _classifier, 18, "timm", True),
+}
+
+
+@torch.no_grad()
+def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights, affine and statistics, near what keeps activations of order one; in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            fan = parameter[0].numel()
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (2 / fan) ** 0.5)
+        else:
+            low = 0.5 if name.endswith("weight") else -0.5
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) + low)
+    for norm in norms:
+        norm.momentum = 1.0
+    network.train()(torch.randn(4, 3, 64, 96, generator=generator))
+    for norm in norms:
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
+        norm.running_var.add_(0.05).mul_(torch.rand(norm.num_features, generator=generator) * 0.9 + 0.7)
+        norm.running_mean.add_(torch.randn(norm.num_features, generator=generator) * 0.2)
+    return network.eval()
+
+
+@functools.cache
+def network_of(name: str) -> Any:
+    """The small network of a case at its own output stride, in eval mode. Shared: do not change it."""
+    case = (CASES | BACKBONES)[name]
+    stride = 32 if name in BACKBONES else case.stride
+    return randomise(case.build(stride))
+
+
+def state_of(name: str) -> dict[str, Tensor]:
+    """The tensors of its file."""
+    return (CASES | BACKBONES)[name].rename(network_of(name).state_dict())
+
+
+def at_stride(name: str, stride: int) -> Any:
+    """The network of a case with the same weights at another output stride."""
+    network = (CASES | BACKBONES)[name].build(stride)
+    network.load_state_dict(network_of(name).state_dict())
+    return network.eval()

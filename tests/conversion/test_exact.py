@@ -1,0 +1,146 @@
+"""Converted networks compute what the source's own networks, in plain PyTorch, compute."""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_seg import load_model
+from sparse_seg.conversion import convert, find_source, to_dense, write_dense
+from sparse_seg.conversion.loading import load_backbone
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.sparse import rows_to_grid
+from tests.conversion.cases import BACKBONES, CASES, at_stride, network_of, state_of
+from tests.reference import block_mask, relative_error
+
+SIZES = [(64, 96), (67, 93), (33, 48)]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("converted")
+
+
+@functools.cache
+def converted(name: str, folder) -> SelectiveSegmentor:
+    case = (CASES | BACKBONES)[name]
+    source = folder / f"{name}.pth"
+    torch.save(state_of(name), source)
+    missing = ["head"] if name in BACKBONES else []
+    conversion = convert(source, allow_missing=missing, **case.options)
+    assert conversion.source == case.source
+    conversion.write(source.with_suffix(".safetensors"))
+    path = source.with_suffix(".safetensors")
+    return load_backbone(path) if name in BACKBONES else load_model(path)
+
+
+def images_of(size: tuple[int, int]) -> Tensor:
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def all_fine(size: tuple[int, int]) -> Tensor:
+    return block_mask("full", (2, -(-size[0] // 16), -(-size[1] // 16)))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_logits_at_the_sources_own_stride(name, size, folder):
+    """Dense, and all-fine where that is output stride 8."""
+    model, images, stride = converted(name, folder), images_of(size), CASES[name].stride
+    expected = network_of(name)(images)
+    assert expected.std() > 0.05
+    assert relative_error(expected[0], expected[1]) > 0.1, "logits must depend on the image"
+    assert relative_error(model.dense(images, stride), expected) < TOLERANCE
+    if stride == 8:
+        assert relative_error(model(images, fine_blocks=all_fine(size)), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("smp")])
+@torch.no_grad()
+def test_logits_before_upsampling_at_the_other_stride(name, size, folder):
+    model, images, stride = converted(name, folder), images_of(size), 24 - CASES[name].stride
+    network = at_stride(name, stride)
+    expected = network.grid_logits(network.backbone_of()(images))
+    layouts = model.dense_layouts(images, stride)
+    found = model.grid_logits(model.backbone(images, layouts), layouts)
+    if "deeplabv3plus" in name:  # its head upsamples inside, where the trained offset counts as well
+        assert found.shape == expected.shape
+        assert relative_error(features(model, images, stride), network.backbone_of()(images)[3]) < TOLERANCE
+    else:
+        assert relative_error(found, expected) < TOLERANCE
+
+
+def features(model: SelectiveSegmentor, images: Tensor, stride: int) -> Tensor:
+    layouts = model.dense_layouts(images, stride)
+    return rows_to_grid(model.backbone(images, layouts)[3], images.shape[0], layouts[3].size)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", ["smp deeplabv3", "smp deeplabv3 separable", "smp deeplabv3plus 8"])
+@torch.no_grad()
+def test_smps_features_at_the_other_stride(name, size, folder):
+    """smp's entries are spaced by the output stride it was trained at; its features at 8, sampled, are
+    those of the same weights at 16."""
+    model, images = converted(name, folder), images_of(size)
+    expected = network_of(name).encoder(images)[3][:, :, ::2, ::2]
+    assert relative_error(features(model, images, 16), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_p1(name, folder):
+    """Coarse sites are those of the dense network of output stride 16, or the network is known not to."""
+    model, images = converted(name, folder), images_of((67, 93))
+    layouts = model.selective_layouts(images, block_mask("random", (2, 5, 6)))
+    rows = model.backbone(images, layouts)[3][: layouts[3].num_lattice]
+    lattice = rows_to_grid(rows, 2, layouts[3].lattice_size)
+    errors = [
+        relative_error(lattice, features(model, images, 16)),
+        relative_error(lattice, features(model, images, 8)[:, :, ::2, ::2]),
+    ]
+    assert max(errors) < TOLERANCE if CASES[name].p1 else min(errors) > 1e-3
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_features_of_classifiers(name, size, folder):
+    """Every stage at output stride 32; finer, sampled at multiples of 32 px, they are the same (P1)."""
+    model, images = converted(name, folder), images_of(size)
+    expected = network_of(name)(images)
+    layouts = model.dense_layouts(images, 32)
+    for rows, layout, grid in zip(model.backbone(images, layouts), layouts, expected, strict=True):
+        assert relative_error(rows_to_grid(rows, 2, layout.size), grid) < TOLERANCE
+    for stride in (8, 16):
+        step = 32 // stride
+        sampled = features(model, images, stride)[:, :, ::step, ::step]
+        assert relative_error(sampled, expected[3]) < TOLERANCE
+    layouts = model.selective_layouts(images, block_mask("random", (2, -(-size[0] // 16), -(-size[1] // 16))))
+    rows = model.backbone(images, layouts)[3][: layouts[3].num_lattice]
+    sampled = rows_to_grid(rows, 2, layouts[3].lattice_size)[:, :, ::2, ::2]
+    assert relative_error(sampled, expected[3]) < TOLERANCE
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", CASES | BACKBONES)
+def test_the_way_back(name, suffix, folder):
+    """Bit for bit, all of them, in the source's order."""
+    converted(name, folder)
+    expected = state_of(name)
+    dense = to_dense(folder / f"{name}.safetensors")
+    write_dense(folder / f"back{suffix}", dense)
+    if suffix == ".pth":
+        dense = torch.load(folder / "back.pth", weights_only=True)
+    assert dense.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert dense[key].dtype == tensor.dtype
+        assert torch.equal(dense[key], tensor), key
+
+
+@pytest.mark.parametrize("name", CASES | BACKBONES)
+def test_the_source_is_found(name):
+    assert find_source(state_of(name)) == (CASES | BACKBONES)[name].source

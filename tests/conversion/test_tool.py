@@ -1,0 +1,207 @@
+"""The tool as a user meets it, from a source's file to evaluation, prediction, training, and back."""
+
+import re
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from sparse_seg import load_model
+from sparse_seg.cli import main
+from sparse_seg.config import load_config, model_config
+from sparse_seg.conversion import convert, read_converted
+from sparse_seg.data.scenes import write_scenes
+from sparse_seg.errors import CheckpointError
+from sparse_seg.models.build import build_model
+from sparse_seg.training.checkpoint import save_checkpoint
+from sparse_seg.training.pretrained import load_pretrained
+from sparse_seg.version import __version__
+from tests.conversion.cases import state_of
+from tests.reference import relative_error
+
+NAME = "vainf deeplabv3plus"  # 19 classes, as the scenes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tool")
+    write_scenes(root / "scenes", 10, (64, 96), val_fraction=0.2)
+    torch.save({"model_state": state_of(NAME)}, root / "source.pth")
+    assert main(["convert", str(root / "source.pth"), str(root / "net.safetensors")]) == 0
+    (root / "data.yaml").write_text(f"data: {{root: {root / 'scenes'}, crop: [64, 64]}}")
+    return root
+
+
+def run(capsys, *arguments, code=0):
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    return captured.out if code == 0 else captured.err
+
+
+def test_the_report(capsys, folder, tmp_path):
+    torch.save(state_of("torchvision fcn"), tmp_path / "fcn.pth")
+    text = run(capsys, "convert", tmp_path / "fcn.pth", tmp_path / "fcn.safetensors", "--verify")
+    assert "source    torchvision fcn_resnet50" in text
+    assert "head fcn, 21 classes, trained at output stride 8" in text
+    assert "set aside 8 tensors, aux_classifier.*: auxiliary head, used in training only" in text
+    assert "left over none; missing: none" in text
+    assert "P1 holds" in text
+    assert "DIFFERS" not in text
+    text = run(capsys, "convert", folder / "source.pth", tmp_path / "v.safetensors")
+    assert "assumed   output stride 8 (tensors cannot tell; else use --output-stride 16)" in text
+
+
+def test_verification_says_where_p1_does_not_hold(capsys, tmp_path):
+    torch.save(state_of("mmseg deeplabv3 r18"), tmp_path / "r18.pth")
+    text = run(capsys, "convert", tmp_path / "r18.pth", tmp_path / "r18.safetensors", "--verify")
+    assert "P1 does not hold: coarse sites depend on the mask" in text
+    assert "second 3x3 of each basic block is undilated" in text
+    assert "DIFFERS" not in text
+    torch.save(state_of("timm resnet18d"), tmp_path / "d.pth")
+    options = ["--allow-missing", "head", "--verify"]
+    text = run(capsys, "convert", tmp_path / "d.pth", tmp_path / "d.safetensors", *options)
+    assert "timm's own dilated form keeps windows of one cell" in text
+    assert "P1 holds" in text
+
+
+def test_the_file(folder):
+    with safe_open(folder / "net.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+        assert file.get_slice("backbone.layer3.0.conv2.weight").get_shape() == [32, 3, 3, 32]
+    assert metadata["version"] == __version__
+    assert (metadata["source"], metadata["arch"]) == ("vainf", "deeplabv3plus_resnet50")
+    _, description = read_converted(folder / "net.safetensors")
+    assert description.config.num_classes == 19
+    assert description.config.trained_stride == 8
+
+
+def test_settings_that_tensors_cannot_tell(folder, tmp_path):
+    conversion = convert(folder / "source.pth", output_stride=16, overrides={"bn_eps": 0.01})
+    conversion.write(tmp_path / "net.safetensors")
+    model = load_model(tmp_path / "net.safetensors")
+    assert model.trained_stride == 16
+    assert model.backbone.bn1.eps == 0.01
+    atrous: Any = model.head.get_submodule("aspp.atrous")
+    assert [conv.spacing for conv in atrous] == [96, 192, 288]
+
+
+def test_evaluate_and_predict_need_nothing_else(capsys, folder, tmp_path):
+    text = run(capsys, "evaluate", folder / "data.yaml", folder / "net.safetensors", "--dense", "8")
+    assert "mIoU" in text
+    arguments = [folder / "data.yaml", folder / "net.safetensors"]
+    report = tmp_path / "report.html"
+    options = ["--compare", "0.2", "--policies", "edge", "--limit", "1", "--report", report]
+    assert "selective, edge" in run(capsys, "evaluate", *arguments, *options)
+    assert "resnet50 x0.125, deeplabv3plus head" in report.read_text()
+    cv2.imwrite(str(tmp_path / "street.png"), np.full((70, 90, 3), 99, np.uint8))
+    text = run(capsys, "predict", *arguments, tmp_path / "street.png", "--out", tmp_path / "out")
+    assert "1 images segmented" in text
+    options = [tmp_path / "street.png", "--out", tmp_path / "none", "--set", "data.dataset=camvid"]
+    message = run(capsys, "predict", *arguments, *options, code=1)
+    assert "has 19 classes, but 11 are asked for (by model.num_classes or data.dataset camvid)" in message
+    assert not (tmp_path / "none").exists()
+
+
+def test_mask_exchange_and_engine_are_the_configs(folder):
+    settings = ["model.exchange=nearest", "model.engine=gather", "model.mask.policy=random"]
+    config = load_config(folder / "data.yaml", settings)
+    model = load_model(folder / "net.safetensors", config)
+    assert getattr(model.head.get_submodule("aspp.atrous.0"), "exchange") == "nearest"  # noqa: B009
+    assert type(model.policy).__name__ == "RandomPolicy"
+    config = load_config(folder / "data.yaml", ["data.dataset=camvid"])
+    with pytest.raises(CheckpointError, match="has 19 classes, but 11 are asked for"):
+        load_model(folder / "net.safetensors", config)
+
+
+def test_the_way_back(capsys, folder, tmp_path):
+    text = run(capsys, "convert", folder / "net.safetensors", tmp_path / "back.pth", "--to-dense")
+    state, back = state_of(NAME), torch.load(tmp_path / "back.pth", weights_only=True)
+    assert f"{len(state)} tensors written" in text
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+    message = run(capsys, "convert", folder / "source.pth", tmp_path / "x.pth", "--to-dense", code=1)
+    assert "is truncated or no safetensors file" in message
+    assert not (tmp_path / "x.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["net.pth"], r"must end in \.safetensors"),
+        (["net.safetensors", "--to-dense", "--verify"], "--verify: not with --to-dense"),
+        (["source.pth"], "argument DST: is SRC"),
+        (["net.safetensors", "--output-stride", "32"], "invalid choice"),
+        (["net.safetensors", "--from", "keras"], "invalid choice"),
+    ],
+)
+def test_bad_usage(capsys, folder, arguments, message):
+    target, *options = arguments
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", str(folder / "source.pth"), str(folder / target), *options])
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+# -- starting training from a checkpoint
+
+SETTINGS = {"backbone": "resnet50", "width": 0.125, "depths": [2, 1, 2, 2], "num_classes": 19}
+PLUS = {"head": "deeplabv3plus", "head_channels": 6, "low_level_channels": 5, "refine": False}
+
+
+def start(path, **settings):
+    config = model_config(SETTINGS | settings)
+    model = build_model(config)
+    return model, load_pretrained(model, config, path)
+
+
+def test_pretrained_from_every_kind_of_file(folder, tmp_path):
+    expected = load_model(folder / "net.safetensors")
+    own = load_config(folder / "data.yaml")
+    own.model = read_converted(folder / "net.safetensors")[1].config
+    save_checkpoint(tmp_path / "own.pt", own, expected.state_dict())
+    images = torch.randn(1, 3, 64, 96)
+    for path in (folder / "source.pth", folder / "net.safetensors", tmp_path / "own.pt"):
+        model, message = start(path, **PLUS)
+        assert f"backbone and head of {path}" in message
+        assert relative_error(model.eval().dense(images), expected.dense(images)) == 0
+        model, message = start(path, head="lite")
+        assert message.endswith("the head starts fresh")
+        weights = model.backbone.state_dict()
+        assert all(torch.equal(weights[key], t) for key, t in expected.backbone.state_dict().items())
+    fresh, message = start(folder / "source.pth", **PLUS | {"num_classes": 5})
+    assert message.endswith("the head starts fresh")
+    assert fresh.head.classifier.weight.shape[0] == 5
+
+
+def test_pretrained_from_a_classifier(tmp_path):
+    torch.save(state_of("timm resnet50d"), tmp_path / "timm.pth")
+    with pytest.raises(
+        CheckpointError, match=r"with model\.shortcut avg_pool, not conv; use --set model\.sh"
+    ):
+        start(tmp_path / "timm.pth")
+    with pytest.raises(
+        CheckpointError, match=r"\(it has model\.backbone=resnet50 model\.width=0\.125 model\.st"
+    ):
+        start(tmp_path / "timm.pth", shortcut="avg_pool")
+    model, _ = start(tmp_path / "timm.pth", shortcut="avg_pool", stem="deep")
+    state = state_of("timm resnet50d")
+    assert torch.equal(model.backbone.bn1.running_var, state["bn1.running_var"])
+    with pytest.raises(CheckpointError, match="is not there"):
+        start(tmp_path / "none.pth")
+
+
+def test_training_starts_there_and_resumes_from_its_own(capsys, folder, tmp_path):
+    settings = [f"model.pretrained={folder / 'source.pth'}", "model.depths=[2, 1, 2, 2]", "model.width=0.125"]
+    settings += ["model.backbone=resnet50", "train.iterations=1", "train.batch_size=2", "train.lr=1e-9"]
+    work = ["--work-dir", tmp_path / "run"]
+    text = run(capsys, "train", folder / "data.yaml", *work, "--set", *settings)
+    assert "pretrained: backbone of" in text
+    weight = load_model(tmp_path / "run/best.pt").backbone.conv1.weight
+    assert torch.allclose(weight, state_of(NAME)["backbone.conv1.weight"], atol=1e-6)
+    settings[3:] = ["model.backbone=resnet50", "train.iterations=2", "train.batch_size=2", "train.lr=1e-9"]
+    text = run(capsys, "train", folder / "data.yaml", *work, "--resume", "--set", *settings)
+    assert "pretrained" not in text
