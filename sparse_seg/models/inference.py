@@ -1,12 +1,15 @@
 """The fast path for prediction: batch norm folded into weights; bias, ReLU and residual fused into the GEMM.
 
 `for_inference(model)` has the model's interface and numbers (to 1e-5), without autograd. On the CPU in
-float32 it runs oneDNN's fused convolutions on weights packed once; elsewhere the same steps in PyTorch.
+float32 it runs oneDNN's fused kernels or Winograd's filtering, whichever is the faster for a shape by a trial
+at its first use, on weights packed once; elsewhere the same steps in PyTorch.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,11 +21,15 @@ from sparse_seg.models.aspp import ASPP, SelectiveSeparableConv2d, mean_by_area
 from sparse_seg.models.heads import DeepLabV3Head, DeepLabV3PlusHead, FCNHead, LiteHead
 from sparse_seg.models.resnet import BasicBlock, Bottleneck, ResNet, Stage
 from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
+from sparse_seg.models.tuning import Tuner
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout, densify, grid_to_rows, lattice_grid, select_rows
 from sparse_seg.sparse.engines import gather
 from sparse_seg.sparse.engines.undilated import every_site
+from sparse_seg.sparse.winograd import transform_weight, winograd_conv2d
 
 Module = TypeVar("Module", bound=nn.Module)
+Form = Callable[[Tensor | None], Tensor]  # residual, whose memory may be overwritten, to output
+_MIN_WINOGRAD_CHANNELS = 96  # below, its transforms cost more than it saves: not worth a trial
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -43,6 +50,10 @@ def for_inference(model: SelectiveSegmentor) -> SelectiveSegmentor:
             model.trained_stride,
             align_corners=model.align_corners,
         )
+    tuner = Tuner()
+    for layer in fused.modules():
+        if isinstance(layer, FusedLayer):
+            layer.tuner = tuner
     return fused.eval().requires_grad_(False)
 
 
@@ -56,7 +67,7 @@ class FusedSegmentor(SelectiveSegmentor):
 
 
 class FusedLayer(nn.Module):
-    """Weight and bias with batch norm folded in; the weight is packed for oneDNN on first use.
+    """Weight and bias with batch norm folded in; a kernel packs the weight on its first use.
 
     Args:
         weight, bias: as the layer's engine reads them.
@@ -71,6 +82,7 @@ class FusedLayer(nn.Module):
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("bias", bias)
         self.relu, self.activation = relu, "relu" if relu else "none"
+        self.tuner = Tuner()  # for_inference gives all layers the same
         self._packed: dict[Any, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,6 +91,37 @@ class FusedLayer(nn.Module):
     def _apply(self, *arguments: Any, **options: Any) -> FusedLayer:
         self._packed.clear()
         return super()._apply(*arguments, **options)
+
+    def _packed_once(self, key: Any, pack: Callable[[], Tensor]) -> Tensor:
+        if key not in self._packed:
+            self._packed[key] = pack()
+        return self._packed[key]
+
+    def _fastest(self, shape: tuple[int, ...], residual: Tensor | None, forms: Mapping[str, Form]) -> Tensor:
+        """What the fastest form returns; the memory of `residual` may be overwritten."""
+        layer = (*self.weight.shape, self.relu, residual is not None)
+        if self.tuner.wants_trial(layer, shape):
+            spare = None if residual is None else residual.clone()
+            self.tuner.try_forms(layer, shape, {name: partial(form, spare) for name, form in forms.items()})
+            self._packed.clear()  # of the forms that lost
+        return forms[self.tuner.choice(layer, shape, next(iter(forms)))](residual)
+
+    def _onednn_conv(
+        self, grid: Tensor, oihw: Tensor, residual: Tensor | None, stride: int, dilation: int, padding: int
+    ) -> Tensor:
+        """On a channels_last grid, with bias, residual and ReLU, written to the memory of `residual`."""
+        geometry = [padding] * 2, [stride] * 2, [dilation] * 2
+        packed = self._packed_once(
+            (stride, dilation),
+            lambda: torch._C._nn.mkldnn_reorder_conv2d_weight(oihw.to_mkldnn(), *geometry, 1),
+        )
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(
+                grid, packed, self.bias, *geometry, 1, self.activation, [], ""
+            )
+        return torch.ops.mkldnn._convolution_pointwise_(
+            residual, grid, packed, self.bias, *geometry, 1, "add", 1.0, self.activation, [], ""
+        )
 
     def _finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
         out = out if residual is None else out.add_(residual)
@@ -94,16 +137,30 @@ class FusedLinear(FusedLayer):
         super().__init__(linear.weight * scale[:, None], bias, relu)
 
     def forward(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`[N, I]` to `[N, O]`."""
+        """`[N, I]` to `[N, O]`; the memory of `residual` may be overwritten."""
         if not _runs_onednn(rows):
             return self._finish(F.linear(rows, self.weight, self.bias), residual)
-        if not self._packed:
-            self._packed["linear"] = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-        packed = self._packed["linear"]
-        # oneDNN's own "add" and its 1x1 convolutions were up to twice as slow for some shapes
+        linear = partial(self._linear, rows)
+        if residual is None:
+            return linear(None)
+        return self._fastest(
+            rows.shape, residual, {"linear": linear, "convolution": partial(self._convolution, rows)}
+        )
+
+    def _linear(self, rows: Tensor, residual: Tensor | None) -> Tensor:
+        packed = self._packed_once("linear", lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight))
+        # oneDNN's own "add" was up to twice as slow for some shapes
         activation = self.activation if residual is None else "none"
         out = torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, activation, [], "")
         return out if residual is None else self._finish(out, residual)
+
+    def _convolution(self, rows: Tensor, residual: Tensor | None) -> Tensor:
+        """As a 1x1 convolution, which adds the residual as it goes: faster at some numbers of rows."""
+        grid = None if residual is None else _column(residual)
+        out = self._onednn_conv(
+            _column(rows), self.weight[:, :, None, None], grid, stride=1, dilation=1, padding=0
+        )
+        return grid_to_rows(out)
 
 
 class FusedConv(FusedLayer):
@@ -148,18 +205,25 @@ class FusedConv(FusedLayer):
         oihw = self.weight.permute(0, 3, 1, 2)
         if not _runs_onednn(grid):
             return self._finish(F.conv2d(grid, oihw, self.bias, stride, dilation, dilation), residual)
-        geometry = [dilation] * 2, [stride] * 2, [dilation] * 2
-        if (stride, dilation) not in self._packed:
-            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(oihw.to_mkldnn(), *geometry, 1)
-            self._packed[stride, dilation] = packed
-        packed = self._packed[stride, dilation]
-        if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(
-                grid, packed, self.bias, *geometry, 1, self.activation, [], ""
-            )
-        return torch.ops.mkldnn._convolution_pointwise_(
-            residual, grid, packed, self.bias, *geometry, 1, "add", 1.0, self.activation, [], ""
-        )
+
+        def direct(residual: Tensor | None) -> Tensor:
+            return self._onednn_conv(grid, oihw, residual, stride, dilation, padding=dilation)
+
+        def winograd(residual: Tensor | None) -> Tensor:
+            weight = self._packed_once("winograd", lambda: transform_weight(self.weight))
+            values = grid.permute(0, 2, 3, 1)
+            out = winograd_conv2d(values, weight, self.bias, dilation, self.tuner.workspace)
+            return self._finish(out.permute(0, 3, 1, 2), residual)
+
+        if stride > 1 or min(oihw.shape[:2]) < _MIN_WINOGRAD_CHANNELS:
+            return direct(residual)
+        forms = {"direct": direct, "winograd": winograd}
+        return self._fastest((*grid.shape, dilation), residual, forms)
+
+
+def _column(rows: Tensor) -> Tensor:
+    """`[N, C]` as a channels_last grid `[1, C, N, 1]`, the same memory."""
+    return rows[None, :, None].permute(0, 3, 1, 2)
 
 
 def _runs_onednn(values: Tensor) -> bool:

@@ -6,13 +6,24 @@ import pytest
 import torch
 
 from sparse_seg import build_model
+from sparse_seg.models.inference import FusedLayer
+from sparse_seg.models.tuning import Tuner
 from tests.reference import VARIANTS, randomise, relative_error, variant_model
 
 
 @pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
 @pytest.mark.parametrize("size", [(64, 96), (75, 98)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_same_logits_dense_and_selective(backbone, head, size, dtype):
+@pytest.mark.parametrize("form", [0, -1], ids=["first form", "last form"])
+def test_same_logits_dense_and_selective(backbone, head, size, dtype, form, monkeypatch):
+    """Whichever form of a kernel is chosen."""
+    tried = set()
+
+    def choose(tuner, layer, shape, forms):
+        tuner.fastest[layer][shape] = list(forms)[form]
+        tried.update(forms)
+
+    monkeypatch.setattr(Tuner, "try_forms", choose)
     torch.manual_seed(0)
     model = build_model({"backbone": backbone, "width": 0.25, "head": head, "num_classes": 5})
     randomise(model)
@@ -32,6 +43,49 @@ def test_same_logits_dense_and_selective(backbone, head, size, dtype):
         assert (found - expected).abs().max() / expected.abs().max() < tolerance
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+    if dtype == torch.float32:
+        linear = {"linear", "convolution"} if backbone == "resnet50" else set()
+        assert tried == {"direct", "winograd"} | linear
+
+
+def test_the_fastest_form_is_remembered(monkeypatch):
+    """By the shortest of its runs, the first apart, on a clock that each run sets forward."""
+    clock, runs = [0.0], []
+    monkeypatch.setattr("sparse_seg.models.tuning.time.perf_counter", lambda: clock[0])
+
+    def form(name, seconds):
+        def run():
+            runs.append(name)
+            clock[0] += seconds.pop(0)
+
+        return run
+
+    tuner = Tuner()
+    assert tuner.wants_trial("layer", 0)
+    forms = {"noisy": form("noisy", [1, 9, 2, 9]), "slow start": form("slow start", [9, 1, 1, 1])}
+    tuner.try_forms("layer", 0, forms | {"slow": form("slow", [3, 3, 3, 3])})
+    assert not tuner.wants_trial("layer", 0)
+    assert tuner.choice("layer", 0, "slow") == "slow start"
+    assert copy.deepcopy(tuner).fastest == tuner.fastest
+    assert len(runs) == 12
+
+
+def test_trials_end():
+    """Masks by a threshold make ever new numbers of rows."""
+    tuner, tried = Tuner(), 0
+    for shape in range(100):
+        if tuner.wants_trial("layer", shape):
+            tuner.try_forms("layer", shape, {"a": lambda: None})
+            tried += 1
+    assert 0 < tried < 50
+    assert tuner.choice("layer", 99, "default") == "default"
+
+
+def test_layers_share_what_was_found():
+    fast = build_model({"width": 0.125}).eval().for_inference()
+    fast(torch.randn(1, 3, 64, 64))
+    tuners = {id(layer.tuner) for layer in fast.modules() if isinstance(layer, FusedLayer)}
+    assert len(tuners) == 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
