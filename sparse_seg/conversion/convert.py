@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,7 @@ def convert(
         name = find_source(file.tensors) if source == "auto" else _asked_source(file.tensors, source)
         plan: Plan = SOURCES[name].plan(file.tensors, Options(output_stride))
         _check_expected(plan, arch, num_classes)
+        _check_file_name(Path(path).name, plan, output_stride)
         if not plan.has_head and "head" not in allow_missing:
             raise CheckpointError(
                 f"it is the classifier {plan.arch} and has no segmentation head; to convert its backbone "
@@ -165,6 +167,16 @@ def _check_expected(plan: Plan, arch: str | None, num_classes: int | None) -> No
     found = plan.config.get("num_classes")
     if num_classes is not None and found != num_classes:
         raise CheckpointError(f"it has {found or 'no'} classes, not {num_classes}")
+
+
+def _check_file_name(name: str, plan: Plan, output_stride: int | None) -> None:
+    """A stride is assumed only where the file's name does not say another, as CAD's `..._os16_...` does."""
+    said = re.search(r"(?<![a-z])os(8|16)(?!\d)", name.lower())
+    if output_stride is None and plan.assumed and said and int(said[1]) != plan.config["trained_stride"]:
+        raise CheckpointError(
+            f"its tensors cannot tell the output stride, and its name says {said[1]}: add --output-stride "
+            "8 or 16"
+        )
 
 
 def to_dense(path: str | Path) -> dict[str, Tensor]:

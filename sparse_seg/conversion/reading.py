@@ -78,6 +78,8 @@ def read_source(path: str | Path, trust: bool = False) -> SourceFile:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("format") == "sparse_seg.converted":
+                raise CheckpointError(f"{path} is converted already; --to-dense goes back")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({_line(error)})") from None

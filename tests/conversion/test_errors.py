@@ -111,6 +111,18 @@ def test_wrong_networks(capsys, tmp_path):
     assert "classifier.0.project.0.weight is [6, 30, 1, 1], a deeplabv3_resnet50 has [6, 18, 1, 1]" in message
 
 
+def test_a_stride_is_not_assumed_against_the_name_of_the_file(tmp_path):
+    path = tmp_path / "best_deeplabv3_resnet50_cityscapes_os16_seed1.pth"
+    torch.save(state_of("vainf deeplabv3"), path)
+    with pytest.raises(
+        CheckpointError, match="cannot tell the output stride, and its name says 16: add --out"
+    ):
+        convert(path)
+    assert convert(path, output_stride=16).description.config.trained_stride == 16
+    torch.save(state_of("cad edge mask"), tmp_path / "os8_modeedges_os16till8.pth")
+    assert convert(tmp_path / "os8_modeedges_os16till8.pth").description.config.trained_stride == 8
+
+
 def test_tensors_that_do_not_fit(capsys, tmp_path):
     state, name = torchvision(), "backbone.layer3.1.conv2.weight"
     grouped = state | {name: state[name][:, :4]}
@@ -166,6 +178,8 @@ def test_converted_files_that_do_not_load(tmp_path):
     convert(tmp_path / "source.pth", allow_missing=["head"]).write(tmp_path / "backbone.safetensors")
     with pytest.raises(CheckpointError, match=r"holds a backbone without a head; .* model\.pretrained="):
         load_model(tmp_path / "backbone.safetensors")
+    with pytest.raises(CheckpointError, match="is converted already; --to-dense goes back"):
+        convert(tmp_path / "backbone.safetensors")
     data = (tmp_path / "backbone.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[:-100])
     with pytest.raises(CheckpointError, match="is truncated or no safetensors file; convert it again"):
