@@ -1,5 +1,10 @@
 """Errors whose message is meant for the person at the command line: what is wrong and how to fix it."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class SparseSegError(Exception):
     """Base of the errors below. The command line prints the message alone and exits with code 1."""
@@ -23,3 +28,12 @@ class CheckpointError(SparseSegError):
 
 class TrainingError(SparseSegError):
     """Training cannot go on (for instance a loss that is not finite)."""
+
+
+def did_you_mean(key: str, valid: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest valid one, or nothing."""
+    valid = list(valid)
+    near = difflib.get_close_matches(key, valid, n=1)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return ""

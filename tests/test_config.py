@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_seg.config import config_from_dict, load_config, model_config, num_classes, to_dict, to_yaml
+from sparse_seg.checks import num_classes
+from sparse_seg.config import config_from_dict, load_config, model_config, to_dict, to_yaml
 from sparse_seg.errors import ConfigError
 from sparse_seg.schema import Config
 

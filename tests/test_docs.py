@@ -3,8 +3,11 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
-from sparse_seg.reporting.benchmark import COLUMNS
+import pytest
+
+from sparse_seg.reporting.benchmark import COLUMNS, benchmark_table
 from sparse_seg.reporting.comparison import comparison_table
 from sparse_seg.reporting.tables import Table
 
@@ -18,12 +21,24 @@ def test_readme_table_is_the_result_files():
     assert comparison_table(result["rows"]).to_markdown().strip() in README
 
 
-def test_readme_speed_table_is_the_result_files():
-    result = json.loads((ROOT / "docs/results/bench_r50.json").read_text())
-    assert {"command", "commit", "machine", "date"} <= set(result)
-    rows = [row for row in result["rows"] if row["fast"] or row["engine"] is None]
+@pytest.mark.parametrize("name", ["bench_r50", "bench_r101"])
+def test_readme_speed_tables_are_the_result_files(name: str):
+    rows = [row for row in benchmark_rows(name) if row["fast"] or row["engine"] != "gather"]
+    rows = [row for row in rows if row["engine"] != "spconv"]
     columns = [column for column in COLUMNS if column.key not in ("peak_mib", "layout_share")]
     assert Table(columns, rows).to_markdown().strip() in README
+
+
+@pytest.mark.parametrize("name", ["bench_r50", "bench_r50_train"])
+def test_whole_speed_tables_are_the_result_files(name: str):
+    text = (ROOT / "docs/performance.md").read_text()
+    assert benchmark_table(benchmark_rows(name)).to_markdown().strip() in text
+
+
+def benchmark_rows(name: str) -> list[dict[str, Any]]:
+    result = json.loads((ROOT / f"docs/results/{name}.json").read_text())
+    assert {"command", "commit", "machine", "date"} <= set(result)
+    return result["rows"]
 
 
 def test_linked_files_exist():

@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 
+from sparse_seg.checks import check_classes
 from sparse_seg.cli.arguments import whole_number
 from sparse_seg.cli.options import add_config, add_device, add_network, fraction, output_file, overrides
-from sparse_seg.config import check_classes, load_config
+from sparse_seg.config import load_config
 from sparse_seg.conversion.converted import is_safetensors
 from sparse_seg.conversion.loading import run_config
 from sparse_seg.data import build_dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sparse_seg.config import num_classes
+from sparse_seg.checks import num_classes
 from sparse_seg.conversion.converted import Description, network_tensors, read_converted, read_description
 from sparse_seg.errors import CheckpointError
 from sparse_seg.models.build import build_model

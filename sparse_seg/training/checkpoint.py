@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.config import config_from_dict, num_classes, to_dict
+from sparse_seg.checks import num_classes
+from sparse_seg.config import config_from_dict, to_dict
 from sparse_seg.conversion.converted import is_safetensors
 from sparse_seg.conversion.loading import load_converted
 from sparse_seg.errors import CheckpointError

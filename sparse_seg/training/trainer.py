@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_seg.config import check_training, num_classes, to_yaml
+from sparse_seg.checks import check_training, num_classes
+from sparse_seg.config import to_yaml
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import training_loader
 from sparse_seg.data.transforms import TrainTransform
