@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_seg.checks import check_training, num_classes
+from sparse_seg.checks import check_classes, check_training
 from sparse_seg.config import to_yaml
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import training_loader
@@ -80,7 +80,7 @@ class Trainer:
 
         self.dataset = build_dataset(data.dataset, data.root, "train")
         self.validation = build_dataset(data.dataset, data.root, "val")
-        _check_classes(config, len(self.dataset.classes))
+        check_classes(config)
         self.dataset.check()
         self.validation.check()
 
@@ -317,14 +317,6 @@ class Trainer:
                 if value is not None:
                     self.tensorboard.add_scalar(name, value, self.iteration)
             self.tensorboard.flush()
-
-
-def _check_classes(config: Config, dataset_classes: int) -> None:
-    if num_classes(config) != dataset_classes:
-        raise TrainingError(
-            f"model.num_classes is {config.model.num_classes} but "
-            f"{config.data.dataset} has {dataset_classes} classes"
-        )
 
 
 @torch.no_grad()

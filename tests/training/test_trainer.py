@@ -310,7 +310,7 @@ def test_failed_save_keeps_the_old_checkpoint(tiny, tmp_path, monkeypatch):
 def test_bad_data_is_found_before_the_first_step(tiny, tmp_path):
     with pytest.raises(DataError, match="no synthetic scenes there; make them with"):
         Trainer(load_config(tiny, [f"data.root={tmp_path / 'none'}"]), tmp_path / "run")
-    with pytest.raises(TrainingError, match=r"model\.num_classes is 5 but scenes has 19 classes"):
+    with pytest.raises(ConfigError, match=r"model\.num_classes is 5 but scenes has 19 classes"):
         Trainer(load_config(tiny, ["model.num_classes=5"]), tmp_path / "run")
     with pytest.raises(ConfigError):
         load_config(tiny, ["data.dataset=nothing"])
