@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sparse_seg.reporting.benchmark import COLUMNS, benchmark_table
-from sparse_seg.reporting.comparison import comparison_table
+from sparse_seg.reporting.comparison import comparison_table, fraction_table
 from sparse_seg.reporting.tables import Table
 
 ROOT = Path(__file__).parents[1]
@@ -41,11 +41,20 @@ def benchmark_rows(name: str) -> list[dict[str, Any]]:
     return result["rows"]
 
 
-def test_linked_files_exist():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("exchange", ["linear", "nearest"])
+@pytest.mark.parametrize("key", ["miou", "boundary_miou"])
+def test_mask_tables_are_the_result_file(key: str, exchange: str):
+    result = json.loads((ROOT / "docs/results/camvid_masks.json").read_text())
+    assert {"command", "commits", "machine", "date"} <= set(result)
+    table = fraction_table(result["rows"], key, exchange).to_markdown().strip()
+    assert table in (ROOT / "docs/masks.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/masks.md", "docs/performance.md"])
+def test_linked_files_exist(page: str):
+    path = ROOT / page
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
+        assert (path.parent / link).exists(), link
 
 
 def test_named_tools_exist():
