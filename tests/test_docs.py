@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sparse_seg.reporting.benchmark import COLUMNS, benchmark_table
+from sparse_seg.reporting.benchmark import COLUMNS, benchmark_table, profile_table
 from sparse_seg.reporting.comparison import comparison_table, fraction_table
 from sparse_seg.reporting.tables import Table
 
@@ -33,6 +33,12 @@ def test_readme_speed_tables_are_the_result_files(name: str):
 def test_whole_speed_tables_are_the_result_files(name: str):
     text = (ROOT / "docs/performance.md").read_text()
     assert benchmark_table(benchmark_rows(name)).to_markdown().strip() in text
+
+
+def test_profile_table_is_the_result_file():
+    result = json.loads((ROOT / "docs/results/profile_r50.json").read_text())
+    rows = [row for row in result["profile"] if row["network"] == "selective f=0.1" and "fast" in row["form"]]
+    assert profile_table(rows).to_markdown().strip() in (ROOT / "docs/performance.md").read_text()
 
 
 def benchmark_rows(name: str) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sparse_seg.evaluation.subject import Subject, Way, use_engine
+from sparse_seg.masks import ConfidencePolicy, LearnedPolicy
 from sparse_seg.models.segmentor import SelectiveSegmentor
 
 PREFIX = "sparse_seg:"
@@ -38,19 +39,27 @@ PARTS = ("mask", "layout", "stem", *STAGES, "neck", "densify", "head", "upsample
 def profile_network(subject: Subject, way: Way, repeats: int) -> list[dict[str, Any]]:
     """Milliseconds of a forward (mask, layouts, network) by part and kind: one plain row per part.
 
-    The ways are dense and selective ones of the scope `network`; the profiler itself adds a few percent.
+    The ways are dense and selective ones of the scope `network`; the profiler itself adds a few percent. The
+    mask of a policy that reads the network is given, without a part of its own.
     """
     model, tables = subject.fast_model if way.fast else subject.model, subject.tables(way)
     assert model is not None
     use_engine(model, way.engine)
+    policy = given = None
+    if way.fine_fraction is not None:
+        policy, given = subject.policy(way.fine_fraction), subject.fine_blocks(way.fine_fraction)
+        if isinstance(policy, (ConfidencePolicy, LearnedPolicy)):
+            policy = None
 
     def run() -> None:
-        if way.fine_fraction is None:
+        if given is None:
             with record_function(f"{PREFIX}layout"):
                 layouts = model.dense_layouts(subject.images, way.output_stride)
         else:
-            with record_function(f"{PREFIX}mask"):
-                blocks = subject.fine_blocks(way.fine_fraction)
+            blocks = given
+            if policy is not None:
+                with record_function(f"{PREFIX}mask"):
+                    blocks = policy(subject.images, subject.labels)
             with record_function(f"{PREFIX}layout"):
                 layouts = subject.prepare(blocks, tables)
         with record_function(f"{PREFIX}upsample"):
