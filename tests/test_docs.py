@@ -56,6 +56,13 @@ def test_mask_tables_are_the_result_file(key: str, exchange: str):
     assert table in (ROOT / "docs/masks.md").read_text()
 
 
+def test_table_of_three_strides_is_the_result_file():
+    result = json.loads((ROOT / "docs/results/camvid_strides_4_8_16.json").read_text())
+    assert "model.strides=[4,8,16] model.mask.middle_fraction=0.2" in result["command"]
+    table = comparison_table(result["rows"]).to_markdown().strip()
+    assert table in (ROOT / "docs/masks.md").read_text()
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/masks.md", "docs/performance.md"])
 def test_linked_files_exist(page: str):
     path = ROOT / page
