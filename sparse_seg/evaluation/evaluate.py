@@ -13,7 +13,7 @@ from tqdm import tqdm
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
-from sparse_seg.masks import MaskPolicy
+from sparse_seg.masks import MaskPolicy, block_levels
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import DataConfig
 
@@ -23,7 +23,7 @@ class Evaluation:
     """What a run over a dataset gave: metrics, mean share of fine blocks (None when dense), speed."""
 
     metrics: MetricsResult
-    fine_fraction: float | None
+    fine_fraction: float | None  # share of blocks at the finest stride
     images: int
     seconds: float  # in mask policy and network; loading and metrics not counted
 
@@ -48,7 +48,7 @@ def predict(
     policy: MaskPolicy | None = None,
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Classes int64 `[B, H, W]` and fine blocks bool `[B, h, w]` (None when dense).
+    """Classes int64 `[B, H, W]` and fine blocks `[B, h, w]`, bool or levels (None when dense).
 
     Args:
         output_stride: run dense at this stride; None runs selective.
@@ -97,7 +97,8 @@ def evaluate(
             seconds += time.perf_counter() - start
             metrics.update(classes, label)
             if fine_blocks is not None:
-                fractions.append(fine_blocks.float().mean().item())
+                finest = block_levels(fine_blocks, model.strides) == len(model.strides) - 1
+                fractions.append(finest.float().mean().item())
     finally:
         model.train(was_training)
     fine_fraction = sum(fractions) / len(fractions) if fractions else None

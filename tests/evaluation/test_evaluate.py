@@ -45,6 +45,12 @@ def test_selective_miou_fraction_and_policy(model, dataset):
     assert own.fine_fraction == pytest.approx(round(0.15 * 24) / 24)
 
 
+def test_fine_fraction_of_three_strides_is_that_of_the_finest(dataset):
+    model = build_model({"width": 0.125, "num_classes": 19, "strides": [8, 16, 32]})
+    policy = EdgePolicy(fine_fraction=0.5, middle_fraction=0.5, block=32)
+    assert evaluate(model, dataset, DATA, policy=policy).fine_fraction == 0.5
+
+
 def test_limit_and_mode(model, dataset):
     model.train()
     assert evaluate(model, dataset, DATA, output_stride=16, limit=2).images == 2
