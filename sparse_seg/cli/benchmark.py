@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     subject, notes, rows = Subject(setup), list[str](), list[dict[str, Any]]()
     for scope in [*args.scopes, *(["train"] if args.train else [])]:
         engines = _engines(args, scope, subject, notes)
-        todo = ways(scope, args.fine_fraction, engines, _has_fast(subject), args.policies)
+        todo = ways(scope, args.fine_fraction, engines, fast=True, policies=args.policies)
         if args.peers and scope != "train":
             todo += [Way(scope, "peer", 8, engine=name) for name in PEERS]
         rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
@@ -130,13 +130,9 @@ def _engines(args: argparse.Namespace, scope: str, subject: Subject, notes: list
     return engines
 
 
-def _has_fast(subject: Subject) -> bool:
-    return subject.fast_model is not None
-
-
 def _profiles(args: argparse.Namespace, subject: Subject) -> list[dict[str, Any]]:
     profiles = []
-    candidates = ways("network", args.fine_fraction, ["gather"], _has_fast(subject))
+    candidates = ways("network", args.fine_fraction, ["gather"], fast=True)
     for way in (way for way in candidates if way.kind != "plain"):
         rows = profile_network(subject, way, args.repeats)
         print(f"\nwhere the time goes: {way.name}, {way.form}, ms by part and kind of work")

@@ -17,7 +17,6 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sparse_seg.evaluation.subject import Subject, Way, use_engine
-from sparse_seg.masks import ConfidencePolicy, LearnedPolicy
 from sparse_seg.models.segmentor import SelectiveSegmentor
 
 PREFIX = "sparse_seg:"
@@ -43,13 +42,10 @@ def profile_network(subject: Subject, way: Way, repeats: int) -> list[dict[str, 
     mask of a policy that reads the network is given, without a part of its own.
     """
     model, tables = subject.fast_model if way.fast else subject.model, subject.tables(way)
-    assert model is not None
     use_engine(model, way.engine)
     policy = given = None
     if way.fine_fraction is not None:
         policy, given = subject.policy(way.fine_fraction), subject.fine_blocks(way.fine_fraction)
-        if isinstance(policy, (ConfidencePolicy, LearnedPolicy)):
-            policy = None
 
     def run() -> None:
         if given is None:
@@ -57,7 +53,7 @@ def profile_network(subject: Subject, way: Way, repeats: int) -> list[dict[str, 
                 layouts = model.dense_layouts(subject.images, way.output_stride)
         else:
             blocks = given
-            if policy is not None:
+            if policy is not None and policy.reads == "images":
                 with record_function(f"{PREFIX}mask"):
                     blocks = policy(subject.images, subject.labels)
             with record_function(f"{PREFIX}layout"):

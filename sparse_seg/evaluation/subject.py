@@ -123,10 +123,9 @@ class Subject:
         return copy.deepcopy(self.float_model).to(self.dtype)
 
     @cached_property
-    def fast_model(self) -> SelectiveSegmentor | None:
-        """Its fast form; None where this version has none."""
-        make = getattr(self.model, "for_inference", None)
-        return None if make is None else make()
+    def fast_model(self) -> SelectiveSegmentor:
+        """Its fast form."""
+        return self.model.for_inference()
 
     @cached_property
     def trainee(self) -> SelectiveSegmentor:
@@ -146,9 +145,12 @@ class Subject:
         return build_policy(mask, self.setup.config.model.strides).to(self.device).eval()
 
     def fine_blocks(self, fraction: float) -> Tensor:
-        """The mask by the config's policy on this input."""
+        """The mask by the config's policy on this input; the network runs only for a policy that reads it."""
+        policy = self.policy(fraction)
         with torch.inference_mode():
-            return self.model.segment(self.images, self.labels, self.policy(fraction)).fine_blocks.clone()
+            if policy.reads == "images":
+                return policy(self.images, self.labels).clone()
+            return self.model.segment(self.images, self.labels, policy).fine_blocks.clone()
 
     def layouts(self, way: Way) -> list[SiteLayout]:
         if way.fine_fraction is None:
@@ -213,7 +215,6 @@ class Subject:
     def _our_run(self, way: Way) -> Run:
         """Layouts, tables and (in the scope `network`) the mask are made anew in each run."""
         model = self.fast_model if way.fast else self.model
-        assert model is not None
         policy = fixed = None
         if way.fine_fraction is not None:
             policy = self.policy(way.fine_fraction, way.policy)
