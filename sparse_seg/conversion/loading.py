@@ -10,7 +10,7 @@ from sparse_seg.conversion.converted import Description, network_tensors, read_c
 from sparse_seg.errors import CheckpointError
 from sparse_seg.models.build import build_model
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.weights import load_weights
+from sparse_seg.models.weights import load_weights, part_of
 from sparse_seg.schema import Config, ModelConfig
 
 RUN_SETTINGS = ("mask", "exchange", "engine")  # of the model: how it runs, not what it computes dense
@@ -46,12 +46,7 @@ def load_backbone(path: str | Path) -> SelectiveSegmentor:
     """
     tensors, description = read_converted(path)
     model = build_model(description.config)
-    weights = {
-        name.removeprefix("backbone."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("backbone.")
-    }
-    load_weights(model.backbone, weights, path)
+    load_weights(model.backbone, part_of(tensors, "backbone."), path)
     return model.eval()
 
 

@@ -22,7 +22,7 @@ from sparse_seg.masks import (
     mask_net,
 )
 from sparse_seg.models.heads import HEADS, FCNHead, HeadOptions
-from sparse_seg.models.resnet import STAGE_STRIDES, ResNet
+from sparse_seg.models.resnet import ResNet, first_selective_stage
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import Config, MaskConfig, ModelConfig
 
@@ -55,7 +55,7 @@ def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -
         )
         net = None
         if settings.mask.policy == "learned":
-            dense_stage = sum(stride <= settings.strides[0] for stride in STAGE_STRIDES) - 1
+            dense_stage = first_selective_stage(settings.strides[0]) - 1
             factor = settings.strides[-1] // settings.strides[0]
             net = mask_net(backbone.stage_channels[dense_stage], factor)
         policy = build_policy(settings.mask, settings.strides, net)
@@ -112,12 +112,10 @@ def build_policy(
     """
     if mask.policy == "learned" and net is None:
         raise ConfigError("this network has no learned mask: train one (see configs/camvid_mask.yaml)")
-    kind = "fraction" if mask.threshold is None else "threshold"
-    cut: dict[str, Any] = {"fine_fraction": mask.fine_fraction} if kind == "fraction" else {}
-    if kind == "threshold":
-        cut = {"threshold": mask.threshold}
-    if len(strides) == 3:
-        cut[f"middle_{kind}"] = getattr(mask, f"middle_{kind}")
+    fine, middle = "threshold", "middle_threshold"
+    if mask.threshold is None:
+        fine, middle = "fine_fraction", "middle_fraction"
+    cut = {name: getattr(mask, name) for name in ((fine, middle) if len(strides) == 3 else (fine,))}
     own: dict[str, dict[str, Any]] = {"random": {"seed": mask.seed}, "edge": {"rule": mask.edge}}
     own["confidence"] = {name: getattr(mask, name) for name in ("uncertainty", "reduce", "neighbours")}
     if mask.stored_dtype is not None:

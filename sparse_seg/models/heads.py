@@ -8,21 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.models.aspp import ASPP, mean_by_area
+from sparse_seg.models.aspp import ASPP
 from sparse_seg.models.upsample import upsample_logits
 from sparse_seg.sparse import SiteLayout, densify
-
-__all__ = [
-    "HEADS",
-    "LOW_LEVEL_STRIDE",
-    "POOLING_HEADS",
-    "DeepLabV3Head",
-    "DeepLabV3PlusHead",
-    "FCNHead",
-    "HeadOptions",
-    "LiteHead",
-    "mean_by_area",
-]
 
 FINEST_DENSE_STRIDE = 8  # of dense networks, in px
 LOW_LEVEL_STRIDE = 4  # of layer1, whose grid `deeplabv3plus` reads and writes
@@ -81,7 +69,26 @@ def at_dense_spacing(module: nn.Module, grid: Tensor, stride: int) -> Tensor:
     return out
 
 
-class LiteHead(nn.Module):
+class RowHead(nn.Module):
+    """A head in two parts: `neck` on rows, `decode` on the grid that densify makes of them."""
+
+    refine: nn.Sequential
+    classifier: nn.Conv2d
+
+    def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
+        """Rows `[layout.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
+        return self.decode(densify(self.neck(rows, layout), layout), layout.stride)
+
+    def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
+        """What runs on rows, `[layout.num_run, in_channels]` to `[layout.num_sites, channels]`."""
+        raise NotImplementedError
+
+    def decode(self, grid: Tensor, stride: int) -> Tensor:
+        """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
+        return self.classifier(at_dense_spacing(self.refine, grid, stride))
+
+
+class LiteHead(RowHead):
     """1x1 reduction on rows, densify, depthwise 3x3 and 1x1, classifier.
 
     Args:
@@ -89,13 +96,7 @@ class LiteHead(nn.Module):
         dropout: share of whole channels dropped before the classifier in training.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        num_classes: int,
-        dropout: float = 0.1,
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__()
         self.reduce = nn.Sequential(
             nn.Linear(in_channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)
@@ -110,20 +111,11 @@ class LiteHead(nn.Module):
         )
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
-    def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[layout.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        return self.decode(densify(self.neck(rows, layout), layout), layout.stride)
-
     def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """What runs on rows, `[layout.num_run, in_channels]` to `[layout.num_sites, channels]`."""
         return layout.complete(self.reduce(rows), layout, self)
 
-    def decode(self, grid: Tensor, stride: int) -> Tensor:
-        """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
-        return self.classifier(at_dense_spacing(self.refine, grid, stride))
 
-
-class DeepLabV3Head(nn.Module):
+class DeepLabV3Head(RowHead):
     """ASPP on rows, densify, dense 3x3, classifier (torchvision's DeepLabHead).
 
     Args:
@@ -136,17 +128,8 @@ class DeepLabV3Head(nn.Module):
         self.refine = _refine(options, self.aspp, channels)
         self.classifier = nn.Conv2d(channels, options.num_classes, 1)
 
-    def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[layout.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        return self.decode(densify(self.neck(rows, layout), layout), layout.stride)
-
     def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """What runs on rows, `[layout.num_run, in_channels]` to `[layout.num_sites, channels]`."""
         return self.aspp(rows, layout)
-
-    def decode(self, grid: Tensor, stride: int) -> Tensor:
-        """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
-        return self.classifier(at_dense_spacing(self.refine, grid, stride))
 
 
 class DeepLabV3PlusHead(nn.Module):
@@ -206,33 +189,20 @@ def _refine(options: HeadOptions, aspp: ASPP, channels: int) -> nn.Sequential:
     return _conv_bn_relu(aspp.out_channels, channels, options.separable)
 
 
-class FCNHead(nn.Module):
+class FCNHead(RowHead):
     """Densify, dense 3x3, classifier (Long et al., CVPR 2015); in training also on layer3."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        num_classes: int,
-        dropout: float = 0.1,
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__()
         self.refine = _conv_bn_relu(in_channels, channels)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
-    def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[layout.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        return self.decode(densify(self.neck(rows, layout), layout), layout.stride)
-
     def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[layout.num_run, in_channels]` to `[layout.num_sites, in_channels]`."""
         return layout.complete(rows, layout, self)
 
     def decode(self, grid: Tensor, stride: int) -> Tensor:
-        """What runs on the densified grid, `[B, in_channels, H, W]` to `[B, K, H, W]`."""
-        refined = at_dense_spacing(self.refine, grid, stride)
-        return self.classifier(self.dropout(refined))
+        return self.classifier(self.dropout(at_dense_spacing(self.refine, grid, stride)))
 
 
 def _conv_bn_relu(in_channels: int, channels: int, separable: str = "none") -> nn.Sequential:

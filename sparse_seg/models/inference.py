@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from sparse_seg.models.aspp import ASPP, SelectiveSeparableConv2d, beside, mean_by_area
 from sparse_seg.models.fused import FusedConv, FusedLayer, FusedLinear, fold_norm
 from sparse_seg.models.heads import DeepLabV3Head, DeepLabV3PlusHead, FCNHead, LiteHead
+from sparse_seg.models.plain import channels_last
 from sparse_seg.models.resnet import BasicBlock, Bottleneck, ResNet, Stage
 from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
 from sparse_seg.models.tuning import Tuner
 from sparse_seg.sparse import SiteLayout, grid_to_rows, select_rows
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def for_inference(model: SelectiveSegmentor) -> SelectiveSegmentor:
@@ -213,11 +212,7 @@ def _fuse_sequence(modules: nn.Module) -> nn.Sequential:
             fused.append(fuse_conv_bn_eval(conv, module))
         elif not isinstance(module, nn.Dropout2d):
             fused.append(copy.deepcopy(module))
-    return _channels_last(nn.Sequential(*fused))
-
-
-def _channels_last(module: Module) -> Module:
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return channels_last(nn.Sequential(*fused))
 
 
 _FUSED_HEADS: dict[type[nn.Module], Any] = {

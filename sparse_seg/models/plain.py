@@ -44,19 +44,16 @@ class PlainSegmentor(nn.Module):
     def __init__(self, model: SelectiveSegmentor, output_stride: int) -> None:
         super().__init__()
         self.output_stride, self.trained_stride = output_stride, model.trained_stride
-        self.stem, self.stages = plain_stem(model.backbone), plain_stages(model.backbone, output_stride)
+        stages, blocks = plain_stages(model.backbone, output_stride), len(model.backbone.layer1)
+        self.stem = plain_stem(model.backbone)
+        self.stages = nn.Sequential(stages[:blocks], stages[blocks:])  # layer1, whose grid a skip may read
         self.head, self.align_corners = _head(model.head, output_stride), model.align_corners
-        self.low_level_blocks = len(model.backbone.layer1)
 
     def forward(self, images: Tensor) -> Tensor:
         """`[B, 3, H, W]` to logits `[B, K, H, W]`."""
-        low_level = self.stem(images.contiguous(memory_format=torch.channels_last))
-        blocks = list(self.stages)
-        for block in blocks[: self.low_level_blocks]:
-            low_level = block(low_level)
-        grid = low_level
-        for block in blocks[self.low_level_blocks :]:
-            grid = block(grid)
+        layer1, later = self.stages
+        low_level = layer1(self.stem(images.contiguous(memory_format=torch.channels_last)))
+        grid = later(low_level)
         if isinstance(self.head, PlainDeepLabV3Plus):
             logits, strides = self.head(grid, low_level), (LOW_LEVEL_STRIDE, LOW_LEVEL_STRIDE)
         else:

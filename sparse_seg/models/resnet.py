@@ -22,6 +22,11 @@ STEMS = ("conv7", "deep")  # one 7x7 convolution, or three 3x3 (ResNet-C and -D;
 SHORTCUTS = ("conv", "avg_pool")  # strided 1x1, or a 2x2 mean and a 1x1 (ResNet-D)
 
 
+def first_selective_stage(finest_stride: int) -> int:
+    """Index of the first stage whose stride a mask decides, down to `finest_stride` px."""
+    return sum(stride <= finest_stride for stride in STAGE_STRIDES)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions. The second always has the stage's natural spacing (design.md, section 2).
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparse_seg.masks import ConfidencePolicy, LearnedPolicy, MaskPolicy, block_shape
 from sparse_seg.models.heads import LOW_LEVEL_STRIDE
 from sparse_seg.models.refinement import Refinement, refine
-from sparse_seg.models.resnet import STAGE_STRIDES, ResNet
+from sparse_seg.models.resnet import STAGE_STRIDES, ResNet, first_selective_stage
 from sparse_seg.models.upsample import upsample_logits
 from sparse_seg.sparse import SiteLayout, rows_to_grid
 
@@ -176,7 +176,7 @@ class SelectiveSegmentor(nn.Module):
     @property
     def first_selective(self) -> int:
         """Index of the first stage whose stride the mask decides."""
-        return sum(stride <= self.strides[0] for stride in STAGE_STRIDES)
+        return first_selective_stage(self.strides[0])
 
     def mask_features(self, features: Sequence[Tensor], layouts: Sequence[SiteLayout]) -> Tensor:
         """What the learned policy reads, `[B, C, h, w]`: the output of the last stage before the mask."""

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from sparse_seg.errors import CheckpointError
 
 
+def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Copy a state dict into `model`; every name and shape must fit.
 

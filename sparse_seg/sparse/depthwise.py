@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from sparse_seg.sparse.engines import gather
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid
 from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
-from sparse_seg.sparse.neighbours import TAPS, NeighbourTable
+from sparse_seg.sparse.neighbours import TAPS
 
 WINDOW = (4, 5, 7, 8)  # taps of a 3x3 kernel that a 2x2 window reads: its own place, right, below, diagonal
 
@@ -75,7 +75,7 @@ class SelectiveAvgPool2d(nn.Module):
             if dst.num_extra == 0:
                 return lattice
         table = src.neighbours(dst, self.spacing, self.exchange)
-        values, window = neighbour_values(rows, table), table.index[:, list(WINDOW)]
+        values, window = gather.neighbour_values(rows, table), table.index[:, list(WINDOW)]
         count = (window < values.shape[0] - 1).sum(1, keepdim=True)  # the last value is the zero outside
         return torch.cat((lattice, values[window].sum(1) / count))
 
@@ -121,13 +121,8 @@ def depthwise_conv2d(
         if dst.num_extra == 0:
             return lattice
     table = src.neighbours(dst, spacing, exchange)
-    values = neighbour_values(rows, table)
+    values = gather.neighbour_values(rows, table)
     return torch.cat((lattice, _WeightedSum.apply(values, table.index, weight.flatten(1).t())))
-
-
-def neighbour_values(rows: Tensor, table: NeighbourTable) -> Tensor:
-    """`[N + G + 1, C]`: what the table's index reads, rows, ghosts and zero; differentiable."""
-    return torch.cat((rows, gather.ghost_rows(rows, table), rows.new_zeros(1, rows.shape[1])))
 
 
 class _WeightedSum(torch.autograd.Function):

@@ -14,8 +14,9 @@ from sparse_seg.conversion import convert, is_converted, read_converted
 from sparse_seg.conversion.converted import network_tensors
 from sparse_seg.errors import CheckpointError
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.weights import load_weights
+from sparse_seg.models.weights import load_weights, part_of
 from sparse_seg.schema import ModelConfig
+from sparse_seg.training.checkpoint import FORMAT
 
 # settings of the backbone that its tensors' shapes do not tell
 SAME = ("shortcut", "bn_eps")
@@ -42,11 +43,11 @@ def load_pretrained(model: SelectiveSegmentor, settings: ModelConfig, path: str 
                 f"use --set model.{key}={getattr(own, key)}"
             )
     try:
-        load_weights(model.backbone, _part(weights, "backbone."), path)
+        load_weights(model.backbone, part_of(weights, "backbone."), path)
     except CheckpointError as error:
         found = " ".join(f"model.{key}={getattr(own, key)}" for key in ("backbone", "width", "stem"))
         raise CheckpointError(f"{error} (it has {found})") from None
-    head, wanted = _part(weights, "head."), model.head.state_dict()
+    head, wanted = part_of(weights, "head."), model.head.state_dict()
     shapes = {name: tensor.shape for name, tensor in head.items()}
     same = own.head == settings.head and shapes == {name: tensor.shape for name, tensor in wanted.items()}
     if same:
@@ -70,14 +71,8 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], ModelConfig, str]:
 
 
 def _own_checkpoint(path: Path) -> dict | None:
-    from sparse_seg.training.checkpoint import FORMAT
-
     try:
         content = torch.load(path, "cpu", weights_only=True, mmap=True)
     except Exception:  # `convert` says what is wrong
         return None
     return content if isinstance(content, dict) and content.get("format") == FORMAT else None
-
-
-def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -101,22 +101,13 @@ def ghost_rows(rows: Tensor, table: NeighbourTable) -> Tensor:
     """`[G, I]`: the value of each ghost; differentiable."""
     if not table.num_ghosts:
         return rows.new_zeros(0, rows.shape[1])
-    return _ghost_sums(rows, table) / table.ghosts.shape[1]
-
-
-def _ghost_sums(rows: Tensor, table: NeighbourTable) -> Tensor:
     # 2 to 4 times faster than indexing and adding
-    return F.embedding_bag(table.ghosts, rows, mode="sum")
+    return F.embedding_bag(table.ghosts, rows, mode="sum").div_(table.ghosts.shape[1])
 
 
-def _with_ghosts(rows: Tensor, table: NeighbourTable) -> Tensor:
-    """`[N + G + 1, I]`: what the table's index reads, rows, ghosts and zero. Not differentiable."""
-    source = rows.new_empty(table.num_rows + table.num_ghosts + 1, rows.shape[1])
-    source[: table.num_rows] = rows
-    if table.num_ghosts:
-        torch.div(_ghost_sums(rows, table), table.ghosts.shape[1], out=source[table.num_rows : -1])
-    source[-1] = 0
-    return source
+def neighbour_values(rows: Tensor, table: NeighbourTable) -> Tensor:
+    """`[N + G + 1, I]`: what the table's index reads, rows, ghosts and zero; differentiable."""
+    return torch.cat((rows, ghost_rows(rows, table), rows.new_zeros(1, rows.shape[1])))
 
 
 class _Tiles:
@@ -151,7 +142,7 @@ def multiply_neighbours(
     """The extra sites' outputs `[M, O]`, written to `out`; without autograd."""
     if not table.groups:
         return
-    source = _with_ghosts(rows, table)
+    source = neighbour_values(rows, table)
     tiles = _Tiles(source, table)
     for group in table.groups:
         (columns, first), *rest = group.weight_blocks(weight)
@@ -217,7 +208,7 @@ class _SelectiveConv2d(torch.autograd.Function):
 
 def add_weight_grad(grad_weight: Tensor, grad: Tensor, rows: Tensor, table: NeighbourTable) -> Tensor:
     """The weight's gradient plus what the extra sites contribute."""
-    source = _with_ghosts(rows, table)
+    source = neighbour_values(rows, table)
     tiles = _Tiles(source, table)
     # half precision would lose small addends over many tiles: it sums in float32
     total = grad_weight.to(torch.promote_types(grad_weight.dtype, torch.float32))
