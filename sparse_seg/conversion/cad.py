@@ -3,19 +3,21 @@
 Dense ones are VainF's, and fcn. Edge-mask ones (`ap`, `batch_ap`) have 1-D convolutions where the mask
 decides: 1x1 as `[O, I, 1]`, 3x3 as `[O, I, 9, 1]`. Learned-mask ones (`ad`) hold layer3 and layer4 twice,
 `*_low_res` and `*_high_res`, with shared weights but batch statistics of their own; CAD's evaluation runs
-both resolutions with the low-resolution ones, and so do we.
+both resolutions with the low-resolution ones, and so do we. Their mask net is kept for policy `learned`.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sparse_seg.conversion import vainf
 from sparse_seg.conversion.backbone import find_backbone
 from sparse_seg.conversion.plan import CLASSIFIER, Options, Plan, Tensors, assumed_stride, output_channels
 from sparse_seg.errors import CheckpointError
 
-MASK_NET = "backbone.mask_estimator."
+MASK_NET, KEPT_MASK_NET = "backbone.mask_estimator.", "mask_net."  # CAD's prefix and ours
+LOGITS = "7."  # its last convolution
 
 
 def detect(tensors: Tensors) -> bool:
@@ -45,10 +47,23 @@ def plan(tensors: Tensors, options: Options) -> Plan:
     kind = "_ad" if learned else "_ap" if "backbone.layer4.0.conv2.conv.weight" in tensors else ""
     result.arch = f"{name}{kind}_{backbone.name}"
     result.dropped = {"backbone.fc.": CLASSIFIER}
-    result.kept = {MASK_NET: "mask_net."}
+    result.kept = {MASK_NET: KEPT_MASK_NET}
     if learned:
         _drop_high_resolution(result, tensors)
     return result
+
+
+def score_weights(tensors: Tensors) -> dict[str, Tensor]:
+    """The mask net's tensors, by CAD's names without their prefix, for `cad_mask_net`.
+
+    Of CAD's two logits the first is for the fine resolution, the second for the coarse one. A block's score
+    is their difference, so the last convolution's two filters become one. CAD draws a block's resolution from
+    its logits (Gumbel-softmax), even in evaluation; a score above 0 says that fine is the likelier.
+    """
+    return {
+        name: tensor[:1] - tensor[1:] if name.startswith(LOGITS) else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _stage_name(name: str, stages: dict[str, str]) -> str:

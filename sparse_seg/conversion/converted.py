@@ -133,5 +133,5 @@ def _description(path: str | Path, metadata: Mapping[str, str]) -> Description:
 
 
 def network_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the network, without what is only kept for the way back or for later."""
+    """Those of the network, without what is only kept for the way back or for policy `learned`."""
     return {name: tensor for name, tensor in tensors.items() if name.startswith(("backbone.", "head."))}

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from sparse_seg.checks import num_classes
+from sparse_seg.conversion import cad
 from sparse_seg.conversion.converted import Description, network_tensors, read_converted, read_description
 from sparse_seg.errors import CheckpointError
+from sparse_seg.masks import cad_mask_net
 from sparse_seg.models.build import build_model
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import load_weights, part_of
@@ -17,15 +22,16 @@ RUN_SETTINGS = ("mask", "exchange", "engine")  # of the model: how it runs, not 
 
 
 def load_converted(path: str | Path, config: Config | None = None) -> SelectiveSegmentor:
-    """The network of a converted file, in eval mode.
+    """The network of a converted file, in eval mode. Policy `learned` runs the mask net that is in the file.
 
     Args:
         config: gives mask, exchange, engine and, for the check of classes, the dataset; what the network is
             stands in the file.
 
     Raises:
-        CheckpointError: missing, truncated or foreign file, a backbone without a head, or a class count that
-            is not the config's.
+        CheckpointError: missing, truncated or foreign file, a backbone without a head, a class count that is
+            not the config's, or no mask net for policy `learned`.
+        ConfigError: a mask net that does not fit the strides.
     """
     tensors, description = read_converted(path)
     settings = _settings(description, config, path)
@@ -33,8 +39,11 @@ def load_converted(path: str | Path, config: Config | None = None) -> SelectiveS
         raise CheckpointError(
             f"{path} holds a backbone without a head; train one from it: --set model.pretrained={path}"
         )
-    model = build_model(settings)
-    load_weights(model, network_tensors(tensors), path)
+    weights = network_tensors(tensors)
+    if settings.mask.policy == "learned":
+        weights |= _policy_weights(tensors, path)
+    model = build_model(settings, cad_mask_net)  # no other source has a mask net
+    load_weights(model, weights, path)
     return model.eval()
 
 
@@ -58,6 +67,16 @@ def run_config(path: str | Path, config: Config) -> Config:
     """
     description = read_description(path)
     return dataclasses.replace(config, model=_settings(description, config, path))
+
+
+def _policy_weights(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    net = part_of(tensors, cad.KEPT_MASK_NET)
+    if not net:
+        raise CheckpointError(
+            f"{path} holds no learned mask: train one with model.pretrained={path} (see "
+            "configs/camvid_mask.yaml), or choose another model.mask.policy"
+        )
+    return {f"policy.net.{name}": tensor for name, tensor in cad.score_weights(net).items()}
 
 
 def _settings(description: Description, config: Config | None, path: str | Path) -> ModelConfig:

@@ -31,7 +31,7 @@ class Plan:
         rolls: our tensors whose channels the source has in another order: (axis, how many of the source's
             first channels stand last in ours). Axes are those of the source's tensor.
         dropped: prefix of the source's names to the reason why the network needs no such tensors.
-        kept: prefix of the source's names to our prefix, for tensors that are kept but not used yet.
+        kept: prefix of the source's names to our prefix, for tensors that not every policy needs.
         aliases: the source's name to another of its names, which has the very same values.
         assumed: what the tensors cannot tell and what was taken for it, one line each.
         notes: further lines for the report.

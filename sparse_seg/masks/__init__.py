@@ -3,7 +3,7 @@
 from sparse_seg.masks.base import BLOCK, MaskPolicy, block_levels, block_shape, blur_scores, top_blocks
 from sparse_seg.masks.confidence import REDUCTIONS, UNCERTAINTIES, ConfidencePolicy
 from sparse_seg.masks.edge import RULES, EdgePolicy, cad_edges, gradient_magnitude
-from sparse_seg.masks.learned import LearnedPolicy, mask_net, straight_through
+from sparse_seg.masks.learned import LearnedPolicy, cad_mask_net, mask_net, straight_through
 from sparse_seg.masks.oracle import OraclePolicy, block_mean, label_boundary
 from sparse_seg.masks.random import RandomPolicy
 from sparse_seg.masks.uniform import UniformPolicy
@@ -35,6 +35,7 @@ __all__ = [
     "block_shape",
     "blur_scores",
     "cad_edges",
+    "cad_mask_net",
     "gradient_magnitude",
     "label_boundary",
     "mask_net",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparse_seg.masks.base import MaskPolicy
 
 HIDDEN = 32  # channels; with 512 features at stride 8 under 0.4 % of a coarse DeepLabV3-ResNet-50
+CAD_HIDDEN = (128, 64, 64)  # channels of CAD's
 
 
 class LearnedPolicy(MaskPolicy):
@@ -21,8 +22,7 @@ class LearnedPolicy(MaskPolicy):
 
     Args:
         net: features `[B, C, h, w]` at the finest stride to scores `[B, 1, ceil(H/block), ceil(W/block)]`.
-            `mask_net` makes the default; any other fits, so CAD's estimator too: its two logits (fine,
-            coarse) become one score as the difference of its last convolution's two filters.
+            `mask_net` makes the default, `cad_mask_net` CAD's; any other fits.
     """
 
     reads = "features"
@@ -57,6 +57,31 @@ def mask_net(channels: int, factor: int, hidden: int = HIDDEN) -> nn.Sequential:
         channels = hidden
     layers += [nn.Conv2d(hidden, hidden, 3, 1, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(hidden, 1, 1))
+
+
+def cad_mask_net(channels: int, factor: int) -> nn.Sequential:
+    """The mask net of CAD (Hesse et al., CVPRW 2023, code visinf/cad): 3x3 convolutions without norms.
+
+    Its modules have CAD's names; `conversion/cad.py` makes one score of CAD's two logits. It reads layer2 and
+    halves its grid, so its blocks are ours with strides 8 and 16. CAD pools whole 2x2 windows and runs even
+    grids only; here a window at the border may be cut.
+
+    Raises:
+        ValueError: blocks other than two cells wide.
+    """
+    if factor != 2:
+        raise ValueError(f"CAD's mask net scores blocks two cells wide, not {factor}: use strides [8, 16]")
+    first, second, third = CAD_HIDDEN
+    return nn.Sequential(
+        nn.Conv2d(channels, first, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.Conv2d(second, third, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(third, 1, 3, padding=1),
+    )
 
 
 def straight_through(scores: Tensor) -> Tensor:

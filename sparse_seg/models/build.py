@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,17 @@ from sparse_seg.schema import Config, MaskConfig, ModelConfig
 DEFAULT_NUM_CLASSES = 19  # Cityscapes
 
 
-def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -> SelectiveSegmentor:
+def build_model(
+    config: str | Path | Mapping[str, Any] | Config | ModelConfig,
+    learned_net: Callable[[int, int], nn.Module] = mask_net,
+) -> SelectiveSegmentor:
     """Build a network with fresh weights.
 
     Args:
         config: path of a YAML config, or a plain dict of model settings such as
             `{"backbone": "resnet50", "head": "lite", "num_classes": 19}`, with defaults for the rest.
+        learned_net: makes the learned policy's net, of the channels that it reads and of how many cells a
+            block is wide.
 
     Raises:
         ConfigError: unknown key, wrong type or impossible value, naming the key.
@@ -57,7 +62,7 @@ def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -
         if settings.mask.policy == "learned":
             dense_stage = first_selective_stage(settings.strides[0]) - 1
             factor = settings.strides[-1] // settings.strides[0]
-            net = mask_net(backbone.stage_channels[dense_stage], factor)
+            net = learned_net(backbone.stage_channels[dense_stage], factor)
         policy = build_policy(settings.mask, settings.strides, net)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None

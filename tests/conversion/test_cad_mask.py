@@ -1,0 +1,119 @@
+"""Policy `learned` runs the mask net of a converted learned-mask network of CAD."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_seg import load_model
+from sparse_seg.config import load_config
+from sparse_seg.conversion import convert
+from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.masks import LearnedPolicy
+from sparse_seg.models.build import policy_for
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.schema import MaskConfig
+from tests.conversion.cases import network_of, state_of
+from tests.reference import relative_error
+
+NAME = "cad learned mask"
+SIZES = [(64, 96), (67, 93), (33, 48)]
+MASK_NET = "backbone.mask_estimator."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cad_mask")
+    (root / "data.yaml").write_text(f"data: {{root: {root}}}")
+    mask_net = {name: tensor for name, tensor in state_of(NAME).items() if name.startswith(MASK_NET)}
+    write(root, "net", state_of(NAME))
+    write(root, "edge", state_of("cad edge mask"))
+    write(root, "v2", state_of("cad edge mask") | mask_net)  # CAD's ad_v2, whose late stages are 1-D
+    write(root, "three", state_of(NAME), strides=[8, 16, 32])
+    less = {name: tensor for name, tensor in state_of(NAME).items() if name != f"{MASK_NET}5.bias"}
+    write(root, "less", less)
+    return root
+
+
+def write(root, name: str, state: dict[str, Tensor], **overrides: object) -> None:
+    torch.save({"model_state": state}, root / f"{name}.pth")
+    convert(root / f"{name}.pth", overrides=overrides).write(root / f"{name}.safetensors")
+
+
+def learned(folder, *settings: str, name: str = "net") -> SelectiveSegmentor:
+    config = load_config(folder / "data.yaml", ["model.mask.policy=learned", *settings])
+    return load_model(folder / f"{name}.safetensors", config).double()
+
+
+def images_of(size: tuple[int, int]) -> Tensor:
+    return torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def cad_logits(images: Tensor) -> Tensor:
+    """CAD's two logits per block, first that of the fine resolution, in plain PyTorch."""
+    state = {name: tensor.double() for name, tensor in state_of(NAME).items()}
+    x = copy.deepcopy(network_of(NAME)).double().backbone(images)[1]
+    for index in (0, 2, 5, 7):
+        if index == 5:  # the largest of 2x2, of fewer at an odd border
+            x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), value=-torch.inf)
+            x = x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).amax(4)
+        x = F.conv2d(x, state[f"{MASK_NET}{index}.weight"], state[f"{MASK_NET}{index}.bias"], padding=1)
+        x = x if index == 7 else x.relu()
+    return x
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", ["net", "v2"])
+@torch.no_grad()
+def test_scores(name, size, folder):
+    model, images, logits = learned(folder, name=name), images_of(size), cad_logits(images_of(size))
+    assert isinstance(model.policy, LearnedPolicy)
+    layouts = model.dense_layouts(images, 8)
+    scores = model.policy.feature_scores(model.mask_features(model.backbone(images, layouts), layouts))
+    assert scores.shape == (2, -(-size[0] // 16), -(-size[1] // 16))
+    assert relative_error(scores, logits[:, 0] - logits[:, 1]) < 1e-6  # cut in float32
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.no_grad()
+def test_the_mask_that_the_model_runs_with(size, folder):
+    """With threshold 0 the likelier resolution of each block, with a fraction those of the highest scores."""
+    images, logits = images_of(size), cad_logits(images_of(size))
+    scores = logits[:, 0] - logits[:, 1]
+    kth = scores.flatten(1).sort(descending=True).values[:, round(0.25 * scores[0].numel()) - 1]
+    masks = {
+        "model.mask.threshold=0": logits.argmax(1) == 0,
+        "model.mask.fine_fraction=0.25": scores >= kth.view(2, 1, 1),
+    }
+    for setting, mask in masks.items():
+        assert mask.any()
+        assert not mask.all()
+        model = learned(folder, setting)
+        found = model.segment(images)
+        assert torch.equal(found.fine_blocks, mask)
+        assert relative_error(model(images), model(images, mask)) < 1e-12
+        assert torch.equal(model.segment(images).fine_blocks, mask), "deterministic in eval"
+        fast = model.for_inference()
+        assert torch.equal(fast.segment(images).fine_blocks, mask)
+        assert relative_error(fast(images), found.outputs.logits) < 1e-9
+
+
+def test_the_net_serves_other_cuts(folder):
+    model = learned(folder)
+    policy = policy_for(model, MaskConfig(threshold=1.0), "learned")
+    assert isinstance(policy, LearnedPolicy)
+    assert policy.net is model.policy.net
+    config = load_config(folder / "data.yaml", ["model.mask.policy=edge"])
+    assert not isinstance(load_model(folder / "net.safetensors", config).policy, LearnedPolicy)
+
+
+def test_files_that_have_no_such_net(folder):
+    with pytest.raises(CheckpointError, match=r"edge\.safetensors holds no learned mask: train one with"):
+        learned(folder, name="edge")
+    with pytest.raises(CheckpointError, match=r"less\.safetensors does not fit .*policy\.net\.5\.bias is"):
+        learned(folder, name="less")
+    with pytest.raises(ConfigError, match=r"blocks two cells wide, not 4: use strides \[8, 16\]"):
+        learned(folder, name="three")
