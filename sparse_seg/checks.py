@@ -95,6 +95,16 @@ _LOSS_BOUNDS = {
     "ohem_threshold": "(0, 1)",
     "ohem_min_kept": "[0, 1]",
     "auxiliary_weight": "[0, inf)",
+    "boundary_weight": "[0, inf)",
+    "boundary_width": "[1, inf)",
+    "fine_weight": "[0, inf)",
+    "coarse_weight": "[0, inf)",
+}
+_DISTILL_BOUNDS = {
+    "logits_weight": "[0, inf)",
+    "temperature": "(0, inf)",
+    "features_weight": "[0, inf)",
+    "fine_weight": "[0, inf)",
 }
 
 
@@ -122,6 +132,7 @@ def check_config(config: Config) -> None:
     _check_bounds(config.data, "data", _DATA_BOUNDS)
     _check_bounds(config.train, "train", _TRAIN_BOUNDS)
     _check_bounds(config.train.loss, "train.loss", _LOSS_BOUNDS)
+    _check_bounds(config.train.distill, "train.distill", _DISTILL_BOUNDS)
     low_high = len(data.scale_range) == 2 and 0 < data.scale_range[0] <= data.scale_range[1]
     _require(low_high, "data.scale_range must be [low, high] with 0 < low <= high")
     _require(len(data.mean) == len(data.std) == 3, "data.mean and data.std need three numbers each")
@@ -137,6 +148,11 @@ def check_config(config: Config) -> None:
     )
     both = train.loss.class_weights is not None and train.loss.ohem_threshold is not None
     _require(not both, "train.loss: choose either class_weights or ohem_threshold")
+    emphasis = train.loss.boundary_weight > 0 or train.loss.fine_weight > 0
+    _require(
+        not (emphasis and train.loss.ohem_threshold is not None),
+        "train.loss: boundary_weight and fine_weight weight all pixels, ohem_threshold picks some; choose one",
+    )
     weights = train.loss.class_weights
     if weights is not None:
         count = num_classes(config)
@@ -161,6 +177,17 @@ def check_training(config: Config) -> None:
     _require(
         learned or not train.freeze,
         "train.freeze leaves nothing to train but a learned mask: set model.mask.policy=learned",
+    )
+    distilled, coarse = train.distill.teacher is not None, train.loss.coarse_weight > 0
+    _require(
+        not (learned and (distilled or coarse or train.loss.fine_weight > 0)),
+        "a learned mask is trained without train.distill, train.loss.coarse_weight and train.loss.fine_weight: "
+        "train the network first, then the mask with train.init and train.freeze",
+    )
+    _require(
+        config.model.head != "deeplabv3plus" or not (distilled or coarse),
+        "model.head=deeplabv3plus has no rows before densify for train.distill and train.loss.coarse_weight; "
+        "choose another head",
     )
     if learned and supervised:
         _require(train.freeze, "train.mask_loss=supervised trains the mask alone: set train.freeze=true")

@@ -71,6 +71,20 @@ class LossConfig:
     ohem_threshold: float | None = None  # keep pixels whose true class has a probability below it
     ohem_min_kept: float = 0.1  # but never fewer than this share of pixels
     auxiliary_weight: float = 0.4
+    boundary_weight: float = 0.0  # added weight of pixels near label boundaries; 1 counts them twice
+    boundary_width: int = 3  # how near, px
+    fine_weight: float = 0.0  # added weight of pixels in blocks that the mask makes fine
+    coarse_weight: float = 0.0  # weight of the loss of the coarse lattice's own logits
+
+
+@dataclasses.dataclass
+class DistillConfig:
+    teacher: str | None = None  # checkpoint of a network trained before; null: no distillation
+    cache: str | None = None  # folder to keep the teacher's outputs in, by image; null: run it each time
+    logits_weight: float = 1.0  # of the divergence from the teacher's class probabilities
+    temperature: float = 2.0  # both networks' logits are divided by it
+    features_weight: float = 1.0  # of the difference in which sites are alike
+    fine_weight: float = 1.0  # added weight of sites in blocks that the mask makes fine
 
 
 @dataclasses.dataclass
@@ -90,6 +104,7 @@ class TrainConfig:
     warmup_iterations: int = 0
     poly_power: float = 0.9
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     amp: bool = False
     amp_dtype: str = "bfloat16"  # bfloat16 | float16
     clip_grad_norm: float | None = None

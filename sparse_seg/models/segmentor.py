@@ -96,7 +96,7 @@ class SelectiveSegmentor(nn.Module):
             return Segmentation(Outputs(run.logits(), None), fine_blocks)
         if isinstance(policy, LearnedPolicy):
             return self._segment_by_features(images, policy)
-        fine_blocks = self._choose(images, labels, policy)
+        fine_blocks = self.choose(images, labels, policy)
         return Segmentation(self.outputs(images, self.selective_layouts(images, fine_blocks)), fine_blocks)
 
     def refine(
@@ -138,14 +138,18 @@ class SelectiveSegmentor(nn.Module):
     def outputs(self, images: Tensor, layouts: list[SiteLayout]) -> Outputs:
         """Run on the four stages' layouts, as `selective_layouts` or `dense_layouts` give them."""
         with self.precision(images):
-            return self._outputs(images, self.backbone(images, layouts), layouts)
+            features = self.backbone(images, layouts)
+            return self.finish(images, features, layouts, self.grid_logits(features, layouts))
 
-    def _outputs(self, images: Tensor, features: Sequence[Tensor], layouts: list[SiteLayout]) -> Outputs:
+    def finish(
+        self, images: Tensor, features: Sequence[Tensor], layouts: Sequence[SiteLayout], grid_logits: Tensor
+    ) -> Outputs:
+        """What comes after the head's logits `[B, K, h, w]`: upsampling and, in training, the auxiliary head."""
         auxiliary = None
         if self.auxiliary is not None and self.training:
             grid = self.auxiliary(features[2], layouts[2])
             auxiliary = self._upsample(grid, images, layouts[2].stride, self.trained_stride)
-        return Outputs(self.upsample(self.grid_logits(features, layouts), images, layouts[3]), auxiliary)
+        return Outputs(self.upsample(grid_logits, images, layouts[3]), auxiliary)
 
     def grid_logits(self, features: Sequence[Tensor], layouts: Sequence[SiteLayout]) -> Tensor:
         """The head's logits `[B, K, h, w]`, before the last upsampling.
@@ -170,8 +174,9 @@ class SelectiveSegmentor(nn.Module):
             with torch.no_grad():
                 fine_blocks = policy.cut(policy.feature_scores(self.mask_features(early, layouts)))
             layouts = self.selective_layouts(images, fine_blocks)
-            late = self.backbone.run_stages(early[-1], layouts, first)
-            return Segmentation(self._outputs(images, [*early, *late], layouts), fine_blocks)
+            features = [*early, *self.backbone.run_stages(early[-1], layouts, first)]
+            grid_logits = self.grid_logits(features, layouts)
+            return Segmentation(self.finish(images, features, layouts, grid_logits), fine_blocks)
 
     @property
     def first_selective(self) -> int:
@@ -199,8 +204,12 @@ class SelectiveSegmentor(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return upsample_logits(logits, size, stride, trained_stride, self.align_corners, every)
 
-    def _choose(self, images: Tensor, labels: Tensor | None, policy: MaskPolicy) -> Tensor:
-        """The mask before the network runs. In training the confidence policy reads a pass of its own."""
+    def choose(
+        self, images: Tensor, labels: Tensor | None = None, policy: MaskPolicy | None = None
+    ) -> Tensor:
+        """The mask `[B, Hc, Wc]` before the network runs. The confidence policy takes a coarse pass of its own,
+        in eval mode; the learned policy reads a run's features and is not served."""
+        policy = policy or self.policy
         if not isinstance(policy, ConfidencePolicy):
             return policy(images, labels)
         modes = [(module, module.training) for module in self.modules()]

@@ -1,4 +1,4 @@
-"""Cross-entropy over labelled pixels, optionally class-weighted or on hard pixels only."""
+"""Cross-entropy over labelled pixels: class-weighted, on hard pixels only, or stressed where detail is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg.data.dataset import IGNORE_INDEX
+from sparse_seg.masks import label_boundary
 from sparse_seg.models.segmentor import Outputs
 from sparse_seg.schema import LossConfig
 
@@ -26,23 +27,56 @@ class SegmentationLoss(nn.Module):
         weights = config.class_weights
         tensor = None if weights is None else torch.tensor(weights, dtype=torch.float32)
         self.register_buffer("weights", tensor, persistent=False)
-        self.ohem_threshold, self.ohem_min_kept = config.ohem_threshold, config.ohem_min_kept
-        self.auxiliary_weight = config.auxiliary_weight
+        self.config = config
 
-    def forward(self, outputs: Outputs, labels: Tensor) -> Tensor:
-        loss = self._cross_entropy(outputs.logits, labels)
+    def forward(
+        self,
+        outputs: Outputs,
+        labels: Tensor,
+        coarse: Tensor | None = None,
+        fine_pixels: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            coarse: logits `[B, K, H, W]` of the coarse lattice alone, whose loss counts `coarse_weight`.
+            fine_pixels: bool `[B, H, W]`, the pixels of fine blocks, which count `1 + fine_weight`.
+        """
+        config, emphasis = self.config, self._emphasis(labels, fine_pixels)
+        loss = self._cross_entropy(outputs.logits, labels, emphasis)
         if outputs.auxiliary is not None:
-            loss = loss + self.auxiliary_weight * self._cross_entropy(outputs.auxiliary, labels)
+            loss = loss + config.auxiliary_weight * self._cross_entropy(outputs.auxiliary, labels)
+        if coarse is not None:
+            loss = loss + config.coarse_weight * self._cross_entropy(coarse, labels)
         return loss
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.ohem_threshold is not None:
-            losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
-            return hard_pixel_mean(losses[labels != IGNORE_INDEX], self.ohem_threshold, self.ohem_min_kept)
-        total = F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="sum")
-        labelled = labels[labels != IGNORE_INDEX]
-        weight = labelled.numel() if self.weights is None else self.weights[labelled].sum()
-        return total / max(weight, 1e-12)
+    def _emphasis(self, labels: Tensor, fine_pixels: Tensor | None) -> Tensor | None:
+        """Weights `[B, H, W]` of pixels; None where all count alike."""
+        config, weights = self.config, None
+        if config.boundary_weight > 0:
+            near = boundary_band(labels, config.boundary_width)
+            weights = 1 + config.boundary_weight * near
+        if config.fine_weight > 0 and fine_pixels is not None:
+            weights = (1 if weights is None else weights) + config.fine_weight * fine_pixels
+        return weights
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, emphasis: Tensor | None = None) -> Tensor:
+        losses = F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="none")
+        labelled = labels != IGNORE_INDEX
+        if self.config.ohem_threshold is not None:
+            return hard_pixel_mean(losses[labelled], self.config.ohem_threshold, self.config.ohem_min_kept)
+        weights = labelled.float()
+        if emphasis is not None:
+            weights, losses = weights * emphasis, losses * emphasis
+        if self.weights is not None:
+            weights = weights * self.weights[labels.where(labelled, 0)]
+        return losses.sum() / weights.sum().clamp_min(1e-12)
+
+
+def boundary_band(labels: Tensor, width: int) -> Tensor:
+    """bool `[B, H, W]`: pixels within `width` px (rows or columns) of a boundary between two known labels."""
+    boundary = label_boundary(labels, IGNORE_INDEX)[:, None].float()
+    reach = width - 1  # the two pixels at the boundary are within 1 px of it
+    return F.max_pool2d(boundary, 2 * reach + 1, stride=1, padding=reach)[:, 0] > 0
 
 
 def hard_pixel_mean(losses: Tensor, threshold: float, min_kept: float) -> Tensor:

@@ -23,7 +23,6 @@ from sparse_seg.data.transforms import TrainTransform
 from sparse_seg.errors import CheckpointError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.files import atomic_write
-from sparse_seg.masks import LearnedPolicy
 from sparse_seg.models.build import build_model
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import Config
@@ -34,8 +33,8 @@ from sparse_seg.training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from sparse_seg.training.losses import SegmentationLoss
-from sparse_seg.training.masks import mask_loss
+from sparse_seg.training.distillation import Teacher
+from sparse_seg.training.objective import Objective
 from sparse_seg.training.pretrained import load_pretrained
 from sparse_seg.training.schedule import build_optimizer, learning_rate
 
@@ -95,7 +94,11 @@ class Trainer:
             self.model.requires_grad_(False)
             self.model.policy.requires_grad_(True)
         self.ema = copy.deepcopy(self.model) if train.ema_decay is not None else None
-        self.loss = SegmentationLoss(train.loss).to(self.device)
+        distill = train.distill
+        teacher = None
+        if distill.teacher is not None:
+            teacher = Teacher(distill.teacher, config, distill.cache, self.device)
+        self.objective = Objective(train, teacher).to(self.device)
         self.optimizer = build_optimizer(self.model, train)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=train.amp and train.amp_dtype == "float16"
@@ -161,7 +164,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, getattr(torch, train.amp_dtype), enabled=train.amp):
-            loss = self._loss(images, labels)
+            loss = self.objective(self.model, images, labels)
         value = loss.item()
         self._require_finite(loss, "loss")
         self.scaler.scale(loss).backward()
@@ -177,16 +180,6 @@ class Trainer:
         self.iteration += 1
         self.loss_sum, self.loss_count = self.loss_sum + value, self.loss_count + 1
         return value
-
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        train = self.config.train
-        if isinstance(self.model.policy, LearnedPolicy):
-            return mask_loss(self.model, images, labels, self.loss, train.mask_loss, train.budget_weight)
-        if train.network == "dense":
-            outputs = self.model.outputs(images, self.model.dense_layouts(images, train.output_stride))
-        else:
-            outputs = self.model.segment(images, labels).outputs
-        return self.loss(outputs, labels)
 
     def _set_training(self) -> None:
         """Training mode; a frozen network stays in eval mode, so that its statistics stay as they are."""

@@ -1,0 +1,161 @@
+"""Learning from a network trained before: its class probabilities, and which of its sites are alike."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_seg.checks import num_classes
+from sparse_seg.conversion.converted import is_safetensors
+from sparse_seg.errors import ConfigError
+from sparse_seg.files import atomic_write
+from sparse_seg.models.heads import RowHead
+from sparse_seg.schema import Config
+from sparse_seg.sparse import SiteLayout, densify, grid_to_rows
+from sparse_seg.training.checkpoint import checkpoint_config, load_checkpoint, load_model
+
+MOST_SITES = 1024  # per image whose likeness is compared: pairs grow with the square
+
+
+class TeacherOutputs(NamedTuple):
+    """Grids at the asked output stride: logits `[B, K, h, w]` and the neck's features `[B, C, h, w]`."""
+
+    logits: Tensor
+    features: Tensor
+
+
+class Teacher:
+    """A trained network, run dense, in eval mode and without gradients; outputs are rounded to float16.
+
+    Args:
+        path: its checkpoint (of our training, or converted).
+        config: of the student, which must fit it.
+        cache: folder to keep outputs in, one file per image. Files are named by the image's values and the
+            teacher's, so that any change makes new ones, and runs whose samples are the same share them. One
+            holds `2 * (K + C) * h * w` bytes.
+        device: where to run.
+
+    Raises:
+        CheckpointError: missing or foreign file.
+        ConfigError: another number of classes, normalisation, or upsampling offset than the student's.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: Config,
+        cache: str | Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model = load_model(path).requires_grad_(False).to(device)
+        if not isinstance(self.model.head, RowHead):
+            raise ConfigError(f"train.distill.teacher {path}: its head has no rows before densify")
+        _check_fits(path, self.model.head.classifier.out_channels, self.model.trained_stride, config)
+        self.cache = None if cache is None else Path(cache)
+        self._digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+
+    def __call__(self, images: Tensor, output_stride: int) -> TeacherOutputs:
+        """Outputs for normalised images `[B, 3, H, W]` at `output_stride`, in the images' dtype."""
+        if self.cache is None:
+            outputs = self._run(images, output_stride)
+        else:
+            outputs = self._cached(images, output_stride, self.cache)
+        return TeacherOutputs(*(grid.to(images) for grid in outputs))
+
+    @torch.no_grad()
+    def _run(self, images: Tensor, output_stride: int) -> TeacherOutputs:
+        layouts = self.model.dense_layouts(images, output_stride)
+        head, layout = self.model.head, layouts[-1]
+        assert isinstance(head, RowHead)
+        features = densify(head.neck(self.model.backbone(images, layouts)[-1], layout), layout)
+        return TeacherOutputs(head.decode(features, layout.stride).half(), features.half())
+
+    def _cached(self, images: Tensor, output_stride: int, cache: Path) -> TeacherOutputs:
+        paths = [self._path(cache, image, output_stride) for image in images]
+        found = {index: kept for index, path in enumerate(paths) if (kept := _read(path)) is not None}
+        new = [index for index in range(len(paths)) if index not in found]
+        if new:
+            outputs = self._run(images[new], output_stride)
+            for index, logits, features in zip(new, *outputs, strict=True):
+                found[index] = TeacherOutputs(logits.cpu().clone(), features.cpu().clone())
+                buffer = io.BytesIO()
+                torch.save(tuple(found[index]), buffer)
+                atomic_write(paths[index], buffer.getvalue())
+        ordered = [found[index] for index in range(len(paths))]
+        return TeacherOutputs(*(torch.stack(grids) for grids in zip(*ordered, strict=True)))
+
+    def _path(self, cache: Path, image: Tensor, output_stride: int) -> Path:
+        content = hashlib.blake2b(self._digest, digest_size=16)
+        content.update(f"{output_stride} {image.dtype} {list(image.shape)}".encode())
+        content.update(image.cpu().contiguous().numpy().data)
+        name = content.hexdigest()
+        return cache / name[:2] / f"{name}.pt"
+
+
+def _read(path: Path) -> TeacherOutputs | None:
+    """A kept file; None where there is none or it is damaged, and the teacher has to run."""
+    try:
+        return TeacherOutputs(*torch.load(path, weights_only=True))
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile):
+        return None
+
+
+def _check_fits(path: str | Path, classes: int, trained_stride: int, config: Config) -> None:
+    values = [
+        ("classes", classes, num_classes(config)),
+        ("model.trained_stride", trained_stride, config.model.trained_stride),
+    ]
+    if not is_safetensors(path):
+        data = checkpoint_config(load_checkpoint(path), path).data
+        values += [("data.mean", data.mean, config.data.mean), ("data.std", data.std, config.data.std)]
+    for name, own, students in values:
+        if own != students:
+            raise ConfigError(
+                f"train.distill.teacher {path} has {name} {own}, but the config says {students}; they must agree"
+            )
+
+
+def logits_divergence(student: Tensor, teacher: Tensor, weights: Tensor, temperature: float) -> Tensor:
+    """Mean Kullback-Leibler divergence of class probabilities (Hinton et al., 2015), times temperature^2.
+
+    Args:
+        student, teacher: logits `[B, K, h, w]`.
+        weights: of the cells, `[B, h, w]`.
+    """
+    log_student = (student.float() / temperature).log_softmax(1)
+    log_teacher = (teacher.float() / temperature).log_softmax(1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+    return temperature**2 * (divergence * weights).sum() / weights.sum()
+
+
+def likeness_difference(rows: Tensor, teacher: Tensor, layout: SiteLayout, weights: Tensor) -> Tensor:
+    """How much the cosine likeness of pairs of sites differs between two networks: its mean square.
+
+    Pair-wise distillation (Liu et al., CVPR 2019). It compares the sites that the student has, whatever the
+    networks' channels are, and needs no layer of its own. Of each image at most `MOST_SITES`, evenly chosen.
+
+    Args:
+        rows: the student's, `[N, C]`.
+        teacher: grid `[B, C', h, w]` on the finest grid of `layout`.
+        layout: of the rows.
+        weights: of the cells, `[B, h, w]`; a pair counts with the product of its sites' weights.
+    """
+    teacher_rows = grid_to_rows(teacher.float()).index_select(0, layout.cells)
+    row_weights = weights.flatten()[layout.cells]
+    total, weight = rows.new_zeros((), dtype=torch.float32), row_weights.new_zeros(())
+    for image in range(layout.batch):
+        sites = (layout.image_of_row == image).nonzero().squeeze(1)
+        sites = sites[:: -(-sites.shape[0] // MOST_SITES)]
+        own, other = (F.normalize(values[sites].float()) for values in (rows, teacher_rows))
+        pairs = row_weights[sites, None] * row_weights[sites]
+        total = total + (pairs * (own @ own.T - other @ other.T).square()).sum()
+        weight = weight + pairs.sum()
+    return total / weight
