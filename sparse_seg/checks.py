@@ -151,7 +151,7 @@ def check_config(config: Config) -> None:
     emphasis = train.loss.boundary_weight > 0 or train.loss.fine_weight > 0
     _require(
         not (emphasis and train.loss.ohem_threshold is not None),
-        "train.loss: boundary_weight and fine_weight weight all pixels, ohem_threshold picks some; choose one",
+        "train.loss: choose either ohem_threshold or boundary_weight and fine_weight",
     )
     weights = train.loss.class_weights
     if weights is not None:
@@ -181,8 +181,8 @@ def check_training(config: Config) -> None:
     distilled, coarse = train.distill.teacher is not None, train.loss.coarse_weight > 0
     _require(
         not (learned and (distilled or coarse or train.loss.fine_weight > 0)),
-        "a learned mask is trained without train.distill, train.loss.coarse_weight and train.loss.fine_weight: "
-        "train the network first, then the mask with train.init and train.freeze",
+        "a learned mask is trained without train.distill and train.loss.coarse_weight and fine_weight: train the "
+        "network first, then the mask with train.init and train.freeze",
     )
     _require(
         config.model.head != "deeplabv3plus" or not (distilled or coarse),

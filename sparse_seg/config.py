@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -20,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from sparse_seg.checks import check_config, check_model, num_classes
 from sparse_seg.errors import ConfigError, did_you_mean
 from sparse_seg.schema import Config, ModelConfig
+
+_T = TypeVar("_T")
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,14 +72,32 @@ def model_config(config: str | Path | Mapping[str, Any] | Config | ModelConfig) 
         return dataclasses.replace(config.model, num_classes=num_classes(config))
     if "model" in config:
         return model_config(config_from_dict(config, "config"))
-    result = cast(ModelConfig, OmegaConf.to_object(_merge(ModelConfig, config, "config")))
+    result = parse_tree(ModelConfig, config, "config")
     check_model(result)
     return result
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's keys and values, over those of its `_base_` files.
+
+    Raises:
+        ConfigError: missing or unreadable file, circular `_base_`.
+    """
+    return _read(path, ())
+
+
+def parse_tree(schema: type[_T], tree: Mapping[str, Any], where: str) -> _T:
+    """A dataclass from keys and values, as strict as `load_config`; `where` names the place in errors.
+
+    Raises:
+        ConfigError: unknown key or wrong type.
+    """
+    return cast(_T, OmegaConf.to_object(_merge(schema, tree, where)))
+
+
 def config_from_dict(tree: Mapping[str, Any], where: str) -> Config:
     """A config from a plain dict, checked as strictly as a file; `where` names it in errors."""
-    config = cast(Config, OmegaConf.to_object(_merge(Config, dict(tree), where)))
+    config = parse_tree(Config, dict(tree), where)
     check_config(config)
     return config
 

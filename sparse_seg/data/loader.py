@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.transforms import TrainTransform, normalise
+from sparse_seg.schema import Config
 
 Sample = tuple[torch.Tensor, torch.Tensor]
 
@@ -101,6 +102,24 @@ def training_loader(
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each loader draws from torch's global state, and resuming differs
+    )
+
+
+def training_batches(
+    dataset: SegmentationDataset, config: Config, start_iteration: int, iterations: int
+) -> DataLoader[Sample]:
+    """The `training_loader` that a config describes."""
+    data, train = config.data, config.train
+    transform = TrainTransform(
+        crop=(data.crop[0], data.crop[1]),
+        scale_range=(data.scale_range[0], data.scale_range[1]),
+        flip=data.flip,
+        jitter=data.jitter,
+        mean=data.mean,
+        std=data.std,
+    )
+    return training_loader(
+        dataset, transform, train.batch_size, train.seed, start_iteration, iterations, data.workers
     )
 
 

@@ -144,7 +144,7 @@ class SelectiveSegmentor(nn.Module):
     def finish(
         self, images: Tensor, features: Sequence[Tensor], layouts: Sequence[SiteLayout], grid_logits: Tensor
     ) -> Outputs:
-        """What comes after the head's logits `[B, K, h, w]`: upsampling and, in training, the auxiliary head."""
+        """What follows the head's logits `[B, K, h, w]`: upsampling and, in training, the auxiliary head."""
         auxiliary = None
         if self.auxiliary is not None and self.training:
             grid = self.auxiliary(features[2], layouts[2])
@@ -207,8 +207,8 @@ class SelectiveSegmentor(nn.Module):
     def choose(
         self, images: Tensor, labels: Tensor | None = None, policy: MaskPolicy | None = None
     ) -> Tensor:
-        """The mask `[B, Hc, Wc]` before the network runs. The confidence policy takes a coarse pass of its own,
-        in eval mode; the learned policy reads a run's features and is not served."""
+        """The mask `[B, Hc, Wc]` before the network runs. The confidence policy takes a coarse pass for it, in
+        eval mode; the learned policy, which reads a run's features, is not served."""
         policy = policy or self.policy
         if not isinstance(policy, ConfidencePolicy):
             return policy(images, labels)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,12 +103,19 @@ def _read(path: Path) -> TeacherOutputs | None:
     """A kept file; None where there is none or it is damaged, and the teacher has to run."""
     try:
         return TeacherOutputs(*torch.load(path, weights_only=True))
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile):
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        pickle.UnpicklingError,
+    ):
         return None
 
 
 def _check_fits(path: str | Path, classes: int, trained_stride: int, config: Config) -> None:
-    values = [
+    values: list[tuple[str, Any, Any]] = [
         ("classes", classes, num_classes(config)),
         ("model.trained_stride", trained_stride, config.model.trained_stride),
     ]
@@ -119,7 +125,7 @@ def _check_fits(path: str | Path, classes: int, trained_stride: int, config: Con
     for name, own, students in values:
         if own != students:
             raise ConfigError(
-                f"train.distill.teacher {path} has {name} {own}, but the config says {students}; they must agree"
+                f"train.distill.teacher {path} has {name} {own}, but the config {students}; they must agree"
             )
 
 

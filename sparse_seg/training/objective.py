@@ -33,7 +33,7 @@ class Objective(nn.Module):
         self.loss = SegmentationLoss(config.loss)
 
     def forward(self, model: SelectiveSegmentor, images: Tensor, labels: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` and labels `[B, H, W]` to a loss; the model's batch statistics are updated."""
+        """The loss of images `[B, 3, H, W]` and labels `[B, H, W]`."""
         config = self.config
         if isinstance(model.policy, LearnedPolicy):
             return mask_loss(model, images, labels, self.loss, config.mask_loss, config.budget_weight)
@@ -74,7 +74,9 @@ class Objective(nn.Module):
         config, teacher = self.config.distill, self.teacher(images, layout.stride)
         weights = torch.ones(layout.batch, *layout.size, device=images.device)
         fine = _pixels(model, fine_blocks, images)
-        if fine is not None:  # the cell at a multiple of the stride belongs to the block that this pixel is in
+        if (
+            fine is not None
+        ):  # the cell at a multiple of the stride belongs to the block that this pixel is in
             weights = weights + config.fine_weight * fine[:, :: layout.stride, :: layout.stride]
         logits = logits_divergence(grid_logits, teacher.logits, weights, config.temperature)
         features = likeness_difference(rows, teacher.features, layout, weights)

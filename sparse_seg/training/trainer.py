@@ -18,8 +18,7 @@ from tqdm import tqdm
 from sparse_seg.checks import check_classes, check_training
 from sparse_seg.config import to_yaml
 from sparse_seg.data import build_dataset
-from sparse_seg.data.loader import training_loader
-from sparse_seg.data.transforms import TrainTransform
+from sparse_seg.data.loader import training_batches
 from sparse_seg.errors import CheckpointError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.files import atomic_write
@@ -120,24 +119,8 @@ class Trainer:
         Raises:
             TrainingError: loss or gradient not finite, or interrupted; `last.pt` is good in either case.
         """
-        train, data = self.config.train, self.config.data
-        transform = TrainTransform(
-            crop=(data.crop[0], data.crop[1]),
-            scale_range=(data.scale_range[0], data.scale_range[1]),
-            flip=data.flip,
-            jitter=data.jitter,
-            mean=data.mean,
-            std=data.std,
-        )
-        loader = training_loader(
-            self.dataset,
-            transform,
-            train.batch_size,
-            train.seed,
-            self.iteration,
-            train.iterations,
-            data.workers,
-        )
+        train = self.config.train
+        loader = training_batches(self.dataset, self.config, self.iteration, train.iterations)
         handlers = {
             number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -340,12 +323,23 @@ def finish_training(config: Config, work_dir: str | Path, device: torch.device |
         TrainingError: the folder holds a run of another config.
     """
     work_dir = Path(work_dir)
-    last = work_dir / "last.pt"
-    state = load_checkpoint(last) if last.exists() else None
-    if state is not None and checkpoint_config(state, last) != config:
-        raise TrainingError(f"{work_dir} holds a run of another config; remove it or choose another folder")
-    if state is None or state["progress"]["iteration"] < config.train.iterations:
-        trainer = Trainer(config, work_dir, resume=state is not None, device=device)
+    if not is_finished(config, work_dir):
+        trainer = Trainer(config, work_dir, resume=(work_dir / "last.pt").exists(), device=device)
         trainer.how_to_go_on = "run it again to go on"  # by this function
         trainer.run()
     return work_dir / "best.pt"
+
+
+def is_finished(config: Config, work_dir: Path) -> bool:
+    """Whether a folder holds a run of this config that has come to its end.
+
+    Raises:
+        TrainingError: the folder holds a run of another config.
+    """
+    last = work_dir / "last.pt"
+    if not last.exists():
+        return False
+    state = load_checkpoint(last)
+    if checkpoint_config(state, last) != config:
+        raise TrainingError(f"{work_dir} holds a run of another config; remove it or choose another folder")
+    return state["progress"]["iteration"] >= config.train.iterations

@@ -1,0 +1,102 @@
+"""What the cells cost: multiply-adds, parameters, bytes, memory, and in one interleaved run milliseconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_seg.ablation.grid import Cell
+from sparse_seg.ablation.runner import Ablation, try_lock
+from sparse_seg.config import to_dict
+from sparse_seg.data import build_dataset
+from sparse_seg.data.transforms import normalise
+from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_parameters, count_segment
+from sparse_seg.evaluation.evaluate import predict
+from sparse_seg.evaluation.latency import Run, interleaved, peak_memory
+from sparse_seg.evaluation.provenance import provenance
+from sparse_seg.files import atomic_write
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.schema import Config
+from sparse_seg.training.checkpoint import load_model
+
+REPEATS = 11  # timed runs of each way
+
+
+def cost_key(ablation: Ablation, cell: Cell) -> str:
+    """Cells of one key cost the same: a network's size and how it runs, not what it has learned."""
+    model = to_dict(ablation.cell_config(cell).model)
+    if cell.run.output_stride is not None:
+        for name in ("mask", "strides", "exchange"):
+            del model[name]
+    return json.dumps([cell.run.output_stride, model], sort_keys=True)
+
+
+def measure_costs(ablation: Ablation, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Costs by `cost_key`, under `costs`, with where they come from; kept in `costs.json` of the work folder.
+
+    Every distinct cost is measured on the first validation frame, by the weights of its first cell, as
+    `model.for_inference()`: mask policy, network and argmax. All take turns in one run; if one is missing,
+    all are measured again.
+    """
+    path = ablation.work_dir / "costs.json"
+    distinct: dict[str, Cell] = {}
+    for cell in cells:
+        distinct.setdefault(cost_key(ablation, cell), cell)
+    with try_lock(path.with_suffix(".lock")):
+        if path.exists():
+            kept = json.loads(path.read_text())
+            if set(distinct) <= set(kept["costs"]):
+                return kept
+        content = provenance() | {"costs": _measure(ablation, distinct)}
+        atomic_write(path, json.dumps(content, indent=1) + "\n")
+        return content
+
+
+def _measure(ablation: Ablation, distinct: dict[str, Cell]) -> dict[str, dict[str, Any]]:
+    costs, runs = dict[str, dict[str, Any]](), dict[str, Run]()
+    for key, cell in distinct.items():
+        config, checkpoint = ablation.cell_config(cell), ablation.checkpoint(cell.network, cell.seed)
+        arguments = checkpoint, config, cell.run.output_stride, ablation.device
+        model = load_model(checkpoint, config).to(ablation.device)
+        image, label = first_frame(config, ablation.device)
+        runs[key] = prepare(*arguments)
+        costs[key] = {
+            "gmacs": _macs(model, image, label, cell.run.output_stride) / 1e9,
+            "parameters": count_parameters(model),
+            "checkpoint_mb": checkpoint_bytes(model) / 1e6,
+            "peak_mib": peak_memory(prepare, arguments, ablation.device),
+        }
+    for key, latency in interleaved(runs, REPEATS, ablation.device, warmup=2).items():
+        costs[key] |= {"milliseconds": latency.median, "milliseconds_spread": latency.spread}
+    return costs
+
+
+def first_frame(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first validation frame: image float `[1, 3, H, W]` and label int64 `[1, H, W]`."""
+    dataset = build_dataset(config.data.dataset, config.data.root, "val")
+    image, label = dataset.load(0)
+    batch = normalise(image, config.data.mean, config.data.std)[None]
+    return batch.to(device), torch.from_numpy(label).long()[None].to(device)
+
+
+def prepare(checkpoint: Path, config: Config, output_stride: int | None, device: torch.device) -> Run:
+    """A run of a network on the first frame, in its fast form; it has run once, so that trials are over."""
+    model = load_model(checkpoint, config).to(device).for_inference()
+    image, label = first_frame(config, device)
+
+    def run() -> Any:
+        return predict(model, image, output_stride, labels=label)
+
+    run()
+    return run
+
+
+def _macs(model: SelectiveSegmentor, image: Tensor, label: Tensor, output_stride: int | None) -> int:
+    if output_stride is not None:
+        return sum(count_macs(model, image, model.dense_layouts(image, output_stride)).values())
+    return sum(macs.total for macs in count_segment(model, image, model.policy, label).values())

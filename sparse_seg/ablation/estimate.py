@@ -1,0 +1,101 @@
+"""What an ablation still has to do, and about how long it will take on this machine."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import torch
+
+from sparse_seg.ablation.costs import first_frame
+from sparse_seg.ablation.grid import Cell
+from sparse_seg.ablation.runner import Ablation
+from sparse_seg.config import to_dict
+from sparse_seg.data import build_dataset
+from sparse_seg.evaluation.evaluate import predict
+from sparse_seg.models.build import build_model
+from sparse_seg.schema import Config
+from sparse_seg.training.checkpoint import load_checkpoint
+from sparse_seg.training.objective import Objective
+from sparse_seg.training.statistics import BATCHES
+
+
+def remaining(ablation: Ablation) -> list[dict[str, Any]]:
+    """A row for each training and each cell of the grid, in order: `what`, `done`, and `seconds` still to go.
+
+    One training step (random images of the config's crop and batch size) and one validation frame are timed
+    for each distinct network, with fresh weights.
+
+    Raises:
+        DataError: the dataset is not there.
+    """
+    clock = _Clock(ablation)
+    rows = []
+    for name, seed in ablation.grid.trainings:
+        done = ablation.is_trained(name, seed)
+        seconds = 0.0 if done else clock.training(name, seed)
+        rows.append({"what": f"train {name}, seed {seed}", "done": done, "seconds": seconds})
+    for cell in ablation.grid.cells:
+        done = ablation.result(cell) is not None
+        what = f"evaluate {cell.network}, seed {cell.seed}: {cell.run.name}"
+        what += f", {cell.run.exchange}" if cell.run.exchange else ""
+        rows.append({"what": what, "done": done, "seconds": 0.0 if done else clock.cell(cell)})
+    return rows
+
+
+class _Clock:
+    def __init__(self, ablation: Ablation) -> None:
+        self.ablation = ablation
+        self._steps: dict[str, float] = {}
+        self._frames: dict[str, float] = {}
+
+    def training(self, name: str, seed: int) -> float:
+        network, config = self.ablation.grid.networks[name], self.ablation.config(name, seed)
+        if network.source is not None:  # a step without its backward pass
+            return BATCHES * self._step(config) / 3
+        last, done = self.ablation.folder(name, seed) / "last.pt", 0
+        if last.exists():
+            done = load_checkpoint(last)["progress"]["iteration"]
+        step = self._step(config)
+        if network.teacher is not None:
+            step += self._step(self.ablation.grid.configs[network.teacher]) / 3
+        return (config.train.iterations - done) * step
+
+    def cell(self, cell: Cell) -> float:
+        config = self.ablation.cell_config(cell)
+        key = json.dumps([cell.run.output_stride, to_dict(config.model)], sort_keys=True)
+        if key not in self._frames:
+            model = build_model(config).to(self.ablation.device).eval()
+            image, label = first_frame(config, self.ablation.device)
+            self._frames[key] = _second_time(
+                lambda: predict(model, image, cell.run.output_stride, labels=label), self.ablation.device
+            )
+        count = len(build_dataset(config.data.dataset, config.data.root, "val"))
+        return min(count, self.ablation.grid.spec.eval_images or count) * self._frames[key]
+
+    def _step(self, config: Config) -> float:
+        """Seconds of a training step, without a teacher."""
+        tree = to_dict(config)
+        del tree["train"]["distill"], tree["train"]["seed"]
+        key = json.dumps(tree, sort_keys=True)
+        if key not in self._steps:
+            device = self.ablation.device
+            model = build_model(config).to(device).train()
+            objective = Objective(config.train).to(device)
+            images = torch.randn(config.train.batch_size, 3, *config.data.crop, device=device)
+            labels = torch.zeros(config.train.batch_size, *config.data.crop, dtype=torch.int64, device=device)
+            self._steps[key] = _second_time(lambda: objective(model, images, labels).backward(), device)
+        return self._steps[key]
+
+
+def _second_time(run: Any, device: torch.device) -> float:
+    """Seconds of the second of two runs."""
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return seconds

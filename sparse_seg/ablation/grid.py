@@ -1,0 +1,239 @@
+"""What an ablation is made of: networks to train, ways to run them, and the cells that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sparse_seg.checks import check_config
+from sparse_seg.config import load_config, parse_tree, read_yaml
+from sparse_seg.errors import ConfigError
+from sparse_seg.models.build import parse_policy
+from sparse_seg.schema import Config
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class NetworkSpec:
+    """A network to train: either by a config, or another network with its batch statistics taken anew."""
+
+    config: str | None = None  # training config, relative to the grid's file
+    set: list[str] = field(default_factory=list)  # key=value, as --set
+    teacher: str | None = None  # another network of the grid, that of the same seed: train.distill.teacher
+    source: str | None = None  # another network of the grid, in place of a config
+    statistics: str | None = None  # dense | selective: how to run the source for its batch statistics
+
+
+@dataclass
+class RunsSpec:
+    """Ways to run some of the networks; lists are combined."""
+
+    networks: list[str] = field(default_factory=list)
+    dense: list[int] = field(default_factory=list)  # output strides
+    policies: list[str] = field(default_factory=list)  # with options, as `evaluate --policies`
+    fractions: list[float] = field(default_factory=list)
+    exchange: list[str] = field(default_factory=list)  # default: the config's
+    strides: list[int] | None = None  # default: the config's
+    middle_fraction: float | None = None  # default: the config's
+
+
+@dataclass
+class GridSpec:
+    """The file's own keys."""
+
+    title: str = "Ablation"
+    description: str = ""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    set: list[str] = field(default_factory=list)  # key=value for every network
+    eval_images: int | None = None  # of the validation set; default: all
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to run a network: dense at `output_stride`, or selective."""
+
+    output_stride: int | None = None
+    policy: str | None = None
+    fraction: float | None = None
+    exchange: str | None = None
+    strides: tuple[int, ...] | None = None
+    middle_fraction: float | None = None
+
+    @property
+    def name(self) -> str:
+        if self.output_stride is not None:
+            return f"dense OS{self.output_stride}"
+        parts = [str(self.policy), f"f={self.fraction:g}"]
+        if self.strides is not None:
+            parts.append("/".join(map(str, self.strides)))
+        if self.middle_fraction is not None:
+            parts[1] += f"+{self.middle_fraction:g}"
+        return ", ".join(parts)
+
+    def applied(self, config: Config) -> Config:
+        """The config whose model runs this way.
+
+        Raises:
+            ConfigError: settings that the network cannot run with.
+        """
+        if self.output_stride is not None:
+            return config
+        assert self.policy is not None and self.fraction is not None
+        own = config.model
+        mask = dataclasses.replace(
+            parse_policy(self.policy, own.mask),
+            fine_fraction=self.fraction,
+            threshold=None,
+            middle_threshold=None,
+        )
+        if self.middle_fraction is not None:
+            mask = dataclasses.replace(mask, middle_fraction=self.middle_fraction)
+        strides = own.strides if self.strides is None else list(self.strides)
+        exchange = self.exchange or own.exchange
+        model = dataclasses.replace(own, mask=mask, strides=strides, exchange=exchange)
+        result = dataclasses.replace(config, model=model)
+        check_config(result)
+        return result
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A trained network run one way."""
+
+    network: str
+    seed: int
+    run: Run
+
+    @property
+    def slug(self) -> str:
+        """A file name, one to one."""
+        run = [self.run.name, self.run.exchange or ""]
+        return "_".join(slug(part) for part in (self.network, f"seed{self.seed}", *run) if part)
+
+
+@dataclass
+class Grid:
+    """A parsed file: `networks`, their `configs`, and all `cells`, of which the first are the baseline."""
+
+    spec: GridSpec
+    networks: dict[str, NetworkSpec]
+    configs: dict[str, Config]
+    runs: list[tuple[str, Run]]
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [Cell(name, seed, run) for name, run in self.runs for seed in self.spec.seeds]
+
+    @property
+    def trainings(self) -> list[tuple[str, int]]:
+        """(network, seed) of all trainings, each after those that it needs."""
+        return [(name, seed) for seed in self.spec.seeds for name in self.networks]
+
+    def needs(self, name: str) -> list[str]:
+        """Networks that must be trained before this one."""
+        network = self.networks[name]
+        return [other for other in (network.teacher, network.source) if other is not None]
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9.+-]+", "-", text).strip("-")
+
+
+def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
+    """Read a grid from YAML: `GridSpec`'s keys, `networks` (name to `NetworkSpec`), `runs` (`RunsSpec` each).
+
+    Args:
+        overrides: `key=value` for every network's config, after the file's own.
+
+    Raises:
+        ConfigError: missing file, unknown key, wrong type, unknown network, or settings that exclude each
+            other, naming the place.
+    """
+    path = Path(path)
+    tree = read_yaml(path)
+    network_trees, run_trees = tree.pop("networks", None), tree.pop("runs", None)
+    if not isinstance(network_trees, dict) or not network_trees:
+        raise ConfigError(f"{path}: 'networks' must map names to settings, at least one")
+    if not isinstance(run_trees, list) or not run_trees:
+        raise ConfigError(f"{path}: 'runs' must be a list of ways to run the networks, at least one")
+    spec = _parse(GridSpec, tree, str(path))
+    if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds):
+        raise ConfigError(f"{path}: 'seeds' must be different numbers, at least one, not {spec.seeds}")
+    networks, configs = dict[str, NetworkSpec](), dict[str, Config]()
+    for name, entry in network_trees.items():
+        where = f"{path}: networks.{name}"
+        network = _parse(NetworkSpec, entry, where)
+        _check_network(network, networks, where)
+        networks[str(name)] = network
+        if network.source is not None:
+            configs[str(name)] = configs[network.source]
+        else:
+            chosen = [*spec.set, *network.set, *overrides]
+            configs[str(name)] = load_config(path.parent / str(network.config), chosen)
+    if len({slug(name) for name in networks}) < len(networks):
+        raise ConfigError(f"{path}: two names of networks would share a folder: {', '.join(networks)}")
+    runs = list[tuple[str, Run]]()
+    for number, entry in enumerate(run_trees):
+        where = f"{path}: runs[{number}]"
+        runs += _expand(_parse(RunsSpec, entry, where), configs, where)
+    if len(set(runs)) < len(runs):
+        double = next(run for run in runs if runs.count(run) > 1)
+        raise ConfigError(f"{path}: 'runs' names {double[0]}, {double[1].name} twice")
+    return Grid(spec, networks, configs, runs)
+
+
+def _parse(schema: type[_T], tree: Any, where: str) -> _T:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{where} must hold keys and values, not {tree!r}")
+    return parse_tree(schema, tree, where)
+
+
+def _check_network(network: NetworkSpec, before: Mapping[str, NetworkSpec], where: str) -> None:
+    if (network.config is None) == (network.source is None):
+        raise ConfigError(f"{where}: give either 'config' or 'source'")
+    if (network.source is None) != (network.statistics is None):
+        raise ConfigError(f"{where}: 'source' and 'statistics' go together")
+    if network.statistics not in (None, "dense", "selective"):
+        raise ConfigError(f"{where}: 'statistics' must be dense or selective, not {network.statistics!r}")
+    if network.source is not None and (network.set or network.teacher):
+        raise ConfigError(f"{where}: a network made of another one takes no 'set' and no 'teacher'")
+    for other in (network.teacher, network.source):
+        if other is not None and other not in before:
+            raise ConfigError(
+                f"{where}: network {other!r} is not defined above; networks: {', '.join(before)}"
+            )
+
+
+def _expand(spec: RunsSpec, configs: Mapping[str, Config], where: str) -> list[tuple[str, Run]]:
+    unknown = [name for name in spec.networks if name not in configs]
+    if unknown or not spec.networks:
+        raise ConfigError(f"{where}: 'networks' {spec.networks} must be of {', '.join(configs)}")
+    if bool(spec.policies) != bool(spec.fractions) or not (spec.dense or spec.policies):
+        raise ConfigError(f"{where}: give 'dense' output strides, or 'policies' and 'fractions', or both")
+    strides = None if spec.strides is None else tuple(spec.strides)
+    ways = [Run(output_stride=stride) for stride in spec.dense]
+    exchanges: Sequence[str | None] = spec.exchange or [None]
+    for policy, fraction, exchange in itertools.product(spec.policies, spec.fractions, exchanges):
+        ways.append(Run(None, policy, fraction, exchange, strides, spec.middle_fraction))
+    for name, way in itertools.product(spec.networks, ways):
+        if way.output_stride not in (None, 4, 8, 16, 32):
+            raise ConfigError(f"{where}: 'dense' must be of 4, 8, 16, 32, not {way.output_stride}")
+        try:
+            way.applied(configs[name])
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    # spell out the rule, so that a run is the same run whatever the default is
+    return [
+        (name, way if way.output_stride else dataclasses.replace(way, exchange=_exchange(way, configs[name])))
+        for name, way in itertools.product(spec.networks, ways)
+    ]
+
+
+def _exchange(run: Run, config: Config) -> str:
+    return run.exchange or config.model.exchange

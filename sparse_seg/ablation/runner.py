@@ -1,0 +1,236 @@
+"""Run a grid: train what is missing, evaluate what is missing, measure costs; a killed run goes on.
+
+Several processes may share a work folder, on as many GPUs: each takes what no other is at work on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from sparse_seg.ablation.grid import Cell, Grid, slug
+from sparse_seg.config import to_dict
+from sparse_seg.data import build_dataset
+from sparse_seg.errors import CheckpointError
+from sparse_seg.evaluation.evaluate import evaluate
+from sparse_seg.evaluation.provenance import provenance
+from sparse_seg.files import atomic_write
+from sparse_seg.schema import Config
+from sparse_seg.training.checkpoint import load_model, save_checkpoint
+from sparse_seg.training.statistics import retake_statistics
+from sparse_seg.training.trainer import finish_training, is_finished
+
+WAIT = 5.0  # seconds between looks at what other processes have done
+_T = TypeVar("_T")
+
+
+class Ablation:
+    """A grid in a work folder: `training/NETWORK-seedN/` as `train` leaves it, `cells/*.json`, `teacher/`.
+
+    Args:
+        grid: what to run.
+        work_dir: created if need be.
+        checkpoint: in place of training the first network, for all seeds.
+        device: where to train and evaluate.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        work_dir: str | Path,
+        checkpoint: str | Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.grid, self.work_dir, self.device = grid, Path(work_dir), torch.device(device)
+        self.given = {next(iter(grid.networks)): Path(checkpoint)} if checkpoint is not None else {}
+        if checkpoint is not None:
+            load_model(checkpoint, next(iter(grid.configs.values())))  # before hours of other work
+        self._digests: dict[Path, str] = {}
+
+    # -- what is there -------------------------------------------------------------------------------------
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Where a network's training is kept."""
+        return self.work_dir / "training" / f"{slug(name)}-seed{seed}"
+
+    def checkpoint(self, name: str, seed: int) -> Path:
+        """The trained weights, there or not."""
+        return self.given.get(name, self.folder(name, seed) / "best.pt")
+
+    def config(self, name: str, seed: int) -> Config:
+        """A network's training config with its seed and its teacher."""
+        config, network = self.grid.configs[name], self.grid.networks[name]
+        distill = config.train.distill
+        if network.teacher is not None:
+            distill = dataclasses.replace(
+                distill,
+                teacher=str(self.checkpoint(network.teacher, seed)),
+                cache=distill.cache or str(self.work_dir / "teacher"),
+            )
+        train = dataclasses.replace(config.train, seed=seed, distill=distill)
+        return dataclasses.replace(config, train=train)
+
+    def is_trained(self, name: str, seed: int) -> bool:
+        """Whether training is done: then `checkpoint` is the final one.
+
+        Raises:
+            TrainingError: its folder holds a run of another config.
+        """
+        if name in self.given:
+            return True
+        if self.grid.networks[name].source is not None:
+            return self.checkpoint(name, seed).exists()
+        return is_finished(self.config(name, seed), self.folder(name, seed))
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """A finished cell's result; None if there is none, or one of other weights or settings."""
+        path, checkpoint = self._cell_path(cell), self.checkpoint(cell.network, cell.seed)
+        if not path.exists() or not checkpoint.exists():
+            return None
+        content = json.loads(path.read_text())
+        return content if content["key"] == self._key(cell) else None
+
+    def _cell_path(self, cell: Cell) -> Path:
+        return self.work_dir / "cells" / f"{cell.slug}.json"
+
+    def _key(self, cell: Cell) -> str:
+        """Tells results apart that are not of the same weights, model settings, data and images."""
+        path = self.checkpoint(cell.network, cell.seed)
+        if path not in self._digests:
+            self._digests[path] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        config = self.cell_config(cell)
+        settings = [
+            to_dict(config.model),
+            cell.run.output_stride,
+            config.data.dataset,
+            self.grid.spec.eval_images,
+        ]
+        text = self._digests[path] + json.dumps(settings, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def cell_config(self, cell: Cell) -> Config:
+        """A network's config with the way that a cell runs it."""
+        return cell.run.applied(self.config(cell.network, cell.seed))
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train and evaluate all that is missing, also what other processes are at work on: wait for those.
+
+        Raises:
+            TrainingError: training failed, or its folder holds a run of another config.
+            DataError, CheckpointError: as of training and evaluation.
+        """
+        trainings = [(name, seed) for name, seed in self.grid.trainings if not self.is_trained(name, seed)]
+        _finish(
+            trainings,
+            lambda job: self.folder(*job) / ".lock",
+            lambda job: self.is_trained(*job),
+            lambda job: all(self.is_trained(other, job[1]) for other in self.grid.needs(job[0])),
+            lambda job: self.train(*job),
+        )
+        cells = [cell for cell in self.grid.cells if self.result(cell) is None]
+        bar = tqdm(total=len(cells), desc="cells", disable=not cells)
+        _finish(
+            cells,
+            lambda cell: self._cell_path(cell).with_suffix(".lock"),
+            lambda cell: self.result(cell) is not None,
+            lambda cell: True,
+            self.evaluate,
+            bar,
+        )
+        bar.close()
+
+    def train(self, name: str, seed: int) -> None:
+        """Train a network, go on with its training, or take its source's statistics anew."""
+        config, network = self.config(name, seed), self.grid.networks[name]
+        if network.source is None:
+            tqdm.write(f"training {name}, seed {seed}")
+            finish_training(config, self.folder(name, seed), self.device)
+            return
+        assert network.statistics is not None
+        model = load_model(self.checkpoint(network.source, seed), config).to(self.device)
+        retake_statistics(model, config, network.statistics)
+        save_checkpoint(self.checkpoint(name, seed), config, model.state_dict())
+
+    def evaluate(self, cell: Cell) -> None:
+        """Measure a cell's accuracy and write its file."""
+        config = self.cell_config(cell)
+        model = load_model(self.checkpoint(cell.network, cell.seed), config).to(self.device)
+        dataset = build_dataset(config.data.dataset, config.data.root, "val")
+        images = self.grid.spec.eval_images
+        result = evaluate(model, dataset, config.data, cell.run.output_stride, limit=images, progress=True)
+        content: dict[str, Any] = {
+            "network": cell.network,
+            "seed": cell.seed,
+            "run": dataclasses.asdict(cell.run),
+            "key": self._key(cell),
+            "origin": provenance(),
+            "metrics": result.as_dict(),
+        }
+        del content["metrics"]["confusion"]
+        atomic_write(self._cell_path(cell), json.dumps(content, indent=1) + "\n")
+
+    def results(self) -> list[dict[str, Any]]:
+        """All cells' results, in order.
+
+        Raises:
+            CheckpointError: a cell is not finished.
+        """
+        results = []
+        for cell in self.grid.cells:
+            result = self.result(cell)
+            if result is None:
+                raise CheckpointError(f"{self._cell_path(cell)} is missing or out of date: run it again")
+            results.append(result)
+        return results
+
+
+def _finish(
+    jobs: Sequence[_T],
+    lock_of: Callable[[_T], Path],
+    is_done: Callable[[_T], bool],
+    is_ready: Callable[[_T], bool],
+    work: Callable[[_T], None],
+    bar: tqdm | None = None,
+) -> None:
+    """Do all jobs, leaving out those that another process has in hand until only such are left."""
+    left = list(jobs)
+    while left:
+        before = len(left)
+        for job in list(left):
+            if not is_ready(job):
+                continue
+            with try_lock(lock_of(job)) as free:
+                if not free:
+                    continue
+                if not is_done(job):
+                    work(job)
+            left.remove(job)
+            if bar is not None:
+                bar.update()
+        if len(left) == before:
+            time.sleep(WAIT)
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Whether no other process holds the file's lock; then it is ours until the end, or until we are killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,87 @@
+"""Run an ablation: train what a grid needs, run it every way that the grid names, write tables and a report.
+
+The grid is a YAML file (see configs/ablation/ and docs/ablation.md). A killed run goes on where it stopped,
+finished cells are not done again, and several processes may share a work folder (on as many GPUs): start the
+same command in each. Writes results.json, table.md, table.csv, plots and report.html.
+
+examples:
+  sparse-seg ablate configs/ablation/scenes.yaml --dry-run
+  sparse-seg ablate configs/ablation/camvid.yaml --set data.root=../camvid
+  sparse-seg ablate configs/ablation/cityscapes.yaml --checkpoint r101.safetensors --work-dir runs/r101
+  for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu sparse-seg ablate configs/ablation/cityscapes.yaml & done
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from sparse_seg.ablation.costs import measure_costs
+from sparse_seg.ablation.estimate import remaining
+from sparse_seg.ablation.grid import load_grid
+from sparse_seg.ablation.runner import Ablation
+from sparse_seg.ablation.summary import summarise
+from sparse_seg.cli.options import add_config, add_device
+from sparse_seg.errors import TrainingError
+from sparse_seg.evaluation.provenance import provenance
+from sparse_seg.files import atomic_write
+from sparse_seg.reporting.ablation import ablation_table, write_ablation
+from sparse_seg.reporting.tables import Column, Table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument(
+        "--checkpoint", metavar="C", help="use this checkpoint as the first network, in place of training it"
+    )
+    parser.add_argument(
+        "--work-dir", metavar="D", help="where all is kept (default: runs/ablation/CONFIG's name)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list what is left to do, with an estimate of time, and stop"
+    )
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    work_dir = Path(args.work_dir or Path("runs/ablation") / Path(args.config).stem)
+    ablation = Ablation(load_grid(args.config, args.set), work_dir, args.checkpoint, args.device)
+    if args.dry_run:
+        _print_remaining(ablation)
+        return 0
+    try:
+        ablation.run()
+    except KeyboardInterrupt:
+        raise TrainingError("interrupted; run it again to go on") from None
+    results, costs = ablation.results(), measure_costs(ablation, ablation.grid.cells)
+    rows = summarise(ablation, results, costs["costs"])
+    content = provenance() | {
+        "title": ablation.grid.spec.title,
+        "commits": sorted({result["origin"]["commit"] or "" for result in results}),
+        "rows": rows,
+    }
+    atomic_write(work_dir / "results.json", json.dumps(content, indent=1) + "\n")
+    write_ablation(ablation, rows)
+    print(ablation_table(rows).to_text())
+    print(f"report: {work_dir / 'report.html'}")
+    return 0
+
+
+def _print_remaining(ablation: Ablation) -> None:
+    rows = remaining(ablation)
+    shown = [
+        {"what": row["what"], "state": "done" if row["done"] else f"about {_duration(row['seconds'])}"}
+        for row in rows
+    ]
+    print(Table([Column("what", "what"), Column("state", "left")], shown).to_text())
+    left = [row["seconds"] for row in rows if not row["done"]]
+    print(
+        f"{len(left)} of {len(rows)} left, about {_duration(sum(left))} for one process on {ablation.device}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,203 @@
+"""An ablation as Markdown, CSV, and a self-contained HTML report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sparse_seg.ablation.grid import Cell
+from sparse_seg.ablation.runner import Ablation
+from sparse_seg.data import build_dataset
+from sparse_seg.data.dataset import Image
+from sparse_seg.data.transforms import normalise
+from sparse_seg.evaluation.evaluate import predict
+from sparse_seg.files import atomic_write
+from sparse_seg.masks import block_levels
+from sparse_seg.reporting.html import Section, photo, plot, write_report
+from sparse_seg.reporting.overlays import colourise, draw_levels, overlay
+from sparse_seg.reporting.plots import cost_curve
+from sparse_seg.reporting.tables import Column, Table
+from sparse_seg.training.checkpoint import load_model
+
+Rows = Sequence[dict[str, Any]]
+SHOWN = 4  # frames in the report
+_MARK = {True: "x", False: ""}
+
+
+def ablation_table(rows: Rows) -> Table:
+    """The letter's form: method, switches, accuracy, cost, and cost as percent of the first row's."""
+    columns = [
+        Column("network", "network"),
+        Column("run", "run"),
+        Column("exchange", "exchange"),
+        Column("distillation_mark", "distil"),
+        Column("boundary_mark", "detail"),
+        Column("miou", "mIoU %", "{:.2f}"),
+        Column("miou_std", "±", "{:.2f}"),
+        Column("boundary_miou", "boundary mIoU %", "{:.2f}"),
+        Column("parameters_m", "M params", "{:.2f}"),
+        Column("checkpoint_mb", "MB", "{:.1f}"),
+        Column("gmacs", "GMACs", "{:.2f}"),
+        Column("milliseconds", "ms", "{:.1f}"),
+        Column("peak_mib", "peak MiB", "{:.0f}"),
+        Column("parameters_share", "params %", "{:.0f}"),
+        Column("gmacs_share", "GMACs %", "{:.0f}"),
+        Column("milliseconds_share", "ms %", "{:.0f}"),
+    ]
+    marked = [
+        row
+        | {f"{name}_mark": _MARK[row[name]] for name in ("distillation", "boundary")}
+        | {"parameters_m": row["parameters"] / 1e6}
+        for row in rows
+    ]
+    return Table(columns, marked)
+
+
+def class_table(rows: Rows, names: Sequence[str]) -> Table:
+    """IoU by class of the first row, and the others' differences from it."""
+    columns = [Column("network", "network"), Column("run", "run"), Column("exchange", "exchange")]
+    columns += [Column(name, name, "{:.1f}") for name in names[: len(rows[0]["class_iou"])]]
+    columns[3:] = [Column(c.key, c.title, "{}") for c in columns[3:]]
+    lines = []
+    for number, row in enumerate(rows):
+        line = {key: row[key] for key in ("network", "run", "exchange")}
+        for name, own, first in zip(names, row["class_iou"], rows[0]["class_iou"], strict=True):
+            line[name] = f"{own:.1f}" if number == 0 else f"{own - first:+.1f}"
+        lines.append(line)
+    return Table(columns, lines)
+
+
+def write_ablation(ablation: Ablation, rows: Rows) -> None:
+    """Write `table.md`, `table.csv`, `classes.md`, two plots and `report.html` into the work folder.
+
+    Raises:
+        SparseSegError: matplotlib is missing.
+    """
+    work_dir, spec = ablation.work_dir, ablation.grid.spec
+    config = next(iter(ablation.grid.configs.values()))
+    dataset = build_dataset(config.data.dataset, config.data.root, "val")
+    table, classes = ablation_table(rows), class_table(rows, dataset.classes.names)
+    plots = {key: _pareto(rows, key, label) for key, label in PLOTS.items()}
+    atomic_write(work_dir / "table.md", table.to_markdown() + "\n")
+    atomic_write(work_dir / "table.csv", table.to_csv())
+    atomic_write(work_dir / "classes.md", classes.to_markdown() + "\n")
+    for key, content in plots.items():
+        atomic_write(work_dir / f"pareto_{key}.png", content)
+    text = (
+        f"{spec.description}\n\nSeeds: {', '.join(map(str, spec.seeds))}. ± is the standard deviation over "
+        "them. The last three columns are percent of the first row's. ms (in one run, taking turns) and peak "
+        "memory are those of model.for_inference(), mask and argmax included. distil: trained with a teacher; "
+        "detail: trained with a stress on boundaries, fine blocks and the coarse lattice."
+    )
+    curves = [plot(plots["gmacs"], "mIoU against GMACs"), plot(plots["milliseconds"], "mIoU against ms")]
+    sections = [
+        Section("Accuracy and cost", text, table),
+        Section("Quality against cost", pictures=curves, pictures_per_row=2),
+        Section("IoU by class: the first row, and the others' difference from it", table=classes),
+        *_frames(ablation, rows),
+    ]
+    write_report(work_dir / "report.html", spec.title, sections)
+
+
+PLOTS = {"gmacs": "GMACs per image", "milliseconds": "ms per image"}
+
+
+def _pareto(rows: Rows, key: str, label: str) -> bytes:
+    """A line per network, the baseline as reference."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows[1:]:
+        series.setdefault(row["network"], []).append((row[key], row["miou"]))
+    first = {f"{rows[0]['network']}, {rows[0]['run']}": (rows[0][key], rows[0]["miou"])}
+    return cost_curve(series, label, "mIoU %", first)
+
+
+def _frames(ablation: Ablation, rows: Rows) -> list[Section]:
+    """The frames where the baseline and the best selective row differ most, by the first seed."""
+    selective = [row for row in rows if not row["dense"]]
+    if not selective:
+        return []
+    best = max(selective, key=lambda row: row["miou"])
+    seed = ablation.grid.spec.seeds[0]
+    cells = [cell for cell in ablation.grid.cells if cell.seed == seed]
+    pair = (
+        cells[0],
+        next(
+            cell
+            for cell in cells
+            if (cell.network, cell.run.name, cell.run.exchange)
+            == (best["network"], best["run"], best["exchange"])
+        ),
+    )
+    sections = [
+        Section(
+            "Where they differ most",
+            f"The {SHOWN} validation frames in which {_name(pair[0])} and {_name(pair[1])} (the best "
+            "selective row) disagree about most labelled pixels; those are white in the last picture where "
+            "the baseline alone is right, black where the selective network alone is, grey where neither is.",
+        )
+    ]
+    for share, named in _most_different(ablation, pair):
+        pictures = [photo(image, name) for name, image in named[1]]
+        sections.append(Section(f"{named[0]}: {100 * share:.1f} % of the pixels", pictures=pictures))
+    return sections
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.network}, {cell.run.name}"
+
+
+@torch.inference_mode()
+def _most_different(
+    ablation: Ablation, pair: tuple[Cell, Cell]
+) -> list[tuple[float, tuple[str, list[tuple[str, Image]]]]]:
+    """(share of pixels, (frame, named pictures)), most different first."""
+    configs = [ablation.cell_config(cell) for cell in pair]
+    models = [
+        load_model(ablation.checkpoint(cell.network, cell.seed), config).to(ablation.device)
+        for cell, config in zip(pair, configs, strict=True)
+    ]
+    dataset = build_dataset(configs[0].data.dataset, configs[0].data.root, "val")
+    palette, count = (
+        dataset.classes.palette,
+        min(len(dataset), ablation.grid.spec.eval_images or len(dataset)),
+    )
+    found: list[tuple[float, int, list[np.ndarray], np.ndarray | None]] = []
+    for index in tqdm(range(count), desc="differences", leave=False):
+        image, label = dataset.load(index)
+        target = torch.from_numpy(label).long()[None].to(ablation.device)
+        classes, blocks = [], None
+        for cell, config, model in zip(pair, configs, models, strict=True):
+            batch = normalise(image, config.data.mean, config.data.std)[None].to(ablation.device)
+            predicted, blocks = predict(model, batch, cell.run.output_stride, labels=target)
+            classes.append(predicted[0].cpu().numpy().astype(np.uint8))
+        labelled = label != 255
+        share = float((classes[0] != classes[1])[labelled].mean()) if labelled.any() else 0.0
+        levels = None if blocks is None else block_levels(blocks, models[1].strides)[0].cpu().numpy()
+        found = sorted([*found, (share, index, classes, levels)], key=lambda entry: -entry[0])[:SHOWN]
+    results = []
+    for share, index, (dense, selective), levels in found:
+        image, label = dataset.load(index)
+        pictures = [("input", image), ("label", colourise(label, palette))]
+        if levels is not None:
+            pictures.append(("stride by block", draw_levels(image, levels, models[1].strides)))
+        pictures += [
+            (_name(pair[0]), overlay(image, dense, palette)),
+            (_name(pair[1]), overlay(image, selective, palette)),
+            ("difference", _difference(image, label, dense, selective)),
+        ]
+        results.append((share, (dataset.name(index), pictures)))
+    return results
+
+
+def _difference(image: Image, label: np.ndarray, dense: np.ndarray, selective: np.ndarray) -> Image:
+    """The image, darkened and blue, with the pixels on which both disagree in white, black or grey."""
+    picture = (image * np.array([0.25, 0.35, 0.6])).astype(np.uint8)
+    differ = (dense != selective) & (label != 255)
+    picture[differ] = 128
+    picture[differ & (dense == label)] = 255
+    picture[differ & (selective == label)] = 0
+    return picture

@@ -1,0 +1,54 @@
+"""Batch statistics of a trained network, taken anew under another way to run it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sparse_seg.data import build_dataset
+from sparse_seg.data.loader import training_batches
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.schema import Config
+
+BATCHES = 50  # enough for means of thousands of sites
+
+
+@torch.no_grad()
+def retake_statistics(
+    model: SelectiveSegmentor, config: Config, network: str, batches: int = BATCHES
+) -> None:
+    """Replace the running statistics of all batch norms by those of training batches, in place.
+
+    Means over whole batches in place of a moving average ("Precise BN": Wu and Johnson, "Rethinking Batch in
+    BatchNorm", 2021). Weights stay as they are.
+
+    Args:
+        config: gives dataset, crops, batch size and seed; samples are the first of the training.
+        network: `dense`, at the config's output stride, or `selective`, with masks by the model's policy.
+
+    Raises:
+        DataError: the dataset is incomplete.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    device = next(model.parameters()).device
+    dataset = build_dataset(config.data.dataset, config.data.root, "train")
+    loader = training_batches(dataset, config, 0, batches)
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean of all batches
+    model.eval()  # dropout stays off
+    for images, _ in tqdm(loader, desc=f"statistics, {network}", leave=False):
+        images = images.to(device)
+        if network == "dense":
+            layouts = model.dense_layouts(images, config.train.output_stride)
+        else:
+            layouts = model.selective_layouts(images, model.choose(images))
+        for norm in norms:
+            norm.train()
+        model.outputs(images, layouts)
+        for norm in norms:
+            norm.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
