@@ -2,10 +2,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo ablation test lint clean
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --out runs/demo
+
+ablation: $(STAMP)
+	$(BIN)/python tools/make_scenes.py runs/demo/scenes
+	$(BIN)/python tools/ablate.py configs/ablation/scenes.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -181,8 +181,8 @@ def check_training(config: Config) -> None:
     distilled, coarse = train.distill.teacher is not None, train.loss.coarse_weight > 0
     _require(
         not (learned and (distilled or coarse or train.loss.fine_weight > 0)),
-        "a learned mask is trained without train.distill and train.loss.coarse_weight and fine_weight: train the "
-        "network first, then the mask with train.init and train.freeze",
+        "a learned mask is trained without train.distill, train.loss.coarse_weight and fine_weight: train "
+        "the network first, then the mask with train.init and train.freeze",
     )
     _require(
         config.model.head != "deeplabv3plus" or not (distilled or coarse),

@@ -20,9 +20,12 @@ from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.evaluation.latency import Run, interleaved, peak_memory
 from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
+from sparse_seg.models.build import build_model
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import load_model
+from sparse_seg.training.distillation import Teacher
+from sparse_seg.training.objective import Objective
 
 REPEATS = 11  # timed runs of each way
 
@@ -37,22 +40,24 @@ def cost_key(ablation: Ablation, cell: Cell) -> str:
 
 
 def measure_costs(ablation: Ablation, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Costs by `cost_key`, under `costs`, with where they come from; kept in `costs.json` of the work folder.
+    """`costs` by `cost_key`, `steps` by network, and their origin; kept in `costs.json` of the work folder.
 
     Every distinct cost is measured on the first validation frame, by the weights of its first cell, as
     `model.for_inference()`: mask policy, network and argmax. All take turns in one run; if one is missing,
-    all are measured again.
+    all are measured again. A step is that of `step_seconds`.
     """
     path = ablation.work_dir / "costs.json"
     distinct: dict[str, Cell] = {}
     for cell in cells:
         distinct.setdefault(cost_key(ablation, cell), cell)
+    trained = {name for name, network in ablation.grid.networks.items() if network.source is None}
     with try_lock(path.with_suffix(".lock")):
         if path.exists():
             kept = json.loads(path.read_text())
-            if set(distinct) <= set(kept["costs"]):
+            if set(distinct) <= set(kept["costs"]) and trained <= set(kept["steps"]):
                 return kept
         content = provenance() | {"costs": _measure(ablation, distinct)}
+        content["steps"] = {name: step_seconds(ablation, name) for name in trained}
         atomic_write(path, json.dumps(content, indent=1) + "\n")
         return content
 
@@ -94,6 +99,26 @@ def prepare(checkpoint: Path, config: Config, output_stride: int | None, device:
 
     run()
     return run
+
+
+def step_seconds(ablation: Ablation, name: str) -> float:
+    """Seconds of a training step of a network, with random images of its config's crop and batch size.
+
+    A teacher is run as if nothing of it were cached; as long as it is not trained, a third of its own step
+    is taken for it.
+    """
+    config, device = ablation.config(name, ablation.grid.spec.seeds[0]), ablation.device
+    distill = config.train.distill
+    taught = distill.teacher is not None and Path(distill.teacher).exists()
+    teacher = Teacher(str(distill.teacher), config, device=device) if taught else None
+    model = build_model(config).to(device).train()
+    objective = Objective(config.train, teacher).to(device)
+    images = torch.randn(config.train.batch_size, 3, *config.data.crop, device=device)
+    labels = torch.zeros(config.train.batch_size, *config.data.crop, dtype=torch.int64, device=device)
+    timed = interleaved({"": lambda: objective(model, images, labels).backward()}, 3, device)
+    seconds = timed[""].median / 1000
+    network = ablation.grid.networks[name].teacher
+    return seconds + step_seconds(ablation, network) / 3 if network is not None and not taught else seconds
 
 
 def _macs(model: SelectiveSegmentor, image: Tensor, label: Tensor, output_stride: int | None) -> int:

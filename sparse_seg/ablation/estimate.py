@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
-import torch
-
-from sparse_seg.ablation.costs import first_frame
+from sparse_seg.ablation.costs import first_frame, step_seconds
 from sparse_seg.ablation.grid import Cell
 from sparse_seg.ablation.runner import Ablation
 from sparse_seg.config import to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.evaluation.evaluate import predict
+from sparse_seg.evaluation.latency import interleaved
 from sparse_seg.models.build import build_model
-from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import load_checkpoint
-from sparse_seg.training.objective import Objective
 from sparse_seg.training.statistics import BATCHES
 
 
@@ -52,15 +48,14 @@ class _Clock:
 
     def training(self, name: str, seed: int) -> float:
         network, config = self.ablation.grid.networks[name], self.ablation.config(name, seed)
+        if name not in self._steps:
+            self._steps[name] = step_seconds(self.ablation, name)
         if network.source is not None:  # a step without its backward pass
-            return BATCHES * self._step(config) / 3
+            return BATCHES * self._steps[name] / 3
         last, done = self.ablation.folder(name, seed) / "last.pt", 0
         if last.exists():
             done = load_checkpoint(last)["progress"]["iteration"]
-        step = self._step(config)
-        if network.teacher is not None:
-            step += self._step(self.ablation.grid.configs[network.teacher]) / 3
-        return (config.train.iterations - done) * step
+        return (config.train.iterations - done) * self._steps[name]
 
     def cell(self, cell: Cell) -> float:
         config = self.ablation.cell_config(cell)
@@ -68,34 +63,7 @@ class _Clock:
         if key not in self._frames:
             model = build_model(config).to(self.ablation.device).eval()
             image, label = first_frame(config, self.ablation.device)
-            self._frames[key] = _second_time(
-                lambda: predict(model, image, cell.run.output_stride, labels=label), self.ablation.device
-            )
+            run = {"": lambda: predict(model, image, cell.run.output_stride, labels=label)}
+            self._frames[key] = interleaved(run, 1, self.ablation.device)[""].median / 1000
         count = len(build_dataset(config.data.dataset, config.data.root, "val"))
         return min(count, self.ablation.grid.spec.eval_images or count) * self._frames[key]
-
-    def _step(self, config: Config) -> float:
-        """Seconds of a training step, without a teacher."""
-        tree = to_dict(config)
-        del tree["train"]["distill"], tree["train"]["seed"]
-        key = json.dumps(tree, sort_keys=True)
-        if key not in self._steps:
-            device = self.ablation.device
-            model = build_model(config).to(device).train()
-            objective = Objective(config.train).to(device)
-            images = torch.randn(config.train.batch_size, 3, *config.data.crop, device=device)
-            labels = torch.zeros(config.train.batch_size, *config.data.crop, dtype=torch.int64, device=device)
-            self._steps[key] = _second_time(lambda: objective(model, images, labels).backward(), device)
-        return self._steps[key]
-
-
-def _second_time(run: Any, device: torch.device) -> float:
-    """Seconds of the second of two runs."""
-    seconds = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    return seconds

@@ -84,7 +84,8 @@ class Run:
         """
         if self.output_stride is not None:
             return config
-        assert self.policy is not None and self.fraction is not None
+        assert self.policy is not None
+        assert self.fraction is not None
         own = config.model
         mask = dataclasses.replace(
             parse_policy(self.policy, own.mask),

@@ -225,7 +225,7 @@ def _finish(
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """Whether no other process holds the file's lock; then it is ours until the end, or until we are killed."""
+    """Whether no other process holds the file's lock; then it is ours until the end, or our own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:

@@ -16,22 +16,22 @@ COSTS = ("parameters", "checkpoint_mb", "gmacs", "milliseconds", "peak_mib")
 
 
 def summarise(
-    ablation: Ablation, results: Sequence[Mapping[str, Any]], costs: Mapping[str, Mapping[str, Any]]
+    ablation: Ablation, results: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """A row for each network and way to run it; the first is the baseline, to which the ratios refer.
 
     Args:
         results: of `ablation.grid.cells`, in their order.
-        costs: by `cost_key`.
+        measured: see `measure_costs`.
 
     Returns:
         Rows of plain values. Accuracy in percent: means over the seeds, `miou_std` the sample's standard
-        deviation (None of one seed), `miou_change` against the baseline. `*_share`: percent of the baseline's.
+        deviation (None of one seed), `miou_change` against the baseline. `*_share`: percent of its.
     """
     groups: dict[tuple[Any, ...], list[tuple[Cell, Mapping[str, Any]]]] = {}
     for cell, result in zip(ablation.grid.cells, results, strict=True):
         groups.setdefault((cell.network, cell.run), []).append((cell, result))
-    rows = [_row(ablation, members, costs) for members in groups.values()]
+    rows = [_row(ablation, members, measured) for members in groups.values()]
     for row in rows:
         row["miou_change"] = row["miou"] - rows[0]["miou"]
         row |= {f"{name}_share": 100 * row[name] / rows[0][name] for name in COSTS}
@@ -41,7 +41,7 @@ def summarise(
 def _row(
     ablation: Ablation,
     members: Sequence[tuple[Cell, Mapping[str, Any]]],
-    costs: Mapping[str, Mapping[str, Any]],
+    measured: Mapping[str, Any],
 ) -> dict[str, Any]:
     cell, metrics = members[0][0], [result["metrics"] for _, result in members]
     mious = [100 * one["miou"] for one in metrics]
@@ -63,7 +63,8 @@ def _row(
             _mean([100 * value for value in values if value is not None])
             for values in zip(*(one["class_iou"] for one in metrics), strict=True)
         ],
-        **{name: costs[cost_key(ablation, cell)][name] for name in COSTS},
+        "step_seconds": measured["steps"].get(cell.network),
+        **{name: measured["costs"][cost_key(ablation, cell)][name] for name in COSTS},
     }
 
 

@@ -54,11 +54,10 @@ def run(args: argparse.Namespace) -> int:
         ablation.run()
     except KeyboardInterrupt:
         raise TrainingError("interrupted; run it again to go on") from None
-    results, costs = ablation.results(), measure_costs(ablation, ablation.grid.cells)
-    rows = summarise(ablation, results, costs["costs"])
+    rows = summarise(ablation, ablation.results(), measure_costs(ablation, ablation.grid.cells))
     content = provenance() | {
         "title": ablation.grid.spec.title,
-        "commits": sorted({result["origin"]["commit"] or "" for result in results}),
+        "commits": sorted({str(result["origin"]["commit"]) for result in ablation.results()}),
         "rows": rows,
     }
     atomic_write(work_dir / "results.json", json.dumps(content, indent=1) + "\n")

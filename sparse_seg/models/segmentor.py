@@ -207,8 +207,8 @@ class SelectiveSegmentor(nn.Module):
     def choose(
         self, images: Tensor, labels: Tensor | None = None, policy: MaskPolicy | None = None
     ) -> Tensor:
-        """The mask `[B, Hc, Wc]` before the network runs. The confidence policy takes a coarse pass for it, in
-        eval mode; the learned policy, which reads a run's features, is not served."""
+        """The mask `[B, Hc, Wc]` before the network runs. For the confidence policy a coarse pass is run,
+        in eval mode; the learned policy, which reads a run's features, is not served."""
         policy = policy or self.policy
         if not isinstance(policy, ConfidencePolicy):
             return policy(images, labels)

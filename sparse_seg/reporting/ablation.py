@@ -44,6 +44,7 @@ def ablation_table(rows: Rows) -> Table:
         Column("gmacs", "GMACs", "{:.2f}"),
         Column("milliseconds", "ms", "{:.1f}"),
         Column("peak_mib", "peak MiB", "{:.0f}"),
+        Column("step_seconds", "s/step", "{:.2f}"),
         Column("parameters_share", "params %", "{:.0f}"),
         Column("gmacs_share", "GMACs %", "{:.0f}"),
         Column("milliseconds_share", "ms %", "{:.0f}"),
@@ -90,8 +91,9 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
     text = (
         f"{spec.description}\n\nSeeds: {', '.join(map(str, spec.seeds))}. ± is the standard deviation over "
         "them. The last three columns are percent of the first row's. ms (in one run, taking turns) and peak "
-        "memory are those of model.for_inference(), mask and argmax included. distil: trained with a teacher; "
-        "detail: trained with a stress on boundaries, fine blocks and the coarse lattice."
+        "memory are those of model.for_inference(), mask and argmax included. distil: trained with a "
+        "teacher; detail: trained with a stress on boundaries, fine blocks and the coarse lattice; s/step: "
+        "seconds of a training step, the teacher's forward pass included."
     )
     curves = [plot(plots["gmacs"], "mIoU against GMACs"), plot(plots["milliseconds"], "mIoU against ms")]
     sections = [

@@ -1,0 +1,170 @@
+"""Distillation: its two losses against plain loops, the teacher's cache, and teachers that do not fit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_seg.config import load_config
+from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.models.build import build_model
+from sparse_seg.schema import Config
+from sparse_seg.sparse import SiteLayout
+from sparse_seg.training import distillation
+from sparse_seg.training.checkpoint import save_checkpoint
+from sparse_seg.training.distillation import Teacher, TeacherOutputs, likeness_difference, logits_divergence
+from sparse_seg.training.trainer import Trainer
+from tests.reference import block_mask, randomise
+
+
+def values(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_divergence_is_kullback_leiblers() -> None:
+    student, teacher = values(2, 4, 3, 5), 3 * values(2, 4, 3, 5, seed=1)
+    weights = values(2, 3, 5, seed=2).abs()
+    p = np.exp(teacher.numpy() / 2.5)
+    p /= p.sum(1, keepdims=True)
+    q = np.exp(student.numpy() / 2.5)
+    q /= q.sum(1, keepdims=True)
+    cells = (p * np.log(p / q)).sum(1)
+    expected = 2.5**2 * (cells * weights.numpy()).sum() / weights.numpy().sum()
+    assert logits_divergence(student, teacher, weights, 2.5).item() == pytest.approx(expected, rel=1e-5)
+    assert logits_divergence(teacher, teacher, weights, 2.5).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("mask", ["random", "empty", "full"])
+def test_likeness_is_compared_pair_by_pair(mask: str) -> None:
+    layout = SiteLayout.from_fine_blocks(block_mask(mask, (2, 3, 4)), (5, 7))
+    rows, grid, weights = (
+        values(layout.num_sites, 6),
+        values(2, 9, 5, 7, seed=1),
+        values(2, 5, 7, seed=2).abs(),
+    )
+    total = weight = 0.0
+    for image in range(2):
+        sites = [
+            (int(layout.site[image, y, x]), y, x)
+            for y in range(5)
+            for x in range(7)
+            if layout.site[image, y, x] >= 0
+        ]
+        for row, y, x in sites:
+            for other, v, u in sites:
+                pair = (weights[image, y, x] * weights[image, v, u]).item()
+                own = torch.cosine_similarity(rows[row], rows[other], 0)
+                theirs = torch.cosine_similarity(grid[image, :, y, x], grid[image, :, v, u], 0)
+                total += pair * (own - theirs).item() ** 2
+                weight += pair
+    assert likeness_difference(rows, grid, layout, weights).item() == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_likeness_of_many_sites_takes_some_of_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = SiteLayout(2, (5, 7), 8)
+    rows, grid = values(70, 6), values(2, 9, 5, 7, seed=1)
+    monkeypatch.setattr(distillation, "MOST_SITES", 12)
+    some = likeness_difference(rows, grid, layout, torch.ones(2, 5, 7))
+    few = torch.zeros(2, 35)
+    few[:, ::3] = 1  # 12 of 35
+    monkeypatch.setattr(distillation, "MOST_SITES", 1000)
+    torch.testing.assert_close(likeness_difference(rows, grid, layout, few.view(2, 5, 7)), some)
+
+
+@pytest.fixture
+def teacher(tiny: Path, tmp_path: Path) -> tuple[Config, Path]:
+    """A student's config and a teacher with random weights and statistics, wider than the student."""
+    config = load_config(tiny, ["model.width=0.25", "model.auxiliary=false"])
+    model = build_model(config)
+    randomise(model)
+    path = tmp_path / "teacher.pt"
+    save_checkpoint(path, config, model.state_dict())
+    return load_config(tiny, ["model.auxiliary=false"]), path
+
+
+def test_teacher_gives_its_dense_logits_and_features(teacher: tuple[Config, Path]) -> None:
+    config, path = teacher
+    images = values(2, 3, 64, 80).float()
+    outputs = Teacher(path, config)(images, 8)
+    model = Teacher(path, config).model
+    grid = model.grid_logits(model.backbone(images, layouts := model.dense_layouts(images, 8)), layouts)
+    torch.testing.assert_close(outputs.logits, grid.half().float())
+    assert outputs.features.shape == (2, 16, 8, 10)
+    assert not outputs.logits.requires_grad
+
+
+def test_cache_changes_no_value_and_saves_the_run(
+    teacher: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path = teacher
+    images = values(3, 3, 64, 80).float()
+    kept, plain = Teacher(path, config, tmp_path / "cache"), Teacher(path, config)
+    # one image at a time, so that both run the very same sizes
+    first = [kept(image[None], 8) for image in images[:2]]
+    for image, outputs in zip(images, first, strict=False):
+        assert all(map(torch.equal, outputs, plain(image[None], 8)))
+    ran: list[int] = []
+    run = kept._run
+
+    def counted(new: Tensor, stride: int) -> TeacherOutputs:
+        ran.append(len(new))
+        return run(new, stride)
+
+    monkeypatch.setattr(kept, "_run", counted)
+    second = kept(images, 8)
+    assert ran == [1], "two of three images were kept"
+    assert torch.equal(second.logits[:2], torch.cat([outputs.logits for outputs in first]))
+    kept(images, 16)
+    assert ran == [1, 3], "another output stride is another file"
+    for file in (tmp_path / "cache").rglob("*.pt"):
+        file.write_bytes(file.read_bytes()[:50])
+    assert all(map(torch.equal, kept(images[:1], 8), first[0])), "a damaged file is made again"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_classes=7"], "classes 19"),
+        (["model.trained_stride=16"], "model.trained_stride 8"),
+        (["data.std=[0.2, 0.2, 0.2]"], "data.std"),
+    ],
+)
+def test_teachers_that_do_not_fit(
+    teacher: tuple[Config, Path], tiny: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Teacher(teacher[1], load_config(tiny, ["model.auxiliary=false", *overrides]))
+
+
+def test_missing_teacher(teacher: tuple[Config, Path]) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Teacher("nowhere.pt", teacher[0])
+
+
+@pytest.mark.parametrize("network", ["dense", "selective"])
+def test_training_with_a_teacher_resumes_bit_for_bit(
+    teacher: tuple[Config, Path], tiny: Path, tmp_path: Path, network: str
+) -> None:
+    overrides = [f"train.distill.teacher={teacher[1]}", f"train.distill.cache={tmp_path / 'cache'}"]
+    config = load_config(tiny, [*overrides, f"train.network={network}", "train.loss.coarse_weight=0.4"])
+    whole = Trainer(config, tmp_path / "whole")
+    whole.run()
+    part = Trainer(config, tmp_path / "part")
+    part.config.train.iterations, part.config.train.eval_every = 6, 100
+    steps, step = 0, part._step
+
+    def stop_after_three(images: Tensor, labels: Tensor) -> float:
+        nonlocal steps
+        steps += 1
+        part._stop = steps == 3
+        return step(images, labels)
+
+    part._step = stop_after_three  # type: ignore[method-assign]
+    with pytest.raises(Exception, match="stopped at iteration 3"):
+        part.run()
+    rest = Trainer(config, tmp_path / "part", resume=True)
+    rest.run()
+    own, others = whole.model.state_dict(), rest.model.state_dict()
+    assert all(torch.equal(own[name], others[name]) for name in own)

@@ -1,0 +1,198 @@
+"""What is added against the loss of light networks: each part alone, all together, dense and selective."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_seg.config import load_config
+from sparse_seg.errors import ConfigError
+from sparse_seg.models.build import build_model
+from sparse_seg.models.heads import RowHead
+from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
+from sparse_seg.schema import DistillConfig, LossConfig, TrainConfig
+from sparse_seg.training.checkpoint import save_checkpoint
+from sparse_seg.training.distillation import Teacher
+from sparse_seg.training.losses import SegmentationLoss, boundary_band
+from sparse_seg.training.objective import Objective, coarse_logits
+from sparse_seg.training.statistics import retake_statistics
+from sparse_seg.training.trainer import Trainer
+from tests.reference import random_model, randomise, relative_error
+
+
+def batch(size: tuple[int, int] = (70, 101), classes: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(2, 3, *size, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, classes, (2, size[0] // 10 + 1, size[1] // 10 + 1), generator=generator)
+    labels = labels.repeat_interleave(10, 1).repeat_interleave(10, 2)[:, : size[0], : size[1]]
+    labels[:, :7] = 255
+    return images, labels
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_boundary_band_is_its_definition(width: int) -> None:
+    labels = batch((41, 53))[1]
+    expected = torch.zeros_like(labels, dtype=torch.bool)
+    touching = [
+        (b, y, x)
+        for b in range(2)
+        for y in range(41)
+        for x in range(53)
+        for v, u in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1))
+        if 0 <= v < 41
+        and 0 <= u < 53
+        and 255 not in (labels[b, y, x], labels[b, v, u])
+        and labels[b, y, x] != labels[b, v, u]
+    ]
+    for b, y, x in touching:
+        expected[b, max(y - width + 1, 0) : y + width, max(x - width + 1, 0) : x + width] = True
+    assert torch.equal(boundary_band(labels, width), expected)
+    assert 0 < expected.sum() < expected.numel()
+
+
+def test_emphasis_weights_pixels() -> None:
+    labels = batch((41, 53))[1]
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 5, 41, 53, generator=generator)
+    fine, classes = torch.rand(2, 41, 53, generator=generator) < 0.3, [1.0, 2.0, 0.5, 1.0, 3.0]
+    config = LossConfig(boundary_weight=2.0, boundary_width=2, fine_weight=0.5, class_weights=classes)
+    loss = SegmentationLoss(config)(Outputs(logits, None), labels, None, fine)
+    weights = (1 + 2.0 * boundary_band(labels, 2) + 0.5 * fine) * (labels != 255)
+    weights = weights * torch.tensor(classes)[labels.where(labels != 255, 0)]
+    losses = F.cross_entropy(logits, labels, ignore_index=255, reduction="none")
+    torch.testing.assert_close(loss, (losses * weights).sum() / weights.sum())
+
+
+def test_coarse_loss_is_added_with_its_weight() -> None:
+    labels = batch((41, 53))[1]
+    logits = torch.randn(2, 5, 41, 53, generator=torch.Generator().manual_seed(1))
+    loss = SegmentationLoss(LossConfig(coarse_weight=0.25))
+    both = loss(Outputs(logits, None), labels, logits.flip(1))
+    apart = loss(Outputs(logits, None), labels), loss(Outputs(logits.flip(1), None), labels)
+    torch.testing.assert_close(both, apart[0] + 0.25 * apart[1])
+
+
+@pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32), (4, 8, 16)], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@torch.no_grad()
+def test_coarse_logits_are_those_of_an_all_coarse_mask(strides: tuple[int, ...], share: float) -> None:
+    """By P1 they do not depend on the mask that the rows were made with, nor does a dense run's."""
+    model = random_model("resnet18", "lite", dtype=torch.float64, strides=strides)
+    images = batch()[0]
+    shape = (2, *(-(-length // strides[-1]) for length in images.shape[2:]))
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(4)) < share
+    head = model.head
+    assert isinstance(head, RowHead)
+    for layouts in (model.selective_layouts(images, mask), model.dense_layouts(images, strides[0])):
+        rows = head.neck(model.backbone(images, layouts)[-1], layouts[-1])
+        coarse = coarse_logits(model, images, rows, layouts[-1])
+        assert relative_error(coarse, model(images, torch.zeros_like(mask))) < 1e-12
+
+
+def student(**mask: object) -> SelectiveSegmentor:
+    torch.manual_seed(0)
+    settings = {"width": 0.125, "num_classes": 5, "head_channels": 16}
+    model = build_model(settings | {"mask": {"policy": "edge", "fine_fraction": 0.3} | mask})
+    randomise(model)
+    return model.double()
+
+
+@pytest.mark.parametrize("network", ["dense", "selective"])
+@pytest.mark.parametrize("policy", ["edge", "confidence"])
+def test_parts_add_up(network: str, policy: str, tmp_path: Path, tiny: Path) -> None:
+    model, (images, labels) = student(policy=policy), batch()
+    config = load_config(tiny, ["model.auxiliary=false", "model.num_classes=5", "data.dataset=scenes"])
+    teacher_model = build_model(config)
+    randomise(teacher_model, 5)
+    save_checkpoint(tmp_path / "teacher.pt", config, teacher_model.state_dict())
+    teacher = Teacher(tmp_path / "teacher.pt", config)
+    teacher.model.double()
+
+    def loss(taught: bool = False, logits: float = 0.0, features: float = 0.0, **weights: Any) -> float:
+        distill = DistillConfig(logits_weight=logits, features_weight=features)
+        train = TrainConfig(network=network, loss=LossConfig(**weights), distill=distill)
+        return Objective(train, teacher if taught else None)(model, images, labels).item()
+
+    plain = loss()
+    if network == "dense":
+        expected = F.cross_entropy(model.dense(images), labels, ignore_index=255)
+    else:
+        expected = F.cross_entropy(model.segment(images).outputs.logits, labels, ignore_index=255)
+    assert plain == pytest.approx(expected.item(), rel=1e-9)
+    parts = [
+        loss(coarse_weight=0.4) - plain,
+        loss(taught=True, logits=0.7) - plain,
+        loss(taught=True, features=1.3) - plain,
+    ]
+    assert min(parts) > 0
+    assert loss(taught=True) == pytest.approx(plain, rel=1e-9)
+    together = loss(taught=True, logits=0.7, features=1.3, coarse_weight=0.4)
+    assert together == pytest.approx(plain + sum(parts), rel=1e-6)  # distillation runs in float32
+    stressed = loss(boundary_weight=1.0, fine_weight=0.5)
+    assert stressed != pytest.approx(plain, rel=1e-6)
+
+
+def test_every_weight_gets_gradients_and_the_mask_pass_leaves_training_mode() -> None:
+    model, (images, labels) = student(policy="confidence"), batch()
+    model.train()
+    weights = LossConfig(boundary_weight=1.0, fine_weight=0.5, coarse_weight=0.4)
+    Objective(TrainConfig(network="dense", loss=weights))(model, images, labels).backward()
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.loss.coarse_weight=0.4", "model.head=deeplabv3plus"], "choose another head"),
+        (["train.distill.teacher=x.pt", "model.mask.policy=learned"], "train the network first"),
+        (["train.loss.boundary_weight=1", "train.loss.ohem_threshold=0.7"], "ohem_threshold"),
+        (["train.loss.boundary_weight=-1"], "train.loss.boundary_weight is -1"),
+        (["train.distill.temperature=0"], "train.distill.temperature is 0"),
+    ],
+)
+def test_settings_that_cannot_be(tiny: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Trainer(load_config(tiny, ["model.auxiliary=false", *overrides]), tmp_path / "run")
+
+
+@pytest.mark.parametrize("network", ["dense", "selective"])
+def test_statistics_are_the_means_over_batches(tiny: Path, network: str) -> None:
+    config = load_config(tiny, ["model.mask.policy=confidence", "model.mask.fine_fraction=0.3"])
+    torch.manual_seed(0)
+    model = build_model(config)
+    randomise(model)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    seen: list[Tensor] = []
+    norm = model.backbone.get_submodule("layer4.1.bn2")
+    hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]) if norm.training else None)
+    retake_statistics(model, config, network, batches=3)
+    hook.remove()
+    assert len(seen) == 3
+    expected = torch.stack(
+        [rows.flatten(2).mean((0, 2)) if rows.ndim == 4 else rows.mean(0) for rows in seen]
+    )
+    torch.testing.assert_close(norm.running_mean, expected.mean(0))
+    assert norm.momentum == 0.1
+    assert not model.training
+    assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
+    run = [entry.shape[0] for entry in seen]
+    blocks = 2 * 16 * (1 + 3 * round(0.3 * 16) / 16)
+    assert run == ([2 * 64] * 3 if network == "dense" else [round(blocks)] * 3)
+
+
+def test_fields_of_the_pass_config_are_all_checked() -> None:
+    """A new weight without a bound would let nonsense through."""
+    from sparse_seg import checks
+
+    for schema, bounds, others in (
+        (LossConfig, checks._LOSS_BOUNDS, set()),
+        (DistillConfig, checks._DISTILL_BOUNDS, {"teacher", "cache"}),
+    ):
+        names = {field.name for field in dataclasses.fields(schema)}
+        assert names == set(bounds) | others
