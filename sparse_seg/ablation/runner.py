@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 
 
 class Ablation:
-    """A grid in a work folder: `training/NETWORK-seedN/` as `train` leaves it, `cells/*.json`, `teacher/`.
+    """A grid in a work folder: `training/NETWORK-seedN/` as `train` leaves it, and `cells/*.json`.
 
     Args:
         grid: what to run.
@@ -72,11 +72,7 @@ class Ablation:
         config, network = self.grid.configs[name], self.grid.networks[name]
         distill = config.train.distill
         if network.teacher is not None:
-            distill = dataclasses.replace(
-                distill,
-                teacher=str(self.checkpoint(network.teacher, seed)),
-                cache=distill.cache or str(self.work_dir / "teacher"),
-            )
+            distill = dataclasses.replace(distill, teacher=str(self.checkpoint(network.teacher, seed)))
         train = dataclasses.replace(config.train, seed=seed, distill=distill)
         return dataclasses.replace(config, train=train)
 

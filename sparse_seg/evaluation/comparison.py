@@ -20,8 +20,9 @@ from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.cost import count_macs, count_segment
 from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.evaluation.metrics import SegmentationMetrics
-from sparse_seg.masks import MaskPolicy
+from sparse_seg.masks import ConfidencePolicy, MaskPolicy
 from sparse_seg.models.build import policy_for
+from sparse_seg.models.refinement import Refinement
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import DataConfig, MaskConfig
 
@@ -41,6 +42,7 @@ class Setting:
     gmacs: float = 0.0  # multiply-adds of the first image, in billions
     milliseconds: list[float] = field(default_factory=list)  # one per image, mask policy included
     metrics: SegmentationMetrics | None = None
+    images: int = 0
 
     def as_row(self) -> dict[str, Any]:
         """Plain values: percent, GMACs, median milliseconds."""
@@ -57,8 +59,8 @@ class Setting:
             "boundary_miou": 100 * result.boundary_miou,
             "class_iou": [100 * iou for iou in result.class_iou],
             "gmacs": self.gmacs,
-            "milliseconds": statistics.median(self.milliseconds),
-            "images": len(self.milliseconds),
+            "milliseconds": statistics.median(self.milliseconds) if self.milliseconds else None,
+            "images": self.images,
         }
 
 
@@ -116,27 +118,36 @@ def compare(
     rows: Sequence[Setting],
     limit: int | None = None,
     progress: bool = False,
+    timed: bool = True,
 ) -> list[dict[str, Any]]:
     """Run every setting on every image; returns `Setting.as_row` of each.
 
-    The settings take turns on each image, so that drift of the machine falls on all alike.
+    The settings take turns on each image, so that drift of the machine falls on all alike. Without `timed`
+    those whose mask needs no more than image, labels or coarse logits refine one coarse pass, which gives the
+    same numbers to rounding (P4 of design.md) several times faster.
     """
     device = next(model.parameters()).device
     model.eval()
     count = len(dataset) if limit is None else min(limit, len(dataset))
     for setting in rows:
         setting.metrics, setting.milliseconds = SegmentationMetrics(len(dataset.classes), IGNORE_INDEX), []
+        setting.images = 0
     loader = evaluation_loader(dataset, data.mean, data.std, data.workers)
     for image, label, index in tqdm(loader, total=count, disable=not progress, desc="compare", leave=False):
         if index >= count:
             break
         image, label = image.to(device), label.to(device)
+        coarse = None if timed else Refinement(model, image)
         for setting in rows:
             with exchanging(model, setting.exchange):
                 if index == 0:  # counts the cost, and warms up
                     setting.gmacs = _macs(model, image, label, setting) / 1e9
-                classes, milliseconds = _timed(model, image, label, setting)
-            setting.milliseconds.append(milliseconds)
+                if coarse is not None and _refines(setting):
+                    classes = _refined(coarse, label, setting)
+                else:
+                    classes, milliseconds = _timed(model, image, label, setting)
+                    setting.milliseconds += [milliseconds] if timed else []
+            setting.images += 1
             assert setting.metrics is not None
             setting.metrics.update(classes, label)
     return [setting.as_row() for setting in rows]
@@ -147,6 +158,19 @@ def _macs(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Sett
         return sum(count_macs(model, image, model.dense_layouts(image, setting.output_stride)).values())
     assert setting.policy is not None
     return sum(macs.total for macs in count_segment(model, image, setting.policy, label).values())
+
+
+def _refines(setting: Setting) -> bool:
+    return setting.policy is not None and setting.policy.reads in ("images", "logits")
+
+
+def _refined(coarse: Refinement, label: Tensor, setting: Setting) -> Tensor:
+    """Classes `[B, H, W]` of a selective setting, from a coarse pass that others use too."""
+    run, policy = coarse.fork(), setting.policy
+    assert policy is not None
+    scores = run.scores(policy) if isinstance(policy, ConfidencePolicy) else policy.scores(run.images, label)
+    run.refine(policy.cut(scores))
+    return run.logits().max(1).indices
 
 
 def _timed(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Setting) -> tuple[Tensor, float]:

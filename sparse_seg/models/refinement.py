@@ -8,6 +8,7 @@ computed from the exchange rule's values and are not computed again).
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -64,6 +65,12 @@ class Refinement:
             features = model.backbone(images, self._layouts)
             self._low_level = features[0]
             self.grid_logits = model.grid_logits(features, self._layouts)
+
+    def fork(self) -> Refinement:
+        """A run of its own from here: what either refines, the other does not see."""
+        other = copy.copy(self)
+        other.memory = self.memory.copy()
+        return other
 
     @torch.no_grad()
     def refine(self, levels: Tensor) -> None:

@@ -28,6 +28,12 @@ class Memory:
         # read the same rows share them
         self._step: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
+    def copy(self) -> Memory:
+        """A memory of the same rows that goes its own way from here."""
+        other = Memory(self.dtype)
+        other._kept = dict(self._kept)
+        return other
+
     def start_step(self) -> None:
         """What follows are rows of new sites."""
         self._step.clear()

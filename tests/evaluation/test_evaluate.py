@@ -28,6 +28,24 @@ def slow_miou(model, dataset, run) -> float:
     return float((inter[union > 0] / union[union > 0]).mean())
 
 
+@pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32)], ids=str)
+def test_a_shared_coarse_pass_changes_no_accuracy(dataset, strides):
+    torch.manual_seed(0)
+    mask = MaskConfig(middle_fraction=0.3)
+    model = build_model({"width": 0.125, "num_classes": 19, "strides": list(strides)}).eval()
+    ways = settings(model, mask, ["edge", "confidence", "oracle"], [0, 0.2, 0.7], ["linear", "none"])
+    timed = compare(model, dataset, DATA, ways, limit=3)
+    shared = compare(model, dataset, DATA, ways, limit=3, timed=False)
+    assert len(timed) == len(strides) + 3 * 2 * 3
+    for one, other in zip(timed, shared, strict=True):
+        for key in ("network", "fine_fraction", "exchange", "gmacs", "images"):
+            assert one[key] == other[key]
+        assert other["miou"] == pytest.approx(one["miou"], rel=1e-3), one["network"]
+        assert other["boundary_miou"] == pytest.approx(one["boundary_miou"], rel=1e-3)
+        assert one["milliseconds"] > 0
+        assert other["milliseconds"] is None
+
+
 def test_dense_miou_is_that_of_the_slow_loop(model, dataset):
     result = evaluate(model, dataset, DATA, output_stride=8)
     assert result.metrics.miou == pytest.approx(slow_miou(model, dataset, lambda x: model.dense(x, 8)))
