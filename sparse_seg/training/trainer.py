@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import signal
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,6 +31,7 @@ from sparse_seg.training.checkpoint import (
     save_checkpoint,
 )
 from sparse_seg.training.distillation import Teacher
+from sparse_seg.training.log import TrainingLog
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.pretrained import load_pretrained
 from sparse_seg.training.schedule import build_optimizer, learning_rate
@@ -107,9 +106,9 @@ class Trainer:
             self._restore(state, last if resume is True else Path(str(resume)))
         self.work_dir.mkdir(parents=True, exist_ok=True)
         atomic_write(self.work_dir / "config.yaml", to_yaml(config))
-        self._start_log()
+        self.log = TrainingLog(self.work_dir, self.iteration, train.tensorboard)
         self.how_to_go_on = f"go on with {self._resume_hint()}"
-        self._stop, self.started = False, time.monotonic()
+        self._stop = False
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -173,7 +172,8 @@ class Trainer:
         train = self.config.train
         done = self.iteration == train.iterations
         if self.iteration % train.log_every == 0 or done:
-            self._log(loss=self.loss_sum / self.loss_count, lr=self.optimizer.param_groups[0]["lr"])
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.log.write(self.iteration, loss=self.loss_sum / self.loss_count, lr=rate)
             self.loss_sum, self.loss_count = 0.0, 0
         if self.iteration % train.eval_every == 0 or done:
             self._validate()
@@ -192,8 +192,11 @@ class Trainer:
                 f"validation at iteration {self.iteration} found no labelled pixel; check the val labels or "
                 "raise train.eval_images"
             )
-        self._log(
-            miou=metrics.miou, boundary_miou=metrics.boundary_miou, pixel_accuracy=metrics.pixel_accuracy
+        self.log.write(
+            self.iteration,
+            miou=metrics.miou,
+            boundary_miou=metrics.boundary_miou,
+            pixel_accuracy=metrics.pixel_accuracy,
         )
         tqdm.write(
             f"iteration {self.iteration}: mIoU {metrics.miou:.4f}, boundary mIoU {metrics.boundary_miou:.4f}"
@@ -269,31 +272,6 @@ class Trainer:
     def _resume_hint(self) -> str:
         return f"--work-dir {self.work_dir} --resume"
 
-    # -- log -----------------------------------------------------------------------------------------------
-
-    def _start_log(self) -> None:
-        """Open `log.jsonl`, without lines later than the iteration resumed from."""
-        path = self.work_dir / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= self.iteration
-        ]
-        atomic_write(path, "".join(kept))
-        self.log_path, self.tensorboard = path, None
-        if self.config.train.tensorboard:
-            self.tensorboard = _tensorboard_writer(self.work_dir, self.iteration)
-
-    def _log(self, **values: float) -> None:
-        known = {name: None if math.isnan(value) else value for name, value in values.items()}
-        with self.log_path.open("a") as file:
-            elapsed = {"iteration": self.iteration, "seconds": round(time.monotonic() - self.started, 1)}
-            file.write(json.dumps(elapsed | known) + "\n")
-        if self.tensorboard is not None:
-            for name, value in known.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(name, value, self.iteration)
-            self.tensorboard.flush()
-
 
 @torch.no_grad()
 def _update_average(
@@ -306,14 +284,6 @@ def _update_average(
             kept.lerp_(new, 1 - decay)
         else:
             kept.copy_(new)
-
-
-def _tensorboard_writer(work_dir: Path, iteration: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise TrainingError("train.tensorboard needs: pip install 'sparse_seg[tensorboard]'") from None
-    return SummaryWriter(str(work_dir / "tensorboard"), purge_step=iteration)
 
 
 def finish_training(config: Config, work_dir: str | Path, device: torch.device | str = "cpu") -> Path:

@@ -180,7 +180,7 @@ def test_validation_without_a_label_is_named(tiny, tmp_path, monkeypatch):
 
 
 def test_log_never_holds_nan(tiny, tmp_path):
-    Trainer(load_config(tiny), tmp_path / "run")._log(boundary_miou=float("nan"))
+    Trainer(load_config(tiny), tmp_path / "run").log.write(0, boundary_miou=float("nan"))
     assert log_of(tmp_path / "run") == [{"iteration": 0, "boundary_miou": None}]
 
 
