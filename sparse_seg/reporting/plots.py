@@ -30,7 +30,7 @@ def cost_curve(
     references = points or {}
     if not any(series.values()) and not references:
         raise ValueError("cost_curve has neither series nor points to draw")
-    figure = _new_figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     for number, (name, values) in enumerate(series.items()):
         _draw_series(axes, number, name, values)
@@ -41,14 +41,14 @@ def cost_curve(
     return out.getvalue()
 
 
-def _new_figure() -> Any:
-    """A Figure with its own canvas: no pyplot, so no global state and no display."""
+def new_figure(size: tuple[float, float] = (7.2, 4.4)) -> Any:
+    """A Figure of `size` inches with its own canvas: no pyplot, so no global state and no display."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise SparseSegError("plots need matplotlib: pip install 'sparse_seg[plots]'") from None
-    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
