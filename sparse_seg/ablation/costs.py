@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_seg.ablation.grid import Cell
-from sparse_seg.ablation.runner import Ablation, try_lock
+from sparse_seg.ablation.runner import Ablation, locked
 from sparse_seg.config import to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.data.transforms import normalise
@@ -51,7 +51,7 @@ def measure_costs(ablation: Ablation, cells: Sequence[Cell]) -> dict[str, Any]:
     for cell in cells:
         distinct.setdefault(cost_key(ablation, cell), cell)
     trained = {name for name, network in ablation.grid.networks.items() if network.source is None}
-    with try_lock(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock"), wait=True):
         if path.exists():
             kept = json.loads(path.read_text())
             if set(distinct) <= set(kept["costs"]) and trained <= set(kept["steps"]):

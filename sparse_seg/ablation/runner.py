@@ -207,7 +207,7 @@ def _finish(
         for job in list(left):
             if not is_ready(job):
                 continue
-            with try_lock(lock_of(job)) as free:
+            with locked(lock_of(job)) as free:
                 if not free:
                     continue
                 if not is_done(job):
@@ -220,12 +220,12 @@ def _finish(
 
 
 @contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
-    """Whether no other process holds the file's lock; then it is ours until the end, or our own."""
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a file's lock; gives False where another process does, unless we wait. A dead one holds none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return

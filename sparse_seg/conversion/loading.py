@@ -18,15 +18,20 @@ from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import load_weights, part_of
 from sparse_seg.schema import Config, ModelConfig
 
-RUN_SETTINGS = ("mask", "exchange", "engine")  # of the model: how it runs, not what it computes dense
+RUN_SETTINGS = (
+    "mask",
+    "exchange",
+    "engine",
+    "strides",
+)  # of the model: how it runs, not what it computes dense
 
 
 def load_converted(path: str | Path, config: Config | None = None) -> SelectiveSegmentor:
     """The network of a converted file, in eval mode. Policy `learned` runs the mask net that is in the file.
 
     Args:
-        config: gives mask, exchange, engine and, for the check of classes, the dataset; what the network is
-            stands in the file.
+        config: gives mask, exchange, engine, strides and, for the check of classes, the dataset; what the
+            network is stands in the file.
 
     Raises:
         CheckpointError: missing, truncated or foreign file, a backbone without a head, a class count that is

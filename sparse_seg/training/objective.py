@@ -74,9 +74,7 @@ class Objective(nn.Module):
         config, teacher = self.config.distill, self.teacher(images, layout.stride)
         weights = torch.ones(layout.batch, *layout.size, device=images.device)
         fine = _pixels(model, fine_blocks, images)
-        if (
-            fine is not None
-        ):  # the cell at a multiple of the stride belongs to the block that this pixel is in
+        if fine is not None:  # a cell lies in the block of the pixel at its place
             weights = weights + config.fine_weight * fine[:, :: layout.stride, :: layout.stride]
         logits = logits_divergence(grid_logits, teacher.logits, weights, config.temperature)
         features = likeness_difference(rows, teacher.features, layout, weights)

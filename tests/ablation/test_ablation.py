@@ -16,7 +16,7 @@ from sparse_seg import load_model
 from sparse_seg.ablation import runner
 from sparse_seg.ablation.costs import cost_key
 from sparse_seg.ablation.grid import Cell, Run, load_grid
-from sparse_seg.ablation.runner import Ablation, try_lock
+from sparse_seg.ablation.runner import Ablation, locked
 from sparse_seg.ablation.summary import summarise
 from sparse_seg.cli import main
 from sparse_seg.data import build_dataset
@@ -174,8 +174,10 @@ def test_what_another_process_has_in_hand_is_left_to_it(
     )
     thread.join()
     assert done == ["c", "a"], "a waits for c, and b was done by the other"
-    with try_lock(lock) as free:
+    with locked(lock) as free:
         assert free
+        with locked(lock) as second:
+            assert not second
 
 
 def test_a_given_checkpoint_takes_the_first_networks_place(

@@ -31,15 +31,14 @@ def folder(tmp_path_factory):
     write(root, "net", state_of(NAME))
     write(root, "edge", state_of("cad edge mask"))
     write(root, "v2", state_of("cad edge mask") | mask_net)  # CAD's ad_v2, whose late stages are 1-D
-    write(root, "three", state_of(NAME), strides=[8, 16, 32])
     less = {name: tensor for name, tensor in state_of(NAME).items() if name != f"{MASK_NET}5.bias"}
     write(root, "less", less)
     return root
 
 
-def write(root, name: str, state: dict[str, Tensor], **overrides: object) -> None:
+def write(root, name: str, state: dict[str, Tensor]) -> None:
     torch.save({"model_state": state}, root / f"{name}.pth")
-    convert(root / f"{name}.pth", overrides=overrides).write(root / f"{name}.safetensors")
+    convert(root / f"{name}.pth").write(root / f"{name}.safetensors")
 
 
 def learned(folder, *settings: str, name: str = "net") -> SelectiveSegmentor:
@@ -116,4 +115,4 @@ def test_files_that_have_no_such_net(folder):
     with pytest.raises(CheckpointError, match=r"less\.safetensors does not fit .*policy\.net\.5\.bias is"):
         learned(folder, name="less")
     with pytest.raises(ConfigError, match=r"blocks two cells wide, not 4: use strides \[8, 16\]"):
-        learned(folder, name="three")
+        learned(folder, "model.strides=[8,16,32]")
