@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 
+from sparse_seg.data.camvid import CamVid
+from sparse_seg.reporting.ablation import ablation_table, class_table
 from sparse_seg.reporting.benchmark import COLUMNS, benchmark_table, profile_table
 from sparse_seg.reporting.comparison import comparison_table, fraction_table
-from sparse_seg.reporting.tables import Table
+from sparse_seg.reporting.tables import Column, Table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+# of an ablation, where there is little room
+SHORT = (
+    *("network", "run", "exchange", "miou", "miou_std", "boundary_miou", "parameters_m", "gmacs"),
+    *("milliseconds", "parameters_share", "gmacs_share", "milliseconds_share"),
+)
+README_RUNS = ("dense OS8", "dense OS16", "confidence, f=0.2", "confidence, f=0.15")
 
 
 def test_readme_table_is_the_result_files():
@@ -50,17 +58,48 @@ def benchmark_rows(name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("exchange", ["linear", "nearest"])
 @pytest.mark.parametrize("key", ["miou", "boundary_miou"])
 def test_mask_tables_are_the_result_file(key: str, exchange: str):
-    result = json.loads((ROOT / "docs/results/camvid_masks.json").read_text())
-    assert {"command", "commits", "machine", "date"} <= set(result)
-    table = fraction_table(result["rows"], key, exchange).to_markdown().strip()
-    assert table in (ROOT / "docs/masks.md").read_text()
+    rows = measured("camvid_r34_masks")["rows"]
+    assert {row["images"] for row in rows} == {101}
+    assert fraction_table(rows, key, exchange).to_markdown().strip() in page("masks")
+
+
+@pytest.mark.parametrize("key", ["miou", "boundary_miou"])
+def test_mask_tables_of_the_other_network_are_its_result_file(key: str):
+    assert fraction_table(measured("camvid_masks")["rows"], key, "linear").to_markdown() in page("masks")
+
+
+@pytest.mark.parametrize("name", ["camvid_r34_scores", "camvid_r34_straight_through"])
+def test_tables_of_scores_are_the_result_files(name: str):
+    columns = [column for column in comparison_table([]).columns if "mIoU" in column.title]
+    table = Table([Column("network", "network"), *columns], measured(name)["rows"])
+    assert table.to_markdown() in page("masks")
 
 
 def test_table_of_three_strides_is_the_result_file():
-    result = json.loads((ROOT / "docs/results/camvid_strides_4_8_16.json").read_text())
+    result = measured("camvid_strides_4_8_16")
     assert "model.strides=[4,8,16] model.mask.middle_fraction=0.2" in result["command"]
-    table = comparison_table(result["rows"]).to_markdown().strip()
-    assert table in (ROOT / "docs/masks.md").read_text()
+    assert comparison_table(result["rows"]).to_markdown() in page("masks")
+    assert ablation_table(measured("ablation_camvid_strides")["rows"], SHORT).to_markdown() in page("masks")
+
+
+def test_ablation_tables_are_the_result_file():
+    rows = measured("ablation_camvid")["rows"]
+    assert ablation_table(rows).to_markdown() in page("ablation")
+    names = CamVid.classes.names
+    assert class_table(rows, names).to_markdown() in page("ablation")
+    shown = [row for row in rows if row["run"] in README_RUNS]
+    assert ablation_table(shown, SHORT).to_markdown() in README
+
+
+def measured(name: str) -> dict[str, Any]:
+    result = json.loads((ROOT / f"docs/results/{name}.json").read_text())
+    assert {"command", "machine", "date"} <= set(result)
+    assert "commits" in result or "commit" in result
+    return result
+
+
+def page(name: str) -> str:
+    return (ROOT / f"docs/{name}.md").read_text()
 
 
 @pytest.mark.parametrize(

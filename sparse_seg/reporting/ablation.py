@@ -28,8 +28,12 @@ SHOWN = 4  # frames in the report
 _MARK = {True: "x", False: ""}
 
 
-def ablation_table(rows: Rows) -> Table:
-    """The letter's form: method, switches, accuracy, cost, and cost as percent of the first row's."""
+def ablation_table(rows: Rows, keys: Sequence[str] | None = None) -> Table:
+    """The letter's form: method, switches, accuracy, cost, and cost as percent of the first row's.
+
+    Args:
+        keys: the columns to show; default: all.
+    """
     columns = [
         Column("network", "network"),
         Column("run", "run"),
@@ -55,7 +59,7 @@ def ablation_table(rows: Rows) -> Table:
         | {"parameters_m": row["parameters"] / 1e6}
         for row in rows
     ]
-    return Table(columns, marked)
+    return Table([column for column in columns if keys is None or column.key in keys], marked)
 
 
 def class_table(rows: Rows, names: Sequence[str]) -> Table:
