@@ -113,10 +113,16 @@ PLOTS = {"gmacs": "GMACs per image", "milliseconds": "ms per image"}
 
 
 def _pareto(rows: Rows, key: str, label: str) -> bytes:
-    """A line per network, the baseline as reference."""
+    """A line per network, through its runs that no other of its own beats; the baseline as reference."""
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows[1:]:
         series.setdefault(row["network"], []).append((row[key], row["miou"]))
+    for name, points in series.items():
+        series[name] = [
+            (cost, miou)
+            for cost, miou in points
+            if not any(c <= cost and m >= miou and (c, m) != (cost, miou) for c, m in points)
+        ]
     first = {f"{rows[0]['network']}, {rows[0]['run']}": (rows[0][key], rows[0]["miou"])}
     return cost_curve(series, label, "mIoU %", first)
 
@@ -143,7 +149,7 @@ def _frames(ablation: Ablation, rows: Rows) -> list[Section]:
             "Where they differ most",
             f"The {SHOWN} validation frames in which {_name(pair[0])} and {_name(pair[1])} (the best "
             "selective row) disagree about most labelled pixels; those are white in the last picture where "
-            "the baseline alone is right, black where the selective network alone is, grey where neither is.",
+            "the baseline alone is right, orange where the selective network is, grey where neither is.",
         )
     ]
     for share, named in _most_different(ablation, pair):
@@ -200,10 +206,10 @@ def _most_different(
 
 
 def _difference(image: Image, label: np.ndarray, dense: np.ndarray, selective: np.ndarray) -> Image:
-    """The image, darkened and blue, with the pixels on which both disagree in white, black or grey."""
+    """The image, darkened and blue, with the pixels on which both disagree in white, orange or grey."""
     picture = (image * np.array([0.25, 0.35, 0.6])).astype(np.uint8)
     differ = (dense != selective) & (label != 255)
     picture[differ] = 128
     picture[differ & (dense == label)] = 255
-    picture[differ & (selective == label)] = 0
+    picture[differ & (selective == label)] = (255, 140, 0)
     return picture
