@@ -7,7 +7,7 @@ from typing import Any
 
 from sparse_seg.data import DATASETS
 from sparse_seg.errors import ConfigError, did_you_mean
-from sparse_seg.masks import POLICIES, REDUCTIONS, RULES, UNCERTAINTIES
+from sparse_seg.masks import ORACLES, POLICIES, REDUCTIONS, RULES, UNCERTAINTIES
 from sparse_seg.models.aspp import SEPARABLE
 from sparse_seg.models.heads import HEADS, POOLING_HEADS
 from sparse_seg.models.resnet import ARCHITECTURES, SHORTCUTS, STAGE_STRIDES, STEMS
@@ -218,6 +218,7 @@ def check_model(model: ModelConfig) -> None:
     _choose("model.strides", model.strides, STRIDES)
     _choose("model.mask.policy", model.mask.policy, POLICIES)
     _choose("model.mask.edge", model.mask.edge, RULES)
+    _choose("model.mask.oracle", model.mask.oracle, ORACLES)
     _choose("model.mask.uncertainty", model.mask.uncertainty, UNCERTAINTIES)
     _choose("model.mask.reduce", model.mask.reduce, REDUCTIONS)
     _choose("model.mask.stored_dtype", model.mask.stored_dtype, (None, "float16", "bfloat16"))

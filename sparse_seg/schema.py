@@ -14,6 +14,10 @@ class MaskConfig:
     middle_threshold: float | None = None  # with three strides and a threshold, that of the middle stride
     seed: int = 0  # of the random policy in eval
     edge: str = "sobel"  # sobel | cad: rule of the edge policy
+    oracle: str = (
+        "boundary"  # boundary (of labels) | change (that dense makes) | gain (by labels): bounds, not
+    )
+    #   savings; the last two run the whole dense network, at the finest and the coarsest stride
     uncertainty: str = "entropy"  # entropy | margin | boundary: what the confidence policy looks at
     reduce: str = "max"  # max | mean: of the uncertainty over a block
     neighbours: bool = False  # whether a block is as uncertain as its most uncertain neighbour

@@ -4,7 +4,7 @@ from sparse_seg.masks.base import BLOCK, MaskPolicy, block_levels, block_shape, 
 from sparse_seg.masks.confidence import REDUCTIONS, UNCERTAINTIES, ConfidencePolicy
 from sparse_seg.masks.edge import RULES, EdgePolicy, cad_edges, gradient_magnitude
 from sparse_seg.masks.learned import LearnedPolicy, cad_mask_net, mask_net, straight_through
-from sparse_seg.masks.oracle import OraclePolicy, block_mean, label_boundary
+from sparse_seg.masks.oracle import ORACLES, OraclePolicy, block_mean, label_boundary
 from sparse_seg.masks.random import RandomPolicy
 from sparse_seg.masks.uniform import UniformPolicy
 
@@ -19,6 +19,7 @@ POLICIES: dict[str, type[MaskPolicy]] = {
 
 __all__ = [
     "BLOCK",
+    "ORACLES",
     "POLICIES",
     "REDUCTIONS",
     "RULES",

@@ -31,7 +31,7 @@ class MaskPolicy(nn.Module):
         ValueError: both or neither cut given, cuts of two kinds, or a fraction outside 0..1.
     """
 
-    reads = "images"  # and labels; or "features" or "logits", see the subclasses
+    reads = "images"  # and labels; or "features", "logits" or "dense", see the subclasses
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Blocks that hold label boundaries: an upper bound, for it reads the labels."""
+"""Blocks that full resolution would help most: bounds for other masks, for they read what no other may."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ from torch import Tensor
 
 from sparse_seg.masks.base import MaskPolicy
 
+ORACLES = ("boundary", "change", "gain")
+
 
 class OraclePolicy(MaskPolicy):
-    """A block's score is the share of its pixels that touch a label boundary.
+    """A bound, not a saving: a block's score is read off the labels or off the whole dense network.
 
-    A pixel touches one if one of its 4 neighbours has another label; pixels of `ignore_index` make none.
+    Args:
+        rule: `boundary`, the share of a block's pixels that touch a label boundary: one of their 4 neighbours
+            has another label. `change`, the share whose class the dense network at the finest stride changes
+            against the dense one at the coarsest; it needs no labels. `gain`, the share where the fine one is
+            right and the coarse one wrong, minus the reverse. The last two run both dense networks, more
+            than the mask can save; the model does that, in eval mode (`model.segment`, `model.choose`).
+        ignore_index: label of pixels that make no boundary and no gain.
+
+    Shares are of a whole block's pixels, so one that the border cuts, or with few labels, has less to gain.
     """
 
     def __init__(
@@ -22,18 +32,49 @@ class OraclePolicy(MaskPolicy):
         fine_fraction: float | None = None,
         threshold: float | None = None,
         ignore_index: int = 255,
+        rule: str = "boundary",
         **levels: Any,
     ) -> None:
         super().__init__(fine_fraction, threshold, **levels)
-        self.ignore_index = ignore_index
+        if rule not in ORACLES:
+            raise ValueError(
+                f"unknown rule {rule!r} of the oracle policy; choose one of {', '.join(ORACLES)}"
+            )
+        self.ignore_index, self.rule = ignore_index, rule
+        self.reads = "images" if rule == "boundary" else "dense"
 
     def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        if self.reads == "dense":
+            raise ValueError(
+                f"mask.oracle={self.rule} reads the dense network's classes: in eval mode call "
+                "model.segment(images, labels), which runs it, or give fine_blocks"
+            )
         if labels is None:
             raise ValueError(
                 "the oracle policy reads labels: call it with them and pass its mask as fine_blocks, "
                 "or choose another policy"
             )
         return block_mean(label_boundary(labels, self.ignore_index).float(), self.block)
+
+    def class_scores(self, fine: Tensor, coarse: Tensor, labels: Tensor | None) -> Tensor:
+        """Scores `[B, ceil(H/block), ceil(W/block)]` by `change` or `gain`.
+
+        Args:
+            fine, coarse: classes int64 `[B, H, W]` of the dense network at the finest and the coarsest stride.
+            labels: int64 `[B, H, W]`, which `gain` reads.
+        """
+        if self.rule == "change":
+            return block_mean((fine != coarse).float(), self.block)
+        if labels is None:
+            raise ValueError(
+                f"mask.oracle={self.rule} reads labels: call model.segment(images, labels), or choose "
+                "another policy"
+            )
+        gain = (fine == labels).float() - (coarse == labels).float()
+        return block_mean(gain * (labels != self.ignore_index), self.block)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.rule == "boundary" else f", rule={self.rule}")
 
 
 def label_boundary(labels: Tensor, ignore_index: int = 255) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from sparse_seg.config import model_config
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import (
+    ORACLES,
     POLICIES,
     REDUCTIONS,
     RULES,
@@ -122,6 +123,7 @@ def build_policy(
         fine, middle = "fine_fraction", "middle_fraction"
     cut = {name: getattr(mask, name) for name in ((fine, middle) if len(strides) == 3 else (fine,))}
     own: dict[str, dict[str, Any]] = {"random": {"seed": mask.seed}, "edge": {"rule": mask.edge}}
+    own["oracle"] = {"rule": mask.oracle}
     own["confidence"] = {name: getattr(mask, name) for name in ("uncertainty", "reduce", "neighbours")}
     if mask.stored_dtype is not None:
         own["confidence"]["stored_dtype"] = getattr(torch, mask.stored_dtype)
@@ -134,7 +136,7 @@ def policy_for(model: SelectiveSegmentor, mask: MaskConfig, spec: str | None = N
     """A policy for a network, in eval mode: that of `mask`, or of `spec`, with the network's own trained net.
 
     Args:
-        spec: a policy's name, with options behind a colon: `edge:cad`, `confidence:entropy,max,neighbours`.
+        spec: a policy's name, with options behind a colon: `edge:cad`, `oracle:gain`, `confidence:margin,mean`.
 
     Raises:
         ConfigError: an unknown policy or option, or a learned one where the network has none.
@@ -157,6 +159,8 @@ def parse_policy(spec: str, mask: MaskConfig) -> MaskConfig:
     valid: dict[str, dict[str, Any]] = {"blur": {"blur": True}}
     if name == "edge":
         valid |= {rule: {"edge": rule} for rule in RULES}
+    elif name == "oracle":
+        valid |= {rule: {"oracle": rule} for rule in ORACLES}
     elif name == "confidence":
         valid |= {value: {"uncertainty": value} for value in UNCERTAINTIES}
         valid |= {value: {"reduce": value} for value in REDUCTIONS} | {"neighbours": {"neighbours": True}}

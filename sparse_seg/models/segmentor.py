@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.masks import ConfidencePolicy, LearnedPolicy, MaskPolicy, block_shape
+from sparse_seg.masks import ConfidencePolicy, LearnedPolicy, MaskPolicy, OraclePolicy, block_shape
 from sparse_seg.models.heads import LOW_LEVEL_STRIDE
 from sparse_seg.models.refinement import Refinement, refine
 from sparse_seg.models.resnet import STAGE_STRIDES, ResNet, first_selective_stage
@@ -208,8 +208,12 @@ class SelectiveSegmentor(nn.Module):
         self, images: Tensor, labels: Tensor | None = None, policy: MaskPolicy | None = None
     ) -> Tensor:
         """The mask `[B, Hc, Wc]` before the network runs. For the confidence policy a coarse pass is run,
-        in eval mode; the learned policy, which reads a run's features, is not served."""
+        in eval mode; for an oracle that reads them, in eval mode only, the two dense ones. The learned
+        policy, which reads a run's features, is not served."""
         policy = policy or self.policy
+        if isinstance(policy, OraclePolicy) and policy.reads == "dense" and not self.training:
+            fine, coarse = self.dense_classes(images)
+            return policy.cut(policy.class_scores(fine, coarse, labels))
         if not isinstance(policy, ConfidencePolicy):
             return policy(images, labels)
         modes = [(module, module.training) for module in self.modules()]
@@ -217,6 +221,24 @@ class SelectiveSegmentor(nn.Module):
         for module, training in modes:
             module.training = training
         return policy.cut(scores)
+
+    @torch.no_grad()
+    def dense_classes(self, images: Tensor, early: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Predicted classes int64 `[B, H, W]`, dense at the finest stride and dense at the coarsest.
+
+        Args:
+            early: rows of the stages that the mask does not decide; by default they are run.
+        """
+        first = self.first_selective
+        layouts = [self.dense_layouts(images, stride) for stride in (self.strides[0], self.strides[-1])]
+        with self.precision(images):
+            early = self.backbone(images, layouts[0][:first]) if early is None else early
+            fine, coarse = (
+                self.grid_logits([*early, *self.backbone.run_stages(early[-1], one, first)], one)
+                for one in layouts
+            )
+        logits = self.upsample(fine, images, layouts[0][-1]), self.upsample(coarse, images, layouts[1][-1])
+        return logits[0].max(1).indices, logits[1].max(1).indices
 
     def selective_layouts(self, images: Tensor, fine_blocks: Tensor | None = None) -> list[SiteLayout]:
         """Layouts of layer1..layer4: each on its natural stride, but at most the coarsest of `strides`, with
