@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.evaluation.metrics import SegmentationMetrics
 from sparse_seg.masks import ConfidencePolicy, MaskPolicy
 from sparse_seg.models.build import policy_for
-from sparse_seg.models.refinement import Refinement
+from sparse_seg.models.refinement import Refinement, now
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import DataConfig, MaskConfig
 
@@ -40,7 +39,7 @@ class Setting:
     spec: str | None = None
     exchange: str | None = None
     gmacs: float = 0.0  # multiply-adds of the first image, in billions
-    milliseconds: list[float] = field(default_factory=list)  # one per image, mask policy included
+    milliseconds: list[float] = field(default_factory=list)  # one per image, with the mask, but for bounds
     metrics: SegmentationMetrics | None = None
     images: int = 0
 
@@ -123,8 +122,8 @@ def compare(
     """Run every setting on every image; returns `Setting.as_row` of each.
 
     The settings take turns on each image, so that drift of the machine falls on all alike. Without `timed`
-    those whose mask needs no more than image, labels or coarse logits refine one coarse pass, which gives the
-    same numbers to rounding (P4 of design.md) several times faster.
+    all but learned masks refine one coarse pass, which gives the same numbers to rounding (P4 of design.md)
+    several times faster. The oracles that run the dense network do so off the clock and the count.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -161,21 +160,27 @@ def _macs(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Sett
 
 
 def _refines(setting: Setting) -> bool:
-    return setting.policy is not None and setting.policy.reads in ("images", "logits")
+    return setting.policy is not None and setting.policy.reads != "features"
 
 
 def _refined(coarse: Refinement, label: Tensor, setting: Setting) -> Tensor:
     """Classes `[B, H, W]` of a selective setting, from a coarse pass that others use too."""
     run, policy = coarse.fork(), setting.policy
     assert policy is not None
-    scores = run.scores(policy) if isinstance(policy, ConfidencePolicy) else policy.scores(run.images, label)
-    run.refine(policy.cut(scores))
+    if isinstance(policy, ConfidencePolicy):
+        run.refine(policy.cut(run.scores(policy)))
+    else:
+        run.refine(run.model.choose(run.images, label, policy))
     return run.logits().max(1).indices
 
 
 def _timed(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Setting) -> tuple[Tensor, float]:
-    start = time.perf_counter()
-    classes, _ = predict(model, image, setting.output_stride, setting.policy, label)
-    if image.device.type == "cuda":
-        torch.cuda.synchronize()
-    return classes, 1000 * (time.perf_counter() - start)
+    policy, bound = setting.policy, None
+    if policy is not None and policy.reads == "dense":
+        bound = model.choose(image, label, policy)
+    start = now(image.device)
+    if bound is not None:
+        classes = model(image, bound).max(1).indices
+    else:
+        classes, _ = predict(model, image, setting.output_stride, policy, label)
+    return classes, 1000 * (now(image.device) - start)

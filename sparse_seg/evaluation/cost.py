@@ -67,7 +67,12 @@ def count_cost(
 def count_segment(
     model: SelectiveSegmentor, images: Tensor, policy: MaskPolicy, labels: Tensor | None = None
 ) -> dict[str, Macs]:
-    """As `count_cost`, of `model.segment`, where the mask may read the network: in several passes, say."""
+    """As `count_cost`, of `model.segment`, where the mask may read the network: in several passes, say.
+
+    An oracle's mask costs nothing, even one that takes whole dense passes: it is a bound, not a way to run.
+    """
+    if policy.reads == "dense":
+        return count_cost(model, images, model.selective_layouts(images, model.choose(images, labels, policy)))
     both = nn.ModuleDict({"model": model, "policy": policy})
     return count_modules(
         both,

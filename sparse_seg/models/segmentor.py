@@ -233,12 +233,12 @@ class SelectiveSegmentor(nn.Module):
         layouts = [self.dense_layouts(images, stride) for stride in (self.strides[0], self.strides[-1])]
         with self.precision(images):
             early = self.backbone(images, layouts[0][:first]) if early is None else early
-            fine, coarse = (
-                self.grid_logits([*early, *self.backbone.run_stages(early[-1], one, first)], one)
-                for one in layouts
-            )
-        logits = self.upsample(fine, images, layouts[0][-1]), self.upsample(coarse, images, layouts[1][-1])
-        return logits[0].max(1).indices, logits[1].max(1).indices
+            classes = []
+            for one in layouts:
+                late = self.backbone.run_stages(early[-1], one, first)
+                grid_logits = self.grid_logits([*early, *late], one)
+                classes.append(self.upsample(grid_logits, images, one[-1]).max(1).indices)
+        return classes[0], classes[1]
 
     def selective_layouts(self, images: Tensor, fine_blocks: Tensor | None = None) -> list[SiteLayout]:
         """Layouts of layer1..layer4: each on its natural stride, but at most the coarsest of `strides`, with

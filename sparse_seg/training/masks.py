@@ -7,7 +7,7 @@ the net chooses; the segmentation loss flows to the choice, a budget loss holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_seg.masks import LearnedPolicy, block_mean, straight_through
 from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
-from sparse_seg.sparse import SiteLayout, densify
+from sparse_seg.sparse import densify
 
 Loss = Callable[[Outputs, Tensor], Tensor]
 
@@ -64,18 +64,9 @@ def supervised_loss(model: SelectiveSegmentor, policy: LearnedPolicy, images: Te
     """Binary cross-entropy of the scores with the share of each block's pixels whose class the dense fine
     network (the teacher) changes against the dense coarse one."""
     with torch.no_grad():
-        first = model.first_selective
-        layouts = [model.dense_layouts(images, stride) for stride in (model.strides[0], model.strides[-1])]
-        early = model.backbone(images, layouts[0][:first])
-        classes = [_classes(model, images, early, one) for one in layouts]
-        changed = block_mean((classes[0] != classes[1]).float(), policy.block)
-        features = model.mask_features(early, layouts[0])
+        layouts = model.dense_layouts(images, model.strides[0])
+        early = model.backbone(images, layouts[: model.first_selective])
+        fine, coarse = model.dense_classes(images, early)
+        changed = block_mean((fine != coarse).float(), policy.block)
+        features = model.mask_features(early, layouts)
     return F.binary_cross_entropy_with_logits(policy.feature_scores(features), changed)
-
-
-def _classes(
-    model: SelectiveSegmentor, images: Tensor, early: Sequence[Tensor], layouts: list[SiteLayout]
-) -> Tensor:
-    """Predicted classes `[B, H, W]`, given the rows of the stages that the mask does not decide."""
-    late = model.backbone.run_stages(early[-1], layouts, model.first_selective)
-    return model.upsample(model.grid_logits([*early, *late], layouts), images, layouts[-1]).max(1).indices
