@@ -3,8 +3,9 @@
 The network runs selective, with the config's mask policy, unless --dense names an output stride. With
 --compare, the same weights run dense at each of model.strides, and selective with each of --policies at each
 of the given fine fractions; the table then has multiply-adds and milliseconds too. A policy may have options:
-edge:cad, confidence:entropy,max,neighbours. Bounds for any mask are oracle (by labels), oracle:change (by what
-the dense network changes) and oracle:gain (where it is right and coarse wrong); their masks are not counted.
+edge:cad, confidence:entropy,max,neighbours. Bounds for other masks are oracle (label boundaries),
+oracle:change (what the dense network changes) and oracle:gain (where it is right and the coarse one wrong);
+neither multiply-adds nor time of the last two's dense passes are counted.
 A long comparison can go on where it was stopped: --resume keeps the rows that are in the --json file and
 measures policy by policy (times are then not of one run).
 

@@ -72,7 +72,8 @@ def count_segment(
     An oracle's mask costs nothing, even one that takes whole dense passes: it is a bound, not a way to run.
     """
     if policy.reads == "dense":
-        return count_cost(model, images, model.selective_layouts(images, model.choose(images, labels, policy)))
+        fine_blocks = model.choose(images, labels, policy)
+        return count_cost(model, images, model.selective_layouts(images, fine_blocks))
     both = nn.ModuleDict({"model": model, "policy": policy})
     return count_modules(
         both,

@@ -60,7 +60,7 @@ class OraclePolicy(MaskPolicy):
         """Scores `[B, ceil(H/block), ceil(W/block)]` by `change` or `gain`.
 
         Args:
-            fine, coarse: classes int64 `[B, H, W]` of the dense network at the finest and the coarsest stride.
+            fine, coarse: classes int64 `[B, H, W]` of the dense network at the finest and coarsest stride.
             labels: int64 `[B, H, W]`, which `gain` reads.
         """
         if self.rule == "change":

@@ -136,7 +136,7 @@ def policy_for(model: SelectiveSegmentor, mask: MaskConfig, spec: str | None = N
     """A policy for a network, in eval mode: that of `mask`, or of `spec`, with the network's own trained net.
 
     Args:
-        spec: a policy's name, with options behind a colon: `edge:cad`, `oracle:gain`, `confidence:margin,mean`.
+        spec: a policy's name, with options behind a colon: `edge:cad`, `confidence:entropy,max,neighbours`.
 
     Raises:
         ConfigError: an unknown policy or option, or a learned one where the network has none.

@@ -6,6 +6,7 @@ import torch
 
 from sparse_seg import build_model
 from sparse_seg.data.transforms import normalise
+from sparse_seg.evaluation import comparison
 from sparse_seg.evaluation.comparison import compare, exchanging, groups, settings
 from sparse_seg.evaluation.evaluate import evaluate, predict
 from sparse_seg.masks import EdgePolicy, OraclePolicy
@@ -106,6 +107,30 @@ def test_comparison_rows(model, dataset):
     gmacs = [row["gmacs"] for row in rows]
     assert gmacs[1] < gmacs[2] < gmacs[3] < gmacs[0]
     assert gmacs[3] == gmacs[5]
+
+
+def test_bounds_cost_their_last_pass_only(model, dataset, monkeypatch):
+    """The mask of a bound is made off the clock and the count; a shared coarse pass changes nothing."""
+    specs = ["oracle", "oracle:change", "oracle:gain"]
+    ways = settings(model, MaskConfig(), specs, [0.25])
+    clocks = []
+
+    def noted(name, run):
+        def call(*args):
+            clocks.append(name)
+            return run(*args)
+
+        return call
+
+    monkeypatch.setattr(comparison, "now", noted("clock", comparison.now))
+    monkeypatch.setattr(model, "dense_classes", noted("dense", model.dense_classes))
+    rows = compare(model, dataset, DATA, ways, limit=1)
+    assert clocks == ["clock"] * 6 + ["dense", "dense", "clock", "clock"] * 2, "once for the count"
+    assert rows[2]["gmacs"] == rows[3]["gmacs"] == rows[4]["gmacs"]
+    shared = compare(model, dataset, DATA, ways, limit=3, timed=False)
+    for way, row in zip(ways, shared, strict=True):
+        alone = evaluate(model, dataset, DATA, way.output_stride, way.policy, limit=3)
+        assert row["miou"] == pytest.approx(100 * alone.metrics.miou, rel=1e-3)
 
 
 def test_comparison_of_options_exchanges_and_strides(dataset):
