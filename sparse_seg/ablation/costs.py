@@ -14,14 +14,13 @@ from sparse_seg.ablation.grid import Cell
 from sparse_seg.ablation.runner import Ablation, locked
 from sparse_seg.config import to_dict
 from sparse_seg.data import build_dataset
-from sparse_seg.data.transforms import normalise
-from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_parameters, count_segment
+from sparse_seg.data.loader import EvaluationView
+from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters, count_run
 from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.evaluation.latency import Run, interleaved, peak_memory
 from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import load_model
 from sparse_seg.training.distillation import Teacher
@@ -71,7 +70,7 @@ def _measure(ablation: Ablation, distinct: dict[str, Cell]) -> dict[str, dict[st
         image, label = first_frame(config, ablation.device)
         runs[key] = prepare(*arguments)
         costs[key] = {
-            "gmacs": _macs(model, image, label, cell.run.output_stride) / 1e9,
+            "gmacs": count_run(model, image, label, cell.run.output_stride, model.policy) / 1e9,
             "parameters": count_parameters(model),
             "checkpoint_mb": checkpoint_bytes(model) / 1e6,
             "peak_mib": peak_memory(prepare, arguments, ablation.device),
@@ -84,9 +83,8 @@ def _measure(ablation: Ablation, distinct: dict[str, Cell]) -> dict[str, dict[st
 def first_frame(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """The first validation frame: image float `[1, 3, H, W]` and label int64 `[1, H, W]`."""
     dataset = build_dataset(config.data.dataset, config.data.root, "val")
-    image, label = dataset.load(0)
-    batch = normalise(image, config.data.mean, config.data.std)[None]
-    return batch.to(device), torch.from_numpy(label).long()[None].to(device)
+    image, label, _ = EvaluationView(dataset, config.data.mean, config.data.std)[0]
+    return image.to(device), label.to(device)
 
 
 def prepare(checkpoint: Path, config: Config, output_stride: int | None, device: torch.device) -> Run:
@@ -119,9 +117,3 @@ def step_seconds(ablation: Ablation, name: str) -> float:
     seconds = timed[""].median / 1000
     network = ablation.grid.networks[name].teacher
     return seconds + step_seconds(ablation, network) / 3 if network is not None and not taught else seconds
-
-
-def _macs(model: SelectiveSegmentor, image: Tensor, label: Tensor, output_stride: int | None) -> int:
-    if output_stride is not None:
-        return sum(count_macs(model, image, model.dense_layouts(image, output_stride)).values())
-    return sum(macs.total for macs in count_segment(model, image, model.policy, label).values())

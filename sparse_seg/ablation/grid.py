@@ -222,19 +222,15 @@ def _expand(spec: RunsSpec, configs: Mapping[str, Config], where: str) -> list[t
     exchanges: Sequence[str | None] = spec.exchange or [None]
     for policy, fraction, exchange in itertools.product(spec.policies, spec.fractions, exchanges):
         ways.append(Run(None, policy, fraction, exchange, strides, spec.middle_fraction))
+    runs = list[tuple[str, Run]]()
     for name, way in itertools.product(spec.networks, ways):
         if way.output_stride not in (None, 4, 8, 16, 32):
             raise ConfigError(f"{where}: 'dense' must be of 4, 8, 16, 32, not {way.output_stride}")
         try:
-            way.applied(configs[name])
+            model = way.applied(configs[name]).model
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-    # spell out the rule, so that a run is the same run whatever the default is
-    return [
-        (name, way if way.output_stride else dataclasses.replace(way, exchange=_exchange(way, configs[name])))
-        for name, way in itertools.product(spec.networks, ways)
-    ]
-
-
-def _exchange(run: Run, config: Config) -> str:
-    return run.exchange or config.model.exchange
+        if way.output_stride is None:  # spell out the rule: a run is the same whatever the default is
+            way = dataclasses.replace(way, exchange=model.exchange)
+        runs.append((name, way))
+    return runs

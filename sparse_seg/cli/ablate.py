@@ -54,10 +54,11 @@ def run(args: argparse.Namespace) -> int:
         ablation.run()
     except KeyboardInterrupt:
         raise TrainingError("interrupted; run it again to go on") from None
-    rows = summarise(ablation, ablation.results(), measure_costs(ablation, ablation.grid.cells))
+    results = ablation.results()
+    rows = summarise(ablation, results, measure_costs(ablation, ablation.grid.cells))
     content = provenance() | {
         "title": ablation.grid.spec.title,
-        "commits": sorted({str(result["origin"]["commit"]) for result in ablation.results()}),
+        "commits": sorted({str(result["origin"]["commit"]) for result in results}),
         "rows": rows,
     }
     atomic_write(work_dir / "results.json", json.dumps(content, indent=1) + "\n")

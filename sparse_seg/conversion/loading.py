@@ -18,12 +18,8 @@ from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import load_weights, part_of
 from sparse_seg.schema import Config, ModelConfig
 
-RUN_SETTINGS = (
-    "mask",
-    "exchange",
-    "engine",
-    "strides",
-)  # of the model: how it runs, not what it computes dense
+# of the model: how it runs, not what it computes dense
+RUN_SETTINGS = ("mask", "exchange", "engine", "strides")
 
 
 def load_converted(path: str | Path, config: Config | None = None) -> SelectiveSegmentor:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
-from sparse_seg.evaluation.cost import count_macs, count_segment
+from sparse_seg.evaluation.cost import count_run
 from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.evaluation.metrics import SegmentationMetrics
 from sparse_seg.masks import ConfidencePolicy, MaskPolicy
@@ -140,7 +140,8 @@ def compare(
         for setting in rows:
             with exchanging(model, setting.exchange):
                 if index == 0:  # counts the cost, and warms up
-                    setting.gmacs = _macs(model, image, label, setting) / 1e9
+                    macs = count_run(model, image, label, setting.output_stride, setting.policy)
+                    setting.gmacs = macs / 1e9
                 if coarse is not None and _refines(setting):
                     classes = _refined(coarse, label, setting)
                 else:
@@ -150,13 +151,6 @@ def compare(
             assert setting.metrics is not None
             setting.metrics.update(classes, label)
     return [setting.as_row() for setting in rows]
-
-
-def _macs(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Setting) -> int:
-    if setting.output_stride is not None:
-        return sum(count_macs(model, image, model.dense_layouts(image, setting.output_stride)).values())
-    assert setting.policy is not None
-    return sum(macs.total for macs in count_segment(model, image, setting.policy, label).values())
 
 
 def _refines(setting: Setting) -> bool:

@@ -82,6 +82,20 @@ def count_segment(
     )
 
 
+def count_run(
+    model: SelectiveSegmentor,
+    images: Tensor,
+    labels: Tensor,
+    output_stride: int | None,
+    policy: MaskPolicy | None,
+) -> int:
+    """Multiply-adds of a run: dense at `output_stride`, or else under the mask of `policy`."""
+    if output_stride is not None:
+        return sum(count_macs(model, images, model.dense_layouts(images, output_stride)).values())
+    assert policy is not None
+    return sum(macs.total for macs in count_segment(model, images, policy, labels).values())
+
+
 def count_modules(
     model: nn.Module, run: Callable[[], Any], part: Callable[[str], str] = lambda name: "all"
 ) -> dict[str, Macs]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from sparse_seg.ablation.grid import Cell
 from sparse_seg.ablation.runner import Ablation
 from sparse_seg.data import build_dataset
-from sparse_seg.data.dataset import Image
+from sparse_seg.data.dataset import IGNORE_INDEX, Image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.files import atomic_write
@@ -65,8 +65,7 @@ def ablation_table(rows: Rows, keys: Sequence[str] | None = None) -> Table:
 def class_table(rows: Rows, names: Sequence[str]) -> Table:
     """IoU by class of the first row, and the others' differences from it."""
     columns = [Column("network", "network"), Column("run", "run"), Column("exchange", "exchange")]
-    columns += [Column(name, name, "{:.1f}") for name in names[: len(rows[0]["class_iou"])]]
-    columns[3:] = [Column(c.key, c.title, "{}") for c in columns[3:]]
+    columns += [Column(name, name) for name in names]
     lines = []
     for number, row in enumerate(rows):
         line = {key: row[key] for key in ("network", "run", "exchange")}
@@ -135,15 +134,8 @@ def _frames(ablation: Ablation, rows: Rows) -> list[Section]:
     best = max(selective, key=lambda row: row["miou"])
     seed = ablation.grid.spec.seeds[0]
     cells = [cell for cell in ablation.grid.cells if cell.seed == seed]
-    pair = (
-        cells[0],
-        next(
-            cell
-            for cell in cells
-            if (cell.network, cell.run.name, cell.run.exchange)
-            == (best["network"], best["run"], best["exchange"])
-        ),
-    )
+    key = best["network"], best["run"], best["exchange"]
+    pair = cells[0], next(c for c in cells if (c.network, c.run.name, c.run.exchange) == key)
     sections = [
         Section(
             "Where they differ most",
@@ -173,10 +165,8 @@ def _most_different(
         for cell, config in zip(pair, configs, strict=True)
     ]
     dataset = build_dataset(configs[0].data.dataset, configs[0].data.root, "val")
-    palette, count = (
-        dataset.classes.palette,
-        min(len(dataset), ablation.grid.spec.eval_images or len(dataset)),
-    )
+    palette = dataset.classes.palette
+    count = min(len(dataset), ablation.grid.spec.eval_images or len(dataset))
     found: list[tuple[float, int, list[np.ndarray], np.ndarray | None]] = []
     for index in tqdm(range(count), desc="differences", leave=False):
         image, label = dataset.load(index)
@@ -186,7 +176,7 @@ def _most_different(
             batch = normalise(image, config.data.mean, config.data.std)[None].to(ablation.device)
             predicted, blocks = predict(model, batch, cell.run.output_stride, labels=target)
             classes.append(predicted[0].cpu().numpy().astype(np.uint8))
-        labelled = label != 255
+        labelled = label != IGNORE_INDEX
         share = float((classes[0] != classes[1])[labelled].mean()) if labelled.any() else 0.0
         levels = None if blocks is None else block_levels(blocks, models[1].strides)[0].cpu().numpy()
         found = sorted([*found, (share, index, classes, levels)], key=lambda entry: -entry[0])[:SHOWN]
@@ -208,7 +198,7 @@ def _most_different(
 def _difference(image: Image, label: np.ndarray, dense: np.ndarray, selective: np.ndarray) -> Image:
     """The image, darkened and blue, with the pixels on which both disagree in white, orange or grey."""
     picture = (image * np.array([0.25, 0.35, 0.6])).astype(np.uint8)
-    differ = (dense != selective) & (label != 255)
+    differ = (dense != selective) & (label != IGNORE_INDEX)
     picture[differ] = 128
     picture[differ & (dense == label)] = 255
     picture[differ & (selective == label)] = (255, 140, 0)
