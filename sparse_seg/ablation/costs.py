@@ -16,7 +16,6 @@ from sparse_seg.config import to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import EvaluationView
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters, count_run
-from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.evaluation.latency import Run, interleaved, peak_memory
 from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
@@ -93,7 +92,7 @@ def prepare(checkpoint: Path, config: Config, output_stride: int | None, device:
     image, label = first_frame(config, device)
 
     def run() -> Any:
-        return predict(model, image, output_stride, labels=label)
+        return model.classify(image, output_stride, labels=label)
 
     run()
     return run

@@ -10,7 +10,6 @@ from sparse_seg.ablation.grid import Cell
 from sparse_seg.ablation.runner import Ablation
 from sparse_seg.config import to_dict
 from sparse_seg.data import build_dataset
-from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.evaluation.latency import interleaved
 from sparse_seg.models.build import build_model
 from sparse_seg.training.checkpoint import load_checkpoint
@@ -63,7 +62,7 @@ class _Clock:
         if key not in self._frames:
             model = build_model(config).to(self.ablation.device).eval()
             image, label = first_frame(config, self.ablation.device)
-            run = {"": lambda: predict(model, image, cell.run.output_stride, labels=label)}
+            run = {"": lambda: model.classify(image, cell.run.output_stride, labels=label)}
             self._frames[key] = interleaved(run, 1, self.ablation.device)[""].median / 1000
         count = len(build_dataset(config.data.dataset, config.data.root, "val"))
         return min(count, self.ablation.grid.spec.eval_images or count) * self._frames[key]

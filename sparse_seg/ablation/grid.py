@@ -26,8 +26,14 @@ class NetworkSpec:
     config: str | None = None  # training config, relative to the grid's file
     set: list[str] = field(default_factory=list)  # key=value, as --set
     teacher: str | None = None  # another network of the grid, that of the same seed: train.distill.teacher
+    init: str | None = None  # likewise, its weights to start from: train.init
     source: str | None = None  # another network of the grid, in place of a config
     statistics: str | None = None  # dense | selective: how to run the source for its batch statistics
+
+    @property
+    def others(self) -> list[str]:
+        """Networks that must be trained before this one."""
+        return [other for other in (self.teacher, self.init, self.source) if other is not None]
 
 
 @dataclass
@@ -136,11 +142,6 @@ class Grid:
         """(network, seed) of all trainings, each after those that it needs."""
         return [(name, seed) for seed in self.spec.seeds for name in self.networks]
 
-    def needs(self, name: str) -> list[str]:
-        """Networks that must be trained before this one."""
-        network = self.networks[name]
-        return [other for other in (network.teacher, network.source) if other is not None]
-
 
 def slug(text: str) -> str:
     return re.sub(r"[^a-zA-Z0-9.+-]+", "-", text).strip("-")
@@ -202,10 +203,10 @@ def _check_network(network: NetworkSpec, before: Mapping[str, NetworkSpec], wher
         raise ConfigError(f"{where}: 'source' and 'statistics' go together")
     if network.statistics not in (None, "dense", "selective"):
         raise ConfigError(f"{where}: 'statistics' must be dense or selective, not {network.statistics!r}")
-    if network.source is not None and (network.set or network.teacher):
-        raise ConfigError(f"{where}: a network made of another one takes no 'set' and no 'teacher'")
-    for other in (network.teacher, network.source):
-        if other is not None and other not in before:
+    if network.source is not None and (network.set or network.teacher or network.init):
+        raise ConfigError(f"{where}: a network made of another one takes no 'set', 'teacher' or 'init'")
+    for other in network.others:
+        if other not in before:
             raise ConfigError(
                 f"{where}: network {other!r} is not defined above; networks: {', '.join(before)}"
             )

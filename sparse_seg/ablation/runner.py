@@ -68,12 +68,14 @@ class Ablation:
         return self.given.get(name, self.folder(name, seed) / "best.pt")
 
     def config(self, name: str, seed: int) -> Config:
-        """A network's training config with its seed and its teacher."""
+        """A network's training config with its seed, and the networks of that seed that it builds on."""
         config, network = self.grid.configs[name], self.grid.networks[name]
-        distill = config.train.distill
+        train = dataclasses.replace(config.train, seed=seed)
         if network.teacher is not None:
-            distill = dataclasses.replace(distill, teacher=str(self.checkpoint(network.teacher, seed)))
-        train = dataclasses.replace(config.train, seed=seed, distill=distill)
+            teacher = str(self.checkpoint(network.teacher, seed))
+            train.distill = dataclasses.replace(train.distill, teacher=teacher)
+        if network.init is not None:
+            train.init = str(self.checkpoint(network.init, seed))
         return dataclasses.replace(config, train=train)
 
     def is_trained(self, name: str, seed: int) -> bool:
@@ -132,7 +134,7 @@ class Ablation:
             trainings,
             lambda job: self.folder(*job) / ".lock",
             lambda job: self.is_trained(*job),
-            lambda job: all(self.is_trained(other, job[1]) for other in self.grid.needs(job[0])),
+            lambda job: all(self.is_trained(name, job[1]) for name in self.grid.networks[job[0]].others),
             lambda job: self.train(*job),
         )
         cells = [cell for cell in self.grid.cells if self.result(cell) is None]

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.cost import count_run
-from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.evaluation.metrics import SegmentationMetrics
 from sparse_seg.masks import ConfidencePolicy, MaskPolicy
 from sparse_seg.models.build import policy_for
@@ -165,7 +164,7 @@ def _refined(coarse: Refinement, label: Tensor, setting: Setting) -> Tensor:
         run.refine(policy.cut(run.scores(policy)))
     else:
         run.refine(run.model.choose(run.images, label, policy))
-    return run.logits().max(1).indices
+    return run.classes()
 
 
 def _timed(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Setting) -> tuple[Tensor, float]:
@@ -173,8 +172,5 @@ def _timed(model: SelectiveSegmentor, image: Tensor, label: Tensor, setting: Set
     if policy is not None and policy.reads == "dense":
         bound = model.choose(image, label, policy)
     start = now(image.device)
-    if bound is not None:
-        classes = model(image, bound).max(1).indices
-    else:
-        classes, _ = predict(model, image, setting.output_stride, policy, label)
+    classes, _ = model.classify(image, setting.output_stride, policy, label, bound)
     return classes, 1000 * (now(image.device) - start)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
@@ -40,30 +39,6 @@ class Evaluation:
         }
 
 
-@torch.inference_mode()
-def predict(
-    model: SelectiveSegmentor,
-    images: Tensor,
-    output_stride: int | None = None,
-    policy: MaskPolicy | None = None,
-    labels: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Classes int64 `[B, H, W]` and fine blocks `[B, h, w]`, bool or levels (None when dense).
-
-    Args:
-        output_stride: run dense at this stride; None runs selective.
-        policy: in place of the model's own. `labels` are handed to it (the oracle needs them).
-    """
-    if output_stride is not None:
-        return _classes(model.dense(images, output_stride)), None
-    (logits, _), fine_blocks = model.segment(images, labels, policy)
-    return _classes(logits), fine_blocks
-
-
-def _classes(logits: Tensor) -> Tensor:
-    return logits.max(1).indices  # on the CPU argmax takes seven times as long
-
-
 def evaluate(
     model: SelectiveSegmentor,
     dataset: SegmentationDataset,
@@ -75,7 +50,7 @@ def evaluate(
 ) -> Evaluation:
     """Metrics of the dataset's first `limit` images (default: all), one image at a time, in eval mode.
 
-    The other arguments are those of `predict`. The model's mode is put back afterwards.
+    The other arguments are those of `SelectiveSegmentor.classify`. The model's mode is put back afterwards.
     """
     device = next(model.parameters()).device
     metrics = SegmentationMetrics(len(dataset.classes), IGNORE_INDEX)
@@ -91,7 +66,7 @@ def evaluate(
                 break
             image, label = image.to(device), label.to(device)
             start = time.perf_counter()
-            classes, fine_blocks = predict(model, image, output_stride, policy, label)
+            classes, fine_blocks = model.classify(image, output_stride, policy, label)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds += time.perf_counter() - start

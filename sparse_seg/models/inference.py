@@ -21,7 +21,7 @@ from sparse_seg.models.fused import FusedConv, FusedLayer, FusedLinear, fold_nor
 from sparse_seg.models.heads import DeepLabV3Head, DeepLabV3PlusHead, FCNHead, LiteHead
 from sparse_seg.models.plain import channels_last
 from sparse_seg.models.resnet import BasicBlock, Bottleneck, ResNet, Stage
-from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
+from sparse_seg.models.segmentor import GridOutputs, SelectiveSegmentor
 from sparse_seg.models.tuning import Tuner
 from sparse_seg.sparse import SiteLayout, grid_to_rows, select_rows
 
@@ -57,11 +57,11 @@ class FusedSegmentor(SelectiveSegmentor):
     def precision(self, images: Tensor) -> AbstractContextManager:
         return torch.autocast(images.device.type, enabled=False)
 
-    def outputs(self, images: Tensor, layouts: list[SiteLayout]) -> Outputs:
+    def _run(self, images: Tensor, layouts: list[SiteLayout]) -> GridOutputs:
         """As in `SelectiveSegmentor`; where all blocks are fine, on dense layouts, which gather nothing."""
         last = layouts[-1]
         all_fine = last.num_sites == last.batch * last.size[0] * last.size[1]
-        return super().outputs(images, self.dense_layouts(images, last.stride) if all_fine else layouts)
+        return super()._run(images, self.dense_layouts(images, last.stride) if all_fine else layouts)
 
 
 class FusedBlock(nn.Module):
@@ -110,8 +110,10 @@ class FusedResNet(ResNet):
 
     def stem(self, images: Tensor) -> Tensor:
         """As `ResNet.stem`."""
-        out = self.conv1(images.contiguous(memory_format=torch.channels_last)).relu_()
-        return grid_to_rows(F.max_pool2d(out, 3, stride=2, padding=1))
+        out = self.conv1(images.contiguous(memory_format=torch.channels_last))
+        return grid_to_rows(
+            F.max_pool2d(out, 3, stride=2, padding=1).relu_()
+        )  # after the pool it has less to do
 
 
 class FusedLiteHead(LiteHead):

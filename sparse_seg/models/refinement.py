@@ -39,8 +39,8 @@ class Refinement:
         model: in eval mode.
         dtype: what activations are kept in (float16 takes half the memory); None keeps them as they are.
 
-    After each step `grid_logits` are the head's logits `[B, K, h, w]`, `levels` the blocks' levels int64
-    `[B, Hc, Wc]`, and `memory.num_bytes` the size of what is kept.
+    After each step `grid_logits` are the head's logits `[B, K, h, w]` on the last of `layouts`, `levels` the
+    blocks' levels int64 `[B, Hc, Wc]`, and `memory.num_bytes` the size of what is kept.
 
     Raises:
         ValueError: the model is in training mode or has undilated convolutions, or images of a wrong shape.
@@ -57,14 +57,14 @@ class Refinement:
         self.model, self.images, self.memory = model, images, Memory(dtype)
         layouts = model.dense_layouts(images, model.strides[-1])
         self._first = model.first_selective
-        self._layouts = self._as_steps(layouts, [None] * len(layouts))
+        self.layouts = self._as_steps(layouts, [None] * len(layouts))
         self.levels = torch.zeros(
             images.shape[0], *layouts[-1].lattice_size, dtype=torch.int64, device=images.device
         )
         with model.precision(images):
-            features = model.backbone(images, self._layouts)
+            features = model.backbone(images, self.layouts)
             self._low_level = features[0]
-            self.grid_logits = model.grid_logits(features, self._layouts)
+            self.grid_logits = model.grid_logits(features, self.layouts)
 
     def fork(self) -> Refinement:
         """A run of its own from here: what either refines, the other does not see."""
@@ -83,13 +83,13 @@ class Refinement:
         levels = block_levels(levels, self.model.strides).to(self.images.device)
         if bool((levels < self.levels).any()):
             raise ValueError("a step can only refine: some block has a lower level than before")
-        self._layouts, self.levels = self._as_steps(layouts, self._layouts), levels
+        self.layouts, self.levels = self._as_steps(layouts, self.layouts), levels
         self.memory.start_step()
         backbone = self.model.backbone
         rows = self.images.new_empty(0, backbone.stage_channels[self._first - 1])  # the stage before has none
         with self.model.precision(self.images):
-            features = backbone.run_stages(rows, self._layouts, self._first)
-            self.grid_logits = self.model.grid_logits([self._low_level, *features], self._layouts)
+            features = backbone.run_stages(rows, self.layouts, self._first)
+            self.grid_logits = self.model.grid_logits([self._low_level, *features], self.layouts)
 
     def _as_steps(
         self, layouts: Sequence[SiteLayout], before: Sequence[SiteLayout | None]
@@ -104,13 +104,18 @@ class Refinement:
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Logits `[B, K, H, W]` at the images' size."""
-        return self.model.upsample(self.grid_logits, self.images, self._layouts[-1])
+        return self.model.upsample(self.grid_logits, self.images, self.layouts[-1])
+
+    @torch.no_grad()
+    def classes(self) -> Tensor:
+        """Classes int64 `[B, H, W]`, for less than by `logits`."""
+        return self.model.upsample_classes(self.grid_logits, self.images, self.layouts[-1])
 
     @torch.no_grad()
     def scores(self, policy: ConfidencePolicy) -> Tensor:
         """The policy's scores `[B, Hc, Wc]` of the logits as they are now."""
         return policy.logit_scores(
-            self.model.upsample(self.grid_logits.float(), self.images, self._layouts[-1], policy.sample)
+            self.model.upsample(self.grid_logits.float(), self.images, self.layouts[-1], policy.sample)
         )
 
 

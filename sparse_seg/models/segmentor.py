@@ -9,14 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.masks import ConfidencePolicy, LearnedPolicy, MaskPolicy, OraclePolicy, block_shape
+from sparse_seg.masks import ConfidencePolicy, LearnedPolicy, MaskPolicy, OraclePolicy
 from sparse_seg.models.heads import LOW_LEVEL_STRIDE
+from sparse_seg.models.layouts import check_images, dense_layouts, selective_layouts
 from sparse_seg.models.refinement import Refinement, refine
-from sparse_seg.models.resnet import STAGE_STRIDES, ResNet, first_selective_stage
-from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.models.resnet import ResNet, first_selective_stage
+from sparse_seg.models.upsample import upsample_classes, upsample_logits
 from sparse_seg.sparse import SiteLayout, rows_to_grid
-
-MIN_SIZE = 32  # pixels; below it the coarsest stage has no cell left
 
 
 class Outputs(NamedTuple):
@@ -24,6 +23,14 @@ class Outputs(NamedTuple):
 
     logits: Tensor
     auxiliary: Tensor | None
+
+
+class GridOutputs(NamedTuple):
+    """Before the last upsampling: the stages' rows and layouts, and the head's logits `[B, K, h, w]`."""
+
+    features: Sequence[Tensor]
+    layouts: Sequence[SiteLayout]
+    logits: Tensor
 
 
 class Segmentation(NamedTuple):
@@ -87,17 +94,47 @@ class SelectiveSegmentor(nn.Module):
             labels: int64 `[B, H, W]`, for policies that read them (oracle).
             policy: in place of the model's own.
         """
+        grid, fine_blocks = self._segment(images, labels, policy)
+        return Segmentation(self.finish(images, grid), fine_blocks)
+
+    @torch.inference_mode()
+    def classify(
+        self,
+        images: Tensor,
+        output_stride: int | None = None,
+        policy: MaskPolicy | None = None,
+        labels: Tensor | None = None,
+        fine_blocks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Classes int64 `[B, H, W]`, for less than by every pixel's logits, and the mask (None when dense).
+
+        Args:
+            output_stride: run dense at this stride; None runs as `segment` does.
+            policy, labels: as for `segment`.
+            fine_blocks: the mask, where no policy is to choose it.
+        """
+        if output_stride is not None:
+            grid = self._run(images, self.dense_layouts(images, output_stride))
+        elif fine_blocks is not None:
+            grid = self._run(images, self.selective_layouts(images, fine_blocks))
+        else:
+            grid, fine_blocks = self._segment(images, labels, policy)
+        return self.upsample_classes(grid.logits, images, grid.layouts[-1]), fine_blocks
+
+    def _segment(
+        self, images: Tensor, labels: Tensor | None, policy: MaskPolicy | None
+    ) -> tuple[GridOutputs, Tensor]:
         policy = policy or self.policy
-        _check_images(images)
+        check_images(images)
         if isinstance(policy, ConfidencePolicy) and not self.training:
             run = Refinement(self, images, policy.stored_dtype)
             fine_blocks = policy.cut(run.scores(policy))
             run.refine(fine_blocks)
-            return Segmentation(Outputs(run.logits(), None), fine_blocks)
+            return GridOutputs((), run.layouts, run.grid_logits), fine_blocks
         if isinstance(policy, LearnedPolicy):
             return self._segment_by_features(images, policy)
         fine_blocks = self.choose(images, labels, policy)
-        return Segmentation(self.outputs(images, self.selective_layouts(images, fine_blocks)), fine_blocks)
+        return self._run(images, self.selective_layouts(images, fine_blocks)), fine_blocks
 
     def refine(
         self,
@@ -137,19 +174,20 @@ class SelectiveSegmentor(nn.Module):
 
     def outputs(self, images: Tensor, layouts: list[SiteLayout]) -> Outputs:
         """Run on the four stages' layouts, as `selective_layouts` or `dense_layouts` give them."""
+        return self.finish(images, self._run(images, layouts))
+
+    def _run(self, images: Tensor, layouts: list[SiteLayout]) -> GridOutputs:
         with self.precision(images):
             features = self.backbone(images, layouts)
-            return self.finish(images, features, layouts, self.grid_logits(features, layouts))
+            return GridOutputs(features, layouts, self.grid_logits(features, layouts))
 
-    def finish(
-        self, images: Tensor, features: Sequence[Tensor], layouts: Sequence[SiteLayout], grid_logits: Tensor
-    ) -> Outputs:
-        """What follows the head's logits `[B, K, h, w]`: upsampling and, in training, the auxiliary head."""
+    def finish(self, images: Tensor, grid: GridOutputs) -> Outputs:
+        """What follows the head's logits: upsampling and, in training, the auxiliary head."""
         auxiliary = None
         if self.auxiliary is not None and self.training:
-            grid = self.auxiliary(features[2], layouts[2])
-            auxiliary = self._upsample(grid, images, layouts[2].stride, self.trained_stride)
-        return Outputs(self.upsample(grid_logits, images, layouts[3]), auxiliary)
+            logits = self.auxiliary(grid.features[2], grid.layouts[2])
+            auxiliary = self._upsample(logits, images, grid.layouts[2].stride, self.trained_stride)
+        return Outputs(self.upsample(grid.logits, images, grid.layouts[-1]), auxiliary)
 
     def grid_logits(self, features: Sequence[Tensor], layouts: Sequence[SiteLayout]) -> Tensor:
         """The head's logits `[B, K, h, w]`, before the last upsampling.
@@ -166,7 +204,7 @@ class SelectiveSegmentor(nn.Module):
     def _uses_low_level(self) -> bool:
         return getattr(self.head, "uses_low_level", False)
 
-    def _segment_by_features(self, images: Tensor, policy: LearnedPolicy) -> Segmentation:
+    def _segment_by_features(self, images: Tensor, policy: LearnedPolicy) -> tuple[GridOutputs, Tensor]:
         """The dense stages, then the mask from their features, then the others."""
         first, layouts = self.first_selective, self.dense_layouts(images, self.strides[0])
         with self.precision(images):
@@ -175,8 +213,7 @@ class SelectiveSegmentor(nn.Module):
                 fine_blocks = policy.cut(policy.feature_scores(self.mask_features(early, layouts)))
             layouts = self.selective_layouts(images, fine_blocks)
             features = [*early, *self.backbone.run_stages(early[-1], layouts, first)]
-            grid_logits = self.grid_logits(features, layouts)
-            return Segmentation(self.finish(images, features, layouts, grid_logits), fine_blocks)
+            return GridOutputs(features, layouts, self.grid_logits(features, layouts)), fine_blocks
 
     @property
     def first_selective(self) -> int:
@@ -194,8 +231,7 @@ class SelectiveSegmentor(nn.Module):
 
     def upsample(self, grid_logits: Tensor, images: Tensor, layout: SiteLayout, every: int = 1) -> Tensor:
         """The head's logits `[B, K, h, w]` at the images' size, in float32 or more; see `upsample_logits`."""
-        strides = (LOW_LEVEL_STRIDE,) * 2 if self._uses_low_level else (layout.stride, self.trained_stride)
-        return self._upsample(grid_logits, images, *strides, every)
+        return self._upsample(grid_logits, images, *self._upsampling(layout), every)
 
     def _upsample(
         self, logits: Tensor, images: Tensor, stride: int, trained_stride: int, every: int = 1
@@ -203,6 +239,16 @@ class SelectiveSegmentor(nn.Module):
         size = (images.shape[2], images.shape[3])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return upsample_logits(logits, size, stride, trained_stride, self.align_corners, every)
+
+    def _upsampling(self, layout: SiteLayout) -> tuple[int, int]:
+        """The stride of the head's logits, and that whose offset it was trained with."""
+        return (LOW_LEVEL_STRIDE,) * 2 if self._uses_low_level else (layout.stride, self.trained_stride)
+
+    def upsample_classes(self, grid_logits: Tensor, images: Tensor, layout: SiteLayout) -> Tensor:
+        """The classes int64 `[B, H, W]` that `upsample`'s logits have; see the function of this name."""
+        size = (images.shape[2], images.shape[3])
+        logits = grid_logits.to(torch.promote_types(grid_logits.dtype, torch.float32))
+        return upsample_classes(logits, size, *self._upsampling(layout), self.align_corners)
 
     def choose(
         self, images: Tensor, labels: Tensor | None = None, policy: MaskPolicy | None = None
@@ -237,65 +283,17 @@ class SelectiveSegmentor(nn.Module):
             for one in layouts:
                 late = self.backbone.run_stages(early[-1], one, first)
                 grid_logits = self.grid_logits([*early, *late], one)
-                classes.append(self.upsample(grid_logits, images, one[-1]).max(1).indices)
+                classes.append(self.upsample_classes(grid_logits, images, one[-1]))
         return classes[0], classes[1]
 
     def selective_layouts(self, images: Tensor, fine_blocks: Tensor | None = None) -> list[SiteLayout]:
         """Layouts of layer1..layer4: each on its natural stride, but at most the coarsest of `strides`, with
-        the finer levels that the mask asks for; stages above the finest stride are dense."""
-        _check_images(images)
-        splits = self._splits(images, self.policy(images) if fine_blocks is None else fine_blocks)
-        finest, coarsest = self.strides[0], self.strides[-1]
-        layouts: dict[int, SiteLayout] = {}
-        for stride in sorted({min(stride, coarsest) for stride in STAGE_STRIDES}):
-            layouts[stride] = _dense_layout(images, stride)
-            if stride > finest:
-                size, coarser = _grid_size(images, finest), self.strides[::-1].index(stride)
-                layouts[stride] = SiteLayout(images.shape[0], size, finest, splits[coarser:])
-        return [layouts[min(stride, coarsest)] for stride in STAGE_STRIDES]
-
-    def _splits(self, images: Tensor, fine_blocks: Tensor) -> list[Tensor]:
-        """Which cells of each grid but the finest gain the next one's sites, coarsest grid first."""
-        expected, levels = block_shape(images, self.strides[-1]), len(self.strides) - 1
-        if tuple(fine_blocks.shape) != expected or fine_blocks.dtype not in (torch.bool, torch.int64):
-            raise ValueError(
-                f"fine_blocks must be bool or int64 levels {list(expected)} for images {list(images.shape)}, "
-                f"not {fine_blocks.dtype} {list(fine_blocks.shape)}"
-            )
-        blocks = fine_blocks.to(images.device)
-        if blocks.dtype == torch.int64 and not bool(((blocks >= 0) & (blocks <= levels)).all()):
-            raise ValueError(f"levels must lie in 0..{levels} for the strides {list(self.strides)}")
-        splits = []
-        for level, stride in enumerate(self.strides[:0:-1]):
-            height, width = _grid_size(images, stride)
-            split = blocks if blocks.dtype == torch.bool else blocks > level
-            if level:
-                split = split.repeat_interleave(2**level, 1).repeat_interleave(2**level, 2)
-            splits.append(split[:, :height, :width])
-        return splits
+        the finer levels that the mask (by default the policy's) asks for; stages above the finest stride are
+        dense."""
+        check_images(images)  # before a policy sees them
+        blocks = self.policy(images) if fine_blocks is None else fine_blocks
+        return selective_layouts(images, blocks, self.strides)
 
     def dense_layouts(self, images: Tensor, output_stride: int) -> list[SiteLayout]:
         """Layouts of layer1..layer4 of the plain dense network."""
-        _check_images(images)
-        if output_stride not in STAGE_STRIDES:
-            raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {output_stride}")
-        strides = [min(stride, output_stride) for stride in STAGE_STRIDES]
-        layouts = {stride: _dense_layout(images, stride) for stride in strides}
-        return [layouts[stride] for stride in strides]
-
-
-def _dense_layout(images: Tensor, stride: int) -> SiteLayout:
-    return SiteLayout(images.shape[0], _grid_size(images, stride), stride, device=images.device)
-
-
-def _grid_size(images: Tensor, stride: int) -> tuple[int, int]:
-    return -(-images.shape[2] // stride), -(-images.shape[3] // stride)
-
-
-def _check_images(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(
-            f"images must be float [B, 3, H, W], normalised; got {images.dtype} {list(images.shape)}"
-        )
-    if min(images.shape[2:]) < MIN_SIZE:
-        raise ValueError(f"images must be at least {MIN_SIZE}x{MIN_SIZE} px, not {list(images.shape[2:])}")
+        return dense_layouts(images, output_stride)

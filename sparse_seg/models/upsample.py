@@ -1,8 +1,10 @@
-"""Bilinear upsampling of logits that keeps the offset the network was trained with."""
+"""Bilinear upsampling of logits that keeps the offset the network was trained with, or of classes alone."""
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,16 +39,80 @@ def upsample_logits(
         return rows @ logits.contiguous() @ columns.T  # in float32, also under autocast
 
 
+@torch.no_grad()
+def upsample_classes(
+    logits: Tensor, size: tuple[int, int], stride: int, trained_stride: int, align_corners: bool = False
+) -> Tensor:
+    """The classes int64 `[B, H, W]` of `upsample_logits`, with work only where classes meet (on the CPU).
+
+    Between four cells of one class every pixel has that class too, for its logits are a mean of theirs;
+    interpolation, and the search for the largest, is left for the others. Logits that are equal to rounding
+    may give either class.
+    """
+    if logits.device.type != "cpu":
+        return upsample_logits(logits, size, stride, trained_stride, align_corners).max(1).indices
+    _, classes, height, width = logits.shape
+    rows = _axis(height, size[0], stride, trained_stride, align_corners)
+    columns = _axis(width, size[1], stride, trained_stride, align_corners)
+    own = logits.max(1).indices
+    lower, upper = own.index_select(1, rows.first), own.index_select(1, rows.second)
+    near = lower.index_select(2, columns.first)
+    mixed = near != lower.index_select(2, columns.second)
+    mixed |= near != upper.index_select(2, columns.first)
+    mixed |= near != upper.index_select(2, columns.second)
+    result = near.index_select(2, columns.interval).index_select(1, rows.interval)
+    image, row, column = mixed.nonzero(as_tuple=True)
+    table = logits.permute(0, 2, 3, 1).reshape(-1, classes)
+    mean = logits.new_zeros(classes, len(rows.pixels), len(columns.pixels), len(image))
+    for cell_row, row_share in ((rows.first, 1 - rows.share), (rows.second, rows.share)):
+        for cell_column, share in ((columns.first, 1 - columns.share), (columns.second, columns.share)):
+            cells = (image * height + cell_row[row]) * width + cell_column[column]
+            corner = table.index_select(0, cells).T.contiguous()[:, None, None]
+            mean.addcmul_(corner, row_share.to(logits)[:, None, row] * share.to(logits)[:, column])
+    pixels = (image * size[0] + rows.pixels[:, row])[:, None] * size[1] + columns.pixels[:, column]
+    result.view(-1)[pixels.view(-1)] = mean.max(0).indices.view(-1)
+    return result
+
+
+class _Axis(NamedTuple):
+    """The pixels along an axis, by the intervals between cells that they lie in, of at most m pixels each.
+
+    `interval` `[L]` is that of each pixel. Each interval has its cells `first` and `second` `[n]` (the same
+    one beyond the border), its `pixels` `[m, n]`, with the last one repeated, and their `share` `[m, n]` of
+    the second cell.
+    """
+
+    interval: Tensor
+    first: Tensor
+    second: Tensor
+    pixels: Tensor
+    share: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _axis(cells: int, length: int, stride: int, trained_stride: int, align_corners: bool) -> _Axis:
+    places = _places(torch.arange(length), length, stride, trained_stride, align_corners)
+    below = places.floor().long().clamp(-1, cells - 1)
+    cell, interval, count = below.unique(return_inverse=True, return_counts=True)
+    pixels = count.cumsum(0) - count + torch.arange(int(count.max()))[:, None].minimum(count - 1)
+    share = (places[pixels] - cell).clamp(0, 1)
+    return _Axis(interval, cell.clamp_min(0), (cell + 1).clamp_max(cells - 1), pixels, share)
+
+
 def _interpolation_matrix(
     cells: int, length: int, stride: int, trained_stride: int, align_corners: bool, every: int
 ) -> Tensor:
     """`[ceil(length / every), cells]` float64: the share of each cell in each pixel, along one axis."""
-    pixels = torch.arange(0, length, every, dtype=torch.float64)
-    pixels = (pixels + every // 2).clamp_max(length - 1)
+    pixels = (torch.arange(0, length, every) + every // 2).clamp_max(length - 1)
+    places = _places(pixels, length, stride, trained_stride, align_corners).clamp(0, cells - 1)
+    return (1 - (places[:, None] - torch.arange(cells)).abs()).clamp_min(0)
+
+
+def _places(pixels: Tensor, length: int, stride: int, trained_stride: int, align_corners: bool) -> Tensor:
+    """Where pixels int64 `[N]` of an axis lie among its cells, float64, the first cell at 0."""
     trained_cells = -(-length // trained_stride)
     if align_corners:
-        places = pixels * ((trained_cells - 1) / max(length - 1, 1))
+        places = pixels.double() * ((trained_cells - 1) / max(length - 1, 1))
     else:
-        places = (pixels + 0.5) * (trained_cells / length) - 0.5
-    places = (places * (trained_stride / stride)).clamp(0, cells - 1)[:, None]
-    return (1 - (places - torch.arange(cells)).abs()).clamp_min(0)
+        places = (pixels.double() + 0.5) * (trained_cells / length) - 0.5
+    return places * (trained_stride / stride)

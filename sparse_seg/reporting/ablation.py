@@ -14,7 +14,6 @@ from sparse_seg.ablation.runner import Ablation
 from sparse_seg.data import build_dataset
 from sparse_seg.data.dataset import IGNORE_INDEX, Image
 from sparse_seg.data.transforms import normalise
-from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.files import atomic_write
 from sparse_seg.masks import block_levels
 from sparse_seg.reporting.html import Section, photo, plot, write_report
@@ -174,7 +173,7 @@ def _most_different(
         classes, blocks = [], None
         for cell, config, model in zip(pair, configs, models, strict=True):
             batch = normalise(image, config.data.mean, config.data.std)[None].to(ablation.device)
-            predicted, blocks = predict(model, batch, cell.run.output_stride, labels=target)
+            predicted, blocks = model.classify(batch, cell.run.output_stride, labels=target)
             classes.append(predicted[0].cpu().numpy().astype(np.uint8))
         labelled = label != IGNORE_INDEX
         share = float((classes[0] != classes[1])[labelled].mean()) if labelled.any() else 0.0

@@ -12,7 +12,6 @@ import torch
 from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.comparison import Setting
-from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.masks import block_levels
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.reporting.html import Section, photo, plot, write_report
@@ -107,7 +106,7 @@ def runs_on_image(
     target = torch.from_numpy(label.astype(np.int64))[None].to(device)
     pictures = [("input", image), ("label", colourise(label, palette))]
     for setting in shown:
-        classes, fine_blocks = predict(model, batch, setting.output_stride, setting.policy, target)
+        classes, fine_blocks = model.classify(batch, setting.output_stride, setting.policy, target)
         if fine_blocks is not None:
             levels = block_levels(fine_blocks, model.strides)[0].cpu().numpy()
             pictures.append((f"stride by block: {setting.name}", draw_levels(image, levels, model.strides)))

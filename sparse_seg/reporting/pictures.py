@@ -11,7 +11,6 @@ from torch import Tensor
 from sparse_seg.data.dataset import Image, read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import DataError
-from sparse_seg.evaluation.evaluate import predict
 from sparse_seg.masks import block_levels
 from sparse_seg.models.refinement import refine
 from sparse_seg.models.segmentor import SelectiveSegmentor
@@ -76,7 +75,7 @@ def write_pictures(
     image = read_image(path)
     batch = normalise(image, data.mean, data.std)[None].to(next(model.parameters()).device)
     try:
-        classes, fine_blocks = predict(model, batch, output_stride)
+        classes, fine_blocks = model.classify(batch, output_stride)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     label = classes[0].cpu().numpy()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparse_seg.masks import LearnedPolicy, block_levels
 from sparse_seg.models.heads import RowHead
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.segmentor import GridOutputs, SelectiveSegmentor
 from sparse_seg.schema import TrainConfig
 from sparse_seg.sparse import SiteLayout, densify
 from sparse_seg.training.distillation import Teacher, likeness_difference, logits_divergence
@@ -44,11 +44,12 @@ class Objective(nn.Module):
             layouts = model.selective_layouts(images, fine_blocks)
         features, layout = model.backbone(images, layouts), layouts[-1]
         if not isinstance(model.head, RowHead):
-            outputs = model.finish(images, features, layouts, model.grid_logits(features, layouts))
+            grid = GridOutputs(features, layouts, model.grid_logits(features, layouts))
+            outputs = model.finish(images, grid)
             return self.loss(outputs, labels, None, _pixels(model, fine_blocks, images))
         rows = model.head.neck(features[-1], layout)
         grid_logits = model.head.decode(densify(rows, layout), layout.stride)
-        outputs = model.finish(images, features, layouts, grid_logits)
+        outputs = model.finish(images, GridOutputs(features, layouts, grid_logits))
         coarse = coarse_logits(model, images, rows, layout) if config.loss.coarse_weight > 0 else None
         loss = self.loss(outputs, labels, coarse, _pixels(model, fine_blocks, images))
         if self.teacher is not None:

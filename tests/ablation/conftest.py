@@ -19,10 +19,11 @@ networks:
     teacher: baseline
     set: [model.width=0.0625, train.loss.boundary_weight=1, train.loss.coarse_weight=0.4]
   student again: {source: student, statistics: selective}
+  tuned: {config: tiny.yaml, init: student, set: [model.width=0.0625, train.iterations=1, train.lr=0.000001]}
 runs:
   - {networks: [baseline], dense: [8, 16], policies: [random], fractions: [0, 1]}
   - {networks: [student, taught], policies: [edge], fractions: [0.25], exchange: [none, linear]}
-  - {networks: [student again], policies: [confidence], fractions: [0.25]}
+  - {networks: [student again, tuned], policies: [confidence], fractions: [0.25]}
   - {networks: [student], policies: [edge], fractions: [0.25], strides: [8, 16, 32], middle_fraction: 0.5}
 """
 

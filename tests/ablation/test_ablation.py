@@ -71,6 +71,17 @@ def test_tables_and_report(finished: Path) -> None:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_training_starts_from_the_network_named(grid_file: Path, finished: Path) -> None:
+    ablation = Ablation(load_grid(grid_file), finished)
+    for seed in (0, 1):
+        student, tuned = (
+            dict(load_model(ablation.checkpoint(name, seed)).named_parameters())
+            for name in ("student", "tuned")
+        )
+        change = max((tuned[name] - student[name]).abs().max().item() for name in student)
+        assert 0 < change < 1e-4, "one step at a rate of 1e-6"
+
+
 def test_differences_by_class() -> None:
     common = {"run": "r", "exchange": None}
     rows = [
@@ -118,10 +129,10 @@ def test_dry_run_lists_what_is_left(grid_file: Path, tmp_path: Path, finished: P
     assert main([*arguments, str(tmp_path / "new")]) == 0
     out = capsys.readouterr().out
     assert "train taught, seed 1" in out
-    assert "28 of 28 left, about" in out
+    assert "32 of 32 left, about" in out
     assert not (tmp_path / "new").exists()
     assert main([*arguments, str(finished)]) == 0
-    assert "0 of 28 left" in capsys.readouterr().out
+    assert "0 of 32 left" in capsys.readouterr().out
 
 
 def test_a_killed_ablation_goes_on(grid_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,14 @@ from tests.ablation.conftest import GRID
 
 def test_a_grid_expands_to_trainings_and_cells(grid_file: Path) -> None:
     grid = load_grid(grid_file, ["train.lr=0.5"])
-    assert grid.trainings[:4] == [("baseline", 0), ("student", 0), ("taught", 0), ("student again", 0)]
-    assert grid.trainings[4:] == [(name, 1) for name, _ in grid.trainings[:4]]
-    assert len(grid.cells) == 2 * (4 + 4 + 1 + 1)
+    names = ["baseline", "student", "taught", "student again", "tuned"]
+    assert grid.trainings == [(name, seed) for seed in (0, 1) for name in names]
+    assert len(grid.cells) == 2 * (4 + 4 + 2 + 1)
     assert grid.cells[0].run == Run(output_stride=8)
     assert [cell.seed for cell in grid.cells[:2]] == [0, 1]
     assert len({cell.slug for cell in grid.cells}) == len(grid.cells)
-    assert grid.needs("taught") == ["baseline"]
-    assert grid.needs("student again") == ["student"]
+    assert grid.networks["taught"].others == ["baseline"]
+    assert grid.networks["student again"].others == grid.networks["tuned"].others == ["student"]
     assert grid.configs["student"].model.width == 0.0625
     assert grid.configs["student"].train.lr == 0.5
     assert grid.configs["student again"] == grid.configs["student"]
@@ -54,8 +54,13 @@ def test_a_run_changes_mask_exchange_and_strides_alone(grid_file: Path) -> None:
         ("statistics: selective", "statistics: sparse", "must be dense or selective, not 'sparse'"),
         (", statistics: selective", "", "'source' and 'statistics' go together"),
         ("{source: student,", "{source: student, config: tiny.yaml,", "give either 'config' or 'source'"),
-        ("{source: student,", "{source: student, teacher: baseline,", "takes no 'set' and no 'teacher'"),
-        ("[student, taught]", "[student, tought]", "must be of baseline, student, taught, student again"),
+        ("{source: student,", "{source: student, teacher: baseline,", "takes no 'set', 'teacher' or 'init'"),
+        ("init: student", "init: later", "network 'later' is not defined above"),
+        (
+            "[student, taught]",
+            "[student, tought]",
+            "must be of baseline, student, taught, student again, tuned",
+        ),
         ("dense: [8, 16]", "dense: [8, 12]", "'dense' must be of 4, 8, 16, 32, not 12"),
         ("fractions: [0, 1]", "fractions: [0, 2]", "fine_fraction is 2"),
         (", policies: [random], fractions: [0, 1]", ", policies: [random]", "'policies' and 'fractions'"),

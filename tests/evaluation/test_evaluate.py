@@ -8,7 +8,7 @@ from sparse_seg import build_model
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation import comparison
 from sparse_seg.evaluation.comparison import compare, exchanging, groups, settings
-from sparse_seg.evaluation.evaluate import evaluate, predict
+from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.masks import EdgePolicy, OraclePolicy
 from sparse_seg.schema import DataConfig, MaskConfig
 
@@ -80,7 +80,7 @@ def test_oracle_is_handed_the_labels(model):
     images = torch.randn(1, 3, 64, 64)
     labels = torch.zeros(1, 64, 64, dtype=torch.int64)
     labels[:, 20:24, 20:24] = 3
-    _, blocks = predict(model, images, policy=OraclePolicy(threshold=0), labels=labels)
+    _, blocks = model.classify(images, policy=OraclePolicy(threshold=0), labels=labels)
     expected = torch.zeros(1, 4, 4, dtype=torch.bool)
     expected[:, 1, 1] = True
     assert blocks is not None

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sparse_seg import build_model
-from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.models.upsample import upsample_classes, upsample_logits
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
@@ -84,3 +84,39 @@ def test_logits_stay_float32_under_autocast(dtype: torch.dtype, output_stride: i
         outputs = model.outputs(images, model.dense_layouts(images, output_stride))
     assert outputs.auxiliary is not None
     assert outputs.logits.dtype == outputs.auxiliary.dtype == torch.float32
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("stride", "trained_stride"), [(8, 8), (16, 8), (8, 16), (32, 16), (4, 32)], ids=str)
+@pytest.mark.parametrize("size", [(64, 96), (33, 47), (101, 137), (32, 200)], ids=str)
+@pytest.mark.parametrize("smooth", [True, False])
+def test_classes_are_those_of_the_logits(
+    smooth: bool, size: tuple[int, int], stride: int, trained_stride: int, align_corners: bool
+) -> None:
+    """Large areas of one class as well as noise; in float64 no two logits of a pixel are equal."""
+    logits = torch.randn(2, 5, -(-size[0] // stride), -(-size[1] // stride), dtype=torch.float64)
+    if smooth:
+        logits = F.avg_pool2d(F.pad(logits, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    rule = size, stride, trained_stride, align_corners
+    expected = upsample_logits(logits, *rule).argmax(1)
+    assert len(expected.unique()) > 2
+    for layout in (logits, logits.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(upsample_classes(layout, *rule), expected)
+    assert torch.equal(upsample_classes(logits[:, :1], *rule), torch.zeros_like(expected)), "one class"
+
+
+def test_classify_gives_the_classes_of_every_way_to_run() -> None:
+    model = (
+        build_model({"width": 0.125, "mask": {"policy": "confidence", "fine_fraction": 0.3}}).double().eval()
+    )
+    images = torch.randn(2, 3, 100, 132, dtype=torch.float64)
+    segmentation = model.segment(images)
+    classes, fine_blocks = model.classify(images)
+    assert torch.equal(classes, segmentation.outputs.logits.argmax(1))
+    assert torch.equal(fine_blocks, segmentation.fine_blocks)
+    for output_stride in (8, 16):
+        classes, fine_blocks = model.classify(images, output_stride)
+        assert torch.equal(classes, model.dense(images, output_stride).argmax(1))
+        assert fine_blocks is None
+    mask = torch.rand(2, 7, 9) < 0.4
+    assert torch.equal(model.classify(images, fine_blocks=mask)[0], model(images, mask).argmax(1))
