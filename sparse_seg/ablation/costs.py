@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,16 @@ def cost_key(ablation: Ablation, cell: Cell) -> str:
     return json.dumps([cell.run.output_stride, model], sort_keys=True)
 
 
-def measure_costs(ablation: Ablation, cells: Sequence[Cell]) -> dict[str, Any]:
-    """`costs` by `cost_key`, `steps` by network, and their origin; kept in `costs.json` of the work folder.
+def measure_costs(ablation: Ablation) -> dict[str, Any]:
+    """What the grid's cells cost: `costs` by `cost_key`, `steps` by network, and the measurement's origin.
 
-    Every distinct cost is measured on the first validation frame, by the weights of its first cell, as
+    Kept in `costs.json` of the work folder. Every distinct cost is measured on the first validation frame, by the weights of its first cell, as
     `model.for_inference()`: mask policy, network and argmax. All take turns in one run; if one is missing,
     all are measured again. A step is that of `step_seconds`.
     """
     path = ablation.work_dir / "costs.json"
     distinct: dict[str, Cell] = {}
-    for cell in cells:
+    for cell in ablation.grid.cells:
         distinct.setdefault(cost_key(ablation, cell), cell)
     trained = {name for name, network in ablation.grid.networks.items() if network.source is None}
     with locked(path.with_suffix(".lock"), wait=True):

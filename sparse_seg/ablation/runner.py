@@ -27,8 +27,8 @@ from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
 from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import load_model, save_checkpoint
+from sparse_seg.training.finish import finish_training, is_finished
 from sparse_seg.training.statistics import retake_statistics
-from sparse_seg.training.trainer import finish_training, is_finished
 
 WAIT = 5.0  # seconds between looks at what other processes have done
 _T = TypeVar("_T")

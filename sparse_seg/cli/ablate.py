@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         raise TrainingError("interrupted; run it again to go on") from None
     results = ablation.results()
-    rows = summarise(ablation, results, measure_costs(ablation, ablation.grid.cells))
+    rows = summarise(ablation, results, measure_costs(ablation))
     content = provenance() | {
         "title": ablation.grid.spec.title,
         "commits": sorted({str(result["origin"]["commit"]) for result in results}),

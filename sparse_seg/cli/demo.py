@@ -21,7 +21,7 @@ from sparse_seg.config import load_config
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import ConfigError, TrainingError
 from sparse_seg.schema import Config
-from sparse_seg.training.trainer import finish_training
+from sparse_seg.training.finish import finish_training
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5)
 POLICIES = ("edge", "oracle")

@@ -4,6 +4,7 @@ examples:
   sparse-seg train configs/camvid_r18.yaml --set data.root=../camvid
   sparse-seg train configs/demo.yaml --work-dir runs/try --set train.lr=0.02 model.width=0.5
   sparse-seg train configs/camvid_r18.yaml --resume
+  torchrun --nproc_per_node=4 tools/train.py configs/cityscapes.yaml   (4 GPUs share each batch)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from sparse_seg.cli.options import add_config, add_device
 from sparse_seg.config import load_config
+from sparse_seg.training.distributed import joined_processes
 from sparse_seg.training.trainer import Trainer
 
 
@@ -35,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     overrides = [*args.set, "train.amp=true"] if args.amp else args.set
     config = load_config(args.config, overrides)
     work_dir = Path(args.work_dir or Path("runs") / Path(args.config).stem)
-    best = Trainer(config, work_dir, args.resume, args.device).run()
-    print(f"best validation mIoU {best:.4f}; weights in {work_dir / 'best.pt'}")
+    with joined_processes(args.device) as (processes, device):
+        best = Trainer(config, work_dir, args.resume, device, processes).run()
+    if processes.is_first:
+        print(f"best validation mIoU {best:.4f}; weights in {work_dir / 'best.pt'}")
     return 0

@@ -36,11 +36,18 @@ class ResumableSampler(Sampler[list[int]]):
     """Batches of keys for `TrainingView`, cut from an endless stream of epochs, each newly shuffled.
 
     A batch may cross from one epoch to the next, so all have `batch_size` keys. Starting at
-    `start_iteration` gives the batches that an unbroken run would give from there.
+    `start_iteration` gives the batches that an unbroken run would give from there. `part` (i, n) gives the
+    i-th of n parts of each batch.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, start_iteration: int, iterations: int
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start_iteration: int,
+        iterations: int,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         if length < 1 or batch_size < 1:
             raise ValueError(f"length {length} and batch_size {batch_size} must be at least 1")
@@ -49,14 +56,16 @@ class ResumableSampler(Sampler[list[int]]):
         self.seed = seed
         self.start_iteration = start_iteration
         self.iterations = iterations
+        self.part = part
 
     def __len__(self) -> int:
         return max(self.iterations - self.start_iteration, 0)
 
     def __iter__(self) -> Iterator[list[int]]:
         keys = self._keys(self.start_iteration * self.batch_size)
+        number, count = self.part
         for _ in range(len(self)):
-            yield [next(keys) for _ in range(self.batch_size)]
+            yield [next(keys) for _ in range(self.batch_size)][number::count]
 
     def _keys(self, position: int) -> Iterator[int]:
         epoch, skip = divmod(position, self.length)
@@ -93,11 +102,15 @@ def training_loader(
     start_iteration: int,
     iterations: int,
     workers: int,
+    part: tuple[int, int] = (0, 1),
 ) -> DataLoader[Sample]:
-    """Iterations `start_iteration` to before `iterations`: float32 `[B, 3, h, w]` and int64 `[B, h, w]`."""
+    """Iterations `start_iteration` to before `iterations`: float32 `[B, 3, h, w]` and int64 `[B, h, w]`.
+
+    part: (i, n) for the i-th of n parts of each batch.
+    """
     return DataLoader(
         TrainingView(dataset, transform, seed),
-        batch_sampler=ResumableSampler(len(dataset), batch_size, seed, start_iteration, iterations),
+        batch_sampler=ResumableSampler(len(dataset), batch_size, seed, start_iteration, iterations, part),
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
@@ -106,7 +119,11 @@ def training_loader(
 
 
 def training_batches(
-    dataset: SegmentationDataset, config: Config, start_iteration: int, iterations: int
+    dataset: SegmentationDataset,
+    config: Config,
+    start_iteration: int,
+    iterations: int,
+    part: tuple[int, int] = (0, 1),
 ) -> DataLoader[Sample]:
     """The `training_loader` that a config describes."""
     data, train = config.data, config.train
@@ -119,7 +136,7 @@ def training_batches(
         std=data.std,
     )
     return training_loader(
-        dataset, transform, train.batch_size, train.seed, start_iteration, iterations, data.workers
+        dataset, transform, train.batch_size, train.seed, start_iteration, iterations, data.workers, part
     )
 
 

@@ -6,7 +6,6 @@ python -m sparse_seg.reporting.figures docs/figures
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from sparse_seg.files import atomic_write
 from sparse_seg.models.resnet import STAGE_STRIDES, first_selective_stage
-from sparse_seg.reporting.plots import COLOURS, REFERENCE_COLOUR, new_figure
+from sparse_seg.reporting.plots import COLOURS, REFERENCE_COLOUR, new_figure, picture
 from sparse_seg.sparse import SiteLayout, densify
 
 SITE, EXTRA, GHOST = COLOURS[:3]
@@ -75,7 +74,7 @@ def lattice_figure() -> bytes:
     last = layout.num_lattice - 1
     title = f"rows 0 to {last}: the coarse lattice, complete (blue); from {last + 1} on: extra sites (orange)"
     axes.set_title(title, fontsize=10)
-    return _png(figure)
+    return picture(figure)
 
 
 def phases_figure() -> bytes:
@@ -97,7 +96,7 @@ def phases_figure() -> bytes:
             read = [(x * step, y * step) for (x, y), *_ in taps(layout, at.index(centre))]
             _rings(axes, (centre[0] * step, centre[1] * step), read)
         axes.set_title(title, fontsize=10)
-    return _png(figure)
+    return picture(figure)
 
 
 def exchange_figure() -> bytes:
@@ -121,7 +120,7 @@ def exchange_figure() -> bytes:
                 _ghost(axes, tap, [at[row] for row in tap.rows])
         _rings(axes, centre, [tap.place for tap in read], "black")
         axes.set_title(title, fontsize=10)
-    return _png(figure)
+    return picture(figure)
 
 
 def densify_figure() -> bytes:
@@ -142,7 +141,7 @@ def densify_figure() -> bytes:
         _grid(axes, layout, shade=False)
         _sites(axes, layout)
         axes.set_title(title, fontsize=10)
-    return _png(figure)
+    return picture(figure)
 
 
 def flow_figure() -> bytes:
@@ -176,7 +175,7 @@ def flow_figure() -> bytes:
             _arrow(axes, drawn[start], drawn[end])
     for x, colour, note in notes:
         axes.text(x, -0.8, note, ha="center", va="center", color=colour, fontsize=10)
-    return _png(figure)
+    return picture(figure)
 
 
 FIGURES = {
@@ -255,12 +254,6 @@ def _arrow(axes: Any, start: Any, end: Any) -> None:
     patches = {"patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch()}
     style = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 3, "shrinkB": 3, **patches}
     axes.annotate("", xy=end.get_position(), xytext=start.get_position(), arrowprops=style)
-
-
-def _png(figure: Any) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", bbox_inches="tight", pad_inches=0.08)
-    return out.getvalue()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

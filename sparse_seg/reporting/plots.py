@@ -36,9 +36,7 @@ def cost_curve(
         _draw_series(axes, number, name, values)
     _draw_references(axes, references)
     _style(axes, xlabel, ylabel)
-    out = io.BytesIO()
-    figure.savefig(out, format=image_format)
-    return out.getvalue()
+    return picture(figure, image_format)
 
 
 def new_figure(size: tuple[float, float] = (7.2, 4.4)) -> Any:
@@ -51,6 +49,13 @@ def new_figure(size: tuple[float, float] = (7.2, 4.4)) -> Any:
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def picture(figure: Any, image_format: Literal["png", "svg"] = "png") -> bytes:
+    """The content of an image file of a figure, cut to what is drawn."""
+    out = io.BytesIO()
+    figure.savefig(out, format=image_format, bbox_inches="tight", pad_inches=0.08)
+    return out.getvalue()
 
 
 def _draw_series(axes: Any, number: int, name: str, values: Sequence[Point]) -> None:

@@ -1,4 +1,4 @@
-"""Learning rate over iterations, and the optimiser."""
+"""Learning rate over iterations, the optimiser, and the average of weights."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.AdamW(groups, lr=config.lr)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, iteration: int) -> None:
+    """Exponential moving average of weights and statistics; its decay grows from 0.1 to `decay`."""
+    decay = min(decay, (1 + iteration) / (10 + iteration))
+    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(new, 1 - decay)
+        else:
+            kept.copy_(new)

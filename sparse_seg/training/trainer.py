@@ -21,7 +21,6 @@ from sparse_seg.errors import CheckpointError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import (
     checkpoint_config,
@@ -31,10 +30,11 @@ from sparse_seg.training.checkpoint import (
     save_checkpoint,
 )
 from sparse_seg.training.distillation import Teacher
+from sparse_seg.training.distributed import Processes
 from sparse_seg.training.log import TrainingLog
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.pretrained import load_pretrained
-from sparse_seg.training.schedule import build_optimizer, learning_rate
+from sparse_seg.training.schedule import build_optimizer, learning_rate, update_average
 
 
 class Trainer:
@@ -48,9 +48,10 @@ class Trainer:
         work_dir: created if need be; one that already holds a run is refused unless resuming.
         resume: checkpoint to go on from, bit for bit on the CPU; True takes the folder's `last.pt`.
         device: where to train.
+        processes: that train together; see `training/distributed.py`.
 
     Raises:
-        TrainingError: the folder already holds a run.
+        TrainingError: the folder already holds a run, or a batch cannot be shared by the processes.
         ConfigError: settings of a learned mask that exclude each other.
         CheckpointError: the checkpoint to start or resume from is missing, corrupt or of another model.
         DataError: the dataset is incomplete or inconsistent.
@@ -62,8 +63,10 @@ class Trainer:
         work_dir: str | Path,
         resume: str | Path | bool = False,
         device: torch.device | str = "cpu",
+        processes: Processes | None = None,
     ) -> None:
         self.config, self.work_dir, self.device = config, Path(work_dir), torch.device(device)
+        self.processes = processes or Processes()
         check_training(config)
         last = self.work_dir / "last.pt"
         if not resume and last.exists():
@@ -71,6 +74,7 @@ class Trainer:
                 f"{self.work_dir} already holds a run; add --resume or choose another --work-dir"
             )
         train, data = config.train, config.data
+        self.processes.share(train.batch_size)
         if train.threads is not None:
             torch.set_num_threads(train.threads)
         state = load_checkpoint(last if resume is True else resume) if resume else None
@@ -91,6 +95,7 @@ class Trainer:
         if train.freeze:
             self.model.requires_grad_(False)
             self.model.policy.requires_grad_(True)
+        self.model = self.processes.share_norms(self.model, self.device)
         self.ema = copy.deepcopy(self.model) if train.ema_decay is not None else None
         distill = train.distill
         teacher = None
@@ -104,9 +109,10 @@ class Trainer:
         self.iteration, self.best, self.loss_sum, self.loss_count = 0, -1.0, 0.0, 0
         if state is not None:
             self._restore(state, last if resume is True else Path(str(resume)))
-        self.work_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.work_dir / "config.yaml", to_yaml(config))
-        self.log = TrainingLog(self.work_dir, self.iteration, train.tensorboard)
+        if self.processes.is_first:
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.work_dir / "config.yaml", to_yaml(config))
+            self.log = TrainingLog(self.work_dir, self.iteration, train.tensorboard)
         self.how_to_go_on = f"go on with {self._resume_hint()}"
         self._stop = False
 
@@ -119,18 +125,26 @@ class Trainer:
             TrainingError: loss or gradient not finite, or interrupted; `last.pt` is good in either case.
         """
         train = self.config.train
-        loader = training_batches(self.dataset, self.config, self.iteration, train.iterations)
+        part = self.processes.rank, self.processes.count
+        loader = training_batches(self.dataset, self.config, self.iteration, train.iterations, part)
         handlers = {
             number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)
         }
         self._set_training()
-        bar = tqdm(loader, total=train.iterations, initial=self.iteration, desc="train", dynamic_ncols=True)
+        bar = tqdm(
+            loader,
+            total=train.iterations,
+            initial=self.iteration,
+            desc="train",
+            dynamic_ncols=True,
+            disable=not self.processes.is_first,
+        )
         try:
             for images, labels in bar:
                 loss = self._step(images.to(self.device), labels.to(self.device))
                 bar.set_postfix(loss=f"{loss:.3f}", best=f"{max(self.best, 0):.4f}", refresh=False)
                 self._after_step()
-                if self._stop:
+                if self.processes.any(self._stop, self.device):
                     self.save()
                     raise TrainingError(f"stopped at iteration {self.iteration}; {self.how_to_go_on}")
         finally:
@@ -147,9 +161,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, getattr(torch, train.amp_dtype), enabled=train.amp):
             loss = self.objective(self.model, images, labels)
-        value = loss.item()
-        self._require_finite(loss, "loss")
+        mean_loss = self.processes.mean(loss)  # of all, so that all stop where one is not finite
+        self._require_finite(mean_loss, "loss")
+        value = mean_loss.item()
         self.scaler.scale(loss).backward()
+        self.processes.average_gradients(self.model.parameters())
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if train.clip_grad_norm is None else train.clip_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -158,7 +174,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
-            _update_average(self.ema, self.model, train.ema_decay or 0.0, self.iteration)
+            update_average(self.ema, self.model, train.ema_decay or 0.0, self.iteration)
         self.iteration += 1
         self.loss_sum, self.loss_count = self.loss_sum + value, self.loss_count + 1
         return value
@@ -169,15 +185,24 @@ class Trainer:
         self.model.policy.train()
 
     def _after_step(self) -> None:
+        """Log, validate and save when it is time; the other processes wait for the first."""
+        if self.processes.is_first:
+            self._report()
+        if self._is_due(self.config.train.eval_every):
+            self.processes.wait()
+
+    def _is_due(self, every: int) -> bool:
+        return self.iteration % every == 0 or self.iteration == self.config.train.iterations
+
+    def _report(self) -> None:
         train = self.config.train
-        done = self.iteration == train.iterations
-        if self.iteration % train.log_every == 0 or done:
+        if self._is_due(train.log_every):
             rate = self.optimizer.param_groups[0]["lr"]
             self.log.write(self.iteration, loss=self.loss_sum / self.loss_count, lr=rate)
             self.loss_sum, self.loss_count = 0.0, 0
-        if self.iteration % train.eval_every == 0 or done:
+        if self._is_due(train.eval_every):
             self._validate()
-        if self.iteration % train.save_every == 0 or done:
+        if self._is_due(train.save_every):
             self.save()
 
     def _validate(self) -> None:
@@ -209,7 +234,9 @@ class Trainer:
     # -- stopping and going on -----------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write `last.pt`, with everything that the next step depends on."""
+        """Write `last.pt`, with everything that the next step depends on: the first process's, for all."""
+        if not self.processes.is_first:
+            return
         save_checkpoint(
             self.work_dir / "last.pt",
             self.config,
@@ -271,45 +298,3 @@ class Trainer:
 
     def _resume_hint(self) -> str:
         return f"--work-dir {self.work_dir} --resume"
-
-
-@torch.no_grad()
-def _update_average(
-    average: SelectiveSegmentor, model: SelectiveSegmentor, decay: float, iteration: int
-) -> None:
-    """Exponential moving average of weights and statistics; its decay grows from 0.1 to `decay`."""
-    decay = min(decay, (1 + iteration) / (10 + iteration))
-    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if kept.is_floating_point():
-            kept.lerp_(new, 1 - decay)
-        else:
-            kept.copy_(new)
-
-
-def finish_training(config: Config, work_dir: str | Path, device: torch.device | str = "cpu") -> Path:
-    """Train in `work_dir`, go on with the run that is there, or leave a finished one; returns `best.pt`.
-
-    Raises:
-        TrainingError: the folder holds a run of another config.
-    """
-    work_dir = Path(work_dir)
-    if not is_finished(config, work_dir):
-        trainer = Trainer(config, work_dir, resume=(work_dir / "last.pt").exists(), device=device)
-        trainer.how_to_go_on = "run it again to go on"  # by this function
-        trainer.run()
-    return work_dir / "best.pt"
-
-
-def is_finished(config: Config, work_dir: Path) -> bool:
-    """Whether a folder holds a run of this config that has come to its end.
-
-    Raises:
-        TrainingError: the folder holds a run of another config.
-    """
-    last = work_dir / "last.pt"
-    if not last.exists():
-        return False
-    state = load_checkpoint(last)
-    if checkpoint_config(state, last) != config:
-        raise TrainingError(f"{work_dir} holds a run of another config; remove it or choose another folder")
-    return state["progress"]["iteration"] >= config.train.iterations

@@ -113,6 +113,7 @@ def test_classify_gives_the_classes_of_every_way_to_run() -> None:
     segmentation = model.segment(images)
     classes, fine_blocks = model.classify(images)
     assert torch.equal(classes, segmentation.outputs.logits.argmax(1))
+    assert fine_blocks is not None
     assert torch.equal(fine_blocks, segmentation.fine_blocks)
     for output_stride in (8, 16):
         classes, fine_blocks = model.classify(images, output_stride)

@@ -18,7 +18,8 @@ from sparse_seg.config import load_config
 from sparse_seg.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sparse_seg.models.build import build_model
 from sparse_seg.training.checkpoint import load_checkpoint, save_checkpoint
-from sparse_seg.training.trainer import Trainer, finish_training
+from sparse_seg.training.finish import finish_training
+from sparse_seg.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,109 @@
+"""One training in several processes, usually with a GPU each, as torchrun starts them.
+
+Each process runs its share of every batch, and all step by the mean of their gradients, so that weights stay
+the same everywhere. On GPUs batch norms see the whole batch (`SyncBatchNorm`); on CPUs, for which PyTorch has
+none, they see their own process's share. The first process validates and writes all files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparse_seg.errors import TrainingError
+
+TIMEOUT = timedelta(hours=2)  # the others wait as long as the first validates
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's `rank` among `count`; with one process, everything below does nothing."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> int:
+        """How many images of a batch this process runs.
+
+        Raises:
+            TrainingError: they cannot be shared equally.
+        """
+        if batch_size % self.count:
+            raise TrainingError(
+                f"train.batch_size {batch_size} cannot be shared by {self.count} processes; use a multiple"
+            )
+        return batch_size // self.count
+
+    def share_norms(self, model: _Module, device: torch.device) -> _Module:
+        """The model with batch norms that see the whole batch, where the device can."""
+        if self.count == 1 or device.type != "cuda":
+            return model
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a value over all processes, the same in each."""
+        if self.count > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value)
+            value /= self.count
+        return value
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace gradients by their mean over all processes; one that a process lacks counts as zero."""
+        if self.count == 1:
+            return
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set in any process."""
+        return flag if self.count == 1 else self.mean(torch.tensor(float(flag), device=device)).item() > 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
+    """Be one of the processes that torchrun started, if it did; gives this one's GPU in place of `cuda`.
+
+    Raises:
+        TrainingError: there are fewer GPUs than processes on this machine.
+    """
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        yield Processes(), device
+        return
+    if device.type == "cuda":
+        number, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= found:
+            raise TrainingError(f"{found} GPUs are fewer than processes: lower --nproc_per_node")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield Processes(dist.get_rank(), count), device
+    finally:
+        dist.destroy_process_group()
