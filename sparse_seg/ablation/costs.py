@@ -39,9 +39,9 @@ def cost_key(ablation: Ablation, cell: Cell) -> str:
 def measure_costs(ablation: Ablation) -> dict[str, Any]:
     """What the grid's cells cost: `costs` by `cost_key`, `steps` by network, and the measurement's origin.
 
-    Kept in `costs.json` of the work folder. Every distinct cost is measured on the first validation frame, by the weights of its first cell, as
-    `model.for_inference()`: mask policy, network and argmax. All take turns in one run; if one is missing,
-    all are measured again. A step is that of `step_seconds`.
+    Kept in `costs.json` of the work folder. Every distinct cost is measured on the first validation frame, by
+    the weights of its first cell, as `model.for_inference()`: mask policy, network and argmax. All take turns
+    in one run; if one is missing, all are measured again. A step is that of `step_seconds`.
     """
     path = ablation.work_dir / "costs.json"
     distinct: dict[str, Cell] = {}
