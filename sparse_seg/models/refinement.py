@@ -50,7 +50,7 @@ class Refinement:
     def __init__(self, model: SelectiveSegmentor, images: Tensor, dtype: torch.dtype | None = None) -> None:
         if model.training:
             raise ValueError("call model.eval() before refining: batch statistics would depend on the step")
-        if any(getattr(module, "spacing", 0) is None for module in model.modules()):
+        if model.has_undilated:
             raise ValueError(
                 "undilated convolutions make the coarse pass depend on the mask: it cannot be refined"
             )

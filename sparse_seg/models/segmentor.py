@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -214,6 +215,11 @@ class SelectiveSegmentor(nn.Module):
             layouts = self.selective_layouts(images, fine_blocks)
             features = [*early, *self.backbone.run_stages(early[-1], layouts, first)]
             return GridOutputs(features, layouts, self.grid_logits(features, layouts)), fine_blocks
+
+    @cached_property
+    def has_undilated(self) -> bool:
+        """Whether some convolution's taps depend on the mask (`model.dilate_second: false`)."""
+        return any(getattr(module, "spacing", 0) is None for module in self.modules())
 
     @property
     def first_selective(self) -> int:

@@ -64,11 +64,13 @@ def upsample_classes(
     image, row, column = mixed.nonzero(as_tuple=True)
     table = logits.permute(0, 2, 3, 1).reshape(-1, classes)
     mean = logits.new_zeros(classes, len(rows.pixels), len(columns.pixels), len(image))
-    for cell_row, row_share in ((rows.first, 1 - rows.share), (rows.second, rows.share)):
-        for cell_column, share in ((columns.first, 1 - columns.share), (columns.second, columns.share)):
-            cells = (image * height + cell_row[row]) * width + cell_column[column]
-            corner = table.index_select(0, cells).T.contiguous()[:, None, None]
-            mean.addcmul_(corner, row_share.to(logits)[:, None, row] * share.to(logits)[:, column])
+    down, across = rows.share.to(logits)[:, None, row], columns.share.to(logits)[:, column]
+    beside = (columns.first[column], 1 - across), (columns.second[column], across)
+    for cell_row, row_share in ((rows.first[row], 1 - down), (rows.second[row], down)):
+        start = (image * height + cell_row) * width
+        for cell_column, share in beside:
+            corner = table.index_select(0, start + cell_column).T.contiguous()
+            mean.addcmul_(corner[:, None, None], row_share * share)
     pixels = (image * size[0] + rows.pixels[:, row])[:, None] * size[1] + columns.pixels[:, column]
     result.view(-1)[pixels.view(-1)] = mean.max(0).indices.view(-1)
     return result
@@ -90,6 +92,7 @@ class _Axis(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept tensors must serve training, too
 def _axis(cells: int, length: int, stride: int, trained_stride: int, align_corners: bool) -> _Axis:
     places = _places(torch.arange(length), length, stride, trained_stride, align_corners)
     below = places.floor().long().clamp(-1, cells - 1)
@@ -99,6 +102,8 @@ def _axis(cells: int, length: int, stride: int, trained_stride: int, align_corne
     return _Axis(interval, cell.clamp_min(0), (cell + 1).clamp_max(cells - 1), pixels, share)
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _interpolation_matrix(
     cells: int, length: int, stride: int, trained_stride: int, align_corners: bool, every: int
 ) -> Tensor:

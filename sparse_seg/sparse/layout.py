@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sparse_seg.sparse.neighbours import TAPS, NeighbourTable
+from sparse_seg.sparse.neighbours import NeighbourTable
 
 EXCHANGES = ("linear", "nearest", "none")
 _PHASE_Y, _PHASE_X = (0, 1, 1), (1, 0, 1)  # phases 1, 2, 3 of a 2x2 block
@@ -74,7 +74,7 @@ class SiteLayout:
         self.num_sites = self.num_lattice
         if not self.splits:
             return
-        site = owner = self._lattice_numbers()
+        site = owner = self._lattice_numbers
         for split, coarse, fine in zip(self.splits, self.sizes, self.sizes[1:], strict=False):
             _check_split(split, (self.batch, *coarse), site)
             new = _children(split, fine)
@@ -85,6 +85,7 @@ class SiteLayout:
             self.num_sites += new.shape[0]
         self._numbering = site, owner
 
+    @cached_property
     def _lattice_numbers(self) -> Tensor:
         return torch.arange(self.num_lattice, device=self.device).view(self.batch, *self.lattice_size)
 
@@ -97,6 +98,11 @@ class SiteLayout:
     def run_cells(self) -> Tensor:
         """Flat cells, in row order, of the sites that a pass runs."""
         return self.cells
+
+    @cached_property
+    def run_places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, row and column in the finest grid of `run_cells`, int64 `[num_run]` each."""
+        return _unflatten(self.run_cells, self.size)
 
     @property
     def num_run(self) -> int:
@@ -120,12 +126,12 @@ class SiteLayout:
     @property
     def site(self) -> Tensor:
         """`[B, H, W]` int64: for each cell of the finest grid the row of its own site, or -1."""
-        return self._numbering[0] if self._numbering else self._lattice_numbers()
+        return self._numbering[0] if self._numbering else self._lattice_numbers
 
     @property
     def owner(self) -> Tensor:
         """`[B, H, W]` int64: for each cell of the finest grid the row of its own site or else its block's."""
-        return self._numbering[1] if self._numbering else self._lattice_numbers()
+        return self._numbering[1] if self._numbering else self._lattice_numbers
 
     @cached_property
     def cells(self) -> Tensor:
@@ -159,7 +165,7 @@ class SiteLayout:
         Level by level, an odd place is the mean of the 2 or 4 places around it that lie inside the image,
         and a cell with a site of its own is that site. `densify` follows the same rule.
         """
-        table = self._lattice_numbers().flatten()[:, None]
+        table = self._lattice_numbers.flatten()[:, None]
         first = self.num_lattice
         for new, coarse, fine in zip(self.level_cells, self.sizes, self.sizes[1:], strict=False):
             table = table[_parents(self.batch, coarse, fine, self.device)].flatten(1)
@@ -176,7 +182,7 @@ class SiteLayout:
         if other is self:
             return None
         step = other.stride // self.stride
-        batch, y, x = _unflatten(other.run_cells, other.size)
+        batch, y, x = other.run_places
         rows = self.site[batch, y * step, x * step]
         if bool((rows < 0).any()):
             raise ValueError("the next stage's layout has sites that this stage's layout lacks")
@@ -225,12 +231,11 @@ class SiteLayout:
     def _neighbours(self, other: SiteLayout, spacing: int, exchange: str, lattice: bool) -> NeighbourTable:
         height, width = self.size
         first = other.num_lattice if other.runs_lattice and not lattice else 0
-        batch, y, x = _unflatten(other.run_cells[first:, None], other.size)
-        offset = torch.arange(TAPS, device=self.device)
-        y = y + (offset // 3 - 1) * _steps(spacing, self.stride)
-        x = x + (offset % 3 - 1) * _steps(spacing, self.stride)
-        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        cells = ((batch * height + y) * width + x).where(inside, 0)
+        steps = torch.arange(-1, 2, device=self.device) * _steps(spacing, self.stride)  # taps along an axis
+        _, y, x = (place[first:, None] + steps for place in other.run_places)
+        inside = (((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None]).flatten(1)
+        shifts = (steps[:, None] * width + steps).flatten()
+        cells = (other.run_cells[first:, None] + shifts).where(inside, 0)
         index = self.site.flatten()[cells].where(inside, -1)
         missing = inside & (index < 0)
         if exchange == "none":

@@ -7,6 +7,7 @@ densify, pooling) asks the layout to `complete` its rows; everything else runs o
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class StepLayout(SiteLayout):
 
     def __init__(self, layout: SiteLayout, memory: Memory, before: SiteLayout | None = None) -> None:
         vars(self).update(vars(layout))  # a layout does not change: its numbering and tables are shared
+        vars(self).pop("run_places", None)
         self._memory, self.runs_lattice = memory, before is None
         self._new: Tensor | None = None
         if before is not None:
@@ -73,7 +75,7 @@ class StepLayout(SiteLayout):
             self._kept = (known >= before.num_lattice).nonzero().squeeze(1)
             self._kept_from = known[self._kept]
 
-    @property
+    @cached_property
     def run_cells(self) -> Tensor:
         return self.cells if self._new is None else self.cells[self._new]
 

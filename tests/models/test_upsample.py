@@ -94,12 +94,13 @@ def test_classes_are_those_of_the_logits(
     smooth: bool, size: tuple[int, int], stride: int, trained_stride: int, align_corners: bool
 ) -> None:
     """Large areas of one class as well as noise; in float64 no two logits of a pixel are equal."""
+    torch.manual_seed(0)
     logits = torch.randn(2, 5, -(-size[0] // stride), -(-size[1] // stride), dtype=torch.float64)
     if smooth:
         logits = F.avg_pool2d(F.pad(logits, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
     rule = size, stride, trained_stride, align_corners
     expected = upsample_logits(logits, *rule).argmax(1)
-    assert len(expected.unique()) > 2
+    assert smooth or len(expected.unique()) > 2
     for layout in (logits, logits.contiguous(memory_format=torch.channels_last)):
         assert torch.equal(upsample_classes(layout, *rule), expected)
     assert torch.equal(upsample_classes(logits[:, :1], *rule), torch.zeros_like(expected)), "one class"
