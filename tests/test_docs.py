@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sparse_seg.data.camvid import CamVid
-from sparse_seg.reporting.ablation import ablation_table, class_table
+from sparse_seg.reporting.ablation import ablation_table, class_table, seed_table
 from sparse_seg.reporting.benchmark import COLUMNS, benchmark_table, profile_table
 from sparse_seg.reporting.comparison import comparison_table, fraction_table
 from sparse_seg.reporting.tables import Column, Table
@@ -20,8 +20,8 @@ SHORT = (
     *("network", "run", "exchange", "miou", "miou_std", "boundary_miou", "parameters_m", "gmacs"),
     *("milliseconds", "parameters_share", "gmacs_share", "milliseconds_share"),
 )
-README_RUNS = ("dense OS8", "dense OS16", "confidence, f=0.2", "confidence, f=0.15")
-README_NETWORKS = ("baseline", "student", "student + detail")
+README_RUNS = ("dense OS8", "dense OS16", "confidence, f=0.2", "confidence, f=0.15", "confidence, f=0.1")
+README_NETWORKS = ("baseline", "student", "student + detail", "slim student + detail")
 
 
 def test_readme_table_is_the_result_files():
@@ -86,10 +86,16 @@ def test_table_of_three_strides_is_the_result_file():
 def test_ablation_tables_are_the_result_file():
     rows = measured("ablation_camvid")["rows"]
     assert ablation_table(rows).to_markdown() in page("ablation")
+    assert seed_table(rows).to_markdown() in page("ablation")
     names = CamVid.classes.names
     assert class_table(rows, names).to_markdown() in page("ablation")
     shown = [row for row in rows if row["run"] in README_RUNS and row["network"] in README_NETWORKS]
     assert ablation_table(shown, SHORT).to_markdown() in README
+
+
+def test_table_of_ways_to_train_is_the_result_file():
+    rows = measured("ablation_camvid_ways")["rows"]
+    assert seed_table(rows).to_markdown() in page("ablation")
 
 
 def measured(name: str) -> dict[str, Any]:

@@ -61,6 +61,18 @@ def ablation_table(rows: Rows, keys: Sequence[str] | None = None) -> Table:
     return Table([column for column in columns if keys is None or column.key in keys], marked)
 
 
+def seed_table(rows: Rows) -> Table:
+    """mIoU by seed, to compare networks pair by pair: seeds often differ more than networks do."""
+    seeds = rows[0]["seeds"]
+    columns = [Column("network", "network"), Column("run", "run"), Column("exchange", "exchange")]
+    columns += [Column(f"seed {seed}", f"seed {seed}", "{:.2f}") for seed in seeds]
+    columns += [Column("miou", "mean", "{:.2f}")]
+    by_seed = [
+        row | {f"seed {seed}": miou for seed, miou in zip(seeds, row["mious"], strict=True)} for row in rows
+    ]
+    return Table(columns, by_seed)
+
+
 def class_table(rows: Rows, names: Sequence[str]) -> Table:
     """IoU by class of the first row, and the others' differences from it."""
     columns = [Column("network", "network"), Column("run", "run"), Column("exchange", "exchange")]
@@ -100,6 +112,7 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
     curves = [plot(plots["gmacs"], "mIoU against GMACs"), plot(plots["milliseconds"], "mIoU against ms")]
     sections = [
         Section("Accuracy and cost", text, table),
+        Section("mIoU by seed", table=seed_table(rows)),
         Section("Quality against cost", pictures=curves, pictures_per_row=2),
         Section("IoU by class: the first row, and the others' difference from it", table=classes),
         *_frames(ablation, rows),

@@ -22,7 +22,7 @@ from sparse_seg.cli import main
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
-from sparse_seg.reporting.ablation import class_table
+from sparse_seg.reporting.ablation import class_table, seed_table
 from tests.cli.test_cli import fails
 
 
@@ -80,6 +80,20 @@ def test_training_starts_from_the_network_named(grid_file: Path, finished: Path)
         )
         change = max((tuned[name] - student[name]).abs().max().item() for name in student)
         assert 0 < change < 1e-4, "one step at a rate of 1e-6"
+
+
+def test_mious_by_seed() -> None:
+    row = {
+        "network": "a",
+        "run": "r",
+        "exchange": None,
+        "seeds": [0, 3],
+        "mious": [50.0, 51.5],
+        "miou": 50.75,
+    }
+    header, _, line = seed_table([row]).to_markdown().splitlines()
+    assert [cell.strip() for cell in header.split("|")[4:7]] == ["seed 0", "seed 3", "mean"]
+    assert [cell.strip() for cell in line.split("|")[4:7]] == ["50.00", "51.50", "50.75"]
 
 
 def test_differences_by_class() -> None:
