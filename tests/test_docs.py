@@ -20,7 +20,7 @@ SHORT = (
     *("network", "run", "exchange", "miou", "miou_std", "boundary_miou", "parameters_m", "gmacs"),
     *("milliseconds", "parameters_share", "gmacs_share", "milliseconds_share"),
 )
-README_RUNS = ("dense OS8", "dense OS16", "confidence, f=0.2", "confidence, f=0.15", "confidence, f=0.1")
+README_RUNS = ("dense OS8", "dense OS16", "confidence, f=0.2", "confidence, f=0.15")
 README_NETWORKS = ("baseline", "student", "student + detail", "slim student + detail")
 
 
