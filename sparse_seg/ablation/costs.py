@@ -28,7 +28,10 @@ REPEATS = 11  # timed runs of each way
 
 
 def cost_key(ablation: Ablation, cell: Cell) -> str:
-    """Cells of one key cost the same: a network's size and how it runs, not what it has learned."""
+    """Cells of one key are measured once: cost is a matter of size and way to run, not of what is learned.
+
+    (But for the last upsampling on the CPU, which has less to do where a network sees larger areas.)
+    """
     model = to_dict(ablation.cell_config(cell).model)
     if cell.run.output_stride is not None:
         for name in ("mask", "strides", "exchange"):

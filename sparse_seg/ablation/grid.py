@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from sparse_seg.checks import check_config
 from sparse_seg.config import load_config, parse_tree, read_yaml
-from sparse_seg.errors import ConfigError
+from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.models.build import parse_policy
 from sparse_seg.schema import Config
+from sparse_seg.training.checkpoint import check_same_function
 
 _T = TypeVar("_T")
 
@@ -178,6 +179,8 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
         else:
             chosen = [*spec.set, *network.set, *overrides]
             configs[str(name)] = load_config(path.parent / str(network.config), chosen)
+            if network.init is not None:
+                _check_init(configs[str(name)], configs[network.init], f"{where}: init {network.init}")
     if len({slug(name) for name in networks}) < len(networks):
         raise ConfigError(f"{path}: two names of networks would share a folder: {', '.join(networks)}")
     runs = list[tuple[str, Run]]()
@@ -210,6 +213,13 @@ def _check_network(network: NetworkSpec, before: Mapping[str, NetworkSpec], wher
             raise ConfigError(
                 f"{where}: network {other!r} is not defined above; networks: {', '.join(before)}"
             )
+
+
+def _check_init(config: Config, source: Config, where: str) -> None:
+    try:
+        check_same_function(config, source, where)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _expand(spec: RunsSpec, configs: Mapping[str, Config], where: str) -> list[tuple[str, Run]]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sparse_seg.ablation.grid import Cell, Grid, slug
 from sparse_seg.config import to_dict
+from sparse_seg.conversion.converted import is_safetensors
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError
 from sparse_seg.evaluation.evaluate import evaluate
@@ -55,6 +56,12 @@ class Ablation:
         self.given = {next(iter(grid.networks)): Path(checkpoint)} if checkpoint is not None else {}
         if checkpoint is not None:
             load_model(checkpoint, next(iter(grid.configs.values())))  # before hours of other work
+            users = [name for name, network in grid.networks.items() if network.init in self.given]
+            if users and is_safetensors(checkpoint):
+                raise CheckpointError(
+                    f"{checkpoint} is a converted file, from which {users[0]!r} cannot start training: "
+                    "give a checkpoint of training, or leave --checkpoint out"
+                )
         self._digests: dict[Path, str] = {}
 
     # -- what is there -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ examples:
   sparse-seg train configs/camvid_r18.yaml --set data.root=../camvid
   sparse-seg train configs/demo.yaml --work-dir runs/try --set train.lr=0.02 model.width=0.5
   sparse-seg train configs/camvid_r18.yaml --resume
-  torchrun --nproc_per_node=4 tools/train.py configs/cityscapes.yaml   (4 GPUs share each batch)
+  torchrun --nproc_per_node=4 tools/train.py configs/cityscapes_r50.yaml   (4 GPUs share each batch)
 """
 
 from __future__ import annotations

@@ -61,8 +61,9 @@ def upsample_classes(
     mixed |= near != upper.index_select(2, columns.first)
     mixed |= near != upper.index_select(2, columns.second)
     result = near.index_select(2, columns.interval).index_select(1, rows.interval)
-    image, row, column = mixed.nonzero(as_tuple=True)
+    image, row, column = mixed.nonzero(as_tuple=True)  # N places, each with m x m pixels or fewer
     table = logits.permute(0, 2, 3, 1).reshape(-1, classes)
+    # `down` is [m, 1, N], `across` [m, N]: the share of the second cell, of two beside each other
     mean = logits.new_zeros(classes, len(rows.pixels), len(columns.pixels), len(image))
     down, across = rows.share.to(logits)[:, None, row], columns.share.to(logits)[:, column]
     beside = (columns.first[column], 1 - across), (columns.second[column], across)
@@ -94,12 +95,14 @@ class _Axis(NamedTuple):
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # kept tensors must serve training, too
 def _axis(cells: int, length: int, stride: int, trained_stride: int, align_corners: bool) -> _Axis:
-    places = _places(torch.arange(length), length, stride, trained_stride, align_corners)
-    below = places.floor().long().clamp(-1, cells - 1)
+    places = _places(torch.arange(length, device="cpu"), length, stride, trained_stride, align_corners)
+    below = places.floor().long()
     cell, interval, count = below.unique(return_inverse=True, return_counts=True)
-    pixels = count.cumsum(0) - count + torch.arange(int(count.max()))[:, None].minimum(count - 1)
-    share = (places[pixels] - cell).clamp(0, 1)
-    return _Axis(interval, cell.clamp_min(0), (cell + 1).clamp_max(cells - 1), pixels, share)
+    pixels = (
+        count.cumsum(0) - count + torch.arange(int(count.max()), device="cpu")[:, None].minimum(count - 1)
+    )
+    first, second = cell.clamp(0, cells - 1), (cell + 1).clamp(0, cells - 1)
+    return _Axis(interval, first, second, pixels, places[pixels] - cell)
 
 
 @functools.lru_cache(maxsize=64)
@@ -108,9 +111,9 @@ def _interpolation_matrix(
     cells: int, length: int, stride: int, trained_stride: int, align_corners: bool, every: int
 ) -> Tensor:
     """`[ceil(length / every), cells]` float64: the share of each cell in each pixel, along one axis."""
-    pixels = (torch.arange(0, length, every) + every // 2).clamp_max(length - 1)
+    pixels = (torch.arange(0, length, every, device="cpu") + every // 2).clamp_max(length - 1)
     places = _places(pixels, length, stride, trained_stride, align_corners).clamp(0, cells - 1)
-    return (1 - (places[:, None] - torch.arange(cells)).abs()).clamp_min(0)
+    return (1 - (places[:, None] - torch.arange(cells, device="cpu")).abs()).clamp_min(0)
 
 
 def _places(pixels: Tensor, length: int, stride: int, trained_stride: int, align_corners: bool) -> Tensor:

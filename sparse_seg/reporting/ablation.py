@@ -87,7 +87,7 @@ def class_table(rows: Rows, names: Sequence[str]) -> Table:
 
 
 def write_ablation(ablation: Ablation, rows: Rows) -> None:
-    """Write `table.md`, `table.csv`, `classes.md`, two plots and `report.html` into the work folder.
+    """Write tables (`table.md`, `table.csv`, `classes.md`, `seeds.md`), two plots and `report.html`.
 
     Raises:
         SparseSegError: matplotlib is missing.
@@ -100,6 +100,7 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
     atomic_write(work_dir / "table.md", table.to_markdown() + "\n")
     atomic_write(work_dir / "table.csv", table.to_csv())
     atomic_write(work_dir / "classes.md", classes.to_markdown() + "\n")
+    atomic_write(work_dir / "seeds.md", seed_table(rows).to_markdown() + "\n")
     for key, content in plots.items():
         atomic_write(work_dir / f"pareto_{key}.png", content)
     text = (

@@ -66,7 +66,8 @@ class StepLayout(SiteLayout):
 
     def __init__(self, layout: SiteLayout, memory: Memory, before: SiteLayout | None = None) -> None:
         vars(self).update(vars(layout))  # a layout does not change: its numbering and tables are shared
-        vars(self).pop("run_places", None)
+        for name in ("run_cells", "run_places"):  # what depends on the sites that are run
+            vars(self).pop(name, None)
         self._memory, self.runs_lattice = memory, before is None
         self._new: Tensor | None = None
         if before is not None:

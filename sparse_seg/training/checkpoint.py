@@ -89,7 +89,7 @@ def load_model(path: str | Path, config: Config | None = None) -> SelectiveSegme
     content = load_checkpoint(path)
     trained = checkpoint_config(content, path)
     if config is not None:
-        _check_same_function(config, trained, path)
+        check_same_function(config, trained, path)
     model = build_model(config or trained)
     load_weights(model, _inference_weights(model, content, path), path)
     return model.eval()
@@ -103,7 +103,7 @@ def load_network(model: SelectiveSegmentor, path: str | Path, config: Config) ->
         CheckpointError: missing, truncated or foreign file, or one that does not fit the config.
     """
     content = load_checkpoint(path)
-    _check_same_function(config, checkpoint_config(content, path), path)
+    check_same_function(config, checkpoint_config(content, path), path)
     weights, own = dict(content.get("ema") or content["model"]), model.state_dict()
     extra = ("policy.", "auxiliary.")
     kept = {name: tensor for name, tensor in own.items() if name.startswith(extra)}
@@ -111,8 +111,12 @@ def load_network(model: SelectiveSegmentor, path: str | Path, config: Config) ->
     load_weights(model, kept | weights, path)
 
 
-def _check_same_function(config: Config, trained: Config, path: str | Path) -> None:
-    """Settings that the weights' shapes do not tell, and those whose name tells more than a shape."""
+def check_same_function(config: Config, trained: Config, path: str | Path) -> None:
+    """Compare settings that the weights' shapes do not tell, and those whose name tells more than a shape.
+
+    Raises:
+        CheckpointError: they differ.
+    """
     asked, own = _function(config), _function(trained)
     for key, value in asked.items():
         if value != own[key]:

@@ -2,7 +2,7 @@
 
 Each process runs its share of every batch, and all step by the mean of their gradients, so that weights stay
 the same everywhere. On GPUs batch norms see the whole batch (`SyncBatchNorm`); on CPUs, for which PyTorch has
-none, they see their own process's share. The first process validates and writes all files.
+none, they see their own process's share. The first process validates and writes the run's files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -35,17 +36,18 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, batch_size: int) -> int:
-        """How many images of a batch this process runs.
-
-        Raises:
-            TrainingError: they cannot be shared equally.
-        """
+    def check_batch(self, batch_size: int) -> None:
+        """Raises a TrainingError for a batch that cannot be shared equally."""
         if batch_size % self.count:
             raise TrainingError(
                 f"train.batch_size {batch_size} cannot be shared by {self.count} processes; use a multiple"
             )
-        return batch_size // self.count
+
+    def seed(self, seed: int, iteration: int) -> None:
+        """Draw other random numbers than the first process, which has torch's state as it is."""
+        if not self.is_first:
+            sequence = np.random.SeedSequence([seed, iteration, self.rank])
+            torch.manual_seed(int(sequence.generate_state(1)[0]))
 
     def share_norms(self, model: _Module, device: torch.device) -> _Module:
         """The model with batch norms that see the whole batch, where the device can."""
@@ -62,27 +64,18 @@ class Processes:
         return value
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace gradients by their mean over all processes; one that a process lacks counts as zero."""
+        """Replace gradients by their mean over all processes; the same parameters have one in all."""
         if self.count == 1:
             return
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        for parameter in trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
         sizes = [gradient.numel() for gradient in gradients]
         for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set in any process."""
+        """Whether the flag is set in any process. All wait for all here: for the first while it validates."""
         return flag if self.count == 1 else self.mean(torch.tensor(float(flag), device=device)).item() > 0
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.count > 1:
-            dist.barrier()
 
 
 @contextmanager
@@ -90,20 +83,19 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
     """Be one of the processes that torchrun started, if it did; gives this one's GPU in place of `cuda`.
 
     Raises:
-        TrainingError: there are fewer GPUs than processes on this machine.
+        TrainingError: a GPU is named, or there are fewer of them than processes on this machine.
     """
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
+    if not dist.is_torchelastic_launched():
         yield Processes(), device
         return
     if device.type == "cuda":
+        if device.index is not None:
+            raise TrainingError(f"torchrun gives each process its GPU: --device cuda, not {device}")
         number, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number >= found:
             raise TrainingError(f"{found} GPUs are fewer than processes: lower --nproc_per_node")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
-        yield Processes(dist.get_rank(), count), device
-    finally:
-        dist.destroy_process_group()
+    yield Processes(dist.get_rank(), dist.get_world_size()), device
+    dist.destroy_process_group()  # not on failure: others may be inside a collective; torchrun ends them

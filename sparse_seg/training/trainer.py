@@ -46,7 +46,8 @@ class Trainer:
     Args:
         config: resolved config.
         work_dir: created if need be; one that already holds a run is refused unless resuming.
-        resume: checkpoint to go on from, bit for bit on the CPU; True takes the folder's `last.pt`.
+        resume: checkpoint to go on from, bit for bit on the CPU with one process; True takes the
+            folder's `last.pt`.
         device: where to train.
         processes: that train together; see `training/distributed.py`.
 
@@ -74,7 +75,7 @@ class Trainer:
                 f"{self.work_dir} already holds a run; add --resume or choose another --work-dir"
             )
         train, data = config.train, config.data
-        self.processes.share(train.batch_size)
+        self.processes.check_batch(train.batch_size)
         if train.threads is not None:
             torch.set_num_threads(train.threads)
         state = load_checkpoint(last if resume is True else resume) if resume else None
@@ -88,7 +89,9 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.model = build_model(config)
         if config.model.pretrained is not None and state is None:
-            tqdm.write(load_pretrained(self.model, config.model, config.model.pretrained))
+            report = load_pretrained(self.model, config.model, config.model.pretrained)
+            if self.processes.is_first:
+                tqdm.write(report)
         self.model.to(self.device)
         if train.init is not None and state is None:
             load_network(self.model, train.init, config)
@@ -109,6 +112,7 @@ class Trainer:
         self.iteration, self.best, self.loss_sum, self.loss_count = 0, -1.0, 0.0, 0
         if state is not None:
             self._restore(state, last if resume is True else Path(str(resume)))
+        self.processes.seed(train.seed, self.iteration)
         if self.processes.is_first:
             self.work_dir.mkdir(parents=True, exist_ok=True)
             atomic_write(self.work_dir / "config.yaml", to_yaml(config))
@@ -119,7 +123,7 @@ class Trainer:
     # -- the loop ------------------------------------------------------------------------------------------
 
     def run(self) -> float:
-        """Train to the configured iteration; returns the best validation mIoU in 0..1.
+        """Train to the configured iteration; returns the best validation mIoU in 0..1, in the first process.
 
         Raises:
             TrainingError: loss or gradient not finite, or interrupted; `last.pt` is good in either case.
@@ -185,11 +189,9 @@ class Trainer:
         self.model.policy.train()
 
     def _after_step(self) -> None:
-        """Log, validate and save when it is time; the other processes wait for the first."""
+        """Log, validate and save when it is time."""
         if self.processes.is_first:
             self._report()
-        if self._is_due(self.config.train.eval_every):
-            self.processes.wait()
 
     def _is_due(self, every: int) -> bool:
         return self.iteration % every == 0 or self.iteration == self.config.train.iterations

@@ -57,6 +57,11 @@ def test_a_run_changes_mask_exchange_and_strides_alone(grid_file: Path) -> None:
         ("{source: student,", "{source: student, teacher: baseline,", "takes no 'set', 'teacher' or 'init'"),
         ("init: student", "init: later", "network 'later' is not defined above"),
         (
+            "init: student",
+            "init: baseline",
+            "init baseline does not fit the config: it was trained with model.width 0.125, not 0.0625",
+        ),
+        (
             "[student, taught]",
             "[student, tought]",
             "must be of baseline, student, taught, student again, tuned",

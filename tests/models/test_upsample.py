@@ -106,6 +106,28 @@ def test_classes_are_those_of_the_logits(
     assert torch.equal(upsample_classes(logits[:, :1], *rule), torch.zeros_like(expected)), "one class"
 
 
+def test_classes_in_float32_are_those_of_the_logits_but_where_two_are_equal() -> None:
+    torch.manual_seed(0)
+    logits = F.avg_pool2d(torch.randn(2, 11, 30, 40), 5, stride=1, padding=2)
+    whole = upsample_logits(logits, (237, 317), 8, 8)
+    first, second = whole.topk(2, 1).values.unbind(1)
+    clear = first - second > 1e-5
+    assert clear.float().mean() > 0.99
+    assert torch.equal(upsample_classes(logits, (237, 317), 8, 8)[clear], whole.argmax(1)[clear])
+
+
+def test_what_is_kept_from_one_call_serves_the_next() -> None:
+    """Tables made under inference mode or on another device serve training on the CPU."""
+    size = (203, 211)  # of no other test
+    with torch.device("meta"), torch.inference_mode():
+        upsample_logits(torch.zeros(1, 2, 13, 14), size, 16, 8)
+        upsample_classes(torch.zeros(1, 2, 13, 14, device="cpu"), size, 16, 8)
+    logits = torch.randn(1, 2, 13, 14, dtype=torch.float64, requires_grad=True)
+    upsample_logits(logits, size, 16, 8).sum().backward()
+    assert logits.grad is not None
+    assert torch.equal(upsample_classes(logits, size, 16, 8), upsample_logits(logits, size, 16, 8).argmax(1))
+
+
 def test_classify_gives_the_classes_of_every_way_to_run() -> None:
     model = (
         build_model({"width": 0.125, "mask": {"policy": "confidence", "fine_fraction": 0.3}}).double().eval()

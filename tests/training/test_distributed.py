@@ -48,14 +48,17 @@ def test_weights_are_those_of_the_mean_gradient(config_file: Path, tmp_path: Pat
     config = load_config(config_file)
     trainer = Trainer(config, tmp_path / "alone")
     trainer._set_training()
-    model, losses = trainer.model, []
+    model, losses, random = trainer.model, [], [torch.get_rng_state()]  # dropout's, in either process
+    Processes(1, 2).seed(config.train.seed, 0)
+    random.append(torch.get_rng_state())
     for iteration, (images, labels) in enumerate(training_batches(trainer.dataset, config, 0, 3)):
-        gradients, halves, copies, random = [], [], [], torch.get_rng_state()
+        gradients, halves, copies = [], [], []
         for part in (0, 1):
-            torch.set_rng_state(random)  # dropout's
+            torch.set_rng_state(random[part])
             own = copy.deepcopy(model)
             loss = trainer.objective(own, images[part::2], labels[part::2])
             loss.backward()
+            random[part] = torch.get_rng_state()
             halves.append(loss.item())
             gradients.append([parameter.grad for parameter in own.parameters()])
             copies.append(own)
@@ -74,6 +77,23 @@ def test_weights_are_those_of_the_mean_gradient(config_file: Path, tmp_path: Pat
         assert relative_error(weights[name].double(), expected.double()) < 1e-4, name
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(losses, rel=1e-4)
+
+
+def agree(rank: int, store: str) -> None:
+    """Run in each of two processes."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    processes, cpu = Processes(rank, 2), torch.device("cpu")
+    assert processes.any(rank == 1, cpu), "one that is to stop stops both"
+    assert not processes.any(False, cpu)
+    assert processes.mean(torch.tensor([rank, float("nan") if rank else 1.0])).isfinite().tolist() == [
+        True,
+        False,
+    ]
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_agree(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(agree, (str(tmp_path / "store"),), nprocs=2)
 
 
 def test_parts_make_up_the_batches() -> None:
