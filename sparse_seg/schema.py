@@ -98,7 +98,7 @@ class TrainConfig:
     mask_loss: str = "straight_through"  # straight_through | supervised: of the learned mask
     budget_weight: float = 10.0  # straight_through: weight of (share of fine blocks - fine_fraction)^2
     iterations: int = 1000
-    batch_size: int = 8
+    batch_size: int = 8  # of all processes together
     network: str = "dense"  # dense | selective: what runs in training and validation
     output_stride: int = 8  # of the dense network
     optimizer: str = "sgd"  # sgd | adamw

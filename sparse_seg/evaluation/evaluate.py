@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
 from sparse_seg.masks import MaskPolicy, block_levels
+from sparse_seg.models.refinement import now
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.schema import DataConfig
 
@@ -65,11 +64,9 @@ def evaluate(
             if index >= count:
                 break
             image, label = image.to(device), label.to(device)
-            start = time.perf_counter()
+            start = now(device)
             classes, fine_blocks = model.classify(image, output_stride, policy, label)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds += time.perf_counter() - start
+            seconds += now(device) - start
             metrics.update(classes, label)
             if fine_blocks is not None:
                 finest = block_levels(fine_blocks, model.strides) == len(model.strides) - 1

@@ -111,9 +111,8 @@ class FusedResNet(ResNet):
     def stem(self, images: Tensor) -> Tensor:
         """As `ResNet.stem`."""
         out = self.conv1(images.contiguous(memory_format=torch.channels_last))
-        return grid_to_rows(
-            F.max_pool2d(out, 3, stride=2, padding=1).relu_()
-        )  # after the pool it has less to do
+        pooled = F.max_pool2d(out, 3, stride=2, padding=1)
+        return grid_to_rows(pooled.relu_())  # after pooling it has less to do, and gives the same
 
 
 class FusedLiteHead(LiteHead):

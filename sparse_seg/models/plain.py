@@ -21,7 +21,7 @@ from sparse_seg.models.heads import (
 )
 from sparse_seg.models.resnet import STAGE_STRIDES, BasicBlock, Bottleneck, ResNet
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.models.upsample import at_least_float32, upsample_logits
 from sparse_seg.sparse import SelectiveConv2d, SelectiveDepthwiseConv2d
 from sparse_seg.sparse.depthwise import window_mean
 
@@ -58,8 +58,8 @@ class PlainSegmentor(nn.Module):
             logits, strides = self.head(grid, low_level), (LOW_LEVEL_STRIDE, LOW_LEVEL_STRIDE)
         else:
             logits, strides = self.head(grid), (self.output_stride, self.trained_stride)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return upsample_logits(logits, (images.shape[2], images.shape[3]), *strides, self.align_corners)
+        size = (images.shape[2], images.shape[3])
+        return upsample_logits(at_least_float32(logits), size, *strides, self.align_corners)
 
 
 def plain_stem(backbone: ResNet) -> nn.Sequential:

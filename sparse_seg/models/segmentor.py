@@ -15,7 +15,7 @@ from sparse_seg.models.heads import LOW_LEVEL_STRIDE
 from sparse_seg.models.layouts import check_images, dense_layouts, selective_layouts
 from sparse_seg.models.refinement import Refinement, refine
 from sparse_seg.models.resnet import ResNet, first_selective_stage
-from sparse_seg.models.upsample import upsample_classes, upsample_logits
+from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.sparse import SiteLayout, rows_to_grid
 
 
@@ -243,8 +243,9 @@ class SelectiveSegmentor(nn.Module):
         self, logits: Tensor, images: Tensor, stride: int, trained_stride: int, every: int = 1
     ) -> Tensor:
         size = (images.shape[2], images.shape[3])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return upsample_logits(logits, size, stride, trained_stride, self.align_corners, every)
+        return upsample_logits(
+            at_least_float32(logits), size, stride, trained_stride, self.align_corners, every
+        )
 
     def _upsampling(self, layout: SiteLayout) -> tuple[int, int]:
         """The stride of the head's logits, and that whose offset it was trained with."""
@@ -253,7 +254,7 @@ class SelectiveSegmentor(nn.Module):
     def upsample_classes(self, grid_logits: Tensor, images: Tensor, layout: SiteLayout) -> Tensor:
         """The classes int64 `[B, H, W]` that `upsample`'s logits have; see the function of this name."""
         size = (images.shape[2], images.shape[3])
-        logits = grid_logits.to(torch.promote_types(grid_logits.dtype, torch.float32))
+        logits = at_least_float32(grid_logits)
         return upsample_classes(logits, size, *self._upsampling(layout), self.align_corners)
 
     def choose(

@@ -39,6 +39,11 @@ def upsample_logits(
         return rows @ logits.contiguous() @ columns.T  # in float32, also under autocast
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """What logits are upsampled in, whatever precision they come in."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 @torch.no_grad()
 def upsample_classes(
     logits: Tensor, size: tuple[int, int], stride: int, trained_stride: int, align_corners: bool = False

@@ -25,6 +25,7 @@ from sparse_seg.training.checkpoint import load_model
 Rows = Sequence[dict[str, Any]]
 SHOWN = 4  # frames in the report
 _MARK = {True: "x", False: ""}
+_WAY = (Column("network", "network"), Column("run", "run"), Column("exchange", "exchange"))
 
 
 def ablation_table(rows: Rows, keys: Sequence[str] | None = None) -> Table:
@@ -34,9 +35,7 @@ def ablation_table(rows: Rows, keys: Sequence[str] | None = None) -> Table:
         keys: the columns to show; default: all.
     """
     columns = [
-        Column("network", "network"),
-        Column("run", "run"),
-        Column("exchange", "exchange"),
+        *_WAY,
         Column("distillation_mark", "distil"),
         Column("boundary_mark", "detail"),
         Column("miou", "mIoU %", "{:.2f}"),
@@ -64,22 +63,20 @@ def ablation_table(rows: Rows, keys: Sequence[str] | None = None) -> Table:
 def seed_table(rows: Rows) -> Table:
     """mIoU by seed, to compare networks pair by pair: seeds often differ more than networks do."""
     seeds = rows[0]["seeds"]
-    columns = [Column("network", "network"), Column("run", "run"), Column("exchange", "exchange")]
-    columns += [Column(f"seed {seed}", f"seed {seed}", "{:.2f}") for seed in seeds]
-    columns += [Column("miou", "mean", "{:.2f}")]
-    by_seed = [
+    by_seed = [Column(f"seed {seed}", f"seed {seed}", "{:.2f}") for seed in seeds]
+    columns = [*_WAY, *by_seed, Column("miou", "mean", "{:.2f}")]
+    lines = [
         row | {f"seed {seed}": miou for seed, miou in zip(seeds, row["mious"], strict=True)} for row in rows
     ]
-    return Table(columns, by_seed)
+    return Table(columns, lines)
 
 
 def class_table(rows: Rows, names: Sequence[str]) -> Table:
     """IoU by class of the first row, and the others' differences from it."""
-    columns = [Column("network", "network"), Column("run", "run"), Column("exchange", "exchange")]
-    columns += [Column(name, name) for name in names]
+    columns = [*_WAY, *(Column(name, name) for name in names)]
     lines = []
     for number, row in enumerate(rows):
-        line = {key: row[key] for key in ("network", "run", "exchange")}
+        line = {column.key: row[column.key] for column in _WAY}
         for name, own, first in zip(names, row["class_iou"], rows[0]["class_iou"], strict=True):
             line[name] = f"{own:.1f}" if number == 0 else f"{own - first:+.1f}"
         lines.append(line)
@@ -95,12 +92,13 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
     work_dir, spec = ablation.work_dir, ablation.grid.spec
     config = next(iter(ablation.grid.configs.values()))
     dataset = build_dataset(config.data.dataset, config.data.root, "val")
-    table, classes = ablation_table(rows), class_table(rows, dataset.classes.names)
+    table, seeds = ablation_table(rows), seed_table(rows)
+    classes = class_table(rows, dataset.classes.names)
     plots = {key: _pareto(rows, key, label) for key, label in PLOTS.items()}
     atomic_write(work_dir / "table.md", table.to_markdown() + "\n")
     atomic_write(work_dir / "table.csv", table.to_csv())
     atomic_write(work_dir / "classes.md", classes.to_markdown() + "\n")
-    atomic_write(work_dir / "seeds.md", seed_table(rows).to_markdown() + "\n")
+    atomic_write(work_dir / "seeds.md", seeds.to_markdown() + "\n")
     for key, content in plots.items():
         atomic_write(work_dir / f"pareto_{key}.png", content)
     text = (
@@ -113,7 +111,7 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
     curves = [plot(plots["gmacs"], "mIoU against GMACs"), plot(plots["milliseconds"], "mIoU against ms")]
     sections = [
         Section("Accuracy and cost", text, table),
-        Section("mIoU by seed", table=seed_table(rows)),
+        Section("mIoU by seed", table=seeds),
         Section("Quality against cost", pictures=curves, pictures_per_row=2),
         Section("IoU by class: the first row, and the others' difference from it", table=classes),
         *_frames(ablation, rows),

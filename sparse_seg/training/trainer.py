@@ -189,14 +189,9 @@ class Trainer:
         self.model.policy.train()
 
     def _after_step(self) -> None:
-        """Log, validate and save when it is time."""
-        if self.processes.is_first:
-            self._report()
-
-    def _is_due(self, every: int) -> bool:
-        return self.iteration % every == 0 or self.iteration == self.config.train.iterations
-
-    def _report(self) -> None:
+        """Log, validate and save when it is time: work of the first process."""
+        if not self.processes.is_first:
+            return
         train = self.config.train
         if self._is_due(train.log_every):
             rate = self.optimizer.param_groups[0]["lr"]
@@ -206,6 +201,9 @@ class Trainer:
             self._validate()
         if self._is_due(train.save_every):
             self.save()
+
+    def _is_due(self, every: int) -> bool:
+        return self.iteration % every == 0 or self.iteration == self.config.train.iterations
 
     def _validate(self) -> None:
         train = self.config.train
