@@ -93,6 +93,14 @@ def test_ablation_tables_are_the_result_file():
     assert ablation_table(shown, SHORT).to_markdown() in README
 
 
+def test_tables_of_the_longer_training_are_the_result_file():
+    rows = measured("ablation_camvid_long")["rows"]
+    assert ablation_table(rows, SHORT).to_markdown() in page("ablation")
+    assert seed_table(rows).to_markdown() in page("ablation")
+    shown = [row for row in rows if row["run"] in README_RUNS]
+    assert ablation_table(shown, SHORT).to_markdown() in README
+
+
 def test_table_of_ways_to_train_is_the_result_file():
     rows = measured("ablation_camvid_ways")["rows"]
     assert seed_table(rows).to_markdown() in page("ablation")
