@@ -25,7 +25,22 @@ _T = TypeVar("_T")
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where `1e-3` is a text; here it is a number, as in YAML 1.2."""
+    """PyYAML follows YAML 1.1, where `1e-3` is a text; here it is a number, as in YAML 1.2. A key that stands
+    twice, of which PyYAML takes the last, is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[Any]()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"key {key!r} stands twice; write its settings in one place",
+                    key_node.start_mark,
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -70,6 +70,8 @@ def test_resolved_yaml_comes_back_the_same(tmp_path):
         ("train: {batch_size: 0}", r"train\.batch_size is 0; it must lie in \[1, inf\)"),
         ("train: {loss: {class_weights: [1, 2]}}", r"class_weights has 2 values for 19 classes"),
         ("model: {head: deeplabv3}\ntrain: {batch_size: 1}", r"batch_size must be 2 or more"),
+        ("train: {lr: 1}\ntrain: {seed: 1}", r"key 'train' stands twice"),
+        ("model: {width: 1, width: 2}", r"key 'width' stands twice"),
         ("- a list", "must hold keys and values"),
         ("a: [", "is not valid YAML"),
         ("a: 2020-99-99", "is not valid YAML"),

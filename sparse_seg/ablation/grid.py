@@ -168,6 +168,10 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     spec = _parse(GridSpec, tree, str(path))
     if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds):
         raise ConfigError(f"{path}: 'seeds' must be different numbers, at least one, not {spec.seeds}")
+    if min(spec.seeds) < 0:
+        raise ConfigError(f"{path}: 'seeds' must be 0 or more, not {spec.seeds}")
+    if spec.eval_images is not None and spec.eval_images < 1:
+        raise ConfigError(f"{path}: 'eval_images' must be 1 or more, not {spec.eval_images}")
     networks, configs = dict[str, NetworkSpec](), dict[str, Config]()
     for name, entry in network_trees.items():
         where = f"{path}: networks.{name}"

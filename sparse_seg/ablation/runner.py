@@ -118,6 +118,7 @@ class Ablation:
             to_dict(config.model),
             cell.run.output_stride,
             config.data.dataset,
+            str(Path(config.data.root).resolve()),
             self.grid.spec.eval_images,
         ]
         text = self._digests[path] + json.dumps(settings, sort_keys=True)

@@ -15,13 +15,14 @@ examples:
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --set model.mask.policy=oracle
   sparse-seg evaluate configs/converted.yaml r101.safetensors --set data.root=../cityscapes
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --compare 0.1 0.2 --report r.html
-  sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --compare 0.1 0.2 --json masks.json \
+  sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --compare 0.1 0.2 --json masks.json \\
     --policies random edge edge:cad confidence oracle --exchange linear nearest --resume
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,8 +147,11 @@ def compare_and_report(
     model = load_model(checkpoint, config).to(device)
     ways = settings(model, config.model.mask, policies, fractions, exchanges)
     origin, rows = provenance(), list[dict[str, Any]]()
+    subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, config.model.strides]
+    digest = hashlib.blake2b(Path(checkpoint).read_bytes() + json.dumps(subject).encode(), digest_size=16)
+    origin["subject"] = digest.hexdigest()
     if resume:
-        earlier = _earlier(json_path)
+        earlier = _earlier(json_path, origin["subject"])
         rows = earlier["rows"]
         origin["commits"] = sorted({*earlier["commits"], str(origin["commit"])})  # of all runs that measured
     known = {row["network"] for row in rows}
@@ -182,11 +186,11 @@ def _policy(text: str) -> str:
     raise argparse.ArgumentTypeError("uniform takes no fraction between 0 and 1; choose another policy")
 
 
-def _earlier(path: str | Path | None) -> dict[str, Any]:
+def _earlier(path: str | Path | None, subject: str) -> dict[str, Any]:
     """The rows of an earlier comparison and the commits they are of; none if there is no such file.
 
     Raises:
-        ConfigError: the file holds something else.
+        ConfigError: the file holds something else, or rows of other weights, images or strides.
     """
     assert path is not None
     if not Path(path).exists():
@@ -194,6 +198,9 @@ def _earlier(path: str | Path | None) -> dict[str, Any]:
     try:
         found = json.loads(Path(path).read_text())
         rows = [row for row in found["rows"] if row["network"]]
-        return {"rows": rows, "commits": found.get("commits", [str(found["commit"])])}
-    except (ValueError, KeyError, TypeError):
+        commits, earlier = found.get("commits", [str(found["commit"])]), found.get("subject", subject)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path} holds no comparison to resume; remove it or name another file") from None
+    if earlier != subject:
+        raise ConfigError(f"{path} holds rows of other weights, images or strides; name another --json file")
+    return {"rows": rows, "commits": commits}

@@ -13,6 +13,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides(args))
     check_classes(config)
     images = find_images(args.inputs)
+    if any(Path(path).resolve() == Path(args.out).resolve() for path in args.inputs):
+        args.usage_error(f"argument --out: {args.out} holds the images; name another folder")
     model = load_model(args.checkpoint, config).to(args.device)
     palette = DATASETS[config.data.dataset].classes.palette
     for path in tqdm(images, desc="predict", leave=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from sparse_seg.errors import CheckpointError
@@ -16,10 +17,10 @@ def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy a state dict into `model`; every name and shape must fit.
+    """Copy a state dict into `model`; every name and shape must fit, every value be finite.
 
     Raises:
-        CheckpointError: names the first tensor that does not fit, and how many there are.
+        CheckpointError: names the first tensor that does not fit or is not finite, and how many do not fit.
     """
     own = model.state_dict()
     faults = [f"{name} is missing" for name in own if name not in weights]
@@ -34,4 +35,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
         raise CheckpointError(
             f"{source} does not fit the configured model: {faults[0]}{more}; check model.* keys"
         )
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{source}: {name} holds NaN or infinite values; take an earlier checkpoint"
+            )
     model.load_state_dict(dict(weights))

@@ -54,12 +54,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is a folder; name the checkpoint in it, such as {path / 'best.pt'}"
         ) from None
+    except PermissionError:
+        raise CheckpointError(f"{path} may not be read; check its permissions") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
         raise CheckpointError(
             f"{path} is truncated or no PyTorch checkpoint; copy or train it again"
         ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} was not written by sparse_seg's training")
+        raise CheckpointError(
+            f"{path} was not written by sparse_seg's training; convert other checkpoints by tools/convert.py"
+        )
     return content
 
 

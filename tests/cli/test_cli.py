@@ -235,6 +235,9 @@ def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     assert result["rows"][: len(before)] == before
     assert result["commits"] == [str(result["commit"])]
     assert "edge:cad, f=0.5, linear" in capsys.readouterr().out
+    other = [*compare, "--limit", "1"]
+    assert "holds rows of other weights, images or strides" in fails(capsys, *other)
+    assert json.loads(out.read_text()) == result
     out.write_text("{}")
     assert "holds no comparison to resume" in fails(capsys, *compare)
     assert "--resume: name the file" in fails(capsys, *compare[:5], "--resume", code=2)
@@ -265,6 +268,10 @@ def test_predict_writes_pictures(capsys, trained, tmp_path):
         cv2.imwrite(str(frames / name), image)
     (frames / "notes.txt").write_text("no image")
     assert main(["predict", str(config), str(checkpoint), str(frames), "--out", str(tmp_path / "out")]) == 0
+    kept = sorted(frames.iterdir())
+    message = fails(capsys, "predict", config, checkpoint, frames, "--out", frames, code=2)
+    assert f"{frames} holds the images; name another folder" in message
+    assert sorted(frames.iterdir()) == kept
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [f"{stem}_{kind}.png" for stem in "ab" for kind in ("blocks", "classes", "overlay")]
     for name in names:

@@ -249,6 +249,13 @@ def test_bad_checkpoints_are_named(tiny, tmp_path):
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
     with pytest.raises(CheckpointError, match="was not written by sparse_seg"):
         load_model(tmp_path / "foreign.pt")
+    content = torch.load(last, weights_only=True)
+    for weights in (content["model"], content.get("ema") or {}):
+        if weights:
+            weights["head.reduce.0.weight"][0, 0] = float("nan")
+    torch.save(content, tmp_path / "nan.pt")
+    with pytest.raises(CheckpointError, match=r"head\.reduce\.0\.weight holds NaN or infinite values"):
+        load_model(tmp_path / "nan.pt")
     wider = load_config(tiny, ["model.head_channels=32"])
     with pytest.raises(CheckpointError, match=r"head\.reduce\.0\.weight is \[16, 64\], the model's is \[32"):
         load_model(last, wider)
