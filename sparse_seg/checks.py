@@ -189,6 +189,11 @@ def check_training(config: Config) -> None:
         "model.head=deeplabv3plus has no rows before densify for train.distill and train.loss.coarse_weight; "
         "choose another head",
     )
+    finest = config.model.strides[0]
+    _require(
+        not coarse or train.network == "selective" or train.output_stride == finest,
+        f"train.loss.coarse_weight needs train.output_stride={finest}: the coarse lattice is part of it",
+    )
     if learned and supervised:
         _require(train.freeze, "train.mask_loss=supervised trains the mask alone: set train.freeze=true")
     elif learned:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sparse_seg.checks import num_classes
+from sparse_seg.checks import check_model, num_classes
 from sparse_seg.conversion import cad
 from sparse_seg.conversion.converted import Description, network_tensors, read_converted, read_description
 from sparse_seg.errors import CheckpointError
@@ -90,4 +90,6 @@ def _settings(description: Description, config: Config | None, path: str | Path)
             f"{path} has {own} classes, but {asked} are asked for (by model.num_classes or data.dataset "
             f"{config.data.dataset}); choose the dataset that the network was trained on"
         )
-    return dataclasses.replace(settings, **{key: getattr(config.model, key) for key in RUN_SETTINGS})
+    settings = dataclasses.replace(settings, **{key: getattr(config.model, key) for key in RUN_SETTINGS})
+    check_model(settings)
+    return settings

@@ -49,13 +49,14 @@ def evaluate(
 ) -> Evaluation:
     """Metrics of the dataset's first `limit` images (default: all), one image at a time, in eval mode.
 
-    The other arguments are those of `SelectiveSegmentor.classify`. The model's mode is put back afterwards.
+    The other arguments are those of `SelectiveSegmentor.classify`. Every module's mode is put back.
     """
     device = next(model.parameters()).device
     metrics = SegmentationMetrics(len(dataset.classes), IGNORE_INDEX)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     loader = evaluation_loader(dataset, data.mean, data.std, data.workers)
-    fractions, seconds, was_training = [], 0.0, model.training
+    fractions, seconds = [], 0.0
+    modes = [(module, module.training) for module in model.modules()]  # a frozen network mixes them
     model.eval()
     try:
         for image, label, index in tqdm(
@@ -72,6 +73,7 @@ def evaluate(
                 finest = block_levels(fine_blocks, model.strides) == len(model.strides) - 1
                 fractions.append(finest.float().mean().item())
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
     fine_fraction = sum(fractions) / len(fractions) if fractions else None
     return Evaluation(metrics.result(), fine_fraction, count, seconds)

@@ -22,7 +22,7 @@ from sparse_seg.evaluation.cost import Macs, count_cost, count_segment
 from sparse_seg.evaluation.latency import Run
 from sparse_seg.evaluation.peers import peer_run
 from sparse_seg.masks import ConfidencePolicy, MaskPolicy
-from sparse_seg.models.build import build_model, build_policy
+from sparse_seg.models.build import build_model, policy_for
 from sparse_seg.models.plain import channels_last, plain_network, plain_stages
 from sparse_seg.models.refinement import Refinement
 from sparse_seg.models.segmentor import SelectiveSegmentor
@@ -113,7 +113,7 @@ class Subject:
         images, labels = scenes(setup)
         self.images, self.labels = images.to(self.device, self.dtype), labels.to(self.device)
         self._plain: dict[tuple[str, int], nn.Module] = {}
-        self._costs: dict[tuple[int, float | None, str | None], dict[str, Macs]] = {}
+        self._costs: dict[tuple[str, int, float | None, str | None], dict[str, Macs]] = {}
 
     @cached_property
     def model(self) -> SelectiveSegmentor:
@@ -142,7 +142,7 @@ class Subject:
         mask = dataclasses.replace(self.setup.config.model.mask, fine_fraction=fraction, threshold=None)
         if name not in (None, "given"):
             mask = dataclasses.replace(mask, policy=name)
-        return build_policy(mask, self.setup.config.model.strides).to(self.device).eval()
+        return policy_for(self.model, mask)
 
     def fine_blocks(self, fraction: float) -> Tensor:
         """The mask by the config's policy on this input; the network runs only for a policy that reads it."""
@@ -159,7 +159,7 @@ class Subject:
 
     def cost(self, way: Way) -> Macs:
         """Multiply-adds of the way's scope: one forward, or in training forward and both gradients (x 3)."""
-        key = way.output_stride, way.fine_fraction, way.policy
+        key = way.scope, way.output_stride, way.fine_fraction, way.policy
         if key not in self._costs:
             if way.scope == "network" and way.fine_fraction is not None and way.policy != "given":
                 policy = self.policy(way.fine_fraction, way.policy)

@@ -35,11 +35,11 @@ def for_inference(model: SelectiveSegmentor) -> SelectiveSegmentor:
     if model.training:
         raise ValueError("call model.eval() before for_inference(): batch statistics cannot be folded")
     with torch.no_grad():
-        head = _FUSED_HEADS[type(model.head)](model.head) if type(model.head) in _FUSED_HEADS else model.head
+        fuse = _FUSED_HEADS.get(type(model.head), copy.deepcopy)
         fused = FusedSegmentor(
             FusedResNet(model.backbone),
-            head,
-            model.policy,
+            fuse(model.head),
+            copy.deepcopy(model.policy),
             model.trained_stride,
             strides=model.strides,
             align_corners=model.align_corners,

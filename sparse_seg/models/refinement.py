@@ -177,12 +177,12 @@ def _within(run: Refinement, policy: ConfidencePolicy, start: float, millisecond
         began = now(device)
         left = milliseconds / 1000 - (began - start)
         count = min(int((left - fixed) / per_block), round(largest), blocks - done)
-        if count < min(SMALLEST_STEP * blocks, blocks - done) or count < 1:
+        if left <= fixed or count < min(SMALLEST_STEP * blocks, blocks - done) or count < 1:
             return
         run.refine(_cut(policy, scores, (done + count) / blocks))
         step = Step(run.logits(), run.levels)
         seconds = now(device) - began
-        if done and count != last[0] and seconds > last[1]:  # a line through the last two steps
+        if done and (count - last[0]) * (seconds - last[1]) > 0:  # a line through the last two steps
             per_block = (seconds - last[1]) / (count - last[0])
         fixed = max(0.0, seconds - per_block * count)
         done, largest, last = done + count, 2 * count, (count, seconds)

@@ -177,10 +177,12 @@ class SiteLayout:
         """`[other.num_run]` int64: our row at each site that `other` runs; None where both are the same.
 
         Raises:
-            ValueError: `other` has a site where this layout has none.
+            ValueError: `other` has a site where this layout has none, or a stride that does not fit.
         """
         if other is self:
             return None
+        if other.stride % self.stride:
+            raise ValueError(f"stride {other.stride} of the next layout is no multiple of {self.stride}")
         step = other.stride // self.stride
         batch, y, x = other.run_places
         rows = self.site[batch, y * step, x * step]

@@ -70,9 +70,10 @@ class Trainer:
         self.processes = processes or Processes()
         check_training(config)
         last = self.work_dir / "last.pt"
-        if not resume and last.exists():
+        elsewhere = not resume or (resume is not True and Path(resume).resolve() != last.resolve())
+        if elsewhere and last.exists():
             raise TrainingError(
-                f"{self.work_dir} already holds a run; add --resume or choose another --work-dir"
+                f"{self.work_dir} already holds a run; add --resume alone or choose another --work-dir"
             )
         train, data = config.train, config.data
         self.processes.check_batch(train.batch_size)

@@ -152,10 +152,13 @@ def test_a_folder_with_a_run_is_refused_unless_resuming(tiny, tmp_path):
     config = load_config(tiny, ["train.iterations=1"])
     run(config, tmp_path / "run")
     before = (tmp_path / "run/last.pt").read_bytes()
-    with pytest.raises(TrainingError, match="already holds a run; add --resume"):
+    with pytest.raises(TrainingError, match="already holds a run; add --resume alone"):
         Trainer(config, tmp_path / "run")
     with pytest.raises(TrainingError, match=r"already trained to iteration 1; raise train\.iterations"):
         Trainer(config, tmp_path / "run", resume=True)
+    run(config, tmp_path / "other")
+    with pytest.raises(TrainingError, match="already holds a run"):
+        Trainer(config, tmp_path / "run", resume=tmp_path / "other/last.pt")
     assert (tmp_path / "run/last.pt").read_bytes() == before
 
 
