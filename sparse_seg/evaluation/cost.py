@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_seg.masks import MaskPolicy
 from sparse_seg.models.aspp import PooledLinear
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.segmentor import SelectiveSegmentor, eval_mode
 from sparse_seg.sparse import SelectiveConv2d, SelectiveDepthwiseConv2d, SiteLayout
 from sparse_seg.sparse.engines.undilated import every_site
 
@@ -52,12 +52,8 @@ def count_cost(
     if a policy is given, `mask`. Convolutions and linear layers are counted, from the sizes they meet in a
     real forward; interpolation and pooling are not, as in the usual figures.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         counts = count_modules(model, lambda: model.outputs(images, layouts), _part)
-    finally:
-        model.train(was_training)
     if policy is not None:
         counts["mask"] = _policy_macs(policy, images, labels)
     return counts

@@ -12,7 +12,7 @@ from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
 from sparse_seg.masks import MaskPolicy, block_levels
 from sparse_seg.models.refinement import now
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.segmentor import SelectiveSegmentor, eval_mode
 from sparse_seg.schema import DataConfig
 
 
@@ -56,9 +56,7 @@ def evaluate(
     count = len(dataset) if limit is None else min(limit, len(dataset))
     loader = evaluation_loader(dataset, data.mean, data.std, data.workers)
     fractions, seconds = [], 0.0
-    modes = [(module, module.training) for module in model.modules()]  # a frozen network mixes them
-    model.eval()
-    try:
+    with eval_mode(model):
         for image, label, index in tqdm(
             loader, total=count, disable=not progress, desc="evaluate", leave=False
         ):
@@ -72,8 +70,5 @@ def evaluate(
             if fine_blocks is not None:
                 finest = block_levels(fine_blocks, model.strides) == len(model.strides) - 1
                 fractions.append(finest.float().mean().item())
-    finally:
-        for module, mode in modes:
-            module.training = mode
     fine_fraction = sum(fractions) / len(fractions) if fractions else None
     return Evaluation(metrics.result(), fine_fraction, count, seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import NamedTuple
 
@@ -39,6 +39,18 @@ class Segmentation(NamedTuple):
 
     outputs: Outputs
     fine_blocks: Tensor
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module's own mode is put back, for a frozen network mixes them."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class SelectiveSegmentor(nn.Module):
@@ -269,11 +281,8 @@ class SelectiveSegmentor(nn.Module):
             return policy.cut(policy.class_scores(fine, coarse, labels))
         if not isinstance(policy, ConfidencePolicy):
             return policy(images, labels)
-        modes = [(module, module.training) for module in self.modules()]
-        scores = Refinement(self.eval(), images).scores(policy)
-        for module, training in modes:
-            module.training = training
-        return policy.cut(scores)
+        with eval_mode(self):
+            return policy.cut(Refinement(self, images).scores(policy))
 
     @torch.no_grad()
     def dense_classes(self, images: Tensor, early: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:

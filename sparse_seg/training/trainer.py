@@ -70,8 +70,8 @@ class Trainer:
         self.processes = processes or Processes()
         check_training(config)
         last = self.work_dir / "last.pt"
-        elsewhere = not resume or (resume is not True and Path(resume).resolve() != last.resolve())
-        if elsewhere and last.exists():
+        goes_on = resume is True or (resume and Path(resume).resolve() == last.resolve())
+        if last.exists() and not goes_on:
             raise TrainingError(
                 f"{self.work_dir} already holds a run; add --resume alone or choose another --work-dir"
             )
