@@ -21,6 +21,7 @@ from sparse_seg.errors import CheckpointError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
+from sparse_seg.models.way import Way
 from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import (
     checkpoint_config,
@@ -208,9 +209,9 @@ class Trainer:
 
     def _validate(self) -> None:
         train = self.config.train
-        output_stride = train.output_stride if train.network == "dense" else None
+        way = Way.dense(train.output_stride) if train.network == "dense" else Way()
         model = self.ema or self.model
-        result = evaluate(model, self.validation, self.config.data, output_stride, limit=train.eval_images)
+        result = evaluate(model, self.validation, self.config.data, way, limit=train.eval_images)
         metrics = result.metrics
         if math.isnan(metrics.miou):
             self.save()

@@ -1,0 +1,79 @@
+"""Mask policies from a config, or from a text such as `edge:cad`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from sparse_seg.errors import ConfigError
+from sparse_seg.masks.base import MaskPolicy
+from sparse_seg.masks.confidence import REDUCTIONS, UNCERTAINTIES, ConfidencePolicy
+from sparse_seg.masks.edge import RULES, EdgePolicy
+from sparse_seg.masks.learned import LearnedPolicy
+from sparse_seg.masks.oracle import ORACLES, OraclePolicy
+from sparse_seg.masks.random import RandomPolicy
+from sparse_seg.masks.uniform import UniformPolicy
+from sparse_seg.schema import MaskConfig
+
+POLICIES: dict[str, type[MaskPolicy]] = {
+    "uniform": UniformPolicy,
+    "random": RandomPolicy,
+    "edge": EdgePolicy,
+    "confidence": ConfidencePolicy,
+    "learned": LearnedPolicy,
+    "oracle": OraclePolicy,
+}
+CHOICES = {"edge": RULES, "oracle": ORACLES, "uncertainty": UNCERTAINTIES, "reduce": REDUCTIONS}
+
+
+def build_policy(
+    mask: MaskConfig, strides: Sequence[int] = (8, 16), net: nn.Module | None = None
+) -> MaskPolicy:
+    """The mask policy of a config.
+
+    Args:
+        net: of a policy that is trained, shared, not copied.
+
+    Raises:
+        ValueError: settings the policy refuses.
+        ConfigError: a policy that is trained without a net.
+    """
+    policy = POLICIES[mask.policy]
+    fine, middle = "threshold", "middle_threshold"
+    if mask.threshold is None:
+        fine, middle = "fine_fraction", "middle_fraction"
+    cut = {name: getattr(mask, name) for name in ((fine, middle) if len(strides) == 3 else (fine,))}
+    own: dict[str, Any] = {argument: getattr(mask, key) for key, argument in policy.OPTIONS.items()}
+    if policy.needs_net:
+        if net is None:
+            raise ConfigError(
+                f"this network has no {mask.policy} mask: train one (see configs/camvid_mask.yaml)"
+            )
+        own["net"] = net
+    return policy(**cut, **own, block=strides[-1], blur=mask.blur)
+
+
+def parse_policy(spec: str, mask: MaskConfig) -> MaskConfig:
+    """Mask settings with the policy and options that a text such as `edge:cad` names.
+
+    Raises:
+        ConfigError: an unknown policy or option.
+    """
+    name, _, words = spec.partition(":")
+    if name not in POLICIES:
+        raise ConfigError(f"unknown mask policy {name!r}; choose one of {', '.join(POLICIES)}")
+    valid: dict[str, dict[str, Any]] = {"blur": {"blur": True}}
+    for key in POLICIES[name].OPTIONS:
+        if isinstance(getattr(mask, key), bool):
+            valid[key] = {key: True}
+        valid |= {value: {key: value} for value in CHOICES.get(key, ())}
+    for word in filter(None, words.split(",")):
+        if word not in valid:
+            raise ConfigError(
+                f"unknown option {word!r} in the mask policy {spec!r}; choose of {', '.join(valid)}"
+            )
+        mask = dataclasses.replace(mask, **valid[word])
+    return dataclasses.replace(mask, policy=name)
