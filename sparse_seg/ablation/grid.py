@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparse_seg.checks import check_config
-from sparse_seg.config import load_config, parse_tree, read_yaml
+from sparse_seg.config import Config, check_config, load_config, parse_tree, read_yaml
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.models.build import parse_policy
-from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import check_same_function
 
 _T = TypeVar("_T")

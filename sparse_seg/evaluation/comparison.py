@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sparse_seg.config import DataConfig, MaskConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.cost import count_run
@@ -22,7 +23,6 @@ from sparse_seg.masks import ConfidencePolicy, MaskPolicy
 from sparse_seg.models.build import policy_for
 from sparse_seg.models.refinement import Refinement, now
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import DataConfig, MaskConfig
 
 
 @dataclass

@@ -7,13 +7,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
 from sparse_seg.masks import MaskPolicy, block_levels
 from sparse_seg.models.refinement import now
 from sparse_seg.models.segmentor import SelectiveSegmentor, eval_mode
-from sparse_seg.schema import DataConfig
 
 
 @dataclass(frozen=True)

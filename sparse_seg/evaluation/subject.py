@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_seg.config import Config
 from sparse_seg.data.cityscapes import Cityscapes
 from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.data.scenes import render_scene
@@ -26,7 +27,6 @@ from sparse_seg.models.build import build_model, policy_for
 from sparse_seg.models.plain import channels_last, plain_network, plain_stages
 from sparse_seg.models.refinement import Refinement
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import Config
 from sparse_seg.sparse import (
     SelectiveAvgPool2d,
     SelectiveConv2d,

@@ -7,15 +7,7 @@ from sparse_seg.masks.learned import LearnedPolicy, cad_mask_net, mask_net, stra
 from sparse_seg.masks.oracle import ORACLES, OraclePolicy, block_mean, label_boundary
 from sparse_seg.masks.random import RandomPolicy
 from sparse_seg.masks.uniform import UniformPolicy
-
-POLICIES: dict[str, type[MaskPolicy]] = {
-    "uniform": UniformPolicy,
-    "random": RandomPolicy,
-    "edge": EdgePolicy,
-    "confidence": ConfidencePolicy,
-    "learned": LearnedPolicy,
-    "oracle": OraclePolicy,
-}
+from sparse_seg.registry import POLICIES
 
 __all__ = [
     "BLOCK",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_seg.config import model_config
+from sparse_seg.config import Config, MaskConfig, ModelConfig, model_config
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import (
     ORACLES,
@@ -25,7 +25,6 @@ from sparse_seg.masks import (
 from sparse_seg.models.heads import HEADS, FCNHead, HeadOptions
 from sparse_seg.models.resnet import ResNet, first_selective_stage
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import Config, MaskConfig, ModelConfig
 
 DEFAULT_NUM_CLASSES = 19  # Cityscapes
 

@@ -231,4 +231,3 @@ HEADS: dict[str, Callable[[HeadOptions], nn.Module]] = {
     "deeplabv3plus": lambda options: DeepLabV3PlusHead(options, options.channels or 256),
     "fcn": _fcn,
 }
-POOLING_HEADS = ("deeplabv3", "deeplabv3plus")  # those with ASPP

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparse_seg.config import TrainConfig
 from sparse_seg.masks import LearnedPolicy, block_levels
 from sparse_seg.models.heads import RowHead
 from sparse_seg.models.segmentor import GridOutputs, SelectiveSegmentor
-from sparse_seg.schema import TrainConfig
 from sparse_seg.sparse import SiteLayout, densify
 from sparse_seg.training.distillation import Teacher, likeness_difference, logits_divergence
 from sparse_seg.training.losses import SegmentationLoss

@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg import load_model
-from sparse_seg.config import load_config
+from sparse_seg.config import MaskConfig, load_config
 from sparse_seg.conversion import convert
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.masks import LearnedPolicy
 from sparse_seg.models.build import policy_for
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import MaskConfig
 from tests.conversion.cases import network_of, state_of
 from tests.reference import relative_error
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from sparse_seg import build_model
+from sparse_seg.config import DataConfig, MaskConfig
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation import comparison
 from sparse_seg.evaluation.comparison import compare, exchanging, groups, settings
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.masks import EdgePolicy, OraclePolicy
-from sparse_seg.schema import DataConfig, MaskConfig
 
 DATA = DataConfig()
 
