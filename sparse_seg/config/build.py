@@ -73,7 +73,8 @@ def _check(info: Key, name: str, value: Any) -> None:
     for number in numbers if info.bounds else []:
         if not info.allows(number):
             hint = f"; {info.above}" if info.above and number > info.interval[1] else ""
-            raise ConfigError(f"{name} is {shown(value)}; it must lie in {info.bounds}{hint}")
+            which = "each" if isinstance(value, list) else "it"
+            raise ConfigError(f"{name} is {shown(value)}; {which} must lie in {info.bounds}{hint}")
 
 
 def _value(value: Any, kind: Any, place: str) -> Any:

@@ -13,7 +13,7 @@ from sparse_seg.errors import ConfigError, did_you_mean, shown
 
 MAX_BYTES = 2**18  # of a file
 MAX_DEPTH = 16  # of nesting
-MAX_NODES = 20_000  # values of a file, with those that aliases stand for
+MAX_NODES = 5000  # values of a file, with those that aliases stand for
 MAX_BASES = 32  # files in a chain of `_base_`
 
 Tree = dict[str, Any]
@@ -26,6 +26,11 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: bytes | str) -> None:
         super().__init__(text)
         self._depth, self._nodes, self._anchored = 0, 0, dict[str, int]()
+
+    def fetch_flow_collection_start(self, token: type) -> None:
+        if self.flow_level > MAX_DEPTH:  # the scanner runs ahead, and is slow on many open brackets
+            raise yaml.MarkedYAMLError(None, None, f"nested more than {MAX_DEPTH} deep", self.get_mark())
+        super().fetch_flow_collection_start(token)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event, before = self.peek_event(), self._nodes
@@ -73,10 +78,13 @@ def parse_yaml(text: bytes | str, where: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = f"{error.context or ''} {error.problem or ''}{f' in line {mark.line + 1}' if mark else ''}"
+    except (yaml.YAMLError, ValueError) as error:  # the latter for dates such as 2020-99-99
         reason = str(error)
-    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
-        reason = str(error)  # PyYAML's own for dates such as 2020-99-99 or `!!int x`
+    except (LookupError, AttributeError, TypeError):  # PyYAML's own for `!!bool x`
+        reason = "a value does not fit its tag"
     raise ConfigError(f"{where} is not valid YAML: {' '.join(reason.split())}")
 
 
@@ -116,16 +124,16 @@ def _read(path: Path, parents: tuple[Path, ...], done: dict[Path, Tree]) -> Tree
 
 
 def _read_bytes(path: Path) -> bytes:
-    if not path.exists():
-        others = [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ConfigError(f"config {path} does not exist{did_you_mean(path.name, others)}")
-    if not path.is_file():
-        raise ConfigError(f"config {path} is no file; name a YAML file")
     try:
+        if not path.exists():
+            others = [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+            raise ConfigError(f"config {path} does not exist{did_you_mean(path.name, others)}")
+        if not path.is_file():  # a pipe would wait for ever
+            raise ConfigError(f"config {path} is no file; name a YAML file")
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"config {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"config {shown(str(path))} cannot be read: {error.strerror}") from None
     if len(text) > MAX_BYTES:
         raise ConfigError(f"config {path} has more than {MAX_BYTES} bytes; name a YAML file of settings")
     return text
