@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch import nn
+
 from sparse_seg.config import Config, check_config, load_config, parse_tree, read_yaml
 from sparse_seg.errors import CheckpointError, ConfigError
-from sparse_seg.models.build import parse_policy
+from sparse_seg.models.build import build_model, build_policy, parse_policy
 from sparse_seg.training.checkpoint import check_same_function
 
 _T = TypeVar("_T")
@@ -181,6 +184,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
         else:
             chosen = [*spec.set, *network.set, *overrides]
             configs[str(name)] = load_config(path.parent / str(network.config), chosen)
+            _check_builds(configs[str(name)], where)
             if network.init is not None:
                 _check_init(configs[str(name)], configs[network.init], f"{where}: init {network.init}")
     if len({slug(name) for name in networks}) < len(networks):
@@ -224,6 +228,15 @@ def _check_init(config: Config, source: Config, where: str) -> None:
         raise ConfigError(str(error)) from None
 
 
+def _check_builds(config: Config, where: str) -> None:
+    """What a network cannot be built of is said now, not when its turn to be trained comes."""
+    try:
+        with torch.device("meta"):
+            build_model(config)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
 def _expand(spec: RunsSpec, configs: Mapping[str, Config], where: str) -> list[tuple[str, Run]]:
     unknown = [name for name in spec.networks if name not in configs]
     if unknown or not spec.networks:
@@ -241,7 +254,8 @@ def _expand(spec: RunsSpec, configs: Mapping[str, Config], where: str) -> list[t
             raise ConfigError(f"{where}: 'dense' must be of 4, 8, 16, 32, not {way.output_stride}")
         try:
             model = way.applied(configs[name]).model
-        except ConfigError as error:
+            build_policy(model.mask, model.strides, nn.Identity())
+        except (ConfigError, ValueError) as error:
             raise ConfigError(f"{where}: {error}") from None
         if way.output_stride is None:  # spell out the rule: a run is the same whatever the default is
             way = dataclasses.replace(way, exchange=model.exchange)

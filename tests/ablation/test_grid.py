@@ -74,6 +74,9 @@ def test_a_run_changes_mask_exchange_and_strides_alone(grid_file: Path) -> None:
         ("policies: [random]", "policies: [rendom]", "unknown mask policy 'rendom'"),
         ("exchange: [none, linear]", "exchange: [none, cubic]", "model.exchange is 'cubic'"),
         ("strides: [8, 16, 32]", "strides: [8, 32]", "model.strides is [8, 32]"),
+        ("model.width=0.0625]}", "model.width=0.06]}", "networks.student: model: width 0.06 makes 3.84"),
+        ("policies: [edge]", "policies: [uniform]", "uniform policy takes fine_fraction 0 or 1, not 0.25"),
+        ("middle_fraction: 0.5", "middle_fraction: 0.9", "must add up to 1 at most"),
         ("exchange: [none, linear]", "exchange: [none, none]", "names student, edge, f=0.25 twice"),
     ],
 )
