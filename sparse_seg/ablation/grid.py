@@ -8,17 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from sparse_seg.config import Config, check_config, load_config, parse_tree, read_yaml
+from sparse_seg.config import Config, check_config, key, load_config, parse_tree, read_yaml
+from sparse_seg.config.schema import COUNT, SEED
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.models.build import build_model, build_policy, parse_policy
 from sparse_seg.training.checkpoint import check_same_function
-
-_T = TypeVar("_T")
 
 
 @dataclass
@@ -57,9 +55,9 @@ class GridSpec:
 
     title: str = "Ablation"
     description: str = ""
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[int] = key([0], "of the trainings of each network", SEED)
     set: list[str] = field(default_factory=list)  # key=value for every network
-    eval_images: int | None = None  # of the validation set; default: all
+    eval_images: int | None = key(None, "of the validation set; null: all", COUNT)
 
 
 @dataclass(frozen=True)
@@ -166,17 +164,13 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
         raise ConfigError(f"{path}: 'networks' must map names to settings, at least one")
     if not isinstance(run_trees, list) or not run_trees:
         raise ConfigError(f"{path}: 'runs' must be a list of ways to run the networks, at least one")
-    spec = _parse(GridSpec, tree, str(path))
-    if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds):
-        raise ConfigError(f"{path}: 'seeds' must be different numbers, at least one, not {spec.seeds}")
-    if min(spec.seeds) < 0:
-        raise ConfigError(f"{path}: 'seeds' must be 0 or more, not {spec.seeds}")
-    if spec.eval_images is not None and spec.eval_images < 1:
-        raise ConfigError(f"{path}: 'eval_images' must be 1 or more, not {spec.eval_images}")
+    spec = parse_tree(GridSpec, tree, str(path))
+    if len(set(spec.seeds)) < len(spec.seeds):
+        raise ConfigError(f"{path}: 'seeds' must be different numbers, not {spec.seeds}")
     networks, configs = dict[str, NetworkSpec](), dict[str, Config]()
     for name, entry in network_trees.items():
         where = f"{path}: networks.{name}"
-        network = _parse(NetworkSpec, entry, where)
+        network = parse_tree(NetworkSpec, entry, where)
         _check_network(network, networks, where)
         networks[str(name)] = network
         if network.source is not None:
@@ -192,17 +186,11 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     runs = list[tuple[str, Run]]()
     for number, entry in enumerate(run_trees):
         where = f"{path}: runs[{number}]"
-        runs += _expand(_parse(RunsSpec, entry, where), configs, where)
+        runs += _expand(parse_tree(RunsSpec, entry, where), configs, where)
     if len(set(runs)) < len(runs):
         double = next(run for run in runs if runs.count(run) > 1)
         raise ConfigError(f"{path}: 'runs' names {double[0]}, {double[1].name} twice")
     return Grid(spec, networks, configs, runs)
-
-
-def _parse(schema: type[_T], tree: Any, where: str) -> _T:
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"{where} must hold keys and values, not {tree!r}")
-    return parse_tree(schema, tree, where)
 
 
 def _check_network(network: NetworkSpec, before: Mapping[str, NetworkSpec], where: str) -> None:

@@ -57,7 +57,7 @@ def model_config(config: str | Path | Mapping[str, Any] | Config | ModelConfig) 
 def parse_tree(schema: type[_T], tree: Mapping[str, Any], where: str) -> _T:
     """A dataclass of any schema from keys and values, as strict as `load_config` except for its rules."""
     result = build(schema, tree, where)
-    check_values(result)
+    check_values(result, f"{where}: ")
     return result
 
 
