@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sparse_seg.config.docs import render
 from sparse_seg.data.camvid import CamVid
 from sparse_seg.reporting.ablation import ablation_table, class_table, seed_table
 from sparse_seg.reporting.benchmark import COLUMNS, benchmark_table, profile_table
@@ -129,3 +130,7 @@ def test_linked_files_exist(page: str):
 def test_named_tools_exist():
     for tool in re.findall(r"tools/(\w+)\.py", README):
         assert (ROOT / f"tools/{tool}.py").exists(), tool
+
+
+def test_page_of_config_keys_is_the_schema():
+    assert page("config") == render(), "run: python -m sparse_seg.config.docs > docs/config.md"

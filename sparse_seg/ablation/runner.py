@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from sparse_seg.ablation.grid import Cell, Grid, slug
-from sparse_seg.config import to_dict
+from sparse_seg.config import Config, to_dict
 from sparse_seg.conversion.converted import is_safetensors
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError
@@ -27,7 +27,6 @@ from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
 from sparse_seg.models.way import Way
-from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import load_model, save_checkpoint
 from sparse_seg.training.finish import finish_training, is_finished
 from sparse_seg.training.statistics import recalibrate_batch_norm

@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 
-from sparse_seg.checks import num_classes
 from sparse_seg.cli.arguments import parse_size, whole_number
 from sparse_seg.cli.options import add_config, add_device, fraction, output_file
-from sparse_seg.config import load_config
+from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
 from sparse_seg.evaluation.benchmark import cases, check_training, engine_fault, measure
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters

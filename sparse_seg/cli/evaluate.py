@@ -30,10 +30,9 @@ from typing import Any
 
 import torch
 
-from sparse_seg.checks import check_classes
 from sparse_seg.cli.arguments import whole_number
 from sparse_seg.cli.options import add_config, add_device, add_network, fraction, output_file, overrides
-from sparse_seg.config import load_config
+from sparse_seg.config import Config, MaskConfig, check_classes, load_config
 from sparse_seg.conversion.converted import is_safetensors
 from sparse_seg.conversion.loading import run_config
 from sparse_seg.data import build_dataset
@@ -46,7 +45,6 @@ from sparse_seg.masks import POLICIES, parse_policy
 from sparse_seg.models.way import Way
 from sparse_seg.reporting.comparison import comparison_table, write_comparison
 from sparse_seg.reporting.summary import class_table, summary
-from sparse_seg.schema import Config, MaskConfig
 from sparse_seg.sparse import EXCHANGES
 from sparse_seg.training.checkpoint import load_model
 

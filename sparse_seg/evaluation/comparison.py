@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.cost import count_macs
@@ -20,7 +21,6 @@ from sparse_seg.masks import MaskPolicy
 from sparse_seg.models.passes import Pass, now
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
-from sparse_seg.schema import DataConfig
 
 
 def comparison_ways(

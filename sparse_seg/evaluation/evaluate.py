@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
 from sparse_seg.models.passes import eval_mode, now
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
-from sparse_seg.schema import DataConfig
 
 
 @dataclass(frozen=True)

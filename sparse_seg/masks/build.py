@@ -8,25 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from sparse_seg.config import MaskConfig
+from sparse_seg.config.keys import choices
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks.base import MaskPolicy
-from sparse_seg.masks.confidence import REDUCTIONS, UNCERTAINTIES, ConfidencePolicy
-from sparse_seg.masks.edge import RULES, EdgePolicy
-from sparse_seg.masks.learned import LearnedPolicy
-from sparse_seg.masks.oracle import ORACLES, OraclePolicy
-from sparse_seg.masks.random import RandomPolicy
-from sparse_seg.masks.uniform import UniformPolicy
-from sparse_seg.schema import MaskConfig
-
-POLICIES: dict[str, type[MaskPolicy]] = {
-    "uniform": UniformPolicy,
-    "random": RandomPolicy,
-    "edge": EdgePolicy,
-    "confidence": ConfidencePolicy,
-    "learned": LearnedPolicy,
-    "oracle": OraclePolicy,
-}
-CHOICES = {"edge": RULES, "oracle": ORACLES, "uncertainty": UNCERTAINTIES, "reduce": REDUCTIONS}
+from sparse_seg.registry import POLICIES
 
 
 def build_policy(
@@ -47,6 +33,7 @@ def build_policy(
         fine, middle = "fine_fraction", "middle_fraction"
     cut = {name: getattr(mask, name) for name in ((fine, middle) if len(strides) == 3 else (fine,))}
     own: dict[str, Any] = {argument: getattr(mask, key) for key, argument in policy.OPTIONS.items()}
+    own |= POLICIES.options(mask.policy, mask.options, "model.mask.options")
     if policy.needs_net:
         if net is None:
             raise ConfigError(
@@ -69,11 +56,12 @@ def parse_policy(spec: str, mask: MaskConfig) -> MaskConfig:
     for key in POLICIES[name].OPTIONS:
         if isinstance(getattr(mask, key), bool):
             valid[key] = {key: True}
-        valid |= {value: {key: value} for value in CHOICES.get(key, ())}
+        valid |= {value: {key: value} for value in choices(MaskConfig, key)}
     for word in filter(None, words.split(",")):
         if word not in valid:
             raise ConfigError(
                 f"unknown option {word!r} in the mask policy {spec!r}; choose of {', '.join(valid)}"
             )
         mask = dataclasses.replace(mask, **valid[word])
-    return dataclasses.replace(mask, policy=name)
+    options = mask.options if name == mask.policy else {}  # another policy has none of them
+    return dataclasses.replace(mask, policy=name, options=options)

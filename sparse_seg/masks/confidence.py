@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_seg.config import MaskConfig
+from sparse_seg.config.keys import choices
 from sparse_seg.masks.base import MaskPolicy, Run
 from sparse_seg.masks.oracle import label_boundary
 
-UNCERTAINTIES = ("entropy", "margin", "boundary")
-REDUCTIONS = ("max", "mean")
+UNCERTAINTIES, REDUCTIONS = choices(MaskConfig, "uncertainty"), choices(MaskConfig, "reduce")
 
 
 class ConfidencePolicy(MaskPolicy):

@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_seg.config import MaskConfig
+from sparse_seg.config.keys import choices
 from sparse_seg.masks.base import Inputs, MaskPolicy, block_shape
 
-RULES = ("sobel", "cad")
+RULES = choices(MaskConfig, "edge")
 CAD_GREY, CAD_DILATION, CAD_STRIDE, CAD_BLOCK = (0.299, 0.587, 0.114), 11, 8, 32  # weights; px
 
 

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_seg.config import MaskConfig
+from sparse_seg.config.keys import choices
 from sparse_seg.masks.base import MaskPolicy, Run
 
-ORACLES = ("boundary", "change", "gain")
+ORACLES = choices(MaskConfig, "oracle")
 
 
 class OraclePolicy(MaskPolicy):

@@ -25,9 +25,6 @@ from sparse_seg.sparse.conv import plain_norm
 from sparse_seg.sparse.fused import FusedLinear
 from sparse_seg.sparse.tuning import Tuner
 
-# what stands in place of a 3x3 convolution: itself; depthwise and 1x1; depthwise, norm, ReLU and 1x1
-SEPARABLE = ("none", "linear", "normed")
-
 
 class SelectiveSeparableConv2d(nn.Module):
     """Depthwise 3x3 and 1x1 convolution on rows (Chen et al., ECCV 2018), with the interface of
@@ -108,7 +105,8 @@ class ASPP(nn.Module):
     Args:
         spacings: distance between taps of each 3x3 branch, in pixels: rate x trained output stride.
         exchange, engine: of the 3x3 branches, see `SelectiveConv2d`.
-        separable: of the 3x3 branches, one of `SEPARABLE`.
+        separable: of the 3x3 branches: `none`; `linear`, depthwise and 1x1; `normed`, with norm and ReLU
+            between the two.
         projection: without it the output is the branches side by side (mmsegmentation projects by a 3x3).
     """
 

@@ -78,7 +78,7 @@ class Residual(nn.Module):
         """Dense, from stride `src` to `dst`, px."""
         branch, at = list[nn.Module](), src
         for conv, norm in self.convs:
-            branch += [conv.plain(at, dst), plain_norm(norm), nn.ReLU(inplace=True)]
+            branch += [conv.plain(at, conv.sites(at, dst)), plain_norm(norm), nn.ReLU(inplace=True)]
             at = conv.sites(at, dst)
         shortcut = list[nn.Module]()
         if self.pool is not None:

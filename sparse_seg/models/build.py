@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from sparse_seg.config import model_config
+from sparse_seg.config import Config, ModelConfig, model_config
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks import POLICIES, build_policy, mask_net
-from sparse_seg.models.heads import HEADS, FCNHead, HeadOptions
-from sparse_seg.models.resnet import ARCHITECTURES, ResNet
+from sparse_seg.masks import build_policy, mask_net
+from sparse_seg.models.heads import FCNHead, HeadOptions
+from sparse_seg.models.resnet import ResNet
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import Config, ModelConfig
+from sparse_seg.registry import BACKBONES, HEADS, POLICIES
 
 DEFAULT_NUM_CLASSES = 19  # Cityscapes
 
@@ -36,9 +36,12 @@ def build_model(
     """
     settings = model_config(config)
     num_classes, strides = settings.num_classes or DEFAULT_NUM_CLASSES, tuple(settings.strides)
+    architecture, head_class = BACKBONES[settings.backbone], HEADS[settings.head]
+    more = settings.backbone_options
+    more = BACKBONES.options(settings.backbone, more, "model.backbone_options", architecture.block)
     try:
         backbone = ResNet(
-            ARCHITECTURES[settings.backbone],
+            architecture,
             settings.width,
             settings.exchange,
             settings.engine,
@@ -47,6 +50,7 @@ def build_model(
             settings.entry_spacings,
             settings.dilate_second,
             settings.depths,
+            **more,
         )
         net = None
         if POLICIES[settings.mask.policy].needs_net:
@@ -73,7 +77,8 @@ def build_model(
         decoder_convs=settings.decoder_convs,
         align_corners=settings.align_corners,
     )
-    head, auxiliary = HEADS[settings.head](options), None
+    more = HEADS.options(settings.head, settings.head_options, "model.head_options")
+    head, auxiliary = head_class(options, **more), None
     if settings.auxiliary:
         auxiliary = FCNHead(HeadOptions(before_last.channels, num_classes))
     model = SelectiveSegmentor(

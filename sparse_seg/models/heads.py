@@ -31,7 +31,7 @@ class HeadOptions:
         spacings: of ASPP's 3x3 branches, px.
         exchange, engine: of 3x3 convolutions on rows, see `SelectiveConv2d`.
         trained_stride: output stride that the head was trained at, px.
-        aspp_separable, separable: of ASPP's branches and of the dense 3x3 convolutions, see `SEPARABLE`.
+        aspp_separable, separable: of ASPP's branches and of the dense 3x3 convolutions, see `ASPP`.
         aspp_projection: see `ASPP`.
         refine: whether a dense 3x3 follows ASPP.
         low_level_channels: of the low-level skip after its 1x1 projection.
@@ -271,12 +271,3 @@ def _conv_norm_relu(in_channels: int, channels: int, separable: str = "none") ->
     between = [nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True)] if separable == "normed" else []
     pointwise = nn.Conv2d(in_channels, channels, 1, bias=False)
     return nn.Sequential(depthwise, *between, pointwise, *last)
-
-
-HEADS: dict[str, type[Head]] = {
-    "lite": LiteHead,
-    "deeplabv3": DeepLabV3Head,
-    "deeplabv3plus": DeepLabV3PlusHead,
-    "fcn": FCNHead,
-}
-POOLING_HEADS = ("deeplabv3", "deeplabv3plus")  # those with ASPP

@@ -21,8 +21,6 @@ from sparse_seg.sparse import SiteLayout, Step, grid_to_rows
 from sparse_seg.sparse.tuning import Tuner
 
 STAGE_STRIDES = (4, 8, 16, 32)  # natural strides of layer1..layer4, in pixels
-STEMS = ("conv7", "deep")  # one 7x7 convolution, or three 3x3 (ResNet-C and -D; He et al., CVPR 2019)
-SHORTCUTS = ("conv", "avg_pool")  # strided 1x1, or a 2x2 mean and a 1x1 (ResNet-D)
 
 
 @dataclass(frozen=True)
@@ -34,12 +32,10 @@ class Architecture:
     widths: tuple[int, int, int, int] = (64, 128, 256, 512)
 
 
-ARCHITECTURES = {
-    "resnet18": Architecture(BasicBlock, (2, 2, 2, 2)),
-    "resnet34": Architecture(BasicBlock, (3, 4, 6, 3)),
-    "resnet50": Architecture(Bottleneck, (3, 4, 6, 3)),
-    "resnet101": Architecture(Bottleneck, (3, 4, 23, 3)),
-}
+RESNET18 = Architecture(BasicBlock, (2, 2, 2, 2))
+RESNET34 = Architecture(BasicBlock, (3, 4, 6, 3))
+RESNET50 = Architecture(Bottleneck, (3, 4, 6, 3))
+RESNET101 = Architecture(Bottleneck, (3, 4, 23, 3))
 
 
 class StageInfo(NamedTuple):
@@ -59,7 +55,8 @@ class ResNet(nn.Module):
         width: multiplier of all widths; each must come out whole.
         exchange: exchange rule of all 3x3 convolutions.
         engine: what runs them, see `SelectiveConv2d`.
-        stem, shortcut: one of `STEMS`, `SHORTCUTS`.
+        stem: `conv7`, one 7x7 convolution, or `deep`, three 3x3 (ResNet-C and -D; He et al., CVPR 2019).
+        shortcut: `conv`, a strided 1x1, or `avg_pool`, a 2x2 mean and a 1x1 (ResNet-D).
         entry_spacings: px between taps of the first 3x3 convolution of layer2..layer4: where the network's
             dense form strides, the spacing of the stage before.
         dilate_second: whether the second 3x3 of layer3's and layer4's basic blocks has the stage's spacing;

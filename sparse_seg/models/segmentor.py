@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from sparse_seg.config import MaskConfig
 from sparse_seg.masks import MaskPolicy, block_levels, build_policy
 from sparse_seg.models.heads import Head
 from sparse_seg.models.layouts import dense_layouts, selective_layouts
@@ -16,7 +17,6 @@ from sparse_seg.models.passes import Pass
 from sparse_seg.models.refinement import refine
 from sparse_seg.models.resnet import ResNet
 from sparse_seg.models.way import Way
-from sparse_seg.schema import MaskConfig
 from sparse_seg.sparse import SiteLayout
 from sparse_seg.sparse.tuning import Tuner
 

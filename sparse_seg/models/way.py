@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from sparse_seg.config import MaskConfig
 from sparse_seg.masks import parse_policy
-from sparse_seg.schema import MaskConfig
 
 
 @dataclass(frozen=True)

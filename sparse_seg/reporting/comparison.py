@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.data.transforms import normalise
 from sparse_seg.models.segmentor import SelectiveSegmentor
@@ -17,7 +18,6 @@ from sparse_seg.reporting.html import Section, photo, plot, write_report
 from sparse_seg.reporting.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
 from sparse_seg.reporting.plots import cost_curve
 from sparse_seg.reporting.tables import Column, Table
-from sparse_seg.schema import DataConfig
 
 Rows = Sequence[dict[str, Any]]
 

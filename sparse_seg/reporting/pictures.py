@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import DataError
@@ -24,7 +25,6 @@ from sparse_seg.reporting.overlays import (
     overlay,
     write_image,
 )
-from sparse_seg.schema import DataConfig
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 

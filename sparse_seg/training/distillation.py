@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.checks import num_classes
+from sparse_seg.config import Config, num_classes
 from sparse_seg.conversion.converted import is_safetensors
 from sparse_seg.errors import ConfigError
 from sparse_seg.files import atomic_write
 from sparse_seg.models.way import Way
-from sparse_seg.schema import Config
 from sparse_seg.sparse import SiteLayout, densify, grid_to_rows
 from sparse_seg.training.checkpoint import checkpoint_config, load_checkpoint, load_model
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_seg.config import LossConfig
 from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.masks import label_boundary
-from sparse_seg.schema import LossConfig
 
 
 class Outputs(NamedTuple):

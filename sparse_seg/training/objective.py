@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparse_seg.config import TrainConfig
 from sparse_seg.models.passes import Pass
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
-from sparse_seg.schema import TrainConfig
 from sparse_seg.training.distillation import Teacher, likeness_difference, logits_divergence
 from sparse_seg.training.losses import Outputs, SegmentationLoss
 from sparse_seg.training.masks import mask_loss

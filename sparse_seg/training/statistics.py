@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from sparse_seg.config import Config
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import training_batches
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import Config
 
 BATCHES = 50  # enough for means of thousands of sites
 

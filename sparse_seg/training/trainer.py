@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_seg.checks import check_classes, check_training
-from sparse_seg.config import to_yaml
+from sparse_seg.config import Config, check_classes, check_training, to_yaml
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import training_batches
 from sparse_seg.errors import CheckpointError, TrainingError
@@ -22,7 +21,6 @@ from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
 from sparse_seg.models.way import Way
-from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import (
     checkpoint_config,
     load_checkpoint,

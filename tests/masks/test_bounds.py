@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from sparse_seg import build_model
+from sparse_seg.config import MaskConfig
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import Frames, OraclePolicy, block_shape, parse_policy, top_blocks
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
-from sparse_seg.schema import MaskConfig
 from tests.reference import randomise, relative_error
 
 STRIDES = [[8, 16], [8, 16, 32], [4, 8, 16]]

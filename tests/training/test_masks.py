@@ -6,13 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg import build_model, load_model
-from sparse_seg.config import load_config
+from sparse_seg.config import LossConfig, MaskConfig, load_config
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.masks import LearnedPolicy, block_mean, parse_policy, straight_through
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
-from sparse_seg.schema import LossConfig, MaskConfig
 from sparse_seg.training import masks
 from sparse_seg.training.losses import SegmentationLoss
 from sparse_seg.training.masks import mask_loss
