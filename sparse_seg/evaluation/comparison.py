@@ -121,8 +121,9 @@ def compare(
     """Run every setting on every image; returns `Setting.as_row` of each.
 
     The settings take turns on each image, so that drift of the machine falls on all alike. Without `timed`
-    all but learned masks refine one coarse pass, which gives the same numbers to rounding (P4 of design.md)
-    several times faster. The oracles that run the dense network do so off the clock and the count.
+    all but learned masks refine one coarse pass, which gives the same numbers to rounding (P4,
+    docs/method.md), several times faster. The oracles that run the dense network do so off the clock and the
+    count.
     """
     device = next(model.parameters()).device
     model.eval()

@@ -1,6 +1,6 @@
 """Atrous spatial pyramid pooling on rows (Chen et al., "Rethinking Atrous Convolution", 2017).
 
-Its rates are even, so that its taps stay on the lattice and P1 to P3 hold (design.md).
+Its rates are even, so that its taps stay on the lattice and P1 to P3 hold (docs/method.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Coarse first, refine later (P4 of design.md): a coarse pass, then only the sites that a finer mask adds.
+"""Coarse first, refine later (P4 of docs/method.md): a coarse pass, then only the sites that a mask adds.
 
 The first result is the dense network at the coarsest stride. What its 3x3 convolutions read is kept, so a
 step runs its new sites alone; earlier ones keep their values. After a step the logits are those of the

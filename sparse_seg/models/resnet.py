@@ -28,7 +28,7 @@ def first_selective_stage(finest_stride: int) -> int:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions. The second always has the stage's natural spacing (design.md, section 2).
+    """Two 3x3 convolutions. The second always has the stage's natural spacing (docs/method.md, on P1).
 
     Args:
         channels, width: of the input and of the 3x3 convolutions.

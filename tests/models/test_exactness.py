@@ -1,4 +1,4 @@
-"""P1 and P2 of design.md: the selective network against dense networks of `nn.Conv2d` alone."""
+"""P1 and P2 of docs/method.md: the selective network against dense networks of `nn.Conv2d` alone."""
 
 import functools
 from typing import NamedTuple
