@@ -114,6 +114,7 @@ def test_rows_are_sane(subject, scope):
     assert rows[-1]["network"] in benchmark_table(rows).to_text()
 
 
+@pytest.mark.slow
 def test_peak_memory_of_rows(subject):
     rows = measure(subject, [Way("stages", "plain"), Way("stages", "dense", 8, engine="gather")], repeats=1)
     assert all(0 < row["peak_mib"] < 500 for row in rows)
