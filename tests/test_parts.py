@@ -86,7 +86,7 @@ class Surprise(MaskPolicy):
     def scores(self, run: Run) -> Tensor:
         features = run.features().abs().mean(1, keepdim=True)
         logits = run.coarse_logits(every=self.block)
-        strength = F.adaptive_avg_pool2d(features, logits.shape[2:]).squeeze(1)
+        strength = F.adaptive_avg_pool2d(features, (logits.shape[2], logits.shape[3])).squeeze(1)
         return (1 - logits.softmax(1).amax(1)) * strength.pow(self.power)
 
 

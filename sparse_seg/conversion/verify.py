@@ -30,7 +30,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verification:
-    """Differences that must vanish in any network, and those that P1 (design.md) makes vanish."""
+    """Differences that must vanish in any network, and those that P1 (docs/method.md) makes vanish."""
 
     always: list[Difference]
     p1: list[Difference]

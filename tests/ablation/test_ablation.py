@@ -31,6 +31,7 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".json", ".pt")}
 
 
+@pytest.mark.slow
 def test_all_is_written_and_true(grid_file: Path, finished: Path) -> None:
     content = json.loads((finished / "results.json").read_text())
     assert {"command", "commit", "commits", "machine", "date"} <= set(content)
@@ -150,6 +151,7 @@ def test_dry_run_lists_what_is_left(grid_file: Path, tmp_path: Path, finished: P
     assert "0 of 32 left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_ablation_goes_on(grid_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ablation = Ablation(load_grid(grid_file, ["train.iterations=1"]), tmp_path)
     evaluate_cell, left = ablation.evaluate, [3]

@@ -121,6 +121,7 @@ def test_rows_are_sane(subject, scope):
     assert rows[-1]["network"] in benchmark_table(rows).to_text()
 
 
+@pytest.mark.slow
 def test_peak_memory_of_rows(subject):
     rows = measure(subject, [Case("stages", "plain"), Case("stages", "dense")], repeats=1)
     assert all(0 < row["peak_mib"] < 500 for row in rows)

@@ -31,6 +31,7 @@ def slow_miou(model, dataset, run) -> float:
     return float((inter[union > 0] / union[union > 0]).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32)], ids=str)
 def test_a_shared_coarse_pass_changes_no_accuracy(dataset, strides):
     torch.manual_seed(0)

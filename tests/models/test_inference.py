@@ -11,6 +11,7 @@ from sparse_seg.sparse.tuning import Tuner
 from tests.reference import VARIANTS, randomise, relative_error, variant_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
 @pytest.mark.parametrize("size", [(64, 96), (75, 98)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -88,6 +89,7 @@ def test_layers_share_what_was_found():
     assert len(tuners) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_variants(variant):

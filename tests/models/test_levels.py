@@ -33,6 +33,7 @@ def block_levels(kind: str, images: Tensor, block: int, seed: int = 0) -> Tensor
     return levels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])

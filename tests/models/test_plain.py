@@ -37,6 +37,7 @@ def test_other_output_strides(head, output_stride):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()

@@ -51,6 +51,7 @@ def test_one_step_is_the_one_shot_pass(
         assert run.levels.equal(levels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["linear", "nearest", "none"])
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
 @pytest.mark.parametrize(("backbone", "head"), CONFIGS[:3])
@@ -158,6 +159,7 @@ def test_multiply_adds(strides: tuple[int, ...]) -> None:
     assert sum(counts(steps[-1:]).values()) == pytest.approx(sum(once.values()), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
 @torch.no_grad()

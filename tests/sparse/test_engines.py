@@ -54,6 +54,7 @@ def test_everything_but_spconv_works_without_it(without_spconv: None, device: st
             model(images, fine_blocks=mask)
 
 
+@pytest.mark.slow
 def test_gather_never_imports_spconv() -> None:
     program = (
         "import sys, torch, sparse_seg\n"

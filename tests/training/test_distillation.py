@@ -143,6 +143,7 @@ def test_missing_teacher(teacher: tuple[Config, Path]) -> None:
         Teacher("nowhere.pt", teacher[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["dense", "selective"])
 def test_training_with_a_teacher_resumes_bit_for_bit(
     teacher: tuple[Config, Path], tiny: Path, tmp_path: Path, network: str

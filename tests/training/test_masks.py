@@ -148,6 +148,7 @@ FROZEN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["supervised", "straight_through"])
 def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> None:
     """The network's weights and statistics stay; the checkpoint serves the learned mask and any other."""
@@ -176,6 +177,7 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> Non
         load_model(start).policy_for(Way.policy("learned"))
 
 
+@pytest.mark.slow
 def test_a_mask_and_its_network_are_trained_together_and_resumed(tiny, tmp_path) -> None:
     config = load_config(tiny, ["model.mask.policy=learned", "train.network=selective"])
     whole = Trainer(config, tmp_path / "whole")
