@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_seg.checkpoint import load_model
 from sparse_seg.data.cityscapes import Cityscapes
 from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.data.scenes import render_scene
@@ -34,7 +35,6 @@ from sparse_seg.sparse import (
     SiteLayout,
     rows_to_grid,
 )
-from sparse_seg.training.checkpoint import load_model
 from sparse_seg.training.schedule import build_optimizer
 
 _READERS = (SelectiveConv2d, SelectiveDepthwiseConv2d, SelectiveAvgPool2d)  # of neighbour tables
