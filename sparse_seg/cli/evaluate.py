@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     check_classes(config)
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
-    dataset.check()
+    dataset.check(args.limit)
     model = load_model(args.checkpoint, config).to(args.device)
     result = evaluate(model, dataset, config.data, args.dense, limit=args.limit, progress=True)
     print(class_table(result, dataset.classes).to_text())
@@ -143,7 +143,7 @@ def compare_and_report(
     """Compare the ways to run a checkpoint, print the table, and write the files asked for."""
     check_classes(config)
     dataset = build_dataset(config.data.dataset, config.data.root, split)
-    dataset.check()
+    dataset.check(limit)
     model = load_model(checkpoint, config).to(device)
     ways = settings(model, config.model.mask, policies, fractions, exchanges)
     origin, rows = provenance(), list[dict[str, Any]]()
