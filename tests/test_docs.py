@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import sparse_seg
+from sparse_seg.config.docs import render
 from sparse_seg.data.camvid import CamVid
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.reporting.ablation import ablation_table, class_table, seed_table
@@ -158,3 +159,7 @@ def test_names_in_the_readmes_example_exist():
     for node in used:
         if isinstance(node.value, ast.Name) and node.value.id in owners:
             assert hasattr(owners[node.value.id], node.attr), node.attr
+
+
+def test_page_of_config_keys_is_the_schema():
+    assert page("config") == render(), "run: python -m sparse_seg.config.docs > docs/config.md"

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sparse_seg.config import Config
 from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.transforms import TrainTransform, normalise
-from sparse_seg.schema import Config
 
 Sample = tuple[torch.Tensor, torch.Tensor]
 

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from torch import Tensor
 
 from sparse_seg.sparse.layout import SiteLayout
+from sparse_seg.sparse.step import Step
 
 
 def grid_to_rows(grid: Tensor) -> Tensor:
@@ -24,10 +25,10 @@ def lattice_grid(rows: Tensor, layout: SiteLayout) -> Tensor:
     return rows_to_grid(rows[: layout.num_lattice], layout.batch, layout.lattice_size)
 
 
-def select_rows(rows: Tensor, src: SiteLayout, dst: SiteLayout, key: Hashable) -> Tensor:
+def select_rows(rows: Tensor, src: Step, dst: Step, key: Hashable) -> Tensor:
     """Rows of `src` at the sites of `dst`: what a strided 1x1 convolution reads.
 
-    key: the layer that reads them, see `SiteLayout.complete`.
+    key: the layer that reads them, see `Step.complete`.
     """
-    index = src.rows_at(dst)
+    index = dst.rows_at(src)
     return rows if index is None else dst.complete(rows, src, key).index_select(0, index)

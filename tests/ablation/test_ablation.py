@@ -22,6 +22,7 @@ from sparse_seg.cli import main
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
+from sparse_seg.models.way import Way
 from sparse_seg.reporting.ablation import class_table, seed_table
 from tests.cli.test_cli import fails
 
@@ -46,7 +47,7 @@ def test_all_is_written_and_true(grid_file: Path, finished: Path) -> None:
     config = ablation.cell_config(cell)
     dataset = build_dataset(config.data.dataset, config.data.root, "val")
     model = load_model(ablation.checkpoint("baseline", 1), config)
-    expected = 100 * evaluate(model, dataset, config.data, 8).metrics.miou
+    expected = 100 * evaluate(model, dataset, config.data, Way.dense(8)).metrics.miou
     assert rows[0]["mious"][1] == pytest.approx(expected, rel=1e-6)
     assert rows[0]["miou"] == pytest.approx(statistics.fmean(rows[0]["mious"]))
     # all fine is the dense network (P2), and costs what it costs
