@@ -86,7 +86,7 @@ class Surprise(MaskPolicy):
     def scores(self, run: Run) -> Tensor:
         features = run.features().abs().mean(1, keepdim=True)
         logits = run.coarse_logits(every=self.block)
-        strength = F.adaptive_avg_pool2d(features, logits.shape[2:]).squeeze(1)
+        strength = F.adaptive_avg_pool2d(features, (logits.shape[2], logits.shape[3])).squeeze(1)
         return (1 - logits.softmax(1).amax(1)) * strength.pow(self.power)
 
 
@@ -167,8 +167,10 @@ def test_a_policy(name: str) -> None:
 
 
 def test_options_of_parts_from_outside() -> None:
-    assert network("head", "toy").head.classifier.in_channels == 10
-    assert network("backbone", "toy").backbone.stages[0].module[0].conv1.out_channels == 48
+    shapes = {name: list(value.shape) for name, value in network("head", "toy").state_dict().items()}
+    assert shapes["head.classifier.weight"] == [5, 10, 1, 1]
+    shapes = {name: list(value.shape) for name, value in network("backbone", "toy").state_dict().items()}
+    assert shapes["backbone.layer1.0.conv1.weight"] == [48, 16]
     assert build_model({"mask": {"policy": "toy", "options": {"power": 2.0}}}).policy.power == 2.0
     for config, message in (
         ({"head": "toy", "head_options": {"iner": 3}}, r"model.head_options.iner.*did you mean 'inner'"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sparse_seg.cli.options import add_config, add_device
 from sparse_seg.config import load_config
+from sparse_seg.training.checkpoint import best_of
 from sparse_seg.training.distributed import joined_processes
 from sparse_seg.training.trainer import Trainer
 
@@ -40,5 +41,5 @@ def run(args: argparse.Namespace) -> int:
     with joined_processes(args.device) as (processes, device):
         best = Trainer(config, work_dir, args.resume, device, processes).run()
     if processes.is_first:
-        print(f"best validation mIoU {best:.4f}; weights in {work_dir / 'best.pt'}")
+        print(f"best validation mIoU {best:.4f}; weights in {best_of(work_dir)}")
     return 0

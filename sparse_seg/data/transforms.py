@@ -23,14 +23,6 @@ def normalise(
     return _normalise(image.astype(np.float32), mean, std)
 
 
-def denormalise(
-    tensor: torch.Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> Image:
-    """The inverse of `normalise`: float `[3, H, W]` to uint8 RGB `[H, W, 3]`, rounded and clipped."""
-    pixels = tensor.detach().cpu().permute(1, 2, 0).double().numpy() * np.array(std) + np.array(mean)
-    return np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
-
-
 def _normalise(image: NDArray[np.float32], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     scale = (1 / (255 * np.asarray(std))).astype(np.float32)
     shift = (np.asarray(mean) / np.asarray(std)).astype(np.float32)

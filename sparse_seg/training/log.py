@@ -26,8 +26,8 @@ class TrainingLog:
 
     def __init__(self, work_dir: Path, iteration: int, tensorboard: bool = False) -> None:
         self.path, self.started = work_dir / "log.jsonl", time.monotonic()
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        lines = self.path.read_text(errors="replace").splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if _iteration(line) <= iteration]
         atomic_write(self.path, "".join(kept))
         self.tensorboard = _tensorboard_writer(work_dir, iteration) if tensorboard else None
 
@@ -42,6 +42,14 @@ class TrainingLog:
                 if value is not None:
                     self.tensorboard.add_scalar(name, value, iteration)
             self.tensorboard.flush()
+
+
+def _iteration(line: str) -> float:
+    """A line's iteration; infinity for one that a crash cut off or left blank."""
+    try:
+        return float(json.loads(line)["iteration"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _tensorboard_writer(work_dir: Path, iteration: int) -> Any:
