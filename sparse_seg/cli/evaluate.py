@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     check_classes(config)
     model = load_model(args.checkpoint, config).to(args.device)
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
-    dataset.check()
+    dataset.check(args.limit)
     result = evaluate(model, dataset, config.data, Way(args.dense), args.limit, progress=True)
     print(class_table(result, dataset.classes).to_text())
     print(summary(result))
@@ -141,7 +141,7 @@ def compare_and_report(
     loaded = load(checkpoint)
     model = build_network(loaded, config).to(device)
     dataset = build_dataset(config.data.dataset, config.data.root, split)
-    dataset.check()
+    dataset.check(limit)
     ways = comparison_ways(model, policies, fractions, exchanges)
     origin, rows = provenance(), list[dict[str, Any]]()
     subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, config.model.strides]

@@ -168,11 +168,14 @@ def _is_scaler(value: Any) -> bool:
     return isinstance(value, Mapping) and all(_is_number(number, 0) for number in value.values())
 
 
+_COUNTS = ("iteration", "loss_count", "validated")  # earlier versions did not say when they validated
+
+
 def _is_progress(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
-        and set(value) == {"iteration", "best", "loss_sum", "loss_count"}
-        and all(type(value[name]) is int and value[name] >= 0 for name in ("iteration", "loss_count"))
+        and set(value) - {"validated"} == {"iteration", "best", "loss_sum", "loss_count"}
+        and all(type(value.get(name, 0)) is int and value.get(name, 0) >= 0 for name in _COUNTS)
         and all(_is_number(value[name], -math.inf) for name in ("best", "loss_sum"))
     )
 

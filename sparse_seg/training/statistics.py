@@ -10,6 +10,7 @@ from sparse_seg.config import Config
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import training_batches
 from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.training.distributed import check_values_per_channel
 
 BATCHES = 50  # enough for means of thousands of sites
 
@@ -29,7 +30,9 @@ def recalibrate_batch_norm(
 
     Raises:
         DataError: the dataset is incomplete.
+        ConfigError: a norm would see one value per channel.
     """
+    check_values_per_channel(config, config.train.batch_size)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     device = next(model.parameters()).device
