@@ -21,7 +21,7 @@ test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow" -W ignore::DeprecationWarning
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
