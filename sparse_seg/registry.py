@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sparse_seg.errors import ConfigError, choose_one
+from sparse_seg.errors import ConfigError, choose_one, did_you_mean
 
 
 class UnknownPart(ConfigError, KeyError):
@@ -44,6 +45,28 @@ class Registry(Mapping[str, Any]):
         self._parts[name] = part
         return part
 
+    def options(self, name: str, given: Mapping[str, Any], key: str, part: Any = None) -> dict[str, Any]:
+        """The keyword arguments that a config gives to a part, if it has them all.
+
+        Args:
+            given: by name.
+            key: of the config, for messages.
+            part: what takes them; by default the part itself.
+
+        Raises:
+            ConfigError: the part has no argument of a name.
+        """
+        known = [
+            argument.name
+            for argument in inspect.signature(self[name] if part is None else part).parameters.values()
+            if argument.default is not argument.empty and argument.kind is not argument.VAR_KEYWORD
+        ]
+        for option in given:
+            if option not in known:
+                near = did_you_mean(option, known) or (f"; it has {', '.join(known)}" if known else "")
+                raise ConfigError(f"{key}.{option}: the {self.kind} {name!r} has no such option{near}")
+        return dict(given)
+
     def __getitem__(self, name: str) -> Any:
         if name not in self:
             raise UnknownPart(f"unknown {self.kind} {choose_one(name, self)}")
@@ -66,10 +89,10 @@ class Registry(Mapping[str, Any]):
 BACKBONES = Registry(
     "backbone",
     {
-        "resnet18": "sparse_seg.models.resnet:ResNet",
-        "resnet34": "sparse_seg.models.resnet:ResNet",
-        "resnet50": "sparse_seg.models.resnet:ResNet",
-        "resnet101": "sparse_seg.models.resnet:ResNet",
+        "resnet18": "sparse_seg.models.resnet:RESNET18",
+        "resnet34": "sparse_seg.models.resnet:RESNET34",
+        "resnet50": "sparse_seg.models.resnet:RESNET50",
+        "resnet101": "sparse_seg.models.resnet:RESNET101",
     },
 )
 HEADS = Registry(

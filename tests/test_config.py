@@ -30,8 +30,6 @@ from sparse_seg.config import (
 from sparse_seg.config.keys import type_name
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import ORACLES, REDUCTIONS, RULES, UNCERTAINTIES
-from sparse_seg.models.aspp import SEPARABLE
-from sparse_seg.models.resnet import SHORTCUTS, STEMS
 from sparse_seg.sparse import ENGINES, EXCHANGES
 
 SECTIONS = (Config, ModelConfig, MaskConfig, DataConfig, TrainConfig, LossConfig, DistillConfig)
@@ -192,10 +190,6 @@ def test_choices_are_those_of_the_parts():
         (ORACLES, "model.mask.oracle"),
         (UNCERTAINTIES, "model.mask.uncertainty"),
         (REDUCTIONS, "model.mask.reduce"),
-        (STEMS, "model.stem"),
-        (SHORTCUTS, "model.shortcut"),
-        (SEPARABLE, "model.separable"),
-        (SEPARABLE, "model.aspp_separable"),
         (EXCHANGES, "model.exchange"),
         (ENGINES, "model.engine"),
     ):

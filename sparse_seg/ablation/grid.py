@@ -15,7 +15,8 @@ from torch import nn
 from sparse_seg.config import Config, check_config, key, load_config, parse_tree, read_yaml
 from sparse_seg.config.schema import COUNT, SEED
 from sparse_seg.errors import CheckpointError, ConfigError
-from sparse_seg.models.build import build_model, build_policy, parse_policy
+from sparse_seg.masks import build_policy, parse_policy
+from sparse_seg.models.build import build_model
 from sparse_seg.training.checkpoint import check_same_function
 
 

@@ -79,6 +79,11 @@ def all_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Key, Any, An
             yield f"{prefix}{field.name}", field.metadata["key"], kind, default
 
 
+def choices(schema: type, name: str) -> tuple[Any, ...]:
+    """Valid values of a key; none where any, or any within bounds, is valid."""
+    return next(tuple(info.choices) for key_name, info, _, _ in all_keys(schema) if key_name == name)
+
+
 def function_keys(schema: type) -> list[str]:
     """Names of the keys that are part of what the network computes."""
     return [name for name, info, _, _ in all_keys(schema) if info.function]
