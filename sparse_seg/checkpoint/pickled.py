@@ -39,7 +39,11 @@ def load_pickled(path: Path, weights_only: bool = True) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong, the error says
-            content = torch.load(path, "cpu", weights_only=weights_only, mmap=stored)
+            if path.suffix == ".safetensors":  # torch.load would go by the name
+                with path.open("rb") as file:
+                    content = torch.load(file, "cpu", weights_only=weights_only)
+            else:
+                content = torch.load(path, "cpu", weights_only=weights_only, mmap=stored)
         if is_zip:
             _check_sizes(content, records, path)
         return content

@@ -5,6 +5,7 @@ import random
 import warnings
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 
 def flip_bits(data: bytes, rng: random.Random) -> bytes:
@@ -79,7 +80,7 @@ ZIP = (*ANY, rewrite_records, rewrite_records)
 
 # -- trees of plain values, as metadata and configs are
 
-VALUES = (
+VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, 10**12, 10**400, 0.5, -0.0, 1e300, float("inf"), float("nan")),
     *("", "x", "0", "\x1b[31mred\x1b[0m", "a" * 5000, "../../etc/passwd", "\ud800", "resnet18"),
     *([], {}, [[]], [None], [1, 2, 3], ["x"], {"x": 1}, [10**9] * 4, [1] * 10000),
