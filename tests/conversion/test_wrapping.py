@@ -15,7 +15,7 @@ from sparse_seg.cli import main
 from sparse_seg.config import load_config
 from sparse_seg.conversion import convert, to_dense
 from sparse_seg.errors import CheckpointError
-from tests.conversion.cases import SMALL, randomise, state_of
+from tests.conversion.cases import randomise, state_of
 from tests.conversion.deeplabs import Smp
 from tests.conversion.networks import ResNet
 from tests.reference import relative_error
@@ -281,7 +281,7 @@ def test_files_without_checksums_are_read(tmp_path):
 
 
 def test_smp_of_one_class_is_the_same_function(tmp_path):
-    encoder = ResNet(18, 8, "smp", **SMALL)
+    encoder = ResNet(18, 8, "smp", width=8, depths=(2, 1, 2, 2))
     network = randomise(Smp("deeplabv3", encoder, [12, 24, 36], channels=6, classes=1))
     conversion = converted(tmp_path, network.state_dict())
     assert conversion.classes == ["background", "foreground"]
