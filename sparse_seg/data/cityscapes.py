@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
-from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset, list_files
+import numpy as np
+from numpy.typing import NDArray
+
+from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset, ranges
+from sparse_seg.data.listing import list_files
 from sparse_seg.errors import DataError
 
 # Train id order: (name, label id in *_labelIds.png, RGB colour), as in cityscapesScripts' labels.py.
@@ -38,6 +42,11 @@ _TRAIN_IDS = dict.fromkeys((*range(34), _LICENSE_PLATE), IGNORE_INDEX) | {
 }
 IMAGE_SUFFIX = "_leftImg8bit.png"
 LABEL_SUFFIX = "_gtFine_labelIds.png"
+_NOT_READ = tuple(
+    f"_gtFine_{kind}"
+    for kind in ("color.png", "instanceIds.png", "labelTrainIds.png", "instanceTrainIds.png", "polygons.json")
+)
+_TELLING = range(19, 34)  # label ids that are no train ids; each train id is a label id too
 
 
 class Cityscapes(SegmentationDataset):
@@ -56,14 +65,36 @@ class Cityscapes(SegmentationDataset):
 
     def __init__(self, root: str | Path, split: str) -> None:
         images, labels = Path(root, "leftImg8bit", split), Path(root, "gtFine", split)
-        image_files = list_files(images, f"*/*{IMAGE_SUFFIX}")
-        label_files = list_files(labels, f"*/*{LABEL_SUFFIX}")
+        image_files = list_files(
+            images,
+            lambda file: file.parent.parent == images and file.name.endswith(IMAGE_SUFFIX),
+            f"images are {{city}}/*{IMAGE_SUFFIX}",
+        )
+        label_files = [
+            file
+            for file in list_files(
+                labels,
+                lambda file: file.parent.parent == labels and file.name.endswith((LABEL_SUFFIX, *_NOT_READ)),
+                f"labels are {{city}}/*{LABEL_SUFFIX}",
+            )
+            if file.name.endswith(LABEL_SUFFIX)
+        ]
         if not image_files:
             raise DataError(
                 f"{images}: no {{city}}/*{IMAGE_SUFFIX} in it; unpack leftImg8bit_trainvaltest.zip"
             )
         samples = [(file, labels / file.parent.name / _label_name(file)) for file in image_files]
         super().__init__(samples, label_files)
+
+    def _check_values(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        classes = super()._check_values(counts)
+        if not counts[_TELLING].any():
+            self.warn(
+                f"the values in the labels are {ranges(np.flatnonzero(counts))}, none from {_TELLING[0]} to "
+                f"{_TELLING[-1]} (vegetation, sky, car ...): if they are train ids, other classes are "
+                f"learnt; *{LABEL_SUFFIX} must hold label ids"
+            )
+        return classes
 
     def name(self, index: int) -> str:
         return self.samples[index][0].name.removesuffix(IMAGE_SUFFIX)

@@ -1,18 +1,29 @@
 """What every dataset gives: image and label pairs, a class list, and a check to run before step 1."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from sparse_seg.data.reading import (
+    Image,
+    Picture,
+    captured_stderr,
+    decode_image,
+    jpeg_complaint,
+    read_image,
+    read_label,
+)
 from sparse_seg.errors import DataError
+
+__all__ = ["IGNORE_INDEX", "SMALLEST_SIDE", "ClassList", "Image", "SegmentationDataset", "read_image"]
 
 IGNORE_INDEX = 255
 """Train id of pixels that neither the loss nor the metrics count."""
@@ -21,9 +32,9 @@ SMALLEST_SIDE = 32
 """Pixels; on smaller images the coarsest stage of a network has no cell left."""
 
 _NO_SUCH_LABEL = 254  # a stored value outside the dataset's list; never leaves this module
-_END_OF_FILE = {b"\x89PNG": b"IEND\xaeB`\x82", b"\xff\xd8\xff": b"\xff\xd9"}  # first bytes -> last bytes
 
-Image = NDArray[np.uint8]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,8 +64,8 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         label_files: every label file found, so that `check` can report labels without an image.
     """
 
-    classes: ClassVar[ClassList]
-    train_ids: ClassVar[dict[int, int]]
+    classes: ClassList
+    train_ids: Mapping[int, int]
 
     def __init__(self, samples: list[tuple[Path, Path]], label_files: Sequence[Path]) -> None:
         self.samples = samples
@@ -62,6 +73,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         self._lookup = np.full(256, _NO_SUCH_LABEL, np.uint8)
         for value, train_id in self.train_ids.items():
             self._lookup[value] = train_id
+        self._unknown = (self._lookup == _NO_SUCH_LABEL).astype(np.uint8)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -79,31 +91,55 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         Raises:
             DataError: a file is missing or unreadable, the sizes differ or a label value is unknown.
         """
-        image_file, label_file = self.samples[index]
-        if not label_file.is_file():
-            raise DataError(f"{image_file}: its label {label_file} is missing; add it or remove the image")
-        image = read_image(image_file)
-        stored = _read_label(label_file)
-        if image.shape[:2] != stored.shape:
-            raise DataError(
-                f"{label_file}: the label is {_size(stored)} but its image {image_file} is {_size(image)}; "
-                "resize the label with nearest neighbour or replace the pair"
-            )
-        label = self._lookup[stored]
-        if (label == _NO_SUCH_LABEL).any():
-            unknown = np.unique(stored[label == _NO_SUCH_LABEL]).tolist()
-            raise DataError(
-                f"{label_file}: label values {unknown} are not in this dataset's list "
-                f"{_ranges(np.flatnonzero(self._lookup != _NO_SUCH_LABEL).tolist())}; fix the file or choose "
-                "the dataset it belongs to"
-            )
-        return image, label
+        picture, values = self._read(index)
+        return picture.pixels, np.asarray(cv2.LUT(values, self._lookup), np.uint8)
 
-    def check(self) -> None:
-        """Reads every file once, on all cores.
+    def stored_label(self, file: Path) -> Image:
+        """A label file's values `[H, W]` uint8, those of `train_ids` alone.
 
         Raises:
-            DataError: names the first faulty file, what to do, and how many files are faulty.
+            DataError: the file is unreadable, holds colours, or a value is unknown.
+        """
+        values = read_label(file)
+        if values.ndim != 2:
+            raise DataError(
+                f"{file}: the label is 3-channel {values.dtype}; save it as a single-channel 8-bit PNG of "
+                "class ids, not of colours"
+            )
+        unknown = np.asarray(cv2.LUT(values, self._unknown), bool)
+        if unknown.any():
+            found, known = np.unique(values[unknown]), np.flatnonzero(self._unknown == 0)
+            raise DataError(
+                f"{file}: label values {_some(found.tolist())} ({unknown.sum()} px) are not in this "
+                f"dataset's list {ranges(known)}; fix the file or choose the dataset it belongs to"
+            )
+        return values
+
+    def _read(self, index: int) -> tuple[Picture, Image]:
+        """The picture and the label's stored values."""
+        image_file, label_file = self.samples[index]
+        if not os.path.lexists(label_file):
+            raise DataError(f"{image_file}: its label {label_file} is missing; add it or remove the image")
+        picture, values = decode_image(image_file), self.stored_label(label_file)
+        if picture.pixels.shape[:2] != values.shape:
+            raise DataError(
+                f"{label_file}: the label is {_size(values)} but its image {image_file} is "
+                f"{_size(picture.pixels)}; resize the label with nearest neighbour or replace the pair"
+            )
+        return picture, values
+
+    def check(self, limit: int | None = None) -> NDArray[np.int64]:
+        """Read every file once, on all cores; what looks odd is logged as a warning.
+
+        Args:
+            limit: how many images, from the first, are used; they must hold a pixel of a class.
+
+        Returns:
+            How many pixels each class has, `[K]`.
+
+        Raises:
+            DataError: names the first faulty file, what to do, and how many files are faulty; or no pixel
+                belongs to a class.
         """
         paired = {label for _, label in self.samples}
         faults = [
@@ -111,90 +147,95 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
             for label in self._label_files
             if label not in paired
         ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            faults += [fault for fault in pool.map(self._fault, range(len(self))) if fault]
+        with captured_stderr() as printed, ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = list(pool.map(self._inspect, range(len(self))))
+            complaint = jpeg_complaint(printed())
+        seen = [result for result in results if not isinstance(result, str)]
+        faults += [result for result in results if isinstance(result, str)]
+        if complaint:  # of one of the images: which one is seen when they are read one by one
+            faults += filter(None, (_jpeg_fault(image) for image, _ in self.samples))
         if len(faults) > 1:
             raise DataError(f"{faults[0]} (faulty files in all: {len(faults)})")
         if faults:
             raise DataError(faults[0])
+        self._check_depths([bits for bits, _ in seen])
+        counts = np.array([values for _, values in seen])
+        if limit is not None and limit < len(self):
+            self._class_counts(counts[:limit].sum(0), limit)
+        return self._check_values(counts.sum(0))
 
-    def _fault(self, index: int) -> str | None:
+    def _inspect(self, index: int) -> tuple[int, NDArray[np.int64]] | str:
+        """Bits of the image and pixels of each label value, or what is wrong."""
         try:
-            image, _ = self.load(index)
+            picture, values = self._read(index)
         except DataError as error:
             return str(error)
-        if min(image.shape[:2]) < SMALLEST_SIDE:
-            file = self.samples[index][0]
-            return (
-                f"{file}: the image is {_size(image)}; use images of {SMALLEST_SIDE}x{SMALLEST_SIDE} or more"
+        if min(values.shape) < SMALLEST_SIDE:
+            file, size = self.samples[index][0], _size(values)
+            return f"{file}: the image is {size}; use images of {SMALLEST_SIDE}x{SMALLEST_SIDE} or more"
+        histogram = cv2.calcHist([values], [0], None, [256], [0, 256])
+        return picture.bits, histogram.ravel().astype(np.int64)
+
+    def _check_depths(self, bits: Sequence[int]) -> None:
+        if 12 in bits:
+            self.warn(
+                f"{bits.count(12)} of {len(bits)} images have 16 bits per channel but no value above 4095, "
+                f"such as {self.samples[bits.index(12)][0].name}: they are read as 12-bit pictures"
             )
-        return None
+
+    def _check_values(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Pixels of each class, `[K]`, from those of each label value, `[256]`; a subclass may look closer.
+
+        Raises:
+            DataError: there is none.
+        """
+        classes = self._class_counts(counts, len(self))
+        if (classes > 0).sum() == 1:
+            self.warn(f"all labelled pixels are of one class, {self.classes.names[int(classes.argmax())]!r}")
+        return classes
+
+    def _class_counts(self, counts: NDArray[np.int64], images: int) -> NDArray[np.int64]:
+        classes = np.zeros(256, np.int64)
+        np.add.at(classes, self._lookup, counts)
+        if not classes[: len(self.classes)].any():
+            own = [value for value, train_id in self.train_ids.items() if train_id != IGNORE_INDEX]
+            raise DataError(
+                f"{self.label_folder}: no pixel of {images} labels belongs to a class: their values are "
+                f"{ranges(np.flatnonzero(counts))}, all ignored; label values of classes are "
+                f"{ranges(sorted(own))}"
+            )
+        return classes[: len(self.classes)]
+
+    @property
+    def label_folder(self) -> Path:
+        """The innermost folder that holds all labels."""
+        return Path(os.path.commonpath([label.parent for _, label in self.samples]))
+
+    def warn(self, message: str) -> None:
+        """Log a warning about the split."""
+        _LOG.warning("warning: %s: %s", self.label_folder, message)
 
 
-def list_files(folder: Path, pattern: str) -> list[Path]:
-    """Files in `folder` that match `pattern`, sorted.
-
-    Raises:
-        DataError: the folder does not exist.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; check the dataset's root and split")
-    return sorted(path for path in folder.glob(pattern) if path.is_file())
-
-
-def read_image(file: Path) -> Image:
-    """Decodes an image file to `[H, W, 3]` uint8 RGB, in the orientation its pixels are stored in.
-
-    Raises:
-        DataError: the file is missing, truncated or not an image.
-    """
-    image = _decode(file, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    return np.ascontiguousarray(image[..., ::-1])
-
-
-def _read_label(file: Path) -> Image:
-    label = _decode(file, cv2.IMREAD_UNCHANGED)
-    if label.ndim != 2 or label.dtype != np.uint8:
-        channels = 1 if label.ndim == 2 else label.shape[2]
-        raise DataError(
-            f"{file}: the label is {channels}-channel {label.dtype}; "
-            "save it as a single-channel 8-bit PNG of class ids, not of colours"
-        )
-    return label
-
-
-def _decode(file: Path, flags: int) -> NDArray[Any]:
+def _jpeg_fault(file: Path) -> str | None:
     try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{file}: cannot be read ({error.strerror}); check the path and its rights"
-        ) from error
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if _is_complete(data) else None
-    except cv2.error:  # instead of None, where the header promises an impossible size
-        image = None
-    if image is None:
-        raise DataError(f"{file}: truncated, corrupt or not an image; restore it from the original dataset")
-    return image
-
-
-def _is_complete(data: bytes) -> bool:
-    """Whether the format's end marker is there; some OpenCV versions fill in truncated files silently."""
-    for start, end in _END_OF_FILE.items():
-        if data.startswith(start):
-            return data.find(end, len(data) // 2) >= 0
-    return len(data) > 0
+        read_image(file)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _size(image: Image) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
 
 
-def _ranges(values: list[int]) -> str:
+def _some(values: list[int]) -> str:
+    return str(values) if len(values) <= 5 else f"{str(values[:5])[:-1]}, ...]"
+
+
+def ranges(values: Iterable[int]) -> str:
     """`[0, 1, 2, 255]` as `0..2, 255`."""
     runs: list[list[int]] = []
-    for value in values:
+    for value in map(int, values):
         if runs and value == runs[-1][1] + 1:
             runs[-1][1] = value
         else:

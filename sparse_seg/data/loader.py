@@ -1,18 +1,23 @@
 """Loaders whose samples depend on the seed and the position alone: not on workers, not on interruptions."""
 
 import signal
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from sparse_seg.config import Config
 from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.transforms import TrainTransform, normalise
-from sparse_seg.schema import Config
+from sparse_seg.errors import DataError
 
 Sample = tuple[torch.Tensor, torch.Tensor]
+_Batch = TypeVar("_Batch")
 
 
 class TrainingView(Dataset[Sample]):
@@ -94,6 +99,71 @@ class EvaluationView(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
         return normalise(image, self.mean, self.std)[None], target[None], index
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """In place of a sample or batch: an exception would arrive as its worker's traceback."""
+
+    message: str
+
+
+class _Named(Dataset[Any]):
+    """A view whose failures are samples."""
+
+    def __init__(self, view: Dataset[Any]) -> None:
+        self.view = view
+
+    def __len__(self) -> int:
+        return len(self.view)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: int) -> Any:
+        try:
+            return self.view[key]
+        except DataError as error:
+            return _Failure(str(error))
+        except MemoryError:
+            return _Failure("no memory to read an image; lower data.workers")
+
+
+def _collate(samples: list[Any]) -> Any:
+    failures = [sample for sample in samples if isinstance(sample, _Failure)]
+    return failures[0] if failures else default_collate(samples)
+
+
+class _Loader(DataLoader[_Batch]):
+    """A loader whose iteration raises a DataError of one line, in the process that iterates."""
+
+    def __iter__(self) -> Iterator[_Batch]:  # type: ignore[override]
+        iterator = _quietly(super().__iter__)
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(
+                    "a data worker was killed, as happens where memory or shared memory runs out; lower "
+                    "data.workers"
+                ) from None
+            if isinstance(batch, _Failure):
+                raise DataError(batch.message)
+            yield batch
+
+
+def _quietly(start: Callable[[], Iterator[_Batch]]) -> Iterator[_Batch]:
+    """Start a loader's workers, without the handler by which torch raises their death in the middle of
+    whatever runs, a training step for instance; the loader sees it too, when it waits for them."""
+    if threading.current_thread() is not threading.main_thread():
+        return start()
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        return start()
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+
+
 def training_loader(
     dataset: SegmentationDataset,
     transform: TrainTransform,
@@ -108,8 +178,9 @@ def training_loader(
 
     part: (i, n) for the i-th of n parts of each batch.
     """
-    return DataLoader(
-        TrainingView(dataset, transform, seed),
+    return _Loader(
+        _Named(TrainingView(dataset, transform, seed)),
+        collate_fn=_collate,
         batch_sampler=ResumableSampler(len(dataset), batch_size, seed, start_iteration, iterations, part),
         num_workers=workers,
         worker_init_fn=_start_worker,
@@ -144,8 +215,8 @@ def evaluation_loader(
     dataset: SegmentationDataset, mean: Sequence[float], std: Sequence[float], workers: int
 ) -> DataLoader[tuple[torch.Tensor, torch.Tensor, int]]:
     """The frames in order, one at a time: float32 `[1, 3, H, W]`, int64 `[1, H, W]`, index."""
-    return DataLoader(
-        EvaluationView(dataset, mean, std),
+    return _Loader(
+        _Named(EvaluationView(dataset, mean, std)),
         batch_size=None,
         num_workers=workers,
         worker_init_fn=_start_worker,

@@ -19,16 +19,18 @@ _HUE_SHARE = 0.1  # radians of hue turn per unit of jitter: lanes and signs keep
 def normalise(
     image: Image, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> torch.Tensor:
-    """`(image / 255 - mean) / std`: uint8 RGB `[H, W, 3]` to a contiguous float32 tensor `[3, H, W]`."""
+    """`(image / 255 - mean) / std`: uint8 RGB `[H, W, 3]` to a contiguous float32 tensor `[3, H, W]`.
+
+    Raises:
+        ValueError: the image is not uint8: values of 0..1 would all become nearly black.
+    """
+    _require_bytes(image)
     return _normalise(image.astype(np.float32), mean, std)
 
 
-def denormalise(
-    tensor: torch.Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> Image:
-    """The inverse of `normalise`: float `[3, H, W]` to uint8 RGB `[H, W, 3]`, rounded and clipped."""
-    pixels = tensor.detach().cpu().permute(1, 2, 0).double().numpy() * np.array(std) + np.array(mean)
-    return np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
+def _require_bytes(image: Image) -> None:
+    if image.dtype != np.uint8:
+        raise ValueError(f"an image of {image.dtype}: expected uint8, 0..255")
 
 
 def _normalise(image: NDArray[np.float32], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -77,6 +79,7 @@ class TrainTransform:
         self, image: Image, label: Image, rng: np.random.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Image `[H, W, 3]` uint8 and label `[H, W]` uint8 to float32 `[3, h, w]` and int64 `[h, w]`."""
+        _require_bytes(image)
         warp = self._draw_warp(image.shape[0], image.shape[1], rng)
         fill = [255 * channel for channel in self.mean]
         pixels = _warp(image, warp, self.crop, cv2.INTER_LINEAR, fill).astype(np.float32)

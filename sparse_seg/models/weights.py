@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sparse_seg.config import ModelConfig
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.masks import mask_net
 from sparse_seg.models.build import build_model
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import ModelConfig
 
 
 def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -15,12 +15,10 @@ from sparse_seg.checkpoint.content import Checkpoint
 from sparse_seg.checkpoint.digest import digest_of
 from sparse_seg.checkpoint.file import FORMAT, find, is_safetensors, load_pt, save
 from sparse_seg.checkpoint.loading import check_same, function_of
-from sparse_seg.checks import num_classes
-from sparse_seg.config import config_from_dict, model_config, to_dict
+from sparse_seg.config import Config, config_from_dict, model_config, num_classes, to_dict
 from sparse_seg.data import DATASETS
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.files import atomic_write
-from sparse_seg.schema import Config
 from sparse_seg.version import __version__
 
 BEST, LAST = "best.safetensors", "last.pt"
@@ -170,11 +168,14 @@ def _is_scaler(value: Any) -> bool:
     return isinstance(value, Mapping) and all(_is_number(number, 0) for number in value.values())
 
 
+_COUNTS = ("iteration", "loss_count", "validated")  # earlier versions did not say when they validated
+
+
 def _is_progress(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
-        and set(value) == {"iteration", "best", "loss_sum", "loss_count"}
-        and all(type(value[name]) is int and value[name] >= 0 for name in ("iteration", "loss_count"))
+        and set(value) - {"validated"} == {"iteration", "best", "loss_sum", "loss_count"}
+        and all(type(value.get(name, 0)) is int and value.get(name, 0) >= 0 for name in _COUNTS)
         and all(_is_number(value[name], -math.inf) for name in ("best", "loss_sum"))
     )
 

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from sparse_seg.checkpoint import Checkpoint, build_network, load
 from sparse_seg.checkpoint.pickled import load_pickled
-from sparse_seg.checks import num_classes
+from sparse_seg.config import Config, num_classes
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.files import atomic_write
-from sparse_seg.models.heads import RowHead
-from sparse_seg.schema import Config
+from sparse_seg.models.way import Way
 from sparse_seg.sparse import SiteLayout, densify, grid_to_rows
 
 MOST_SITES = 1024  # per image whose likeness is compared: pairs grow with the square
@@ -55,8 +54,8 @@ class Teacher:
     ) -> None:
         checkpoint = load(path)
         self.model = build_network(checkpoint).requires_grad_(False).to(device)
-        if not isinstance(self.model.head, RowHead):
-            raise ConfigError(f"train.distill.teacher {path}: its head has no rows before densify")
+        if self.model.head.reads_low_level:
+            raise ConfigError(f"train.distill.teacher {path}: its head's logits are at another stride")
         _check_fits(checkpoint, config)
         self.cache = None if cache is None else Path(cache)
         self._digest = checkpoint.digest.encode()
@@ -71,11 +70,8 @@ class Teacher:
 
     @torch.no_grad()
     def _run(self, images: Tensor, output_stride: int) -> TeacherOutputs:
-        layouts = self.model.dense_layouts(images, output_stride)
-        head, layout = self.model.head, layouts[-1]
-        assert isinstance(head, RowHead)
-        features = densify(head.neck(self.model.backbone(images, layouts)[-1], layout), layout)
-        return TeacherOutputs(head.decode(features, layout.stride).half(), features.half())
+        run = self.model.start(images).follow(Way.dense(output_stride))
+        return TeacherOutputs(run.grid_logits().half(), densify(run.rows(), run.layouts[-1]).half())
 
     def _cached(self, images: Tensor, output_stride: int, cache: Path) -> TeacherOutputs:
         paths = [self._path(cache, image, output_stride) for image in images]

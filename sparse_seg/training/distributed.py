@@ -7,6 +7,7 @@ none, they see their own process's share. The first process validates and writes
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_seg.errors import TrainingError
+from sparse_seg.config import Config
+from sparse_seg.errors import ConfigError, TrainingError
+from sparse_seg.registry import POOLING_HEADS
 
 TIMEOUT = timedelta(hours=2)  # the others wait as long as the first validates
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -36,12 +39,19 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def check_batch(self, batch_size: int) -> None:
-        """Raises a TrainingError for a batch that cannot be shared equally."""
+    def check_batch(self, config: Config, device: torch.device) -> None:
+        """
+        Raises:
+            TrainingError: a batch cannot be shared equally.
+            ConfigError: a batch norm would see one value per channel.
+        """
+        batch_size = config.train.batch_size
         if batch_size % self.count:
             raise TrainingError(
                 f"train.batch_size {batch_size} cannot be shared by {self.count} processes; use a multiple"
             )
+        synchronised = self.count > 1 and device.type == "cuda"
+        check_values_per_channel(config, batch_size if synchronised else batch_size // self.count)
 
     def seed(self, seed: int, iteration: int) -> None:
         """Draw other random numbers than the first process, which has torch's state as it is."""
@@ -76,6 +86,37 @@ class Processes:
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set in any process. All wait for all here: for the first while it validates."""
         return flag if self.count == 1 else self.mean(torch.tensor(float(flag), device=device)).item() > 0
+
+
+def check_values_per_channel(config: Config, images: int) -> None:
+    """A batch norm in training needs two values per channel or more.
+
+    Args:
+        images: that a norm sees at once.
+
+    Raises:
+        ConfigError: it gets one.
+    """
+    train, model = config.train, config.model
+    strides = [train.output_stride if train.network == "dense" else model.strides[-1]]
+    if train.freeze:
+        strides = []
+    if model.mask.policy == "learned":  # its net has a value per block
+        strides.append(model.strides[-1])
+    pools = model.head in POOLING_HEADS and not train.freeze
+    deepest = max(strides)
+    cells = math.prod(math.ceil(side / deepest) for side in config.data.crop)
+    if images > 1 or (cells > 1 and not pools):
+        return
+    cause = (
+        f"{model.head} pools each image to one value"
+        if pools
+        else f"data.crop {config.data.crop} is one cell at stride {deepest}"
+    )
+    raise ConfigError(
+        f"train.batch_size {train.batch_size} gives each process one image, and {cause}, where a batch norm "
+        "learns nothing; raise train.batch_size" + ("" if pools else " or data.crop")
+    )
 
 
 @contextmanager

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from sparse_seg.config import Config
 from sparse_seg.errors import TrainingError
-from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import LAST, best_of, load_state
+from sparse_seg.training.stopping import is_complete
 from sparse_seg.training.trainer import Trainer
 
 
@@ -24,6 +25,7 @@ def finish_training(config: Config, work_dir: str | Path, device: torch.device |
     if not is_finished(config, work_dir):
         trainer = Trainer(config, work_dir, resume=(work_dir / LAST).exists(), device=device)
         trainer.how_to_go_on = "run it again to go on"  # by this function
+        trainer.how_to_go_on_changed = f"remove {work_dir} and run it again"
         trainer.run()
     return best_of(work_dir)
 
@@ -41,4 +43,4 @@ def is_finished(config: Config, work_dir: Path) -> bool:
     state = load_state(last)
     if state["config"] != config:
         raise TrainingError(f"{work_dir} holds a run of another config; remove it or choose another folder")
-    return state["progress"]["iteration"] >= config.train.iterations
+    return is_complete(state, config.train.iterations, work_dir)

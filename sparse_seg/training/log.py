@@ -1,8 +1,9 @@
-"""What a run tells of itself: a line of JSON per log step and validation, and TensorBoard if asked."""
+"""Training log: one JSON line per log step and validation, and TensorBoard if asked."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import Any
 from sparse_seg.errors import TrainingError
 from sparse_seg.files import atomic_write
 
+_LOG = logging.getLogger(__name__)
+
 
 class TrainingLog:
     """`log.jsonl` in a work folder, without lines later than the iteration that is gone on from.
+
+    Lines that a kill or a full disk cut are left out, with a warning.
 
     Args:
         work_dir: exists.
@@ -26,8 +31,12 @@ class TrainingLog:
 
     def __init__(self, work_dir: Path, iteration: int, tensorboard: bool = False) -> None:
         self.path, self.started = work_dir / "log.jsonl", time.monotonic()
-        lines = self.path.read_text(errors="replace").splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if _iteration(line) <= iteration]
+        text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+        lines = [(line, _iteration(line)) for line in text.splitlines(keepends=True) if line.strip()]
+        damaged = sum(found is None for _, found in lines)
+        if damaged:
+            _LOG.warning("warning: %s: %d damaged lines are left out", self.path, damaged)
+        kept = [line for line, found in lines if found is not None and found <= iteration]
         atomic_write(self.path, "".join(kept))
         self.tensorboard = _tensorboard_writer(work_dir, iteration) if tensorboard else None
 
@@ -44,12 +53,13 @@ class TrainingLog:
             self.tensorboard.flush()
 
 
-def _iteration(line: str) -> float:
-    """A line's iteration; infinity for one that a crash cut off or left blank."""
+def _iteration(line: str) -> int | None:
+    """The iteration of a whole line of the log."""
     try:
-        return float(json.loads(line)["iteration"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        found = json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if type(found) is int and line.endswith("\n") else None
 
 
 def _tensorboard_writer(work_dir: Path, iteration: int) -> Any:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sparse_seg.config import LossConfig
 from sparse_seg.data.dataset import IGNORE_INDEX
+from sparse_seg.errors import ConfigError
 from sparse_seg.masks import label_boundary
-from sparse_seg.models.segmentor import Outputs
-from sparse_seg.schema import LossConfig
+
+
+class Outputs(NamedTuple):
+    """Logits `[B, K, H, W]`, and those of the auxiliary head (None without one or outside training)."""
+
+    logits: Tensor
+    auxiliary: Tensor | None
 
 
 class SegmentationLoss(nn.Module):
@@ -70,6 +80,12 @@ class SegmentationLoss(nn.Module):
         if self.weights is not None:
             weights = weights * self.weights[labels.where(labelled, 0)]
         return losses.sum() / weights.sum().clamp_min(1e-12)
+
+
+def check_class_weights(pixels: NDArray[np.int64], weights: list[float] | None) -> None:
+    """Raises a ConfigError where none of the labelled pixels, `[K]` by class, has a weight."""
+    if weights is not None and not (pixels * weights).any():
+        raise ConfigError("train.loss.class_weights is 0 for every class in the train labels; raise some")
 
 
 def boundary_band(labels: Tensor, width: int) -> Tensor:

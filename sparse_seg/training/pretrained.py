@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sparse_seg.checkpoint import load
 from sparse_seg.checkpoint.file import is_ours
+from sparse_seg.config import ModelConfig
 from sparse_seg.conversion import convert
 from sparse_seg.errors import CheckpointError
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import load_weights, part_of
-from sparse_seg.schema import ModelConfig
 
 # settings of the backbone that its tensors' shapes do not tell
 SAME = ("shortcut", "bn_eps")

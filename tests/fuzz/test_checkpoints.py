@@ -25,11 +25,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparse_seg.checkpoint import digest_of, load_model
-from sparse_seg.config import config_from_dict
+from sparse_seg.config import Config, config_from_dict
 from sparse_seg.conversion import convert, to_dense
 from sparse_seg.errors import SparseSegError
 from sparse_seg.models.build import build_model
-from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import load_state, save_checkpoint, save_state
 from sparse_seg.training.schedule import build_optimizer
 from sparse_seg.training.trainer import Trainer

@@ -1,0 +1,105 @@
+"""Ways in which a training ends early, and what they must not cost."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_seg.errors import TrainingError
+from sparse_seg.training.checkpoint import best_of
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a batch system's, a lost terminal's
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class AlreadyTrained(TrainingError):
+    """The run in the folder has come to its end; there is nothing to go on with."""
+
+
+class Diverged(TrainingError):
+    """Loss or gradient is not finite: other settings are needed."""
+
+
+class ValidationStopped(BaseException):
+    """Raised into a validation, which may be long, by a request to stop."""
+
+
+@contextmanager
+def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Give signals that end a process to `handler`; one that is ignored (nohup) stays ignored."""
+    taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in taken}
+    try:
+        yield
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
+
+
+class UndoPoint:
+    """What a forward pass changes: statistics of norms and the random numbers' state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.random = model, torch.get_rng_state()
+        self.buffers = [buffer.clone() for buffer in model.buffers()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for buffer, value in zip(self.model.buffers(), self.buffers, strict=True):
+            buffer.copy_(value)
+        torch.set_rng_state(self.random)
+
+
+@contextmanager
+def memory_named() -> Iterator[None]:
+    """Raises a TrainingError where a step finds no memory, on GPU or CPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+            raise
+        raise TrainingError("no memory for a step; lower train.batch_size or data.crop") from None
+
+
+def is_complete(state: Mapping[str, Any], iterations: int, work_dir: Path) -> bool:
+    """Whether the state of a run in `work_dir` is its end, with its last validation done."""
+    progress = state.get("progress", {})
+    done = progress.get("iteration", 0)
+    validated = progress.get("validated", done) >= done and best_of(work_dir).exists()
+    return done >= iterations and validated
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    return str(error)
+
+
+def ending(what: str, failure: Exception | None, unsaved: OSError | None, kept: str, how: str) -> str:
+    """What a failed run says.
+
+    Args:
+        what: happened, by `failure` if by one.
+        unsaved: why `last.pt` could not be written.
+        kept: where the last checkpoint is; empty without one.
+        how: to go on from it.
+    """
+    if unsaved is not None and reason(unsaved) not in what:
+        what += f"; {reason(unsaved)}"
+    if not kept:
+        kept, how = "no checkpoint was written yet", "start again"
+    if isinstance(failure, Diverged):
+        how = f"lower train.lr or set train.clip_grad_norm, then {how}"
+    elif any(isinstance(error, OSError) and error.errno in _FULL for error in (failure, unsaved)):
+        how = f"make room on the disk, then {how}"
+    return f"{what}; {kept}; {how}"

@@ -1,0 +1,28 @@
+"""Image files that no library at hand writes: PNGs of every bit depth, with any chunks."""
+
+import struct
+import zlib
+
+import numpy as np
+
+from sparse_seg.data.formats import GREY, PNG_SIGNATURE
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def png(values: np.ndarray, depth: int, colour: int = GREY, extra: bytes = b"") -> bytes:
+    """A PNG of grey values or palette indices `[H, W]`, `depth` bits each."""
+    height, width = values.shape
+    bits = np.unpackbits(values.astype(np.uint8)[..., None], axis=2)[..., 8 - depth :]
+    rows = np.packbits(bits.reshape(height, -1), axis=1)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return PNG_SIGNATURE + chunk(b"IHDR", header) + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def palette(colours: list[tuple[int, int, int]]) -> bytes:
+    """A palette's chunk."""
+    return chunk(b"PLTE", bytes(value for colour in colours for value in colour))

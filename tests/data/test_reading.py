@@ -1,0 +1,157 @@
+"""Files as they come: bit depths, palettes, films behind photos, damage in the middle, pipes."""
+
+import os
+import socket
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from sparse_seg.data.formats import PALETTE
+from sparse_seg.data.reading import captured_stderr, decode_image, read_image, read_label, read_label_palette
+from sparse_seg.errors import DataError
+from tests.data.files import chunk, palette, png
+
+
+def scene(height: int = 48, width: int = 64) -> np.ndarray:
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    return np.asarray(cv2.GaussianBlur(noise, (0, 0), 2))
+
+
+def jpeg() -> bytes:
+    return cv2.imencode(".jpg", scene())[1].tobytes()
+
+
+def damaged_jpeg() -> bytes:
+    """Other bytes in the middle of the coded pixels."""
+    data = jpeg()
+    middle = len(data) * 2 // 3
+    noise = np.random.default_rng(0).integers(0, 255, 60, np.uint8).tobytes()
+    return data[:middle] + noise + data[middle + 60 :]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("colour", [0, PALETTE])
+def test_labels_keep_their_ids_at_every_bit_depth(tmp_path: Path, depth: int, colour: int) -> None:
+    ids = np.random.default_rng(depth).integers(0, 2**depth, (9, 13))
+    ids[0, 0] = 2**depth - 1
+    colours = [(200, index % 7, 255 - index) for index in range(2**depth)]
+    extra = palette(colours) if colour else b""
+    extra += chunk(b"tRNS", b"\0" * (1 if colour else 2))  # a transparent index or grey value
+    (tmp_path / "label.png").write_bytes(png(ids, depth, colour, extra))
+    values = read_label(tmp_path / "label.png")
+    assert values.dtype == np.uint8
+    np.testing.assert_array_equal(values, ids)
+    assert read_label_palette(tmp_path / "label.png") == (colours if colour else [])
+
+
+def test_pillow_writes_what_we_read(tmp_path: Path) -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    ids = np.random.default_rng(0).integers(0, 4, (9, 13), np.uint8)
+    for bits in (2, 8):
+        image = image_module.fromarray(ids, mode=None).convert("L")
+        image.putpalette([10, 20, 30] * 2**bits)
+        image.save(tmp_path / "label.png", bits=bits)
+        np.testing.assert_array_equal(read_label(tmp_path / "label.png"), ids)
+
+
+def test_a_label_of_colours_is_read_as_rgb(tmp_path: Path) -> None:
+    colours = scene()
+    opaque = np.dstack([colours, np.full(colours.shape[:2], 255, np.uint8)])
+    for pixels in (colours, opaque):
+        assert cv2.imwrite(str(tmp_path / "label.png"), pixels)
+        np.testing.assert_array_equal(read_label(tmp_path / "label.png"), colours[..., ::-1])
+
+
+def test_labels_that_cannot_be_ids_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "label.png"
+    transparent = np.zeros((8, 8, 4), np.uint8)
+    assert cv2.imwrite(str(file), transparent)
+    with pytest.raises(DataError, match=r"label\.png: the label is 4-channel uint8"):
+        read_label(file)
+    file.write_bytes(jpeg())
+    with pytest.raises(DataError, match=r"label\.png: the label is a JPEG, which changes ids"):
+        read_label(file)
+
+
+@pytest.mark.parametrize(("bits", "suffix"), [(12, ".png"), (16, ".png"), (12, ".tif"), (16, ".tif")])
+def test_pictures_of_more_than_8_bits_keep_their_brightness(tmp_path: Path, bits: int, suffix: str) -> None:
+    shown = scene()
+    shown[0, 0] = 255
+    deep = shown.astype(np.uint16) << (bits - 8)
+    assert cv2.imwrite(str(tmp_path / f"image{suffix}"), deep)
+    picture = decode_image(tmp_path / f"image{suffix}")
+    assert picture.bits == bits
+    np.testing.assert_array_equal(picture.pixels, shown[..., ::-1])
+
+
+def test_a_picture_of_floats_is_refused(tmp_path: Path) -> None:
+    assert cv2.imwrite(str(tmp_path / "image.tif"), (scene() / 255).astype(np.float32))
+    with pytest.raises(DataError, match=r"image\.tif"):
+        read_image(tmp_path / "image.tif")
+
+
+def test_a_photo_with_a_film_behind_it(tmp_path: Path) -> None:
+    photo = jpeg()
+    film = b"\0\0\0\x18ftypmp42" + np.random.default_rng(1).bytes(3 * len(photo))
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    (tmp_path / "motion.jpg").write_bytes(photo + film)
+    np.testing.assert_array_equal(read_image(tmp_path / "motion.jpg"), read_image(tmp_path / "photo.jpg"))
+    (tmp_path / "cut.jpg").write_bytes(photo[:-200] + film)
+    with pytest.raises(DataError, match=r"cut\.jpg"):
+        read_image(tmp_path / "cut.jpg")
+
+
+def test_a_jpeg_damaged_in_the_middle_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photo.jpg").write_bytes(damaged_jpeg())
+    with pytest.raises(DataError, match=r"photo\.jpg: the JPEG is damaged \(Corrupt JPEG data"):
+        read_image(tmp_path / "photo.jpg")
+    assert capfd.readouterr().err == "", "the error says it"
+
+
+def test_exif_turns_photos_that_ask_for_it(tmp_path: Path) -> None:
+    orientation = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    segment, data = b"Exif\0\0" + orientation, jpeg()
+    turned = data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
+    (tmp_path / "photo.jpg").write_bytes(turned)
+    stored = read_image(tmp_path / "photo.jpg")
+    np.testing.assert_array_equal(read_image(tmp_path / "photo.jpg", upright=True), np.rot90(stored, -1))
+
+
+@pytest.mark.parametrize("read", [read_image, read_label])
+def test_what_is_no_regular_file_does_not_wait(tmp_path: Path, read) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket.png"))
+        (tmp_path / "folder.png").mkdir()
+        for file in (
+            tmp_path / "pipe.png",
+            tmp_path / "socket.png",
+            tmp_path / "folder.png",
+            Path("/dev/zero"),
+        ):
+            with pytest.raises(DataError, match=f"{file}: is no regular file"):
+                read(file)
+
+
+def test_a_header_that_promises_too_much_costs_nothing(tmp_path: Path) -> None:
+    small = png(np.zeros((8, 8)), 8)
+    for size in (b"\x7f\xff\xff\xff", b"\0\0\x7f\xff"):
+        header = size * 2 + small[24:29]
+        (tmp_path / "image.png").write_bytes(small[:8] + chunk(b"IHDR", header) + small[33:])
+        for read in (read_image, read_label):
+            with pytest.raises(DataError, match=r"image\.png: truncated, corrupt"):
+                read(tmp_path / "image.png")
+    photo = jpeg()
+    frame = photo.index(b"\xff\xc0") + 5
+    (tmp_path / "photo.jpg").write_bytes(photo[:frame] + b"\x7f\xff\x7f\xff" + photo[frame + 4 :])
+    with pytest.raises(DataError, match=r"photo\.jpg: truncated, corrupt"):
+        read_image(tmp_path / "photo.jpg")
+
+
+def test_others_words_on_stderr_are_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    with captured_stderr() as printed:
+        os.write(2, b"libpng error: x\nsomething else\n")
+        assert "something else" in printed()
+    assert capfd.readouterr().err == "something else\n"
