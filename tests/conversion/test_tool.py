@@ -194,7 +194,7 @@ def test_pretrained_from_a_classifier(tmp_path):
     model, _ = start(tmp_path / "timm.pth", shortcut="avg_pool", stem="deep")
     state = state_of("timm resnet50d")
     assert torch.equal(model.backbone.bn1.running_var, state["bn1.running_var"])
-    with pytest.raises(CheckpointError, match="is not there"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         start(tmp_path / "none.pth")
 
 
