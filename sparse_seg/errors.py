@@ -37,3 +37,19 @@ def did_you_mean(key: str, valid: Iterable[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     return ""
+
+
+def choose_one(value: object, valid: Iterable[object]) -> str:
+    """The end of a message about a value that is none of the valid ones: itself, the nearest and all."""
+    names = [str(one) for one in valid]
+    near = did_you_mean(str(value), names)
+    return f"{shown(value)}{f'{near} Choose' if near else '; choose'} one of {', '.join(names)}"
+
+
+def shown(value: object) -> str:
+    """A value in a message: its `repr` on one line, cut short."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of over 4300 digits; a deep nest
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,5 +1,6 @@
 """Fixtures and settings shared by all tests."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -24,3 +25,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield request.param
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many tests were skipped, and why."""
+    skipped: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        skipped[reason.removeprefix("Skipped: ").splitlines()[0]] += 1
+    if skipped:
+        terminalreporter.section("skipped")
+    for reason, count in skipped.most_common():
+        terminalreporter.line(f"{count:4} {reason}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparse_seg import build_model
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.sparse import SelectiveConv2d
+from sparse_seg.sparse import SelectiveConv2d, SiteLayout, rows_to_grid
 
 DEPTHS = {
     "resnet18": (2, 2, 2, 2),
@@ -339,3 +339,9 @@ def block_mask(kind: str, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
 
 
 MASKS = ("empty", "full", "random", "checkerboard", "one", "corner")
+
+
+def grid_logits(model: SelectiveSegmentor, images: Tensor, layouts: Sequence[SiteLayout]) -> Tensor:
+    """The head's logits on given layouts, by the modules alone."""
+    rows, first = model.backbone(images, layouts), layouts[0]
+    return model.head(rows[-1], layouts[-1], rows_to_grid(rows[0], first.batch, first.size))

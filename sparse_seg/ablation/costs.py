@@ -11,15 +11,15 @@ from torch import Tensor
 
 from sparse_seg.ablation.grid import Cell
 from sparse_seg.ablation.runner import Ablation, locked
-from sparse_seg.config import to_dict
+from sparse_seg.config import Config, to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import EvaluationView
-from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters, count_run
+from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_parameters
 from sparse_seg.evaluation.latency import Run, interleaved, peak_memory
 from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
-from sparse_seg.schema import Config
+from sparse_seg.models.way import Way
 from sparse_seg.training.checkpoint import load_model
 from sparse_seg.training.distillation import Teacher
 from sparse_seg.training.objective import Objective
@@ -70,8 +70,9 @@ def _measure(ablation: Ablation, distinct: dict[str, Cell]) -> dict[str, dict[st
         model = load_model(checkpoint, config).to(ablation.device)
         image, label = first_frame(config, ablation.device)
         runs[key] = prepare(*arguments)
+        macs = count_macs(model, image, Way(cell.run.output_stride), label)
         costs[key] = {
-            "gmacs": count_run(model, image, label, cell.run.output_stride, model.policy) / 1e9,
+            "gmacs": sum(macs.values()) / 1e9,
             "parameters": count_parameters(model),
             "checkpoint_mb": checkpoint_bytes(model) / 1e6,
             "peak_mib": peak_memory(prepare, arguments, ablation.device),

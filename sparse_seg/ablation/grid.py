@@ -8,16 +8,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
-from sparse_seg.checks import check_config
-from sparse_seg.config import load_config, parse_tree, read_yaml
+import torch
+from torch import nn
+
+from sparse_seg.config import Config, check_config, key, load_config, parse_tree, read_yaml
+from sparse_seg.config.schema import COUNT, SEED
 from sparse_seg.errors import CheckpointError, ConfigError
-from sparse_seg.models.build import parse_policy
-from sparse_seg.schema import Config
+from sparse_seg.masks import build_policy, parse_policy
+from sparse_seg.models.build import build_model
 from sparse_seg.training.checkpoint import check_same_function
-
-_T = TypeVar("_T")
 
 
 @dataclass
@@ -56,9 +56,9 @@ class GridSpec:
 
     title: str = "Ablation"
     description: str = ""
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[int] = key([0], "of the trainings of each network", SEED)
     set: list[str] = field(default_factory=list)  # key=value for every network
-    eval_images: int | None = None  # of the validation set; default: all
+    eval_images: int | None = key(None, "of the validation set; null: all", COUNT)
 
 
 @dataclass(frozen=True)
@@ -165,17 +165,13 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
         raise ConfigError(f"{path}: 'networks' must map names to settings, at least one")
     if not isinstance(run_trees, list) or not run_trees:
         raise ConfigError(f"{path}: 'runs' must be a list of ways to run the networks, at least one")
-    spec = _parse(GridSpec, tree, str(path))
-    if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds):
-        raise ConfigError(f"{path}: 'seeds' must be different numbers, at least one, not {spec.seeds}")
-    if min(spec.seeds) < 0:
-        raise ConfigError(f"{path}: 'seeds' must be 0 or more, not {spec.seeds}")
-    if spec.eval_images is not None and spec.eval_images < 1:
-        raise ConfigError(f"{path}: 'eval_images' must be 1 or more, not {spec.eval_images}")
+    spec = parse_tree(GridSpec, tree, str(path))
+    if len(set(spec.seeds)) < len(spec.seeds):
+        raise ConfigError(f"{path}: 'seeds' must be different numbers, not {spec.seeds}")
     networks, configs = dict[str, NetworkSpec](), dict[str, Config]()
     for name, entry in network_trees.items():
         where = f"{path}: networks.{name}"
-        network = _parse(NetworkSpec, entry, where)
+        network = parse_tree(NetworkSpec, entry, where)
         _check_network(network, networks, where)
         networks[str(name)] = network
         if network.source is not None:
@@ -183,6 +179,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
         else:
             chosen = [*spec.set, *network.set, *overrides]
             configs[str(name)] = load_config(path.parent / str(network.config), chosen)
+            _check_builds(configs[str(name)], where)
             if network.init is not None:
                 _check_init(configs[str(name)], configs[network.init], f"{where}: init {network.init}")
     if len({slug(name) for name in networks}) < len(networks):
@@ -190,17 +187,11 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     runs = list[tuple[str, Run]]()
     for number, entry in enumerate(run_trees):
         where = f"{path}: runs[{number}]"
-        runs += _expand(_parse(RunsSpec, entry, where), configs, where)
+        runs += _expand(parse_tree(RunsSpec, entry, where), configs, where)
     if len(set(runs)) < len(runs):
         double = next(run for run in runs if runs.count(run) > 1)
         raise ConfigError(f"{path}: 'runs' names {double[0]}, {double[1].name} twice")
     return Grid(spec, networks, configs, runs)
-
-
-def _parse(schema: type[_T], tree: Any, where: str) -> _T:
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"{where} must hold keys and values, not {tree!r}")
-    return parse_tree(schema, tree, where)
 
 
 def _check_network(network: NetworkSpec, before: Mapping[str, NetworkSpec], where: str) -> None:
@@ -226,6 +217,15 @@ def _check_init(config: Config, source: Config, where: str) -> None:
         raise ConfigError(str(error)) from None
 
 
+def _check_builds(config: Config, where: str) -> None:
+    """What a network cannot be built of is said now, not when its turn to be trained comes."""
+    try:
+        with torch.device("meta"):
+            build_model(config)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
 def _expand(spec: RunsSpec, configs: Mapping[str, Config], where: str) -> list[tuple[str, Run]]:
     unknown = [name for name in spec.networks if name not in configs]
     if unknown or not spec.networks:
@@ -243,7 +243,8 @@ def _expand(spec: RunsSpec, configs: Mapping[str, Config], where: str) -> list[t
             raise ConfigError(f"{where}: 'dense' must be of 4, 8, 16, 32, not {way.output_stride}")
         try:
             model = way.applied(configs[name]).model
-        except ConfigError as error:
+            build_policy(model.mask, model.strides, nn.Identity())
+        except (ConfigError, ValueError) as error:
             raise ConfigError(f"{where}: {error}") from None
         if way.output_stride is None:  # spell out the rule: a run is the same whatever the default is
             way = dataclasses.replace(way, exchange=model.exchange)

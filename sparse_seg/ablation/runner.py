@@ -19,17 +19,17 @@ import torch
 from tqdm import tqdm
 
 from sparse_seg.ablation.grid import Cell, Grid, slug
-from sparse_seg.config import to_dict
+from sparse_seg.config import Config, to_dict
 from sparse_seg.conversion.converted import is_safetensors
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
-from sparse_seg.schema import Config
+from sparse_seg.models.way import Way
 from sparse_seg.training.checkpoint import load_model, save_checkpoint
 from sparse_seg.training.finish import finish_training, is_finished
-from sparse_seg.training.statistics import retake_statistics
+from sparse_seg.training.statistics import recalibrate_batch_norm
 
 WAIT = 5.0  # seconds between looks at what other processes have done
 _T = TypeVar("_T")
@@ -166,7 +166,7 @@ class Ablation:
             return
         assert network.statistics is not None
         model = load_model(self.checkpoint(network.source, seed), config).to(self.device)
-        retake_statistics(model, config, network.statistics)
+        recalibrate_batch_norm(model, config, network.statistics)
         save_checkpoint(self.checkpoint(name, seed), config, model.state_dict())
 
     def evaluate(self, cell: Cell) -> None:
@@ -175,7 +175,7 @@ class Ablation:
         model = load_model(self.checkpoint(cell.network, cell.seed), config).to(self.device)
         dataset = build_dataset(config.data.dataset, config.data.root, "val")
         images = self.grid.spec.eval_images
-        result = evaluate(model, dataset, config.data, cell.run.output_stride, limit=images, progress=True)
+        result = evaluate(model, dataset, config.data, Way(cell.run.output_stride), images, progress=True)
         content: dict[str, Any] = {
             "network": cell.network,
             "seed": cell.seed,

@@ -10,7 +10,7 @@ from typing import Any
 from sparse_seg.ablation.costs import cost_key
 from sparse_seg.ablation.grid import Cell
 from sparse_seg.ablation.runner import Ablation
-from sparse_seg.schema import TrainConfig
+from sparse_seg.config import TrainConfig
 
 COSTS = ("parameters", "checkpoint_mb", "gmacs", "milliseconds", "peak_mib")
 

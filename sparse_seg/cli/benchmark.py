@@ -21,17 +21,16 @@ from typing import Any
 
 import torch
 
-from sparse_seg.checks import num_classes
 from sparse_seg.cli.arguments import parse_size, whole_number
 from sparse_seg.cli.options import add_config, add_device, fraction, output_file
-from sparse_seg.config import load_config
+from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
-from sparse_seg.evaluation.benchmark import check_training, engine_fault, measure, ways
+from sparse_seg.evaluation.benchmark import cases, check_training, engine_fault, measure
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
 from sparse_seg.evaluation.peers import PEERS
 from sparse_seg.evaluation.profile import profile_network
 from sparse_seg.evaluation.provenance import provenance
-from sparse_seg.evaluation.subject import Setup, Subject, Way
+from sparse_seg.evaluation.subject import Case, Setup, Subject
 from sparse_seg.files import atomic_write
 from sparse_seg.masks import POLICIES
 from sparse_seg.reporting.benchmark import benchmark_table, profile_table
@@ -94,9 +93,9 @@ def run(args: argparse.Namespace) -> int:
     subject, notes, rows = Subject(setup), list[str](), list[dict[str, Any]]()
     for scope in [*args.scopes, *(["train"] if args.train else [])]:
         engines = _engines(args, scope, subject, notes)
-        todo = ways(scope, args.fine_fraction, engines, fast=True, policies=args.policies)
+        todo = cases(scope, args.fine_fraction, engines, fast=True, policies=args.policies)
         if args.peers and scope != "train":
-            todo += [Way(scope, "peer", 8, engine=name) for name in PEERS]
+            todo += [Case(scope, "peer", peer=name) for name in PEERS]
         rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
     for row in (row for row in rows if row["stored_mib"] is not None):
         notes.append(f"{row['network']}, {row['form']}: {row['stored_mib']:.1f} MiB of activations kept")
@@ -132,10 +131,10 @@ def _engines(args: argparse.Namespace, scope: str, subject: Subject, notes: list
 
 def _profiles(args: argparse.Namespace, subject: Subject) -> list[dict[str, Any]]:
     profiles = []
-    candidates = ways("network", args.fine_fraction, ["gather"], fast=True)
-    for way in (way for way in candidates if way.kind != "plain"):
-        rows = profile_network(subject, way, args.repeats)
-        print(f"\nwhere the time goes: {way.name}, {way.form}, ms by part and kind of work")
+    candidates = cases("network", args.fine_fraction, ["gather"], fast=True)
+    for case in (case for case in candidates if case.kind != "plain"):
+        rows = profile_network(subject, case, args.repeats)
+        print(f"\nwhere the time goes: {case.name}, {case.form}, ms by part and kind of work")
         print(profile_table(rows).to_text())
         profiles += rows
     return profiles

@@ -17,10 +17,9 @@ import sparse_seg
 from sparse_seg.cli.arguments import whole_number
 from sparse_seg.cli.evaluate import compare_and_report
 from sparse_seg.cli.options import add_device
-from sparse_seg.config import load_config
+from sparse_seg.config import Config, load_config
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import ConfigError, TrainingError
-from sparse_seg.schema import Config
 from sparse_seg.training.finish import finish_training
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5)

@@ -30,23 +30,21 @@ from typing import Any
 
 import torch
 
-from sparse_seg.checks import check_classes
 from sparse_seg.cli.arguments import whole_number
 from sparse_seg.cli.options import add_config, add_device, add_network, fraction, output_file, overrides
-from sparse_seg.config import load_config
+from sparse_seg.config import Config, MaskConfig, check_classes, load_config
 from sparse_seg.conversion.converted import is_safetensors
 from sparse_seg.conversion.loading import run_config
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
-from sparse_seg.evaluation.comparison import compare, groups, settings
+from sparse_seg.evaluation.comparison import compare, comparison_ways, groups
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
-from sparse_seg.masks import POLICIES
-from sparse_seg.models.build import parse_policy
+from sparse_seg.masks import POLICIES, parse_policy
+from sparse_seg.models.way import Way
 from sparse_seg.reporting.comparison import comparison_table, write_comparison
 from sparse_seg.reporting.summary import class_table, summary
-from sparse_seg.schema import Config, MaskConfig
 from sparse_seg.sparse import EXCHANGES
 from sparse_seg.training.checkpoint import load_model
 
@@ -117,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
     dataset.check(args.limit)
     model = load_model(args.checkpoint, config).to(args.device)
-    result = evaluate(model, dataset, config.data, args.dense, limit=args.limit, progress=True)
+    result = evaluate(model, dataset, config.data, Way(args.dense), args.limit, progress=True)
     print(class_table(result, dataset.classes).to_text())
     print(summary(result))
     if args.json:
@@ -145,7 +143,7 @@ def compare_and_report(
     dataset = build_dataset(config.data.dataset, config.data.root, split)
     dataset.check(limit)
     model = load_model(checkpoint, config).to(device)
-    ways = settings(model, config.model.mask, policies, fractions, exchanges)
+    ways = comparison_ways(model, policies, fractions, exchanges)
     origin, rows = provenance(), list[dict[str, Any]]()
     subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, config.model.strides]
     digest = hashlib.blake2b(Path(checkpoint).read_bytes() + json.dumps(subject).encode(), digest_size=16)

@@ -17,9 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sparse_seg.checks import check_classes
 from sparse_seg.cli.options import add_config, add_device, add_network, fraction, overrides
-from sparse_seg.config import load_config
+from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import DATASETS
 from sparse_seg.reporting.pictures import find_images, write_pictures
 from sparse_seg.training.checkpoint import load_model

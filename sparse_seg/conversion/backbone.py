@@ -7,7 +7,10 @@ from typing import Any
 
 from sparse_seg.conversion.plan import Tensors, count_modules
 from sparse_seg.errors import CheckpointError
-from sparse_seg.models.resnet import ARCHITECTURES, STAGE_WIDTHS, BasicBlock, Bottleneck
+from sparse_seg.models.blocks import BasicBlock, Bottleneck
+from sparse_seg.models.resnet import RESNET18, RESNET34, RESNET50, RESNET101
+
+KNOWN = {"resnet18": RESNET18, "resnet34": RESNET34, "resnet50": RESNET50, "resnet101": RESNET101}
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def find_backbone(tensors: Tensors, prefix: str = "") -> Backbone:
             for part in (0, 1):
                 modules[f"backbone.{first}{part}"] = f"{prefix}{first}{part + pooled}"
 
-    width = tensors[last_stem].shape[0] / STAGE_WIDTHS[0]
+    width = tensors[last_stem].shape[0] / RESNET18.widths[0]
     config: dict[str, Any] = _named(depths, basic) | ({} if width == 1 else {"width": width})
     deep = "deep" if len(stem) > 2 else "conv7"
     config |= {"stem": deep} if deep == "deep" else {}
@@ -74,7 +77,7 @@ def _stem_modules(tensors: Tensors, prefix: str) -> tuple[dict[str, str], str]:
 def _named(depths: list[int], basic: bool) -> dict[str, Any]:
     """The named backbone of these depths, or the nearest with `depths` of its own."""
     block = BasicBlock if basic else Bottleneck
-    candidates = {name: list(own) for name, (kind, own) in ARCHITECTURES.items() if kind is block}
+    candidates = {name: list(row.depths) for name, row in KNOWN.items() if row.block is block}
     for name, own in candidates.items():
         if own == depths:
             return {"backbone": name}

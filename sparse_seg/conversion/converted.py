@@ -17,12 +17,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparse_seg.config import model_config, to_dict
+from sparse_seg.config import ModelConfig, model_config, to_dict
 from sparse_seg.conversion.mapping import Entry
 from sparse_seg.conversion.safetensors_file import Pending, write_safetensors
 from sparse_seg.errors import CheckpointError
 from sparse_seg.files import atomic_path
-from sparse_seg.schema import ModelConfig
 from sparse_seg.version import __version__
 
 FORMAT = "sparse_seg.converted"

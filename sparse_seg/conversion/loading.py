@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sparse_seg.checks import check_model, num_classes
+from sparse_seg.config import Config, ModelConfig, check_model, num_classes
 from sparse_seg.conversion import cad
 from sparse_seg.conversion.converted import Description, network_tensors, read_converted, read_description
 from sparse_seg.errors import CheckpointError
@@ -16,7 +16,6 @@ from sparse_seg.masks import cad_mask_net
 from sparse_seg.models.build import build_model
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import load_weights, part_of
-from sparse_seg.schema import Config, ModelConfig
 
 # of the model: how it runs, not what it computes dense
 RUN_SETTINGS = ("mask", "exchange", "engine", "strides")

@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.config import model_config
+from sparse_seg.config import ModelConfig, model_config
 from sparse_seg.conversion.plan import Plan, Tensors
 from sparse_seg.errors import CheckpointError
 from sparse_seg.models.build import build_model
-from sparse_seg.schema import ModelConfig
 from sparse_seg.sparse import SelectiveConv2d, SelectiveDepthwiseConv2d
 
 ASIDE = "source."  # our prefix of tensors that the network does not need, kept for the way back

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_seg.config import ModelConfig
 from sparse_seg.models.plain import plain_network, plain_stages, plain_stem
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import ModelConfig
 from sparse_seg.sparse import rows_to_grid
 
 SIZE = (129, 161)  # height, width in px: odd, so that borders are checked too
@@ -30,7 +30,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verification:
-    """Differences that must vanish in any network, and those that P1 (design.md) makes vanish."""
+    """Differences that must vanish in any network, and those that P1 (docs/method.md) makes vanish."""
 
     always: list[Difference]
     p1: list[Difference]

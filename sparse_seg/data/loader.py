@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from sparse_seg.config import Config
 from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.transforms import TrainTransform, normalise
 from sparse_seg.errors import DataError
-from sparse_seg.schema import Config
 
 Sample = tuple[torch.Tensor, torch.Tensor]
 _Batch = TypeVar("_Batch")

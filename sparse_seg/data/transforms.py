@@ -28,14 +28,6 @@ def normalise(
     return _normalise(image.astype(np.float32), mean, std)
 
 
-def denormalise(
-    tensor: torch.Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> Image:
-    """The inverse of `normalise`: float `[3, H, W]` to uint8 RGB `[H, W, 3]`, rounded and clipped."""
-    pixels = tensor.detach().cpu().permute(1, 2, 0).double().numpy() * np.array(std) + np.array(mean)
-    return np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
-
-
 def _require_bytes(image: Image) -> None:
     if image.dtype != np.uint8:
         raise ValueError(f"an image of {image.dtype}: expected uint8, 0..255")

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
-from sparse_seg.masks import MaskPolicy, block_levels
-from sparse_seg.models.refinement import now
-from sparse_seg.models.segmentor import SelectiveSegmentor, eval_mode
-from sparse_seg.schema import DataConfig
+from sparse_seg.models.passes import eval_mode, now
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,25 @@ def evaluate(
     model: SelectiveSegmentor,
     dataset: SegmentationDataset,
     data: DataConfig,
-    output_stride: int | None = None,
-    policy: MaskPolicy | None = None,
+    way: Way | None = None,
     limit: int | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Metrics of the dataset's first `limit` images (default: all), one image at a time, in eval mode.
 
-    The other arguments are those of `SelectiveSegmentor.classify`. Every module's mode is put back.
+    Args:
+        way: how to run; by default selective under the model's own policy.
+
+    Every module's mode is put back.
     """
+    way = way or Way()
+    policy = None if way.is_dense else model.policy_for(way)
     device = next(model.parameters()).device
     metrics = SegmentationMetrics(len(dataset.classes), IGNORE_INDEX)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     loader = evaluation_loader(dataset, data.mean, data.std, data.workers)
     fractions, seconds = [], 0.0
-    with eval_mode(model):
+    with torch.inference_mode(), eval_mode(model):
         for image, label, index in tqdm(
             loader, total=count, disable=not progress, desc="evaluate", leave=False
         ):
@@ -64,11 +69,11 @@ def evaluate(
                 break
             image, label = image.to(device), label.to(device)
             start = now(device)
-            classes, fine_blocks = model.classify(image, output_stride, policy, label)
+            run = model.start(image, label).follow(way, policy)
+            classes = run.classes()
             seconds += now(device) - start
             metrics.update(classes, label)
-            if fine_blocks is not None:
-                finest = block_levels(fine_blocks, model.strides) == len(model.strides) - 1
-                fractions.append(finest.float().mean().item())
+            if run.mask is not None:
+                fractions.append((run.levels == len(model.strides) - 1).float().mean().item())
     fine_fraction = sum(fractions) / len(fractions) if fractions else None
     return Evaluation(metrics.result(), fine_fraction, count, seconds)

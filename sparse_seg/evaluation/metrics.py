@@ -79,19 +79,6 @@ class SegmentationMetrics:
         self.confusion += self._count(predicted[valid], labelled[valid])
         self.boundary_confusion += self._count(predicted[band], labelled[band])
 
-    def merge(self, other: "SegmentationMetrics") -> None:
-        """Add the counts of `other` (another process, another part of the dataset).
-
-        Raises ValueError if it was built with other arguments.
-        """
-        if self._arguments() != other._arguments():
-            raise ValueError(
-                "cannot merge metrics with different (num_classes, ignore_index, trimap_width): "
-                f"{self._arguments()} and {other._arguments()}"
-            )
-        self.confusion += other.confusion
-        self.boundary_confusion += other.boundary_confusion
-
     def result(self) -> MetricsResult:
         """The metrics of everything added so far."""
         class_iou = _class_iou(self.confusion)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sparse_seg.evaluation.subject import Subject, Way, use_engine
+from sparse_seg.evaluation.subject import Case, Subject
 from sparse_seg.models.segmentor import SelectiveSegmentor
 
 PREFIX = "sparse_seg:"
@@ -35,31 +35,31 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 PARTS = ("mask", "layout", "stem", *STAGES, "neck", "densify", "head", "upsample")
 
 
-def profile_network(subject: Subject, way: Way, repeats: int) -> list[dict[str, Any]]:
+def profile_network(subject: Subject, case: Case, repeats: int) -> list[dict[str, Any]]:
     """Milliseconds of a forward (mask, layouts, network) by part and kind: one plain row per part.
 
-    The ways are dense and selective ones of the scope `network`; the profiler itself adds a few percent. The
-    mask of a policy that reads the network is given, without a part of its own.
+    The cases are dense and selective ones of the scope `network`; the profiler itself adds a few percent.
+    Where the policy asks for a pass of the network, that counts for the network's parts.
     """
-    model, tables = subject.fast_model if way.fast else subject.model, subject.tables(way)
-    use_engine(model, way.engine)
-    policy = given = None
-    if way.fine_fraction is not None:
-        policy, given = subject.policy(way.fine_fraction), subject.fine_blocks(way.fine_fraction)
+    model, way = subject.fast_model if case.fast else subject.model, case.way
+    policy = None if way.is_dense else subject.policy(way)
+    tables = [] if way.is_dense else subject.tables(way)
 
     def run() -> None:
-        if given is None:
+        one = model.start(subject.images, subject.labels)
+        if policy is None:
             with record_function(f"{PREFIX}layout"):
-                layouts = model.dense_layouts(subject.images, way.output_stride)
+                one.follow(way)
         else:
-            blocks = given
-            if policy is not None and policy.reads == "images":
-                with record_function(f"{PREFIX}mask"):
-                    blocks = policy(subject.images, subject.labels)
+            with record_function(f"{PREFIX}mask"):
+                blocks = policy(one)
             with record_function(f"{PREFIX}layout"):
-                layouts = subject.prepare(blocks, tables)
+                one.take(blocks, way)
+                if one.memory is None:
+                    for src, dst, spacing, exchange, lattice in tables:
+                        one.layouts[src].neighbours(one.layouts[dst], spacing, exchange, lattice)
         with record_function(f"{PREFIX}upsample"):
-            model.outputs(subject.images, layouts)
+            one.logits()
 
     cuda = subject.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -78,8 +78,8 @@ def profile_network(subject: Subject, way: Way, repeats: int) -> list[dict[str, 
         totals[part][kind] = totals[part].get(kind, 0.0) + time / 1000 / repeats
     return [
         {
-            "network": way.name,
-            "form": way.form,
+            "network": case.name,
+            "form": case.form,
             "part": part,
             "kinds": kinds,
             "milliseconds": sum(kinds.values()),

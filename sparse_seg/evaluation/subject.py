@@ -1,4 +1,4 @@
-"""What a benchmark runs: one network, its input, and the ways to run it."""
+"""What a benchmark runs: one network, its input, and the cases to measure."""
 
 from __future__ import annotations
 
@@ -14,30 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_seg.config import Config
 from sparse_seg.data.cityscapes import Cityscapes
 from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.data.scenes import render_scene
 from sparse_seg.data.transforms import normalise
-from sparse_seg.evaluation.cost import Macs, count_cost, count_segment
+from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.evaluation.latency import Run
 from sparse_seg.evaluation.peers import peer_run
-from sparse_seg.masks import ConfidencePolicy, MaskPolicy
-from sparse_seg.models.build import build_model, policy_for
-from sparse_seg.models.plain import channels_last, plain_network, plain_stages
-from sparse_seg.models.refinement import Refinement
+from sparse_seg.masks import MaskPolicy
+from sparse_seg.models.build import build_model
+from sparse_seg.models.forms import channels_last
+from sparse_seg.models.passes import Pass
+from sparse_seg.models.plain import plain_network, plain_stages
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import Config
-from sparse_seg.sparse import (
-    SelectiveAvgPool2d,
-    SelectiveConv2d,
-    SelectiveDepthwiseConv2d,
-    SiteLayout,
-    rows_to_grid,
-)
+from sparse_seg.models.way import Way
+from sparse_seg.sparse import SiteLayout, Step, rows_to_grid
 from sparse_seg.training.checkpoint import load_model
 from sparse_seg.training.schedule import build_optimizer
 
-_READERS = (SelectiveConv2d, SelectiveDepthwiseConv2d, SelectiveAvgPool2d)  # of neighbour tables
 STAGES = ("layer3", "layer4")  # what the scope `stages` runs: those whose stride the mask decides
 
 
@@ -54,37 +49,52 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to run the network.
+class Case:
+    """What is measured.
 
     Args:
         scope: `stages`, layer3 and layer4 from given features; `network`, images to logits; `train`, a step.
         kind: `plain` (the `nn.Conv2d` twin), `dense` (ours on the lattice), `selective`, or `peer`.
-        engine: of our network, or the peer's name.
+        way: how the network runs; its mask is None for the config's policy.
         fast: the form that `for_inference` makes.
-        policy: the mask policy of a selective run, None for the config's; `given`, the config's mask, made
-            beforehand.
+        given: whether the mask is made beforehand.
+        peer: name of the other runtime.
     """
 
     scope: str
     kind: str
-    output_stride: int = 8
-    fine_fraction: float | None = None
-    engine: str | None = None
+    way: Way = Way(8)  # noqa: RUF009 (a frozen value)
     fast: bool = False
-    policy: str | None = None
+    given: bool = False
+    peer: str | None = None
 
     @property
     def name(self) -> str:
         if self.kind == "selective":
-            return f"{self.policy or 'selective'} f={self.fine_fraction:g}"
-        return f"{self.kind} OS{self.output_stride}"
+            mask = "given" if self.given else self.way.mask or "selective"
+            return f"{mask} f={self.way.fine_fraction:g}"
+        return f"{self.kind} OS{self.way.output_stride}"
 
     @property
     def form(self) -> str:
         if self.kind == "plain":
             return "nn.Conv2d"
-        return f"{self.engine}, fast" if self.fast else f"{self.engine}"
+        engine = self.peer or self.way.engine or "gather"
+        return f"{engine}, fast" if self.fast else engine
+
+    def as_row(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "scope": self.scope,
+            "kind": self.kind,
+            "output_stride": self.way.output_stride or 8,
+            "fine_fraction": self.way.fine_fraction,
+            "engine": self.peer or self.way.engine,
+            "fast": self.fast,
+            "policy": "given" if self.given else self.way.mask,
+            "network": self.name,
+            "form": self.form,
+        }
 
 
 class Table(NamedTuple):
@@ -94,10 +104,11 @@ class Table(NamedTuple):
     dst: int
     spacing: int
     exchange: str
+    lattice: bool
 
 
 class Subject:
-    """A network, its input, and the ways to run it. Weights are shared by all ways but training's."""
+    """A network, its input, and its runs. Weights are shared by all cases but training's."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.device = setup, torch.device(setup.device)
@@ -113,7 +124,7 @@ class Subject:
         images, labels = scenes(setup)
         self.images, self.labels = images.to(self.device, self.dtype), labels.to(self.device)
         self._plain: dict[tuple[str, int], nn.Module] = {}
-        self._costs: dict[tuple[str, int, float | None, str | None], dict[str, Macs]] = {}
+        self._costs: dict[tuple[Way, bool], dict[str, int]] = {}
 
     @cached_property
     def model(self) -> SelectiveSegmentor:
@@ -128,135 +139,128 @@ class Subject:
         return self.model.for_inference()
 
     @cached_property
-    def trainee(self) -> SelectiveSegmentor:
+    def training_copy(self) -> SelectiveSegmentor:
         return copy.deepcopy(self.float_model).train()
 
     @cached_property
     def features(self) -> Tensor:
         """Rows of layer2, `[B * ceil(H/8) * ceil(W/8), C]`: what the last stages read."""
         with torch.inference_mode():
-            return self.model.backbone(self.images, self.model.dense_layouts(self.images, 8))[1]
+            return self.start(self.model, Case("network", "dense")).stage_rows()[1]
 
-    def policy(self, fraction: float, name: str | None = None) -> MaskPolicy:
-        """A policy by name, or the config's."""
-        mask = dataclasses.replace(self.setup.config.model.mask, fine_fraction=fraction, threshold=None)
-        if name not in (None, "given"):
-            mask = dataclasses.replace(mask, policy=name)
-        return policy_for(self.model, mask)
+    def policy(self, way: Way) -> MaskPolicy:
+        return self.model.policy_for(way)
 
-    def fine_blocks(self, fraction: float) -> Tensor:
-        """The mask by the config's policy on this input; the network runs only for a policy that reads it."""
-        policy = self.policy(fraction)
+    def fine_blocks(self, way: Way) -> Tensor:
+        """The mask by the config's policy on this input."""
+        policy = self.policy(dataclasses.replace(way, mask=None))
         with torch.inference_mode():
-            if policy.reads == "images":
-                return policy(self.images, self.labels).clone()
-            return self.model.segment(self.images, self.labels, policy).fine_blocks.clone()
+            return policy(self.model.start(self.images, self.labels)).clone()
 
-    def layouts(self, way: Way) -> list[SiteLayout]:
-        if way.fine_fraction is None:
-            return self.model.dense_layouts(self.images, way.output_stride)
-        return self.model.selective_layouts(self.images, self.fine_blocks(way.fine_fraction))
+    def start(self, model: SelectiveSegmentor, case: Case) -> Pass:
+        """A pass of a case, with the mask chosen, or given."""
+        run = model.start(self.images, self.labels)
+        if case.given:
+            return run.take(self.fine_blocks(case.way), case.way)
+        return run.follow(case.way, None if case.way.is_dense else self.policy(case.way))
 
-    def cost(self, way: Way) -> Macs:
-        """Multiply-adds of the way's scope: one forward, or in training forward and both gradients (x 3)."""
-        key = way.scope, way.output_stride, way.fine_fraction, way.policy
+    def macs(self, case: Case) -> int:
+        """Multiply-adds of the case's scope: one forward, or in training forward and both gradients (x 3)."""
+        key = case.way, case.given
         if key not in self._costs:
-            if way.scope == "network" and way.fine_fraction is not None and way.policy != "given":
-                policy = self.policy(way.fine_fraction, way.policy)
-                self._costs[key] = count_segment(self.model, self.images, policy, self.labels)
+            if case.given:
+                with torch.inference_mode():
+                    self._costs[key] = self.start(self.model, case).macs()
             else:
-                self._costs[key] = count_cost(self.model, self.images, self.layouts(way))
+                self._costs[key] = count_macs(self.model, self.images, case.way, self.labels)
         counts = self._costs[key]
-        parts = STAGES if way.scope == "stages" else tuple(counts)
-        passes = 3 if way.scope == "train" else 1
-        return Macs(*(passes * sum(numbers) for numbers in zip(*(counts[p] for p in parts), strict=True)))
+        if case.scope == "stages":
+            return sum(counts[stage] for stage in STAGES)
+        return sum(counts.values()) * (3 if case.scope == "train" else 1)
 
-    def stored_mib(self, way: Way) -> float | None:
-        """MiB of the activations that a way keeps for refining, if it does."""
-        if way.scope != "network" or way.fine_fraction is None or way.policy == "given":
+    @torch.inference_mode()
+    def stored_mib(self, case: Case) -> float | None:
+        """MiB of the activations that a case keeps for refining, if it does."""
+        if case.scope != "network" or case.way.is_dense:
             return None
-        policy = self.policy(way.fine_fraction, way.policy)
-        if not isinstance(policy, ConfidencePolicy):
+        run = self.start(self.model, case)
+        if run.memory is None:
             return None
-        run = Refinement(self.model, self.images, policy.stored_dtype)
-        run.refine(policy.cut(run.scores(policy)))
+        run.grid_logits()
         return run.memory.num_bytes / 2**20
 
     # -- runs ----------------------------------------------------------------------------------------------
 
-    def run(self, way: Way) -> Run:
+    def run(self, case: Case) -> Run:
         """What to call to run once."""
-        if way.scope == "train":
-            return self._training_step(way)
-        if way.kind == "peer":
-            assert way.engine is not None
-            return peer_run(way.engine, *self._plain_module(way))
-        run = self._plain_run(way) if way.kind == "plain" else self._our_run(way)
+        if case.scope == "train":
+            return self._training_step(case)
+        if case.kind == "peer":
+            assert case.peer is not None
+            return peer_run(case.peer, *self._plain_module(case))
+        run = self._plain_run(case) if case.kind == "plain" else self._our_run(case)
         return torch.inference_mode()(run)
 
-    def _plain_run(self, way: Way) -> Run:
-        module, given = self._plain_module(way)
+    def _plain_run(self, case: Case) -> Run:
+        module, given = self._plain_module(case)
         return lambda: module(given)
 
-    def _plain_module(self, way: Way) -> tuple[nn.Module, Tensor]:
+    def _plain_module(self, case: Case) -> tuple[nn.Module, Tensor]:
         """The `nn.Conv2d` network, or its last stages, and what it is given; channels_last."""
-        key = way.scope, way.output_stride
+        stride = case.way.output_stride or 8
+        key = case.scope, stride
         if key not in self._plain:
-            if way.scope == "network":
-                self._plain[key] = plain_network(self.model, way.output_stride)
+            if case.scope == "network":
+                self._plain[key] = plain_network(self.model, stride)
             else:
-                stages = plain_stages(self.model.backbone, way.output_stride, first=3)
-                self._plain[key] = channels_last(stages).eval()
-        if way.scope == "network":
+                self._plain[key] = channels_last(plain_stages(self.model.backbone, stride, first=2)).eval()
+        if case.scope == "network":
             return self._plain[key], self.images.contiguous(memory_format=torch.channels_last)
         size = self.model.dense_layouts(self.images, 8)[1].size
         return self._plain[key], rows_to_grid(self.features, self.images.shape[0], size)
 
-    def _our_run(self, way: Way) -> Run:
+    def _our_run(self, case: Case) -> Run:
         """Layouts, tables and (in the scope `network`) the mask are made anew in each run."""
-        model = self.fast_model if way.fast else self.model
-        policy = fixed = None
-        if way.fine_fraction is not None:
-            policy = self.policy(way.fine_fraction, way.policy)
-            fixed = self.fine_blocks(way.fine_fraction)
-
-        def layouts(fine_blocks: Tensor | None) -> list[SiteLayout]:
-            if fine_blocks is None:
-                return model.dense_layouts(self.images, way.output_stride)
-            return model.selective_layouts(self.images, fine_blocks)
+        model, way = self.fast_model if case.fast else self.model, case.way
+        policy = None if way.is_dense else self.policy(way)
+        fixed = None if way.is_dense else self.fine_blocks(way)
 
         def network() -> Tensor:
-            use_engine(model, way.engine)
-            if policy is None or way.policy == "given":
-                return model.outputs(self.images, layouts(fixed)).logits
-            return model.segment(self.images, self.labels, policy).outputs.logits
+            run = model.start(self.images, self.labels)
+            if case.given and fixed is not None:
+                return run.take(fixed, way).logits()
+            return run.follow(way, policy).logits()
 
-        if way.scope == "network":
+        if case.scope == "network":
             return network
-        features = self.features
+        features, backbone = self.features, model.backbone
 
         def stages() -> Tensor:
-            use_engine(model, way.engine)
-            _, eighth, third, fourth = layouts(fixed)
-            return model.backbone.layer4(model.backbone.layer3(features, eighth, third), third, fourth)
+            if fixed is None:
+                layouts = model.dense_layouts(self.images, way.output_stride or 8)
+            else:
+                layouts = model.selective_layouts(self.images, fixed)
+            third, fourth = (Step(layout, engine=way.engine) for layout in layouts[2:])
+            fourth = third if layouts[3] is layouts[2] else fourth
+            return backbone.run_stages(features, [third, fourth], 2, layouts[1])[-1]
 
         return stages
 
-    def _training_step(self, way: Way) -> Run:
+    def _training_step(self, case: Case) -> Run:
         """Forward, cross-entropy, backward, SGD; half precision by autocast."""
-        network = plain_network(self.trainee) if way.kind == "plain" else self.trainee
+        way = case.way
+        network = plain_network(self.training_copy) if case.kind == "plain" else self.training_copy
         optimizer = build_optimizer(network, dataclasses.replace(self.setup.config.train, optimizer="sgd"))
         images, half = self.images.float(), self.dtype != torch.float32
-        policy = None if way.fine_fraction is None else self.policy(way.fine_fraction)
+        policy = None if way.is_dense else self.policy(way)
 
         def step() -> None:
-            use_engine(network, way.engine)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(self.device.type, self.dtype, enabled=half):
                 if policy is None:
                     logits = network(images)
                 else:
-                    logits = self.trainee.segment(images, self.labels, policy).outputs.logits
+                    logits = self.training_copy.start(images, self.labels).follow(way, policy).logits()
             F.cross_entropy(logits.float(), self.labels, ignore_index=IGNORE_INDEX).backward()
             optimizer.step()
 
@@ -264,44 +268,31 @@ class Subject:
 
     # -- layouts -------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def tables(self, way: Way) -> list[Table]:
-        """The neighbour tables that a run of this way builds."""
-        layouts, found = self.layouts(way), []
-
-        def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            assert isinstance(module, _READERS)
-            if module.spacing is None:  # it has a table of its own kind
-                return
-            src, dst = (next(i for i, one in enumerate(layouts) if one is layout) for layout in inputs[1:])
-            found.append(Table(src, dst, module.spacing, module.exchange))
-
-        convs = [m for n, m in self.model.named_modules() if isinstance(m, _READERS) and _in(n, way)]
-        hooks = [conv.register_forward_pre_hook(note) for conv in convs]
-        try:
-            with torch.inference_mode():
-                self.model.outputs(self.images, layouts)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [table for table in dict.fromkeys(found) if layouts[table.dst].num_extra]
+        """The neighbour tables that a run of a selective way builds."""
+        run = self.model.start(self.images).take(self.fine_blocks(way), way)
+        run.grid_logits()
+        layouts = list(dict.fromkeys(run.layouts))
+        return [
+            Table(run.layouts.index(src), run.layouts.index(dst), *known)
+            for src in layouts
+            for dst in layouts
+            for known in src.known_tables(dst)
+        ]
 
     def layout_run(self, way: Way) -> Run:
         """Only the layouts and tables of a selective way, from its mask on."""
-        assert way.fine_fraction is not None
-        blocks, tables = self.fine_blocks(way.fine_fraction), self.tables(way)
+        blocks, tables = self.fine_blocks(way), self.tables(way)
         return torch.inference_mode()(lambda: self.prepare(blocks, tables))
 
     def prepare(self, fine_blocks: Tensor, tables: Iterable[Table]) -> list[SiteLayout]:
         """Layouts with their tables built."""
         layouts = self.model.selective_layouts(self.images, fine_blocks)
-        for table in tables:
-            layouts[table.src].neighbours(layouts[table.dst], table.spacing, table.exchange)
+        for src, dst, spacing, exchange, lattice in tables:
+            layouts[src].neighbours(layouts[dst], spacing, exchange, lattice)
         layouts[1].rows_at(layouts[2])
         return layouts
-
-
-def _in(name: str, way: Way) -> bool:
-    return way.scope != "stages" or any(f".{stage}." in name for stage in STAGES)
 
 
 def scenes(setup: Setup) -> tuple[Tensor, Tensor]:
@@ -331,13 +322,6 @@ def randomise_norms(model: SelectiveSegmentor, seed: int = 0) -> None:
     model.eval()
 
 
-def use_engine(model: nn.Module, engine: str | None) -> None:
-    """Let the 3x3 convolutions run by an engine."""
-    for module in model.modules():
-        if isinstance(module, SelectiveConv2d):
-            module.__dict__["engine"] = engine or "gather"
-
-
-def prepare_way(setup: Setup, way: Way) -> Run:
-    """For a child process: the run of a way."""
-    return Subject(setup).run(way)
+def prepare_case(setup: Setup, case: Case) -> Run:
+    """For a child process: the run of a case."""
+    return Subject(setup).run(case)

@@ -1,21 +1,22 @@
 """Mask policies: which blocks are worth full resolution."""
 
-from sparse_seg.masks.base import BLOCK, MaskPolicy, block_levels, block_shape, blur_scores, top_blocks
+from sparse_seg.masks.base import (
+    BLOCK,
+    Frames,
+    MaskPolicy,
+    Run,
+    block_levels,
+    block_shape,
+    blur_scores,
+    top_blocks,
+)
+from sparse_seg.masks.build import POLICIES, build_policy, parse_policy
 from sparse_seg.masks.confidence import REDUCTIONS, UNCERTAINTIES, ConfidencePolicy
 from sparse_seg.masks.edge import RULES, EdgePolicy, cad_edges, gradient_magnitude
 from sparse_seg.masks.learned import LearnedPolicy, cad_mask_net, mask_net, straight_through
 from sparse_seg.masks.oracle import ORACLES, OraclePolicy, block_mean, label_boundary
 from sparse_seg.masks.random import RandomPolicy
 from sparse_seg.masks.uniform import UniformPolicy
-
-POLICIES: dict[str, type[MaskPolicy]] = {
-    "uniform": UniformPolicy,
-    "random": RandomPolicy,
-    "edge": EdgePolicy,
-    "confidence": ConfidencePolicy,
-    "learned": LearnedPolicy,
-    "oracle": OraclePolicy,
-}
 
 __all__ = [
     "BLOCK",
@@ -26,20 +27,24 @@ __all__ = [
     "UNCERTAINTIES",
     "ConfidencePolicy",
     "EdgePolicy",
+    "Frames",
     "LearnedPolicy",
     "MaskPolicy",
     "OraclePolicy",
     "RandomPolicy",
+    "Run",
     "UniformPolicy",
     "block_levels",
     "block_mean",
     "block_shape",
     "blur_scores",
+    "build_policy",
     "cad_edges",
     "cad_mask_net",
     "gradient_magnitude",
     "label_boundary",
     "mask_net",
+    "parse_policy",
     "straight_through",
     "top_blocks",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,39 @@ from torch import Tensor, nn
 BLOCK = 16  # pixels of a block's side: a block is one cell of the coarsest grid, by default that of stride 16
 
 
+class Inputs(Protocol):
+    """images: normalised, `[B, 3, H, W]`. labels: int64 `[B, H, W]`, or None."""
+
+    @property
+    def images(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor | None: ...
+
+
+class Run(Inputs, Protocol):
+    """What a policy may ask: a pass over images (`models/passes.py`), which computes what is asked for."""
+
+    def features(self) -> Tensor:
+        """Output `[B, C, h, w]` of the last stage before the mask."""
+
+    def coarse_logits(self, every: int = 1, stored_dtype: torch.dtype | None = None) -> Tensor:
+        """Logits of a coarse pass at every `every`-th pixel, `[B, K, ceil(H/every), ceil(W/every)]`."""
+
+    def dense_classes(self) -> tuple[Tensor, Tensor]:
+        """Classes `[B, H, W]` of the dense network at the finest and at the coarsest stride."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Images, and perhaps labels, alone: enough for a policy that asks for nothing else."""
+
+    images: Tensor
+    labels: Tensor | None = None
+
+
 class MaskPolicy(nn.Module):
-    """Chooses each block's level from images: a subclass gives `scores`, this class cuts them.
+    """Chooses each block's level for a run: a subclass gives `scores`, this class cuts them.
 
     A block is one cell of the coarsest grid. At level 0 it keeps that grid's one site; each level more halves
     its stride. With two strides the result is a bool mask of fine blocks; with three, where `middle_fraction`
@@ -31,7 +64,10 @@ class MaskPolicy(nn.Module):
         ValueError: both or neither cut given, cuts of two kinds, or a fraction outside 0..1.
     """
 
-    reads = "images"  # and labels; or "features", "logits" or "dense", see the subclasses
+    OPTIONS: ClassVar[dict[str, str]] = {}  # key of the mask's config: argument of the constructor
+    needs_net: ClassVar[bool] = False  # whether it is trained: `build_policy` needs its net
+    ranks_refinement: ClassVar[bool] = False  # whether `refine` ranks blocks by it: it reads the coarse pass
+    is_bound: ClassVar[bool] = False  # reads what no mask can know; what that costs is not counted
 
     def __init__(
         self,
@@ -60,14 +96,18 @@ class MaskPolicy(nn.Module):
         self.middle_fraction, self.middle_threshold = middle_fraction, middle_threshold
         self.block, self.blur = block, blur
 
-    def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """Images `[B, 3, H, W]` (and labels `[B, H, W]`) to scores `[B, ceil(H/block), ceil(W/block)]`."""
+    def scores(self, run: Run) -> Tensor:
+        """Scores `[B, ceil(H/block), ceil(W/block)]` of the blocks of a run's images."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, run: Inputs) -> Tensor:
         """The fine blocks, bool `[B, ceil(H/block), ceil(W/block)]`, or with three strides int64 levels."""
-        return self.cut(self.scores(images, labels))
+        return self.cut(self.scores(run))  # type: ignore[arg-type]
+
+    def macs(self, size: tuple[int, int], batch: int) -> int:
+        """Multiply-adds of the policy's own convolutions, by features' grid `size`: none but a net's."""
+        return 0
 
     def cut(self, scores: Tensor) -> Tensor:
         """Scores `[B, h, w]` to fine blocks or levels."""

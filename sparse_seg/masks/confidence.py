@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.masks.base import MaskPolicy
+from sparse_seg.config import MaskConfig
+from sparse_seg.config.keys import choices
+from sparse_seg.masks.base import MaskPolicy, Run
 from sparse_seg.masks.oracle import label_boundary
 
-UNCERTAINTIES = ("entropy", "margin", "boundary")
-REDUCTIONS = ("max", "mean")
+UNCERTAINTIES, REDUCTIONS = choices(MaskConfig, "uncertainty"), choices(MaskConfig, "reduce")
 
 
 class ConfidencePolicy(MaskPolicy):
     """A block's score is the uncertainty of the coarse network's own prediction in it; nothing is learned.
 
-    It reads the logits of a coarse pass, so the model runs it (`model.segment`, `model.refine`).
+    It reads the logits of a coarse pass, which the run then refines.
 
     Args:
         uncertainty: `entropy` of the class probabilities over its largest value, log K; `margin`, one minus
@@ -30,7 +31,10 @@ class ConfidencePolicy(MaskPolicy):
         stored_dtype: what a coarse pass keeps its activations in; None keeps them as they are.
     """
 
-    reads = "logits"
+    OPTIONS: ClassVar[dict[str, str]] = {
+        name: name for name in ("uncertainty", "reduce", "neighbours", "stored_dtype")
+    }
+    ranks_refinement = True
     sample = 4  # px between the places of a block at which the uncertainty is looked at
 
     def __init__(
@@ -40,7 +44,7 @@ class ConfidencePolicy(MaskPolicy):
         uncertainty: str = "entropy",
         reduce: str = "max",
         neighbours: bool = False,
-        stored_dtype: torch.dtype | None = None,
+        stored_dtype: torch.dtype | str | None = None,
         **levels: Any,
     ) -> None:
         super().__init__(fine_fraction, threshold, **levels)
@@ -48,13 +52,10 @@ class ConfidencePolicy(MaskPolicy):
             if value not in valid:
                 raise ValueError(f"unknown {value!r} of the confidence policy; choose of {', '.join(valid)}")
         self.uncertainty, self.reduce, self.neighbours = uncertainty, reduce, neighbours
-        self.stored_dtype = stored_dtype
+        self.stored_dtype = getattr(torch, stored_dtype) if isinstance(stored_dtype, str) else stored_dtype
 
-    def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        raise ValueError(
-            "the confidence policy reads the coarse network's logits: call model(images), which runs it, "
-            "or give fine_blocks"
-        )
+    def scores(self, run: Run) -> Tensor:
+        return self.logit_scores(run.coarse_logits(self.sample, self.stored_dtype))
 
     @torch.no_grad()
     def logit_scores(self, logits: Tensor) -> Tensor:

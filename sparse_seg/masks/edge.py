@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.masks.base import MaskPolicy, block_shape
+from sparse_seg.config import MaskConfig
+from sparse_seg.config.keys import choices
+from sparse_seg.masks.base import Inputs, MaskPolicy, block_shape
 
-RULES = ("sobel", "cad")
+RULES = choices(MaskConfig, "edge")
 CAD_GREY, CAD_DILATION, CAD_STRIDE, CAD_BLOCK = (0.299, 0.587, 0.114), 11, 8, 32  # weights; px
 
 
@@ -21,6 +23,8 @@ class EdgePolicy(MaskPolicy):
             normalised image per pixel (Sobel divided by its gain of 8); or `cad`, see `cad_edges`, with which
             a score equal to the threshold counts, too (published thresholds: 0.15, 0.35, 0.95).
     """
+
+    OPTIONS: ClassVar[dict[str, str]] = {"edge": "rule"}
 
     def __init__(
         self,
@@ -34,7 +38,8 @@ class EdgePolicy(MaskPolicy):
             raise ValueError(f"unknown edge rule {rule!r}; choose one of {', '.join(RULES)}")
         self.rule = rule
 
-    def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
+    def scores(self, run: Inputs) -> Tensor:
+        images = run.images
         if self.rule == "sobel":
             return F.max_pool2d(gradient_magnitude(images), self.block, ceil_mode=True).squeeze(1)
         scores = cad_edges(images).repeat_interleave(CAD_BLOCK // self.block, 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.masks.base import MaskPolicy
+from sparse_seg.masks.base import MaskPolicy, Run
 
 HIDDEN = 32  # channels; with 512 features at stride 8 under 0.4 % of a coarse DeepLabV3-ResNet-50
 CAD_HIDDEN = (128, 64, 64)  # channels of CAD's
@@ -25,7 +25,7 @@ class LearnedPolicy(MaskPolicy):
             `mask_net` makes the default, `cad_mask_net` CAD's; any other fits.
     """
 
-    reads = "features"
+    needs_net = True
 
     def __init__(
         self,
@@ -38,15 +38,22 @@ class LearnedPolicy(MaskPolicy):
         super().__init__(fine_fraction, threshold, **levels)
         self.net = net
 
-    def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        raise ValueError(
-            "the learned policy reads the network's features: call model(images), which runs it, or give "
-            "fine_blocks"
-        )
+    def scores(self, run: Run) -> Tensor:
+        return self.feature_scores(run.features())
 
     def feature_scores(self, features: Tensor) -> Tensor:
         """Features `[B, C, h, w]` to scores `[B, Hc, Wc]`, in float32; differentiable."""
         return self.net(features).float().squeeze(1)
+
+    def macs(self, size: tuple[int, int], batch: int) -> int:
+        """Multiply-adds of the net on features of a grid `size` (h, w)."""
+        total = 0
+        for layer in self.net.modules():
+            if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)) and layer.stride in (2, (2, 2)):
+                size = -(-size[0] // 2), -(-size[1] // 2)
+            if isinstance(layer, nn.Conv2d):
+                total += batch * size[0] * size[1] * layer.weight.numel()
+        return total
 
 
 def mask_net(channels: int, factor: int, hidden: int = HIDDEN) -> nn.Sequential:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.masks.base import MaskPolicy
+from sparse_seg.config import MaskConfig
+from sparse_seg.config.keys import choices
+from sparse_seg.masks.base import MaskPolicy, Run
 
-ORACLES = ("boundary", "change", "gain")
+ORACLES = choices(MaskConfig, "oracle")
 
 
 class OraclePolicy(MaskPolicy):
@@ -21,11 +23,14 @@ class OraclePolicy(MaskPolicy):
             has another label. `change`, the share whose class the dense network at the finest stride changes
             against the dense one at the coarsest; it needs no labels. `gain`, the share where the fine one is
             right and the coarse one wrong, minus the reverse. The last two run both dense networks, more
-            than the mask can save; the model does that, in eval mode (`model.segment`, `model.choose`).
+            than the mask can save.
         ignore_index: label of pixels that make no boundary and no gain.
 
     Shares are of a whole block's pixels, so one that the border cuts, or with few labels, has less to gain.
     """
+
+    OPTIONS: ClassVar[dict[str, str]] = {"oracle": "rule"}
+    is_bound = True
 
     def __init__(
         self,
@@ -41,20 +46,17 @@ class OraclePolicy(MaskPolicy):
                 f"unknown rule {rule!r} of the oracle policy; choose one of {', '.join(ORACLES)}"
             )
         self.ignore_index, self.rule = ignore_index, rule
-        self.reads = "images" if rule == "boundary" else "dense"
 
-    def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        if self.reads == "dense":
+    def scores(self, run: Run) -> Tensor:
+        if run.labels is None and self.rule != "change":
             raise ValueError(
-                f"mask.oracle={self.rule} reads the dense network's classes: in eval mode call "
-                "model.segment(images, labels), which runs it, or give fine_blocks"
+                f"the oracle policy ({self.rule}) reads labels: give them (model.start(images, labels)), or "
+                "choose another policy"
             )
-        if labels is None:
-            raise ValueError(
-                "the oracle policy reads labels: call it with them and pass its mask as fine_blocks, "
-                "or choose another policy"
-            )
-        return block_mean(label_boundary(labels, self.ignore_index).float(), self.block)
+        if self.rule == "boundary":
+            assert run.labels is not None
+            return block_mean(label_boundary(run.labels, self.ignore_index).float(), self.block)
+        return self.class_scores(*run.dense_classes(), run.labels)
 
     def class_scores(self, fine: Tensor, coarse: Tensor, labels: Tensor | None) -> Tensor:
         """Scores `[B, ceil(H/block), ceil(W/block)]` by `change` or `gain`.
@@ -65,11 +67,7 @@ class OraclePolicy(MaskPolicy):
         """
         if self.rule == "change":
             return block_mean((fine != coarse).float(), self.block)
-        if labels is None:
-            raise ValueError(
-                f"mask.oracle={self.rule} reads labels: call model.segment(images, labels), or choose "
-                "another policy"
-            )
+        assert labels is not None
         gain = (fine == labels).float() - (coarse == labels).float()
         return block_mean(gain * (labels != self.ignore_index), self.block)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sparse_seg.masks.base import MaskPolicy, block_shape
+from sparse_seg.masks.base import Inputs, MaskPolicy, block_shape
 
 
 class RandomPolicy(MaskPolicy):
     """Scores uniform in 0..1: anew each time in training, by seed and shape alone in eval."""
+
+    OPTIONS: ClassVar[dict[str, str]] = {"seed": "seed"}
 
     def __init__(
         self,
@@ -23,6 +25,7 @@ class RandomPolicy(MaskPolicy):
         super().__init__(fine_fraction, threshold, **levels)
         self.seed = seed
 
-    def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
+    def scores(self, run: Inputs) -> Tensor:
+        images = run.images
         generator = None if self.training else torch.Generator().manual_seed(self.seed)
         return torch.rand(block_shape(images, self.block), generator=generator).to(images.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_seg.masks.base import MaskPolicy, block_shape
+from sparse_seg.masks.base import Inputs, MaskPolicy, block_shape
 
 
 class UniformPolicy(MaskPolicy):
@@ -21,5 +21,5 @@ class UniformPolicy(MaskPolicy):
                 f"the uniform policy takes fine_fraction 0 or 1, not {fine_fraction}; random takes any"
             )
 
-    def scores(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        return images.new_full(block_shape(images, self.block), 0.5)
+    def scores(self, run: Inputs) -> Tensor:
+        return run.images.new_full(block_shape(run.images, self.block), 0.5)

@@ -1,20 +1,29 @@
 """Atrous spatial pyramid pooling on rows (Chen et al., "Rethinking Atrous Convolution", 2017).
 
-Its rates are even, so that its taps stay on the lattice and P1 to P3 hold (design.md).
+Its rates are even, so that its taps stay on the lattice and P1 to P3 hold (docs/method.md).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_seg.sparse import SelectiveConv2d, SelectiveDepthwiseConv2d, SiteLayout
-
-# what stands in place of a 3x3 convolution: itself; depthwise and 1x1; depthwise, norm, ReLU and 1x1
-SEPARABLE = ("none", "linear", "normed")
+from sparse_seg.models.forms import fused, plain, row_macs
+from sparse_seg.sparse import (
+    SelectiveConv2d,
+    SelectiveDepthwiseConv2d,
+    SelectiveLinear,
+    SiteLayout,
+    Step,
+)
+from sparse_seg.sparse.conv import plain_norm
+from sparse_seg.sparse.fused import FusedLinear
+from sparse_seg.sparse.tuning import Tuner
 
 
 class SelectiveSeparableConv2d(nn.Module):
@@ -31,15 +40,46 @@ class SelectiveSeparableConv2d(nn.Module):
         super().__init__()
         self.depthwise = SelectiveDepthwiseConv2d(in_channels, spacing, exchange)
         self.norm = nn.BatchNorm1d(in_channels) if normed else None
-        self.pointwise = nn.Linear(in_channels, out_channels, bias=False)
+        self.pointwise = SelectiveLinear(in_channels, out_channels)
 
-    def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
+    def forward(self, rows: Tensor, src: SiteLayout | Step, dst: SiteLayout | Step) -> Tensor:
         """Rows `[src.num_run, I]` to `[dst.num_run, O]`."""
         out = self.depthwise(rows, src, dst)
         return self.pointwise(out if self.norm is None else F.relu(self.norm(out), inplace=True))
 
+    def fused(self, tuner: Tuner, norm: nn.Module, relu: bool = True) -> FusedSeparableConv:
+        """With a batch norm, and perhaps ReLU, behind it."""
+        first: nn.Module = copy.deepcopy(self.depthwise)
+        if self.norm is not None:
+            first = self.depthwise.fused(tuner, self.norm)
+        return FusedSeparableConv(first, self.pointwise.fused(tuner, norm, relu))
 
-class PooledLinear(nn.Linear):
+    def plain(self, src: int, dst: int) -> nn.Sequential:
+        """Dense, from stride `src` to `dst`, px."""
+        between = [] if self.norm is None else [plain_norm(self.norm), nn.ReLU(inplace=True)]
+        return nn.Sequential(self.depthwise.plain(src, dst), *between, self.pointwise.plain())
+
+    def macs(self, src: Step, dst: Step) -> int:
+        return self.depthwise.macs(src, dst) + self.pointwise.macs(dst)
+
+
+class FusedSeparableConv(nn.Module):
+    """`SelectiveSeparableConv2d` of fused layers."""
+
+    def __init__(self, depthwise: nn.Module, pointwise: FusedLinear) -> None:
+        super().__init__()
+        self.depthwise: Any = depthwise
+        self.pointwise = pointwise
+
+    def forward(self, rows: Tensor, src: Step, dst: Step) -> Tensor:
+        """Rows `[src.num_run, I]` to `[dst.num_run, O]`."""
+        return self.pointwise(self.depthwise(rows, src, dst))
+
+    def macs(self, src: Step, dst: Step) -> int:
+        return self.depthwise.macs(src, dst) + self.pointwise.macs(dst)
+
+
+class PooledLinear(SelectiveLinear):
     """A linear layer without bias on rows `[n, C]` and, behind their channels, a vector `[B, P]` per image.
 
     The vector's share of the weight is multiplied once an image. Multiply-adds are counted as usual, as if
@@ -47,13 +87,16 @@ class PooledLinear(nn.Linear):
     """
 
     def __init__(self, in_channels: int, pooled_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels + pooled_channels, out_channels, bias=False)
+        super().__init__(in_channels + pooled_channels, out_channels)
 
-    def forward(self, rows: Tensor, pooled: Tensor, layout: SiteLayout) -> Tensor:  # type: ignore[override]
-        """`[layout.num_run, C]` and `[B, P]` to `[layout.num_sites, O]`: known rows change, too."""
+    def forward(self, rows: Tensor, pooled: Tensor, step: Step) -> Tensor:  # type: ignore[override]
+        """`[step.num_run, C]` and `[B, P]` to `[step.layout.num_sites, O]`: known rows change, too."""
         channels = rows.shape[1]
-        local = layout.complete(F.linear(rows, self.weight[:, :channels]), layout, self)
-        return local + F.linear(pooled, self.weight[:, channels:])[layout.image_of_row]
+        local = step.complete(F.linear(rows, self.weight[:, :channels]), step, self)
+        return local + F.linear(pooled, self.weight[:, channels:])[step.layout.image_of_row]
+
+    def macs(self, src: Step, dst: Step | None = None) -> int:
+        return src.num_run * self.weight.numel()
 
 
 class ASPP(nn.Module):
@@ -62,7 +105,8 @@ class ASPP(nn.Module):
     Args:
         spacings: distance between taps of each 3x3 branch, in pixels: rate x trained output stride.
         exchange, engine: of the 3x3 branches, see `SelectiveConv2d`.
-        separable: of the 3x3 branches, one of `SEPARABLE`.
+        separable: of the 3x3 branches: `none`; `linear`, depthwise and 1x1; `normed`, with norm and ReLU
+            between the two.
         projection: without it the output is the branches side by side (mmsegmentation projects by a 3x3).
     """
 
@@ -84,11 +128,12 @@ class ASPP(nn.Module):
                 return SelectiveConv2d(in_channels, channels, spacing, exchange, engine)
             return SelectiveSeparableConv2d(in_channels, channels, spacing, exchange, separable == "normed")
 
-        self.point = _linear_bn_relu(in_channels, channels)
+        self.point: Any = linear_norm_relu(in_channels, channels)
         self.atrous = nn.ModuleList(map(atrous, spacings))
         self.atrous_bn = nn.ModuleList(nn.BatchNorm1d(channels) for _ in spacings)
-        self.pool = _linear_bn_relu(in_channels, channels)
-        self.project, self.out_channels = None, (2 + len(spacings)) * channels
+        self.pool: Any = linear_norm_relu(in_channels, channels)
+        self.out_channels = (2 + len(spacings)) * channels
+        self.project: Any = None
         if projection:
             self.project = nn.Sequential(
                 PooledLinear(self.out_channels - channels, channels, channels),
@@ -98,26 +143,96 @@ class ASPP(nn.Module):
             )
             self.out_channels = channels
 
-    def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[layout.num_run, in_channels]` to `[layout.num_sites, out_channels]`."""
+    def forward(self, rows: Tensor, step: Step) -> Tensor:
+        """Rows `[step.num_run, in_channels]` to `[step.layout.num_sites, out_channels]`."""
         branches = [self.point(rows)]
         for conv, norm in zip(self.atrous, self.atrous_bn, strict=True):
-            branches.append(F.relu(norm(conv(rows, layout, layout)), inplace=True))
-        pooled = self.pool(mean_by_area(layout.complete(rows, layout, self), layout))
+            branches.append(F.relu(norm(conv(rows, step, step)), inplace=True))
+        pooled = self.pool(mean_by_area(step.complete(rows, step, self), step.layout))
         local = torch.cat(branches, 1)
         if self.project is None:
-            return beside(layout.complete(local, layout, self.pool), pooled, layout)
+            return concat_pooled(step.complete(local, step, self.pool), pooled, step.layout)
         linear, *rest = self.project
-        return nn.Sequential(*rest)(linear(local, pooled, layout))
+        return nn.Sequential(*rest)(linear(local, pooled, step))
+
+    def fused(self, tuner: Tuner) -> FusedASPP:
+        return FusedASPP(self, tuner)
+
+    def plain(self, src: int, dst: int) -> PlainASPP:
+        """Dense at stride `src`, px."""
+        return PlainASPP(self, src)
+
+    def macs(self, src: Step, dst: Step) -> int:
+        total = row_macs(self.point, src) + sum(row_macs(conv, src) for conv in self.atrous)
+        total += src.layout.batch * self.pool[0].weight.numel()  # one vector an image
+        return total + (0 if self.project is None else self.project[0].macs(src, dst))
 
 
-def beside(rows: Tensor, vectors: Tensor, layout: SiteLayout) -> Tensor:
+class FusedASPP(nn.Module):
+    """The interface of `ASPP`, of fused layers."""
+
+    pooled: Tensor | None  # the projection's weight for the pooled vector
+
+    def __init__(self, aspp: ASPP, tuner: Tuner) -> None:
+        super().__init__()
+        branches: Any = zip(aspp.atrous, aspp.atrous_bn, strict=True)
+        self.point, self.pool = fused(aspp.point, tuner), fused(aspp.pool, tuner)
+        self.atrous = nn.ModuleList(conv.fused(tuner, norm) for conv, norm in branches)
+        self.project: Any = None
+        self.register_buffer("pooled", None)
+        if aspp.project is not None:
+            self.project = FusedLinear(tuner, aspp.project[0].weight, aspp.project[1], relu=False)
+            channels = self.pool.weight.shape[0]
+            self.pooled = self.project.weight[:, -channels:].clone()
+            self.project.weight = self.project.weight[:, :-channels].contiguous()
+
+    def forward(self, rows: Tensor, step: Step) -> Tensor:
+        local = torch.cat([self.point(rows), *(conv(rows, step, step) for conv in self.atrous)], 1)
+        layout = step.layout
+        pooled = self.pool(mean_by_area(step.complete(rows, step, self), layout))
+        if self.project is None or self.pooled is None:
+            return concat_pooled(step.complete(local, step, self.pool), pooled, layout)
+        local = step.complete(self.project(local), step, self.project)
+        return (local + F.linear(pooled, self.pooled)[layout.image_of_row]).relu_()
+
+    def macs(self, src: Step, dst: Step) -> int:
+        total = row_macs(self.point, src) + sum(row_macs(conv, src) for conv in self.atrous)
+        total += src.layout.batch * self.pool.weight.numel()
+        if self.project is None or self.pooled is None:
+            return total
+        return total + src.num_run * (self.project.weight.numel() + self.pooled.numel())
+
+
+class PlainASPP(nn.Module):
+    """`ASPP` on a grid."""
+
+    def __init__(self, aspp: ASPP, stride: int) -> None:
+        super().__init__()
+        branches: Any = zip(aspp.atrous, aspp.atrous_bn, strict=True)
+        self.point = plain(aspp.point, stride)
+        self.atrous = nn.ModuleList(
+            nn.Sequential(conv.plain(stride, stride), plain_norm(norm), nn.ReLU(inplace=True))
+            for conv, norm in branches
+        )
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), plain(aspp.pool, stride))
+        self.project = nn.Sequential() if aspp.project is None else plain(aspp.project, stride)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """`[B, I, H, W]` to `[B, O, H, W]`."""
+        pooled = self.pool(grid).expand(-1, -1, *grid.shape[2:])
+        return self.project(
+            torch.cat([self.point(grid), *(branch(grid) for branch in self.atrous), pooled], 1)
+        )
+
+
+def concat_pooled(rows: Tensor, vectors: Tensor, layout: SiteLayout) -> Tensor:
     """Rows `[layout.num_sites, C]` and, behind their channels, their image's vector of `[B, P]`."""
     return torch.cat((rows, vectors[layout.image_of_row]), 1)
 
 
-def _linear_bn_relu(in_channels: int, channels: int) -> nn.Sequential:
-    linear = nn.Linear(in_channels, channels, bias=False)
+def linear_norm_relu(in_channels: int, channels: int) -> nn.Sequential:
+    """1x1 convolution on rows, batch norm, ReLU."""
+    linear = SelectiveLinear(in_channels, channels)
     return nn.Sequential(linear, nn.BatchNorm1d(channels), nn.ReLU(inplace=True))
 
 

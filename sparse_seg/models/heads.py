@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.models.aspp import ASPP
+from sparse_seg.models.aspp import ASPP, linear_norm_relu
+from sparse_seg.models.forms import fused, grid_macs, plain, rebuilt, row_macs
 from sparse_seg.models.upsample import upsample_logits
-from sparse_seg.sparse import SiteLayout, densify
+from sparse_seg.sparse import SiteLayout, Step, densify
+from sparse_seg.sparse.tuning import Tuner
 
 FINEST_DENSE_STRIDE = 8  # of dense networks, in px
 LOW_LEVEL_STRIDE = 4  # of layer1, whose grid `deeplabv3plus` reads and writes
@@ -27,7 +31,7 @@ class HeadOptions:
         spacings: of ASPP's 3x3 branches, px.
         exchange, engine: of 3x3 convolutions on rows, see `SelectiveConv2d`.
         trained_stride: output stride that the head was trained at, px.
-        aspp_separable, separable: of ASPP's branches and of the dense 3x3 convolutions, see `SEPARABLE`.
+        aspp_separable, separable: of ASPP's branches and of the dense 3x3 convolutions, see `ASPP`.
         aspp_projection: see `ASPP`.
         refine: whether a dense 3x3 follows ASPP.
         low_level_channels: of the low-level skip after its 1x1 projection.
@@ -37,7 +41,7 @@ class HeadOptions:
 
     in_channels: int
     num_classes: int
-    spacings: Sequence[int]
+    spacings: Sequence[int] = ()
     low_level_in_channels: int = 0
     channels: int | None = None
     exchange: str = "linear"
@@ -69,38 +73,89 @@ def at_dense_spacing(module: nn.Module, grid: Tensor, stride: int) -> Tensor:
     return out
 
 
-class RowHead(nn.Module):
-    """A head in two parts: `neck` on rows, `decode` on the grid that densify makes of them."""
+_Head = TypeVar("_Head", bound="Head")
 
-    refine: nn.Sequential
+
+class Head(nn.Module):
+    """A head in two parts: `neck` on rows, `decode` on the grid that densify makes of them.
+
+    A subclass says which of its children the neck runs, and has its forms from here.
+    """
+
+    refine: nn.Module
     classifier: nn.Conv2d
+    NECK: ClassVar[tuple[str, ...]] = ()  # names of the children that run on rows
+    reads_low_level: ClassVar[bool] = False  # whether `decode` reads layer1's grid and writes its stride
 
-    def forward(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """Rows `[layout.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid."""
-        return self.decode(densify(self.neck(rows, layout), layout), layout.stride)
+    def forward(self, rows: Tensor, sites: SiteLayout | Step, low_level: Tensor | None = None) -> Tensor:
+        """Rows `[sites.num_run, in_channels]` to logits `[B, K, H, W]` on the layout's finest grid.
 
-    def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        """What runs on rows, `[layout.num_run, in_channels]` to `[layout.num_sites, channels]`."""
-        raise NotImplementedError
+        low_level: layer1's grid, for a head that reads it; the logits are then at its stride.
+        """
+        step = Step.of(sites)
+        grid = densify(self.neck(rows, step), step.layout)
+        return self.decode(grid, step.layout.stride, low_level)
 
-    def decode(self, grid: Tensor, stride: int) -> Tensor:
+    def neck(self, rows: Tensor, step: Step) -> Tensor:
+        """What runs on rows, `[step.num_run, in_channels]` to `[step.layout.num_sites, channels]`."""
+        return step.complete(rows, step, self)
+
+    def decode(self, grid: Tensor, stride: int, low_level: Tensor | None = None) -> Tensor:
         """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
         return self.classifier(at_dense_spacing(self.refine, grid, stride))
 
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.classifier.out_channels
 
-class LiteHead(RowHead):
-    """1x1 reduction on rows, densify, depthwise 3x3 and 1x1, classifier.
+    def fused(self: _Head, tuner: Tuner) -> _Head:
+        """A copy for prediction."""
+        return rebuilt(self, {name: fused(child, tuner) for name, child in self.named_children()})
+
+    def plain(self, stride: int) -> PlainHead:
+        """A copy that runs dense on grids at `stride` px."""
+        neck = nn.Sequential(*(plain(self.get_submodule(name), stride) for name in self.NECK))
+        others = {name: copy.deepcopy(c) for name, c in self.named_children() if name not in self.NECK}
+        return PlainHead(neck, rebuilt(self, others), stride)
+
+    def macs(self, step: Step, low_level: SiteLayout) -> tuple[int, int]:
+        """Multiply-adds of neck and decoder; `low_level` are layer1's sites."""
+        neck = sum(row_macs(self.get_submodule(name), step) for name in self.NECK)
+        return neck, self.decode_macs(step.layout, low_level)
+
+    def decode_macs(self, layout: SiteLayout, low_level: SiteLayout) -> int:
+        """Multiply-adds of `decode`."""
+        cells = layout.batch * layout.size[0] * layout.size[1]
+        others = (child for name, child in self.named_children() if name not in self.NECK)
+        return sum(grid_macs(child, cells) for child in others)
+
+
+class PlainHead(nn.Module):
+    """A head on grids."""
+
+    def __init__(self, neck: nn.Module, rest: Head, stride: int) -> None:
+        super().__init__()
+        self.neck, self.rest, self.stride = neck, rest, stride
+
+    def forward(self, grid: Tensor, low_level: Tensor) -> Tensor:
+        """`[B, in_channels, H, W]` to `[B, K, H, W]`."""
+        return self.rest.decode(self.neck(grid), self.stride, low_level)
+
+
+class LiteHead(Head):
+    """1x1 reduction on rows, densify, depthwise 3x3 and 1x1, classifier; 128 channels by default.
 
     Args:
-        in_channels, channels, num_classes: widths of rows, of the head, and K.
         dropout: share of whole channels dropped before the classifier in training.
     """
 
-    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float = 0.1) -> None:
+    NECK = ("reduce",)
+
+    def __init__(self, options: HeadOptions, dropout: float = 0.1) -> None:
         super().__init__()
-        self.reduce = nn.Sequential(
-            nn.Linear(in_channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)
-        )
+        channels = options.channels or 128
+        self.reduce = linear_norm_relu(options.in_channels, channels)
         self.refine = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
             nn.BatchNorm2d(channels),
@@ -109,40 +164,37 @@ class LiteHead(RowHead):
             nn.ReLU(inplace=True),
             nn.Dropout2d(dropout),
         )
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.classifier = nn.Conv2d(channels, options.num_classes, 1)
 
-    def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        return layout.complete(self.reduce(rows), layout, self)
+    def neck(self, rows: Tensor, step: Step) -> Tensor:
+        return step.complete(self.reduce(rows), step, self)
 
 
-class DeepLabV3Head(RowHead):
-    """ASPP on rows, densify, dense 3x3, classifier (torchvision's DeepLabHead).
+class DeepLabV3Head(Head):
+    """ASPP on rows, densify, dense 3x3, classifier (torchvision's DeepLabHead); 256 channels by default."""
 
-    Args:
-        channels: of ASPP and of the 3x3.
-    """
+    NECK = ("aspp",)
 
-    def __init__(self, options: HeadOptions, channels: int) -> None:
+    def __init__(self, options: HeadOptions) -> None:
         super().__init__()
+        channels = options.channels or 256
         self.aspp = _aspp(options, channels)
         self.refine = _refine(options, self.aspp, channels)
         self.classifier = nn.Conv2d(channels, options.num_classes, 1)
 
-    def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        return self.aspp(rows, layout)
+    def neck(self, rows: Tensor, step: Step) -> Tensor:
+        return self.aspp(rows, step)
 
 
-class DeepLabV3PlusHead(nn.Module):
-    """ASPP on rows, densify, upsampling to stride 4, low-level skip, 3x3 decoder (Chen et al., ECCV 2018).
+class DeepLabV3PlusHead(Head):
+    """ASPP on rows, densify, upsampling to stride 4, low-level skip, 3x3 decoder (Chen et al., ECCV 2018)."""
 
-    Args:
-        channels: of ASPP and of the decoder.
-    """
+    NECK = ("aspp",)
+    reads_low_level = True
 
-    uses_low_level = True
-
-    def __init__(self, options: HeadOptions, channels: int) -> None:
+    def __init__(self, options: HeadOptions) -> None:
         super().__init__()
+        channels = options.channels or 256
         self.trained_stride, self.align_corners = options.trained_stride, options.align_corners
         self.aspp = _aspp(options, channels)
         self.refine = _refine(options, self.aspp, channels)
@@ -153,22 +205,26 @@ class DeepLabV3PlusHead(nn.Module):
         )
         widths = [channels + options.low_level_channels] + [channels] * options.decoder_convs
         self.decoder = nn.Sequential(
-            *(_conv_bn_relu(inside, channels, options.separable) for inside in widths[:-1])
+            *(_conv_norm_relu(inside, channels, options.separable) for inside in widths[:-1])
         )
         self.classifier = nn.Conv2d(widths[-1], options.num_classes, 1)
 
-    def forward(self, rows: Tensor, layout: SiteLayout, low_level: Tensor) -> Tensor:
-        """Rows `[layout.num_run, in_channels]`, layer1's grid `[B, C, H, W]` to logits at stride 4."""
-        grid = densify(self.aspp(rows, layout), layout)
-        grid = at_dense_spacing(self.refine, grid, layout.stride)
-        return self.classifier(self.decoder(self.join(grid, layout.stride, low_level)))
+    def neck(self, rows: Tensor, step: Step) -> Tensor:
+        return self.aspp(rows, step)
 
-    def join(self, grid: Tensor, stride: int, low_level: Tensor) -> Tensor:
-        """A grid `[B, C, h, w]` at `stride` px beside the projected skip, on the grid of the skip."""
+    def decode(self, grid: Tensor, stride: int, low_level: Tensor | None = None) -> Tensor:
+        """`[B, channels, h, w]` at `stride` px and layer1's grid `[B, C, H, W]` to logits `[B, K, H, W]`."""
+        assert low_level is not None
+        grid = at_dense_spacing(self.refine, grid, stride)
         size, unit = (low_level.shape[2], low_level.shape[3]), LOW_LEVEL_STRIDE
         trained = self.trained_stride // unit
         grid = upsample_logits(grid, size, stride // unit, trained, self.align_corners)
-        return torch.cat([grid, self.low_level(low_level)], 1)
+        return self.classifier(self.decoder(torch.cat([grid, self.low_level(low_level)], 1)))
+
+    def decode_macs(self, layout: SiteLayout, low_level: SiteLayout) -> int:
+        at_low_level = (self.low_level, self.decoder, self.classifier)
+        macs = [grid_macs(part, low_level.num_sites) for part in at_low_level]
+        return sum(macs) + grid_macs(self.refine, layout.batch * layout.size[0] * layout.size[1])
 
 
 def _aspp(options: HeadOptions, channels: int) -> ASPP:
@@ -186,26 +242,27 @@ def _aspp(options: HeadOptions, channels: int) -> ASPP:
 def _refine(options: HeadOptions, aspp: ASPP, channels: int) -> nn.Sequential:
     if not options.refine:
         return nn.Sequential()
-    return _conv_bn_relu(aspp.out_channels, channels, options.separable)
+    return _conv_norm_relu(aspp.out_channels, channels, options.separable)
 
 
-class FCNHead(RowHead):
-    """Densify, dense 3x3, classifier (Long et al., CVPR 2015); in training also on layer3."""
+class FCNHead(Head):
+    """Densify, dense 3x3, classifier (Long et al., CVPR 2015); in training also on layer3.
 
-    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float = 0.1) -> None:
+    By default a quarter of the input's channels.
+    """
+
+    def __init__(self, options: HeadOptions, dropout: float = 0.1) -> None:
         super().__init__()
-        self.refine = _conv_bn_relu(in_channels, channels)
+        channels = options.channels or max(options.in_channels // 4, 1)
+        self.refine = _conv_norm_relu(options.in_channels, channels)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.classifier = nn.Conv2d(channels, options.num_classes, 1)
 
-    def neck(self, rows: Tensor, layout: SiteLayout) -> Tensor:
-        return layout.complete(rows, layout, self)
-
-    def decode(self, grid: Tensor, stride: int) -> Tensor:
+    def decode(self, grid: Tensor, stride: int, low_level: Tensor | None = None) -> Tensor:
         return self.classifier(self.dropout(at_dense_spacing(self.refine, grid, stride)))
 
 
-def _conv_bn_relu(in_channels: int, channels: int, separable: str = "none") -> nn.Sequential:
+def _conv_norm_relu(in_channels: int, channels: int, separable: str = "none") -> nn.Sequential:
     """Dense 3x3, batch norm, ReLU; or the depthwise and 1x1 convolutions that stand for the 3x3."""
     last = [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
     if separable == "none":
@@ -214,21 +271,3 @@ def _conv_bn_relu(in_channels: int, channels: int, separable: str = "none") -> n
     between = [nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True)] if separable == "normed" else []
     pointwise = nn.Conv2d(in_channels, channels, 1, bias=False)
     return nn.Sequential(depthwise, *between, pointwise, *last)
-
-
-def _lite(options: HeadOptions) -> nn.Module:
-    return LiteHead(options.in_channels, options.channels or 128, options.num_classes)
-
-
-def _fcn(options: HeadOptions) -> nn.Module:
-    channels = options.channels or max(options.in_channels // 4, 1)
-    return FCNHead(options.in_channels, channels, options.num_classes)
-
-
-HEADS: dict[str, Callable[[HeadOptions], nn.Module]] = {
-    "lite": _lite,
-    "deeplabv3": lambda options: DeepLabV3Head(options, options.channels or 256),
-    "deeplabv3plus": lambda options: DeepLabV3PlusHead(options, options.channels or 256),
-    "fcn": _fcn,
-}
-POOLING_HEADS = ("deeplabv3", "deeplabv3plus")  # those with ASPP

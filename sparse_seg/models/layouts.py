@@ -14,22 +14,40 @@ from sparse_seg.sparse import SiteLayout
 MIN_SIZE = 32  # pixels; below it the coarsest stage has no cell left
 
 
+def dense_strides(output_stride: int) -> list[int]:
+    """Strides of the four stages of a dense network.
+
+    Raises:
+        ValueError: an unknown output stride.
+    """
+    if output_stride not in STAGE_STRIDES:
+        raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {output_stride}")
+    return [min(stride, output_stride) for stride in STAGE_STRIDES]
+
+
+def dense_layout(images: Tensor, stride: int) -> SiteLayout:
+    """A site at every cell of the images' grid at `stride` px."""
+    return SiteLayout(images.shape[0], _grid_size(images, stride), stride, device=images.device)
+
+
 def dense_layouts(images: Tensor, output_stride: int) -> list[SiteLayout]:
-    """See `SelectiveSegmentor.dense_layouts`.
+    """Layouts of the four stages of the plain dense network.
 
     Raises:
         ValueError: images of a wrong shape or dtype, or an unknown stride.
     """
     check_images(images)
-    if output_stride not in STAGE_STRIDES:
-        raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {output_stride}")
-    strides = [min(stride, output_stride) for stride in STAGE_STRIDES]
-    layouts = {stride: _dense_layout(images, stride) for stride in strides}
+    strides = dense_strides(output_stride)
+    layouts = {stride: dense_layout(images, stride) for stride in strides}
     return [layouts[stride] for stride in strides]
 
 
 def selective_layouts(images: Tensor, fine_blocks: Tensor, strides: Sequence[int]) -> list[SiteLayout]:
-    """See `SelectiveSegmentor.selective_layouts`.
+    """Layouts of the four stages: each on its natural stride, but at most the coarsest of `strides`, with the
+    finer levels that the mask asks for; stages above the finest stride are dense.
+
+    Args:
+        fine_blocks: bool or int64 `[B, Hc, Wc]`, see `SelectiveSegmentor.forward`.
 
     Raises:
         ValueError: images or mask of a wrong shape or dtype.
@@ -39,7 +57,7 @@ def selective_layouts(images: Tensor, fine_blocks: Tensor, strides: Sequence[int
     finest, coarsest = strides[0], strides[-1]
     layouts: dict[int, SiteLayout] = {}
     for stride in sorted({min(stride, coarsest) for stride in STAGE_STRIDES}):
-        layouts[stride] = _dense_layout(images, stride)
+        layouts[stride] = dense_layout(images, stride)
         if stride > finest:
             size, coarser = _grid_size(images, finest), strides[::-1].index(stride)
             layouts[stride] = SiteLayout(images.shape[0], size, finest, splits[coarser:])
@@ -65,10 +83,6 @@ def _splits(images: Tensor, fine_blocks: Tensor, strides: Sequence[int]) -> list
             split = split.repeat_interleave(2**level, 1).repeat_interleave(2**level, 2)
         splits.append(split[:, :height, :width])
     return splits
-
-
-def _dense_layout(images: Tensor, stride: int) -> SiteLayout:
-    return SiteLayout(images.shape[0], _grid_size(images, stride), stride, device=images.device)
 
 
 def _grid_size(images: Tensor, stride: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""ResNet-18/34/50/101 (He et al., CVPR 2016) on rows, from one stage table.
+"""ResNet-18/34/50/101 (He et al., CVPR 2016) on rows, from one table.
 
 Every 3x3 convolution is told how far apart its taps lie in pixels. That distance does not depend on the
 output stride, so the same modules run at output stride 8, 16 or 32 and on any mix of them: the layout says
@@ -8,147 +8,71 @@ which sites exist, the convolutions never learn what "dilation" is. Names follow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_seg.sparse import SelectiveAvgPool2d, SelectiveConv2d, SiteLayout, grid_to_rows, select_rows
+from sparse_seg.models.blocks import BasicBlock, Bottleneck, Stage
+from sparse_seg.models.forms import channels_last, fused, grid_macs, rebuilt
+from sparse_seg.sparse import SiteLayout, Step, grid_to_rows
+from sparse_seg.sparse.tuning import Tuner
 
 STAGE_STRIDES = (4, 8, 16, 32)  # natural strides of layer1..layer4, in pixels
-STAGE_WIDTHS = (64, 128, 256, 512)
-STEMS = ("conv7", "deep")  # one 7x7 convolution, or three 3x3 (ResNet-C and -D; He et al., CVPR 2019)
-SHORTCUTS = ("conv", "avg_pool")  # strided 1x1, or a 2x2 mean and a 1x1 (ResNet-D)
 
 
-def first_selective_stage(finest_stride: int) -> int:
-    """Index of the first stage whose stride a mask decides, down to `finest_stride` px."""
-    return sum(stride <= finest_stride for stride in STAGE_STRIDES)
+@dataclass(frozen=True)
+class Architecture:
+    """A row of the table: a residual block, how many of them a stage has, and how wide they are."""
+
+    block: Any  # a subclass of Residual with the arguments of BasicBlock
+    depths: tuple[int, int, int, int]
+    widths: tuple[int, int, int, int] = (64, 128, 256, 512)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions. The second always has the stage's natural spacing (design.md, section 2).
-
-    Args:
-        channels, width: of the input and of the 3x3 convolutions.
-        entry, spacing: px between taps of the first and of the second convolution.
-        exchange, engine: see `SelectiveConv2d`.
-        projects: whether the shortcut has a 1x1 convolution.
-        pool: px of the window step of the shortcut's 2x2 mean before it; None: no mean, sites are picked.
-    """
-
-    expansion = 1
-
-    def __init__(
-        self,
-        channels: int,
-        width: int,
-        entry: int,
-        spacing: int,
-        exchange: str,
-        engine: str,
-        projects: bool,
-        pool: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.conv1 = SelectiveConv2d(channels, width, entry, exchange, engine)
-        self.bn1 = nn.BatchNorm1d(width)
-        self.conv2 = SelectiveConv2d(width, width, spacing, exchange, engine)
-        self.bn2 = nn.BatchNorm1d(width)
-        self.downsample = _downsample(channels, width) if projects else None
-        self.pool = None if pool is None else SelectiveAvgPool2d(pool, exchange)
-
-    def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
-        """Rows `[src.num_sites, channels]` to `[dst.num_sites, width]`."""
-        out = F.relu(self.bn1(self.conv1(rows, src, dst)), inplace=True)
-        out = self.bn2(self.conv2(out, dst, dst))
-        shortcut = self.pool(rows, src, dst) if self.pool else select_rows(rows, src, dst, self)
-        out += self.downsample(shortcut) if self.downsample else shortcut
-        return F.relu(out, inplace=True)
+RESNET18 = Architecture(BasicBlock, (2, 2, 2, 2))
+RESNET34 = Architecture(BasicBlock, (3, 4, 6, 3))
+RESNET50 = Architecture(Bottleneck, (3, 4, 6, 3))
+RESNET101 = Architecture(Bottleneck, (3, 4, 23, 3))
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1; the 3x3 is the one that strides (torchvision's variant). Arguments as `BasicBlock`'s."""
+class StageInfo(NamedTuple):
+    """What a backbone says of a stage: its name, output channels, natural stride in px, and its module."""
 
-    expansion = 4
-
-    def __init__(
-        self,
-        channels: int,
-        width: int,
-        entry: int,
-        spacing: int,
-        exchange: str,
-        engine: str,
-        projects: bool,
-        pool: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.conv1 = nn.Linear(channels, width, bias=False)
-        self.bn1 = nn.BatchNorm1d(width)
-        self.conv2 = SelectiveConv2d(width, width, entry, exchange, engine)
-        self.bn2 = nn.BatchNorm1d(width)
-        self.conv3 = nn.Linear(width, width * self.expansion, bias=False)
-        self.bn3 = nn.BatchNorm1d(width * self.expansion)
-        self.downsample = _downsample(channels, width * self.expansion) if projects else None
-        self.pool = None if pool is None else SelectiveAvgPool2d(pool, exchange)
-
-    def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
-        """Rows `[src.num_sites, channels]` to `[dst.num_sites, 4 * width]`."""
-        out = F.relu(self.bn1(self.conv1(rows)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out, src, dst)), inplace=True)
-        out = self.bn3(self.conv3(out))
-        shortcut = self.pool(rows, src, dst) if self.pool else select_rows(rows, src, dst, self)
-        out += self.downsample(shortcut) if self.downsample else shortcut
-        return F.relu(out, inplace=True)
-
-
-def _downsample(channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(channels, out_channels, bias=False), nn.BatchNorm1d(out_channels))
-
-
-ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
-}
-
-
-class Stage(nn.ModuleList):
-    """A stage's blocks. Only the first may change the layout; all others read and write the same."""
-
-    def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
-        for block in self:
-            rows, src = block(rows, src, dst), dst
-        return rows
+    name: str
+    channels: int
+    stride: int
+    module: Stage
 
 
 class ResNet(nn.Module):
     """Stem and four stages.
 
     Args:
-        name: `resnet18`, `resnet34`, `resnet50` or `resnet101`.
+        architecture: what the stages are made of.
         width: multiplier of all widths; each must come out whole.
         exchange: exchange rule of all 3x3 convolutions.
         engine: what runs them, see `SelectiveConv2d`.
-        stem, shortcut: one of `STEMS`, `SHORTCUTS`.
+        stem: `conv7`, one 7x7 convolution, or `deep`, three 3x3 (ResNet-C and -D; He et al., CVPR 2019).
+        shortcut: `conv`, a strided 1x1, or `avg_pool`, a 2x2 mean and a 1x1 (ResNet-D).
         entry_spacings: px between taps of the first 3x3 convolution of layer2..layer4: where the network's
             dense form strides, the spacing of the stage before.
         dilate_second: whether the second 3x3 of layer3's and layer4's basic blocks has the stage's spacing;
             if not, its taps are one cell of the finest grid apart (mmsegmentation's).
-        depths: blocks of each stage, in place of those that the name stands for.
+        depths: blocks of each stage, in place of the architecture's.
+        options: further arguments of the architecture's block.
 
     Raises:
-        ValueError: unknown name, or a width that makes a fraction of a channel.
+        ValueError: a width that makes a fraction of a channel.
     """
 
     conv1: Any  # nn.Conv2d, or nn.Sequential for a deep stem
 
     def __init__(
         self,
-        name: str,
+        architecture: Architecture,
         width: float = 1.0,
         exchange: str = "linear",
         engine: str = "auto",
@@ -157,57 +81,80 @@ class ResNet(nn.Module):
         entry_spacings: Sequence[int] = STAGE_STRIDES[:3],
         dilate_second: bool = True,
         depths: Sequence[int] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        if name not in ARCHITECTURES:
-            raise ValueError(f"unknown backbone {name!r}; choose one of {', '.join(ARCHITECTURES)}")
-        block, named_depths = ARCHITECTURES[name]
-        widths = [whole_channels(base, width) for base in STAGE_WIDTHS]
+        widths = [whole_channels(base, width) for base in architecture.widths]
         self.conv1 = _deep_stem(widths[0]) if stem == "deep" else _conv(3, widths[0], 7, stride=2)
-        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.bn1: nn.Module = nn.BatchNorm2d(widths[0])
 
-        channels, stages = widths[0], []
+        block, channels = architecture.block, widths[0]
         entries = (STAGE_STRIDES[0], *entry_spacings)
-        for number, depth in enumerate(depths or named_depths):
-            spacing, blocks = STAGE_STRIDES[number], []
+        self.stage_channels = [stage_width * block.expansion for stage_width in widths]
+        for number, depth in enumerate(depths or architecture.depths):
+            blocks, natural = list[nn.Module](), STAGE_STRIDES[number]
+            spacing = natural if dilate_second or number < 2 else None
             for index in range(depth):
-                first, out_channels = index == 0, widths[number] * block.expansion
+                first, out_channels = index == 0, self.stage_channels[number]
                 strides = first and number > 0
                 pool = STAGE_STRIDES[number - 1] if strides and shortcut == "avg_pool" else None
                 projects = strides or channels != out_channels
-                entry = entries[number] if first else spacing
+                entry = entries[number] if first else natural
                 blocks.append(
-                    block(channels, widths[number], entry, spacing, exchange, engine, projects, pool)
+                    block(
+                        channels, widths[number], entry, spacing, exchange, engine, projects, pool, **options
+                    )
                 )
                 channels = out_channels
-            stages.append(Stage(blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.stage_channels = [stage_width * block.expansion for stage_width in widths]
-        for basic in (*self.layer3, *self.layer4):
-            if isinstance(basic, BasicBlock) and not dilate_second:
-                basic.conv2.spacing = None
+            self.add_module(f"layer{number + 1}", Stage(blocks))
+
+    @property
+    def stages(self) -> list[StageInfo]:
+        """The stages in order."""
+        names = [f"layer{number}" for number in range(1, len(STAGE_STRIDES) + 1)]
+        modules: list[Any] = [self.get_submodule(name) for name in names]
+        rows = zip(names, self.stage_channels, STAGE_STRIDES, modules, strict=True)
+        return [StageInfo(*row) for row in rows]
 
     def stem(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` to rows at stride 4, `[B * ceil(H/4) * ceil(W/4), C]`."""
-        out = self.conv1(images.contiguous(memory_format=torch.channels_last))
-        out = F.max_pool2d(F.relu(self.bn1(out), inplace=True), 3, stride=2, padding=1)
-        return grid_to_rows(out)
+        out = self.bn1(self.conv1(images.contiguous(memory_format=torch.channels_last)))
+        pooled = F.max_pool2d(out, 3, stride=2, padding=1)
+        return grid_to_rows(F.relu(pooled, inplace=True))  # after pooling it has less to do: the same values
 
-    def forward(self, images: Tensor, layouts: Sequence[SiteLayout]) -> list[Tensor]:
-        """Images `[B, 3, H, W]` to the rows of layer1..layer4, each run on its layout of the four given."""
-        return self.run_stages(self.stem(images), layouts)
+    def forward(self, images: Tensor, sites: Sequence[SiteLayout | Step]) -> list[Tensor]:
+        """Images `[B, 3, H, W]` to the rows of the stages, each run on its sites of those given."""
+        return self.run_stages(self.stem(images), sites)
 
-    def run_stages(self, rows: Tensor, layouts: Sequence[SiteLayout], first: int = 0) -> list[Tensor]:
-        """The rows of the stages from index `first` on, as many as there are layouts.
+    def run_stages(
+        self,
+        rows: Tensor,
+        sites: Sequence[SiteLayout | Step],
+        first: int = 0,
+        src: SiteLayout | Step | None = None,
+    ) -> list[Tensor]:
+        """The rows of the stages from index `first` on, each run on its sites of those given.
 
-        rows: what the first of them reads, on the layout before its own (the stem's is that of layer1).
+        Args:
+            rows: what the first of them reads, on `src` (the stem's rows are on layer1's sites, the default).
         """
-        src, outputs = layouts[max(first - 1, 0)], []
-        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
-        for stage, dst in zip(stages[first : len(layouts)], layouts[first:], strict=True):
-            rows, src = stage(rows, src, dst), dst
+        steps, outputs = Step.of_all(sites), []
+        src = steps[0] if src is None else Step.of(src)
+        for stage, dst in zip(self.stages[first:], steps, strict=False):
+            rows, src = stage.module(rows, src, dst), dst
             outputs.append(rows)
         return outputs
+
+    def fused(self, tuner: Tuner) -> ResNet:
+        """A copy for prediction."""
+        stem = [*self.conv1] if isinstance(self.conv1, nn.Sequential) else [self.conv1]
+        stages = {info.name: info.module.fused(tuner) for info in self.stages}
+        conv1 = fused(nn.Sequential(*stem, self.bn1), tuner)
+        return rebuilt(self, {"conv1": channels_last(conv1), "bn1": nn.Identity(), **stages})
+
+    def stem_macs(self, size: tuple[int, int], batch: int) -> int:
+        """Multiply-adds of the stem on images of `size` (H, W): all its convolutions run at stride 2."""
+        return grid_macs(self.conv1, batch * -(-size[0] // 2) * -(-size[1] // 2))
 
 
 def _conv(channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

@@ -9,22 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.data.transforms import normalise
-from sparse_seg.evaluation.comparison import Setting
-from sparse_seg.masks import block_levels
 from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
 from sparse_seg.reporting.html import Section, photo, plot, write_report
 from sparse_seg.reporting.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
 from sparse_seg.reporting.plots import cost_curve
 from sparse_seg.reporting.tables import Column, Table
-from sparse_seg.schema import DataConfig
 
 Rows = Sequence[dict[str, Any]]
 
 
 def comparison_table(rows: Rows) -> Table:
-    """Accuracy and cost, one line per setting."""
+    """Accuracy and cost, one line per way."""
     columns = [
         Column("network", "network"),
         Column("miou", "mIoU %", "{:.2f}"),
@@ -54,10 +53,10 @@ def write_comparison(
     model: SelectiveSegmentor,
     dataset: SegmentationDataset,
     data: DataConfig,
-    shown: Sequence[Setting],
+    shown: Sequence[Way],
     images: int = 4,
 ) -> None:
-    """Write the report: table, curves of quality against cost, some images run by the `shown` settings.
+    """Write the report: table, curves of quality against cost, some images run in the `shown` ways.
 
     The first image's pictures also go together into a PNG file of the same name.
     """
@@ -96,19 +95,19 @@ def runs_on_image(
     dataset: SegmentationDataset,
     data: DataConfig,
     index: int,
-    shown: Sequence[Setting],
+    shown: Sequence[Way],
 ) -> list[tuple[str, Image]]:
-    """Named pictures: input, label, then each setting's prediction and, if selective, its fine blocks."""
+    """Named pictures: input, label, then each way's prediction and, if selective, its fine blocks."""
     image, label = dataset.load(index)
     palette = dataset.classes.palette
     device = next(model.parameters()).device
     batch = normalise(image, data.mean, data.std)[None].to(device)
     target = torch.from_numpy(label.astype(np.int64))[None].to(device)
     pictures = [("input", image), ("label", colourise(label, palette))]
-    for setting in shown:
-        classes, fine_blocks = model.classify(batch, setting.output_stride, setting.policy, target)
-        if fine_blocks is not None:
-            levels = block_levels(fine_blocks, model.strides)[0].cpu().numpy()
-            pictures.append((f"stride by block: {setting.name}", draw_levels(image, levels, model.strides)))
-        pictures.append((setting.name, overlay(image, classes[0].cpu().numpy(), palette)))
+    for way in shown:
+        run = model.start(batch, target).follow(way)
+        if run.mask is not None:
+            levels = run.levels[0].cpu().numpy()
+            pictures.append((f"stride by block: {way.name}", draw_levels(image, levels, model.strides)))
+        pictures.append((way.name, overlay(image, run.classes()[0].cpu().numpy(), palette)))
     return pictures

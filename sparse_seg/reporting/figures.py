@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparse_seg.files import atomic_write
-from sparse_seg.models.resnet import STAGE_STRIDES, first_selective_stage
+from sparse_seg.models.resnet import STAGE_STRIDES
 from sparse_seg.reporting.plots import COLOURS, REFERENCE_COLOUR, new_figure, picture
 from sparse_seg.sparse import SiteLayout, densify
 
@@ -147,7 +147,7 @@ def densify_figure() -> bytes:
 def flow_figure() -> bytes:
     """The network as boxes: what is dense, and what runs on rows."""
     stages = [f"layer{number + 1}" for number in range(len(STAGE_STRIDES))]
-    first = first_selective_stage(8)
+    first = sum(stride <= 8 for stride in STAGE_STRIDES)
     boxes = {
         "image": ("image", 0, 0, GREY),
         "early": ("\n".join(["stem", *stages[:first]]), 1.15, 0, SITE),

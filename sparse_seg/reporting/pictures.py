@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import DataError
-from sparse_seg.masks import block_levels
 from sparse_seg.models.refinement import refine
 from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
 from sparse_seg.reporting.overlays import (
     Palette,
     colourise,
@@ -23,7 +25,6 @@ from sparse_seg.reporting.overlays import (
     overlay,
     write_image,
 )
-from sparse_seg.schema import DataConfig
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
@@ -53,6 +54,7 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     return list(by_stem.values())
 
 
+@torch.inference_mode()
 def write_pictures(
     model: SelectiveSegmentor,
     path: Path,
@@ -75,14 +77,15 @@ def write_pictures(
     image = read_image(path)
     batch = normalise(image, data.mean, data.std)[None].to(next(model.parameters()).device)
     try:
-        classes, fine_blocks = model.classify(batch, output_stride)
+        run = model.start(batch).follow(Way(output_stride))
+        classes = run.classes()
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     label = classes[0].cpu().numpy()
     write_image(Path(out) / f"{path.stem}_overlay.png", overlay(image, label, palette))
     write_image(Path(out) / f"{path.stem}_classes.png", colourise(label, palette))
-    if fine_blocks is not None:
-        levels = block_levels(fine_blocks, model.strides)[0].cpu().numpy()
+    if run.mask is not None:
+        levels = run.levels[0].cpu().numpy()
         blocks = draw_blocks(image, levels == len(model.strides) - 1, model.strides[-1])
         write_image(Path(out) / f"{path.stem}_blocks.png", blocks)
         if show_levels:

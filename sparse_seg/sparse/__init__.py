@@ -1,13 +1,12 @@
 """Sparse levels: layouts of sites, convolution over them, densify. Knows nothing of segmentation."""
 
-from sparse_seg.sparse.conv import SelectiveConv2d
-from sparse_seg.sparse.densify import densify
+from sparse_seg.sparse.conv import SelectiveConv2d, SelectiveLinear
 from sparse_seg.sparse.depthwise import SelectiveAvgPool2d, SelectiveDepthwiseConv2d
 from sparse_seg.sparse.engines import ENGINES, EngineError
-from sparse_seg.sparse.features import grid_to_rows, lattice_grid, rows_to_grid, select_rows
+from sparse_seg.sparse.features import densify, grid_to_rows, lattice_grid, rows_to_grid, select_rows
 from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
 from sparse_seg.sparse.neighbours import NeighbourTable
-from sparse_seg.sparse.steps import Memory, StepLayout
+from sparse_seg.sparse.step import Memory, Step
 
 __all__ = [
     "ENGINES",
@@ -18,8 +17,9 @@ __all__ = [
     "SelectiveAvgPool2d",
     "SelectiveConv2d",
     "SelectiveDepthwiseConv2d",
+    "SelectiveLinear",
     "SiteLayout",
-    "StepLayout",
+    "Step",
     "densify",
     "grid_to_rows",
     "lattice_grid",

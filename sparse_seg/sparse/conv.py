@@ -1,17 +1,27 @@
-"""The one layer that needs the layout: a 3x3 convolution over sites."""
+"""The layers that a network on sites is made of: 3x3 convolution over sites, and the 1x1 beside it.
+
+Each owns its forms: `fused` (batch norm folded in, for prediction), `plain` (`nn.Conv2d`, dense) and `macs`.
+"""
 
 from __future__ import annotations
 
 import math
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg.sparse.engines import ENGINES, gather, spconv
 from sparse_seg.sparse.engines.undilated import undilated_conv2d
+from sparse_seg.sparse.fused import FusedConv, FusedLinear
 from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
 from sparse_seg.sparse.neighbours import TAPS
+from sparse_seg.sparse.step import Step
+from sparse_seg.sparse.tuning import Tuner
+
+Place = TypeVar("Place")
 
 
 class SelectiveConv2d(nn.Module):
@@ -28,8 +38,6 @@ class SelectiveConv2d(nn.Module):
         exchange: what an extra site reads where its level has no site: `linear`, `nearest` or `none`.
         engine: `gather`, `spconv`, or `auto`: spconv on CUDA where it works and runs the dtype, else gather.
 
-    After a forward, `macs` holds its multiply-adds: sites x taps x I x O.
-
     Raises (forward):
         EngineError: the engine is spconv, and it is missing, broken, or cannot run this dtype or backward.
     """
@@ -43,8 +51,7 @@ class SelectiveConv2d(nn.Module):
         engine: str = "auto",
     ) -> None:
         super().__init__()
-        if exchange not in EXCHANGES:
-            raise ValueError(f"unknown exchange {exchange!r}; choose one of {', '.join(EXCHANGES)}")
+        check_exchange(exchange)
         if engine not in ENGINES:
             raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -56,14 +63,34 @@ class SelectiveConv2d(nn.Module):
         """He initialisation over the outputs, as ResNet's (He et al., 2015)."""
         nn.init.normal_(self.weight, std=math.sqrt(2 / (TAPS * self.out_channels)))
 
-    def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
+    def forward(self, rows: Tensor, src: SiteLayout | Step, dst: SiteLayout | Step) -> Tensor:
         """Rows `[src.num_run, I]` to `[dst.num_run, O]`: those of all sites, or in a step of the new ones."""
-        self.macs = dst.num_run * TAPS * self.in_channels * self.out_channels
+        src, dst = Step.of(src), Step.of(dst)
+        exchange = dst.exchange or self.exchange
         if self.spacing is None:
-            return undilated_conv2d(rows, self.weight, dst, self.exchange)
+            return undilated_conv2d(rows, self.weight, dst.layout, exchange)
         rows = dst.complete(rows, src, self)
-        engine = _engine(self.engine, rows, src, dst)
-        return engine.selective_conv2d(rows, self.weight, src, dst, self.spacing, self.exchange)
+        engine = _engine(dst.engine or self.engine, rows, src, dst)
+        return engine.selective_conv2d(rows, self.weight, src, dst, self.spacing, exchange)
+
+    def sites(self, src: Place, dst: Place) -> Place:
+        """Where its outputs stand, asked to go from `src` to `dst`: steps, or strides in px."""
+        return dst
+
+    def fused(self, tuner: Tuner, norm: nn.Module, relu: bool = True) -> FusedConv:
+        """With a batch norm, and perhaps ReLU, behind it."""
+        return FusedConv(tuner, self.weight, self.spacing, self.exchange, norm, relu)
+
+    def plain(self, src: int, dst: int) -> nn.Conv2d:
+        """Dense, from stride `src` to `dst`, px."""
+        dilation = 1 if self.spacing is None else self.spacing // src
+        conv = nn.Conv2d(self.in_channels, self.out_channels, 3, dst // src, dilation, dilation, bias=False)
+        conv.to(self.weight).weight.data.copy_(self.weight.data.permute(0, 3, 1, 2))
+        return conv
+
+    def macs(self, src: Step, dst: Step) -> int:
+        """Multiply-adds: sites x taps x I x O."""
+        return dst.num_run * self.weight.numel()
 
     def extra_repr(self) -> str:
         spacing = "1 cell" if self.spacing is None else f"{self.spacing}px"
@@ -73,7 +100,46 @@ class SelectiveConv2d(nn.Module):
         )
 
 
-def _engine(name: str, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> ModuleType:
+class SelectiveLinear(nn.Linear):
+    """1x1 convolution without bias: it runs on the sites it is given, with `SelectiveConv2d`'s interface."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, bias=False)
+        self.out_channels = out_channels
+
+    def forward(self, rows: Tensor, src: Any = None, dst: Any = None) -> Tensor:
+        """`[N, I]` to `[N, O]`."""
+        return F.linear(rows, self.weight)
+
+    def sites(self, src: Place, dst: Place) -> Place:
+        return src
+
+    def fused(self, tuner: Tuner, norm: nn.Module, relu: bool = True) -> FusedLinear:
+        return FusedLinear(tuner, self.weight, norm, relu)
+
+    def plain(self, src: int = 1, dst: int = 1) -> nn.Conv2d:
+        conv = nn.Conv2d(self.in_features, self.out_features, 1, dst // src, bias=False).to(self.weight)
+        conv.weight.data.copy_(self.weight.data[:, :, None, None])
+        return conv
+
+    def macs(self, src: Step, dst: Step | None = None) -> int:
+        return src.num_run * self.weight.numel()
+
+
+def check_exchange(exchange: str) -> None:
+    """Raises a ValueError for an unknown exchange rule."""
+    if exchange not in EXCHANGES:
+        raise ValueError(f"unknown exchange {exchange!r}; choose one of {', '.join(EXCHANGES)}")
+
+
+def plain_norm(norm: nn.BatchNorm1d) -> nn.BatchNorm2d:
+    """A batch norm of rows as one of grids."""
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum).to(norm.weight)
+    plain.load_state_dict(norm.state_dict())
+    return plain
+
+
+def _engine(name: str, rows: Tensor, src: Step, dst: Step) -> ModuleType:
     if name == "auto" and spconv.runs(src, dst):
         return spconv if spconv.suits(rows.device, gather.autocast_dtype(rows)) else gather
     return spconv if name == "spconv" else gather

@@ -7,6 +7,7 @@ time, so that no more than one copy of the extra sites' features is held. Exchan
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -15,10 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sparse_seg.sparse.conv import Place, check_exchange
 from sparse_seg.sparse.engines import gather
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid
-from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
+from sparse_seg.sparse.fused import FusedDepthwise
+from sparse_seg.sparse.layout import SiteLayout
 from sparse_seg.sparse.neighbours import TAPS
+from sparse_seg.sparse.step import Step
+from sparse_seg.sparse.tuning import Tuner
 
 WINDOW = (4, 5, 7, 8)  # taps of a 3x3 kernel that a 2x2 window reads: its own place, right, below, diagonal
 
@@ -32,23 +37,42 @@ class SelectiveDepthwiseConv2d(nn.Module):
         channels: C.
         spacing: distance between taps in pixels.
         exchange: what an extra site reads where its level has no site, see `SelectiveConv2d`.
-
-    After a forward, `macs` holds its multiply-adds: sites x taps x C.
     """
 
     def __init__(self, channels: int, spacing: int, exchange: str = "linear") -> None:
         super().__init__()
-        if exchange not in EXCHANGES:
-            raise ValueError(f"unknown exchange {exchange!r}; choose one of {', '.join(EXCHANGES)}")
-        self.channels, self.spacing, self.exchange = channels, spacing, exchange
+        check_exchange(exchange)
+        self.channels = self.out_channels = channels
+        self.spacing, self.exchange = spacing, exchange
         self.weight = nn.Parameter(torch.empty(channels, 3, 3, 1))
         nn.init.normal_(self.weight, std=math.sqrt(2 / TAPS))  # He et al., 2015
 
-    def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
+    def forward(self, rows: Tensor, src: SiteLayout | Step, dst: SiteLayout | Step) -> Tensor:
         """Rows `[src.num_run, C]` to `[dst.num_run, C]`."""
+        src, dst = Step.of(src), Step.of(dst)
         rows = dst.complete(rows, src, self)
-        self.macs = dst.num_run * TAPS * self.channels
-        return depthwise_conv2d(rows, self.weight, src, dst, self.spacing, self.exchange)
+        return depthwise_conv2d(rows, self.weight, src, dst, self.spacing, dst.exchange or self.exchange)
+
+    def sites(self, src: Place, dst: Place) -> Place:
+        """Where its outputs stand, asked to go from `src` to `dst`: steps, or strides in px."""
+        return dst
+
+    def fused(self, tuner: Tuner, norm: nn.Module, relu: bool = True) -> FusedDepthwise:
+        """With a batch norm, and perhaps ReLU, behind it."""
+        return FusedDepthwise(copy.deepcopy(self), norm, relu)
+
+    def plain(self, src: int, dst: int) -> nn.Conv2d:
+        """Dense, from stride `src` to `dst`, px."""
+        dilation, channels = self.spacing // src, self.channels
+        conv = nn.Conv2d(
+            channels, channels, 3, dst // src, dilation, dilation, groups=channels, bias=False
+        ).to(self.weight)
+        conv.weight.data.copy_(self.weight.data.permute(0, 3, 1, 2))
+        return conv
+
+    def macs(self, src: Step, dst: Step) -> int:
+        """Multiply-adds: sites x taps x C."""
+        return dst.num_run * self.weight.numel()
 
     def extra_repr(self) -> str:
         return f"{self.channels}, spacing={self.spacing}px, exchange={self.exchange}"
@@ -64,23 +88,40 @@ class SelectiveAvgPool2d(nn.Module):
         super().__init__()
         self.spacing, self.exchange = spacing, exchange
 
-    def forward(self, rows: Tensor, src: SiteLayout, dst: SiteLayout) -> Tensor:
+    def forward(self, rows: Tensor, src: SiteLayout | Step, dst: SiteLayout | Step) -> Tensor:
         """Rows `[src.num_run, C]` to `[dst.num_run, C]`."""
+        src, dst = Step.of(src), Step.of(dst)
         rows = dst.complete(rows, src, self)
-        gather.check_rows(rows, src)
-        stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
+        gather.check_rows(rows, src.layout)
+        stride, dilation = gather.lattice_conv_geometry(src.layout, dst.layout, self.spacing)
         lattice = rows[:0]
         if dst.runs_lattice:
-            lattice = grid_to_rows(window_mean(lattice_grid(rows, src), stride, dilation))
-            if dst.num_extra == 0:
+            lattice = grid_to_rows(window_mean(lattice_grid(rows, src.layout), stride, dilation))
+            if dst.layout.num_extra == 0:
                 return lattice
-        table = src.neighbours(dst, self.spacing, self.exchange)
+        table = dst.neighbours(src, self.spacing, dst.exchange or self.exchange)
         values, window = gather.neighbour_values(rows, table), table.index[:, list(WINDOW)]
         count = (window < values.shape[0] - 1).sum(1, keepdim=True)  # the last value is the zero outside
         return torch.cat((lattice, values[window].sum(1) / count))
 
+    def plain(self, src: int, dst: int) -> PlainAvgPool2d:
+        """Dense, from stride `src` to `dst`, px."""
+        return PlainAvgPool2d(dst // src, self.spacing // src)
+
     def extra_repr(self) -> str:
         return f"spacing={self.spacing}px, exchange={self.exchange}"
+
+
+class PlainAvgPool2d(nn.Module):
+    """`SelectiveAvgPool2d` on a grid, with a window that grows with the dilation."""
+
+    def __init__(self, stride: int, dilation: int) -> None:
+        super().__init__()
+        self.stride, self.dilation = stride, dilation
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, C, ceil(H/stride), ceil(W/stride)]`."""
+        return window_mean(grid, self.stride, self.dilation)
 
 
 def window_mean(grid: Tensor, stride: int, dilation: int) -> Tensor:
@@ -100,27 +141,33 @@ def window_mean(grid: Tensor, stride: int, dilation: int) -> Tensor:
 
 
 def depthwise_conv2d(
-    rows: Tensor, weight: Tensor, src: SiteLayout, dst: SiteLayout, spacing: int, exchange: str
+    rows: Tensor,
+    weight: Tensor,
+    src: SiteLayout | Step,
+    dst: SiteLayout | Step,
+    spacing: int,
+    exchange: str,
 ) -> Tensor:
     """Depthwise 3x3 convolution from the sites of `src` to those of `dst`, taps `spacing` px apart.
 
     Args:
-        rows: `[src.num_sites, C]`.
+        rows: `[N, C]` of all sites of `src`.
         weight: `[C, 3, 3, 1]`.
 
     Raises:
         ValueError: the spacing does not fall on the lattice of `src`, or rows and layout differ in length.
     """
-    gather.check_rows(rows, src)
+    src, dst = Step.of(src), Step.of(dst)
+    gather.check_rows(rows, src.layout)
     rows, weight = gather.autocast(rows, weight)
-    stride, dilation = gather.lattice_conv_geometry(src, dst, spacing)
+    stride, dilation = gather.lattice_conv_geometry(src.layout, dst.layout, spacing)
     lattice = rows[:0]
     if dst.runs_lattice:
-        grid, kernel = lattice_grid(rows, src), weight.permute(0, 3, 1, 2)
+        grid, kernel = lattice_grid(rows, src.layout), weight.permute(0, 3, 1, 2)
         lattice = grid_to_rows(F.conv2d(grid, kernel, None, stride, dilation, dilation, rows.shape[1]))
-        if dst.num_extra == 0:
+        if dst.layout.num_extra == 0:
             return lattice
-    table = src.neighbours(dst, spacing, exchange)
+    table = dst.neighbours(src, spacing, exchange)
     values = gather.neighbour_values(rows, table)
     return torch.cat((lattice, _WeightedSum.apply(values, table.index, weight.flatten(1).t())))
 

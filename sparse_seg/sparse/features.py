@@ -1,12 +1,14 @@
-"""Between grids `[B, C, H, W]` and rows `[N, C]`: views, not copies, where memory allows."""
+"""Between grids `[B, C, H, W]` and rows `[N, C]`: views where memory allows; densify merges the levels."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.sparse.layout import SiteLayout
+from sparse_seg.sparse.step import Step
 
 
 def grid_to_rows(grid: Tensor) -> Tensor:
@@ -24,10 +26,36 @@ def lattice_grid(rows: Tensor, layout: SiteLayout) -> Tensor:
     return rows_to_grid(rows[: layout.num_lattice], layout.batch, layout.lattice_size)
 
 
-def select_rows(rows: Tensor, src: SiteLayout, dst: SiteLayout, key: Hashable) -> Tensor:
+def select_rows(rows: Tensor, src: Step, dst: Step, key: Hashable) -> Tensor:
     """Rows of `src` at the sites of `dst`: what a strided 1x1 convolution reads.
 
-    key: the layer that reads them, see `SiteLayout.complete`.
+    key: the layer that reads them, see `Step.complete`.
     """
-    index = src.rows_at(dst)
+    index = dst.rows_at(src)
     return rows if index is None else dst.complete(rows, src, key).index_select(0, index)
+
+
+def densify(rows: Tensor, layout: SiteLayout) -> Tensor:
+    """Rows `[N, C]` to a channels_last grid `[B, C, H, W]` at the layout's finest stride.
+
+    Sites keep their values; a cell without one gets the bilinear interpolation of the level above, between
+    sites at multiples of their stride (cell 2i of the finer grid is cell i of the coarser one).
+    """
+    grid = lattice_grid(rows, layout)
+    first = layout.num_lattice
+    for new, fine in zip(layout.level_cells, layout.sizes[1:], strict=True):
+        extra = rows[first : first + new.shape[0]]
+        dense = grid_to_rows(_double(grid, fine))
+        grid = rows_to_grid(dense.index_copy(0, new, extra), layout.batch, fine)
+        first += new.shape[0]
+    return grid
+
+
+def _double(grid: Tensor, fine: tuple[int, int]) -> Tensor:
+    """Twice the resolution: even places exact, odd places the mean of those around them inside the image."""
+    height, width = grid.shape[2:]
+    missing = (0, fine[1] - (2 * width - 1), 0, fine[0] - (2 * height - 1))  # a last odd column or row
+    padded = F.pad(grid, missing, mode="replicate") if any(missing) else grid
+    size = (2 * padded.shape[2] - 1, 2 * padded.shape[3] - 1)
+    doubled = F.interpolate(padded, size=size, mode="bilinear", align_corners=True)
+    return doubled[:, :, : fine[0], : fine[1]]

@@ -89,39 +89,15 @@ class SiteLayout:
     def _lattice_numbers(self) -> Tensor:
         return torch.arange(self.num_lattice, device=self.device).view(self.batch, *self.lattice_size)
 
-    # -- what `StepLayout` changes: here every site is run, and nothing is remembered ----------------------
-
-    runs_lattice = True  # not only new sites
-    remembers = False  # what its layers read, in place
-
-    @property
-    def run_cells(self) -> Tensor:
-        """Flat cells, in row order, of the sites that a pass runs."""
-        return self.cells
-
-    @cached_property
-    def run_places(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, row and column in the finest grid of `run_cells`, int64 `[num_run]` each."""
-        return _unflatten(self.run_cells, self.size)
-
-    @property
-    def num_run(self) -> int:
-        return self.num_sites
-
-    def complete(self, rows: Tensor, src: SiteLayout, key: Hashable) -> Tensor:
-        """All rows `[src.num_sites, C]` of `src` that a layer (`key`) with outputs on this layout reads,
-        given those `[src.num_run, C]` that this pass made."""
-        return rows
-
-    def merge(self, kept: Tensor, rows: Tensor) -> Tensor:
-        """All rows `[N, C]`, from those known before and those of new sites, of which there are none here."""
-        return kept
-
-    # ------------------------------------------------------------------------------------------------------
-
     @property
     def num_extra(self) -> int:
+        """How many sites are not the lattice's."""
         return self.num_sites - self.num_lattice
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every cell of the finest grid has a site."""
+        return self.num_sites == self.batch * self.size[0] * self.size[1]
 
     @property
     def site(self) -> Tensor:
@@ -173,18 +149,21 @@ class SiteLayout:
             first += new.shape[0]
         return table
 
-    def rows_at(self, other: SiteLayout) -> Tensor | None:
-        """`[other.num_run]` int64: our row at each site that `other` runs; None where both are the same.
+    def rows_at(self, other: SiteLayout, cells: Tensor | None = None) -> Tensor | None:
+        """`[N]` int64: our row at each site of `other`; None where both are the same.
+
+        Args:
+            cells: flat cells of its grid; by default all that have a site.
 
         Raises:
             ValueError: `other` has a site where this layout has none, or a stride that does not fit.
         """
-        if other is self:
+        if other is self and cells is None:
             return None
         if other.stride % self.stride:
             raise ValueError(f"stride {other.stride} of the next layout is no multiple of {self.stride}")
         step = other.stride // self.stride
-        batch, y, x = other.run_places
+        batch, y, x = _unflatten(other.cells if cells is None else cells, other.size)
         rows = self.site[batch, y * step, x * step]
         if bool((rows < 0).any()):
             raise ValueError("the next stage's layout has sites that this stage's layout lacks")
@@ -201,18 +180,13 @@ class SiteLayout:
     def neighbours(
         self, other: SiteLayout, spacing: int, exchange: str = "linear", lattice: bool = False
     ) -> NeighbourTable:
-        """Our rows around the extra sites that `other` runs, `spacing` px apart (cached).
+        """Our rows around the extra sites of `other`, `spacing` px apart (cached); see `neighbours_of_cells`.
 
         lattice: the table has the sites of the lattice too, in front.
 
-        exchange: what stands where we have no site: `linear`, the lattice's bilinear interpolation;
-        `nearest`, the block's own site; `none`, zero. Outside the image it is zero.
-
         Raises:
-            ValueError: unknown exchange, different finest grids, or a spacing that is no multiple of ours.
+            ValueError: different finest grids, or as `neighbours_of_cells`.
         """
-        if exchange not in EXCHANGES:
-            raise ValueError(f"unknown exchange {exchange!r}; choose one of {', '.join(EXCHANGES)}")
         if (other.size, other.stride) != (self.size, self.stride):
             raise ValueError(
                 f"layouts differ in their finest grid: {self.size} at stride {self.stride}, "
@@ -221,8 +195,13 @@ class SiteLayout:
         tables = self._tables.setdefault(other, {})
         key = spacing, exchange, lattice
         if key not in tables:
-            tables[key] = self._neighbours(other, *key)
+            cells = other.cells[0 if lattice else other.num_lattice :]
+            tables[key] = self.neighbours_of_cells(cells, spacing, exchange)
         return tables[key]
+
+    def known_tables(self, other: SiteLayout) -> list[tuple[int, str, bool]]:
+        """The arguments `spacing, exchange, lattice` of the tables of `neighbours` built so far."""
+        return list(self._tables.get(other, {}))
 
     def cached(self, key: Hashable, build: Callable[[], _T]) -> _T:
         """What an engine derives from this layout, built at the first call with `key` and kept with us."""
@@ -230,14 +209,23 @@ class SiteLayout:
             self._cache[key] = build()
         return self._cache[key]
 
-    def _neighbours(self, other: SiteLayout, spacing: int, exchange: str, lattice: bool) -> NeighbourTable:
+    def neighbours_of_cells(self, cells: Tensor, spacing: int, exchange: str = "linear") -> NeighbourTable:
+        """Our rows around flat cells int64 `[M]` of the finest grid, taps `spacing` px apart.
+
+        exchange: what stands where we have no site: `linear`, the lattice's bilinear interpolation;
+        `nearest`, the block's own site; `none`, zero. Outside the image it is zero.
+
+        Raises:
+            ValueError: unknown exchange, or a spacing that is no multiple of our stride.
+        """
+        if exchange not in EXCHANGES:
+            raise ValueError(f"unknown exchange {exchange!r}; choose one of {', '.join(EXCHANGES)}")
         height, width = self.size
-        first = other.num_lattice if other.runs_lattice and not lattice else 0
         steps = torch.arange(-1, 2, device=self.device) * _steps(spacing, self.stride)  # taps along an axis
-        _, y, x = (place[first:, None] + steps for place in other.run_places)
+        _, y, x = (place[:, None] + steps for place in _unflatten(cells, self.size))
         inside = (((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None]).flatten(1)
         shifts = (steps[:, None] * width + steps).flatten()
-        cells = (other.run_cells[first:, None] + shifts).where(inside, 0)
+        cells = (cells[:, None] + shifts).where(inside, 0)
         index = self.site.flatten()[cells].where(inside, -1)
         missing = inside & (index < 0)
         if exchange == "none":

@@ -69,11 +69,6 @@ class NeighbourTable:
     def num_ghosts(self) -> int:
         return self.ghosts.shape[0]
 
-    @property
-    def num_hits(self) -> int:
-        """Taps that read a site or a ghost, not zero."""
-        return int((self.index < self.num_rows + self.num_ghosts).sum())
-
     @cached_property
     def groups(self) -> list[TapGroup]:
         """The extra sites by the taps that lie inside the image; one group of all where nearly all do."""

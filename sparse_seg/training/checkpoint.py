@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.checks import num_classes
-from sparse_seg.config import config_from_dict, to_dict
+from sparse_seg.config import Config, config_from_dict, function_keys, model_config, to_dict
 from sparse_seg.conversion.converted import is_safetensors
 from sparse_seg.conversion.loading import load_converted
 from sparse_seg.errors import CheckpointError
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
-from sparse_seg.models.heads import POOLING_HEADS
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import load_weights
-from sparse_seg.schema import Config
+from sparse_seg.registry import POOLING_HEADS
 from sparse_seg.version import __version__
 
 FORMAT = "sparse_seg.checkpoint"
-_FUNCTION_KEYS = (  # of the model, beside those whose default depends on others
-    *("depths", "stem", "shortcut", "entry_spacings", "dilate_second", "bn_eps", "aspp_separable"),
-    *("aspp_projection", "refine", "separable", "low_level_channels", "decoder_convs", "align_corners"),
-)
 
 
 def save_checkpoint(path: str | Path, config: Config, weights: Mapping[str, Tensor], **state: Any) -> None:
@@ -132,18 +128,11 @@ def check_same_function(config: Config, trained: Config, path: str | Path) -> No
 
 
 def _function(config: Config) -> dict[str, Any]:
-    model, data = config.model, config.data
-    return {
-        "model.backbone": model.backbone,
-        "model.width": model.width,
-        "model.head": model.head,
-        "model.num_classes": num_classes(config),
-        "model.trained_stride": model.trained_stride,
-        "model.aspp_rates": model.aspp_rates if model.head in POOLING_HEADS else None,
-        **{f"model.{key}": getattr(model, key) for key in _FUNCTION_KEYS},
-        "data.mean": data.mean,
-        "data.std": data.std,
-    }
+    config = dataclasses.replace(config, model=model_config(config))
+    values = {name: attrgetter(name)(config) for name in function_keys(Config)}
+    if config.model.head not in POOLING_HEADS:
+        values["model.aspp_rates"] = None
+    return values
 
 
 def _inference_weights(

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.checks import num_classes
+from sparse_seg.config import Config, num_classes
 from sparse_seg.conversion.converted import is_safetensors
 from sparse_seg.errors import ConfigError
 from sparse_seg.files import atomic_write
-from sparse_seg.models.heads import RowHead
-from sparse_seg.schema import Config
+from sparse_seg.models.way import Way
 from sparse_seg.sparse import SiteLayout, densify, grid_to_rows
 from sparse_seg.training.checkpoint import checkpoint_config, load_checkpoint, load_model
 
@@ -55,9 +54,9 @@ class Teacher:
         device: torch.device | str = "cpu",
     ) -> None:
         self.model = load_model(path).requires_grad_(False).to(device)
-        if not isinstance(self.model.head, RowHead):
-            raise ConfigError(f"train.distill.teacher {path}: its head has no rows before densify")
-        _check_fits(path, self.model.head.classifier.out_channels, self.model.trained_stride, config)
+        if self.model.head.reads_low_level:
+            raise ConfigError(f"train.distill.teacher {path}: its head's logits are at another stride")
+        _check_fits(path, self.model.head.num_classes, self.model.trained_stride, config)
         self.cache = None if cache is None else Path(cache)
         self._digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
 
@@ -71,11 +70,8 @@ class Teacher:
 
     @torch.no_grad()
     def _run(self, images: Tensor, output_stride: int) -> TeacherOutputs:
-        layouts = self.model.dense_layouts(images, output_stride)
-        head, layout = self.model.head, layouts[-1]
-        assert isinstance(head, RowHead)
-        features = densify(head.neck(self.model.backbone(images, layouts)[-1], layout), layout)
-        return TeacherOutputs(head.decode(features, layout.stride).half(), features.half())
+        run = self.model.start(images).follow(Way.dense(output_stride))
+        return TeacherOutputs(run.grid_logits().half(), densify(run.rows(), run.layouts[-1]).half())
 
     def _cached(self, images: Tensor, output_stride: int, cache: Path) -> TeacherOutputs:
         paths = [self._path(cache, image, output_stride) for image in images]

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparse_seg.config import Config
 from sparse_seg.errors import ConfigError, TrainingError
-from sparse_seg.models.heads import POOLING_HEADS
-from sparse_seg.schema import Config
+from sparse_seg.registry import POOLING_HEADS
 
 TIMEOUT = timedelta(hours=2)  # the others wait as long as the first validates
 _Module = TypeVar("_Module", bound=nn.Module)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from sparse_seg.config import Config
 from sparse_seg.errors import TrainingError
-from sparse_seg.schema import Config
 from sparse_seg.training.checkpoint import checkpoint_config, load_checkpoint
 from sparse_seg.training.stopping import is_complete
 from sparse_seg.training.trainer import Trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,11 +11,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sparse_seg.config import LossConfig
 from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import label_boundary
-from sparse_seg.models.segmentor import Outputs
-from sparse_seg.schema import LossConfig
+
+
+class Outputs(NamedTuple):
+    """Logits `[B, K, H, W]`, and those of the auxiliary head (None without one or outside training)."""
+
+    logits: Tensor
+    auxiliary: Tensor | None
 
 
 class SegmentationLoss(nn.Module):

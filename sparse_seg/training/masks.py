@@ -8,65 +8,50 @@ the net chooses; the segmentation loss flows to the choice, a budget loss holds 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.masks import LearnedPolicy, block_mean, straight_through
-from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
-from sparse_seg.sparse import densify
+from sparse_seg.masks import block_mean, straight_through
+from sparse_seg.models.passes import Pass
+from sparse_seg.models.way import Way
+from sparse_seg.sparse import densify, grid_to_rows
+from sparse_seg.training.losses import Outputs
 
 Loss = Callable[[Outputs, Tensor], Tensor]
 
 
-def mask_loss(
-    model: SelectiveSegmentor, images: Tensor, labels: Tensor, loss: Loss, mode: str, budget_weight: float
-) -> Tensor:
-    """The loss of one step. The model's policy is a `LearnedPolicy`; supervised it may have three strides."""
-    policy = model.policy
-    assert isinstance(policy, LearnedPolicy)
+def mask_loss(run: Pass, labels: Tensor, loss: Loss, mode: str, budget_weight: float) -> Tensor:
+    """The loss of one step of the pass's own policy, a trained one; supervised it may have three strides."""
     if mode == "supervised":
-        return supervised_loss(model, policy, images)
-    return straight_through_loss(model, policy, images, labels, loss, budget_weight)
+        return supervised_loss(run)
+    return straight_through_loss(run, labels, loss, budget_weight)
 
 
-def straight_through_loss(
-    model: SelectiveSegmentor,
-    policy: LearnedPolicy,
-    images: Tensor,
-    labels: Tensor,
-    loss: Loss,
-    budget_weight: float,
-) -> Tensor:
+def straight_through_loss(run: Pass, labels: Tensor, loss: Loss, budget_weight: float) -> Tensor:
     """Segmentation loss under the chosen mask + `budget_weight` x (share of fine blocks - fine_fraction)^2.
 
     The extra sites' features are those of the dense network: the exchange rule is left out.
     """
-    layouts = model.dense_layouts(images, model.strides[0])
-    features = model.backbone(images, layouts)
-    chosen = straight_through(policy.feature_scores(model.mask_features(features, layouts)))
-    head: Any = model.head
-    fine = densify(head.neck(features[-1], layouts[-1]), layouts[-1])
-    coarse_layout = model.selective_layouts(images, torch.zeros_like(chosen, dtype=torch.bool))[-1]
-    lattice = fine[:, :, ::2, ::2].permute(0, 2, 3, 1).reshape(-1, fine.shape[1])
-    coarse = densify(lattice, coarse_layout)
+    model, policy = run.model, run.model.policy
+    chosen = straight_through(policy.scores(run))
+    run.follow(Way.dense(model.strides[0]))
+    fine = densify(run.rows(), run.layouts[-1])
+    no_blocks = torch.zeros_like(chosen, dtype=torch.bool)
+    coarse = densify(grid_to_rows(fine[:, :, ::2, ::2]), model.selective_layouts(run.images, no_blocks)[-1])
     height, width = fine.shape[2:]
     cells = chosen.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None, :height, :width]
-    grid = coarse + cells * (fine - coarse)
-    logits = model.upsample(head.decode(grid, layouts[-1].stride), images, layouts[-1])
+    logits = run.upsample(model.head.decode(coarse + cells * (fine - coarse), model.strides[0]))
     target = policy.fine_fraction or 0.0
     return loss(Outputs(logits, None), labels) + budget_weight * (chosen.mean() - target).square()
 
 
-def supervised_loss(model: SelectiveSegmentor, policy: LearnedPolicy, images: Tensor) -> Tensor:
+def supervised_loss(run: Pass) -> Tensor:
     """Binary cross-entropy of the scores with the share of each block's pixels whose class the dense fine
     network (the teacher) changes against the dense coarse one."""
     with torch.no_grad():
-        layouts = model.dense_layouts(images, model.strides[0])
-        early = model.backbone(images, layouts[: model.first_selective])
-        fine, coarse = model.dense_classes(images, early)
-        changed = block_mean((fine != coarse).float(), policy.block)
-        features = model.mask_features(early, layouts)
-    return F.binary_cross_entropy_with_logits(policy.feature_scores(features), changed)
+        run.features()
+        fine, coarse = run.dense_classes()
+        changed = block_mean((fine != coarse).float(), run.model.policy.block)
+    return F.binary_cross_entropy_with_logits(run.model.policy.scores(run), changed)

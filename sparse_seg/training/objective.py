@@ -9,13 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.masks import LearnedPolicy, block_levels
-from sparse_seg.models.heads import RowHead
-from sparse_seg.models.segmentor import GridOutputs, SelectiveSegmentor
-from sparse_seg.schema import TrainConfig
-from sparse_seg.sparse import SiteLayout, densify
+from sparse_seg.config import TrainConfig
+from sparse_seg.models.passes import Pass
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
 from sparse_seg.training.distillation import Teacher, likeness_difference, logits_divergence
-from sparse_seg.training.losses import SegmentationLoss
+from sparse_seg.training.losses import Outputs, SegmentationLoss
 from sparse_seg.training.masks import mask_loss
 
 
@@ -34,27 +33,19 @@ class Objective(nn.Module):
 
     def forward(self, model: SelectiveSegmentor, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of images `[B, 3, H, W]` and labels `[B, H, W]`."""
-        config = self.config
-        if isinstance(model.policy, LearnedPolicy):
-            return mask_loss(model, images, labels, self.loss, config.mask_loss, config.budget_weight)
-        fine_blocks = model.choose(images, labels) if self._needs_blocks else None
+        config, run = self.config, model.start(images, labels)
+        if model.policy.needs_net:
+            return mask_loss(run, labels, self.loss, config.mask_loss, config.budget_weight)
+        fine_blocks = model.policy(run) if self._needs_blocks else None
         if config.network == "dense":
-            layouts = model.dense_layouts(images, config.output_stride)
+            run.follow(Way.dense(config.output_stride))
         else:
-            layouts = model.selective_layouts(images, fine_blocks)
-        features, layout = model.backbone(images, layouts), layouts[-1]
-        if not isinstance(model.head, RowHead):
-            grid = GridOutputs(features, layouts, model.grid_logits(features, layouts))
-            outputs = model.finish(images, grid)
-            return self.loss(outputs, labels, None, _pixels(model, fine_blocks, images))
-        rows = model.head.neck(features[-1], layout)
-        grid_logits = model.head.decode(densify(rows, layout), layout.stride)
-        outputs = model.finish(images, GridOutputs(features, layouts, grid_logits))
-        coarse = coarse_logits(model, images, rows, layout) if config.loss.coarse_weight > 0 else None
-        loss = self.loss(outputs, labels, coarse, _pixels(model, fine_blocks, images))
-        if self.teacher is not None:
-            loss = loss + self._distill(model, images, rows, grid_logits, layout, fine_blocks)
-        return loss
+            assert fine_blocks is not None
+            run.take(fine_blocks)
+        fine = None if fine_blocks is None else model.fine_pixels(fine_blocks, images)
+        coarse = run.lattice_logits() if config.loss.coarse_weight > 0 else None
+        loss = self.loss(Outputs(run.logits(), run.auxiliary_logits()), labels, coarse, fine)
+        return loss if self.teacher is None else loss + self._distill(self.teacher, run, fine)
 
     @property
     def _needs_blocks(self) -> bool:
@@ -62,47 +53,13 @@ class Objective(nn.Module):
         distilled = self.teacher is not None and self.config.distill.fine_weight > 0
         return self.config.network == "selective" or self.config.loss.fine_weight > 0 or distilled
 
-    def _distill(
-        self,
-        model: SelectiveSegmentor,
-        images: Tensor,
-        rows: Tensor,
-        grid_logits: Tensor,
-        layout: SiteLayout,
-        fine_blocks: Tensor | None,
-    ) -> Tensor:
-        assert self.teacher is not None
-        config, teacher = self.config.distill, self.teacher(images, layout.stride)
-        weights = torch.ones(layout.batch, *layout.size, device=images.device)
-        fine = _pixels(model, fine_blocks, images)
+    def _distill(self, teacher: Teacher, run: Pass, fine: Tensor | None) -> Tensor:
+        """fine: pixels `[B, H, W]` of fine blocks."""
+        config, layout = self.config.distill, run.layouts[-1]
+        taught = teacher(run.images, layout.stride)
+        weights = torch.ones(layout.batch, *layout.size, device=run.images.device)
         if fine is not None:  # a cell lies in the block of the pixel at its place
             weights = weights + config.fine_weight * fine[:, :: layout.stride, :: layout.stride]
-        logits = logits_divergence(grid_logits, teacher.logits, weights, config.temperature)
-        features = likeness_difference(rows, teacher.features, layout, weights)
+        logits = logits_divergence(run.grid_logits(), taught.logits, weights, config.temperature)
+        features = likeness_difference(run.rows(), taught.features, layout, weights)
         return config.logits_weight * logits + config.features_weight * features
-
-
-def coarse_logits(model: SelectiveSegmentor, images: Tensor, rows: Tensor, layout: SiteLayout) -> Tensor:
-    """Logits `[B, K, H, W]` of the coarse lattice alone: what the head says if no block is fine.
-
-    Args:
-        rows: the neck's, `[N, C]`, of any layout; those of the lattice are read.
-        layout: of the rows.
-    """
-    assert isinstance(model.head, RowHead)
-    blocks = (layout.batch, *(-(-length // model.strides[-1]) for length in images.shape[2:]))
-    all_coarse = torch.zeros(blocks, dtype=torch.bool, device=images.device)
-    coarse = model.selective_layouts(images, all_coarse)[-1]
-    places = layout.rows_at(coarse)
-    lattice = rows if places is None else rows.index_select(0, places)
-    grid = model.head.decode(densify(lattice, coarse), coarse.stride)
-    return model.upsample(grid, images, coarse)
-
-
-def _pixels(model: SelectiveSegmentor, fine_blocks: Tensor | None, images: Tensor) -> Tensor | None:
-    """Blocks `[B, Hc, Wc]` to the pixels of those at the finest stride, bool `[B, H, W]`."""
-    if fine_blocks is None:
-        return None
-    fine, block = block_levels(fine_blocks, model.strides) == len(model.strides) - 1, model.strides[-1]
-    height, width = images.shape[2:]
-    return fine.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :height, :width]

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparse_seg.config import model_config
+from sparse_seg.config import ModelConfig, model_config
 from sparse_seg.conversion import convert, is_converted, read_converted
 from sparse_seg.conversion.converted import network_tensors
 from sparse_seg.errors import CheckpointError
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import load_weights, part_of
-from sparse_seg.schema import ModelConfig
 from sparse_seg.training.checkpoint import FORMAT
 
 # settings of the backbone that its tensors' shapes do not tell

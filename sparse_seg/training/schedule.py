@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparse_seg.schema import TrainConfig
+from sparse_seg.config import TrainConfig
 
 
 def learning_rate(iteration: int, config: TrainConfig) -> float:

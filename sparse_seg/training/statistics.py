@@ -6,17 +6,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from sparse_seg.config import Config
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import training_batches
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import Config
 from sparse_seg.training.distributed import check_values_per_channel
 
 BATCHES = 50  # enough for means of thousands of sites
 
 
 @torch.no_grad()
-def retake_statistics(
+def recalibrate_batch_norm(
     model: SelectiveSegmentor, config: Config, network: str, batches: int = BATCHES
 ) -> None:
     """Replace the running statistics of all batch norms by those of training batches, in place.
@@ -44,13 +44,14 @@ def retake_statistics(
     model.eval()  # dropout stays off
     for images, _ in tqdm(loader, desc=f"statistics, {network}", leave=False):
         images = images.to(device)
-        if network == "dense":
-            layouts = model.dense_layouts(images, config.train.output_stride)
-        else:
-            layouts = model.selective_layouts(images, model.choose(images))
+        run = model.start(images)
+        fine_blocks = None if network == "dense" else model.policy(run)
         for norm in norms:
             norm.train()
-        model.outputs(images, layouts)
+        if fine_blocks is None:
+            model.dense(images, config.train.output_stride)
+        else:
+            model(images, fine_blocks)
         for norm in norms:
             norm.eval()
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_seg.checks import check_classes, check_training
-from sparse_seg.config import to_yaml
+from sparse_seg.config import Config, check_classes, check_training, to_yaml
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import training_batches
 from sparse_seg.errors import CheckpointError, DataError, SparseSegError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
-from sparse_seg.schema import Config
+from sparse_seg.models.way import Way
 from sparse_seg.training.checkpoint import (
     checkpoint_config,
     load_checkpoint,
@@ -276,13 +275,11 @@ class Trainer:
 
     def _validate(self) -> None:
         train = self.config.train
-        output_stride = train.output_stride if train.network == "dense" else None
+        way = Way.dense(train.output_stride) if train.network == "dense" else Way()
         model = self.ema or self.model
         self._validating = True
         try:
-            result = evaluate(
-                model, self.validation, self.config.data, output_stride, limit=train.eval_images
-            )
+            result = evaluate(model, self.validation, self.config.data, way, limit=train.eval_images)
         except ValidationStopped:  # done when the run goes on
             return
         finally:

@@ -22,6 +22,7 @@ from sparse_seg.cli import main
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
+from sparse_seg.models.way import Way
 from sparse_seg.reporting.ablation import class_table, seed_table
 from tests.cli.test_cli import fails
 
@@ -30,6 +31,7 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".json", ".pt")}
 
 
+@pytest.mark.slow
 def test_all_is_written_and_true(grid_file: Path, finished: Path) -> None:
     content = json.loads((finished / "results.json").read_text())
     assert {"command", "commit", "commits", "machine", "date"} <= set(content)
@@ -45,7 +47,7 @@ def test_all_is_written_and_true(grid_file: Path, finished: Path) -> None:
     config = ablation.cell_config(cell)
     dataset = build_dataset(config.data.dataset, config.data.root, "val")
     model = load_model(ablation.checkpoint("baseline", 1), config)
-    expected = 100 * evaluate(model, dataset, config.data, 8).metrics.miou
+    expected = 100 * evaluate(model, dataset, config.data, Way.dense(8)).metrics.miou
     assert rows[0]["mious"][1] == pytest.approx(expected, rel=1e-6)
     assert rows[0]["miou"] == pytest.approx(statistics.fmean(rows[0]["mious"]))
     # all fine is the dense network (P2), and costs what it costs
@@ -149,6 +151,7 @@ def test_dry_run_lists_what_is_left(grid_file: Path, tmp_path: Path, finished: P
     assert "0 of 32 left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_ablation_goes_on(grid_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ablation = Ablation(load_grid(grid_file, ["train.iterations=1"]), tmp_path)
     evaluate_cell, left = ablation.evaluate, [3]

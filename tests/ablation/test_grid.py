@@ -45,9 +45,9 @@ def test_a_run_changes_mask_exchange_and_strides_alone(grid_file: Path) -> None:
     [
         ("title: Tiny", "titel: Tiny", "unknown key 'titel'; did you mean 'title'?"),
         ("seeds: [0, 1]", "seeds: [0, 0]", "'seeds' must be different numbers"),
-        ("seeds: [0, 1]", "seeds: []", "'seeds' must be different numbers"),
-        ("seeds: [0, 1]", "seeds: [-1]", "'seeds' must be 0 or more"),
-        ("seeds: [0, 1]", "seeds: [0]\neval_images: 0", "'eval_images' must be 1 or more"),
+        ("seeds: [0, 1]", "seeds: []", "seeds has 0 values"),
+        ("seeds: [0, 1]", "seeds: [-1]", "seeds is [-1]; each must lie in [0, 4294967295]"),
+        ("seeds: [0, 1]", "seeds: [0]\neval_images: 0", "eval_images is 0; it must lie in [1, 1e9]"),
         ("seeds: [0, 1]", "seeds: [a]", "'seeds' must be a list, each a whole number"),
         ("teacher: baseline", "teacher: taught", "network 'taught' is not defined above"),
         ("teacher: baseline", "teecher: baseline", "networks.taught: unknown key 'teecher'"),
@@ -74,6 +74,9 @@ def test_a_run_changes_mask_exchange_and_strides_alone(grid_file: Path) -> None:
         ("policies: [random]", "policies: [rendom]", "unknown mask policy 'rendom'"),
         ("exchange: [none, linear]", "exchange: [none, cubic]", "model.exchange is 'cubic'"),
         ("strides: [8, 16, 32]", "strides: [8, 32]", "model.strides is [8, 32]"),
+        ("model.width=0.0625]}", "model.width=0.06]}", "networks.student: model: width 0.06 makes 3.84"),
+        ("policies: [edge]", "policies: [uniform]", "uniform policy takes fine_fraction 0 or 1, not 0.25"),
+        ("middle_fraction: 0.5", "middle_fraction: 0.9", "must add up to 1 at most"),
         ("exchange: [none, linear]", "exchange: [none, none]", "names student, edge, f=0.25 twice"),
     ],
 )

@@ -71,6 +71,7 @@ def test_every_tool_is_a_command():
         assert f'main(["{name}", *sys.argv[1:]])' in (ROOT / f"tools/{name}.py").read_text()
 
 
+@pytest.mark.slow
 def test_tool_and_module_run_as_programs():
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for command in ([str(ROOT / "tools/train.py")], ["-m", "sparse_seg", "train"]):
@@ -315,6 +316,7 @@ def test_predict_refuses_bad_images_and_writes_nothing_for_them(capsys, trained,
     assert not out.exists() or not list(out.iterdir())
 
 
+@pytest.mark.slow
 def test_demo_in_small(capsys, tmp_path, monkeypatch):
     """From any folder, and into one whose name would not be valid YAML."""
     pytest.importorskip("matplotlib")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from tests.conversion.deeplabs import Mmseg, Smp, VainF
 from tests.conversion.networks import Network, ResNet, Torchvision
 
-PEERS = Path(__file__).parents[3] / "shared/peers"  # names and shapes of real files, where they are at hand
 SMALL = {"width": 8, "depths": (2, 1, 2, 2)}
 
 
@@ -222,8 +220,9 @@ def state_of(name: str) -> dict[str, Tensor]:
     return (CASES | BACKBONES)[name].rename(network_of(name).state_dict())
 
 
+@functools.cache
 def at_stride(name: str, stride: int) -> Any:
-    """The network of a case with the same weights at another output stride."""
+    """The network of a case with the same weights at another output stride. Shared: do not change it."""
     network = (CASES | BACKBONES)[name].build(stride)
     network.load_state_dict(network_of(name).state_dict())
     return network.eval()

@@ -12,9 +12,8 @@ from sparse_seg.config import load_config
 from sparse_seg.conversion import convert
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.masks import LearnedPolicy
-from sparse_seg.models.build import policy_for
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import MaskConfig
+from sparse_seg.models.way import Way
 from tests.conversion.cases import network_of, state_of
 from tests.reference import relative_error
 
@@ -70,8 +69,7 @@ def cad_logits(images: Tensor) -> Tensor:
 def test_scores(name, size, folder):
     model, images, logits = learned(folder, name=name), images_of(size), cad_logits(images_of(size))
     assert isinstance(model.policy, LearnedPolicy)
-    layouts = model.dense_layouts(images, 8)
-    scores = model.policy.feature_scores(model.mask_features(model.backbone(images, layouts), layouts))
+    scores = model.policy.scores(model.start(images))
     assert scores.shape == (2, -(-size[0] // 16), -(-size[1] // 16))
     assert relative_error(scores, logits[:, 0] - logits[:, 1]) < 1e-6  # cut in float32
 
@@ -91,18 +89,22 @@ def test_the_mask_that_the_model_runs_with(size, folder):
         assert mask.any()
         assert not mask.all()
         model = learned(folder, setting)
-        found = model.segment(images)
-        assert torch.equal(found.fine_blocks, mask)
+        found = model.start(images).follow()
+        assert equal(found.mask, mask)
         assert relative_error(model(images), model(images, mask)) < 1e-12
-        assert torch.equal(model.segment(images).fine_blocks, mask), "deterministic in eval"
+        assert equal(model.start(images).follow().mask, mask), "deterministic in eval"
         fast = model.for_inference()
-        assert torch.equal(fast.segment(images).fine_blocks, mask)
-        assert relative_error(fast(images), found.outputs.logits) < 1e-9
+        assert equal(fast.start(images).follow().mask, mask)
+        assert relative_error(fast(images), found.logits()) < 1e-9
+
+
+def equal(found: Tensor | None, expected: Tensor) -> bool:
+    return found is not None and torch.equal(found, expected)
 
 
 def test_the_net_serves_other_cuts(folder):
     model = learned(folder)
-    policy = policy_for(model, MaskConfig(threshold=1.0), "learned")
+    policy = model.policy_for(Way.policy("learned", 0.5))
     assert isinstance(policy, LearnedPolicy)
     assert policy.net is model.policy.net
     config = load_config(folder / "data.yaml", ["model.mask.policy=edge"])

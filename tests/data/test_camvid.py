@@ -9,9 +9,9 @@ import pytest
 from sparse_seg.data import build_dataset
 from sparse_seg.data.camvid import CamVid
 from sparse_seg.errors import DataError
+from tests.shared import SHARED, needs_shared
 
-_FRAMES = Path(__file__).parents[3] / "shared" / "data" / "camvid"
-needs_frames = pytest.mark.skipif(not _FRAMES.is_dir(), reason=f"no CamVid frames in {_FRAMES}")
+FRAMES = SHARED / "data/camvid"
 
 
 def test_void_is_ignored(tmp_path: Path) -> None:
@@ -41,17 +41,17 @@ def test_empty_split(tmp_path: Path) -> None:
         CamVid(tmp_path, "val")
 
 
-@needs_frames
+@needs_shared("data/camvid")
 @pytest.mark.parametrize(("split", "count"), [("train", 367), ("val", 101)])
 def test_real_split_is_sound(split: str, count: int) -> None:
-    dataset = build_dataset("camvid", _FRAMES, split)
+    dataset = build_dataset("camvid", FRAMES, split)
     dataset.check()
     assert len(dataset) == count
 
 
-@needs_frames
+@needs_shared("data/camvid")
 def test_real_frame() -> None:
-    dataset = build_dataset("camvid", _FRAMES, "val")
+    dataset = build_dataset("camvid", FRAMES, "val")
     image, label = dataset.load(0)
     assert image.shape == (360, 480, 3)
     assert label.shape == (360, 480)

@@ -138,7 +138,7 @@ def test_missing_split(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("camvids", "did you mean 'camvid'"), ("ade20k", "camvid, cityscapes, scenes")]
+    ("name", "hint"), [("camvids", "did you mean 'camvid'"), ("ade20k", "cityscapes, camvid, scenes")]
 )
 def test_unknown_dataset(root: Path, name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=hint):

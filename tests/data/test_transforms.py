@@ -11,9 +11,14 @@ from sparse_seg.data.transforms import (
     IMAGENET_STD,
     TrainTransform,
     _jitter,
-    denormalise,
     normalise,
 )
+
+
+def denormalise(tensor: torch.Tensor) -> np.ndarray:
+    """The inverse of `normalise`: float `[3, H, W]` to uint8 RGB `[H, W, 3]`."""
+    pixels = tensor.permute(1, 2, 0).double().numpy() * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN)
+    return np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
 
 
 def striped(height: int, width: int, cell: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from sparse_seg import build_model
+from sparse_seg.config import DataConfig
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation import comparison
-from sparse_seg.evaluation.comparison import compare, exchanging, groups, settings
+from sparse_seg.evaluation.comparison import compare, comparison_ways, groups
 from sparse_seg.evaluation.evaluate import evaluate
-from sparse_seg.masks import EdgePolicy, OraclePolicy
-from sparse_seg.schema import DataConfig, MaskConfig
+from sparse_seg.masks import Frames, OraclePolicy
+from sparse_seg.models.passes import Pass
+from sparse_seg.models.way import Way
 
 DATA = DataConfig()
 
@@ -29,12 +31,13 @@ def slow_miou(model, dataset, run) -> float:
     return float((inter[union > 0] / union[union > 0]).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32)], ids=str)
 def test_a_shared_coarse_pass_changes_no_accuracy(dataset, strides):
     torch.manual_seed(0)
-    mask = MaskConfig(middle_fraction=0.3)
-    model = build_model({"width": 0.125, "num_classes": 19, "strides": list(strides)}).eval()
-    ways = settings(model, mask, ["edge", "confidence", "oracle"], [0, 0.2, 0.7], ["linear", "none"])
+    mask = {"middle_fraction": 0.3}
+    model = build_model({"width": 0.125, "num_classes": 19, "strides": list(strides), "mask": mask}).eval()
+    ways = comparison_ways(model, ["edge", "confidence", "oracle"], [0, 0.2, 0.7], ["linear", "none"])
     timed = compare(model, dataset, DATA, ways, limit=3)
     shared = compare(model, dataset, DATA, ways, limit=3, timed=False)
     assert len(timed) == len(strides) + 3 * 2 * 3
@@ -48,7 +51,7 @@ def test_a_shared_coarse_pass_changes_no_accuracy(dataset, strides):
 
 
 def test_dense_miou_is_that_of_the_slow_loop(model, dataset):
-    result = evaluate(model, dataset, DATA, output_stride=8)
+    result = evaluate(model, dataset, DATA, Way.dense(8))
     assert result.metrics.miou == pytest.approx(slow_miou(model, dataset, lambda x: model.dense(x, 8)))
     assert result.fine_fraction is None
     assert result.images == len(dataset)
@@ -56,23 +59,26 @@ def test_dense_miou_is_that_of_the_slow_loop(model, dataset):
 
 
 def test_selective_miou_fraction_and_policy(model, dataset):
-    policy = EdgePolicy(fine_fraction=0.5)
-    result = evaluate(model, dataset, DATA, policy=policy)
+    way = Way.policy("edge", 0.5)
+    policy = model.policy_for(way)
+    result = evaluate(model, dataset, DATA, way)
     assert result.fine_fraction == 0.5  # 12 of 24 blocks
-    assert result.metrics.miou == pytest.approx(slow_miou(model, dataset, lambda x: model(x, policy(x))))
+    assert result.metrics.miou == pytest.approx(
+        slow_miou(model, dataset, lambda x: model(x, policy(Frames(x))))
+    )
     own = evaluate(model, dataset, DATA)
     assert own.fine_fraction == pytest.approx(round(0.15 * 24) / 24)
 
 
 def test_fine_fraction_of_three_strides_is_that_of_the_finest(dataset):
     model = build_model({"width": 0.125, "num_classes": 19, "strides": [8, 16, 32]})
-    policy = EdgePolicy(fine_fraction=0.5, middle_fraction=0.5, block=32)
-    assert evaluate(model, dataset, DATA, policy=policy).fine_fraction == 0.5
+    way = Way.policy("edge", 0.5, middle_fraction=0.5)
+    assert evaluate(model, dataset, DATA, way).fine_fraction == 0.5
 
 
 def test_limit_and_mode(model, dataset):
     model.train()
-    assert evaluate(model, dataset, DATA, output_stride=16, limit=2).images == 2
+    assert evaluate(model, dataset, DATA, Way.dense(16), limit=2).images == 2
     assert model.training
 
 
@@ -88,7 +94,7 @@ def test_oracle_is_handed_the_labels(model):
 
 
 def test_comparison_rows(model, dataset):
-    ways = settings(model, MaskConfig(), ["edge", "oracle"], [0.0, 0.5])
+    ways = comparison_ways(model, ["edge", "oracle"], [0.0, 0.5])
     rows = compare(model, dataset, DATA, ways, limit=3)
     assert [row["network"] for row in rows] == [
         "dense OS8",
@@ -99,7 +105,7 @@ def test_comparison_rows(model, dataset):
         "selective, oracle, f=0.5",
     ]
     for way, row in zip(ways, rows, strict=True):
-        alone = evaluate(model, dataset, DATA, way.output_stride, way.policy, limit=3)
+        alone = evaluate(model, dataset, DATA, way, limit=3)
         assert row["miou"] == pytest.approx(100 * alone.metrics.miou)
         assert row["boundary_miou"] == pytest.approx(100 * alone.metrics.boundary_miou)
         assert row["images"] == 3
@@ -112,7 +118,7 @@ def test_comparison_rows(model, dataset):
 def test_bounds_cost_their_last_pass_only(model, dataset, monkeypatch):
     """The mask of a bound is made off the clock and the count; a shared coarse pass changes nothing."""
     specs = ["oracle", "oracle:change", "oracle:gain"]
-    ways = settings(model, MaskConfig(), specs, [0.25])
+    ways = comparison_ways(model, specs, [0.25])
     clocks = []
 
     def noted(name, run):
@@ -123,22 +129,23 @@ def test_bounds_cost_their_last_pass_only(model, dataset, monkeypatch):
         return call
 
     monkeypatch.setattr(comparison, "now", noted("clock", comparison.now))
-    monkeypatch.setattr(model, "dense_classes", noted("dense", model.dense_classes))
+    monkeypatch.setattr(Pass, "dense_classes", noted("dense", Pass.dense_classes))
     rows = compare(model, dataset, DATA, ways, limit=1)
     assert clocks == ["clock"] * 6 + ["dense", "dense", "clock", "clock"] * 2, "once for the count"
     assert rows[2]["gmacs"] == rows[3]["gmacs"] == rows[4]["gmacs"]
     shared = compare(model, dataset, DATA, ways, limit=3, timed=False)
     for way, row in zip(ways, shared, strict=True):
-        alone = evaluate(model, dataset, DATA, way.output_stride, way.policy, limit=3)
+        alone = evaluate(model, dataset, DATA, way, limit=3)
         assert row["miou"] == pytest.approx(100 * alone.metrics.miou, rel=1e-3)
 
 
 def test_comparison_of_options_exchanges_and_strides(dataset):
     """Every policy with its options under every rule; three strides have three dense rows."""
     torch.manual_seed(0)
-    model = build_model({"width": 0.125, "head_channels": 16, "strides": [8, 16, 32]}).eval()
+    mask = {"middle_fraction": 0.25}
+    model = build_model({"width": 0.125, "head_channels": 16, "strides": [8, 16, 32], "mask": mask}).eval()
     specs, rules = ["edge:cad", "confidence:entropy,max"], ["linear", "none"]
-    ways = settings(model, MaskConfig(middle_fraction=0.25), specs, [0.25], rules)
+    ways = comparison_ways(model, specs, [0.25], rules)
     assert [len(part) for part in groups(ways)] == [3, 1, 1, 1, 1]
     rows = compare(model, dataset, DATA, ways, limit=2)
     assert [row["network"] for row in rows][:4] == [
@@ -151,8 +158,7 @@ def test_comparison_of_options_exchanges_and_strides(dataset):
     assert rows[-1]["middle_fraction"] == 0.25
     assert {module.exchange for module in model.modules() if hasattr(module, "exchange")} == {"linear"}
     for way, row in zip(ways, rows, strict=True):
-        with exchanging(model, way.exchange):
-            alone = evaluate(model, dataset, DATA, way.output_stride, way.policy, limit=2)
+        alone = evaluate(model, dataset, DATA, way, limit=2)
         assert row["miou"] == pytest.approx(100 * alone.metrics.miou)
         assert row["class_iou"] == pytest.approx([100 * iou for iou in alone.metrics.class_iou], nan_ok=True)
     assert rows[3]["gmacs"] < rows[5]["gmacs"] < 1.2 * rows[3]["gmacs"], "a head on the coarse grid more"

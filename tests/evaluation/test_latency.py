@@ -59,12 +59,14 @@ def fail(mib: int):
     raise ValueError("no such\nnetwork")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prepare", "arguments"), [(allocate, (200, 3)), (allocate_first, (200,))])
 def test_peak_memory_in_a_child(prepare, arguments):
     # the kernel counts resident pages in batches: it may be off by some 100 KiB
     assert 199.5 <= peak_memory(prepare, arguments, CPU) < 260
 
 
+@pytest.mark.slow
 def test_a_child_that_dies_or_fails_is_one_clear_error():
     with pytest.raises(MeasurementError, match="its process died with exit code -9; is there enough memory"):
         peak_memory(die, (1,), CPU)

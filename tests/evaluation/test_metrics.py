@@ -113,22 +113,14 @@ def test_a_perfect_prediction_scores_one_or_nothing(label: np.ndarray) -> None:
     assert math.isnan(result.miou) == bool((label == IGNORE).all())
 
 
-def test_batch_single_images_and_merge_agree() -> None:
+def test_batch_and_single_images_agree() -> None:
     prediction, label = random_pair(7)
-    whole = SegmentationMetrics(K)
+    whole, single = SegmentationMetrics(K), SegmentationMetrics(K)
     whole.update(torch.from_numpy(prediction), torch.from_numpy(label))
-    first, second = SegmentationMetrics(K), SegmentationMetrics(K)
-    first.update(prediction[0], label[0].astype(np.uint8))
+    single.update(prediction[0], label[0].astype(np.uint8))
     for image in (1, 2):
-        second.update(prediction[image], label[image])
-    first.merge(second)
-    assert first.result().as_dict() == whole.result().as_dict()
-
-
-@pytest.mark.parametrize("arguments", [(K + 1, IGNORE, 3), (K, 254, 3), (K, IGNORE, 5)])
-def test_merge_refuses_other_arguments(arguments: tuple[int, int, float]) -> None:
-    with pytest.raises(ValueError, match="cannot merge"):
-        SegmentationMetrics(K).merge(SegmentationMetrics(*arguments))
+        single.update(prediction[image], label[image])
+    assert single.result().as_dict() == whole.result().as_dict()
 
 
 def test_nothing_measured_is_null_in_json() -> None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from sparse_seg import build_model
+from sparse_seg.config import MaskConfig
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks import OraclePolicy, block_shape, top_blocks
-from sparse_seg.models.build import parse_policy, policy_for
+from sparse_seg.masks import Frames, OraclePolicy, block_shape, parse_policy, top_blocks
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import MaskConfig
+from sparse_seg.models.way import Way
 from tests.reference import randomise, relative_error
 
 STRIDES = [[8, 16], [8, 16, 32], [4, 8, 16]]
@@ -69,8 +69,8 @@ def test_change_needs_no_labels() -> None:
     fine, coarse = torch.tensor([[[1, 1]]]).expand(1, 32, 2), torch.ones(1, 32, 2, dtype=torch.int64)
     coarse[:, 20, 0] = 0
     assert OraclePolicy(0.5, rule="change").class_scores(fine, coarse, None).tolist() == [[[0], [1 / 256]]]
-    with pytest.raises(ValueError, match=r"mask\.oracle=gain reads labels: call model\.segment"):
-        OraclePolicy(0.5, rule="gain").class_scores(fine, coarse, None)
+    with pytest.raises(ValueError, match=r"oracle policy \(gain\) reads labels: give them"):
+        OraclePolicy(0.5, rule="gain")(Frames(torch.zeros(1, 3, 32, 32)))
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
@@ -81,25 +81,33 @@ def test_segment(rule: str, strides: list[int], fast: bool) -> None:
     """The blocks that the dense networks differ in most; the result is the network's under that mask."""
     model, (images, labels) = bounded_model(rule, strides=strides), batch((101, 137))
     model = model.for_inference() if fast else model
-    (logits, _), chosen = model.segment(images, labels)
+    run = model.start(images, labels).follow()
+    logits, chosen = run.logits(), run.mask
+    assert chosen is not None
     fine, coarse = (model.dense(images, stride).argmax(1) for stride in (strides[0], strides[-1]))
     scores = slow_scores(rule, fine, coarse, labels, strides[-1], 255)
     assert (scores > 0).float().mean() > 0.25, "something to choose from"
     assert torch.equal(chosen, top_blocks(scores, 0.25, 0.3 if len(strides) == 3 else None))
     assert relative_error(logits, model(images, chosen)) < 1e-6
     if rule == "change":
-        assert torch.equal(model.segment(images).fine_blocks, chosen)
+        again = model.start(images).follow().mask
+        assert again is not None
+        assert torch.equal(again, chosen)
         levels = chosen.long()
         assert scores[levels == levels.max()].mean() > scores[levels == 0].max(), "really those that change"
 
 
-def test_not_in_training_and_not_without_the_model() -> None:
+def test_in_training_the_dense_networks_run_in_eval_mode() -> None:
     model, (images, labels) = bounded_model("change"), batch((64, 64))
-    message = r"mask\.oracle=change reads the dense network's classes: in eval mode call model\.segment"
-    with pytest.raises(ValueError, match=message):
-        model.policy(images, labels)
-    with pytest.raises(ValueError, match=message):
-        model.train().segment(images, labels)
+    expected = model.start(images, labels).follow().mask
+    found = model.train().start(images, labels).follow().mask
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found, expected)
+    assert model.training
+
+
+def test_unknown_rules() -> None:
     with pytest.raises(ValueError, match="unknown rule 'win' of the oracle policy; choose one of boundary"):
         OraclePolicy(0.1, rule="win")
     with pytest.raises(ConfigError, match=r"model\.mask\.oracle is 'gains'; did you mean 'gain'"):
@@ -111,7 +119,7 @@ def test_specs() -> None:
     assert mask == MaskConfig(policy="oracle", oracle="change", blur=True)
     with pytest.raises(ConfigError, match=r"unknown option 'best' in .*; choose of blur, boundary, change"):
         parse_policy("oracle:best", MaskConfig())
-    for spec, reads in (("oracle", "images"), ("oracle:change", "dense"), ("oracle:gain", "dense")):
-        policy = policy_for(bounded_model("boundary"), MaskConfig(), spec)
+    for spec, rule in (("oracle", "boundary"), ("oracle:change", "change"), ("oracle:gain", "gain")):
+        policy = bounded_model("boundary").policy_for(Way.policy(spec))
         assert isinstance(policy, OraclePolicy)
-        assert policy.reads == reads
+        assert policy.rule == rule

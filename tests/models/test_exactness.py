@@ -1,4 +1,4 @@
-"""P1 and P2 of design.md: the selective network against dense networks of `nn.Conv2d` alone."""
+"""P1 and P2 of docs/method.md: the selective network against dense networks of `nn.Conv2d` alone."""
 
 import functools
 from typing import NamedTuple
@@ -108,6 +108,7 @@ def test_logits_at_the_ends(backbone: str, head: str, size: tuple[int, int], dev
         assert relative_error(grid_logits, case.grid_logits[stride]) < case.tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
 @torch.no_grad()
 def test_full_width(backbone: str, head: str) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from sparse_seg import build_model
-from sparse_seg.models.fused import FusedLayer
-from sparse_seg.models.tuning import Tuner
+from sparse_seg.sparse.fused import FusedLayer
+from sparse_seg.sparse.tuning import Tuner
 from tests.reference import VARIANTS, randomise, relative_error, variant_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
 @pytest.mark.parametrize("size", [(64, 96), (75, 98)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -51,7 +52,7 @@ def test_same_logits_dense_and_selective(backbone, head, size, dtype, form, monk
 def test_the_fastest_form_is_remembered(monkeypatch):
     """By the shortest of its runs, the first apart, on a clock that each run sets forward."""
     clock, runs = [0.0], []
-    monkeypatch.setattr("sparse_seg.models.tuning.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("sparse_seg.sparse.tuning.time.perf_counter", lambda: clock[0])
 
     def form(name, seconds):
         def run():
@@ -88,6 +89,7 @@ def test_layers_share_what_was_found():
     assert len(tuners) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_variants(variant):

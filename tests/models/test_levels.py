@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sparse_seg import build_model
 from sparse_seg.errors import ConfigError
+from sparse_seg.masks import Frames
 from sparse_seg.models.plain import plain_network
 from sparse_seg.models.upsample import upsample_logits
 from tests.reference import dense_reference, random_model, relative_error
@@ -32,6 +33,7 @@ def block_levels(kind: str, images: Tensor, block: int, seed: int = 0) -> Tensor
     return levels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
@@ -119,7 +121,7 @@ def test_fast_form_of_three_levels() -> None:
 def test_policies_cut_twice() -> None:
     model = build_model({"width": 0.125, "strides": [8, 16, 32], "mask": {"fine_fraction": 0.25}}).eval()
     images = torch.randn(2, 3, 128, 256)
-    levels = model.policy(images)
+    levels = model.policy(Frames(images))
     assert levels.shape == (2, 4, 8)
     for one in levels:
         assert one.flatten().bincount(minlength=3).tolist() == [32 - 8 - 6, 6, 8]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from sparse_seg import build_model
-from sparse_seg.evaluation.cost import Macs, count_modules
 from sparse_seg.masks import ConfidencePolicy, top_blocks
 from sparse_seg.models import refinement
-from sparse_seg.models.refinement import Refinement
+from sparse_seg.models.passes import Pass
 from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.sparse import Memory, SiteLayout, Step
+from tests.counting import count_modules
 from tests.models.test_levels import block_levels, random_images
 from tests.reference import dense_reference, random_model, randomise, relative_error
 from tests.slow_reference import SlowSelective
@@ -41,15 +42,16 @@ def test_one_step_is_the_one_shot_pass(
         model = random_model(backbone, head, dtype=dtype, strides=strides)
         images = random_images(size).to(dtype)
         levels = rising_levels(images, strides)[1]
-        run = Refinement(model.for_inference() if fast else model, images)
+        run = (model.for_inference() if fast else model).start(images).start_coarse()
         assert relative_error(run.logits(), model.dense(images, strides[-1])) < tolerance, "the coarse one"
-        run.refine(levels)
+        run.take(levels)
         with torch.no_grad():
             expected = model(images, levels)
         assert relative_error(run.logits(), expected) < tolerance
         assert run.levels.equal(levels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["linear", "nearest", "none"])
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
 @pytest.mark.parametrize(("backbone", "head"), CONFIGS[:3])
@@ -61,11 +63,11 @@ def test_several_steps(backbone: str, head: str, strides: tuple[int, ...], excha
     dense = dense_reference(model, strides[0], backbone, head)
     slow = SlowSelective(dense, exchange, strides, refine=True)
     slow.grid_logits(images, torch.zeros_like(rising_levels(images, strides)[0]))
-    run, results = Refinement(model, images), []
+    run, results = model.start(images).start_coarse(), []
     for levels in rising_levels(images, strides):
-        run.refine(levels)
-        results.append(run.grid_logits)
-        assert relative_error(run.grid_logits, slow.grid_logits(images, levels)) < 1e-11
+        run.take(levels)
+        results.append(run.grid_logits())
+        assert relative_error(run.grid_logits(), slow.grid_logits(images, levels)) < 1e-11
     layouts = model.selective_layouts(images, levels)
     at_once = model.head(model.backbone(images, layouts)[3], layouts[3])
     assert relative_error(results[1], at_once) > 1e-4, "else keeping values would go untested"
@@ -78,22 +80,27 @@ def test_a_step_without_new_sites_and_a_full_one(strides: tuple[int, ...]) -> No
     images = random_images((65, 97))
     coarse, fine = (block_levels(kind, images, strides[-1]) for kind in ("coarse", "fine"))
     for one in (model, model.for_inference()):
-        run = Refinement(one, images)
-        run.refine(coarse)
+        run = one.start(images).start_coarse()
+        run.take(coarse)
         assert relative_error(run.logits(), model(images, coarse)) < 1e-12
-        run.refine(fine.clamp_max(len(strides) - 1))
+        run.take(fine.clamp_max(len(strides) - 1))
         assert relative_error(run.logits(), model.dense(images, strides[0])) < 1e-12
+
+
+def kept_bytes(run: Pass) -> int:
+    assert run.memory is not None
+    return run.memory.num_bytes
 
 
 @torch.no_grad()
 def test_half_precision_storage() -> None:
     model, images = random_model("resnet50", "deeplabv3"), random_images((65, 97)).float()
     levels = rising_levels(images, (8, 16))[0]
-    exact, half = Refinement(model, images), Refinement(model, images, torch.float16)
-    assert half.memory.num_bytes == exact.memory.num_bytes / 2
+    exact, half = model.start(images).start_coarse(), model.start(images).start_coarse(torch.float16)
+    assert kept_bytes(half) == kept_bytes(exact) / 2
     for run in (exact, half):
-        run.refine(levels)
-    assert half.grid_logits.dtype == torch.float32
+        run.take(levels)
+    assert half.grid_logits().dtype == torch.float32
     assert 1e-6 < relative_error(half.logits(), exact.logits()) < 1e-2
 
 
@@ -101,12 +108,12 @@ def test_half_precision_storage() -> None:
 def test_memory_counts_shared_rows_once() -> None:
     """Kept are the rows that each 3x3 convolution, the shortcuts and the head read; ASPP's three once."""
     model, images = random_model("resnet50", "deeplabv3"), random_images((64, 96)).float()
-    run = Refinement(model, images)
+    run = model.start(images).start_coarse()
     eighth, coarse = 2 * 8 * 12, 2 * 4 * 6
     stage3 = [eighth * 32, eighth * 64, *[coarse * 32] * 5]  # first 3x3, shortcut, five more 3x3
     stage4 = [coarse * 64] * 3  # its sites are layer3's: no shortcut strides
     head = [coarse * 256, coarse * 16]
-    assert run.memory.num_bytes == 4 * sum(stage3 + stage4 + head)
+    assert kept_bytes(run) == 4 * sum(stage3 + stage4 + head)
 
 
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
@@ -124,27 +131,35 @@ def test_multiply_adds(strides: tuple[int, ...]) -> None:
     def part(name: str) -> str:
         return "grid" if name.startswith(("head.refine", "head.classifier")) else "rows"
 
-    def counts(levels: list[Tensor]) -> dict[str, Macs]:
-        def run() -> None:
-            steps = Refinement(model, images)
+    def both(counts: dict[str, int]) -> dict[str, int]:
+        return {"grid": counts["head"], "rows": sum(counts.values()) - counts["head"]}
+
+    def counts(levels: list[Tensor]) -> dict[str, int]:
+        run = model.start(images).start_coarse()
+
+        def take() -> None:
+            run = model.start(images).start_coarse()
             for step in levels:
-                steps.refine(step)
+                run.take(step).grid_logits()
 
-        return count_modules(model, run, part)
+        for step in levels:
+            run.take(step).grid_logits()
+        found = both(run.macs())
+        assert found == count_modules(model, take, part), "what the pass says is what its layers do"
+        return found
 
-    layouts = model.selective_layouts(images, steps[-1])
-    once = count_modules(model, lambda: model.outputs(images, layouts), part)
+    once = both(model.start(images).take(steps[-1]).macs())
+    assert once == count_modules(model, lambda: model(images, steps[-1]), part)
     pooled = 64 * 64 + 1024 // 2 * 64  # per further result: the pooled vector's own layers
     for levels in (steps[-1:], steps):
         found = counts(levels)
-        assert 0 <= found["rows"].total - once["rows"].total <= len(levels) * pooled
+        assert 0 <= found["rows"] - once["rows"] <= len(levels) * pooled
     coarse = count_modules(model, lambda: model.dense(images, strides[-1]), part)["grid"]
-    assert found["grid"].total == coarse.total + 3 * once["grid"].total
-    one_step = counts(steps[-1:])
-    total = sum(one.total for one in one_step.values())
-    assert total == pytest.approx(sum(one.total for one in once.values()), rel=0.01)
+    assert found["grid"] == coarse + 3 * once["grid"]
+    assert sum(counts(steps[-1:]).values()) == pytest.approx(sum(once.values()), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
 @torch.no_grad()
@@ -154,16 +169,18 @@ def test_refine_by_fractions(strides: tuple[int, ...], fast: bool) -> None:
     model = copy.deepcopy(random_model(strides=strides))
     model.policy = build_model({"width": 0.125, "strides": list(strides), "mask": mask}).policy
     images = random_images((96, 130)).float()
-    run = Refinement(model, images)
+    run = model.start(images).start_coarse()
     assert isinstance(model.policy, ConfidencePolicy)
-    scores = run.scores(model.policy)
+    scores = model.policy.scores(run)
     results = list((model.for_inference() if fast else model).refine(images, fractions=[0, 0.1, 0.4]))
     assert relative_error(results[0], model.dense(images, strides[-1])) < 1e-5
     for fraction, logits in zip((0.1, 0.4), results[1:], strict=True):
-        run.refine(top_blocks(scores, fraction, model.policy.middle_fraction))
+        run.take(top_blocks(scores, fraction, model.policy.middle_fraction))
         assert relative_error(logits, run.logits()) < 1e-5
     assert relative_error(next(model.refine(images, fractions=[0.4])), model(images)) < 1e-5
-    (logits, _), chosen = model.segment(images)
+    run = model.start(images).follow()
+    logits, chosen = run.logits(), run.mask
+    assert chosen is not None
     assert torch.equal(chosen, model.policy.cut(scores))
     assert relative_error(logits, model(images, chosen)) < 1e-5
 
@@ -177,15 +194,16 @@ def test_refine_takes_any_model_in_eval_mode() -> None:
         ({"fractions": [0.2, 0.1]}, "fractions must rise"),
         ({"fractions": []}, "fractions must rise"),
         ({"fractions": [0.2, 1.1]}, "lie in 0..1, not 1.1"),
+        ({"milliseconds": float("inf")}, "must be a finite number, not inf"),
     ):
         with pytest.raises(ValueError, match=message):
             next(model.refine(images, **wrong))
     with pytest.raises(ValueError, match=r"call model\.eval\(\) before refining"):
         next(build_model({"width": 0.125}).train().refine(images, fractions=[0]))
-    run = Refinement(model, images)
-    run.refine(torch.ones(1, 4, 4, dtype=torch.bool))
+    run = model.start(images).start_coarse()
+    run.take(torch.ones(1, 4, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="can only refine"):
-        run.refine(torch.zeros(1, 4, 4, dtype=torch.bool))
+        run.take(torch.zeros(1, 4, 4, dtype=torch.bool))
 
 
 class FakeClock:
@@ -193,19 +211,19 @@ class FakeClock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds, self.steps = 5.0, list[int]()
+        self._take, self._start = Pass.take, Pass.start_coarse
         monkeypatch.setattr(refinement, "now", lambda device: self.seconds)
-        self._refine = Refinement.refine
+        monkeypatch.setattr(Pass, "start_coarse", lambda run, *arguments: self.start(run, *arguments))
+        monkeypatch.setattr(Pass, "take", lambda run, levels: self.take(run, levels))
 
-        self._start = Refinement.__init__
-
-    def start(self, run: Refinement, *arguments: Any) -> None:
+    def start(self, run: Pass, *arguments: Any) -> Pass:
         self.seconds += 0.1
-        self._start(run, *arguments)
+        return self._start(run, *arguments)
 
-    def refine(self, run: Refinement, levels: Tensor) -> None:
+    def take(self, run: Pass, levels: Tensor) -> Pass:
         self.steps.append(int((levels > run.levels).sum()))
         self.seconds += 0.01 + 0.001 * self.steps[-1]
-        self._refine(run, levels)
+        return self._take(run, levels)
 
 
 @pytest.mark.parametrize("milliseconds", [0, 50, 120, 150, 200, 400, 1000])
@@ -213,8 +231,6 @@ def test_refine_within_a_time_budget(milliseconds: int, monkeypatch: pytest.Monk
     """The coarse result comes whatever the budget; steps grow, fill the budget and keep within it."""
     model, images = random_model(), random_images((160, 320)).float()  # 200 blocks
     clock = FakeClock(monkeypatch)
-    monkeypatch.setattr(Refinement, "__init__", lambda run, *arguments: clock.start(run, *arguments))
-    monkeypatch.setattr(Refinement, "refine", lambda run, levels: clock.refine(run, levels))
     count = sum(1 for _ in model.refine(images[:1], milliseconds=milliseconds))
     took = round(1000 * (clock.seconds - 5.0))
     assert count == 1 + len(clock.steps)
@@ -234,7 +250,7 @@ def test_refine_within_a_time_budget(milliseconds: int, monkeypatch: pytest.Monk
 def test_scores(size: tuple[int, int], uncertainty: str, reduce: str, neighbours: bool) -> None:
     """Against loops over blocks and the full-size logits' pixels in the middle of 4x4."""
     model, images = random_model(), random_images(size).float()
-    run = Refinement(model, images)
+    run = model.start(images).start_coarse()
     policy = ConfidencePolicy(0.1, uncertainty=uncertainty, reduce=reduce, neighbours=neighbours)
     height, width = size
     ys, xs = ([min(4 * i + 2, length - 1) for i in range(-(-length // 4))] for length in size)
@@ -257,14 +273,21 @@ def test_scores(size: tuple[int, int], uncertainty: str, reduce: str, neighbours
     expected = blocks.clone()
     for b, y, x in itertools.product(*map(range, blocks.shape)) if neighbours else ():
         expected[b, y, x] = blocks[b, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].max()
-    assert torch.allclose(run.scores(policy), expected, atol=1e-5)
+    assert torch.allclose(policy.scores(run), expected, atol=1e-5)
 
 
-def test_the_policy_needs_the_model() -> None:
-    with pytest.raises(ValueError, match="reads the coarse network's logits: call model"):
-        ConfidencePolicy(0.1)(torch.zeros(1, 3, 64, 64))
+def test_unknown_options_of_the_policy() -> None:
     with pytest.raises(ValueError, match="unknown 'sum' of the confidence policy; choose of max, mean"):
         ConfidencePolicy(0.1, reduce="sum")
+
+
+def test_a_key_twice_in_one_step_is_an_error() -> None:
+    """Two layers that shared one memory would read each other's rows."""
+    step = Step(SiteLayout(1, (4, 4), 8), Memory())
+    rows = torch.randn(16, 3)
+    assert step.complete(rows, step, "layer") is rows
+    with pytest.raises(ValueError, match="layer asks for its rows twice in one step"):
+        step.complete(rows, step, "layer")
 
 
 def test_training_under_a_confidence_mask() -> None:
@@ -275,10 +298,13 @@ def test_training_under_a_confidence_mask() -> None:
     model.train()
     model.backbone.conv1.eval()
     images = random_images((64, 96)).float()
-    expected = copy.deepcopy(model).eval().segment(images).fine_blocks
+    expected = copy.deepcopy(model).eval().start(images).follow().mask
     reference = copy.deepcopy(model)
     torch.manual_seed(1)  # dropout
-    (logits, _), chosen = model.segment(images)
+    run = model.start(images).follow()
+    logits, chosen = run.logits(), run.mask
+    assert chosen is not None
+    assert expected is not None
     assert torch.equal(chosen, expected)
     assert not model.backbone.conv1.training
     assert model.head.training

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparse_seg import build_model
 from sparse_seg.errors import ConfigError
+from sparse_seg.masks import Frames
 from sparse_seg.models.aspp import mean_by_area
 from sparse_seg.models.heads import DeepLabV3Head
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout
@@ -19,7 +20,7 @@ from tests.sparse.test_layout import random_splits
 @torch.no_grad()
 def test_the_policy_is_the_default_mask() -> None:
     model, images = random_model(), torch.randn(2, 3, 65, 97)
-    mask = model.policy(images)
+    mask = model.policy(Frames(images))
     assert 0 < mask.sum() < mask.numel()
     assert torch.equal(model(images), model(images, fine_blocks=mask))
     assert model(images).shape == (2, 5, 65, 97)
@@ -111,11 +112,11 @@ def test_auxiliary_head_in_training_only() -> None:
     torch.manual_seed(0)
     model = build_model({"width": 0.125, "auxiliary": True, "num_classes": 4})
     images = torch.randn(2, 3, 48, 50)
-    layouts = model.selective_layouts(images)
-    logits, auxiliary = model.outputs(images, layouts)
+    run = model.start(images).follow()
+    logits, auxiliary = run.logits(), run.auxiliary_logits()
     assert auxiliary is not None
     assert logits.shape == auxiliary.shape == (2, 4, 48, 50)
-    assert model.eval().outputs(images, layouts).auxiliary is None
+    assert model.eval().start(images).follow().auxiliary_logits() is None
 
 
 @pytest.mark.parametrize("levels", [0, 1, 2])
@@ -158,7 +159,7 @@ def test_build_from_a_plain_dict() -> None:
     model = build_model({"backbone": "resnet34", "head": "deeplabv3", "num_classes": 7, "width": 0.25})
     assert isinstance(model.head, DeepLabV3Head)
     assert model.head.classifier.out_channels == 7
-    assert len(model.backbone.layer3) == 6
+    assert len(model.backbone.stages[2].module) == 6
     assert [conv.extra_repr().split(", ")[2] for conv in model.head.aspp.atrous] == [
         "spacing=96px",
         "spacing=192px",
@@ -208,9 +209,11 @@ def test_print() -> None:
 
 
 def test_modules_carry_no_hidden_state() -> None:
-    """A forward leaves parameters and buffers as they were in eval mode."""
+    """A forward leaves parameters, buffers and attributes as they were in eval mode."""
     model: nn.Module = random_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     model(torch.randn(1, 3, 40, 56))
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -31,6 +31,7 @@ def random_case(size: tuple[int, int], seed: int, share: float) -> tuple[Tensor,
     return images, mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize(("backbone", "head"), CONFIGS)
 @settings(max_examples=6)

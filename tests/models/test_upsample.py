@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from sparse_seg import build_model
 from sparse_seg.models.upsample import upsample_classes, upsample_logits
+from sparse_seg.models.way import Way
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
@@ -81,9 +82,10 @@ def test_logits_stay_float32_under_autocast(dtype: torch.dtype, output_stride: i
     model = build_model({"width": 0.125, "auxiliary": True}).train()
     images = torch.randn(2, 3, 64, 64)
     with torch.autocast("cpu", dtype):
-        outputs = model.outputs(images, model.dense_layouts(images, output_stride))
-    assert outputs.auxiliary is not None
-    assert outputs.logits.dtype == outputs.auxiliary.dtype == torch.float32
+        run = model.start(images).follow(Way.dense(output_stride))
+        logits, auxiliary = run.logits(), run.auxiliary_logits()
+    assert auxiliary is not None
+    assert logits.dtype == auxiliary.dtype == torch.float32
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -133,11 +135,12 @@ def test_classify_gives_the_classes_of_every_way_to_run() -> None:
         build_model({"width": 0.125, "mask": {"policy": "confidence", "fine_fraction": 0.3}}).double().eval()
     )
     images = torch.randn(2, 3, 100, 132, dtype=torch.float64)
-    segmentation = model.segment(images)
+    run = model.start(images).follow()
     classes, fine_blocks = model.classify(images)
-    assert torch.equal(classes, segmentation.outputs.logits.argmax(1))
+    assert torch.equal(classes, run.logits().argmax(1))
     assert fine_blocks is not None
-    assert torch.equal(fine_blocks, segmentation.fine_blocks)
+    assert run.mask is not None
+    assert torch.equal(fine_blocks, run.mask)
     for output_stride in (8, 16):
         classes, fine_blocks = model.classify(images, output_stride)
         assert torch.equal(classes, model.dense(images, output_stride).argmax(1))

@@ -70,6 +70,7 @@ def test_the_example_shows_every_case() -> None:
     assert all(any(not tap.ghost for tap in read) for read in (two, four))
 
 
+@pytest.mark.slow
 def test_all_are_written_and_those_of_the_page_are_all_there_are(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     main([str(tmp_path / "new")])

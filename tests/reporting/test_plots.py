@@ -46,6 +46,7 @@ def test_missing_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch
         cost_curve(SERIES, "x", "y")
 
 
+@pytest.mark.slow
 def test_matplotlib_loads_late_and_pyplot_never() -> None:
     code = (
         "import sys; from sparse_seg.reporting.plots import cost_curve\n"

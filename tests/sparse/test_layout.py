@@ -101,15 +101,13 @@ def test_neighbour_table(size: tuple[int, int], levels: int, seed: int, spacing:
 
     ghosts = torch.cat((rows[:, 0][table.ghosts].mean(1), rows.new_zeros(1)))
     read = torch.cat((rows[:, 0], ghosts))[table.index.flatten()]
-    expected, hits = [], 0
+    expected = []
     for b, y, x in slow.cells[layout.num_lattice :]:
         for dy, dx in [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]:
             v, u = y + dy * spacing // 8, x + dx * spacing // 8
             inside = 0 <= v < size[0] and 0 <= u < size[1]
             expected.append(grid[b, v, u].item() if inside else 0.0)
-            hits += inside and (exchange != "none" or (b, v, u) in slow.rows_of[-1])
     assert torch.allclose(read, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-14)
-    assert table.num_hits == hits
     ghosts_at = [grid[cell] for cell in zip(*_cells_of(table.ghost_cells, size), strict=True)]
     assert torch.allclose(ghosts[:-1], torch.stack([*ghosts_at, ghosts[-1]])[:-1], rtol=0, atol=1e-14)
     assert layout.neighbours(layout, spacing, exchange) is table, "tables are cached"

@@ -54,6 +54,7 @@ def both(
     return ours, gather.selective_conv2d(rows, weight, layout, layout, spacing, exchange)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("kind", MASKS)
@@ -103,6 +104,7 @@ def with_engine(model: SelectiveSegmentor, engine: str) -> SelectiveSegmentor:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
 @torch.no_grad()

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_seg.config import load_config
+from sparse_seg.config import Config, load_config
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.models.build import build_model
-from sparse_seg.schema import Config
+from sparse_seg.models.way import Way
 from sparse_seg.sparse import SiteLayout
 from sparse_seg.training import distillation
 from sparse_seg.training.checkpoint import save_checkpoint
@@ -89,7 +89,7 @@ def test_teacher_gives_its_dense_logits_and_features(teacher: tuple[Config, Path
     images = values(2, 3, 64, 80).float()
     outputs = Teacher(path, config)(images, 8)
     model = Teacher(path, config).model
-    grid = model.grid_logits(model.backbone(images, layouts := model.dense_layouts(images, 8)), layouts)
+    grid = model.start(images).follow(Way.dense(8)).grid_logits()
     torch.testing.assert_close(outputs.logits, grid.half().float())
     assert outputs.features.shape == (2, 16, 8, 10)
     assert not outputs.logits.requires_grad
@@ -143,6 +143,7 @@ def test_missing_teacher(teacher: tuple[Config, Path]) -> None:
         Teacher("nowhere.pt", teacher[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["dense", "selective"])
 def test_training_with_a_teacher_resumes_bit_for_bit(
     teacher: tuple[Config, Path], tiny: Path, tmp_path: Path, network: str

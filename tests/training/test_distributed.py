@@ -40,6 +40,7 @@ train: {{iterations: 3, batch_size: 4, lr: 0.1, log_every: 1, clip_grad_norm: 1.
     return path
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_mean_gradient(config_file: Path, tmp_path: Path) -> None:
     done = torchrun(config_file, "--work-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -92,6 +93,7 @@ def agree(rank: int, store: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_agree(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(agree, (str(tmp_path / "store"),), nprocs=2)
 

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg import build_model, load_model
-from sparse_seg.config import load_config
+from sparse_seg.config import LossConfig, MaskConfig, load_config
 from sparse_seg.errors import CheckpointError, ConfigError
-from sparse_seg.masks import LearnedPolicy, block_mean, straight_through
-from sparse_seg.models.build import parse_policy, policy_for
+from sparse_seg.evaluation.cost import count_macs
+from sparse_seg.masks import LearnedPolicy, block_mean, parse_policy, straight_through
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.schema import LossConfig, MaskConfig
+from sparse_seg.models.way import Way
 from sparse_seg.training import masks
 from sparse_seg.training.losses import SegmentationLoss
 from sparse_seg.training.masks import mask_loss
@@ -39,7 +39,9 @@ def test_segment_with_a_learned_mask(strides: list[int]) -> None:
     """The mask is a cut of the net's scores of the dense features; the result is the network's under it."""
     model = learned_model(strides=strides)
     images, _ = batch((70, 101))
-    (logits, _), chosen = model.segment(images)
+    run = model.start(images).follow()
+    logits, chosen = run.logits(), run.mask
+    assert chosen is not None
     policy = model.policy
     assert isinstance(policy, LearnedPolicy)
     stage = 0 if strides[0] == 4 else 1
@@ -48,20 +50,19 @@ def test_segment_with_a_learned_mask(strides: list[int]) -> None:
     scores = policy.net(features.view(2, *shape, -1).permute(0, 3, 1, 2))[:, 0]
     assert torch.equal(chosen, policy.cut(scores.float()))
     assert relative_error(logits, model(images, chosen)) < 1e-12
-    assert torch.equal(model.segment(images).fine_blocks, chosen), "deterministic in eval"
+    again = model.start(images).follow().mask
+    assert again is not None
+    assert torch.equal(again, chosen), "deterministic in eval"
     fast = model.for_inference()
     assert relative_error(fast(images), logits) < 1e-12
 
 
 def test_the_net_is_cheap() -> None:
-    from sparse_seg.evaluation.cost import count_segment
-
     mask = {"policy": "learned", "fine_fraction": 0.0}
     for config in ({"backbone": "resnet50", "head": "deeplabv3"}, {"backbone": "resnet18", "width": 0.625}):
         model = build_model(config | {"mask": mask}).eval()
-        with torch.no_grad():
-            counts = count_segment(model, torch.zeros(1, 3, 64, 96), model.policy)
-        assert 0 < counts["mask"].total < 0.02 * sum(part.total for part in counts.values())
+        counts = count_macs(model, torch.zeros(1, 3, 64, 96))
+        assert 0 < counts["mask"] < 0.02 * sum(counts.values())
 
 
 def test_straight_through_values_and_gradient() -> None:
@@ -86,7 +87,7 @@ def test_straight_through_loss_at_the_ends(head: str, monkeypatch: pytest.Monkey
     loss = SegmentationLoss(LossConfig())
     for share in (0.0, 1.0):
         monkeypatch.setattr(masks, "straight_through", lambda scores, share=share: scores * 0 + share)
-        found = mask_loss(model, images, labels, loss, "straight_through", budget_weight=4.0)
+        found = mask_loss(model.start(images), labels, loss, "straight_through", budget_weight=4.0)
         expected = model(images, torch.full((2, 5, 7), bool(share))) if head == "lite" or share else None
         if expected is not None:  # image pooling reads the fine features in either case
             expected = F.cross_entropy(expected, labels) + 4 * (share - 0.25) ** 2
@@ -105,11 +106,10 @@ def test_the_budget_is_reached() -> None:
     loss = SegmentationLoss(LossConfig())
     for _ in range(60):
         optimizer.zero_grad()
-        mask_loss(model, images, labels, loss, "straight_through", budget_weight=30.0).backward()
+        mask_loss(model.start(images), labels, loss, "straight_through", budget_weight=30.0).backward()
         optimizer.step()
-    layouts = model.dense_layouts(images, 8)
     with torch.no_grad():
-        scores = model.policy.feature_scores(model.mask_features(model.backbone(images, layouts), layouts))
+        scores = model.policy.scores(model.start(images))
     assert scores.sigmoid().mean().item() == pytest.approx(0.25, abs=0.1)
 
 
@@ -123,17 +123,16 @@ def test_supervised_loss(strides: list[int]) -> None:
     with torch.no_grad():
         fine, coarse = (model.dense(images, stride).argmax(1) for stride in (strides[0], strides[-1]))
         target = block_mean((fine != coarse).float(), strides[-1])
-        layouts = model.dense_layouts(images, strides[0])
-        features = model.mask_features(model.backbone(images, layouts), layouts)
+        features = model.start(images).features()
         scores = policy.feature_scores(features)
         expected = F.binary_cross_entropy(scores.sigmoid(), target)
     assert 0 < target.mean() < 1
-    found = mask_loss(model, images, labels, SegmentationLoss(LossConfig()), "supervised", 0.0)
+    found = mask_loss(model.start(images), labels, SegmentationLoss(LossConfig()), "supervised", 0.0)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
     for _ in range(80):
         optimizer.zero_grad()
-        mask_loss(model, images, labels, SegmentationLoss(LossConfig()), "supervised", 0.0).backward()
+        mask_loss(model.start(images), labels, SegmentationLoss(LossConfig()), "supervised", 0.0).backward()
         optimizer.step()
     with torch.no_grad():
         learned = policy.feature_scores(features).flatten()
@@ -149,6 +148,7 @@ FROZEN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["supervised", "straight_through"])
 def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> None:
     """The network's weights and statistics stay; the checkpoint serves the learned mask and any other."""
@@ -169,14 +169,15 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> Non
         load_model(start, config)
     edge = load_config(tiny, ["model.auxiliary=false"])
     assert not isinstance(load_model(tmp_path / "mask" / "best.pt", edge).policy, LearnedPolicy)
-    policy = policy_for(model, MaskConfig(fine_fraction=0.5), "learned")
+    policy = model.policy_for(Way.policy("learned", 0.5))
     assert isinstance(policy, LearnedPolicy)
     assert policy.net is model.policy.net
     assert policy.fine_fraction == 0.5
     with pytest.raises(ConfigError, match="this network has no learned mask: train one"):
-        policy_for(load_model(start), MaskConfig(), "learned")
+        load_model(start).policy_for(Way.policy("learned"))
 
 
+@pytest.mark.slow
 def test_a_mask_and_its_network_are_trained_together_and_resumed(tiny, tmp_path) -> None:
     config = load_config(tiny, ["model.mask.policy=learned", "train.network=selective"])
     whole = Trainer(config, tmp_path / "whole")

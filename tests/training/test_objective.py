@@ -1,6 +1,5 @@
 """What is added against the loss of light networks: each part alone, all together, dense and selective."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.config import load_config
+from sparse_seg.config import DistillConfig, LossConfig, TrainConfig, load_config
 from sparse_seg.errors import ConfigError
 from sparse_seg.models.build import build_model
-from sparse_seg.models.heads import RowHead
-from sparse_seg.models.segmentor import Outputs, SelectiveSegmentor
-from sparse_seg.schema import DistillConfig, LossConfig, TrainConfig
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
 from sparse_seg.training.checkpoint import save_checkpoint
 from sparse_seg.training.distillation import Teacher
-from sparse_seg.training.losses import SegmentationLoss, boundary_band
-from sparse_seg.training.objective import Objective, coarse_logits
-from sparse_seg.training.statistics import retake_statistics
+from sparse_seg.training.losses import Outputs, SegmentationLoss, boundary_band
+from sparse_seg.training.objective import Objective
+from sparse_seg.training.statistics import recalibrate_batch_norm
 from sparse_seg.training.trainer import Trainer
 from tests.reference import random_model, randomise, relative_error
 
@@ -85,12 +83,8 @@ def test_coarse_logits_are_those_of_an_all_coarse_mask(strides: tuple[int, ...],
     images = batch()[0]
     shape = (2, *(-(-length // strides[-1]) for length in images.shape[2:]))
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(4)) < share
-    head = model.head
-    assert isinstance(head, RowHead)
-    for layouts in (model.selective_layouts(images, mask), model.dense_layouts(images, strides[0])):
-        rows = head.neck(model.backbone(images, layouts)[-1], layouts[-1])
-        coarse = coarse_logits(model, images, rows, layouts[-1])
-        assert relative_error(coarse, model(images, torch.zeros_like(mask))) < 1e-12
+    for run in (model.start(images).take(mask), model.start(images).follow(Way.dense(strides[0]))):
+        assert relative_error(run.lattice_logits(), model(images, torch.zeros_like(mask))) < 1e-12
 
 
 def student(**mask: object) -> SelectiveSegmentor:
@@ -121,7 +115,7 @@ def test_parts_add_up(network: str, policy: str, tmp_path: Path, tiny: Path) -> 
     if network == "dense":
         expected = F.cross_entropy(model.dense(images), labels, ignore_index=255)
     else:
-        expected = F.cross_entropy(model.segment(images).outputs.logits, labels, ignore_index=255)
+        expected = F.cross_entropy(model.start(images).follow().logits(), labels, ignore_index=255)
     assert plain == pytest.approx(expected.item(), rel=1e-9)
     parts = [
         loss(coarse_weight=0.4) - plain,
@@ -171,7 +165,7 @@ def test_statistics_are_the_means_over_batches(tiny: Path, network: str) -> None
     seen: list[Tensor] = []
     norm = model.backbone.get_submodule("layer4.1.bn2")
     hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]) if norm.training else None)
-    retake_statistics(model, config, network, batches=3)
+    recalibrate_batch_norm(model, config, network, batches=3)
     hook.remove()
     assert len(seen) == 3
     expected = torch.stack(
@@ -184,15 +178,3 @@ def test_statistics_are_the_means_over_batches(tiny: Path, network: str) -> None
     run = [entry.shape[0] for entry in seen]
     blocks = 2 * 16 * (1 + 3 * round(0.3 * 16) / 16)
     assert run == ([2 * 64] * 3 if network == "dense" else [round(blocks)] * 3)
-
-
-def test_fields_of_the_pass_config_are_all_checked() -> None:
-    """A new weight without a bound would let nonsense through."""
-    from sparse_seg import checks
-
-    for schema, bounds, others in (
-        (LossConfig, checks._LOSS_BOUNDS, set()),
-        (DistillConfig, checks._DISTILL_BOUNDS, {"teacher", "cache"}),
-    ):
-        names = {field.name for field in dataclasses.fields(schema)}
-        assert names == set(bounds) | others

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparse_seg.models.segmentor import Outputs
-from sparse_seg.schema import LossConfig, TrainConfig
-from sparse_seg.training.losses import SegmentationLoss, hard_pixel_mean
+from sparse_seg.config import LossConfig, TrainConfig
+from sparse_seg.training.losses import Outputs, SegmentationLoss, hard_pixel_mean
 from sparse_seg.training.schedule import build_optimizer, learning_rate
 
 

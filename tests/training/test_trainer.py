@@ -35,6 +35,7 @@ def run(config, folder, **options):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -87,6 +88,7 @@ def wait_for_iteration(folder: Path, iteration: int, process: subprocess.Popen) 
     pytest.fail(f"the run never reached iteration {iteration}: {process.communicate()[1]}")
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_with_the_same_losses(tiny, tmp_path):
     settings = ["--set", "train.iterations=40", "train.eval_every=40", "train.save_every=1"]
     run(load_config(tiny, settings[1:]), tmp_path / "whole")
@@ -102,6 +104,7 @@ def test_killed_run_goes_on_with_the_same_losses(tiny, tmp_path):
     assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_saves_and_says_how_to_resume(tiny, tmp_path, workers):
     settings = ["--set", "train.iterations=10000", "train.eval_every=10000", "train.save_every=10000"]
@@ -162,6 +165,7 @@ def test_a_folder_with_a_run_is_refused_unless_resuming(tiny, tmp_path):
     assert (tmp_path / "run/last.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_best_of_another_folder_is_not_claimed(tiny, tmp_path):
     run(load_config(tiny, ["train.iterations=3"]), tmp_path / "first")
     last = tmp_path / "first/last.pt"
@@ -197,6 +201,7 @@ def test_settings_changed_on_resume_take_effect(tiny, tmp_path):
     assert all("momentum_buffer" in state for state in resumed.optimizer.state.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["true", "false"])
 def test_float16_may_be_switched_on_resume(tiny, tmp_path, first):
     second = {"true": "false", "false": "true"}[first]
@@ -208,6 +213,7 @@ def test_float16_may_be_switched_on_resume(tiny, tmp_path, first):
     resumed.run()
 
 
+@pytest.mark.slow
 def test_finish_training_starts_goes_on_and_leaves_alone(tiny, tmp_path):
     config = load_config(tiny)
     best = finish_training(config, tmp_path / "run")
@@ -219,6 +225,7 @@ def test_finish_training_starts_goes_on_and_leaves_alone(tiny, tmp_path):
         finish_training(other, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_says_how_to_go_on(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_after_step", lambda trainer: trainer._request_stop(signal.SIGINT, None))
     with pytest.raises(TrainingError, match="stopped at iteration 1; run it again to go on"):

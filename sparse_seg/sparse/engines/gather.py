@@ -19,38 +19,45 @@ from torch.autograd.function import once_differentiable
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid
 from sparse_seg.sparse.layout import SiteLayout
 from sparse_seg.sparse.neighbours import NeighbourTable, TapGroup
+from sparse_seg.sparse.step import Step
 
 # Bytes of a gathered tile: many rows make an efficient GEMM (32 MiB was best of 1 to 64 on two Xeon cores).
 TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
 def selective_conv2d(
-    rows: Tensor, weight: Tensor, src: SiteLayout, dst: SiteLayout, spacing: int, exchange: str
+    rows: Tensor,
+    weight: Tensor,
+    src: SiteLayout | Step,
+    dst: SiteLayout | Step,
+    spacing: int,
+    exchange: str,
 ) -> Tensor:
     """3x3 convolution from the sites of `src` to those of `dst`, taps `spacing` px apart.
 
     Args:
-        rows: `[src.num_sites, I]`.
+        rows: `[N, I]` of all sites of `src`.
         weight: `[O, 3, 3, I]` (KRSC), contiguous.
-        exchange: see `SiteLayout.neighbours`.
+        exchange: see `SiteLayout.neighbours_of_cells`.
 
     Returns:
-        `[dst.num_run, O]`. Where `dst` runs new sites only (`StepLayout`) there is no gradient.
+        `[dst.num_run, O]`. Where `dst` runs new sites only (see `Step`) there is no gradient.
 
     Raises:
         ValueError: the spacing does not fall on the lattice of `src`, or rows and layout differ in length.
     """
-    check_rows(rows, src)
+    src, dst = Step.of(src), Step.of(dst)
+    check_rows(rows, src.layout)
     rows, weight = autocast(rows, weight)
-    stride, dilation = lattice_conv_geometry(src, dst, spacing)
-    if dst.runs_lattice and dst.num_extra == 0:
-        return lattice_conv2d(rows, weight, src, stride, dilation)
-    table = src.neighbours(dst, spacing, exchange)
+    stride, dilation = lattice_conv_geometry(src.layout, dst.layout, spacing)
+    if dst.runs_lattice and dst.layout.num_extra == 0:
+        return lattice_conv2d(rows, weight, src.layout, stride, dilation)
+    table = dst.neighbours(src, spacing, exchange)
     if not dst.runs_lattice:
         out = rows.new_empty(dst.num_run, weight.shape[0])
         multiply_neighbours(rows, weight, table, out)
         return out
-    return _SelectiveConv2d.apply(rows, weight, src, dst, table, stride, dilation)
+    return _SelectiveConv2d.apply(rows, weight, src.layout, dst.layout, table, stride, dilation)
 
 
 def check_rows(rows: Tensor, layout: SiteLayout) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from sparse_seg.sparse.engines import EngineError, gather
 from sparse_seg.sparse.layout import SiteLayout
 from sparse_seg.sparse.neighbours import NeighbourTable
+from sparse_seg.sparse.step import Step
 
 DEVICES, DTYPES = ("cpu", "cuda"), (torch.float32, torch.float16)
 TOLERANCE = 1e-3  # of the self-check, above TF32's rounding
@@ -32,33 +33,40 @@ CHECK_BLOCKS, CHECK_CHANNELS, CHECK_RUNS = 20, 16, 4
 
 
 def selective_conv2d(
-    rows: Tensor, weight: Tensor, src: SiteLayout, dst: SiteLayout, spacing: int, exchange: str
+    rows: Tensor,
+    weight: Tensor,
+    src: SiteLayout | Step,
+    dst: SiteLayout | Step,
+    spacing: int,
+    exchange: str,
 ) -> Tensor:
     """As `gather.selective_conv2d`: same arguments, same result to rounding.
 
     Raises:
         EngineError: spconv is missing, broken, or cannot run this dtype or this backward.
     """
+    src, dst = Step.of(src), Step.of(dst)
     if not runs(src, dst):
         return gather.selective_conv2d(rows, weight, src, dst, spacing, exchange)
-    gather.check_rows(rows, src)
-    _, dilation = gather.lattice_conv_geometry(src, dst, spacing)
+    layout = src.layout
+    gather.check_rows(rows, layout)
+    _, dilation = gather.lattice_conv_geometry(layout, layout, spacing)
     rows, weight = gather.autocast(rows, weight)
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
     _check(rows.device, rows.dtype, needs_grad)
 
-    table = src.neighbours(dst, spacing, exchange)
-    level = src.cached(("spconv", spacing, exchange), lambda: _level(src, table))
-    features = torch.cat((rows[src.num_lattice :], gather.ghost_rows(rows, table)))
+    table = layout.neighbours(layout, spacing, exchange)
+    level = layout.cached(("spconv", spacing, exchange), lambda: _level(layout, table))
+    features = torch.cat((rows[layout.num_lattice :], gather.ghost_rows(rows, table)))
     library = _library(rows.device.type)
-    extra = _submanifold(library, features, weight, level, dilation, needs_grad)[: src.num_extra]
-    return torch.cat((gather.lattice_conv2d(rows, weight, src, 1, dilation), extra))
+    extra = _submanifold(library, features, weight, level, dilation, needs_grad)[: layout.num_extra]
+    return torch.cat((gather.lattice_conv2d(rows, weight, layout, 1, dilation), extra))
 
 
-def runs(src: SiteLayout, dst: SiteLayout) -> bool:
+def runs(src: Step, dst: Step) -> bool:
     """Whether there is work for spconv; the rest (no extra sites, a stage's entry, a step that runs new sites
     only) goes to gather."""
-    return src is dst and dst.num_extra > 0 and dst.runs_lattice
+    return src.layout is dst.layout and dst.layout.num_extra > 0 and dst.runs_lattice
 
 
 def suits(device: torch.device, dtype: torch.dtype) -> bool:

@@ -2,7 +2,7 @@
 
 On mixed levels such taps fall between the places of the lattice, so its sites are gathered like the extra
 ones, with ghosts where there is no site. Phases mix and the lattice comes to depend on the mask: a network
-that has such a convolution in its selective stages (mmsegmentation's BasicBlock) loses P1 (design.md).
+that has such a convolution in its selective stages (mmsegmentation's BasicBlock) loses P1 (docs/method.md).
 """
 
 from __future__ import annotations

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_seg.models.tuning import Tuner
-from sparse_seg.sparse import SelectiveConv2d, SiteLayout, grid_to_rows, lattice_grid
 from sparse_seg.sparse.engines import gather
 from sparse_seg.sparse.engines.undilated import every_site
+from sparse_seg.sparse.features import grid_to_rows, lattice_grid
+from sparse_seg.sparse.layout import SiteLayout
+from sparse_seg.sparse.step import Step
+from sparse_seg.sparse.tuning import Tuner
 from sparse_seg.sparse.winograd import transform_weight, winograd_conv2d
 
 Form = Callable[[Tensor | None], Tensor]  # residual, whose memory may be overwritten, to output
@@ -25,6 +27,7 @@ class FusedLayer(nn.Module):
     """Weight and bias with batch norm folded in; a kernel packs the weight on its first use.
 
     Args:
+        tuner: what the layers of a network share.
         weight, bias: as the layer's engine reads them.
         relu: whether ReLU comes last.
     """
@@ -32,12 +35,12 @@ class FusedLayer(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor, relu: bool = True) -> None:
+    def __init__(self, tuner: Tuner, weight: Tensor, bias: Tensor, relu: bool = True) -> None:
         super().__init__()
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("bias", bias)
         self.relu, self.activation = relu, "relu" if relu else "none"
-        self.tuner = Tuner()  # for_inference gives all layers the same
+        self.tuner = tuner
         self._packed: dict[Any, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -48,9 +51,10 @@ class FusedLayer(nn.Module):
         return super()._apply(*arguments, **options)
 
     def _packed_once(self, key: Any, pack: Callable[[], Tensor]) -> Tensor:
-        if key not in self._packed:
-            self._packed[key] = pack()
-        return self._packed[key]
+        packed = self._packed.get(key)  # another thread may clear them meanwhile
+        if packed is None:
+            packed = self._packed[key] = pack()
+        return packed
 
     def _fastest(self, shape: tuple[int, ...], residual: Tensor | None, forms: Mapping[str, Form]) -> Tensor:
         """What the fastest form returns; the memory of `residual` may be overwritten."""
@@ -84,14 +88,15 @@ class FusedLayer(nn.Module):
 
 
 class FusedLinear(FusedLayer):
-    """Linear and batch norm on rows, then `+ residual` and ReLU."""
+    """`SelectiveLinear` and batch norm on rows, then `+ residual` and ReLU."""
 
-    def __init__(self, linear: nn.Module, norm: nn.Module, relu: bool = True) -> None:
-        assert isinstance(linear, nn.Linear)
+    def __init__(self, tuner: Tuner, weight: Tensor, norm: nn.Module, relu: bool = True) -> None:
         scale, bias = fold_norm(norm)
-        super().__init__(linear.weight * scale[:, None], bias, relu)
+        super().__init__(tuner, weight * scale[:, None], bias, relu)
 
-    def forward(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, rows: Tensor, src: Step | None = None, dst: Step | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """`[N, I]` to `[N, O]`; the memory of `residual` may be overwritten."""
         if not _runs_onednn(rows) or not rows.shape[0]:
             return self._finish(F.linear(rows, self.weight, self.bias), residual)
@@ -101,6 +106,13 @@ class FusedLinear(FusedLayer):
         return self._fastest(
             rows.shape, residual, {"linear": linear, "convolution": partial(self._convolution, rows)}
         )
+
+    def sites(self, src: Step, dst: Step) -> Step:
+        """Where its outputs stand."""
+        return src
+
+    def macs(self, src: Step, dst: Step | None = None) -> int:
+        return src.num_run * self.weight.numel()
 
     def _linear(self, rows: Tensor, residual: Tensor | None) -> Tensor:
         packed = self._packed_once("linear", lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight))
@@ -121,46 +133,58 @@ class FusedLinear(FusedLayer):
 class FusedConv(FusedLayer):
     """`SelectiveConv2d` and batch norm, then `+ residual` and ReLU."""
 
-    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
-        assert isinstance(conv, SelectiveConv2d)
+    def __init__(
+        self,
+        tuner: Tuner,
+        weight: Tensor,
+        spacing: int | None,
+        exchange: str,
+        norm: nn.Module,
+        relu: bool = True,
+    ) -> None:
         scale, bias = fold_norm(norm)
-        super().__init__(conv.weight * scale[:, None, None, None], bias)
-        self.spacing, self.exchange = conv.spacing, conv.exchange
+        super().__init__(tuner, weight * scale[:, None, None, None], bias, relu)
+        self.spacing, self.exchange = spacing, exchange
 
-    def forward(
-        self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, rows: Tensor, src: Step, dst: Step, residual: Tensor | None = None) -> Tensor:
         """`[src.num_run, I]` to `[dst.num_run, O]`; the memory of `residual` may be overwritten."""
+        exchange = dst.exchange or self.exchange
         if self.spacing is None:
-            return self._undilated(rows, dst, residual)
+            return self._undilated(rows, dst.layout, exchange, residual)
         rows, first = dst.complete(rows, src, self), 0
         if dst.runs_lattice:
-            lattice, first = self._lattice(rows, src, dst, residual), dst.num_lattice
-            if dst.num_extra == 0:
+            lattice, first = self._lattice(rows, src.layout, dst, residual), dst.layout.num_lattice
+            if dst.layout.num_extra == 0:
                 return lattice
         out = rows.new_empty(dst.num_run, self.weight.shape[0])
         if dst.runs_lattice:
             out[:first] = lattice
-        table = src.neighbours(dst, self.spacing, self.exchange)
+        table = dst.neighbours(src, self.spacing, exchange)
         gather.multiply_neighbours(rows, self.weight, table, out=out[first:], bias=self.bias)
         self._finish(out[first:], None if residual is None else residual[first:])
         return out
 
-    def _undilated(self, rows: Tensor, layout: SiteLayout, residual: Tensor | None) -> Tensor:
+    def sites(self, src: Step, dst: Step) -> Step:
+        return dst
+
+    def macs(self, src: Step, dst: Step) -> int:
+        return dst.num_run * self.weight.numel()
+
+    def _undilated(self, rows: Tensor, layout: SiteLayout, exchange: str, residual: Tensor | None) -> Tensor:
         if not layout.splits:
             grid_residual = None if residual is None else lattice_grid(residual, layout)
             return grid_to_rows(self._convolve(lattice_grid(rows, layout), grid_residual, 1, 1))
         out = rows.new_empty(layout.num_sites, self.weight.shape[0])
-        table = every_site(layout, self.exchange)
+        table = every_site(layout, exchange)
         gather.multiply_neighbours(rows, self.weight, table, out=out, bias=self.bias)
         return self._finish(out, residual)
 
-    def _lattice(self, rows: Tensor, src: SiteLayout, dst: SiteLayout, residual: Tensor | None) -> Tensor:
+    def _lattice(self, rows: Tensor, src: SiteLayout, dst: Step, residual: Tensor | None) -> Tensor:
         """The lattice's rows of the output."""
         assert self.spacing is not None
-        stride, dilation = gather.lattice_conv_geometry(src, dst, self.spacing)
-        if residual is not None:
-            residual = lattice_grid(residual.clone() if dst.remembers else residual, dst)
+        stride, dilation = gather.lattice_conv_geometry(src, dst.layout, self.spacing)
+        if residual is not None:  # what is remembered must not be overwritten
+            residual = lattice_grid(residual if dst.memory is None else residual.clone(), dst.layout)
         return grid_to_rows(self._convolve(lattice_grid(rows, src), residual, stride, dilation))
 
     def _convolve(self, grid: Tensor, residual: Tensor | None, stride: int, dilation: int) -> Tensor:
@@ -191,6 +215,36 @@ def _column(rows: Tensor) -> Tensor:
 
 def _runs_onednn(values: Tensor) -> bool:
     return values.device.type == "cpu" and values.dtype == torch.float32 and _ONEDNN
+
+
+class FusedDepthwise(nn.Module):
+    """A depthwise convolution on sites with batch norm folded in, then ReLU.
+
+    Args:
+        conv: a copy of its own: its weight is scaled in place.
+    """
+
+    conv: Any  # SelectiveDepthwiseConv2d
+    bias: Tensor
+
+    def __init__(self, conv: nn.Module, norm: nn.Module, relu: bool = True) -> None:
+        super().__init__()
+        scale, bias = fold_norm(norm)
+        self.conv, self.relu = conv, relu
+        self.conv.weight.mul_(scale[:, None, None, None])
+        self.register_buffer("bias", bias)
+
+    def forward(self, rows: Tensor, src: Step, dst: Step, residual: Tensor | None = None) -> Tensor:
+        """`[src.num_run, C]` to `[dst.num_run, C]`."""
+        out = self.conv(rows, src, dst).add_(self.bias)
+        out = out if residual is None else out.add_(residual)
+        return out.relu_() if self.relu else out
+
+    def sites(self, src: Step, dst: Step) -> Step:
+        return dst
+
+    def macs(self, src: Step, dst: Step) -> int:
+        return self.conv.macs(src, dst)
 
 
 def fold_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,169 @@
+"""YAML texts and files to plain keys and values; `_base_` files below them. A bad file is one ConfigError."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparse_seg.errors import ConfigError, did_you_mean, shown
+
+MAX_BYTES = 2**18  # of a file
+MAX_DEPTH = 16  # of nesting
+MAX_NODES = 5000  # values of a file, with those that aliases stand for
+MAX_BASES = 32  # files in a chain of `_base_`
+
+Tree = dict[str, Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where `1e-3` is a text; here it is a number, as in YAML 1.2. A key that stands
+    twice, of which PyYAML takes the last, is an error, and so is what would grow or nest beyond bounds."""
+
+    def __init__(self, text: bytes | str) -> None:
+        super().__init__(text)
+        self._depth, self._nodes, self._anchored = 0, 0, dict[str, int]()
+
+    def fetch_flow_collection_start(self, token: type) -> None:
+        if self.flow_level > MAX_DEPTH:  # the scanner runs ahead, and is slow on many open brackets
+            raise yaml.MarkedYAMLError(None, None, f"nested more than {MAX_DEPTH} deep", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event, before = self.peek_event(), self._nodes
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _fault(event, f"nested more than {MAX_DEPTH} deep")
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in self.anchors and event.anchor not in self._anchored:
+                raise _fault(event, f"alias {event.anchor!r} lies in what it stands for")
+            self._nodes += self._anchored.get(str(event.anchor), 0)
+        node = super().compose_node(parent, index)
+        self._depth, self._nodes = self._depth - 1, self._nodes + 1
+        if self._nodes > MAX_NODES:
+            raise _fault(event, f"more than {MAX_NODES} values")
+        if not isinstance(event, yaml.AliasEvent) and event.anchor is not None:
+            self._anchored[event.anchor] = self._nodes - before
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[Any]()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node)
+            if key in seen:
+                raise _fault(key_node, f"key {shown(key)} stands twice; write its settings in one place")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _fault(place: Any, message: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(None, None, message, place.start_mark)
+
+
+def parse_yaml(text: bytes | str, where: str) -> Any:
+    """A YAML text's value; bytes are UTF-8, or UTF-16 with its mark.
+
+    Raises:
+        ConfigError: it is not valid YAML; `where` names it.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = f"{error.context or ''} {error.problem or ''}{f' in line {mark.line + 1}' if mark else ''}"
+    except (yaml.YAMLError, ValueError) as error:  # the latter for dates such as 2020-99-99
+        reason = str(error)
+    except (LookupError, AttributeError, TypeError):  # PyYAML's own for `!!bool x`
+        reason = "a value does not fit its tag"
+    raise ConfigError(f"{where} is not valid YAML: {' '.join(reason.split())}")
+
+
+def read_yaml(path: str | Path) -> Tree:
+    """A file's keys and values over those of its `_base_` files (one path or a list, relative to the file).
+
+    Raises:
+        ConfigError: missing or unreadable file, `_base_` files that form a circle.
+    """
+    return _read(Path(path), (), {})
+
+
+def _read(path: Path, parents: tuple[Path, ...], done: dict[Path, Tree]) -> Tree:
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a null character
+        raise ConfigError(f"config {shown(str(path))} cannot be read: {error}") from None
+    if path in parents:
+        raise ConfigError(f"{path}: _base_ files form a circle")
+    if len(parents) > MAX_BASES:
+        raise ConfigError(f"{path}: more than {MAX_BASES} files in a chain of _base_")
+    if path in done:
+        return done[path]
+    tree = parse_yaml(_read_bytes(path), f"config {path}")
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path} must hold keys and values, not a {type(tree).__name__}")
+    bases = tree.pop("_base_", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise ConfigError(f"config {path}: _base_ must be a file name or a list of them, not {shown(bases)}")
+    result: Tree = {}
+    for base in bases:
+        result = overlay(result, _read(path.parent / base, (*parents, path), done))
+    done[path] = overlay(result, tree)
+    return done[path]
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if not path.exists():
+            others = [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+            raise ConfigError(f"config {path} does not exist{did_you_mean(path.name, others)}")
+        if not path.is_file():  # a pipe would wait for ever
+            raise ConfigError(f"config {path} is no file; name a YAML file")
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"config {shown(str(path))} cannot be read: {error.strerror}") from None
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"config {path} has more than {MAX_BYTES} bytes; name a YAML file of settings")
+    return text
+
+
+def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
+    """The keys and values of both, section by section; those of `top` win."""
+    merged = dict(base)
+    for key, value in top.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = overlay(merged[key], value) if nested else value
+    return merged
+
+
+def parse_settings(settings: Sequence[str]) -> Tree:
+    """`key=value` texts, values in YAML, as one tree.
+
+    Raises:
+        ConfigError: a text of another form.
+    """
+    tree: Tree = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {shown(setting)}: write key=value, for instance data.root=../camvid")
+        if len(parts) > MAX_DEPTH or len(text) > MAX_BYTES:
+            raise ConfigError(f"--set {shown(setting)}: no setting is as long")
+        value = parse_yaml(text, f"--set {shown(setting)}: the value")
+        for part in reversed(parts):
+            value = {part: value}
+        tree = overlay(tree, value)
+    return tree

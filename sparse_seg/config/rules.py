@@ -1,0 +1,157 @@
+"""What a config must fulfil beyond the bounds and choices of each key: settings that fit each other."""
+
+from __future__ import annotations
+
+from sparse_seg.config.build import check_values
+from sparse_seg.config.schema import Config, ModelConfig
+from sparse_seg.errors import ConfigError
+from sparse_seg.registry import DATASETS, POOLING_HEADS
+
+MAX_PIXELS = 2**31  # of a training step's crops
+LEAST_WEIGHT = 1e-6  # that one class at least must have
+ENTRY_STRIDES = (4, 8, 16)  # natural strides of the stages before layer2..layer4, px
+
+
+def num_classes(config: Config) -> int:
+    """The model's class count: its own if set, else the dataset's."""
+    if config.model.num_classes is not None:
+        return config.model.num_classes
+    return len(DATASETS[config.data.dataset].classes)
+
+
+def check_classes(config: Config) -> None:
+    """The model's classes are the dataset's.
+
+    Raises:
+        ConfigError: their counts differ.
+    """
+    count, own = len(DATASETS[config.data.dataset].classes), num_classes(config)
+    _require(
+        own == count,
+        f"model.num_classes is {own} but {config.data.dataset} has {count} classes; choose the data.dataset "
+        "that the model was trained on",
+    )
+
+
+def check_model(model: ModelConfig) -> None:
+    """Check a model's values, one by one and together.
+
+    Raises:
+        ConfigError: an impossible value, with the key.
+    """
+    check_values(model, "model.")
+    mask = model.mask
+    _require(
+        model.dilate_second or mask.policy != "confidence",
+        "model.mask.policy=confidence needs a coarse pass that does not depend on the mask, which "
+        "model.dilate_second=false makes it do: choose another policy",
+    )
+    entries = zip(model.entry_spacings, ENTRY_STRIDES, strict=True)
+    _require(
+        all(entry % least == 0 for entry, least in entries),
+        f"model.entry_spacings is {model.entry_spacings}; it must have multiples of {list(ENTRY_STRIDES)} px",
+    )
+    _require(
+        model.refine or model.aspp_projection or model.head != "deeplabv3",
+        "model.aspp_projection and model.refine cannot both be false for deeplabv3",
+    )
+    _require(
+        len(model.strides) == 2 or mask.threshold is None or mask.middle_threshold is not None,
+        "model.mask.threshold with three strides needs model.mask.middle_threshold too",
+    )
+    spacings, coarsest = [rate * model.trained_stride for rate in model.aspp_rates], model.strides[-1]
+    _require(
+        model.head not in POOLING_HEADS or all(spacing % coarsest == 0 for spacing in spacings),
+        f"model.aspp_rates x trained_stride is {spacings} px; run selective, each must divide by {coarsest}",
+    )
+
+
+def check_config(config: Config) -> None:
+    """Check a whole config's values, one by one and together.
+
+    Raises:
+        ConfigError: an impossible value, with the key.
+    """
+    check_model(config.model)
+    check_values(config.data, "data.")
+    check_values(config.train, "train.")
+    data, train, loss = config.data, config.train, config.train.loss
+    _require(data.scale_range[0] <= data.scale_range[1], "data.scale_range must be [low, high], low first")
+    _require(
+        train.batch_size * data.crop[0] * data.crop[1] <= MAX_PIXELS,
+        f"train.batch_size {train.batch_size} with data.crop {data.crop} makes more than {MAX_PIXELS} pixels "
+        "a step; lower one of them",
+    )
+    _require(
+        train.warmup_iterations < train.iterations,
+        f"train.warmup_iterations is {train.warmup_iterations}; it must be below train.iterations "
+        f"({train.iterations})",
+    )
+    _require(
+        loss.class_weights is None or loss.ohem_threshold is None,
+        "train.loss: choose either class_weights or ohem_threshold",
+    )
+    _require(
+        loss.ohem_threshold is None or loss.boundary_weight == loss.fine_weight == 0,
+        "train.loss: choose either ohem_threshold or boundary_weight and fine_weight",
+    )
+    if loss.class_weights is not None:
+        given, count = len(loss.class_weights), num_classes(config)
+        _require(given == count, f"train.loss.class_weights has {given} values for {count} classes")
+        _require(
+            max(loss.class_weights) >= LEAST_WEIGHT,
+            f"train.loss.class_weights are all below {LEAST_WEIGHT}: nothing would be learned; raise them",
+        )
+    _require(
+        config.model.head not in POOLING_HEADS or train.batch_size >= 2,
+        f"train.batch_size must be 2 or more: {config.model.head} pools each image",
+    )
+
+
+def check_training(config: Config) -> None:
+    """What training needs beyond a valid config.
+
+    Raises:
+        ConfigError: settings of a learned mask that exclude each other, with the fix.
+    """
+    train, mask = config.train, config.model.mask
+    learned, supervised = mask.policy == "learned", train.mask_loss == "supervised"
+    _require(
+        learned or not train.freeze,
+        "train.freeze leaves nothing to train but a learned mask: set model.mask.policy=learned",
+    )
+    distilled, coarse = train.distill.teacher is not None, train.loss.coarse_weight > 0
+    _require(
+        not (learned and (distilled or coarse or train.loss.fine_weight > 0)),
+        "a learned mask is trained without train.distill, train.loss.coarse_weight and fine_weight: train "
+        "the network first, then the mask with train.init and train.freeze",
+    )
+    _require(
+        config.model.head != "deeplabv3plus" or not (distilled or coarse),
+        "model.head=deeplabv3plus has no rows before densify for train.distill and train.loss.coarse_weight; "
+        "choose another head",
+    )
+    finest = config.model.strides[0]
+    _require(
+        not coarse or train.network == "selective" or train.output_stride == finest,
+        f"train.loss.coarse_weight needs train.output_stride={finest}: the coarse lattice is part of it",
+    )
+    if learned and supervised:
+        _require(train.freeze, "train.mask_loss=supervised trains the mask alone: set train.freeze=true")
+    elif learned:
+        _require(
+            config.model.head != "deeplabv3plus",
+            "train.mask_loss=straight_through cannot train through the skip of model.head=deeplabv3plus: set "
+            "train.mask_loss=supervised with train.freeze=true",
+        )
+        fits = len(config.model.strides) == 2 and mask.threshold is None
+        _require(
+            fits,
+            "train.mask_loss=straight_through needs two strides and a budget: set model.mask.threshold=null "
+            "and model.strides=[8,16], or train.mask_loss=supervised with train.freeze=true",
+        )
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)

@@ -1,0 +1,67 @@
+"""Mask policies from a config, or from a text such as `edge:cad`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from sparse_seg.config import MaskConfig
+from sparse_seg.config.keys import choices
+from sparse_seg.errors import ConfigError
+from sparse_seg.masks.base import MaskPolicy
+from sparse_seg.registry import POLICIES
+
+
+def build_policy(
+    mask: MaskConfig, strides: Sequence[int] = (8, 16), net: nn.Module | None = None
+) -> MaskPolicy:
+    """The mask policy of a config.
+
+    Args:
+        net: of a policy that is trained, shared, not copied.
+
+    Raises:
+        ValueError: settings the policy refuses.
+        ConfigError: a policy that is trained without a net.
+    """
+    policy = POLICIES[mask.policy]
+    fine, middle = "threshold", "middle_threshold"
+    if mask.threshold is None:
+        fine, middle = "fine_fraction", "middle_fraction"
+    cut = {name: getattr(mask, name) for name in ((fine, middle) if len(strides) == 3 else (fine,))}
+    own: dict[str, Any] = {argument: getattr(mask, key) for key, argument in policy.OPTIONS.items()}
+    own |= POLICIES.options(mask.policy, mask.options, "model.mask.options")
+    if policy.needs_net:
+        if net is None:
+            raise ConfigError(
+                f"this network has no {mask.policy} mask: train one (see configs/camvid_mask.yaml)"
+            )
+        own["net"] = net
+    return policy(**cut, **own, block=strides[-1], blur=mask.blur)
+
+
+def parse_policy(spec: str, mask: MaskConfig) -> MaskConfig:
+    """Mask settings with the policy and options that a text such as `edge:cad` names.
+
+    Raises:
+        ConfigError: an unknown policy or option.
+    """
+    name, _, words = spec.partition(":")
+    if name not in POLICIES:
+        raise ConfigError(f"unknown mask policy {name!r}; choose one of {', '.join(POLICIES)}")
+    valid: dict[str, dict[str, Any]] = {"blur": {"blur": True}}
+    for key in POLICIES[name].OPTIONS:
+        if isinstance(getattr(mask, key), bool):
+            valid[key] = {key: True}
+        valid |= {value: {key: value} for value in choices(MaskConfig, key)}
+    for word in filter(None, words.split(",")):
+        if word not in valid:
+            raise ConfigError(
+                f"unknown option {word!r} in the mask policy {spec!r}; choose of {', '.join(valid)}"
+            )
+        mask = dataclasses.replace(mask, **valid[word])
+    options = mask.options if name == mask.policy else {}  # another policy has none of them
+    return dataclasses.replace(mask, policy=name, options=options)

@@ -1,0 +1,372 @@
+"""A pass over images: backbone, head and upsampling, each stage at most once, whoever asks.
+
+A mask policy is given the pass and asks it for what it needs. Where it asks for coarse logits, the pass keeps
+what its layers read and then refines: it runs the sites that the mask adds, and only those (P4 of
+docs/method.md). With several steps, earlier sites keep their values, so new sites next to older ones may
+differ from those of a pass in one step.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sparse_seg.masks import MaskPolicy, block_levels
+from sparse_seg.models.heads import LOW_LEVEL_STRIDE
+from sparse_seg.models.layouts import check_images, dense_layout, dense_strides, selective_layouts
+from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
+from sparse_seg.models.way import Way
+from sparse_seg.sparse import Memory, SiteLayout, Step, densify, rows_to_grid
+
+if TYPE_CHECKING:
+    from sparse_seg.models.segmentor import SelectiveSegmentor
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module's own mode is put back, for a frozen network mixes them."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Pass:
+    """One pass of a network over images; nothing is computed before it is asked for.
+
+    `follow` or `take` say how to run; then `logits`, `classes` and `rows` are there, `mask` (None when dense)
+    and `macs`. Calling them again runs on from what is known.
+
+    Args:
+        model: whose pass it is.
+        images: normalised, float `[B, 3, H, W]`, any size from 32x32 up.
+        labels: int64 `[B, H, W]`, for policies that read them.
+
+    Raises:
+        ValueError: images of a wrong shape or dtype.
+    """
+
+    def __init__(self, model: SelectiveSegmentor, images: Tensor, labels: Tensor | None = None) -> None:
+        check_images(images)
+        self.model, self.images, self.labels = model, images, labels
+        self.mask: Tensor | None = None  # bool or int64 `[B, Hc, Wc]`
+        self.memory: Memory | None = None  # of a coarse pass that can be refined
+        self._with_grad = torch.is_grad_enabled()
+        self._way = Way()
+        self._dense: dict[int, Step] = {}  # by stride: stages that ways have in common run once
+        self._steps: list[Step] = []  # of all stages, as asked for
+        self._done: list[Step] = []  # of the stages that have run
+        self._features: list[Tensor] = []  # their rows
+        self._neck: Tensor | None = None
+        self._grid: Tensor | None = None
+        self._macs: dict[str, int] = {}
+
+    # -- how to run ----------------------------------------------------------------------------------------
+
+    def follow(self, way: Way | None = None, policy: MaskPolicy | None = None) -> Pass:
+        """Run this way; a policy chooses the mask now. Returns the pass itself.
+
+        Args:
+            policy: in place of the way's.
+        """
+        self._way = way or Way()
+        if self._way.output_stride is not None:
+            self.mask = None
+            self._go(self._dense_steps(self._way.output_stride))
+            return self
+        policy = policy or self.model.policy_for(self._way)
+        fine_blocks = policy(self)
+        finest = self._dense_step(self.model.strides[0]).layout
+        self._count("mask", policy.macs(finest.size, finest.batch))
+        return self.take(fine_blocks, self._way)
+
+    def take(self, fine_blocks: Tensor, way: Way | None = None) -> Pass:
+        """Run under this mask, see `SelectiveSegmentor.forward`. After a coarse pass, refine it.
+
+        Args:
+            way: gives exchange rule and engine; its policy is not asked.
+
+        Raises:
+            ValueError: a wrong shape or dtype, or a block that would become coarser than it is.
+        """
+        self._way = way or Way()
+        layouts = selective_layouts(self.images, fine_blocks, self.model.strides)
+        if self.memory is not None:
+            self._refine(layouts, fine_blocks)
+        elif self.model.is_fast and layouts[-1].is_full:
+            self._go(self._dense_steps(self.model.strides[0]))  # all fine: dense gathers nothing
+        else:
+            late = self._late_steps(layouts, [None] * len(layouts))
+            self._go([*self._early_steps(), *late])
+        self.mask = fine_blocks
+        return self
+
+    def fork(self) -> Pass:
+        """A pass of its own from here: what either runs, the other does not see."""
+        other = copy.copy(self)
+        other.memory = None if self.memory is None else self.memory.copy()
+        other._macs = dict(self._macs)
+        return other
+
+    # -- what a policy may ask for -------------------------------------------------------------------------
+
+    def features(self) -> Tensor:
+        """Output `[B, C, h, w]` of the last stage before the mask, at the finest stride."""
+        early = self._early_steps()
+        if self._done[: len(early)] != early:
+            self._run(early)
+        layout = early[-1].layout
+        return rows_to_grid(self._features[len(early) - 1], layout.batch, layout.size)
+
+    @torch.no_grad()
+    def coarse_logits(self, every: int = 1, stored_dtype: torch.dtype | None = None) -> Tensor:
+        """Logits of the dense network at the coarsest stride, at every `every`-th pixel.
+
+        In eval mode this pass then refines what was run here; in training mode a pass of its own is run, in
+        eval mode.
+
+        Args:
+            stored_dtype: what activations are kept in (float16 takes half the memory); None: as they are.
+
+        Returns:
+            Float32 or more, `[B, K, ceil(H/every), ceil(W/every)]`.
+
+        Raises:
+            ValueError: the network has undilated convolutions.
+        """
+        if self.model.training:
+            with eval_mode(self.model):
+                return Pass(self.model, self.images).coarse_logits(every)
+        if self.memory is None:
+            self.start_coarse(stored_dtype)
+        return self.upsample(self.grid_logits().float(), every)
+
+    @torch.no_grad()
+    def start_coarse(self, stored_dtype: torch.dtype | None = None) -> Pass:
+        """Run the coarsest stride in such a way that `take` refines it.
+
+        Raises:
+            ValueError: the network is in training mode or has undilated convolutions.
+        """
+        if self.model.training:
+            raise ValueError("call model.eval() before refining: batch statistics would depend on the step")
+        if self.model.has_undilated:
+            raise ValueError(
+                "undilated convolutions make the coarse pass depend on the mask: it cannot be refined"
+            )
+        self.memory, self._with_grad = Memory(stored_dtype), False
+        layouts = [step.layout for step in self._dense_steps(self.model.strides[-1])]
+        self._go([*self._early_steps(), *self._late_steps(layouts, [None] * len(layouts))])
+        coarsest = layouts[-1]
+        self.mask = torch.zeros(coarsest.batch, *coarsest.size, dtype=torch.bool, device=coarsest.device)
+        self.grid_logits()
+        return self
+
+    def dense_classes(self) -> tuple[Tensor, Tensor]:
+        """Classes int64 `[B, H, W]` of the dense network at the finest and at the coarsest stride, without
+        gradients and in eval mode."""
+        if self.model.training:
+            with torch.no_grad(), eval_mode(self.model):
+                return Pass(self.model, self.images).dense_classes()
+        fine, coarse = (self._dense_classes(self.model.strides[i]) for i in (0, -1))
+        return fine, coarse
+
+    @torch.no_grad()
+    def _dense_classes(self, stride: int) -> Tensor:
+        run = self.fork()
+        run.memory, run._macs = None, {}  # what it kept belongs to the pass
+        return run.follow(Way.dense(stride)).classes()
+
+    # -- results -------------------------------------------------------------------------------------------
+
+    @property
+    def layouts(self) -> list[SiteLayout]:
+        """The sites of the four stages, as they are asked for."""
+        return [step.layout for step in self._steps]
+
+    @property
+    def levels(self) -> Tensor:
+        """The blocks' levels int64 `[B, Hc, Wc]`, 0 for the coarsest stride.
+
+        Raises:
+            ValueError: the pass is dense.
+        """
+        if self.mask is None:
+            raise ValueError("a dense pass has no mask")
+        return block_levels(self.mask, self.model.strides)
+
+    @property
+    def fine_pixels(self) -> Tensor | None:
+        """The pixels of blocks at the finest stride, bool `[B, H, W]`; None when dense."""
+        return None if self.mask is None else self.model.fine_pixels(self.mask, self.images)
+
+    def stage_rows(self) -> list[Tensor]:
+        """Rows `[num_sites, C]` of each stage, of a pass without a coarse one before it."""
+        self._run(self._steps)
+        return self._features
+
+    def rows(self) -> Tensor:
+        """The neck's rows `[N, C]` of all sites of `layouts[-1]`, before densify."""
+        if self._neck is None:
+            self._run(self._steps)
+            with self._context():
+                self._neck = self.model.head.neck(self._features[-1], self._steps[-1])
+        return self._neck
+
+    def grid_logits(self) -> Tensor:
+        """The head's logits `[B, K, h, w]`, before the last upsampling."""
+        if self._grid is None:
+            layout, rows = self._steps[-1].layout, self.rows()
+            with self._context():
+                self._grid = self.model.head.decode(densify(rows, layout), layout.stride, self._low_level())
+            neck, decoder = self.model.head.macs(self._steps[-1], self._done[0].layout)
+            self._count("neck", neck)
+            self._count("head", decoder)
+        return self._grid
+
+    def logits(self) -> Tensor:
+        """Logits `[B, K, H, W]` at the images' size, in float32 or more."""
+        return self.upsample(self.grid_logits())
+
+    def upsample(self, grid_logits: Tensor, every: int = 1) -> Tensor:
+        """The head's logits `[B, K, h, w]` at every `every`-th pixel of the images, in float32 or more."""
+        return self._upsample(grid_logits, *self._upsampling(), every)
+
+    def classes(self) -> Tensor:
+        """Classes int64 `[B, H, W]`, for less than by `logits`."""
+        size = (self.images.shape[2], self.images.shape[3])
+        logits = at_least_float32(self.grid_logits())
+        return upsample_classes(logits, size, *self._upsampling(), self.model.align_corners)
+
+    def lattice_logits(self) -> Tensor:
+        """Logits `[B, K, H, W]` of the coarse lattice alone: what the head says if no block is fine."""
+        finest, coarse = (self._dense_step(self.model.strides[i]).layout for i in (0, -1))
+        no_blocks = torch.zeros(coarse.batch, *coarse.size, dtype=torch.bool, device=coarse.device)
+        all_coarse = selective_layouts(self.images, no_blocks, self.model.strides)[-1]
+        rows, places = self.rows(), self._steps[-1].layout.rows_at(coarse)
+        lattice = rows if places is None else rows.index_select(0, places)
+        grid = self.model.head.decode(densify(lattice, all_coarse), finest.stride, self._low_level())
+        return self._upsample(grid, *self._upsampling(finest.stride))
+
+    def auxiliary_logits(self) -> Tensor | None:
+        """Logits `[B, K, H, W]` of the auxiliary head; None without one or outside training."""
+        model = self.model
+        if model.auxiliary is None or not model.training:
+            return None
+        index = len(model.backbone.stages) - 2
+        layout = self._steps[index].layout
+        logits = model.auxiliary(self.stage_rows()[index], layout)
+        return self._upsample(logits, layout.stride, model.trained_stride)
+
+    def macs(self) -> dict[str, int]:
+        """Multiply-adds so far, by part, for the whole batch: those of `grid_logits`, which it asks for.
+
+        Parts are `stem`, the stages, `neck` (what the head runs on rows), `head` (after densify) and `mask`.
+        Convolutions and linear layers count, sites x taps x in x out as the usual figures do, padding
+        included; interpolation and pooling do not.
+        """
+        self.grid_logits()
+        return dict(self._macs)
+
+    # -- how it is done ------------------------------------------------------------------------------------
+
+    def _go(self, steps: list[Step]) -> None:
+        self._steps, self._neck, self._grid = steps, None, None
+
+    def _run(self, steps: Sequence[Step]) -> None:
+        """Run the stages of these steps, but for those at the front that have run."""
+        known = 0
+        while known < min(len(steps), len(self._done)) and steps[known] is self._done[known]:
+            known += 1
+        if known == len(steps):
+            return
+        backbone, src = self.model.backbone, steps[max(known - 1, 0)]
+        with self._context():
+            rows = self._features[known - 1] if known else backbone.stem(self.images)
+            if not steps[known].runs_lattice:  # a refinement: the stage before has nothing new
+                src, rows = Step(src.layout, before=src.layout), rows[:0]
+            late = backbone.run_stages(rows, steps[known:], known, src)
+        self._features, self._done = [*self._features[:known], *late], list(steps)
+        if not known:
+            _, _, height, width = self.images.shape
+            self._count("stem", backbone.stem_macs((height, width), src.layout.batch))
+        for stage, step in list(zip(backbone.stages, steps, strict=False))[known:]:
+            self._count(stage.name, stage.module.macs(src, step))
+            src = step
+
+    def _refine(self, layouts: Sequence[SiteLayout], fine_blocks: Tensor) -> None:
+        assert self.memory is not None
+        old, new = self.levels, block_levels(fine_blocks, self.model.strides).to(self.images.device)
+        if bool((new < old).any()):
+            raise ValueError("a step can only refine: some block has a lower level than before")
+        self.rows()  # what is kept must be there
+        self.memory.start_step()
+        before = [step.layout for step in self._steps]
+        self._go([*self._early_steps(), *self._late_steps(layouts, before)])
+
+    def _early_steps(self) -> list[Step]:
+        """Of the stages that no mask decides."""
+        return self._dense_steps(self.model.strides[0])[: self.model.first_selective]
+
+    def _late_steps(self, layouts: Sequence[SiteLayout], before: Sequence[SiteLayout | None]) -> list[Step]:
+        """Of the stages that a mask decides; those that share a layout share its step."""
+        steps: dict[SiteLayout, Step] = {}
+        way, first = self._way, self.model.first_selective
+        for layout, old in zip(layouts[first:], before[first:], strict=True):
+            if layout not in steps:
+                steps[layout] = Step(layout, self.memory, old, way.exchange, way.engine)
+        return [steps[layout] for layout in layouts[first:]]
+
+    def _dense_steps(self, stride: int) -> list[Step]:
+        """Of the dense network at an output stride."""
+        return [self._dense_step(one) for one in dense_strides(stride)]
+
+    def _dense_step(self, stride: int) -> Step:
+        if stride not in self._dense:
+            self._dense[stride] = Step(dense_layout(self.images, stride))
+        return self._dense[stride]
+
+    def _low_level(self) -> Tensor | None:
+        if not self.model.head.reads_low_level:
+            return None
+        layout = self._done[0].layout
+        return rows_to_grid(self._features[0], layout.batch, layout.size)
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        """Gradients as when the pass was made. A fast network runs in the dtype of its weights: autocast has
+        no say in it."""
+        off = torch.autocast(self.images.device.type, enabled=False)
+        with torch.set_grad_enabled(self._with_grad), off if self.model.is_fast else nullcontext():
+            yield
+
+    def _count(self, part: str, macs: int) -> None:
+        self._macs[part] = self._macs.get(part, 0) + macs
+
+    def _upsampling(self, stride: int | None = None) -> tuple[int, int]:
+        """The stride of the head's logits, and that whose offset it was trained with."""
+        if self.model.head.reads_low_level:
+            return LOW_LEVEL_STRIDE, LOW_LEVEL_STRIDE
+        return stride or self._steps[-1].layout.stride, self.model.trained_stride
+
+    def _upsample(self, logits: Tensor, stride: int, trained: int, every: int = 1) -> Tensor:
+        size = (self.images.shape[2], self.images.shape[3])
+        return upsample_logits(
+            at_least_float32(logits), size, stride, trained, self.model.align_corners, every
+        )

@@ -1,0 +1,126 @@
+"""Named parts. A new backbone, head, mask policy or dataset is one file and one line in a table below.
+
+An entry is "module:attribute", imported when it is first looked up; listing names imports nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sparse_seg.errors import ConfigError, choose_one, did_you_mean
+
+
+class UnknownPart(ConfigError, KeyError):
+    """A registry has no part of that name. Also a KeyError, as a `Mapping` needs."""
+
+    __str__ = Exception.__str__  # KeyError's shows the message's repr
+
+
+class Registry(Mapping[str, Any]):
+    """Parts of one kind by name.
+
+    Args:
+        kind: what the parts are, for messages.
+        table: name to "module:attribute".
+    """
+
+    def __init__(self, kind: str, table: Mapping[str, str]) -> None:
+        self.kind, self.declared = kind, tuple(table)
+        self._parts: dict[str, Any] = dict(table)
+
+    def register(self, name: str, part: Any = None) -> Any:
+        """Add a part from outside this package; without `part`, a decorator that does.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if part is None:
+            return functools.partial(self.register, name)
+        if name in self:
+            raise ValueError(f"there is a {self.kind} {name!r} already; choose another name")
+        self._parts[name] = part
+        return part
+
+    def options(self, name: str, given: Mapping[str, Any], key: str, part: Any = None) -> dict[str, Any]:
+        """The keyword arguments that a config gives to a part, if it has them all.
+
+        Args:
+            given: by name.
+            key: of the config, for messages.
+            part: what takes them; by default the part itself.
+
+        Raises:
+            ConfigError: the part has no argument of a name.
+        """
+        known = [
+            argument.name
+            for argument in inspect.signature(self[name] if part is None else part).parameters.values()
+            if argument.default is not argument.empty and argument.kind is not argument.VAR_KEYWORD
+        ]
+        for option in given:
+            if option not in known:
+                near = did_you_mean(option, known) or (f"; it has {', '.join(known)}" if known else "")
+                raise ConfigError(f"{key}.{option}: the {self.kind} {name!r} has no such option{near}")
+        return dict(given)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise UnknownPart(f"unknown {self.kind} {choose_one(name, self)}")
+        part = self._parts[name]
+        if isinstance(part, str):
+            module, _, attribute = part.partition(":")
+            part = self._parts[name] = getattr(importlib.import_module(module), attribute)
+        return part
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+BACKBONES = Registry(
+    "backbone",
+    {
+        "resnet18": "sparse_seg.models.resnet:RESNET18",
+        "resnet34": "sparse_seg.models.resnet:RESNET34",
+        "resnet50": "sparse_seg.models.resnet:RESNET50",
+        "resnet101": "sparse_seg.models.resnet:RESNET101",
+    },
+)
+HEADS = Registry(
+    "head",
+    {
+        "lite": "sparse_seg.models.heads:LiteHead",
+        "deeplabv3": "sparse_seg.models.heads:DeepLabV3Head",
+        "deeplabv3plus": "sparse_seg.models.heads:DeepLabV3PlusHead",
+        "fcn": "sparse_seg.models.heads:FCNHead",
+    },
+)
+POOLING_HEADS = ("deeplabv3", "deeplabv3plus")  # those with ASPP, which pools each image
+POLICIES = Registry(
+    "mask policy",
+    {
+        "uniform": "sparse_seg.masks.uniform:UniformPolicy",
+        "random": "sparse_seg.masks.random:RandomPolicy",
+        "edge": "sparse_seg.masks.edge:EdgePolicy",
+        "confidence": "sparse_seg.masks.confidence:ConfidencePolicy",
+        "learned": "sparse_seg.masks.learned:LearnedPolicy",
+        "oracle": "sparse_seg.masks.oracle:OraclePolicy",
+    },
+)
+DATASETS = Registry(
+    "dataset",
+    {
+        "cityscapes": "sparse_seg.data.cityscapes:Cityscapes",
+        "camvid": "sparse_seg.data.camvid:CamVid",
+        "scenes": "sparse_seg.data.scenes:ScenesDataset",
+    },
+)

@@ -1,0 +1,211 @@
+"""One contract per kind of part, run over whatever is registered; and toy parts that only this file knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_seg import build_model, load_model
+from sparse_seg.cli import main
+from sparse_seg.errors import ConfigError
+from sparse_seg.masks import MaskPolicy, Run
+from sparse_seg.models.blocks import Residual
+from sparse_seg.models.heads import Head, HeadOptions
+from sparse_seg.models.plain import plain_network
+from sparse_seg.models.resnet import Architecture
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
+from sparse_seg.registry import BACKBONES, HEADS, POLICIES
+from sparse_seg.sparse import SelectiveDepthwiseConv2d, SelectiveLinear, Step
+from tests.counting import count_modules
+from tests.reference import randomise, relative_error
+
+
+class Inverted(Residual):
+    """MobileNetV2's block without squeeze, with a shortcut everywhere: 1x1, depthwise 3x3, 1x1."""
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        entry: int,
+        spacing: int | None,
+        exchange: str,
+        engine: str,
+        projects: bool,
+        pool: int | None = None,
+        grow: int = 2,
+    ) -> None:
+        inner = grow * channels
+        convs = [
+            SelectiveLinear(channels, inner),
+            SelectiveDepthwiseConv2d(inner, entry, exchange),
+            SelectiveLinear(inner, width),
+        ]
+        super().__init__(convs, channels, projects, pool, exchange)
+
+
+class TwoStepHead(Head):
+    """Two 1x1 on rows, one on the grid."""
+
+    NECK = ("neck_layers",)
+
+    def __init__(self, options: HeadOptions, inner: int = 12) -> None:
+        super().__init__()
+        self.neck_layers = nn.Sequential(
+            SelectiveLinear(options.in_channels, inner),
+            nn.BatchNorm1d(inner),
+            nn.ReLU(),
+            SelectiveLinear(inner, inner),
+            nn.BatchNorm1d(inner),
+        )
+        self.classifier = nn.Conv2d(inner, options.num_classes, 1)
+
+    def neck(self, rows: Tensor, step: Step) -> Tensor:
+        return step.complete(self.neck_layers(rows), step, self)
+
+    def decode(self, grid: Tensor, stride: int, low_level: Tensor | None = None) -> Tensor:
+        return self.classifier(grid)
+
+
+class Surprise(MaskPolicy):
+    """Uncertain logits where features are strong: reads both."""
+
+    ranks_refinement = True
+
+    def __init__(self, fine_fraction: float | None = None, power: float = 1.0, **more: Any) -> None:
+        super().__init__(fine_fraction, **more)
+        self.power = power
+
+    def scores(self, run: Run) -> Tensor:
+        features = run.features().abs().mean(1, keepdim=True)
+        logits = run.coarse_logits(every=self.block)
+        strength = F.adaptive_avg_pool2d(features, (logits.shape[2], logits.shape[3])).squeeze(1)
+        return (1 - logits.softmax(1).amax(1)) * strength.pow(self.power)
+
+
+BACKBONES.register("toy", Architecture(Inverted, (1, 1, 2, 1), (16, 24, 32, 48)))
+HEADS.register("toy", TwoStepHead)
+POLICIES.register("toy", Surprise)
+OPTIONS = {"backbone": {"backbone_options": {"grow": 3}}, "head": {"head_options": {"inner": 10}}}
+
+
+def network(part: str = "", name: str = "", **settings: Any) -> SelectiveSegmentor:
+    """A small network with one part of a name, the toy's with an option of its own."""
+    torch.manual_seed(0)
+    small = {} if (part, name) == ("backbone", "toy") else {"width": 0.125}
+    config = {"num_classes": 5, "head_channels": 8} | small | settings
+    if part:
+        config |= {part: name} | (OPTIONS[part] if name == "toy" else {})
+    model = build_model(config)
+    randomise(model)
+    return model.double().eval()
+
+
+def images_of(size: tuple[int, int] = (65, 97)) -> Tensor:
+    return torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def mask_of(images: Tensor, share: float) -> Tensor:
+    shape = images.shape[0], -(-images.shape[2] // 16), -(-images.shape[3] // 16)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(2)) < share
+
+
+PARTS = [("backbone", name) for name in BACKBONES] + [("head", name) for name in HEADS]
+
+
+@pytest.mark.parametrize(("part", "name"), PARTS)
+@torch.no_grad()
+def test_a_backbone_or_head(part: str, name: str) -> None:
+    """P1 and P2, its fused and plain forms, refinement, and its own count against its layers'."""
+    model, images = network(part, name), images_of()
+    mask, none = mask_of(images, 0.3), torch.zeros(2, 5, 7, dtype=torch.bool)
+    logits = model(images, mask)
+    assert relative_error(model(images, ~none), model.dense(images, 8)) < 1e-12, "P2"
+    layout = model.start(images).take(mask).layouts[-1]
+    rows = [model.start(images).take(blocks).stage_rows()[-1] for blocks in (mask, none)]
+    assert relative_error(rows[0][: layout.num_lattice], rows[1]) < 1e-12, "P1"
+    fast = model.for_inference()
+    assert relative_error(fast(images, mask), logits) < 1e-12
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fast.modules())
+    for stride in (8, 16):
+        assert relative_error(plain_network(model, stride)(images), model.dense(images, stride)) < 1e-12
+    run = model.start(images).start_coarse()
+    run.grid_logits()
+    assert relative_error(run.take(mask).logits(), logits) < 1e-12, "P4"
+    counted = count_modules(model, lambda: model(images, mask))["all"]
+    assert sum(model.start(images).take(mask).macs().values()) == counted
+    assert sum(fast.start(images).take(mask).macs().values()) == counted
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+@torch.no_grad()
+def test_a_policy(name: str) -> None:
+    """The budget is exact, in eval the mask is the same again, the fast form's too; and it can be counted."""
+    fraction = 1.0 if name == "uniform" else 0.25
+    model, images = network(mask={"policy": name, "fine_fraction": fraction}), images_of()
+    labels = (images[:, 0] > 0).long()
+    run = model.start(images, labels).follow()
+    assert run.mask is not None
+    assert run.mask.shape == (2, 5, 7)
+    assert run.mask.flatten(1).sum(1).tolist() == [round(fraction * 35)] * 2
+    assert relative_error(run.logits(), model(images, run.mask)) < 1e-12
+    for one in (model, model.for_inference()):
+        again = one.start(images, labels).follow()
+        assert again.mask is not None
+        assert torch.equal(again.mask, run.mask)
+    assert sum(run.macs().values()) > 0
+    way = Way.policy(name, fraction)
+    assert way.name == f"selective, {name}, f={fraction:g}"
+    assert type(model.policy_for(way)) is type(model.policy)
+
+
+def test_options_of_parts_from_outside() -> None:
+    shapes = {name: list(value.shape) for name, value in network("head", "toy").state_dict().items()}
+    assert shapes["head.classifier.weight"] == [5, 10, 1, 1]
+    shapes = {name: list(value.shape) for name, value in network("backbone", "toy").state_dict().items()}
+    assert shapes["backbone.layer1.0.conv1.weight"] == [48, 16]
+    assert build_model({"mask": {"policy": "toy", "options": {"power": 2.0}}}).policy.power == 2.0
+    for config, message in (
+        ({"head": "toy", "head_options": {"iner": 3}}, r"model.head_options.iner.*did you mean 'inner'"),
+        ({"backbone": "toy", "backbone_options": {"x": 3}}, r"backbone_options.x: the backbone 'toy' has no"),
+        ({"mask": {"policy": "toy", "options": {"x": 3}}}, r"model.mask.options.x: the mask policy 'toy'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_model(config)
+
+
+def test_toys_train_evaluate_refine_and_benchmark_by_command(tmp_path: Path, capsys: Any) -> None:
+    """Without a change anywhere else, from a config alone."""
+    scenes = str(tmp_path / "scenes")
+    assert main(["make_scenes", scenes, "--size", "64x96", "--count", "6"]) == 0
+    config = tmp_path / "toy.yaml"
+    model = {
+        "backbone": "toy",
+        "head": "toy",
+        "backbone_options": {"grow": 3},
+        "mask": {"policy": "toy", "fine_fraction": 0.25, "options": {"power": 0.5}},
+    }
+    train = {"iterations": 2, "batch_size": 2, "eval_every": 2, "network": "selective"}
+    data = {"dataset": "scenes", "root": scenes, "crop": [64, 64]}
+    config.write_text(json.dumps({"model": model, "data": data, "train": train}))
+    work = str(tmp_path / "run")
+    assert main(["train", str(config), "--work-dir", work]) == 0
+    checkpoint = f"{work}/best.pt"
+    fractions = ["--policies", "toy", "edge", "--json", f"{work}/c.json"]
+    assert main(["evaluate", str(config), checkpoint, "--compare", "0.2", *fractions]) == 0
+    rows = json.loads(Path(f"{work}/c.json").read_text())["rows"]
+    assert [row["policy"] for row in rows] == [None, None, "toy", "edge"]
+    assert rows[2]["gmacs"] > rows[3]["gmacs"], "its coarse head"
+    trained = load_model(checkpoint)
+    assert len(list(trained.refine(torch.zeros(1, 3, 64, 96), fractions=[0, 0.2, 0.5]))) == 3
+    small = ["--size", "64x96", "--fine-fraction", "0.2", "--repeats", "1", "--no-memory"]
+    engines = ["--engines", "gather", "--policies", "toy", "--scopes", "network", "stages", "--profile"]
+    assert main(["benchmark", str(config), *small, *engines]) == 0
+    assert "toy f=0.2" in capsys.readouterr().out
