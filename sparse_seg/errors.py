@@ -6,8 +6,18 @@ import difflib
 from collections.abc import Iterable
 
 
+def printable(text: str) -> str:
+    """`text` on one line, with control characters (as escape codes in names from files) spelt out."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
+    )
+
+
 class SparseSegError(Exception):
     """Base of the errors below. The command line prints the message alone and exits with code 1."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(SparseSegError):
@@ -31,12 +41,19 @@ class TrainingError(SparseSegError):
 
 
 def did_you_mean(key: str, valid: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest valid one, or nothing."""
+    """The end of a message about an unknown name: the nearest valid one, or nothing.
+
+    What all names share (`train.` in keys, `.yaml` in files) is not counted as likeness.
+    """
     valid = list(valid)
-    near = difflib.get_close_matches(key, valid, n=1)
-    if near:
-        return f"; did you mean '{near[0]}'?"
-    return ""
+    parts = [name.split(".") for name in (key, *valid)]
+    for end in (0, -1):
+        while min(map(len, parts)) > 1 and len({part[end] for part in parts}) == 1:
+            parts = [part[1:] if end == 0 else part[:-1] for part in parts]
+    short, *others = (".".join(part) for part in parts)
+    names = dict(zip(others, valid, strict=True))
+    near = difflib.get_close_matches(short, names, n=1)
+    return f"; did you mean '{names[near[0]]}'?" if near else ""
 
 
 def choose_one(value: object, valid: Iterable[object]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_seg.ablation.grid import Cell
 from sparse_seg.ablation.runner import Ablation, locked
+from sparse_seg.checkpoint import load_model
 from sparse_seg.config import Config, to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import EvaluationView
@@ -20,7 +21,6 @@ from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
 from sparse_seg.models.way import Way
-from sparse_seg.training.checkpoint import load_model
 from sparse_seg.training.distillation import Teacher
 from sparse_seg.training.objective import Objective
 

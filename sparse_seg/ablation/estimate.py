@@ -12,7 +12,7 @@ from sparse_seg.config import to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.evaluation.latency import interleaved
 from sparse_seg.models.build import build_model
-from sparse_seg.training.checkpoint import load_checkpoint
+from sparse_seg.training.checkpoint import LAST, load_state
 from sparse_seg.training.statistics import BATCHES
 
 
@@ -51,9 +51,9 @@ class _Clock:
             self._steps[name] = step_seconds(self.ablation, name)
         if network.source is not None:  # a step without its backward pass
             return BATCHES * self._steps[name] / 3
-        last, done = self.ablation.folder(name, seed) / "last.pt", 0
+        last, done = self.ablation.folder(name, seed) / LAST, 0
         if last.exists():
-            done = load_checkpoint(last)["progress"]["iteration"]
+            done = load_state(last)["progress"]["iteration"]
         return (config.train.iterations - done) * self._steps[name]
 
     def cell(self, cell: Cell) -> float:

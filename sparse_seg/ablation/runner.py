@@ -19,15 +19,15 @@ import torch
 from tqdm import tqdm
 
 from sparse_seg.ablation.grid import Cell, Grid, slug
+from sparse_seg.checkpoint import find, load_model
 from sparse_seg.config import Config, to_dict
-from sparse_seg.conversion.converted import is_safetensors
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
 from sparse_seg.models.way import Way
-from sparse_seg.training.checkpoint import load_model, save_checkpoint
+from sparse_seg.training.checkpoint import best_of, save_checkpoint
 from sparse_seg.training.finish import finish_training, is_finished
 from sparse_seg.training.statistics import recalibrate_batch_norm
 
@@ -53,15 +53,9 @@ class Ablation:
         device: torch.device | str = "cpu",
     ) -> None:
         self.grid, self.work_dir, self.device = grid, Path(work_dir), torch.device(device)
-        self.given = {next(iter(grid.networks)): Path(checkpoint)} if checkpoint is not None else {}
+        self.given = {next(iter(grid.networks)): find(checkpoint)} if checkpoint is not None else {}
         if checkpoint is not None:
             load_model(checkpoint, next(iter(grid.configs.values())))  # before hours of other work
-            users = [name for name, network in grid.networks.items() if network.init in self.given]
-            if users and is_safetensors(checkpoint):
-                raise CheckpointError(
-                    f"{checkpoint} is a converted file, from which {users[0]!r} cannot start training: "
-                    "give a checkpoint of training, or leave --checkpoint out"
-                )
         self._digests: dict[Path, str] = {}
 
     # -- what is there -------------------------------------------------------------------------------------
@@ -72,7 +66,7 @@ class Ablation:
 
     def checkpoint(self, name: str, seed: int) -> Path:
         """The trained weights, there or not."""
-        return self.given.get(name, self.folder(name, seed) / "best.pt")
+        return self.given.get(name, best_of(self.folder(name, seed)))
 
     def config(self, name: str, seed: int) -> Config:
         """A network's training config with its seed, and the networks of that seed that it builds on."""

@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from sparse_seg.errors import SparseSegError
+from sparse_seg.errors import SparseSegError, printable
 from sparse_seg.sparse import EngineError
 from sparse_seg.version import __version__
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print(printable(f"error: {where}{error.strerror or error}"), file=sys.stderr)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
     return 1

@@ -18,17 +18,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparse_seg.checkpoint import load_backbone, load_model
+from sparse_seg.checkpoint.file import SUFFIX
 from sparse_seg.cli.arguments import whole_number
 from sparse_seg.cli.options import output_file
 from sparse_seg.config import parse_settings
-from sparse_seg.conversion import SOURCES, convert, report, to_dense, write_dense
-from sparse_seg.conversion.converted import is_safetensors, read_description
-from sparse_seg.conversion.loading import load_backbone, load_converted
-from sparse_seg.conversion.reading import TRUST_FLAG
+from sparse_seg.conversion import SOURCES, Conversion, convert, to_dense, write_dense
+from sparse_seg.conversion.report import assumed_line, report
 from sparse_seg.conversion.verify import explain, verify
 from sparse_seg.errors import CheckpointError
 
-FORWARD_ONLY = ("from", "arch", "num_classes", "output_stride", "set", "allow_missing", "trust", "verify")
+FORWARD_ONLY = (
+    *("from", "arch", "num_classes", "output_stride", "set", "allow_missing", "trust", "verify"),
+    *("prefix", "drop", "mean", "std"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +63,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-missing", nargs="+", choices=("head",), help="head: convert a backbone that has none"
     )
     parser.add_argument(
-        TRUST_FLAG, action="store_true", default=None, help="load a pickle that runs code, if you trust it"
+        "--trust", action="store_true", default=None, help="load a pickle that runs code, if you trust it"
     )
+    parser.add_argument(
+        "--prefix", metavar="P", help="prefix of the network's tensors in SRC; all others are left out"
+    )
+    parser.add_argument(
+        "--drop", nargs="+", action="extend", metavar="P", help="leave out tensors whose names begin so"
+    )
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--{name}",
+            nargs=3,
+            type=float,
+            metavar=("R", "G", "B"),
+            help=f"{name} of SRC's input, in units of 0..1 (default: SRC's own, else ImageNet's)",
+        )
     parser.add_argument(
         "--verify", action="store_true", default=None, help="then run it on random input and compare"
     )
@@ -74,7 +91,13 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("argument DST: is SRC; name another file")
     if args.to_dense:
         return _to_dense(args)
-    if not is_safetensors(args.dst):
+    if (args.mean is None) != (args.std is None):
+        args.usage_error("arguments --mean and --std: give both")
+    if args.std is not None and not all(0 < value <= 1 for value in args.std):
+        args.usage_error("argument --std: in units of 0..1, above 0; divide those in 0..255 by 255")
+    if args.mean is not None and not all(-1 <= value <= 1 for value in args.mean):
+        args.usage_error("argument --mean: in units of 0..1; divide those in 0..255 by 255")
+    if Path(args.dst).suffix != SUFFIX:
         args.usage_error(f"argument DST: {args.dst} must end in .safetensors")
     options = vars(args)
     conversion = convert(
@@ -86,21 +109,32 @@ def run(args: argparse.Namespace) -> int:
         parse_settings(args.set or []),
         args.allow_missing or (),
         bool(args.trust),
+        args.prefix,
+        args.drop or (),
+        args.mean,
+        args.std,
     )
     conversion.write(args.dst)
     print(report(conversion))
     print(f"{'written':<10}{args.dst}, {Path(args.dst).stat().st_size / 1e6:.1f} MB")
-    return _verify(args.dst, conversion.plan.has_head) if args.verify else 0
+    if args.verify:
+        _verify(args.dst, conversion)
+    if conversion.plan.assumed:
+        print(assumed_line(conversion.plan.assumed))
+    return 0
 
 
-def _verify(path: str, has_head: bool) -> int:
-    """Print the differences; 1 where some differ that must not."""
-    model = load_converted(path) if has_head else load_backbone(path)
-    result = verify(model, has_head)
-    print("\n".join(explain(result, read_description(path).config)))
+def _verify(path: str, conversion: Conversion) -> None:
+    """Print the differences.
+
+    Raises:
+        CheckpointError: some differ that must not.
+    """
+    has_head = conversion.plan.has_head
+    result = verify(load_model(path) if has_head else load_backbone(path), has_head)
+    print("\n".join(explain(result, conversion.config)))
     if not result.always_agree:
         raise CheckpointError(f"{path} computes other numbers in some of its forms: do not use it")
-    return 0
 
 
 def _to_dense(args: argparse.Namespace) -> int:

@@ -30,11 +30,10 @@ from typing import Any
 
 import torch
 
+from sparse_seg.checkpoint import build_network, load, load_model, network_settings
 from sparse_seg.cli.arguments import whole_number
 from sparse_seg.cli.options import add_config, add_device, add_network, fraction, output_file, overrides
 from sparse_seg.config import Config, MaskConfig, check_classes, load_config
-from sparse_seg.conversion.converted import is_safetensors
-from sparse_seg.conversion.loading import run_config
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.comparison import compare, comparison_ways, groups
@@ -46,7 +45,6 @@ from sparse_seg.models.way import Way
 from sparse_seg.reporting.comparison import comparison_table, write_comparison
 from sparse_seg.reporting.summary import class_table, summary
 from sparse_seg.sparse import EXCHANGES
-from sparse_seg.training.checkpoint import load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,9 +110,9 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     check_classes(config)
+    model = load_model(args.checkpoint, config).to(args.device)
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
     dataset.check(args.limit)
-    model = load_model(args.checkpoint, config).to(args.device)
     result = evaluate(model, dataset, config.data, Way(args.dense), args.limit, progress=True)
     print(class_table(result, dataset.classes).to_text())
     print(summary(result))
@@ -140,13 +138,14 @@ def compare_and_report(
 ) -> None:
     """Compare the ways to run a checkpoint, print the table, and write the files asked for."""
     check_classes(config)
+    loaded = load(checkpoint)
+    model = build_network(loaded, config).to(device)
     dataset = build_dataset(config.data.dataset, config.data.root, split)
     dataset.check(limit)
-    model = load_model(checkpoint, config).to(device)
     ways = comparison_ways(model, policies, fractions, exchanges)
     origin, rows = provenance(), list[dict[str, Any]]()
     subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, config.model.strides]
-    digest = hashlib.blake2b(Path(checkpoint).read_bytes() + json.dumps(subject).encode(), digest_size=16)
+    digest = hashlib.blake2b(loaded.path.read_bytes() + json.dumps(subject).encode(), digest_size=16)
     origin["subject"] = digest.hexdigest()
     if resume:
         earlier = _earlier(json_path, origin["subject"])
@@ -159,9 +158,9 @@ def compare_and_report(
             atomic_write(json_path, json.dumps(origin | {"rows": rows}, indent=1) + "\n")
     print(comparison_table(rows).to_text())
     if report_path:
-        config = run_config(checkpoint, config) if is_safetensors(checkpoint) else config
+        own = network_settings(loaded, config)
         description = (
-            f"{checkpoint}: {config.model.backbone} x{config.model.width:g}, {config.model.head} head, on "
+            f"{checkpoint}: {own.backbone} x{own.width:g}, {own.head} head, on "
             f"{rows[0]['images']} images of {config.data.dataset} {split}. "
             "One set of weights, no retraining. "
             f"{origin['machine']}, {origin['threads']} threads; milliseconds are medians over the images."

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from sparse_seg.checkpoint import is_checkpoint
+
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """`CONFIG` and `--set`."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML config")
+    parser.add_argument("config", type=_config_file, metavar="CONFIG", help="YAML config")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"
     )
@@ -63,6 +65,13 @@ def output_file(text: str) -> str:
     """An argument type: a file to write, checked before the work that fills it."""
     if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+    return text
+
+
+def _config_file(text: str) -> str:
+    """An argument type: a path that is not that of a checkpoint."""
+    if is_checkpoint(text):
+        raise argparse.ArgumentTypeError(f"{text} is a checkpoint, not a config; CONFIG comes first")
     return text
 
 

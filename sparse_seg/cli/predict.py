@@ -17,11 +17,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sparse_seg.checkpoint import load_model
 from sparse_seg.cli.options import add_config, add_device, add_network, fraction, overrides
 from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import DATASETS
 from sparse_seg.reporting.pictures import find_images, write_pictures
-from sparse_seg.training.checkpoint import load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

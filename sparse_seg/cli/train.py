@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sparse_seg.cli.options import add_config, add_device
 from sparse_seg.config import load_config
+from sparse_seg.training.checkpoint import best_of
 from sparse_seg.training.distributed import joined_processes
 from sparse_seg.training.stopping import AlreadyTrained
 from sparse_seg.training.trainer import Trainer
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     with joined_processes(args.device) as (processes, device):
         try:
             best = Trainer(config, work_dir, args.resume, device, processes).run()
-            result = f"best validation mIoU {best:.4f}; weights in {work_dir / 'best.pt'}"
+            result = f"best validation mIoU {best:.4f}; weights in {best_of(work_dir)}"
         except AlreadyTrained as done:  # a success: a loop that restarts until exit code 0 ends
             result = str(done)
     if processes.is_first:

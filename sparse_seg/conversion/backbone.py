@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_seg.conversion.plan import Tensors, count_modules
+from sparse_seg.conversion.plan import Tensors, count_modules, output_channels
 from sparse_seg.errors import CheckpointError
 from sparse_seg.models.blocks import BasicBlock, Bottleneck
 from sparse_seg.models.resnet import RESNET18, RESNET34, RESNET50, RESNET101
@@ -54,7 +54,7 @@ def find_backbone(tensors: Tensors, prefix: str = "") -> Backbone:
             for part in (0, 1):
                 modules[f"backbone.{first}{part}"] = f"{prefix}{first}{part + pooled}"
 
-    width = tensors[last_stem].shape[0] / RESNET18.widths[0]
+    width = output_channels(tensors, last_stem) / RESNET18.widths[0]
     config: dict[str, Any] = _named(depths, basic) | ({} if width == 1 else {"width": width})
     deep = "deep" if len(stem) > 2 else "conv7"
     config |= {"stem": deep} if deep == "deep" else {}

@@ -9,14 +9,13 @@ both resolutions with the low-resolution ones, and so do we. Their mask net is k
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from sparse_seg.conversion import vainf
 from sparse_seg.conversion.backbone import find_backbone
 from sparse_seg.conversion.plan import CLASSIFIER, Options, Plan, Tensors, assumed_stride, output_channels
 from sparse_seg.errors import CheckpointError
 
-MASK_NET, KEPT_MASK_NET = "backbone.mask_estimator.", "mask_net."  # CAD's prefix and ours
+MASK_NET, OURS = "backbone.mask_estimator.", "policy.net."  # CAD's prefix and ours
 LOGITS = "7."  # its last convolution
 
 
@@ -47,23 +46,27 @@ def plan(tensors: Tensors, options: Options) -> Plan:
     kind = "_ad" if learned else "_ap" if "backbone.layer4.0.conv2.conv.weight" in tensors else ""
     result.arch = f"{name}{kind}_{backbone.name}"
     result.dropped = {"backbone.fc.": CLASSIFIER}
-    result.kept = {MASK_NET: KEPT_MASK_NET}
+    _add_mask_net(result, tensors)
     if learned:
         _drop_high_resolution(result, tensors)
     return result
 
 
-def score_weights(tensors: Tensors) -> dict[str, Tensor]:
-    """The mask net's tensors, by CAD's names without their prefix, for `cad_mask_net`.
+def _add_mask_net(result: Plan, tensors: Tensors) -> None:
+    """The mask net, as policy `learned` runs it.
 
     Of CAD's two logits the first is for the fine resolution, the second for the coarse one. A block's score
     is their difference, so the last convolution's two filters become one. CAD draws a block's resolution from
     its logits (Gumbel-softmax), even in evaluation; a score above 0 says that fine is the likelier.
     """
-    return {
-        name: tensor[:1] - tensor[1:] if name.startswith(LOGITS) else tensor
-        for name, tensor in tensors.items()
-    }
+    result.learned_net = "cad_mask_net"
+    result.dropped[MASK_NET + LOGITS] = "the mask net's two logits, of which a score is made"
+    result.kept = {MASK_NET: OURS}
+    for name, tensor in tensors.items():
+        if name.startswith(MASK_NET + LOGITS):
+            if not tensor.ndim or tensor.shape[0] != 2:
+                raise CheckpointError(f"{name} is {list(tensor.shape)}, where CAD's mask net has two logits")
+            result.fresh[OURS + name.removeprefix(MASK_NET)] = tensor[:1] - tensor[1:]
 
 
 def _stage_name(name: str, stages: dict[str, str]) -> str:

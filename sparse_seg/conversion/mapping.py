@@ -1,6 +1,6 @@
-"""Between a source's tensors and ours: names by a `Plan`, shapes by what kind of module ours is.
+"""A source's tensors as ours: names by a `Plan`, shapes by what kind of module ours is.
 
-Every step only moves values, so it can be undone bit for bit.
+Every step only moves values or adds zeros, so `back.py` can undo it bit for bit.
 """
 
 from __future__ import annotations
@@ -10,26 +10,28 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sparse_seg.checkpoint.content import ASIDE
 from sparse_seg.config import ModelConfig, model_config
 from sparse_seg.conversion.plan import Plan, Tensors
 from sparse_seg.errors import CheckpointError
-from sparse_seg.models.build import build_model
+from sparse_seg.models.weights import meta_network
 from sparse_seg.sparse import SelectiveConv2d, SelectiveDepthwiseConv2d
 
-ASIDE = "source."  # our prefix of tensors that the network does not need, kept for the way back
 COUNTER = "num_batches_tracked"  # older files lack it; it counts, and computes nothing
 
 
 class Entry(NamedTuple):
-    """One tensor: our name, the source's, its shape there, whether ours is KRSC, the roll of `Plan.rolls`."""
+    """One tensor: our name, the source's, its shape there, whether ours is KRSC, the roll of `Plan.rolls`,
+    the rows of `Plan.added`."""
 
     ours: str
     theirs: str
     shape: list[int]
     krsc: bool = False
     roll: tuple[int, int] | None = None
+    added: int = 0
 
 
 @dataclasses.dataclass
@@ -38,7 +40,8 @@ class Mapped:
 
     Args:
         network: entries of the network; aside: of what it does not need, by reason.
-        fresh: our tensors that the source lacks and that compute nothing, with their values.
+        fresh: our tensors that are none of the source's, with their values: counters that it lacks, and
+            those of `Plan.fresh`.
         aliases: the source's name to another of its names with the same values.
     """
 
@@ -61,8 +64,7 @@ def expected_tensors(config: ModelConfig, has_head: bool) -> dict[str, Expected]
     Raises:
         ConfigError: an impossible config.
     """
-    with torch.device("meta"):
-        model: nn.Module = build_model(config)
+    model = meta_network(config)
     krsc = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -92,7 +94,7 @@ def map_tensors(tensors: Tensors, plan: Plan, expected: Mapping[str, Expected]) 
             how many there are.
     """
     network: list[Entry] = []
-    fresh: dict[str, Tensor] = {}
+    fresh = dict(plan.fresh)
     faults: list[str] = []
     for ours, target in expected.items():
         module, _, leaf = ours.rpartition(".")
@@ -101,11 +103,11 @@ def map_tensors(tensors: Tensors, plan: Plan, expected: Mapping[str, Expected]) 
             continue
         theirs = f"{plan.modules[module]}.{leaf}"
         if theirs in tensors:
-            shape = tensors[theirs].shape
-            if tuple(shape) not in source_shapes(target):
-                wanted = list(source_shapes(target)[0])
-                faults.append(f"{theirs} is {list(shape)}, a {plan.arch} has {wanted}")
-            network.append(Entry(ours, theirs, list(shape), target.krsc, plan.rolls.get(ours)))
+            shape, added = tensors[theirs].shape, plan.added.get(ours, 0)
+            shapes = source_shapes(target, added)
+            if tuple(shape) not in shapes:
+                faults.append(f"{theirs} is {list(shape)}, a {plan.arch} has {list(shapes[0])}")
+            network.append(Entry(ours, theirs, list(shape), target.krsc, plan.rolls.get(ours), added))
         elif leaf == COUNTER:
             fresh[ours] = torch.zeros((), dtype=torch.int64)
         else:
@@ -129,18 +131,18 @@ def map_tensors(tensors: Tensors, plan: Plan, expected: Mapping[str, Expected]) 
 
 def _kept_or_dropped(theirs: str, plan: Plan) -> tuple[str, str] | None:
     """Our name for a tensor that the network does not need, and why it does not."""
-    for prefix, ours in plan.kept.items():
-        if theirs.startswith(prefix):
-            return ours + theirs.removeprefix(prefix), "mask net, for a learned policy"
     for prefix, reason in plan.dropped.items():
         if theirs.startswith(prefix):
             return ASIDE + theirs, reason
+    for prefix, ours in plan.kept.items():
+        if theirs.startswith(prefix):
+            return ours + theirs.removeprefix(prefix), "mask net, for a learned policy"
     return None
 
 
-def source_shapes(target: Expected) -> list[tuple[int, ...]]:
+def source_shapes(target: Expected, added: int) -> list[tuple[int, ...]]:
     """Shapes in which sources have a tensor of ours, the usual one first."""
-    shape = target.shape
+    shape = (target.shape[0] - added, *target.shape[1:]) if added else target.shape
     if target.krsc:
         outside, _, _, inside = shape
         return [(outside, inside, 3, 3), (outside, inside, 9, 1)]
@@ -149,21 +151,13 @@ def source_shapes(target: Expected) -> list[tuple[int, ...]]:
     return [shape]
 
 
-def to_ours(tensor: Tensor, target: Expected, roll: tuple[int, int] | None) -> Tensor:
+def to_ours(tensor: Tensor, target: Expected, entry: Entry) -> Tensor:
     """A source's tensor in our layout."""
-    if roll is not None:
-        tensor = torch.roll(tensor, -roll[1], roll[0])
+    if entry.roll is not None:
+        tensor = torch.roll(tensor, -entry.roll[1], entry.roll[0])
     if target.krsc:
         outside, _, _, inside = target.shape
         tensor = tensor.reshape(outside, inside, 3, 3).permute(0, 2, 3, 1)
+    if entry.added:
+        tensor = torch.cat([tensor.new_zeros(entry.added, *tensor.shape[1:]), tensor])
     return tensor.reshape(target.shape).contiguous()
-
-
-def to_theirs(tensor: Tensor, entry: Entry) -> Tensor:
-    """The way back: a tensor of ours in the source's layout."""
-    if entry.krsc:
-        tensor = tensor.permute(0, 3, 1, 2)
-    tensor = tensor.reshape(entry.shape)
-    if entry.roll is not None:
-        tensor = torch.roll(tensor, entry.roll[1], entry.roll[0])
-    return tensor.contiguous()

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_seg.errors import CheckpointError
+
 Tensors = Mapping[str, Tensor]
 AUXILIARY = "auxiliary head, used in training only"
 CLASSIFIER = "classifier of images"
@@ -31,7 +33,11 @@ class Plan:
         rolls: our tensors whose channels the source has in another order: (axis, how many of the source's
             first channels stand last in ours). Axes are those of the source's tensor.
         dropped: prefix of the source's names to the reason why the network needs no such tensors.
+        added: our tensors that begin with rows of zeros that the source lacks, and how many.
         kept: prefix of the source's names to our prefix, for tensors that not every policy needs.
+        fresh: our tensors that are made from the source's, which stay for the way back.
+        learned_net: which net `kept` and `fresh` are of, see `checkpoint/loading.py`.
+        classes: names of the classes, where the source implies them.
         aliases: the source's name to another of its names, which has the very same values.
         assumed: what the tensors cannot tell and what was taken for it, one line each.
         notes: further lines for the report.
@@ -43,7 +49,11 @@ class Plan:
     modules: dict[str, str]
     rolls: dict[str, tuple[int, int]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    fresh: dict[str, Tensor] = field(default_factory=dict)
+    learned_net: str = "mask_net"
+    classes: list[str] | None = None
     aliases: dict[str, str] = field(default_factory=dict)
     assumed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -62,7 +72,13 @@ def count_modules(tensors: Tensors, prefix: str) -> int:
 
 
 def output_channels(tensors: Tensors, name: str) -> int:
-    """First size of a tensor."""
+    """First size of a tensor.
+
+    Raises:
+        CheckpointError: there is no such tensor.
+    """
+    if name not in tensors or not tensors[name].ndim:
+        raise CheckpointError(f"{name} is missing")
     return tensors[name].shape[0]
 
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparse_seg.conversion.convert import Conversion
+from sparse_seg.conversion.forward import Conversion
 from sparse_seg.conversion.mapping import Entry
+from sparse_seg.errors import printable
 
 
 def report(conversion: Conversion) -> str:
     """Lines for the terminal: every tensor of the source is mapped, set aside for a reason, or a twin."""
-    plan, file, config = conversion.plan, conversion.file, conversion.description.config
-    parameters = sum(tensor.numel() for tensor in file.tensors.values())
+    plan, named, config = conversion.plan, conversion.named, conversion.config
+    parameters = sum(tensor.numel() for tensor in named.tensors.values())
     head = (
         f"head {config.head}, {config.num_classes} classes, trained at output stride {config.trained_stride}"
     )
     lines = [
         (
             "source",
-            f"{conversion.source} {plan.arch}, {len(file.tensors)} tensors, {parameters / 1e6:.2f} M values",
+            f"{conversion.source} {plan.arch}, {len(named.tensors)} tensors, {parameters / 1e6:.2f} M values",
         ),
-        *(("", note) for note in file.notes),
+        *(("", note) for note in named.notes),
         ("network", f"{config.backbone} x{config.width:g}, {head if plan.has_head else 'no head'}"),
         ("mapped", f"{len(conversion.mapped.network)} tensors"),
         *(
@@ -33,15 +34,19 @@ def report(conversion: Conversion) -> str:
     lines.append(
         ("left over", "none; missing: none" + (" but the head, as allowed" if not plan.has_head else ""))
     )
-    if conversion.mapped.fresh:
-        lines.append(
-            ("", f"{len(conversion.mapped.fresh)} num_batches_tracked start at 0: the source has none")
-        )
-    classes = conversion.description.classes
-    lines += [("classes", ", ".join(classes))] if classes else []
-    lines += [("assumed", line) for line in plan.assumed]
+    counters = [name for name in conversion.mapped.fresh if name.endswith("num_batches_tracked")]
+    if counters:
+        lines.append(("", f"{len(counters)} num_batches_tracked start at 0: the source has none"))
+    mean, std = ([round(value, 6) for value in values] for values in (conversion.mean, conversion.std))
+    lines.append(("input", f"RGB in 0..1, mean {mean}, std {std} ({conversion.normalisation})"))
+    lines += [("classes", ", ".join(conversion.classes))] if conversion.classes else []
     lines += [("note", line) for line in plan.notes]
-    return "\n".join(f"{title:<10}{text}" for title, text in lines)
+    return "\n".join(f"{title:<10}{printable(text)}" for title, text in lines)
+
+
+def assumed_line(assumed: Sequence[str]) -> str:
+    """What the source's tensors cannot tell, which no check of the converted file can find wrong."""
+    return printable(f"{'assumed':<10}{'; '.join(assumed)}")
 
 
 def common_prefix(entries: Sequence[Entry]) -> str:

@@ -3,9 +3,14 @@
 The tensors do not tell the output stride; smp's defaults are 8 for DeepLabV3, 16 for DeepLabV3Plus, with the
 rates 12, 24, 36 at either. A dilated stage of smp dilates all its convolutions, the first one too
 (`replace_strides_with_dilation`), so its entry has the stage's own spacing. Upsampling aligns corners.
+
+A network of one class has one logit, whose sign decides; a second one that is always 0, before it, makes the
+same decision of two classes.
 """
 
 from __future__ import annotations
+
+import re
 
 from sparse_seg.conversion.backbone import find_backbone
 from sparse_seg.conversion.plan import (
@@ -18,15 +23,36 @@ from sparse_seg.conversion.plan import (
     dense_conv_modules,
     output_channels,
 )
+from sparse_seg.errors import CheckpointError
+
+# other decoders of smp: a part of their names that no other has
+DECODERS = {
+    "UnetPlusPlus": r"decoder\.blocks\.x_\d",
+    "MAnet": r"decoder\.center\.(query|key|top)_",
+    "Unet": r"decoder\.blocks\.\d+\.conv1\.",
+    "Linknet": r"decoder\.blocks\.\d+\.block\.",
+    "PAN": r"decoder\.(fpa|gau\d)\.",
+    "UPerNet": r"decoder\.(fpn_|psp\.out_conv)",
+    "FPN": r"decoder\.(p5|seg_blocks)\.",
+    "PSPNet": r"decoder\.psp\.",
+    "Segformer": r"decoder\.mlp_stage\.",
+    "DPT": r"decoder\.(reassemble|projection|fusion)_blocks\.",
+}
 
 
 def detect(tensors: Tensors) -> bool:
     """Whether the names are smp's."""
-    return "encoder.layer1.0.conv1.weight" in tensors and "segmentation_head.0.weight" in tensors
+    head = "segmentation_head.0.weight" in tensors or "segmentation_head.head.0.weight" in tensors
+    return head and any(name.startswith("encoder.") for name in tensors)
 
 
 def plan(tensors: Tensors, options: Options) -> Plan:
-    """See `Plan`."""
+    """See `Plan`.
+
+    Raises:
+        CheckpointError: another decoder than DeepLab's, or another encoder than a ResNet.
+    """
+    _check_supported(tensors)
     plus = "decoder.block1.0.weight" in tensors
     backbone = find_backbone(tensors, "encoder.")
     stride, assumed = assumed_stride(options, 16 if plus else 8)
@@ -41,7 +67,7 @@ def plan(tensors: Tensors, options: Options) -> Plan:
     config = backbone.config | {
         "head": "deeplabv3plus" if plus else "deeplabv3",
         "head_channels": output_channels(tensors, f"{prefix}convs.0.0.weight"),
-        "num_classes": output_channels(tensors, "segmentation_head.0.weight"),
+        "num_classes": max(2, output_channels(tensors, "segmentation_head.0.weight")),
         "aspp_rates": [12 * (index + 1) for index in range(rates)],
         "aspp_separable": aspp_separable,
         "separable": separable,
@@ -62,4 +88,20 @@ def plan(tensors: Tensors, options: Options) -> Plan:
     )
     result = Plan(f"{config['head']}_{backbone.name}", config, modules, assumed=assumed, notes=[note])
     result.dropped = {"classification_head.": CLASSIFIER}
+    if output_channels(tensors, "segmentation_head.0.weight") == 1:
+        result.added = {"head.classifier.weight": 1, "head.classifier.bias": 1}
+        result.classes = ["background", "foreground"]
+        result.notes.append("its one logit became that of class 1, foreground; class 0's is always 0")
     return result
+
+
+def _check_supported(tensors: Tensors) -> None:
+    decoder = next(
+        (name for name, part in DECODERS.items() if any(re.match(part, tensor) for tensor in tensors)), None
+    )
+    known = "of smp, DeepLabV3 and DeepLabV3Plus with ResNet encoders can be converted"
+    if decoder is not None:
+        raise CheckpointError(f"it is a {decoder} of smp, which is not supported; {known}")
+    if "encoder.layer1.0.conv1.weight" not in tensors:
+        first = next(name for name in tensors if name.startswith("encoder."))
+        raise CheckpointError(f"it is a network of smp whose encoder ({first}) is no ResNet; {known}")

@@ -1,4 +1,8 @@
-"""Run a converted network on random input and compare the ways in which it must agree with itself."""
+"""Run a converted network on random input and compare the ways in which it must agree with itself.
+
+That it computes what the source's network does cannot be seen from the file: settings that tensors do not
+tell, such as ASPP's rates, are the same in all of its forms.
+"""
 
 from __future__ import annotations
 
@@ -129,4 +133,8 @@ def explain(result: Verification, config: ModelConfig) -> list[str]:
                 ". The cause: the second 3x3 of each basic block is undilated, so its taps fall between the "
                 "coarse sites, where values are interpolated"
             )
-    return [*lines, meaning]
+    unseen = (
+        "These compare our forms of the network with each other; whether the source's network has the same "
+        "settings, the file cannot tell"
+    )
+    return [*lines, meaning, unseen]

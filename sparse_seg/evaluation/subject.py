@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_seg.checkpoint import load_model
 from sparse_seg.config import Config
 from sparse_seg.data.cityscapes import Cityscapes
 from sparse_seg.data.dataset import IGNORE_INDEX
@@ -30,7 +31,6 @@ from sparse_seg.models.plain import plain_network, plain_stages
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 from sparse_seg.sparse import SiteLayout, Step, rows_to_grid
-from sparse_seg.training.checkpoint import load_model
 from sparse_seg.training.schedule import build_optimizer
 
 STAGES = ("layer3", "layer4")  # what the scope `stages` runs: those whose stride the mask decides

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.errors import CheckpointError
+from sparse_seg.config import ModelConfig
+from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.masks import mask_net
+from sparse_seg.models.build import build_model
+from sparse_seg.models.segmentor import SelectiveSegmentor
 
 
 def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -16,13 +20,30 @@ def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy a state dict into `model`; every name and shape must fit, every value be finite.
+def meta_network(
+    settings: ModelConfig, learned_net: Callable[[int, int], nn.Module] = mask_net
+) -> SelectiveSegmentor:
+    """The network of a config on the meta device: names and shapes, without memory or time for values.
+
+    Args:
+        learned_net: see `build_model`.
 
     Raises:
-        CheckpointError: names the first tensor that does not fit or is not finite, and how many do not fit.
+        ConfigError: an impossible config, or one of impossible size.
     """
-    own = model.state_dict()
+    try:
+        with torch.device("meta"):
+            return build_model(settings, learned_net)
+    except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
+        raise ConfigError(f"model: no such network can be built ({str(error).splitlines()[0]})") from None
+
+
+def check_shapes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Compare a state dict with a network's own, which may be on the meta device.
+
+    Raises:
+        CheckpointError: a name that is missing or has no place, or another shape.
+    """
     faults = [f"{name} is missing" for name in own if name not in weights]
     faults += [f"{name} has no place in this model" for name in weights if name not in own]
     faults += [
@@ -31,13 +52,37 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
         if name in weights and weights[name].shape != tensor.shape
     ]
     if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise CheckpointError(
-            f"{source} does not fit the configured model: {faults[0]}{more}; check model.* keys"
+            f"{source} does not fit the configured model: {_first(faults)}; check model.* keys"
         )
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{source}: {name} holds NaN or infinite values; take an earlier checkpoint"
-            )
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy a state dict into `model`; every name, shape and kind of number must fit, every value be finite
+    in the network's precision.
+
+    Raises:
+        CheckpointError: names the first tensor that does not fit, and how many do not.
+    """
+    own = model.state_dict()
+    check_shapes(own, weights, source)
+    faults = []
+    for name, tensor in own.items():
+        if not _same_kind(weights[name], tensor):
+            kind = "a floating-point" if tensor.is_floating_point() else "a whole-number"
+            faults.append(f"{name} is {weights[name].dtype}, where {kind} type is needed")
+        elif not torch.isfinite(weights[name].to(tensor.dtype)).all():
+            faults.append(f"{name} holds NaN or infinite values")
+    if faults:
+        raise CheckpointError(f"{source}: {_first(faults)}; take an earlier checkpoint")
     model.load_state_dict(dict(weights))
+
+
+def _same_kind(tensor: Tensor, own: Tensor) -> bool:
+    """Both floating-point, or both whole numbers."""
+    whole = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+    return tensor.is_floating_point() if own.is_floating_point() else whole
+
+
+def _first(faults: Sequence[str]) -> str:
+    return faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")

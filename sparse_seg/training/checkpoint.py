@@ -1,114 +1,145 @@
-"""Checkpoints: one file with weights, resolved config and version, written atomically."""
+"""What training writes: weights of the best validation, and all state to go on from."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import pickle
-from collections.abc import Mapping
-from operator import attrgetter
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparse_seg.config import Config, config_from_dict, function_keys, model_config, to_dict
-from sparse_seg.conversion.converted import is_safetensors
-from sparse_seg.conversion.loading import load_converted
-from sparse_seg.errors import CheckpointError
+from sparse_seg.checkpoint.content import Checkpoint
+from sparse_seg.checkpoint.digest import digest_of
+from sparse_seg.checkpoint.file import FORMAT, find, is_safetensors, load_pt, save
+from sparse_seg.checkpoint.loading import check_same, function_of
+from sparse_seg.config import Config, config_from_dict, model_config, num_classes, to_dict
+from sparse_seg.data import DATASETS
+from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.files import atomic_write
-from sparse_seg.models.build import build_model
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.weights import load_weights
-from sparse_seg.registry import POOLING_HEADS
 from sparse_seg.version import __version__
 
-FORMAT = "sparse_seg.checkpoint"
+BEST, LAST = "best.safetensors", "last.pt"
+_STATE_KEYS = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
 
 
-def save_checkpoint(path: str | Path, config: Config, weights: Mapping[str, Tensor], **state: Any) -> None:
-    """Write `weights` (a state dict), the resolved config, our version and any further `state`."""
+def save_checkpoint(path: str | Path, config: Config, weights: Mapping[str, Tensor], **said: Any) -> None:
+    """Write weights (a state dict) as a checkpoint; `said` stands in its `training`, beside the config."""
+    classes = DATASETS[config.data.dataset].classes
+    known = len(classes) == num_classes(config)
+    save(
+        Checkpoint(
+            Path(path),
+            dict(weights),
+            model_config(config),
+            classes.names if known else None,
+            classes.palette if known else None,
+            tuple(config.data.mean),
+            tuple(config.data.std),
+            training={"config": to_dict(config)} | said,
+        )
+    )
+
+
+def save_best(work_dir: Path, config: Config, weights: Mapping[str, Tensor], **said: Any) -> None:
+    """Write the folder's best weights, in place of those that an earlier version may have left."""
+    save_checkpoint(work_dir / BEST, config, weights, **said)
+    (work_dir / BEST).with_suffix(".pt").unlink(missing_ok=True)
+
+
+def best_of(work_dir: Path) -> Path:
+    """A folder's best weights: `best.safetensors`, or `best.pt` where only an earlier version trained."""
+    best = work_dir / BEST
+    earlier = best.with_suffix(".pt")
+    return earlier if earlier.exists() and not best.exists() else best
+
+
+def save_state(path: str | Path, config: Config, weights: Mapping[str, Tensor], **state: Any) -> None:
+    """Write all that the next step depends on (see `load_state`), with a digest."""
     content = {"format": FORMAT, "version": __version__, "config": to_dict(config), "model": dict(weights)}
+    content |= state
     buffer = io.BytesIO()
-    torch.save(content | state, buffer)
+    torch.save(content | {"digest": digest_of(content)}, buffer)
     atomic_write(path, buffer.getvalue())
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of ours onto the CPU, without running any code it may hold.
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Read a state: `config`, `model`, `ema`, `optimizer`, `scaler`, `progress`, `random`.
 
     Raises:
-        CheckpointError: missing, truncated or foreign file.
+        CheckpointError: missing, damaged or foreign file, or one of weights alone.
     """
-    path = Path(path)
+    path = find(path)
+    state = {} if is_safetensors(path) else load_pt(path)
+    if "progress" not in state:
+        raise CheckpointError(f"{path} holds weights only; resume from {LAST}")
+    for name, check in _PARTS.items():
+        if not check(state.get(name)):
+            raise CheckpointError(f"{path} is damaged: its {name!r} cannot be gone on from")
+    state["config"] = state_config(state, path)
+    return state
+
+
+def state_config(state: Mapping[str, Any], path: str | Path) -> Config:
+    """The resolved config in a state.
+
+    Raises:
+        CheckpointError: it does not fit this version's schema.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {path} does not exist") from None
-    except IsADirectoryError:
-        raise CheckpointError(
-            f"{path} is a folder; name the checkpoint in it, such as {path / 'best.pt'}"
-        ) from None
-    except PermissionError:
-        raise CheckpointError(f"{path} may not be read; check its permissions") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-        raise CheckpointError(
-            f"{path} is truncated or no PyTorch checkpoint; copy or train it again"
-        ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} was not written by sparse_seg's training; convert other checkpoints by tools/convert.py"
-        )
-    return content
+        return config_from_dict(state["config"], "its config")
+    except ConfigError as error:
+        raise CheckpointError(f"{path} cannot be gone on from: {error}") from None
 
 
-def checkpoint_config(content: Mapping[str, Any], path: str | Path) -> Config:
-    """The resolved config in a checkpoint.
-
-    Raises:
-        ConfigError: it does not fit this version's schema.
-    """
-    return config_from_dict(content["config"], f"config in {path}")
-
-
-def load_model(path: str | Path, config: Config | None = None) -> SelectiveSegmentor:
-    """The network of a checkpoint of training or of a converted file (`.safetensors`), in eval mode.
-
-    Averaged weights are taken if training kept them.
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, kind: str, state: Mapping[str, Any], path: str | Path
+) -> None:
+    """Bring back momenta; the settings of `optimizer` (of the config) stay.
 
     Args:
-        config: in place of the one in the checkpoint. Mask, engine and exchange may differ, what else the
-            network computes may not; of a converted file it stands in the file (see `load_converted`).
+        kind: `train.optimizer`.
 
     Raises:
-        CheckpointError: missing, truncated or foreign file, or one that does not fit the config.
+        CheckpointError: momenta of other parameters, or damaged ones.
     """
-    if is_safetensors(path):
-        return load_converted(path, config)
-    content = load_checkpoint(path)
-    trained = checkpoint_config(content, path)
-    if config is not None:
-        check_same_function(config, trained, path)
-    model = build_model(config or trained)
-    load_weights(model, _inference_weights(model, content, path), path)
-    return model.eval()
+    own = optimizer.state_dict()["param_groups"]
+    groups, momenta = state.get("param_groups"), state.get("state")
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    fits = (
+        isinstance(groups, list)
+        and isinstance(momenta, Mapping)
+        and [_params(group) for group in groups] == [_params(group) for group in own]
+        and all(index in range(len(shapes)) for index in momenta)
+        and all(_fits(entry, _STATE_KEYS[kind], shapes[index]) for index, entry in momenta.items())
+    )
+    if not fits:
+        raise CheckpointError(f"{path}: its optimizer's state is damaged or of another network")
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in own]
+    optimizer.load_state_dict({"state": momenta, "param_groups": own})
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
 
 
-def load_network(model: SelectiveSegmentor, path: str | Path, config: Config) -> None:
-    """Start a network from a checkpoint's weights; a mask net and an auxiliary head stay as they are if the
-    checkpoint has none.
+def _params(group: Any) -> Any:
+    return group.get("params") if isinstance(group, Mapping) else None
 
-    Raises:
-        CheckpointError: missing, truncated or foreign file, or one that does not fit the config.
-    """
-    content = load_checkpoint(path)
-    check_same_function(config, checkpoint_config(content, path), path)
-    weights, own = dict(content.get("ema") or content["model"]), model.state_dict()
-    extra = ("policy.", "auxiliary.")
-    kept = {name: tensor for name, tensor in own.items() if name.startswith(extra)}
-    weights = {name: tensor for name, tensor in weights.items() if name in own or not name.startswith(extra)}
-    load_weights(model, kept | weights, path)
+
+def _fits(entry: Any, keys: set[str], shape: torch.Size) -> bool:
+    """Whether one parameter's momenta are whole; plain SGD has none."""
+    if not isinstance(entry, Mapping) or set(entry) not in (keys, set()):
+        return False
+    for name, value in entry.items():
+        if value is None and name == "momentum_buffer":
+            continue
+        whole = isinstance(value, Tensor) and value.is_floating_point()
+        if not whole or value.shape != (torch.Size() if name == "step" else shape):
+            return False
+        if not torch.isfinite(value).all() or (name in ("step", "exp_avg_sq") and (value < 0).any()):
+            return False
+    return True
 
 
 def check_same_function(config: Config, trained: Config, path: str | Path) -> None:
@@ -117,42 +148,53 @@ def check_same_function(config: Config, trained: Config, path: str | Path) -> No
     Raises:
         CheckpointError: they differ.
     """
-    asked, own = _function(config), _function(trained)
-    for key, value in asked.items():
-        if value != own[key]:
-            text = str(own[key]).replace(" ", "")
-            raise CheckpointError(
-                f"{path} does not fit the config: it was trained with {key} {own[key]}, not {value}; "
-                f"train again or use --set {key}={text}"
-            )
+    check_same(_function(config), _function(trained), path)
 
 
 def _function(config: Config) -> dict[str, Any]:
-    config = dataclasses.replace(config, model=model_config(config))
-    values = {name: attrgetter(name)(config) for name in function_keys(Config)}
-    if config.model.head not in POOLING_HEADS:
-        values["model.aspp_rates"] = None
-    return values
+    settings: dict[str, Any] = {"model.num_classes": num_classes(config)}
+    settings |= {"data.mean": config.data.mean, "data.std": config.data.std}
+    return function_of(config.model) | settings
 
 
-def _inference_weights(
-    model: nn.Module, content: Mapping[str, Any], path: str | Path
-) -> Mapping[str, Tensor]:
-    """Weights to predict with. An auxiliary head, which only training uses, may be missing on either side; a
-    learned mask is left out where another is asked for.
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
 
-    Raises:
-        CheckpointError: a learned mask is asked for, and there is none.
-    """
-    weights = dict(content.get("ema") or content["model"])
-    if not any(name.startswith("policy.") for name in model.state_dict()):
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("policy.")}
-    elif not any(name.startswith("policy.") for name in weights):
-        raise CheckpointError(
-            f"{path} holds no learned mask: train one with train.init={path} (see configs/camvid_mask.yaml), "
-            "or choose another model.mask.policy"
-        )
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("auxiliary.")}
-    return own | {
-        name: tensor for name, tensor in weights.items() if name in own or not name.startswith("auxiliary.")
-    }
+
+def _is_scaler(value: Any) -> bool:
+    """Of a loss scaler that is switched off, nothing."""
+    return isinstance(value, Mapping) and all(_is_number(number, 0) for number in value.values())
+
+
+_COUNTS = ("iteration", "loss_count", "validated")  # earlier versions did not say when they validated
+
+
+def _is_progress(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and set(value) - {"validated"} == {"iteration", "best", "loss_sum", "loss_count"}
+        and all(type(value.get(name, 0)) is int and value.get(name, 0) >= 0 for name in _COUNTS)
+        and all(_is_number(value[name], -math.inf) for name in ("best", "loss_sum"))
+    )
+
+
+def _is_number(value: Any, lowest: float) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= lowest
+
+
+def _is_random(value: Any) -> bool:
+    own = torch.get_rng_state()
+    return isinstance(value, Tensor) and value.dtype == own.dtype and value.shape == own.shape
+
+
+_PARTS: dict[str, Callable[[Any], bool]] = {
+    "config": lambda value: isinstance(value, Mapping),
+    "model": _is_state_dict,
+    "ema": lambda value: value is None or _is_state_dict(value),
+    "optimizer": lambda value: isinstance(value, Mapping),
+    "scaler": _is_scaler,
+    "progress": _is_progress,
+    "random": _is_random,
+}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_seg.checkpoint import Checkpoint, build_network, load
+from sparse_seg.checkpoint.pickled import load_pickled
 from sparse_seg.config import Config, num_classes
-from sparse_seg.conversion.converted import is_safetensors
-from sparse_seg.errors import ConfigError
+from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.files import atomic_write
 from sparse_seg.models.way import Way
 from sparse_seg.sparse import SiteLayout, densify, grid_to_rows
-from sparse_seg.training.checkpoint import checkpoint_config, load_checkpoint, load_model
 
 MOST_SITES = 1024  # per image whose likeness is compared: pairs grow with the square
 
@@ -53,12 +52,13 @@ class Teacher:
         cache: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.model = load_model(path).requires_grad_(False).to(device)
+        checkpoint = load(path)
+        self.model = build_network(checkpoint).requires_grad_(False).to(device)
         if self.model.head.reads_low_level:
             raise ConfigError(f"train.distill.teacher {path}: its head's logits are at another stride")
-        _check_fits(path, self.model.head.num_classes, self.model.trained_stride, config)
+        _check_fits(checkpoint, config)
         self.cache = None if cache is None else Path(cache)
-        self._digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+        self._digest = checkpoint.digest.encode()
 
     def __call__(self, images: Tensor, output_stride: int) -> TeacherOutputs:
         """Outputs for normalised images `[B, 3, H, W]` at `output_stride`, in the images' dtype."""
@@ -98,26 +98,20 @@ class Teacher:
 def _read(path: Path) -> TeacherOutputs | None:
     """A kept file; None where there is none or it is damaged, and the teacher has to run."""
     try:
-        return TeacherOutputs(*torch.load(path, weights_only=True))
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        TypeError,
-        pickle.UnpicklingError,
-    ):
+        return TeacherOutputs(*load_pickled(path))
+    except (OSError, CheckpointError, TypeError):
         return None
 
 
-def _check_fits(path: str | Path, classes: int, trained_stride: int, config: Config) -> None:
+def _check_fits(teacher: Checkpoint, config: Config) -> None:
+    own, path = teacher.config, teacher.path
     values: list[tuple[str, Any, Any]] = [
-        ("classes", classes, num_classes(config)),
-        ("model.trained_stride", trained_stride, config.model.trained_stride),
+        ("classes", own.num_classes, num_classes(config)),
+        ("model.trained_stride", own.trained_stride, config.model.trained_stride),
     ]
-    if not is_safetensors(path):
-        data = checkpoint_config(load_checkpoint(path), path).data
-        values += [("data.mean", data.mean, config.data.mean), ("data.std", data.std, config.data.std)]
+    if teacher.origin.normalisation:
+        values += [("data.mean", list(teacher.mean), config.data.mean)]
+        values += [("data.std", list(teacher.std), config.data.std)]
     for name, own, students in values:
         if own != students:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Trainings as steps of something larger: run to their end, whatever is there already."""
+"""Run a training to completion, resuming or skipping it if the folder already holds one."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ import torch
 
 from sparse_seg.config import Config
 from sparse_seg.errors import TrainingError
-from sparse_seg.training.checkpoint import checkpoint_config, load_checkpoint
+from sparse_seg.training.checkpoint import LAST, best_of, load_state
 from sparse_seg.training.stopping import is_complete
 from sparse_seg.training.trainer import Trainer
 
 
 def finish_training(config: Config, work_dir: str | Path, device: torch.device | str = "cpu") -> Path:
-    """Train in `work_dir`, go on with the run that is there, or leave a finished one; returns `best.pt`.
+    """Train in `work_dir`, go on with the run that is there, or leave a finished one; returns its best
+    weights.
 
     Raises:
         TrainingError: the folder holds a run of another config.
+        CheckpointError: the run that is there is damaged.
     """
     work_dir = Path(work_dir)
     if not is_finished(config, work_dir):
-        trainer = Trainer(config, work_dir, resume=(work_dir / "last.pt").exists(), device=device)
+        trainer = Trainer(config, work_dir, resume=(work_dir / LAST).exists(), device=device)
         trainer.how_to_go_on = "run it again to go on"  # by this function
         trainer.how_to_go_on_changed = f"remove {work_dir} and run it again"
         trainer.run()
-    return work_dir / "best.pt"
+    return best_of(work_dir)
 
 
 def is_finished(config: Config, work_dir: Path) -> bool:
@@ -33,11 +35,12 @@ def is_finished(config: Config, work_dir: Path) -> bool:
 
     Raises:
         TrainingError: the folder holds a run of another config.
+        CheckpointError: the run that is there is damaged.
     """
-    last = work_dir / "last.pt"
+    last = work_dir / LAST
     if not last.exists():
         return False
-    state = load_checkpoint(last)
-    if checkpoint_config(state, last) != config:
+    state = load_state(last)
+    if state["config"] != config:
         raise TrainingError(f"{work_dir} holds a run of another config; remove it or choose another folder")
     return is_complete(state, config.train.iterations, work_dir)

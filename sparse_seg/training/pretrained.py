@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from sparse_seg.config import ModelConfig, model_config
-from sparse_seg.conversion import convert, is_converted, read_converted
-from sparse_seg.conversion.converted import network_tensors
+from sparse_seg.checkpoint import load
+from sparse_seg.checkpoint.file import is_ours
+from sparse_seg.config import ModelConfig
+from sparse_seg.conversion import convert
 from sparse_seg.errors import CheckpointError
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import load_weights, part_of
-from sparse_seg.training.checkpoint import FORMAT
 
 # settings of the backbone that its tensors' shapes do not tell
 SAME = ("shortcut", "bn_eps")
@@ -58,20 +56,8 @@ def load_pretrained(model: SelectiveSegmentor, settings: ModelConfig, path: str 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], ModelConfig, str]:
     """Weights by our names, the settings they were trained with, and where they come from."""
-    if is_converted(path):
-        tensors, description = read_converted(path)
-        return network_tensors(tensors), description.config, f"{description.source} {description.arch}"
-    if path.is_file() and zipfile.is_zipfile(path):
-        own = _own_checkpoint(path)
-        if own is not None:
-            return own.get("ema") or own["model"], model_config(own["config"]), "trained by sparse_seg"
+    if path.is_file() and is_ours(path):
+        own = load(path)
+        return own.weights, own.config, f"{own.origin.source} {own.origin.arch}".strip()
     conversion = convert(path, allow_missing=("head",))
-    return conversion.network(), conversion.description.config, f"{conversion.source} {conversion.plan.arch}"
-
-
-def _own_checkpoint(path: Path) -> dict | None:
-    try:
-        content = torch.load(path, "cpu", weights_only=True, mmap=True)
-    except Exception:  # `convert` says what is wrong
-        return None
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+    return conversion.network(), conversion.config, f"{conversion.source} {conversion.plan.arch}"

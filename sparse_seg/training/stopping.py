@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sparse_seg.errors import TrainingError
+from sparse_seg.training.checkpoint import best_of
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a batch system's, a lost terminal's
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -72,7 +73,7 @@ def is_complete(state: Mapping[str, Any], iterations: int, work_dir: Path) -> bo
     """Whether the state of a run in `work_dir` is its end, with its last validation done."""
     progress = state.get("progress", {})
     done = progress.get("iteration", 0)
-    validated = progress.get("validated", done) >= done and (work_dir / "best.pt").exists()
+    validated = progress.get("validated", done) >= done and best_of(work_dir).exists()
     return done >= iterations and validated
 
 

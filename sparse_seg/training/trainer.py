@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sparse_seg.checkpoint import load
+from sparse_seg.checkpoint.loading import initial_weights
 from sparse_seg.config import Config, check_classes, check_training, to_yaml
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import training_batches
@@ -22,12 +24,14 @@ from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
 from sparse_seg.models.way import Way
+from sparse_seg.models.weights import load_weights
 from sparse_seg.training.checkpoint import (
-    checkpoint_config,
-    load_checkpoint,
-    load_network,
-    load_weights,
-    save_checkpoint,
+    LAST,
+    best_of,
+    load_state,
+    restore_optimizer,
+    save_best,
+    save_state,
 )
 from sparse_seg.training.distillation import Teacher
 from sparse_seg.training.distributed import Processes
@@ -55,7 +59,7 @@ class Trainer:
     """Trains a config's network in a work folder.
 
     The folder gets `config.yaml` (resolved), `log.jsonl` (one JSON line per log step and validation),
-    `last.pt` (all state, to resume from) and `best.pt` (weights of the best validation mIoU).
+    `last.pt` (all state, to resume from) and `best.safetensors` (weights of the best validation mIoU).
 
     Args:
         config: resolved config.
@@ -84,7 +88,7 @@ class Trainer:
         self.config, self.work_dir, self.device = config, Path(work_dir), torch.device(device)
         self.processes = processes or Processes()
         check_training(config)
-        last = self.work_dir / "last.pt"
+        last = self.work_dir / LAST
         goes_on = resume is True or (resume and Path(resume).resolve() == last.resolve())
         if last.exists() and not goes_on:
             raise TrainingError(
@@ -94,7 +98,7 @@ class Trainer:
         self.processes.check_batch(config, self.device)
         if train.threads is not None:
             torch.set_num_threads(train.threads)
-        state = load_checkpoint(last if resume is True else resume) if resume else None
+        state = load_state(last if resume is True else resume) if resume else None
         if state is not None and goes_on and is_complete(state, train.iterations, self.work_dir):
             raise AlreadyTrained(
                 f"{self.work_dir} is already trained to iteration {state['progress']['iteration']}; raise "
@@ -115,7 +119,7 @@ class Trainer:
                 tqdm.write(report)
         self.model.to(self.device)
         if train.init is not None and state is None:
-            load_network(self.model, train.init, config)
+            load_weights(self.model, initial_weights(load(train.init), self.model, config), train.init)
         if train.freeze:
             self.model.requires_grad_(False)
             self.model.policy.requires_grad_(True)
@@ -292,7 +296,7 @@ class Trainer:
             )
         if metrics.miou > self.best:
             state = {"iteration": self.iteration, "miou": metrics.miou}
-            save_checkpoint(self.work_dir / "best.pt", self.config, model.state_dict(), **state)
+            save_best(self.work_dir, self.config, model.state_dict(), **state)
             self.best = metrics.miou
         self.log.write(
             self.iteration,
@@ -311,8 +315,8 @@ class Trainer:
         """Write `last.pt`, with everything that the next step depends on: the first process's, for all."""
         if not self.processes.is_first:
             return
-        save_checkpoint(
-            self.work_dir / "last.pt",
+        save_state(
+            self.work_dir / LAST,
             self.config,
             self.model.state_dict(),
             ema=self.ema.state_dict() if self.ema is not None else None,
@@ -330,30 +334,27 @@ class Trainer:
         self.saved = self.iteration
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
-        if "progress" not in state:
-            raise CheckpointError(f"{path} holds weights only; resume from last.pt")
-        if checkpoint_config(state, path).train.optimizer != self.config.train.optimizer:
+        train = self.config.train
+        if state["config"].train.optimizer != train.optimizer:
             raise CheckpointError(f"{path} was trained with another train.optimizer")
         load_weights(self.model, state["model"], path)
         if self.ema is not None:
             load_weights(self.ema, state["ema"] or state["model"], path)
-        configured = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])  # brings the settings it was saved with, too
-        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
-            group.update(settings)
-        if state["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
-        self.validated = state["progress"]["iteration"]
-        for name, value in state["progress"].items():
-            setattr(self, name, value)
-        if not (self.work_dir / "best.pt").exists():
+        restore_optimizer(self.optimizer, train.optimizer, state["optimizer"], path)
+        try:
+            if state["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["random"])
+        except (RuntimeError, KeyError):
+            raise CheckpointError(f"{path} is damaged: its random or scaler state is none") from None
+        progress = state["progress"]
+        self.iteration, self.best = progress["iteration"], progress["best"]
+        self.loss_sum, self.loss_count = progress["loss_sum"], progress["loss_count"]
+        self.validated = progress.get("validated", self.iteration)
+        if not best_of(self.work_dir).exists():
             self.best = -1.0  # another folder's best is not here: the next validation writes this one's
-            if self.iteration >= self.config.train.iterations:
+            if self.iteration >= train.iterations:
                 self.validated = 0
-        torch.set_rng_state(state["random"])
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         if self._stop:

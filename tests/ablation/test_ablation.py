@@ -211,7 +211,7 @@ def test_what_another_process_has_in_hand_is_left_to_it(
 def test_a_given_checkpoint_takes_the_first_networks_place(
     grid_file: Path, finished: Path, tmp_path: Path
 ) -> None:
-    given = finished / "training/baseline-seed1/best.pt"
+    given = finished / "training/baseline-seed1/best.safetensors"
     ablation = Ablation(load_grid(grid_file), tmp_path, given)
     assert ablation.checkpoint("baseline", 0) == ablation.checkpoint("baseline", 1) == given
     assert ablation.is_trained("baseline", 0)

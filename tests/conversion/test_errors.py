@@ -87,7 +87,7 @@ def test_what_training_scripts_save_beside_weights_needs_none(tmp_path):
     torch.save(content, tmp_path / "source.pth")
     file = read_source(tmp_path / "source.pth")
     assert file.classes == ["road", "sky"]
-    assert file.notes == ["unwrapped from model_state"]
+    assert [candidate.way for candidate in file.candidates] == ["model_state"]
 
 
 def test_wrong_networks(capsys, tmp_path):
@@ -118,9 +118,9 @@ def test_a_stride_is_not_assumed_against_the_name_of_the_file(tmp_path):
         CheckpointError, match="cannot tell the output stride, and its name says 16: add --out"
     ):
         convert(path)
-    assert convert(path, output_stride=16).description.config.trained_stride == 16
+    assert convert(path, output_stride=16).config.trained_stride == 16
     torch.save(state_of("cad edge mask"), tmp_path / "os8_modeedges_os16till8.pth")
-    assert convert(tmp_path / "os8_modeedges_os16till8.pth").description.config.trained_stride == 8
+    assert convert(tmp_path / "os8_modeedges_os16till8.pth").config.trained_stride == 8
 
 
 def test_tensors_that_do_not_fit(capsys, tmp_path):
@@ -154,23 +154,23 @@ def test_running_counts_may_be_missing(tmp_path):
         (lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "hyper": [1]},
          ["unwrapped from state_dict", "prefix model. stripped"]),
         (lambda s: {"model_state": {f"module.{k}": v for k, v in s.items()}},
-         ["unwrapped from model_state", "prefix module. stripped"]),
+         ["unwrapped from model_state", "wrapper module stripped from names"]),
         (lambda s: {"model": {k: v * 2 for k, v in s.items()},
                     "model_ema": {"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in s.items()}},
-         ["unwrapped from model_ema", "prefix module. stripped"]),
+         ["unwrapped from model_ema", "wrapper module stripped from names"]),
         (lambda s: {"state_dict": s, "ema_state_dict": {k: v * 2 for k, v in s.items()}},
          ["unwrapped from state_dict"]),
         (lambda s: {"state_dict": {f"module._orig_mod.{k}": v for k, v in s.items()}, "state_dict_ema": None},
-         ["unwrapped from state_dict", "prefix module._orig_mod. stripped"]),
+         ["unwrapped from state_dict", "wrapper _orig_mod, module stripped from names"]),
     ],
 )  # fmt: skip
 def test_wrappers(tmp_path, wrap, notes):
     state = torchvision()
     torch.save(wrap(state), tmp_path / "wrapped.ckpt")
-    file = read_source(tmp_path / "wrapped.ckpt")
-    assert file.notes == notes
-    assert file.tensors.keys() == state.keys()
-    assert all(torch.equal(file.tensors[key], value) for key, value in state.items())
+    named = convert(tmp_path / "wrapped.ckpt").named
+    assert named.notes == notes
+    assert named.tensors.keys() == state.keys()
+    assert all(torch.equal(named.tensors[key], value) for key, value in state.items())
 
 
 def test_converted_files_that_do_not_load(tmp_path):
@@ -182,10 +182,12 @@ def test_converted_files_that_do_not_load(tmp_path):
         convert(tmp_path / "backbone.safetensors")
     data = (tmp_path / "backbone.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[:-100])
-    with pytest.raises(CheckpointError, match="is truncated or no safetensors file; convert it again"):
+    with pytest.raises(CheckpointError, match="is truncated or no safetensors file"):
         load_model(tmp_path / "cut.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(CheckpointError, match="was not written by a conversion; run: sparse-seg convert"):
+    with pytest.raises(
+        CheckpointError, match="was not written by sparse_seg; convert it first: sparse-seg convert"
+    ):
         load_model(tmp_path / "foreign.safetensors")
     with pytest.raises(CheckpointError, match="does not exist"):
         load_model(tmp_path / "none.safetensors")

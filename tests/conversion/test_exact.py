@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sparse_seg import load_model
+from sparse_seg.checkpoint import load_backbone
 from sparse_seg.conversion import convert, find_source, to_dense, write_dense
-from sparse_seg.conversion.loading import load_backbone
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.sparse import rows_to_grid
 from tests.conversion.cases import BACKBONES, CASES, at_stride, network_of, state_of

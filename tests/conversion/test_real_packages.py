@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sparse_seg import load_model
+from sparse_seg.checkpoint import load_backbone
 from sparse_seg.conversion import convert, to_dense
-from sparse_seg.conversion.loading import load_backbone
 from sparse_seg.sparse import rows_to_grid
 from tests.conversion.cases import randomise
 from tests.reference import block_mask, relative_error

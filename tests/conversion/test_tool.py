@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 
 from sparse_seg import load_model
+from sparse_seg.checkpoint import load
 from sparse_seg.cli import main
 from sparse_seg.config import load_config, model_config
-from sparse_seg.conversion import convert, read_converted
+from sparse_seg.conversion import convert
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import CheckpointError
 from sparse_seg.models.build import build_model
@@ -70,13 +71,14 @@ def test_verification_says_where_p1_does_not_hold(capsys, tmp_path):
 
 def test_the_file(folder):
     with safe_open(folder / "net.safetensors", framework="pt") as file:
-        metadata = file.metadata()
+        assert list(file.metadata()) == ["sparse_seg"]
         assert file.get_slice("backbone.layer3.0.conv2.weight").get_shape() == [32, 3, 3, 32]
-    assert metadata["version"] == __version__
-    assert (metadata["source"], metadata["arch"]) == ("vainf", "deeplabv3plus_resnet50")
-    _, description = read_converted(folder / "net.safetensors")
-    assert description.config.num_classes == 19
-    assert description.config.trained_stride == 8
+    checkpoint = load(folder / "net.safetensors")
+    assert checkpoint.version == __version__
+    assert (checkpoint.origin.source, checkpoint.origin.arch) == ("vainf", "deeplabv3plus_resnet50")
+    assert checkpoint.config.num_classes == 19
+    assert checkpoint.config.trained_stride == 8
+    assert checkpoint.origin.assumed == ["output stride 8 (tensors cannot tell; else use --output-stride 16)"]
 
 
 def test_settings_that_tensors_cannot_tell(folder, tmp_path):
@@ -124,7 +126,7 @@ def test_the_way_back(capsys, folder, tmp_path):
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
     message = run(capsys, "convert", folder / "source.pth", tmp_path / "x.pth", "--to-dense", code=1)
-    assert "is truncated or no safetensors file" in message
+    assert "was not written by sparse_seg" in message
     assert not (tmp_path / "x.pth").exists()
 
 
@@ -161,7 +163,7 @@ def start(path, **settings):
 def test_pretrained_from_every_kind_of_file(folder, tmp_path):
     expected = load_model(folder / "net.safetensors")
     own = load_config(folder / "data.yaml")
-    own.model = read_converted(folder / "net.safetensors")[1].config
+    own.model = load(folder / "net.safetensors").config
     save_checkpoint(tmp_path / "own.pt", own, expected.state_dict())
     images = torch.randn(1, 3, 64, 96)
     for path in (folder / "source.pth", folder / "net.safetensors", tmp_path / "own.pt"):

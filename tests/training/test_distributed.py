@@ -12,7 +12,7 @@ import torch
 from sparse_seg.config import load_config
 from sparse_seg.data.loader import ResumableSampler, training_batches
 from sparse_seg.errors import TrainingError
-from sparse_seg.training.checkpoint import load_checkpoint
+from sparse_seg.training.checkpoint import load_state
 from sparse_seg.training.distributed import Processes
 from sparse_seg.training.schedule import learning_rate
 from sparse_seg.training.trainer import Trainer
@@ -73,7 +73,7 @@ def test_weights_are_those_of_the_mean_gradient(config_file: Path, tmp_path: Pat
             buffer.copy_(new)  # the file has the first process's batch statistics
         losses.append(sum(halves) / 2)
 
-    weights = load_checkpoint(tmp_path / "run/last.pt")["model"]
+    weights = load_state(tmp_path / "run/last.pt")["model"]
     for name, expected in model.state_dict().items():
         assert relative_error(weights[name].double(), expected.double()) < 1e-4, name
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]

@@ -18,7 +18,7 @@ from sparse_seg.config import load_config
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import ConfigError, DataError, SparseSegError, TrainingError
 from sparse_seg.training import trainer as trainer_module
-from sparse_seg.training.checkpoint import load_checkpoint
+from sparse_seg.training.checkpoint import load_state
 from sparse_seg.training.distributed import Processes
 from sparse_seg.training.finish import finish_training
 from sparse_seg.training.log import TrainingLog
@@ -50,7 +50,7 @@ def stopped(trainer: Trainer, error: type[SparseSegError]) -> str:
 
 
 def state_of(folder: Path) -> dict:
-    return load_checkpoint(folder / "last.pt")
+    return load_state(folder / "last.pt")
 
 
 def assert_goes_on_as_unbroken(config, folder: Path, whole: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_signal_while_validating_is_heard_at_once_and_the_validation_made_up_f
     assert len(loads) == 1, "not the whole split"
     assert not any("miou" in line for line in log_of(tmp_path / "run"))
     assert_goes_on_as_unbroken(config, tmp_path / "run", tmp_path / "whole")
-    assert (tmp_path / "run/best.pt").exists()
+    assert (tmp_path / "run/best.safetensors").exists()
 
 
 def full_disk(*arguments, **options):
@@ -246,9 +246,9 @@ def test_a_finished_run_resumed_exits_0_and_says_so(tiny, tmp_path, capsys):
 def test_a_finished_run_without_its_best_makes_up_for_it(tiny, tmp_path):
     config = load_config(tiny, ["train.iterations=2"])
     best = Trainer(config, tmp_path / "run").run()
-    (tmp_path / "run/best.pt").unlink()
+    (tmp_path / "run/best.safetensors").unlink()
     assert Trainer(config, tmp_path / "run", resume=True).run() == best
-    assert (tmp_path / "run/best.pt").exists()
+    assert (tmp_path / "run/best.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,201 @@
+"""What a checkpoint holds beside its weights, and the check that all of it is what it should be."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparse_seg.config import ModelConfig, model_config, to_dict
+from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.version import __version__
+
+ASIDE = "source."  # our prefix of tensors that the network does not need, kept for the way back
+PARTS = ("backbone.", "head.", "auxiliary.", "policy.", ASIDE)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from.
+
+    Args:
+        source: `sparse_seg` for those of our training, else a name in `conversion.SOURCES`.
+        arch: the source's name for the network, as `deeplabv3_resnet50`.
+        has_head: False for a backbone alone.
+        learned_net: which net `policy.net.*` is, see `network.NETS`.
+        normalisation: how mean and std are known, in words; empty where nobody said, so that a config may
+            have others.
+        assumed: what the source's tensors could not tell and what was taken for it, one line each.
+        back: what the way back to the source's names needs; `conversion/back.py` reads it.
+    """
+
+    source: str = "sparse_seg"
+    arch: str = ""
+    has_head: bool = True
+    learned_net: str = "mask_net"
+    normalisation: str = "as trained"
+    assumed: list[str] = field(default_factory=list)
+    back: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_trained_here(self) -> bool:
+        return self.source == "sparse_seg"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network's weights with all that is needed to run it on images.
+
+    Args:
+        path: the file.
+        weights: by our names: `backbone.*`, `head.*` and, where there are such, `auxiliary.*` (training's),
+            `policy.*` (learned mask) and `source.*` (kept for the way back).
+        config: the network; `num_classes` is set.
+        classes, colours: name and RGB (0..255) of each class; None where the source does not tell.
+        mean, std: of the input, RGB in units of 0..1.
+        origin: where the weights come from.
+        training: of our training: `config` (the whole one) and what it said about the weights.
+        digest: of the weights.
+        version: of the package that wrote the file.
+    """
+
+    path: Path
+    weights: dict[str, Tensor]
+    config: ModelConfig
+    classes: tuple[str, ...] | None = None
+    colours: tuple[tuple[int, int, int], ...] | None = None
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    origin: Origin = field(default_factory=Origin)
+    training: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
+    version: str = __version__
+
+    def description(self) -> dict[str, Any]:
+        """All but path, weights and digest, as JSON has it."""
+        return {
+            "version": self.version,
+            "model": to_dict(self.config),
+            "classes": self.classes,
+            "colours": self.colours,
+            "mean": self.mean,
+            "std": self.std,
+            "origin": dataclasses.asdict(self.origin),
+            "training": self.training,
+        }
+
+
+def parse(description: Mapping[str, Any], weights: dict[str, Tensor], path: Path, digest: str) -> Checkpoint:
+    """A checkpoint from what its file says, which may be anything.
+
+    Raises:
+        CheckpointError: an entry that is missing, unknown or impossible.
+    """
+    found = _entries(description, _PARTS, path, "")
+    origin = Origin(**_entries(found.pop("origin"), _ORIGIN, path, "origin."))
+    model = found.pop("model")
+    try:
+        config = model_config(model)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its model settings are damaged: {error}") from None
+    checkpoint = Checkpoint(path, weights, config, origin=origin, digest=digest, **found)
+    _check_sizes(checkpoint)
+    return checkpoint
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Settings that go together, before anything is built of them."""
+    config, count = checkpoint.config, len(checkpoint.weights)
+    strange = [name for name in checkpoint.weights if not name.startswith(PARTS)]
+    classes = config.num_classes
+    parts = sum(config.depths or []) + len(config.aspp_rates) + config.decoder_convs
+    faults = {
+        f"{strange[:1]} is of no part of a network": bool(strange),
+        "it has no class count": classes is None and checkpoint.origin.has_head,
+        "its class names are not as many as its classes": _differs(checkpoint.classes, classes),
+        "its colours are not as many as its classes": _differs(checkpoint.colours, classes),
+        # what has no tensors in the file need not be built to see that
+        f"its settings ask for {parts} blocks and it holds {count} tensors": parts > count + 4,
+    }
+    for fault, found in faults.items():
+        if found:
+            raise CheckpointError(f"{checkpoint.path} is damaged: {fault}")
+
+
+def _differs(values: tuple[Any, ...] | None, count: int | None) -> bool:
+    return values is not None and len(values) != count
+
+
+def _entries(tree: Any, parts: Mapping[str, Callable[[Any], Any]], path: Path, where: str) -> dict[str, Any]:
+    """The values of exactly these keys, each through its check."""
+    if not isinstance(tree, Mapping) or set(tree) != set(parts):
+        names = sorted(set(tree) ^ set(parts), key=str) if isinstance(tree, Mapping) else [where or "all"]
+        raise CheckpointError(f"{path} is damaged: {where}{names[0]} is missing or unknown in what it says")
+    result = {}
+    for name, check in parts.items():
+        try:
+            result[name] = check(tree[name])
+        except (ValueError, TypeError, OverflowError):
+            text = repr(tree[name])[:60]
+            raise CheckpointError(f"{path} is damaged: it says {where}{name} is {text}") from None
+    return result
+
+
+def _of(kind: type) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError
+        return value
+
+    return check
+
+
+def _texts(value: Any) -> list[str]:
+    return [_of(str)(text) for text in _of(list)(value)]
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    return None if value is None else tuple(_texts(value))
+
+
+def _colours(value: Any) -> tuple[tuple[int, ...], ...] | None:
+    if value is None:
+        return None
+    colours = tuple(tuple(_of(int)(part) for part in _of(list)(colour)) for colour in _of(list)(value))
+    if any(len(colour) != 3 or min(colour) < 0 or max(colour) > 255 for colour in colours):
+        raise ValueError
+    return colours
+
+
+def _numbers(lowest: float) -> Callable[[Any], tuple[float, ...]]:
+    def check(value: Any) -> tuple[float, ...]:
+        numbers = tuple(float(_of((int, float))(number)) for number in _of(list)(value))  # type: ignore[arg-type]
+        if len(numbers) != 3 or not all(math.isfinite(number) and number > lowest for number in numbers):
+            raise ValueError
+        return numbers
+
+    return check
+
+
+_PARTS: dict[str, Callable[[Any], Any]] = {
+    "version": _of(str),
+    "model": _of(dict),
+    "classes": _names,
+    "colours": _colours,
+    "mean": _numbers(-math.inf),
+    "std": _numbers(0),
+    "origin": _of(dict),
+    "training": _of(dict),
+}
+_ORIGIN: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("source", "arch", "learned_net", "normalisation"), _of(str)),
+    "has_head": _of(bool),
+    "assumed": _texts,
+    "back": _of(dict),
+}

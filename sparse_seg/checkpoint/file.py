@@ -1,0 +1,171 @@
+"""The file: safetensors whose metadata hold one JSON text; earlier forms are read, too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sparse_seg.checkpoint import earlier
+from sparse_seg.checkpoint.content import Checkpoint, parse
+from sparse_seg.checkpoint.digest import digest_of
+from sparse_seg.checkpoint.pickled import ZIP, first_line, load_pickled
+from sparse_seg.errors import CheckpointError
+from sparse_seg.files import atomic_write
+
+FORMAT, FORMAT_VERSION = "sparse_seg.checkpoint", 2
+KEY = "sparse_seg"  # of the JSON text among the metadata
+SUFFIX = ".safetensors"
+MOST_HEADER = 10**8  # bytes, by the format
+
+
+def save(checkpoint: Checkpoint) -> None:
+    """Write a checkpoint to its `path`. Raises OSError where the folder cannot be written."""
+    weights = {name: _plain(tensor) for name, tensor in checkpoint.weights.items()}
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION} | checkpoint.description()
+    content["weights"] = digest_of(weights)
+    content["digest"] = digest_of(content)
+    atomic_write(checkpoint.path, safetensors.torch.save(weights, {KEY: json.dumps(content)}))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """With memory of its own, which the safetensors library insists on."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read a checkpoint of ours onto the CPU, whatever version of the package wrote it.
+
+    Nothing that the file holds is run, and its digest or checksums are verified. `best.pt` stands for
+    `best.safetensors` where only that is there, and the other way round.
+
+    Raises:
+        CheckpointError: missing, damaged or foreign file.
+    """
+    path = find(path)
+    if not is_safetensors(path):
+        return earlier.from_training(load_pt(path), path)
+    weights, metadata = read_safetensors(path)
+    if KEY not in metadata:
+        if metadata.get("format") == earlier.CONVERTED:
+            return earlier.from_conversion(metadata, weights, path)
+        raise _foreign(path)
+    try:
+        content = json.loads(metadata[KEY])
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: what it says of itself cannot be read")
+    return _verified(content, weights, path)
+
+
+def _verified(content: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Checkpoint:
+    version = content.pop("format_version", None)
+    if content.pop("format", None) == FORMAT and isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(f"{path} is of a later sparse_seg (format {version}); update the package")
+    digest = content.pop("digest", None)
+    signed = {"format": FORMAT, "format_version": FORMAT_VERSION} | content
+    if digest_of(signed) != digest or content.pop("weights", None) != digest_of(weights):
+        raise CheckpointError(f"{path} is damaged: its digest is wrong; copy it again")
+    return parse(content, weights, path, digest_of(weights))
+
+
+def load_pt(path: str | Path) -> dict[str, Any]:
+    """The content of a `.pt` file of our training; its digest, if it has one, is verified.
+
+    Raises:
+        CheckpointError: missing, damaged or foreign file.
+    """
+    path = find(path)
+    content = load_pickled(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise _foreign(path)
+    digest = content.pop("digest", None)
+    try:
+        whole = digest is None or digest_of(content) == digest
+    except (RecursionError, RuntimeError, TypeError):  # nested without end, or tensors of other devices
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path} is damaged: its digest is wrong; copy it again")
+    return content
+
+
+def find(path: str | Path) -> Path:
+    """The file itself, or where there is none the one of the other suffix, `.pt` or `.safetensors`.
+
+    Raises:
+        CheckpointError: there is none, or a folder, or one that may not be read.
+    """
+    path = Path(path)
+    other = path.with_suffix({SUFFIX: ".pt", ".pt": SUFFIX}.get(path.suffix, path.suffix))
+    found = path if path.exists() or not other.is_file() else other
+    if found.is_dir():
+        raise CheckpointError(f"{path} is a folder; name the checkpoint in it, such as {path / 'best.pt'}")
+    if not found.exists():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    if not found.is_file():
+        raise CheckpointError(f"{path} is no regular file")
+    try:
+        found.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(f"{path} may not be read ({error.strerror}); check its permissions") from None
+    return found
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is safetensors, by its first bytes: a header's length, then the header's JSON."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < MOST_HEADER
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a file looks like a checkpoint of any kind, by its first bytes."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start == ZIP or start.startswith(b"\x80") or is_safetensors(path)
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether a file was written by this package, by its content; False for a damaged one, too."""
+    path = Path(path)
+    if is_safetensors(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError, ValueError):
+            return False
+        return KEY in metadata or metadata.get("format") == earlier.CONVERTED
+    try:
+        content = load_pickled(path)
+    except CheckpointError:
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Tensors and metadata of any safetensors file.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({first_line(error)})") from None
+
+
+def _foreign(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} was not written by sparse_seg; convert it first: sparse-seg convert {path} DST.safetensors"
+    )

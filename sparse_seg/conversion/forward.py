@@ -1,0 +1,291 @@
+"""Dense checkpoint to selective network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from sparse_seg.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, Origin, save
+from sparse_seg.config import ModelConfig
+from sparse_seg.conversion import cad, mmseg, smp, timm, torchvision, vainf
+from sparse_seg.conversion.mapping import (
+    Entry,
+    Expected,
+    Mapped,
+    expected_tensors,
+    map_tensors,
+    resolve_config,
+    to_ours,
+)
+from sparse_seg.conversion.naming import Named, find_network
+from sparse_seg.conversion.plan import Options, Plan, Tensors
+from sparse_seg.conversion.reading import SourceFile, StateDict, read_source
+from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
+
+# in the order in which `auto` tries them: a file goes to the first that knows its names
+SOURCES: dict[str, ModuleType] = {
+    "mmseg": mmseg,
+    "smp": smp,
+    "cad": cad,
+    "vainf": vainf,
+    "timm": timm,
+    "torchvision": torchvision,
+}
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass
+class Conversion:
+    """A dense network and how it becomes ours; nothing is written yet.
+
+    Args:
+        source: name in `SOURCES`.
+        file: what was read.
+        named: the tensors of the network, and notes of what was stripped and left out.
+        plan: what the source tells about it.
+        config: model settings with all values.
+        mean, std: of the input, RGB in 0..1, and how they are known.
+        mapped, expected: which tensor is which.
+    """
+
+    source: str
+    file: SourceFile
+    named: Named
+    plan: Plan
+    config: ModelConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    normalisation: str
+    mapped: Mapped
+    expected: dict[str, Expected]
+
+    def network(self) -> dict[str, Tensor]:
+        """The network's tensors, by our names and in our layout."""
+        return self.mapped.fresh | {entry.ours: self._tensor(entry) for entry in self.mapped.network}
+
+    def _tensor(self, entry: Entry) -> Tensor:
+        tensor, target = self.named.tensors[entry.theirs], self.expected.get(entry.ours)
+        return tensor if target is None else to_ours(tensor, target, entry)
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, where the file or the source tells as many as there are."""
+        names = self.plan.classes or self.file.classes
+        return list(names) if names is not None and len(names) == self.config.num_classes else None
+
+    def write(self, path: str | Path) -> None:
+        """Write the checkpoint, with what the network does not need as the source has it.
+
+        Raises OSError where the folder cannot be written.
+        """
+        aside = [entry for part in self.mapped.aside.values() for entry in part]
+        order = {theirs: place for place, theirs in enumerate(self.named.tensors)}
+        entries = sorted([*self.mapped.network, *aside], key=lambda entry: order[entry.theirs])
+        classes = self.classes
+        colours = self.file.colours if classes == self.file.classes else None
+        origin = Origin(
+            self.source,
+            self.plan.arch,
+            self.plan.has_head,
+            self.plan.learned_net,
+            self.normalisation,
+            self.plan.assumed,
+            {"entries": entries, "aliases": self.mapped.aliases},
+        )
+        save(
+            Checkpoint(
+                Path(path),
+                self.network() | {entry.ours: self._tensor(entry) for entry in aside},
+                self.config,
+                None if classes is None else tuple(classes),
+                None if colours is None else tuple((red, green, blue) for red, green, blue in colours),
+                self.mean,
+                self.std,
+                origin,
+            )
+        )
+
+
+def convert(
+    path: str | Path,
+    source: str = "auto",
+    arch: str | None = None,
+    num_classes: int | None = None,
+    output_stride: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    allow_missing: Sequence[str] = (),
+    trust: bool = False,
+    prefix: str | None = None,
+    drop: Sequence[str] = (),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Conversion:
+    """Read a dense checkpoint and find each of its tensors a place.
+
+    Where a file holds several state dicts, the preferred one that gives a complete network is taken.
+
+    Args:
+        path: `.pth`, `.pt`, `.ckpt` or `.safetensors`.
+        source: name in `SOURCES`, or `auto`: by the names of the tensors.
+        arch, num_classes: what the file must hold, as `deeplabv3_resnet50` and 19; None takes what it does.
+        output_stride: that the network was trained at, where its tensors cannot tell.
+        overrides: model settings in place of those found, for what tensors cannot tell, such as `bn_eps`.
+        allow_missing: `("head",)` converts a backbone that has none.
+        trust: see `read_source`.
+        prefix, drop: see `find_network`.
+        mean, std: of the network's input, RGB in units of 0..1; None takes those in the file, else the
+            source's convention.
+
+    Raises:
+        CheckpointError: the file cannot be read, is of no known source, or a tensor of it has no place, is
+            missing, or has another shape. One line that names the file.
+        ConfigError: overrides that are impossible.
+    """
+    file = read_source(path, trust)
+    wanted = _Wanted(source, arch, num_classes, output_stride, overrides or {}, "head" in allow_missing)
+    scaling = (mean, std) if mean is not None and std is not None else None
+    failed: list[tuple[StateDict, SparseSegError]] = []
+    for candidate in _with_buffers(file.candidates):
+        try:
+            named = find_network(candidate.tensors, _is_known, prefix, drop)
+            conversion = _convert(file, named, wanted, scaling)
+        except (CheckpointError, ConfigError) as error:
+            failed.append((candidate, error))
+            continue
+        conversion.named.notes[:0] = _notes(file, candidate, failed)
+        return conversion
+    _, fault = max(failed, key=lambda pair: len(pair[0].tensors))
+    raise type(fault)(f"{path}: {fault}") from None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the caller of `convert` asks for."""
+
+    source: str
+    arch: str | None
+    num_classes: int | None
+    output_stride: int | None
+    overrides: Mapping[str, Any]
+    headless: bool
+
+
+def _convert(
+    file: SourceFile, named: Named, wanted: _Wanted, scaling: tuple[Sequence[float], Sequence[float]] | None
+) -> Conversion:
+    tensors = named.tensors
+    name = find_source(tensors) if wanted.source == "auto" else _asked_source(tensors, wanted.source)
+    plan: Plan = SOURCES[name].plan(tensors, Options(wanted.output_stride))
+    _check_expected(plan, wanted.arch, wanted.num_classes)
+    _check_file_name(file.path.name, plan, wanted.output_stride)
+    if named.outside and not plan.has_head:
+        raise _unknown([*named.outside, *tensors])
+    if not plan.has_head and not wanted.headless:
+        raise CheckpointError(
+            f"it is the classifier {plan.arch} and has no segmentation head; to convert its backbone "
+            "alone add --allow-missing head"
+        )
+    config = resolve_config(plan, wanted.overrides)
+    expected = expected_tensors(config, plan.has_head)
+    mapped = map_tensors(tensors, plan, expected)
+    if named.outside:
+        more = f" (and {len(named.outside) - 1} more)" if len(named.outside) > 1 else ""
+        raise CheckpointError(
+            f"{named.outside[0]}{more} has no place in it; leave it out with --drop "
+            f"{named.outside[0].partition('.')[0]}"
+        )
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    normalisation = f"ImageNet's, the convention of {name}"
+    if scaling is not None:
+        mean, std, normalisation = tuple(scaling[0]), tuple(scaling[1]), "as told"
+    elif named.mean is not None and named.std is not None:
+        mean, std, normalisation = named.mean, named.std, "from the file"
+    return Conversion(name, file, named, plan, config, mean, std, normalisation, mapped, expected)
+
+
+def _with_buffers(candidates: Sequence[StateDict]) -> list[StateDict]:
+    """Averaged parameters without buffers take those of another state dict in the file."""
+    result = []
+    for candidate in candidates:
+        own = candidate.tensors
+        donors = [other for other in candidates if own.keys() < other.tensors.keys()]
+        missing = [(donor, donor.tensors.keys() - own.keys()) for donor in donors]
+        donor = next((d for d, names in missing if all(name.endswith(BUFFERS) for name in names)), None)
+        if donor is not None:
+            way = f"{candidate.way}, with the buffers of {donor.way}"
+            candidate = StateDict(way, donor.tensors | own, candidate.others)
+        result.append(candidate)
+    return result
+
+
+def _notes(
+    file: SourceFile, taken: StateDict, failed: Sequence[tuple[StateDict, SparseSegError]]
+) -> list[str]:
+    notes = [f"unwrapped from {taken.way}"] if taken.way else []
+    notes += [f"passed over {candidate.way or 'the rest'}: {error}" for candidate, error in failed]
+    notes += [f"passed over {key}: it holds no tensors by name" for key in file.nameless]
+    if taken.others:
+        notes.append(f"left out, as no tensors: {', '.join(taken.others[:5])}")
+    return notes
+
+
+def _is_known(tensors: Tensors) -> bool:
+    return any(module.detect(tensors) for module in SOURCES.values())
+
+
+def find_source(tensors: Tensors) -> str:
+    """The source whose names these are.
+
+    Raises:
+        CheckpointError: none that is known.
+    """
+    for name, module in SOURCES.items():
+        if module.detect(tensors):
+            return name
+    raise _unknown(list(tensors))
+
+
+def _unknown(names: Sequence[str]) -> CheckpointError:
+    first = ", ".join(names[:3])
+    return CheckpointError(
+        f"its names ({first}, ...) are of no network that can be converted; known are ResNets of {_listed()}"
+    )
+
+
+def _asked_source(tensors: Tensors, source: str) -> str:
+    if source not in SOURCES:
+        raise CheckpointError(f"unknown source {source!r}; choose auto or one of {_listed()}")
+    # names do not tell CAD's dense networks from VainF's, nor timm's plain ResNets from torchvision's
+    twins = {"cad": vainf, "timm": torchvision}
+    if SOURCES[source].detect(tensors) or (source in twins and twins[source].detect(tensors)):
+        return source
+    raise CheckpointError(f"its names are not those of {source}; they are those of {find_source(tensors)}")
+
+
+def _listed() -> str:
+    return ", ".join(sorted(SOURCES))
+
+
+def _check_expected(plan: Plan, arch: str | None, num_classes: int | None) -> None:
+    if arch is not None and arch != plan.arch:
+        raise CheckpointError(f"it holds a {plan.arch}, not a {arch}")
+    found = plan.config.get("num_classes")
+    if num_classes is not None and found != num_classes:
+        raise CheckpointError(f"it has {found or 'no'} classes, not {num_classes}")
+
+
+def _check_file_name(name: str, plan: Plan, output_stride: int | None) -> None:
+    """A stride is assumed only where the file's name does not say another, as CAD's `..._os16_...` does."""
+    said = re.search(r"(?<![a-z])os(8|16)(?!\d)", name.lower())
+    if output_stride is None and plan.assumed and said and int(said[1]) != plan.config["trained_stride"]:
+        raise CheckpointError(
+            f"its tensors cannot tell the output stride, and its name says {said[1]}: add --output-stride "
+            "8 or 16"
+        )

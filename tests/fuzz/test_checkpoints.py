@@ -1,0 +1,348 @@
+"""Damaged and hostile checkpoints: right weights or one line, never a traceback, never other weights.
+
+`python -m tests.fuzz.test_checkpoints` prints the table of docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import io
+import json
+import pickle
+import random
+import signal
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sparse_seg.checkpoint import digest_of, load_model
+from sparse_seg.config import Config, config_from_dict
+from sparse_seg.conversion import convert, to_dense
+from sparse_seg.errors import SparseSegError
+from sparse_seg.models.build import build_model
+from sparse_seg.training.checkpoint import load_state, save_checkpoint, save_state
+from sparse_seg.training.schedule import build_optimizer
+from sparse_seg.training.trainer import Trainer
+from tests.checkpoint.earlier import write_converted, write_training
+from tests.conversion.cases import randomise
+from tests.conversion.networks import ResNet, Torchvision
+from tests.fuzz.damage import ANY, ZIP, change_tree
+
+OUTCOMES = ("right", "refused", "traceback", "wrong")
+SECONDS = 20  # more for one file counts as a traceback: nobody waits for a hostile file
+NETWORK = {"width": 0.0625, "depths": [1, 1, 1, 1], "head_channels": 4, "num_classes": 19}
+
+
+@functools.cache
+def folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="fuzz"))
+
+
+@functools.cache
+def config() -> Config:
+    return config_from_dict({"model": dict(NETWORK), "train": {"ema_decay": 0.9}}, "test")
+
+
+@functools.cache
+def trained() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return build_model(config()).eval().state_dict()
+
+
+@functools.cache
+def source() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    network = Torchvision("fcn", ResNet(18, 8, width=4, depths=(1, 1, 1, 1)), 8, classes=3)
+    return randomise(network).state_dict()
+
+
+@functools.cache
+def state() -> dict[str, Any]:
+    """What training saves after two steps."""
+    trainer = bare_trainer()
+    for _ in range(2):
+        trainer.optimizer.zero_grad()
+        loss = trainer.model.dense(torch.randn(2, 3, 32, 32)).square().mean()
+        loss.backward()
+        trainer.optimizer.step()
+    return {
+        "ema": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": {},
+        "progress": {"iteration": 2, "best": 0.25, "loss_sum": 1.5, "loss_count": 2},
+        "random": torch.get_rng_state(),
+    }
+
+
+def bare_trainer() -> Trainer:
+    """A trainer with what resuming needs, and no data."""
+    trainer = Trainer.__new__(Trainer)
+    torch.manual_seed(1)
+    trainer.config, trainer.work_dir = config(), folder()
+    trainer.model = build_model(config())
+    trainer.ema = copy.deepcopy(trainer.model)
+    trainer.optimizer = build_optimizer(trainer.model, config().train)
+    trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return trainer
+
+
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        for name, tensor in expected.items()
+    )
+
+
+# -- what is tried with a file; each returns whether all that was read is right
+
+
+def use_trained(path: Path) -> bool:
+    return same(load_model(path).state_dict(), trained())
+
+
+def use_converted(path: Path) -> bool:
+    back = same(to_dense(path), source())
+    return back and same(load_model(path).state_dict(), converted_weights())
+
+
+@functools.cache
+def converted_weights() -> dict[str, Tensor]:
+    return load_model(write("new .safetensors, converted")).state_dict()
+
+
+def use_source(path: Path) -> bool:
+    conversion = convert(path)
+    conversion.write(folder() / "converted.safetensors")
+    return same(to_dense(folder() / "converted.safetensors"), source())
+
+
+def use_state(path: Path) -> bool:
+    found, expected = load_state(path), state()
+    trainer = bare_trainer()
+    trainer._restore(found, path)
+    momenta = trainer.optimizer.state_dict()["state"]
+    wanted = expected["optimizer"]["state"]
+    return (
+        same(trainer.model.state_dict(), trained())
+        and trainer.ema is not None
+        and same(trainer.ema.state_dict(), expected["ema"])
+        and momenta.keys() == wanted.keys()
+        and all(same(momenta[index], wanted[index]) for index in wanted)
+        and torch.equal(torch.get_rng_state(), expected["random"])
+        and [trainer.iteration, trainer.loss_sum, trainer.loss_count] == [2, 1.5, 2]
+    )
+
+
+def use_hostile(path: Path) -> bool:
+    """Weights must be those in the file, whatever the rest of it says; the way back must not fall over."""
+    with safe_open(path, framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with contextlib.suppress(SparseSegError):
+        to_dense(path)
+    found = load_model(path).state_dict()
+    return all(torch.equal(tensor, stored[name]) for name, tensor in found.items() if name in stored)
+
+
+def use_any_state(path: Path) -> bool:
+    """Without a digest a state is what it says: it is resumed as such, or refused."""
+    content = torch.load(path, weights_only=True)
+    found = load_state(path)
+    trainer = bare_trainer()
+    trainer._restore(found, path)
+    return (
+        same(trainer.model.state_dict(), content["model"])
+        and trainer.iteration == content["progress"]["iteration"]
+        and torch.equal(torch.get_rng_state(), content["random"])
+    )
+
+
+# -- whole files, and how they are spoilt
+
+
+def write(kind: str) -> Path:
+    """A whole file of a kind."""
+    path = folder() / f"{kind.replace(' ', '_').replace(',', '')}.file"
+    if path.exists():
+        return path
+    if kind == "old .pt":
+        write_training(path, config(), trained())
+    elif kind == "last.pt":
+        save_state(path, config(), trained(), **state())
+    elif kind == "new .safetensors, trained":
+        save_checkpoint(path, config(), trained())
+    else:
+        torch.save(source(), folder() / "source.pth")
+        conversion = convert(folder() / "source.pth")
+        if kind == "old .safetensors, converted":
+            write_converted(path, conversion)
+        else:
+            conversion.write(path)
+    return path
+
+
+def source_file(_: str) -> Path:
+    path = folder() / "source.pth"
+    torch.save({"model_state": source()}, path)
+    return path
+
+
+def damaged(kind: str, damages: tuple[Callable[[bytes, random.Random], bytes], ...]) -> Callable[..., bytes]:
+    def spoil(rng: random.Random) -> bytes:
+        path = source_file(kind) if kind == "foreign .pth" else write(kind)
+        return rng.choice(damages)(path.read_bytes(), rng)
+
+    return spoil
+
+
+def hostile(kind: str) -> Callable[[random.Random], bytes]:
+    """A file whose metadata say something else, with a right digest."""
+
+    def spoil(rng: random.Random) -> bytes:
+        with safe_open(write(kind), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        key = rng.choice(list(metadata))
+        try:
+            tree = json.loads(metadata[key])
+        except ValueError:
+            tree = metadata[key]
+        changed = change_tree(tree, rng)
+        if isinstance(changed, dict) and "digest" in changed:
+            signed = {name: value for name, value in changed.items() if name != "digest"}
+            changed["digest"] = digest_of(signed)
+        text = json.dumps(changed) if not isinstance(changed, str) else changed
+        text = text.encode("utf-8", "replace").decode()
+        return safetensors.torch.save(tensors, metadata | {key: text})
+
+    return spoil
+
+
+def spoilt_state(rng: random.Random) -> bytes:
+    """A state whose content is another, without a digest."""
+    content = torch.load(write("last.pt"), weights_only=True)
+    del content["digest"]
+    part = rng.choice([*content, "optimizer", "progress", "random"])
+    if rng.random() < 0.15:
+        del content[part]
+    else:
+        content[part] = _changed_state(content[part], rng)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _changed_state(value: Any, rng: random.Random) -> Any:
+    if isinstance(value, Tensor):
+        others = [
+            lambda: value.flatten()[:1],
+            lambda: value.to(torch.complex64),
+            lambda: value.to(torch.int8),
+            lambda: torch.full(value.shape, float("nan")),
+            lambda: value[None],
+            lambda: torch.zeros_like(value),
+            lambda: rng.choice([None, 1, "x", [1.0]]),
+        ]
+        return rng.choice(others)()
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        rest = {name: item for name, item in value.items() if name != key}
+        return rest if rng.random() < 0.2 else rest | {key: _changed_state(value[key], rng)}
+    return change_tree(value, rng)
+
+
+KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path], bool], int]] = {
+    "damaged `best.pt` of version 0.1": (damaged("old .pt", ZIP), use_trained, 500),
+    "damaged `last.pt`": (damaged("last.pt", ZIP), use_state, 500),
+    "damaged `best.safetensors`": (damaged("new .safetensors, trained", ANY), use_trained, 500),
+    "damaged converted file": (damaged("new .safetensors, converted", ANY), use_converted, 500),
+    "damaged `.pth` of another package": (damaged("foreign .pth", ZIP), use_source, 500),
+    "hostile metadata, converted": (hostile("new .safetensors, converted"), use_hostile, 200),
+    "hostile metadata, trained": (hostile("new .safetensors, trained"), use_hostile, 100),
+    "hostile metadata, version 0.1": (hostile("old .safetensors, converted"), use_hostile, 200),
+    "state with other content": (spoilt_state, use_any_state, 300),
+}
+
+
+def run(kind: str, seed: int, count: int) -> dict[str, int]:
+    """Try `count` spoilt files; how many came out how. Failures are printed with their number."""
+    spoil, use, _ = KINDS[kind]
+    result = dict.fromkeys(("tried", *OUTCOMES), 0)
+    path = folder() / ("last.pt" if "last" in kind or "state" in kind else "spoilt.safetensors")
+    for number in range(count):
+        path.write_bytes(spoil(random.Random(f"{kind} {seed} {number}")))
+        outcome = _outcome(use, path, f"{kind}, seed {seed}, number {number}")
+        result["tried"] += 1
+        result[outcome] += 1
+    return result
+
+
+def _outcome(use: Callable[[Path], bool], path: Path, name: str) -> str:
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(SECONDS)
+    try:
+        if use(path):
+            return "right"
+        print(f"{name}: wrong")
+        return "wrong"
+    except SparseSegError as error:
+        text = str(error)
+        if text and text.isprintable():
+            return "refused"
+        print(f"{name}: not one line: {text!r}")
+    except (Exception, pickle.PickleError) as error:
+        print(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+    finally:
+        signal.alarm(0)
+    return "traceback"
+
+
+def _too_long(number: int, frame: object) -> None:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_right_or_refused(kind: str) -> None:
+    result = run(kind, 0, KINDS[kind][2])
+    assert result["traceback"] == result["wrong"] == 0
+    assert result["refused"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_files_are_right(kind: str, tmp_path: Path) -> None:
+    """What is damaged above is right before."""
+    names = {
+        "damaged `best.pt` of version 0.1": "old .pt",
+        "damaged `last.pt`": "last.pt",
+        "damaged `best.safetensors`": "new .safetensors, trained",
+        "hostile metadata, trained": "new .safetensors, trained",
+        "hostile metadata, version 0.1": "old .safetensors, converted",
+        "state with other content": "last.pt",
+    }
+    whole = source_file("") if ".pth" in kind else write(names.get(kind, "new .safetensors, converted"))
+    assert KINDS[kind][1](whole)
+
+
+def table(seed: int = 0) -> str:
+    """A line per kind, in Markdown."""
+    lines = [
+        "| what | tried | right | refused in one line | traceback | wrong |",
+        "|---|" + "---:|" * 5,
+    ]
+    for kind, (_, _, count) in KINDS.items():
+        lines.append(f"| {kind} | " + " | ".join(map(str, run(kind, seed, count).values())) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(table())
