@@ -122,5 +122,8 @@ DATASETS = Registry(
         "cityscapes": "sparse_seg.data.cityscapes:Cityscapes",
         "camvid": "sparse_seg.data.camvid:CamVid",
         "scenes": "sparse_seg.data.scenes:ScenesDataset",
+        "voc": "sparse_seg.data.voc:VOC",
+        "ade20k": "sparse_seg.data.ade20k:ADE20K",
+        "folder": "sparse_seg.data.folder:FolderDataset",
     },
 )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from sparse_seg.checkpoint import load_model
 from sparse_seg.cli.options import add_config, add_device, add_network, fraction, overrides
 from sparse_seg.config import check_classes, load_config
-from sparse_seg.data import DATASETS
+from sparse_seg.data import dataset_classes
 from sparse_seg.reporting.pictures import find_images, write_pictures
 
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if any(Path(path).resolve() == Path(args.out).resolve() for path in args.inputs):
         args.usage_error(f"argument --out: {args.out} holds the images; name another folder")
     model = load_model(args.checkpoint, config).to(args.device)
-    palette = DATASETS[config.data.dataset].classes.palette
+    palette = dataset_classes(config.data.dataset, config.data.root).palette
     for path in tqdm(images, desc="predict", leave=False):
         write_pictures(model, path, args.out, palette, config.data, args.dense, args.show_levels, args.steps)
     print(f"{len(images)} images segmented; pictures in {args.out}")

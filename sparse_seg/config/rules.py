@@ -16,7 +16,11 @@ def num_classes(config: Config) -> int:
     """The model's class count: its own if set, else the dataset's."""
     if config.model.num_classes is not None:
         return config.model.num_classes
-    return len(DATASETS[config.data.dataset].classes)
+    return _dataset_count(config)
+
+
+def _dataset_count(config: Config) -> int:
+    return len(DATASETS[config.data.dataset].classes_in(config.data.root))
 
 
 def check_classes(config: Config) -> None:
@@ -25,7 +29,7 @@ def check_classes(config: Config) -> None:
     Raises:
         ConfigError: their counts differ.
     """
-    count, own = len(DATASETS[config.data.dataset].classes), num_classes(config)
+    count, own = _dataset_count(config), num_classes(config)
     _require(
         own == count,
         f"model.num_classes is {own} but {config.data.dataset} has {count} classes; choose the data.dataset "

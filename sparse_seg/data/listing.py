@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from sparse_seg.errors import DataError
@@ -31,6 +31,36 @@ def list_files(folder: Path, wanted: Callable[[Path], bool], rule: str) -> list[
             *(folder, len(left_out), len(files), left_out[0].relative_to(folder), rule),
         )
     return [file for file in files if wanted(file)]
+
+
+def pair_files(
+    images: Path, labels: Path, suffixes: Collection[str], needs_labels: bool = True
+) -> tuple[list[tuple[Path, Path]], list[Path]]:
+    """Images and PNG labels at the same place below two folders, apart from suffixes: pairs, and all labels.
+
+    Raises:
+        DataError: a folder is missing or may not be read, there is no image, or two images or labels differ
+            in suffix only.
+    """
+    rule = f"names end in {', '.join(sorted(suffixes))}"
+    image_files = _by_stem(images, list_files(images, lambda file: file.suffix.lower() in suffixes, rule))
+    if not image_files:
+        raise DataError(f"{images}: no {' or '.join(sorted(suffixes))} image in it; put the split's there")
+    found: list[Path] = []
+    if needs_labels or labels.exists():
+        found = list_files(labels, lambda file: file.suffix.lower() == ".png", "labels are .png")
+    label_files = _by_stem(labels, found)
+    samples = [(file, label_files.get(stem, labels / f"{stem}.png")) for stem, file in image_files.items()]
+    return samples, found
+
+
+def _by_stem(folder: Path, files: list[Path]) -> dict[Path, Path]:
+    stems: dict[Path, Path] = {}
+    for file in files:
+        other = stems.setdefault(file.relative_to(folder).with_suffix(""), file)
+        if other is not file:
+            raise DataError(f"{file}: {other.name} has the same stem; keep one of the two")
+    return stems
 
 
 def _walk(folder: Path) -> list[Path]:

@@ -167,4 +167,4 @@ def test_what_a_listing_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         assert len(build_dataset("camvid", root, "train")) == 1
     (message,) = caplog.messages
-    assert f"{root / 'train'}: 1 of 2 files are left out, such as 2.bmp; images are .jpg or .png" in message
+    assert f"{root / 'train'}: 1 of 2 files are left out, such as 2.bmp; names end in .jpg, .png" in message

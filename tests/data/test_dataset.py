@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from sparse_seg.data import DATASETS, ClassList, build_dataset
+from sparse_seg.data import DATASETS, ClassList, build_dataset, dataset_classes
 from sparse_seg.errors import ConfigError, DataError
 
 
@@ -138,7 +138,8 @@ def test_missing_split(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("camvids", "did you mean 'camvid'"), ("ade20k", "cityscapes, camvid, scenes")]
+    ("name", "hint"),
+    [("camvids", "did you mean 'camvid'"), ("kitti", "cityscapes, camvid, scenes, voc, ade20k, folder")],
 )
 def test_unknown_dataset(root: Path, name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=hint):
@@ -146,11 +147,9 @@ def test_unknown_dataset(root: Path, name: str, hint: str) -> None:
 
 
 def test_classes_are_known_without_files() -> None:
-    assert {name: len(dataset.classes) for name, dataset in DATASETS.items()} == {
-        "cityscapes": 19,
-        "camvid": 11,
-        "scenes": 19,
-    }
+    counts = {"cityscapes": 19, "camvid": 11, "scenes": 19, "voc": 21, "ade20k": 150}
+    assert {name: len(dataset_classes(name, "nowhere")) for name in counts} == counts
+    assert {*counts, "folder"} == set(DATASETS)
 
 
 def test_class_list_needs_a_colour_for_each_name() -> None:

@@ -1,6 +1,9 @@
 """Samples depend on the seed and the position alone."""
 
 import itertools
+import signal
+from collections.abc import Iterable
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from sparse_seg.data import SegmentationDataset, build_dataset
 from sparse_seg.data.loader import ResumableSampler, TrainingView, evaluation_loader, training_loader
 from sparse_seg.data.transforms import IMAGENET_MEAN, IMAGENET_STD, TrainTransform, normalise
+from sparse_seg.errors import DataError
 
 _TRANSFORM = TrainTransform((16, 24))
 
@@ -110,3 +114,25 @@ def test_evaluation_gives_whole_frames_in_order(dataset: SegmentationDataset, wo
         assert torch.equal(image, normalise(frame)[None])
         assert label.dtype == torch.int64
         assert torch.equal(label, torch.from_numpy(truth.astype(np.int64))[None])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_a_damaged_file_is_one_line_with_workers_and_without(tmp_path: Path, kind: str, workers: int) -> None:
+    for folder in ("train", "trainannot"):
+        (tmp_path / folder).mkdir()
+        for index in range(3):
+            assert cv2.imwrite(str(tmp_path / folder / f"{index}.png"), np.zeros((40, 40), np.uint8))
+    damaged = tmp_path / "trainannot" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    own = build_dataset("camvid", tmp_path, "train")
+    if kind == "training":
+        loader: Iterable = training_loader(own, _TRANSFORM, 3, 7, 0, 6, workers)
+    else:
+        loader = evaluation_loader(own, IMAGENET_MEAN, IMAGENET_STD, workers)
+    handler = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert str(caught.value).startswith(f"{damaged}: truncated, corrupt")
+    assert "\n" not in str(caught.value)
+    assert signal.getsignal(signal.SIGCHLD) == handler, "torch's raises in the middle of whatever runs"

@@ -161,3 +161,12 @@ def test_normalise_formula_and_inverse() -> None:
 def test_impossible_settings(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainTransform(**changes)
+
+
+def test_images_of_floats_are_refused() -> None:
+    """In 0..1 they would all become nearly black."""
+    image = np.full((8, 8, 3), 0.5, np.float32)
+    with pytest.raises(ValueError, match="an image of float32: expected uint8"):
+        normalise(image)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="an image of float32: expected uint8"):
+        TrainTransform((4, 4))(image, np.zeros((8, 8), np.uint8), np.random.default_rng(0))  # type: ignore[arg-type]

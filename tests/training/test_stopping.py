@@ -157,7 +157,7 @@ def test_a_log_on_a_full_disk_costs_no_step(tiny, tmp_path, monkeypatch):
 def test_a_full_disk_keeps_what_was_saved(tiny, tmp_path, monkeypatch):
     config = load_config(tiny, [*RARELY, "train.save_every=3"])
     trainer = Trainer(config, tmp_path / "run")
-    at_iteration(trainer, 4, lambda: monkeypatch.setattr(trainer_module, "save_checkpoint", full_disk))
+    at_iteration(trainer, 4, lambda: monkeypatch.setattr(trainer_module, "save_state", full_disk))
     message = stopped(trainer, TrainingError)
     assert message.count("No space left") == 1
     assert "of iteration 3; make room on the disk, then go on with" in message
@@ -167,7 +167,7 @@ def test_a_full_disk_keeps_what_was_saved(tiny, tmp_path, monkeypatch):
 
 def test_a_full_disk_before_the_first_save_says_to_start_again(tiny, tmp_path, monkeypatch):
     trainer = Trainer(load_config(tiny, ["train.save_every=1"]), tmp_path / "run")
-    monkeypatch.setattr(trainer_module, "save_checkpoint", full_disk)
+    monkeypatch.setattr(trainer_module, "save_state", full_disk)
     message = stopped(trainer, TrainingError)
     assert message.endswith("no checkpoint was written yet; make room on the disk, then start again")
     monkeypatch.undo()

@@ -1,0 +1,125 @@
+"""Own data: `{split}/images/**`, `{split}/labels/**` with the same names, and `classes.yaml`."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparse_seg.data.class_file import ClassFile, read_class_file
+from sparse_seg.data.dataset import ClassList, SegmentationDataset, some
+from sparse_seg.data.listing import pair_files
+from sparse_seg.data.palette import Colour
+from sparse_seg.data.reading import IMAGE_SUFFIXES, Image, read_label_palette
+from sparse_seg.errors import ConfigError, DataError
+
+CLASS_FILE = "classes.yaml"
+
+
+class FolderDataset(SegmentationDataset):
+    """Images and PNG labels in any sub-folders; see `read_class_file` for what the labels may hold.
+
+    Grey labels hold ids, and so do the indices of palette labels; RGB labels hold the classes' colours. A
+    split without `labels` can be predicted, but not trained or evaluated on.
+
+    Args:
+        root: the folder that holds the splits and `classes.yaml`.
+        split: a folder in it.
+
+    Raises:
+        ConfigError: `classes.yaml` is missing or says what cannot be.
+        DataError: a folder is missing or holds no image, or two images share a name.
+    """
+
+    classes = ClassList((), ())  # in `classes.yaml`
+    hint = f"add them to ids or ignore in {CLASS_FILE}"
+
+    @classmethod
+    def classes_in(cls, root: str | Path) -> ClassList:
+        return _known(root).classes
+
+    def __init__(self, root: str | Path, split: str) -> None:
+        self.class_file = Path(root, CLASS_FILE)
+        if not self.class_file.exists():
+            raise ConfigError(
+                f"{self.class_file} does not exist; write it, with a line such as names: [road, sky]"
+            )
+        known = read_class_file(self.class_file)
+        self.classes, self.train_ids = known.classes, known.train_ids
+        self._ids_of_colours = known.ids_of_colours
+        self._images, self._labels = Path(root, split, "images"), Path(root, split, "labels")
+        super().__init__(*pair_files(self._images, self._labels, IMAGE_SUFFIXES, needs_labels=False))
+
+    def check(self, limit: int | None = None) -> NDArray[np.int64]:
+        if not self._labels.is_dir():
+            raise DataError(
+                f"{self._labels}: no such folder; a split without labels can be predicted, but neither "
+                "trained nor evaluated on"
+            )
+        return super().check(limit)
+
+    def name(self, index: int) -> str:
+        """The path below `images`, without its suffix."""
+        return self.samples[index][0].relative_to(self._images).with_suffix("").as_posix()
+
+    def ids(self, file: Path, stored: Image) -> Image:
+        if stored.ndim == 2:
+            return stored
+        if not self._ids_of_colours:
+            raise DataError(
+                f"{file}: the label holds colours, and {self.class_file} has none; add colours to it"
+            )
+        packed = _packed(stored)
+        ids = self._table[packed]
+        if (ids < 0).any():
+            unknown = np.unique(packed[ids < 0])
+            colours = [[int(value) >> shift & 255 for shift in (16, 8, 0)] for value in unknown[:6]]
+            raise DataError(
+                f"{file}: colours {some(colours)} ({(ids < 0).sum()} px) are not in {self.class_file}; add "
+                "them to colours or ignore_colours, or fix the file"
+            )
+        return ids.astype(np.uint8)
+
+    @functools.cached_property
+    def _table(self) -> NDArray[np.int16]:
+        """The label value of each of 2^24 colours, -1 of unknown ones."""
+        table = np.full(1 << 24, -1, np.int16)
+        for (red, green, blue), value in self._ids_of_colours.items():
+            table[red << 16 | green << 8 | blue] = value
+        return table
+
+    def _inspect(self, index: int) -> tuple[int, NDArray[np.int64]] | str:
+        result = super()._inspect(index)
+        if isinstance(result, str) or not self._ids_of_colours:
+            return result
+        file = self.samples[index][1]
+        used = [(value, colour) for value, colour in enumerate(read_label_palette(file)) if result[1][value]]
+        return self._palette_fault(file, used) or result
+
+    def _palette_fault(self, file: Path, used: list[tuple[int, Colour]]) -> str | None:
+        """A palette that shows each index in a class's colour, but not in its own: which one counts?"""
+        said = self._ids_of_colours
+        if not all(colour in said for _, colour in used):
+            return None  # a palette of another kind
+        for value, colour in used:
+            if said[colour] != value:
+                return (
+                    f"{file}: index {value} has the colour {list(colour)}, which {self.class_file} gives the "
+                    f"id {said[colour]}; save the label as RGB, or with ids as its indices"
+                )
+        return None
+
+
+def _known(root: str | Path) -> ClassFile:
+    file = Path(root, CLASS_FILE)
+    if not file.exists():
+        raise ConfigError(f"{file} does not exist; write it, with a line such as names: [road, sky]")
+    return read_class_file(file)
+
+
+def _packed(colours: Image) -> NDArray[np.int32]:
+    """`[H, W, 3]` RGB to one number each."""
+    channels = colours.astype(np.int32)
+    return channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]

@@ -1,0 +1,250 @@
+"""Own data: labels of ids, palettes and colours, classes.yaml, nested folders, and splits without labels."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from sparse_seg.config import load_config, num_classes
+from sparse_seg.data import SegmentationDataset, build_dataset, dataset_classes
+from sparse_seg.data.formats import PALETTE
+from sparse_seg.data.palette import default_palette
+from sparse_seg.errors import ConfigError, DataError
+from sparse_seg.training.trainer import Trainer
+from tests.data.files import palette, png
+from tests.data.test_reading import scene
+
+NAMES = ["ground", "wall", "plant"]
+COLOURS = [[10, 20, 30], [200, 0, 0], [0, 200, 0]]
+IDS = [3, 7, 9]
+CLASSES = {"names": NAMES, "ids": IDS, "colours": COLOURS, "ignore_colours": [[0, 0, 0]]}
+STORED = np.resize(np.array([3, 7, 9, 255], np.uint8), (40, 64))
+TRAIN_IDS = np.resize(np.array([0, 1, 2, 255], np.uint8), (40, 64))
+RGB = np.resize(np.array([*COLOURS, [0, 0, 0]], np.uint8), (40, 64, 3))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """One image in a sub-folder; no label yet."""
+    (tmp_path / "classes.yaml").write_text(yaml.safe_dump(CLASSES))
+    for folder in ("images", "labels"):
+        (tmp_path / "train" / folder / "a").mkdir(parents=True)
+    assert cv2.imwrite(str(tmp_path / "train" / "images" / "a" / "x.jpg"), scene(40, 64))
+    return tmp_path
+
+
+def label(root: Path, content: np.ndarray | bytes, name: str = "a/x.png") -> SegmentationDataset:
+    file = root / "train" / "labels" / name
+    file.parent.mkdir(exist_ok=True)
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        assert cv2.imwrite(str(file), content if content.ndim == 2 else content[..., ::-1])
+    return build_dataset("folder", root, "train")
+
+
+def test_ids_palettes_and_colours_say_the_same(root: Path) -> None:
+    colours = [(0, 0, 0)] * 256
+    for value, colour in zip(IDS, COLOURS, strict=True):
+        colours[value] = (colour[0], colour[1], colour[2])
+    opaque = np.dstack([RGB[..., ::-1], np.full(RGB.shape[:2], 255, np.uint8)])
+    for content in (
+        STORED,
+        png(STORED, 8, PALETTE, palette(colours)),
+        RGB,
+        cv2.imencode(".png", opaque)[1].tobytes(),
+    ):
+        dataset = label(root, content)
+        assert dataset.check().tolist() == [640, 640, 640]
+        np.testing.assert_array_equal(dataset.load(0)[1], TRAIN_IDS)
+    assert dataset.classes.names == tuple(NAMES)
+    assert dataset.classes.palette == ((10, 20, 30), (200, 0, 0), (0, 200, 0))
+
+
+def test_names_alone_are_enough(root: Path) -> None:
+    (root / "classes.yaml").write_text("names: [ground, wall, plant]\n")
+    dataset = label(root, png(np.resize([0, 1, 2], (40, 64)), 2, PALETTE, palette([(9, 9, 9)] * 4)))
+    dataset.check()
+    np.testing.assert_array_equal(dataset.load(0)[1], np.resize([0, 1, 2], (40, 64)))
+    assert dataset.classes.palette == default_palette(3)
+
+
+def test_nested_folders_keep_equal_stems_apart(root: Path) -> None:
+    (root / "train" / "images" / "b").mkdir()
+    assert cv2.imwrite(str(root / "train" / "images" / "b" / "x.PNG"), scene(40, 64))
+    label(root, STORED)
+    dataset = label(root, np.full((40, 64), 7, np.uint8), "b/x.PNG")
+    dataset.check()
+    assert [dataset.name(index) for index in range(2)] == ["a/x", "b/x"]
+    assert (dataset.load(1)[1] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (
+            np.resize(np.array([3, 8], np.uint8), (40, 64)),
+            r"label values \[8\] \(\d+ px\) are not .* 3, 7, 9, 255; fix the file or add them to ids",
+        ),
+        (
+            np.full((40, 64, 3), 77, np.uint8),
+            r"colours \[\[77, 77, 77\]\] \(2560 px\) are not in .*classes\.yaml",
+        ),
+        (
+            png(np.full((40, 64), 7), 8, PALETTE, palette([(10, 20, 30)] * 256)),
+            r"index 7 has the colour \[10, 20, 30\], which .*classes\.yaml gives the id 3",
+        ),
+    ],
+    ids=["value", "colour", "palette"],
+)
+def test_labels_are_checked_against_the_classes(root: Path, content, fault: str) -> None:
+    with pytest.raises(DataError, match=rf"labels/a/x\.png: {fault}") as caught:
+        label(root, content).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_faulty_labels_are_counted(root: Path) -> None:
+    (root / "train" / "images" / "b").mkdir()
+    assert cv2.imwrite(str(root / "train" / "images" / "b" / "x.png"), scene(40, 64))
+    label(root, np.full((40, 64), 8, np.uint8))
+    with pytest.raises(DataError, match=r"a/x\.png: label values \[8\] .*\(faulty files in all: 2\)"):
+        label(root, np.full((40, 64), 5, np.uint8), "b/x.png").check()
+
+
+def test_a_colour_label_without_colours_says_what_to_add(root: Path) -> None:
+    (root / "classes.yaml").write_text("names: [ground, wall, plant]\n")
+    with pytest.raises(
+        DataError, match=r"x\.png: the label holds colours, and .*classes\.yaml has none; add"
+    ):
+        label(root, RGB).check()
+
+
+def test_a_split_without_labels_is_for_prediction(root: Path) -> None:
+    for file in (root / "train" / "labels" / "a", root / "train" / "labels"):
+        file.rmdir()
+    dataset = build_dataset("folder", root, "train")
+    assert len(dataset) == 1
+    assert dataset.load_image(0).shape == (40, 64, 3)
+    with pytest.raises(
+        DataError, match="train/labels: no such folder; a split without labels can be predicted"
+    ):
+        dataset.check()
+
+
+def test_pairs_that_are_none(root: Path) -> None:
+    with pytest.raises(DataError, match=r"a/x\.jpg: its label .*labels/a/x\.png is missing"):
+        build_dataset("folder", root, "train").check()
+    label(root, STORED)
+    with pytest.raises(DataError, match=r"labels/a/y\.png: no image belongs to this label"):
+        label(root, STORED, "a/y.png").check()
+    assert cv2.imwrite(str(root / "train" / "images" / "a" / "x.png"), scene(40, 64))
+    with pytest.raises(DataError, match="has the same stem"):
+        build_dataset("folder", root, "train")
+    with pytest.raises(DataError, match=r"val/images: no such folder; check the dataset's root and split"):
+        build_dataset("folder", root, "val")
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (None, r"does not exist; write it, with a line such as names"),
+        ("names: [a", "is not valid YAML"),
+        ("names: [a, b]\nnames: [c, d]", "stands twice"),
+        ("colors: []\nnames: [a, b]", "unknown key 'colors'; did you mean 'colours'"),
+        ("ids: [1, 2]", "names is None; it must be a list of texts"),
+        ("names: [yes, no]", r"names is \[True, False\]; it must be a list of texts"),
+        ("names: [a]", "names has 1 classes; give 2 to 254"),
+        ("names: [a, a]", "names: 'a' stands twice"),
+        ("names: [a, b]\nids: [1]", "ids has 1 values for 2 names"),
+        ("names: [a, b]\nids: [1, 256]", r"ids is \[1, 256\]; it must be a list of whole numbers"),
+        ("names: [a, b]\nids: [1, 1]", "ids and ignore: 1 stands twice"),
+        ("names: [a, b]\nids: [1, 255]", "ids and ignore: 255 stands twice"),
+        ("names: [a, b]\nids: [true, 2]", "it must be a list of whole numbers"),
+        ("names: [a, b]\ncolours: [[1, 2, 3], [1, 2]]", r"it must be a list of \[r, g, b\]"),
+        ("names: [a, b]\ncolours: [[1, 2, 3], [1, 2, 3]]", r"\[1, 2, 3\] stands twice"),
+        ("names: [a, b]\ncolours: [[1, 2, 3]]", "colours has 1 values for 2 names"),
+        ("names: [a, b]\ncolours: 7", "colours is 7; it must be a list of"),
+        ("names: [a, b]\nignore: []\nignore_colours: [[0, 0, 0]]", "ignore_colours needs a value in ignore"),
+    ],
+)
+def test_a_wrong_classes_file_is_named(root: Path, content: str | None, fault: str) -> None:
+    file = root / "classes.yaml"
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    for read in (
+        lambda: dataset_classes("folder", root),
+        lambda: build_dataset("folder", root, "train"),
+    ):
+        with pytest.raises(ConfigError, match=fault) as caught:
+            read()
+        assert str(file) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_network_gets_the_classes_of_the_file_and_trains(root: Path, tmp_path: Path) -> None:
+    label(root, RGB)
+    (root / "val").symlink_to(root / "train")
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        f"""
+model: {{width: 0.125, head_channels: 16}}
+data: {{dataset: folder, root: {root}, crop: [32, 32]}}
+train: {{iterations: 1, batch_size: 2, threads: 1}}
+"""
+    )
+    loaded = load_config(config)
+    assert num_classes(loaded) == 3
+    assert 0 <= Trainer(loaded, tmp_path / "run").run() <= 1
+    with pytest.raises(ConfigError, match=r"class_weights has 2 values for 3 classes"):
+        load_config(config, ["train.loss.class_weights=[1, 2]"])
+
+
+def test_the_default_palette_is_vocs() -> None:
+    assert default_palette(22)[1:4] == ((128, 0, 0), (0, 128, 0), (128, 128, 0))
+    assert default_palette(22)[15] == (192, 128, 128)  # person
+    assert default_palette(22)[20:] == ((0, 64, 128), (128, 64, 128))
+    assert len(set(default_palette(256))) == 256
+
+
+def test_voc(tmp_path: Path) -> None:
+    stored = np.resize(np.array([0, 15, 20, 255], np.uint8), (40, 64))
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("2007_000032", "2007_000033"):
+        assert cv2.imwrite(str(tmp_path / "JPEGImages" / f"{name}.jpg"), scene(40, 64))
+        content = png(stored, 8, PALETTE, palette(list(default_palette(256))))
+        (tmp_path / "SegmentationClass" / f"{name}.png").write_bytes(content)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("2007_000033\n")
+    dataset = build_dataset("voc", tmp_path, "val")
+    assert dataset.check()[[0, 15, 20]].tolist() == [640] * 3
+    assert [dataset.name(index) for index in range(len(dataset))] == ["2007_000033"]
+    np.testing.assert_array_equal(dataset.load(0)[1], stored)
+    assert [dataset.classes.names[index] for index in (0, 15, 20)] == ["background", "person", "tvmonitor"]
+    with pytest.raises(DataError, match=r"Segmentation/train\.txt: no such list"):
+        build_dataset("voc", tmp_path, "train")
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("2007_000034")
+    with pytest.raises(DataError, match=r"2007_000034\.jpg: its label .* is missing"):
+        build_dataset("voc", tmp_path, "train").check()
+
+
+def test_ade20k(tmp_path: Path) -> None:
+    stored = np.resize(np.array([0, 1, 3, 150], np.uint8), (40, 64))
+    for folder in ("images/validation", "annotations/validation"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert cv2.imwrite(str(tmp_path / "images/validation/ADE_val_00000001.jpg"), scene(40, 64))
+    assert cv2.imwrite(str(tmp_path / "annotations/validation/ADE_val_00000001.png"), stored)
+    dataset = build_dataset("ade20k", tmp_path, "val")
+    assert dataset.check()[[0, 2, 149]].tolist() == [640] * 3
+    np.testing.assert_array_equal(dataset.load(0)[1], np.resize([255, 0, 2, 149], (40, 64)))
+    names = dataset.classes.names
+    assert len(set(names)) == 150
+    assert [names[index] for index in (0, 2, 44, 80, 149)] == [
+        "wall",
+        "sky",
+        "chest of drawers",
+        "bus",
+        "flag",
+    ]
