@@ -92,11 +92,10 @@ class StaticNetwork(nn.Module):
             self._prepare_levels(model)
         stride = self.head.stride or ends[0]
         cells = _grid(options.size, stride)
-        self.upsample = self.tiles = None
+        self.tiles = None
         if options.tiles and Tiles.fit(options.size, self.trained_stride, self.align_corners):
             self.tiles = Tiles(options.batch, cells, options.size, stride, self.trained_stride)
-        if options.logits or self.tiles is None:
-            self.upsample = Upsample(cells, options.size, stride, self.trained_stride, self.align_corners)
+        self.upsampling = Upsample(cells, options.size, stride, self.trained_stride, self.align_corners)
         self.eval().requires_grad_(False)
         with torch.no_grad():
             self(*self.example())  # makes the tables
@@ -151,17 +150,15 @@ class StaticNetwork(nn.Module):
                 middle one.
         """
         logits, chosen = self.grid_logits(images, *blocks)
-        upsampled = None if self.upsample is None else self.upsample(logits)
+        every = self.upsampling(logits) if self.options.logits or self.tiles is None else logits
         if self.tiles is not None:
-            classes = self.tiles(logits)
+            outputs = [self.tiles(logits)]
         else:
-            assert upsampled is not None
-            classes = upsampled.argmax(1).to(torch.uint8)
-        outputs = [classes]
+            outputs = [every.argmax(1).to(torch.uint8)]
         if chosen is not None:
             outputs.append(self._mask(chosen[:, : self.ranking.fine]))
-        if self.options.logits and upsampled is not None:
-            outputs.append(upsampled)
+        if self.options.logits:
+            outputs.append(every)
         return tuple(outputs)
 
     def grid_logits(self, images: Tensor, *blocks: Tensor) -> tuple[Tensor, Tensor | None]:
