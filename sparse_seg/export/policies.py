@@ -132,7 +132,10 @@ class Ranking(nn.Module):
     def forward(self, scores: Tensor) -> Tensor:
         """Scores `[B, Hc, Wc]` to block numbers `[B, fine + middle]`, in rank."""
         scores = blur_scores(scores) if self.blur else scores
-        return scores.flatten(1).topk(self.fine + self.middle, 1).indices
+        flat, count = scores.flatten(1), self.fine + self.middle
+        if torch.jit.is_tracing():  # ONNX's TopK takes equal scores in raster order
+            return flat.topk(count, 1).indices
+        return flat.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
 def static_choice(

@@ -11,7 +11,6 @@ cells that some extra site reads: less work, but their number depends on the mas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,16 +25,23 @@ class Lattice:
         self.grid, self.stride = grid, stride
         self.batch, self.channels, height, width = map(int, grid.shape)
         self.size = (height, width)
+        self._rows: Tensor | None = None
+        self._padded_rows: Tensor | None = None
 
-    @cached_property
+    @property
     def rows(self) -> Tensor:
         """`[B * h * w, C]`."""
-        return self.grid.permute(0, 2, 3, 1).reshape(self.batch * self.size[0] * self.size[1], self.channels)
+        if self._rows is None:  # not functools.cached_property: its lock is beyond torch.compile
+            area = self.size[0] * self.size[1]
+            self._rows = self.grid.permute(0, 2, 3, 1).reshape(self.batch * area, self.channels)
+        return self._rows
 
-    @cached_property
+    @property
     def padded_rows(self) -> Tensor:
         """Rows and, behind them, zero."""
-        return torch.cat([self.rows, self.grid.new_zeros(1, self.channels)])
+        if self._padded_rows is None:
+            self._padded_rows = torch.cat([self.rows, self.grid.new_zeros(1, self.channels)])
+        return self._padded_rows
 
 
 def rows_to_grid(rows: Tensor, batch: int, size: tuple[int, int]) -> Tensor:
@@ -62,6 +68,7 @@ class Split:
         self.near_steps = tuple(near) if exchange != "none" else ()
         self._tap_cells: dict[int, Tensor] = {}
         self._indices: dict[tuple[str, int], Tensor] = {}
+        self._numbered: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def taps(self, source: Tensor, extras: Tensor, step: int) -> Tensor:
         """What the nine taps read that lie `step` cells apart: `[3 * K * 9, C]`.
@@ -144,10 +151,9 @@ class Split:
         all."""
         exchange = exchange or self.exchange
         kind = "near" if near else "none" if exchange == "none" else "all"
-        cache = self.__dict__.setdefault("_numbered", {})
-        if kind not in cache:
-            cache[kind] = self._number(kind)
-        return cache[kind]
+        if kind not in self._numbered:
+            self._numbered[kind] = self._number(kind)
+        return self._numbered[kind]
 
     def _number(self, kind: str) -> tuple[Tensor, Tensor | None]:
         plan, device = self.plan, self.cells.device
