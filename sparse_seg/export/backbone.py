@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_seg.export.layers import AvgPool, Conv, OnGrid, fold
+from sparse_seg.export.layers import AvgPool, Conv, OnGrid, fold, move_bias
 from sparse_seg.export.sites import Lattice, Sites, Split
 from sparse_seg.models.resnet import STAGE_STRIDES, BasicBlock, ResNet
 
@@ -31,9 +31,7 @@ class Block(nn.Module):
         self.downsample = None
         if block.downsample is not None:
             self.downsample = Conv(block.downsample[0].weight, block.downsample[1])
-            last = self.conv2.extra if self.basic else self.conv3.extra
-            shortcut = self.downsample.extra
-            shortcut.bias, last.bias = nn.Parameter(shortcut.bias + last.bias, False), None  # one sum less
+            move_bias(self.conv2 if self.basic else self.conv3, self.downsample)
 
     def on_lattice(self, x: Lattice, stride: int) -> tuple[Lattice, Reads]:
         """The output at `stride` and what `on_extras` needs."""
@@ -123,10 +121,12 @@ class Backbone(nn.Module):
         Returns:
             The output; each block with what it read and its stride; the outputs of the stages.
         """
-        blocks, outputs = [], []
+        blocks: list[tuple[Block, Reads, int]] = []
+        outputs = []
         for number in stages:
             stride = min(STAGE_STRIDES[number], coarsest)
             for block in self.blocks(number):
+                assert isinstance(block, Block)
                 x, reads = block.on_lattice(x, stride)
                 blocks.append((block, reads, stride))
             outputs.append(x)
@@ -150,7 +150,7 @@ def near_steps(blocks: list[tuple[Block, Reads, int]], stride: int) -> list[int]
     for block, (x, hidden), out in blocks:
         if out <= stride:
             continue
-        reading = [(block.conv2, hidden)]
+        reading: list[tuple[Any, Lattice]] = [(block.conv2, hidden)]
         if block.basic:
             reading.append((block.conv1, x))
         if block.pool is not None:

@@ -15,7 +15,8 @@ from sparse_seg.export.runtime import open_session
 from sparse_seg.models.segmentor import SelectiveSegmentor
 
 TOLERANCE = 1e-4  # of logits, relative to the largest; float32 in another order gives 1e-6 to 1e-5
-MOST_BLOCKS = 0.01  # share of blocks that may be chosen otherwise: those whose scores are equal to rounding
+# Blocks whose scores are equal to rounding may be chosen otherwise: this share of all, or one for another
+MOST_BLOCKS = 0.01
 
 
 @torch.no_grad()
@@ -36,8 +37,8 @@ def check_graph(graph: bytes, model: SelectiveSegmentor, network: StaticNetwork,
         found = session(**{name: value.numpy() for name, value in zip(names, inputs, strict=True)})
         logits, blocks = _expected(outside, network, inputs, normalised, found)
         if blocks is not None:
-            wrong = (blocks.numpy() != found["fine_blocks"]).mean()
-            _require(wrong <= MOST_BLOCKS, f"{100 * wrong:.1f} % of the fine blocks differ")
+            wrong = int((blocks.numpy() != found["fine_blocks"]).sum())
+            _require(wrong <= max(2, MOST_BLOCKS * blocks.numel()), f"{wrong} blocks are chosen otherwise")
         scale = logits.abs().max().item()
         if "logits" in found:
             error = np.abs(found["logits"] - logits.numpy()).max() / scale
@@ -45,8 +46,8 @@ def check_graph(graph: bytes, model: SelectiveSegmentor, network: StaticNetwork,
         top = logits.topk(2, 1).values
         clear = ((top[:, 0] - top[:, 1]) > TOLERANCE * scale).numpy()
         classes = logits.argmax(1).numpy()
-        wrong = ((found["classes"] != classes) & clear).mean()
-        _require(wrong == 0, f"{100 * wrong:.2f} % of the classes differ")
+        differing = ((found["classes"] != classes) & clear).mean()
+        _require(differing == 0, f"{100 * differing:.2f} % of the classes differ")
 
 
 def random_inputs(network: StaticNetwork, generator: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:

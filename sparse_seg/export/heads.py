@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export.layers import Conv, Depthwise
 from sparse_seg.export.sites import Lattice, Sites, rows_to_grid
-from sparse_seg.export.upsample import Upsample
+from sparse_seg.export.upsample import Upsample, grid_size
 from sparse_seg.models.aspp import SelectiveSeparableConv2d
 from sparse_seg.models.heads import (
     FINEST_DENSE_STRIDE,
@@ -34,7 +34,8 @@ class Layers(nn.Module):
 
     def __init__(self, modules: nn.Sequential, spacing: int) -> None:
         super().__init__()
-        self.convs, self.relus = nn.ModuleList(), []
+        self.convs: Any = nn.ModuleList()
+        self.relus: list[bool] = []
         parts = [module for module in modules if not isinstance(module, (nn.Dropout, nn.Dropout2d))]
         for index, module in enumerate(parts):
             if not isinstance(module, nn.Conv2d):
@@ -71,7 +72,7 @@ class Layers(nn.Module):
 class LiteNeck(nn.Module):
     """1x1, norm, ReLU; without a layer it passes on what it gets (FCN's)."""
 
-    def __init__(self, reduce: nn.Sequential | None) -> None:
+    def __init__(self, reduce: Any) -> None:
         super().__init__()
         self.reduce = None if reduce is None else Conv(reduce[0].weight, reduce[1])
 
@@ -116,7 +117,7 @@ class ASPPNeck(nn.Module):
         super().__init__()
         self.point = Conv(aspp.point[0].weight, aspp.point[1])
         self.pool = Conv(aspp.pool[0].weight, aspp.pool[1])
-        self.atrous = nn.ModuleList(
+        self.atrous: Any = nn.ModuleList(
             SeparableConv(conv, norm)
             if isinstance(conv, SelectiveSeparableConv2d)
             else Conv(conv.weight, norm, conv.spacing)
@@ -124,8 +125,8 @@ class ASPPNeck(nn.Module):
         )
         self.project = self.pooled = None
         if aspp.project is not None:
-            pooled = self.pool.extra.bias.shape[0]
-            whole = Conv(aspp.project[0].weight, aspp.project[1]).extra
+            pooled = int(self.pool.lattice.bias.shape[0])
+            whole = Conv(aspp.project[0].weight, aspp.project[1]).lattice
             weight = whole.weight[:, 0, 0]
             self.project = Conv(weight[:, :-pooled], bias=whole.bias)
             self.pooled = Conv(weight[:, -pooled:])
@@ -254,11 +255,12 @@ class PlusHead(Head):
         super().__init__(head)
         self.joins = nn.ModuleDict()
         for stride in strides:
-            cells, skip = (tuple(-(-length // s) for length in size) for s in (stride, LOW_LEVEL_STRIDE))
+            cells, skip = (grid_size(size, s) for s in (stride, LOW_LEVEL_STRIDE))
             ratio = (stride // LOW_LEVEL_STRIDE, head.trained_stride // LOW_LEVEL_STRIDE)
             self.joins[str(stride)] = Upsample(cells, skip, *ratio, head.align_corners)
         self.low_level = Layers(head.low_level, LOW_LEVEL_STRIDE)
-        self.decoder = nn.ModuleList(Layers(layers, LOW_LEVEL_STRIDE) for layers in head.decoder)
+        stages: Any = head.decoder
+        self.decoder: Any = nn.ModuleList(Layers(layers, LOW_LEVEL_STRIDE) for layers in stages)
         self.trained_stride, self.align_corners = head.trained_stride, head.align_corners
 
     def decode(self, grid: Tensor, stride: int, low_level: Lattice) -> Tensor:

@@ -6,6 +6,8 @@ A weight is held once, as `[O, 3, 3, I]`: that is a channels_last OIHW kernel fo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,17 +18,15 @@ from sparse_seg.sparse.depthwise import WINDOW, window_mean
 TAPS = 9
 
 
-def fold(
-    weight: Tensor, norm: nn.Module | None, bias: Tensor | None = None
-) -> tuple[nn.Parameter, nn.Parameter]:
+def fold(weight: Tensor, norm: Any, bias: Tensor | None = None) -> tuple[nn.Parameter, nn.Parameter]:
     """Weight `[O, ...]` and bias `[O]` of a convolution together with its batch norm in eval mode."""
     weight = weight.detach().float()
     shift = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().float()
     if norm is not None:
-        mean, variance = norm.running_mean.float(), norm.running_var.float()  # type: ignore[operator]
-        scale = norm.weight.detach().float() / torch.sqrt(variance + norm.eps)  # type: ignore[operator]
+        mean, variance = norm.running_mean.float(), norm.running_var.float()
+        scale = norm.weight.detach().float() / torch.sqrt(variance + norm.eps)
         weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-        shift = norm.bias.detach().float() + (shift - mean) * scale  # type: ignore[operator]
+        shift = norm.bias.detach().float() + (shift - mean) * scale
     return nn.Parameter(weight.contiguous(), False), nn.Parameter(shift.contiguous(), False)
 
 
@@ -54,27 +54,19 @@ class OnRows(nn.Module):
 
     def forward(self, taps: Tensor, plus: Tensor | None = None) -> Tensor:
         """plus: `[M, O]`, added; it stands for the bias, too, where that has been moved into it."""
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if plus is not None:
             bias = plus if bias is None else plus + bias
+        assert bias is not None
         return torch.addmm(bias, taps.reshape(-1, self.width), self.weight.reshape(-1, self.width).t())
 
 
-class Conv(nn.Module):
-    """A convolution on sites.
+class OnSites(nn.Module):
+    """A convolution with a form for grids and one for rows, its taps `spacing` px apart."""
 
-    Args:
-        weight: `[O, 3, 3, I]`, or `[O, I]` of a 1x1 convolution.
-        norm: batch norm behind it.
-        spacing: px between its taps.
-    """
-
-    def __init__(
-        self, weight: Tensor, norm: nn.Module | None = None, spacing: int = 0, bias: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        weight, bias = fold(weight if weight.ndim == 4 else weight[:, None, None], norm, bias)
-        self.lattice, self.extra, self.spacing = OnGrid(weight, bias), OnRows(weight, bias), spacing
+    lattice: nn.Module
+    extra: nn.Module
+    spacing: int
 
     def on_lattice(self, lattice: Lattice, stride: int) -> Tensor:
         """The grid `[B, O, ...]` at `stride`."""
@@ -90,7 +82,27 @@ class Conv(nn.Module):
         }
 
 
-class Depthwise(nn.Module):
+class Conv(OnSites):
+    """A convolution on sites.
+
+    Args:
+        weight: `[O, 3, 3, I]`, or `[O, I]` of a 1x1 convolution.
+        norm: batch norm behind it.
+        spacing: px between its taps.
+    """
+
+    lattice: OnGrid
+    extra: OnRows
+
+    def __init__(
+        self, weight: Tensor, norm: nn.Module | None = None, spacing: int = 0, bias: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        weight, bias = fold(weight if weight.ndim == 4 else weight[:, None, None], norm, bias)
+        self.lattice, self.extra, self.spacing = OnGrid(weight, bias), OnRows(weight, bias), spacing
+
+
+class Depthwise(OnSites):
     """A depthwise 3x3 convolution on sites; weight `[C, 3, 3, 1]`."""
 
     def __init__(self, weight: Tensor, norm: nn.Module | None, spacing: int) -> None:
@@ -98,9 +110,6 @@ class Depthwise(nn.Module):
         weight, bias = fold(weight, norm)
         self.channels, self.spacing = int(weight.shape[0]), spacing
         self.lattice, self.extra = OnGrid(weight, bias, self.channels), DepthwiseOnRows(weight, bias)
-
-    on_lattice = Conv.on_lattice
-    on_extras = Conv.on_extras
 
 
 class DepthwiseOnRows(nn.Module):
@@ -114,6 +123,14 @@ class DepthwiseOnRows(nn.Module):
         weight = self.weight.reshape(self.channels, TAPS).t()
         out = (taps.reshape(-1, TAPS, self.channels) * weight).sum(1) + self.bias
         return out if plus is None else out + plus
+
+
+def move_bias(last: Conv, shortcut: Conv) -> None:
+    """On rows, add the bias of a block's last convolution with that of its shortcut: one sum less."""
+    assert last.extra.bias is not None
+    assert shortcut.extra.bias is not None
+    shortcut.extra.bias = nn.Parameter(shortcut.extra.bias + last.extra.bias, False)
+    last.extra.bias = None
 
 
 class AvgPool(nn.Module):

@@ -15,7 +15,7 @@ from sparse_seg.export.geometry import LevelPlan
 from sparse_seg.export.heads import static_head
 from sparse_seg.export.policies import Choice, Ranking, static_choice
 from sparse_seg.export.sites import Lattice, Sites, Split
-from sparse_seg.export.upsample import Tiles, Upsample
+from sparse_seg.export.upsample import Tiles, Upsample, grid_size
 from sparse_seg.models.layouts import MIN_SIZE
 from sparse_seg.models.resnet import STAGE_STRIDES, first_selective_stage
 from sparse_seg.models.segmentor import SelectiveSegmentor
@@ -69,13 +69,16 @@ class StaticNetwork(nn.Module):
         SparseSegError: options that do not fit the model, or a part that has no static form.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: SelectiveSegmentor, options: ExportOptions) -> None:
         super().__init__()
         check_options(model, options)
         self.options, self.strides = options, tuple(model.strides)
         self.exchange = exchange_rule(model)
         self.first = first_selective_stage(self.strides[0])
-        self.classes = int(model.head.classifier.weight.shape[0])  # type: ignore[union-attr, index, operator]
+        self.classes = int(model.head.classifier.weight.shape[0])  # type: ignore[union-attr, index]
         scale = 1.0 if options.input == "float" else 255.0
         mean, std = torch.tensor(options.mean) * scale, torch.tensor(options.std) * scale
         self.register_buffer("mean", mean.reshape(1, 3, 1, 1), persistent=False)
@@ -91,7 +94,7 @@ class StaticNetwork(nn.Module):
         if options.dense is None:
             self._prepare_levels(model)
         stride = self.head.stride or ends[0]
-        cells = _grid(options.size, stride)
+        cells = grid_size(options.size, stride)
         self.tiles = None
         if options.tiles and Tiles.fit(options.size, self.trained_stride, self.align_corners):
             self.tiles = Tiles(options.batch, cells, options.size, stride, self.trained_stride)
@@ -114,7 +117,7 @@ class StaticNetwork(nn.Module):
 
     def _prepare_levels(self, model: SelectiveSegmentor) -> None:
         options, coarsest = self.options, self.strides[-1]
-        self.blocks = _grid(options.size, coarsest)
+        self.blocks = grid_size(options.size, coarsest)
         total, policy = self.blocks[0] * self.blocks[1], model.policy
         fine = policy.fine_fraction if options.fine_fraction is None else options.fine_fraction
         assert fine is not None
@@ -129,7 +132,7 @@ class StaticNetwork(nn.Module):
         self.plans = nn.ModuleDict()
         for stride in self.strides[-2::-1]:
             ragged = stride != self.strides[-2]
-            self.plans[str(stride)] = LevelPlan(options.batch, _grid(options.size, stride), ragged)
+            self.plans[str(stride)] = LevelPlan(options.batch, grid_size(options.size, stride), ragged)
         if not options.given:
             stride = self.head.stride or coarsest
             self.choice = static_choice(
@@ -220,10 +223,6 @@ class StaticNetwork(nn.Module):
         mask = torch.zeros(batch, total, dtype=torch.bool, device=fine.device)
         mask = mask.scatter(1, fine, torch.ones_like(fine, dtype=torch.bool))
         return mask.reshape(batch, *self.blocks)
-
-
-def _grid(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    return -(-size[0] // stride), -(-size[1] // stride)
 
 
 def exchange_rule(model: SelectiveSegmentor) -> str:

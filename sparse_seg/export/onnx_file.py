@@ -119,7 +119,7 @@ def to_onnx(network: StaticNetwork) -> Any:
         torch.onnx.export(
             network,
             network.example(),
-            buffer,
+            buffer,  # type: ignore[arg-type]  # it may be a stream
             dynamo=False,
             opset_version=OPSET,
             do_constant_folding=False,  # runtimes do it when they load; here it would double the weights

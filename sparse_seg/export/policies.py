@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export.upsample import Upsample
+from sparse_seg.export.upsample import Upsample, grid_size
 from sparse_seg.masks import ConfidencePolicy, EdgePolicy, LearnedPolicy, MaskPolicy, blur_scores
 from sparse_seg.masks.edge import CAD_BLOCK, cad_edges, gradient_magnitude
 from sparse_seg.masks.oracle import label_boundary
@@ -81,8 +81,9 @@ class ConfidenceChoice(Choice):
         super().__init__()
         self.uncertainty, self.reduce, self.neighbours = policy.uncertainty, policy.reduce, policy.neighbours
         self.window = policy.block // policy.sample
-        cells = (-(-size[0] // stride), -(-size[1] // stride))
-        self.upsample = Upsample(cells, size, stride, trained_stride, align_corners, policy.sample)
+        self.upsample = Upsample(
+            grid_size(size, stride), size, stride, trained_stride, align_corners, policy.sample
+        )
         self.register_buffer("ones", torch.ones(1, classes), persistent=False)
 
     def scores(self, read: Tensor) -> Tensor:
