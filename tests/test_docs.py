@@ -11,11 +11,11 @@ import pytest
 import sparse_seg
 from sparse_seg.config.docs import render
 from sparse_seg.data.camvid import CamVid
+from sparse_seg.lab.ablation.report import ablation_table, class_table, seed_table
+from sparse_seg.lab.benchmark.tables import COLUMNS, benchmark_table, profile_table
+from sparse_seg.lab.compare.report import comparison_table, fraction_table
+from sparse_seg.lab.report.tables import Column, Table
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.reporting.ablation import ablation_table, class_table, seed_table
-from sparse_seg.reporting.benchmark import COLUMNS, benchmark_table, profile_table
-from sparse_seg.reporting.comparison import comparison_table, fraction_table
-from sparse_seg.reporting.tables import Column, Table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
