@@ -1,8 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+OLDEST := .venv-oldest
+# One process a core and one thread a process: the tests' tensors are tiny.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo ablation test lint clean
+.PHONY: demo ablation test test-fast test-oldest lint clean
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --out runs/demo
@@ -12,7 +15,13 @@ ablation: $(STAMP)
 	$(BIN)/python tools/ablate.py configs/ablation/scenes.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow" -W ignore::DeprecationWarning
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -25,6 +34,12 @@ $(STAMP): requirements.txt setup.cfg
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
+$(OLDEST)/.installed: requirements-oldest.txt setup.cfg
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -r requirements-oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet -e '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv $(OLDEST) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

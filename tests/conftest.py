@@ -1,5 +1,7 @@
 """Fixtures and settings shared by all tests."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterator
 

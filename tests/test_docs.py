@@ -20,8 +20,8 @@ from sparse_seg.reporting.tables import Column, Table
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
-# Being written beside this page; take a name out when its file is there.
-PENDING = {"docs/converting.md"}
+# Pages that are being written; take a name out when its file is there.
+PENDING: set[str] = set()
 # Columns of an ablation's table where there is little room.
 SHORT = (
     *("network", "run", "exchange", "miou", "miou_std", "boundary_miou", "parameters_m", "gmacs"),

@@ -1,11 +1,15 @@
-"""Atomic writes: whole files, parent folders, and nothing left behind on failure."""
+"""Atomic writes: whole files, parent folders, on disk before they are seen, and nothing left behind."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from sparse_seg.files import atomic_write
+from sparse_seg.files import atomic_path, atomic_write
 
 
 @pytest.mark.parametrize(("data", "content"), [(b"\x00\xff", b"\x00\xff"), ("é\n", "é\n".encode())])
@@ -55,3 +59,68 @@ def test_failed_encoding_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         atomic_write(tmp_path / "file", "\ud800")
     assert not list(tmp_path.iterdir())
+
+
+def test_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def note_sync(file: int) -> None:
+        done.append("folder" if os.path.samestat(os.fstat(file), tmp_path.stat()) else "content")
+        sync(file)
+
+    def note_replace(source: Path, target: Path) -> None:
+        assert Path(source).read_text() == "whole"
+        done.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    atomic_write(tmp_path / "file", "whole")
+    assert done == ["content", "rename", "folder"]
+
+
+WRITER = """
+import sys, time
+from sparse_seg.files import atomic_path
+with atomic_path(sys.argv[1]) as temporary:
+    temporary.write_bytes(b"half")
+    print("half", flush=True)
+    time.sleep(float(sys.argv[2]))
+    temporary.write_bytes(sys.argv[3].encode())
+"""
+
+
+def start_writer(path: Path, seconds: float, content: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WRITER, str(path), str(seconds), content]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half\n"
+    return process
+
+
+def test_kills_leave_one_hidden_file_at_most_which_the_next_write_uses(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    atomic_write(path, "old")
+    for _ in range(3):
+        process = start_writer(path, 600, "new")
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert path.read_text() == "old"
+        assert {entry.name for entry in tmp_path.iterdir()} == {"file", ".file.tmp"}
+    atomic_write(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    process, started = start_writer(path, 1.0, "first"), time.monotonic()
+    with atomic_path(path) as temporary:  # waits
+        assert time.monotonic() - started > 0.3
+        assert path.read_text() == "first"
+        temporary.write_text("second")
+    process.communicate()
+    assert process.returncode == 0
+    assert path.read_text() == "second"
+    assert list(tmp_path.iterdir()) == [path]

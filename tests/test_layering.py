@@ -24,17 +24,8 @@ TIERS: tuple[tuple[str, ...], ...] = (
 TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 
 # What is wrong today: (file, file that it should not import), and circles. Only ever take lines out.
-KNOWN_UPWARD: set[tuple[str, str]] = {
-    ("checks", "data"),
-    ("checks", "masks"),
-    ("checks", "models.aspp"),
-    ("checks", "models.heads"),
-    ("checks", "models.resnet"),
-    ("checks", "sparse"),
-    ("evaluation.subject", "training.checkpoint"),
-    ("evaluation.subject", "training.schedule"),
-}
-KNOWN_CIRCLES: set[tuple[str, ...]] = {("models.inference", "models.plain", "models.segmentor")}
+KNOWN_UPWARD: set[tuple[str, str]] = {("evaluation.subject", "training.schedule")}
+KNOWN_CIRCLES: set[tuple[str, ...]] = set()
 
 
 class Import(NamedTuple):
@@ -55,9 +46,8 @@ def room(module: str) -> str:
     return module.split(".")[0]
 
 
-def imports_of(module: str) -> Iterator[Import]:
-    tree = ast.parse(MODULES[module].read_text())
-    yield from _walk(module, tree, "module")
+def imports_of(module: str, source: str) -> Iterator[Import]:
+    yield from _walk(module, ast.parse(source), "module")
 
 
 def _walk(module: str, node: ast.AST, at: str) -> Iterator[Import]:
@@ -93,7 +83,7 @@ def _targets(module: str, node: ast.Import | ast.ImportFrom) -> Iterator[str]:
             yield inside.rpartition(".")[0] or "surface"
 
 
-IMPORTS = [found for module in MODULES for found in imports_of(module)]
+IMPORTS = [found for module, path in MODULES.items() for found in imports_of(module, path.read_text())]
 RUN_TIME = [found for found in IMPORTS if found.at != "typing"]
 
 
@@ -135,10 +125,26 @@ def test_every_file_has_a_room() -> None:
     assert {room(module) for module in MODULES} <= TIER_OF.keys()
 
 
-def test_the_reader_sees_imports() -> None:
-    """The checks below would pass on an empty list."""
-    assert Import("models.build", "models.segmentor", "module") in IMPORTS
-    assert {found.at for found in IMPORTS} == {"module", "function", "typing"}
+def test_the_reader_sees_every_kind_of_import() -> None:
+    source = """
+import numpy, sparse_seg.errors
+from sparse_seg import load_model, files
+from .passes import Pass
+if TYPE_CHECKING:
+    from sparse_seg.training import trainer
+class Segmentor:
+    def start(self):
+        from sparse_seg.models.way import Way
+"""
+    assert set(imports_of("models.segmentor", source)) == {
+        Import("models.segmentor", "errors", "module"),
+        Import("models.segmentor", "surface", "module"),
+        Import("models.segmentor", "files", "module"),
+        Import("models.segmentor", "models.passes", "module"),
+        Import("models.segmentor", "training.trainer", "typing"),
+        Import("models.segmentor", "models.way", "function"),
+    }
+    assert len(RUN_TIME) > len(MODULES)
     assert {found.target for found in IMPORTS} <= MODULES.keys()
 
 

@@ -21,7 +21,7 @@ from sparse_seg.config import (
     model_config,
     num_classes,
 )
-from sparse_seg.errors import CheckpointError
+from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.masks import cad_mask_net, mask_net
 from sparse_seg.models.build import build_model
 from sparse_seg.models.segmentor import SelectiveSegmentor
@@ -56,7 +56,10 @@ def build_network(checkpoint: Checkpoint, config: Config | None = None) -> Selec
         )
     chosen, net = network_settings(checkpoint, config), _net(checkpoint)
     masked = MaskConfig(policy="learned") if chosen.mask.policy == "learned" else MaskConfig()
-    planned = meta_network(dataclasses.replace(chosen, mask=masked), net).state_dict()
+    try:
+        planned = meta_network(dataclasses.replace(chosen, mask=masked), net).state_dict()
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     check_shapes(planned, _weights_for(planned, checkpoint), path)
     model = build_model(chosen, net)
     load_weights(model, _weights_for(model.state_dict(), checkpoint), path)

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("arguments --mean and --std: give both")
     if args.std is not None and not all(0 < value <= 1 for value in args.std):
         args.usage_error("argument --std: in units of 0..1, above 0; divide those in 0..255 by 255")
-    if args.mean is not None and not all(-1 <= value <= 1 for value in args.mean):
+    if args.mean is not None and not all(0 <= value <= 1 for value in args.mean):
         args.usage_error("argument --mean: in units of 0..1; divide those in 0..255 by 255")
     if Path(args.dst).suffix != SUFFIX:
         args.usage_error(f"argument DST: {args.dst} must end in .safetensors")

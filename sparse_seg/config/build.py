@@ -30,12 +30,9 @@ def build(schema: type[_T], tree: Any, where: str, prefix: str = "", root: type 
         ConfigError: unknown key, wrong type, or a text that is too long or has control characters.
     """
     if not isinstance(tree, Mapping):
-        what = (
-            f": '{prefix[:-1]}' holds keys of its own, not the value"
-            if prefix
-            else " must hold keys and values, not"
-        )
-        raise ConfigError(f"{where}{what} {shown(tree)}")
+        if not prefix:
+            raise ConfigError(f"{where} must hold keys and values, not {shown(tree)}")
+        raise ConfigError(f"{where}: '{prefix[:-1]}' holds keys of its own, not the value {shown(tree)}")
     root, kinds, values = root or schema, field_types(schema), dict[str, Any]()
     for name, value in tree.items():
         full = f"{prefix}{name}"

@@ -162,7 +162,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _tensor(value: Tensor | np.ndarray) -> Tensor:
-    return value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+    return value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
 
 
 def _class_names(content: Any) -> tuple[list[str] | None, list[list[int]] | None]:

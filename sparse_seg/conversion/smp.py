@@ -28,7 +28,7 @@ from sparse_seg.errors import CheckpointError
 # other decoders of smp: a part of their names that no other has
 DECODERS = {
     "UnetPlusPlus": r"decoder\.blocks\.x_\d",
-    "MAnet": r"decoder\.center\.(query|key|top)_",
+    "MAnet": r"decoder\.center\.(top|center|bottom)_conv\.",
     "Unet": r"decoder\.blocks\.\d+\.conv1\.",
     "Linknet": r"decoder\.blocks\.\d+\.block\.",
     "PAN": r"decoder\.(fpa|gau\d)\.",

@@ -25,7 +25,7 @@ def provenance() -> dict[str, Any]:
         "machine": _machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from sparse_seg.sparse import (
     select_rows,
 )
 from sparse_seg.sparse.conv import plain_norm
+from sparse_seg.sparse.fused import LARGEST_GAIN, require_bounded
 from sparse_seg.sparse.tuning import Tuner
 
 
@@ -72,7 +74,7 @@ class Residual(nn.Module):
         if self.downsample is not None:
             linear, norm = self.downsample
             shortcut = linear.fused(tuner, norm, relu=False)
-        return FusedResidual(convs, shortcut, self.pool)
+        return FusedResidual(tuner, convs, shortcut, self.pool)
 
     def plain(self, src: int, dst: int) -> PlainResidual:
         """Dense, from stride `src` to `dst`, px."""
@@ -96,18 +98,29 @@ class Residual(nn.Module):
 
 
 class FusedResidual(nn.Module):
-    """A `Residual` of fused layers."""
+    """A `Residual` of fused layers.
+
+    `gain` bounds how many times as large as its input (or as 1) any of its values can be.
+    """
 
     def __init__(
-        self, convs: Sequence[nn.Module], shortcut: nn.Module | None, pool: SelectiveAvgPool2d | None
+        self,
+        tuner: Tuner,
+        convs: Sequence[Any],
+        shortcut: nn.Module | None,
+        pool: SelectiveAvgPool2d | None,
     ) -> None:
         super().__init__()
+        self.tuner = tuner
+        self.is_checked = False  # whether its input is: see `bound_gains`
         self.convs: Any = nn.ModuleList(convs)
         self.shortcut: Any = shortcut
         self.pool = pool
 
     def forward(self, rows: Tensor, src: Step, dst: Step) -> Tensor:
         """Rows `[src.num_run, I]` to `[dst.num_run, O]`; the rows given may be overwritten."""
+        if self.is_checked:
+            require_bounded(rows, self.tuner)
         out, at = rows, src
         *first, last = self.convs
         for conv in first:
@@ -116,11 +129,29 @@ class FusedResidual(nn.Module):
         shortcut = shortcut if self.shortcut is None else self.shortcut(shortcut)
         return last(out, at, dst, shortcut)
 
+    @property
+    def gain(self) -> float:
+        branch = math.prod(conv.gain for conv in self.convs)
+        return branch + (self.shortcut.gain if self.shortcut else 1.0)
+
     def macs(self, src: Step, dst: Step) -> int:
         total, at = 0, src
         for conv in self.convs:
             total, at = total + conv.macs(at, dst), conv.sites(at, dst)
         return total + (self.shortcut.macs(dst) if self.shortcut else 0)
+
+
+def bound_gains(blocks: Iterable[FusedResidual], before: float) -> None:
+    """Have as few blocks as possible check what they read, so that between checks nothing can overflow.
+
+    Args:
+        blocks: in order.
+        before: gain of the layers before them.
+    """
+    gain = before
+    for block in blocks:
+        block.is_checked = gain * block.gain > LARGEST_GAIN
+        gain = block.gain if block.is_checked else gain * block.gain
 
 
 class PlainResidual(nn.Module):

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,12 @@ from sparse_seg.models.layouts import check_images, dense_layout, dense_strides,
 from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.models.way import Way
 from sparse_seg.sparse import Memory, SiteLayout, Step, densify, rows_to_grid
+from sparse_seg.sparse.fused import Unbounded, require_bounded
 
 if TYPE_CHECKING:
     from sparse_seg.models.segmentor import SelectiveSegmentor
+
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -225,8 +228,8 @@ class Pass:
         """The neck's rows `[N, C]` of all sites of `layouts[-1]`, before densify."""
         if self._neck is None:
             self._run(self._steps)
-            with self._context():
-                self._neck = self.model.head.neck(self._features[-1], self._steps[-1])
+            head, rows, step = self.model.head, self._features[-1], self._steps[-1]
+            self._neck = self._compute(lambda: head.neck(rows, step), rows)
         return self._neck
 
     def grid_logits(self) -> Tensor:
@@ -297,11 +300,15 @@ class Pass:
         if known == len(steps):
             return
         backbone, src = self.model.backbone, steps[max(known - 1, 0)]
-        with self._context():
+        refines = not steps[known].runs_lattice
+        if refines:  # the stage before has nothing new
+            src = Step(src.layout, before=src.layout)
+
+        def run() -> list[Tensor]:
             rows = self._features[known - 1] if known else backbone.stem(self.images)
-            if not steps[known].runs_lattice:  # a refinement: the stage before has nothing new
-                src, rows = Step(src.layout, before=src.layout), rows[:0]
-            late = backbone.run_stages(rows, steps[known:], known, src)
+            return backbone.run_stages(rows[:0] if refines else rows, steps[known:], known, src)
+
+        late = self._compute(run, None if known else self.images)
         self._features, self._done = [*self._features[:known], *late], list(steps)
         if not known:
             _, _, height, width = self.images.shape
@@ -347,6 +354,26 @@ class Pass:
             return None
         layout = self._done[0].layout
         return rows_to_grid(self._features[0], layout.batch, layout.size)
+
+    def _compute(self, work: Callable[[], _T], given: Tensor | None = None) -> _T:
+        """Run a part of the network.
+
+        oneDNN's ReLU, which a fast network runs fused, makes NaN 0. So a fast network checks that what it is
+        `given` is bounded (and a deep one what few of its blocks read): by the sums of its weights, nothing
+        can overflow then. Where it might, the part runs again by steps that hand NaN on.
+        """
+        with self._context():
+            tuner = self.model.tuner
+            if tuner is None:
+                return work()
+            try:
+                if given is not None:
+                    require_bounded(given, tuner)
+                with self.memory.undone_on_error() if self.memory else nullcontext():
+                    return work()
+            except Unbounded:
+                with tuner.showing_nan():
+                    return work()
 
     @contextmanager
     def _context(self) -> Iterator[None]:

@@ -35,7 +35,7 @@ class SelectiveSegmentor(nn.Module):
             A block is one cell of the coarsest grid.
         align_corners: of the last upsampling.
         mask: settings of the policies that a `Way` names.
-        is_fast: whether backbone and head are in their fused forms.
+        tuner: of backbone and head in their fused forms; None: they are not.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class SelectiveSegmentor(nn.Module):
         strides: tuple[int, ...] = (8, 16),
         align_corners: bool = False,
         mask: MaskConfig | None = None,
-        is_fast: bool = False,
+        tuner: Tuner | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
         self.policy, self.trained_stride, self.strides = policy, trained_stride, strides
-        self.align_corners, self.mask, self.is_fast = align_corners, mask or MaskConfig(), is_fast
+        self.align_corners, self.mask, self.tuner = align_corners, mask or MaskConfig(), tuner
 
     def forward(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
         """Logits `[B, K, H, W]` of normalised images `[B, 3, H, W]`, any size from 32x32 up.
@@ -153,9 +153,14 @@ class SelectiveSegmentor(nn.Module):
                 self.strides,
                 self.align_corners,
                 self.mask,
-                is_fast=True,
+                tuner,
             )
         return fast.eval().requires_grad_(False)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it was made by `for_inference`."""
+        return self.tuner is not None
 
     def train(self, mode: bool = True) -> SelectiveSegmentor:
         """As `nn.Module.train`; a fast network refuses to train.

@@ -18,6 +18,9 @@ from sparse_seg.sparse.step import Step
 from sparse_seg.sparse.tuning import Tuner
 from sparse_seg.sparse.winograd import transform_weight, winograd_conv2d
 
+# No value overflows float32, and so none becomes NaN, where inputs are at most LARGEST_INPUT and layers make
+# them at most LARGEST_GAIN times as large (Winograd's sums take two more powers of ten).
+LARGEST_INPUT, LARGEST_GAIN = 1e4, 1e30
 Form = Callable[[Tensor | None], Tensor]  # residual, whose memory may be overwritten, to output
 _MIN_WINOGRAD_CHANNELS = 96  # below, its transforms cost more than it saves: not worth a trial
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -42,6 +45,12 @@ class FusedLayer(nn.Module):
         self.relu, self.activation = relu, "relu" if relu else "none"
         self.tuner = tuner
         self._packed: dict[Any, Tensor] = {}
+
+    @property
+    def gain(self) -> float:
+        """How many times as large as the largest input (or as 1) an output can be."""
+        rows = self.weight.double().flatten(1).abs().sum(1) + self.bias.double().abs()
+        return max(1.0, rows.max().item())
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": {}}  # packed weights can be neither copied nor saved
@@ -82,6 +91,10 @@ class FusedLayer(nn.Module):
             residual, grid, packed, self.bias, *geometry, 1, "add", 1.0, self.activation, [], ""
         )
 
+    def _runs_fused(self, values: Tensor) -> bool:
+        """Whether oneDNN's fused kernels run: they do not hand NaN on."""
+        return _runs_onednn(values) and not self.tuner.shows_nan
+
     def _finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
         out = out if residual is None else out.add_(residual)
         return out.relu_() if self.relu else out
@@ -98,7 +111,7 @@ class FusedLinear(FusedLayer):
         self, rows: Tensor, src: Step | None = None, dst: Step | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """`[N, I]` to `[N, O]`; the memory of `residual` may be overwritten."""
-        if not _runs_onednn(rows) or not rows.shape[0]:
+        if not self._runs_fused(rows) or not rows.shape[0]:
             return self._finish(F.linear(rows, self.weight, self.bias), residual)
         linear = partial(self._linear, rows)
         if residual is None:
@@ -190,7 +203,7 @@ class FusedConv(FusedLayer):
     def _convolve(self, grid: Tensor, residual: Tensor | None, stride: int, dilation: int) -> Tensor:
         """The plain convolution, on a channels_last grid; the memory of `residual` may be overwritten."""
         oihw = self.weight.permute(0, 3, 1, 2)
-        if not _runs_onednn(grid):
+        if not self._runs_fused(grid):
             return self._finish(F.conv2d(grid, oihw, self.bias, stride, dilation, dilation), residual)
 
         def direct(residual: Tensor | None) -> Tensor:
@@ -217,6 +230,18 @@ def _runs_onednn(values: Tensor) -> bool:
     return values.device.type == "cpu" and values.dtype == torch.float32 and _ONEDNN
 
 
+class Unbounded(Exception):
+    """Values so large that a layer might make NaN, or NaN itself: run again by steps that hand it on."""
+
+
+def require_bounded(values: Tensor, tuner: Tuner) -> None:
+    """Raises Unbounded where oneDNN's ReLU might hide that values overflow (float32 on the CPU)."""
+    if _runs_onednn(values) and values.numel() and not tuner.shows_nan:
+        low, high = torch.aminmax(values)
+        if not (low.item() >= -LARGEST_INPUT and high.item() <= LARGEST_INPUT):
+            raise Unbounded
+
+
 class FusedDepthwise(nn.Module):
     """A depthwise convolution on sites with batch norm folded in, then ReLU.
 
@@ -239,6 +264,12 @@ class FusedDepthwise(nn.Module):
         out = self.conv(rows, src, dst).add_(self.bias)
         out = out if residual is None else out.add_(residual)
         return out.relu_() if self.relu else out
+
+    @property
+    def gain(self) -> float:
+        """As `FusedLayer.gain`."""
+        rows = self.conv.weight.double().flatten(1).abs().sum(1) + self.bias.double().abs()
+        return max(1.0, rows.max().item())
 
     def sites(self, src: Step, dst: Step) -> Step:
         return dst

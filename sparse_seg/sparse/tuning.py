@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from sparse_seg.sparse.winograd import Workspace
@@ -21,12 +23,28 @@ class Tuner:
     def __init__(self) -> None:
         self.fastest: dict[Hashable, dict[Hashable, str]] = {}  # by kind of layer, by shape of its input
         self.workspace = Workspace()
+        self._thread = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"fastest": self.fastest}  # buffers stay with their threads
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.fastest, self.workspace = state["fastest"], Workspace()
+        self._thread = threading.local()
+
+    @property
+    def shows_nan(self) -> bool:
+        """Whether this thread's layers must hand NaN on, which oneDNN's fused ReLU makes 0."""
+        return getattr(self._thread, "shows_nan", False)
+
+    @contextmanager
+    def showing_nan(self) -> Iterator[None]:
+        """Run by steps that hand NaN on: slower."""
+        self._thread.shows_nan = True
+        try:
+            yield
+        finally:
+            self._thread.shows_nan = False
 
     def wants_trial(self, layer: Hashable, shape: Hashable) -> bool:
         known = self.fastest.setdefault(layer, {})

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sparse_seg.checkpoint import load
+from sparse_seg.checkpoint import find, load
 from sparse_seg.checkpoint.file import is_ours
 from sparse_seg.config import ModelConfig
 from sparse_seg.conversion import convert
-from sparse_seg.errors import CheckpointError
+from sparse_seg.errors import CheckpointError, printable
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import load_weights, part_of
 
@@ -49,15 +49,15 @@ def load_pretrained(model: SelectiveSegmentor, settings: ModelConfig, path: str 
     same = own.head == settings.head and shapes == {name: tensor.shape for name, tensor in wanted.items()}
     if same:
         load_weights(model.head, head, path)
-    return f"pretrained: backbone{' and head' if same else ''} of {path} ({origin})" + (
-        "" if same else "; the head starts fresh"
-    )
+    taken, rest = ("backbone and head", "") if same else ("backbone", "; the head starts fresh")
+    return printable(f"pretrained: {taken} of {path} ({origin}){rest}")
 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], ModelConfig, str]:
     """Weights by our names, the settings they were trained with, and where they come from."""
-    if path.is_file() and is_ours(path):
-        own = load(path)
+    found = find(path)
+    if is_ours(found):
+        own = load(found)
         return own.weights, own.config, f"{own.origin.source} {own.origin.arch}".strip()
     conversion = convert(path, allow_missing=("head",))
     return conversion.network(), conversion.config, f"{conversion.source} {conversion.plan.arch}"

@@ -161,6 +161,32 @@ def test_system_errors_are_one_line(capsys, monkeypatch, trained, error, line):
     assert fails(capsys, "train", trained[0]) == line
 
 
+def test_config_and_checkpoint_in_the_wrong_order(capsys, trained):
+    config, checkpoint = trained
+    best = checkpoint.with_suffix(".safetensors")
+    for command, rest in (("evaluate", []), ("predict", ["a.png", "--out", "out"])):
+        line = fails(capsys, command, best, config, *rest, code=2)
+        assert f"argument CONFIG: {best} is a checkpoint, not a config" in line
+    assert "is a checkpoint, not a config" in fails(capsys, "train", best.with_name("last.pt"), code=2)
+
+
+def test_the_checkpoint_is_looked_at_before_the_data(capsys, trained, tmp_path):
+    config, checkpoint = trained
+    wrong = ["--set", "data.root=nowhere", "model.width=0.25"]
+    assert "does not fit the config" in fails(capsys, "evaluate", config, checkpoint, *wrong)
+    compare = ["--compare", "0.1"]
+    assert "does not fit the config" in fails(capsys, "evaluate", config, checkpoint, *compare, *wrong)
+
+
+def test_hints_are_near(capsys, trained):
+    config, _ = trained
+    for name in ("train.lrr", "train.lossy.fine_weight"):
+        assert "did you mean" in fails(capsys, "train", config, "--set", f"{name}=1")
+    for name in ("train.foo", "model.xyz"):
+        assert "did you mean" not in fails(capsys, "train", config, "--set", f"{name}=1")
+    assert "did you mean" not in fails(capsys, "train", config.with_name("camvid.yaml"))
+
+
 def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
     config, _ = trained
     write_scenes(tmp_path / "scenes", 4, (64, 96), val_fraction=0.5)

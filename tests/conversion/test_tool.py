@@ -1,6 +1,8 @@
 """The tool as a user meets it, from a source's file to evaluation, prediction, training, and back."""
 
 import re
+import resource
+import signal
 from typing import Any
 
 import cv2
@@ -192,7 +194,7 @@ def test_pretrained_from_a_classifier(tmp_path):
     model, _ = start(tmp_path / "timm.pth", shortcut="avg_pool", stem="deep")
     state = state_of("timm resnet50d")
     assert torch.equal(model.backbone.bn1.running_var, state["bn1.running_var"])
-    with pytest.raises(CheckpointError, match="is not there"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         start(tmp_path / "none.pth")
 
 
@@ -207,3 +209,46 @@ def test_training_starts_there_and_resumes_from_its_own(capsys, folder, tmp_path
     settings[3:] = ["model.backbone=resnet50", "train.iterations=2", "train.batch_size=2", "train.lr=1e-9"]
     text = run(capsys, "train", folder / "data.yaml", *work, "--resume", "--set", *settings)
     assert "pretrained" not in text
+
+
+def test_training_starts_from_a_converted_file(capsys, folder, tmp_path):
+    """train.init: the whole network, head and all; the config must say the same network."""
+    same = ["model.backbone=resnet50", "model.width=0.125", "model.depths=[2, 1, 2, 2]"]
+    same += ["model.head=deeplabv3plus", "model.head_channels=6", "model.low_level_channels=5"]
+    same += ["model.refine=false", "train.iterations=1", "train.batch_size=2", "train.lr=1e-9"]
+    init = [f"train.init={folder / 'net.safetensors'}"]
+    run(capsys, "train", folder / "data.yaml", "--work-dir", tmp_path / "run", "--set", *init, *same)
+    found, expected = load_model(tmp_path / "run/best.pt"), load_model(folder / "net.safetensors")
+    for part in ("backbone.conv1", "head.classifier"):
+        weights = [model.state_dict()[f"{part}.weight"] for model in (found, expected)]
+        assert torch.allclose(weights[0], weights[1], atol=1e-6)
+    other = ["--work-dir", tmp_path / "other", "--set", *init, *same, "model.trained_stride=16"]
+    message = run(capsys, "train", folder / "data.yaml", *other, code=1)
+    assert "trained with model.trained_stride 8, not 16; train again or use --set" in message
+
+
+def test_what_was_assumed_stands_last(capsys, folder, tmp_path):
+    """Verifying compares our forms with each other: wrong rates pass, so it says what it cannot see."""
+    options = ["--verify", "--set", "aspp_rates=[6, 12, 18]"]
+    text = run(capsys, "convert", folder / "source.pth", tmp_path / "a.safetensors", *options)
+    assert "whether the source's network has the same settings, the file cannot tell" in text
+    assert text.splitlines()[-1].startswith(
+        "assumed   output stride 8 (tensors cannot tell; else use --output"
+    )
+    assert load(tmp_path / "a.safetensors").origin.assumed
+
+
+@pytest.mark.parametrize("name", ["back.pth", "back.safetensors"])
+def test_a_full_disk_is_one_line(name, capsys, folder, tmp_path):
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        back = run(capsys, "convert", folder / "net.safetensors", tmp_path / name, "--to-dense", code=1)
+        forth = run(capsys, "convert", folder / "source.pth", tmp_path / "a.safetensors", code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert back == f"error: {tmp_path / name}: File too large\n"
+    assert forth == f"error: {tmp_path / 'a.safetensors'}: File too large\n"
+    assert not list(tmp_path.iterdir())

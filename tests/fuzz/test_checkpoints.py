@@ -1,6 +1,6 @@
 """Damaged and hostile checkpoints: right weights or one line, never a traceback, never other weights.
 
-`python -m tests.fuzz.test_checkpoints` prints the table of docs/reliability.md.
+`run` counts outcomes; `tests/fuzz/table.py` makes the table of docs/reliability.md of them.
 """
 
 from __future__ import annotations
@@ -330,19 +330,3 @@ def test_whole_files_are_right(kind: str, tmp_path: Path) -> None:
     }
     whole = source_file("") if ".pth" in kind else write(names.get(kind, "new .safetensors, converted"))
     assert KINDS[kind][1](whole)
-
-
-def table(seed: int = 0) -> str:
-    """A line per kind, in Markdown."""
-    lines = [
-        "| what | tried | right | refused in one line | traceback | wrong |",
-        "|---|" + "---:|" * 5,
-    ]
-    for kind, (_, _, count) in KINDS.items():
-        lines.append(f"| {kind} | " + " | ".join(map(str, run(kind, seed, count).values())) + " |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(table())

@@ -73,6 +73,7 @@ def test_change_needs_no_labels() -> None:
         OraclePolicy(0.5, rule="gain")(Frames(torch.zeros(1, 3, 32, 32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
 @pytest.mark.parametrize("rule", ["change", "gain"])

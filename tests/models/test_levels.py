@@ -60,6 +60,7 @@ def test_levels_are_exact(backbone: str, strides: tuple[int, ...], size: tuple[i
             assert relative_error(rows[layout.site], dense[finest].permute(0, 2, 3, 1)) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["linear", "nearest", "none"])
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
 @pytest.mark.parametrize(("backbone", "head"), CONFIGS)

@@ -141,6 +141,7 @@ def test_write_image_leaves_nothing_on_failure(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strides", "tints"), [((8, 16, 32), (0, 1, 2)), ((8, 16), (0, 2)), ((4, 8, 16), (0, 1, 2))]
 )

@@ -16,11 +16,11 @@ POINTS = {"dense OS8": (4.0, 0.56), "dense OS16": (1.0, 0.54)}
 
 def test_png_shows_each_series() -> None:
     content = cost_curve(SERIES, "GMACs", "mIoU", POINTS)
-    picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+    picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     assert picture is not None
     for colour in COLOURS[: len(SERIES)]:
-        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-        assert np.equal(picture, rgb).all(axis=2).sum() > 100
+        bgr = [int(colour[i : i + 2], 16) for i in (5, 3, 1)]
+        assert np.equal(picture, bgr).all(axis=2).sum() > 100
 
 
 def test_svg_names_everything() -> None:

@@ -113,6 +113,7 @@ def test_the_budget_is_reached() -> None:
     assert scores.sigmoid().mean().item() == pytest.approx(0.25, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strides", [[8, 16], [8, 16, 32], [4, 8, 16]], ids=str)
 def test_supervised_loss(strides: list[int]) -> None:
     """Cross-entropy against the share of a block's pixels that the dense network changes; it is learnable."""

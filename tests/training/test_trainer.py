@@ -121,6 +121,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny, tmp_path, workers):
     assert state["progress"]["iteration"] == log_of(tmp_path / "run")[-1]["iteration"]
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
     config = load_config(tiny, ["train.save_every=1"])
     trainer = Trainer(config, tmp_path / "run")
@@ -152,6 +153,7 @@ def test_gradient_that_is_not_finite_stops_before_the_weights_change(tiny, tmp_p
     assert weight.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_run_is_refused_unless_resuming(tiny, tmp_path):
     config = load_config(tiny, ["train.iterations=1"])
     run(config, tmp_path / "run")
@@ -180,6 +182,7 @@ def test_best_of_another_folder_is_not_claimed(tiny, tmp_path):
     assert run(config, tmp_path / "first", resume=True).best == 0.99
 
 
+@pytest.mark.slow
 def test_validation_without_a_label_is_named(tiny, tmp_path, monkeypatch):
     trainer = Trainer(load_config(tiny), tmp_path / "run")
     load = trainer.validation.load
@@ -194,6 +197,7 @@ def test_log_never_holds_nan(tiny, tmp_path):
     assert log_of(tmp_path / "run") == [{"iteration": 0, "boundary_miou": None}]
 
 
+@pytest.mark.slow
 def test_settings_changed_on_resume_take_effect(tiny, tmp_path):
     run(load_config(tiny, ["train.iterations=2"]), tmp_path / "run")
     changed = load_config(tiny, ["train.weight_decay=0.5", "train.momentum=0.2"])
@@ -234,6 +238,7 @@ def test_an_interrupted_demo_says_how_to_go_on(tiny, tmp_path, monkeypatch):
         finish_training(load_config(tiny), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_best_checkpoint_predicts_as_the_averaged_model(tiny, tmp_path):
     trainer = run(load_config(tiny), tmp_path / "run")
     best = load(tmp_path / "run/best.pt")

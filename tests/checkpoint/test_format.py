@@ -1,0 +1,259 @@
+"""One format of ours: what stands in it, files of version 0.1, and damage that is noticed."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+from sparse_seg import load_model
+from sparse_seg.checkpoint import Checkpoint, Origin, load, save
+from sparse_seg.config import config_from_dict, load_config, to_dict
+from sparse_seg.conversion import convert, to_dense
+from sparse_seg.data.cityscapes import CITYSCAPES_CLASSES
+from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.models.build import build_model
+from sparse_seg.models.weights import load_weights
+from sparse_seg.training.checkpoint import best_of, save_best, save_checkpoint
+from tests.checkpoint.earlier import write_converted, write_training
+from tests.conversion.cases import state_of
+
+MODEL = {"width": 0.0625, "depths": [1, 1, 1, 1], "head_channels": 4}
+
+
+@pytest.fixture
+def config():
+    return config_from_dict({"model": dict(MODEL)}, "test")
+
+
+@pytest.fixture
+def weights(config):
+    torch.manual_seed(0)
+    return build_model(config).eval().state_dict()
+
+
+def same(found, expected) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_checkpoint_alone_is_enough(config, weights, tmp_path):
+    save_checkpoint(tmp_path / "a.safetensors", config, weights, miou=0.5)
+    found = load(tmp_path / "a.safetensors")
+    assert same(found.weights, weights)
+    assert found.classes == CITYSCAPES_CLASSES.names
+    assert found.colours == CITYSCAPES_CLASSES.palette
+    assert (list(found.mean), list(found.std)) == (config.data.mean, config.data.std)
+    assert found.config == dataclasses.replace(config.model, num_classes=19)
+    assert found.origin.is_trained_here
+    assert found.training == {"config": to_dict(config), "miou": 0.5}
+    assert same(load_model(tmp_path / "a.safetensors").state_dict(), weights)
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert list(file.metadata()) == ["sparse_seg"]
+        assert json.loads(file.metadata()["sparse_seg"])["weights"] == found.digest
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.bin", "a"])
+def test_files_are_told_apart_by_content(name, config, weights, tmp_path):
+    save_checkpoint(tmp_path / "new.safetensors", config, weights)
+    write_training(tmp_path / "old.pt", config, weights)
+    for file in ("new.safetensors", "old.pt"):
+        (tmp_path / name).write_bytes((tmp_path / file).read_bytes())
+        assert same(load_model(tmp_path / name).state_dict(), weights)
+    (tmp_path / "old.safetensors").write_bytes((tmp_path / "old.pt").read_bytes())
+    assert same(load_model(tmp_path / "old.safetensors").state_dict(), weights)
+
+
+def test_the_best_weights_by_either_name(config, weights, tmp_path):
+    write_training(tmp_path / "best.pt", config, weights)
+    assert best_of(tmp_path) == tmp_path / "best.pt"
+    assert load(tmp_path / "best.safetensors").path == tmp_path / "best.pt"
+    better = {name: tensor + 1 for name, tensor in weights.items()}
+    save_best(tmp_path, config, better)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"], "no worse weights stay"
+    assert best_of(tmp_path) == tmp_path / "best.safetensors"
+    assert same(load(tmp_path / "best.pt").weights, better)
+
+
+def test_training_files_of_version_0_1(config, weights, tmp_path):
+    raw = {name: tensor + 1 for name, tensor in weights.items()}
+    write_training(tmp_path / "last.pt", config, raw, ema=weights, progress={"iteration": 3})
+    found = load(tmp_path / "last.pt")
+    assert same(found.weights, weights), "averaged ones"
+    assert (found.config.num_classes, found.classes) == (19, CITYSCAPES_CLASSES.names)
+    assert same(load_model(tmp_path / "last.pt", config).state_dict(), weights)
+
+
+@pytest.mark.parametrize("name", ["torchvision deeplabv3", "cad learned mask", "smp deeplabv3plus"])
+def test_converted_files_of_version_0_1(name, tmp_path):
+    torch.save(state_of(name), tmp_path / "source.pth")
+    conversion = convert(tmp_path / "source.pth")
+    conversion.write(tmp_path / "new.safetensors")
+    write_converted(tmp_path / "old.safetensors", conversion)
+    old, new = load(tmp_path / "old.safetensors"), load(tmp_path / "new.safetensors")
+    assert old.config == new.config
+    assert same(old.weights, new.weights)
+    assert same(to_dense(tmp_path / "old.safetensors"), state_of(name))
+    (tmp_path / "run.yaml").write_text(f"data: {{root: {tmp_path}, mean: [0.5, 0.5, 0.5]}}")
+    classes = "camvid" if new.config.num_classes == 11 else "scenes"
+    settings = [f"data.dataset={classes}", f"model.num_classes={new.config.num_classes}"]
+    load_model(tmp_path / "old.safetensors", load_config(tmp_path / "run.yaml", settings))  # says no mean
+    with pytest.raises(
+        CheckpointError, match=r"trained with data\.mean \[0\.485, .* --set data\.mean=\[0\.485,"
+    ):
+        load_model(tmp_path / "new.safetensors", load_config(tmp_path / "run.yaml", settings))
+
+
+def test_a_dataset_that_is_not_known_here(config, weights, tmp_path):
+    strange = to_dict(config) | {"data": to_dict(config)["data"] | {"dataset": "kitti"}}
+    checkpoint = Checkpoint(
+        tmp_path / "a.safetensors",
+        weights,
+        dataclasses.replace(config.model, num_classes=19),
+        tuple(f"class {number}" for number in range(19)),
+        tuple((number, 0, 0) for number in range(19)),
+        (0.0, 0.0, 0.0),
+        (1.0, 1.0, 1.0),
+        training={"config": strange},
+    )
+    save(checkpoint)
+    assert same(load_model(tmp_path / "a.safetensors").state_dict(), weights)
+    found = load(tmp_path / "a.safetensors")
+    assert (found.classes, found.colours) == (checkpoint.classes, checkpoint.colours)
+    assert (found.mean, found.std) == (checkpoint.mean, checkpoint.std)
+    write_training(tmp_path / "old.pt", config, weights)
+    content = torch.load(tmp_path / "old.pt", weights_only=True)
+    torch.save(content | {"config": strange}, tmp_path / "old.pt")
+    assert same(load_model(tmp_path / "old.pt").state_dict(), weights)
+    assert load(tmp_path / "old.pt").classes is None
+
+
+def flip(path: Path, content: bytes) -> None:
+    """One bit of one value."""
+    data = bytearray(path.read_bytes())
+    place = data.find(content)
+    assert place > 0
+    data[place + 3] ^= 0x40
+    path.write_bytes(data)
+
+
+def test_one_bit_is_noticed(config, weights, tmp_path):
+    value = weights["head.classifier.weight"].numpy().tobytes()
+    save_checkpoint(tmp_path / "a.safetensors", config, weights)
+    write_training(tmp_path / "b.pt", config, weights)
+    flip(tmp_path / "a.safetensors", value)
+    flip(tmp_path / "b.pt", value)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is damaged: its digest is wrong"):
+        load_model(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"b\.pt is damaged: the checksum of its record"):
+        load_model(tmp_path / "b.pt")
+
+
+def test_what_the_file_says_is_covered_by_the_digest(config, weights, tmp_path):
+    save_checkpoint(tmp_path / "a.safetensors", config, weights)
+    data = (tmp_path / "a.safetensors").read_bytes()
+    assert data.count(b"1e-05") == 2  # bn_eps, of the network and in training's config
+    (tmp_path / "a.safetensors").write_bytes(data.replace(b"1e-05", b"1e-04"))
+    with pytest.raises(CheckpointError, match="its digest is wrong"):
+        load_model(tmp_path / "a.safetensors")
+
+
+def said(path: Path, **changes: object) -> None:
+    """Let a file say something else, with a right digest."""
+    found = load(path)
+    description = found.description() | changes
+    object.__setattr__(found, "description", lambda: description)
+    save(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": MODEL | {"num_classes": 19, "depths": [10**9] * 4}}, r"depths is .* must lie in"),
+        ({"model": MODEL | {"num_classes": 19, "depths": [60] * 4}}, "ask for 244 blocks and it holds"),
+        ({"model": MODEL | {"num_classes": 19, "width": 8.0}}, r"backbone\.conv1\.weight is \[4, "),
+        ({"model": MODEL | {"num_classes": 19, "width": 1e300}}, "width is 1e.300; it must lie in"),
+        ({"model": MODEL | {"num_classes": "19"}}, "its model settings are damaged: .*'num_classes' must be"),
+        ({"model": None}, "it says model is None"),
+        ({"std": [1.0, 0.0, 1.0]}, r"it says std is \[1\.0, 0\.0, 1\.0\]"),
+        ({"classes": ["road"]}, "class names are not as many as its classes"),
+        ({"colours": [[0, 0, 300]] * 19}, "it says colours is"),
+        ({"origin": {}}, "damaged: origin.* is missing or unknown"),
+        ({"extra": 1}, "extra is missing or unknown"),
+    ],
+)
+def test_all_that_a_file_says_is_checked_before_anything_is_built(
+    changes, message, config, weights, tmp_path
+):
+    save_checkpoint(tmp_path / "a.safetensors", config, weights)
+    said(tmp_path / "a.safetensors", **changes)
+    with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
+        load_model(tmp_path / "a.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_later_format_is_named(config, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparse_seg.checkpoint.file.FORMAT_VERSION", 3)
+    save_checkpoint(tmp_path / "a.safetensors", config, weights)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"of a later sparse_seg \(format 3\); update the package"):
+        load(tmp_path / "a.safetensors")
+
+
+def test_the_way_back_needs_all_its_entries(tmp_path):
+    torch.save(state_of("torchvision fcn"), tmp_path / "source.pth")
+    path = tmp_path / "a.safetensors"
+    for entries in ([], None, 3, [["a", "b", [1], False, None, 0]], [[1] * 6]):
+        convert(tmp_path / "source.pth").write(path)
+        found = load(path)
+        origin = dataclasses.replace(found.origin, back=found.origin.back | {"entries": entries})
+        said(path, origin=dataclasses.asdict(origin))
+        with pytest.raises(CheckpointError, match="of the way back does not fit its tensors"):
+            to_dense(path)
+        load_model(path)
+    convert(tmp_path / "source.pth").write(path)
+    found = load(path)
+    save(dataclasses.replace(found, origin=Origin(), path=path))
+    with pytest.raises(CheckpointError, match="trained by sparse_seg: there is no source to go back to"):
+        to_dense(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.to(torch.complex64), r"is torch\.complex64, where a floating-point type is needed"),
+        (lambda t: t.to(torch.int8), r"is torch\.int8, where a floating-point type is needed"),
+        (lambda t: t * float("nan"), "holds NaN or infinite values"),
+        (lambda t: t.double() + 1e300, "holds NaN or infinite values"),  # in float32
+    ],
+)
+def test_weights_must_be_finite_numbers_of_their_kind(change, message, config, weights):
+    name = "backbone.conv1.weight"
+    with pytest.raises(CheckpointError, match=f"x: {name} {message}"):
+        load_weights(build_model(config), weights | {name: change(weights[name])}, "x")
+    counter = "backbone.bn1.num_batches_tracked"
+    with pytest.raises(CheckpointError, match=r"is torch\.float32, where a whole-number type is needed"):
+        load_weights(build_model(config), weights | {counter: torch.zeros(())}, "x")
+    load_weights(build_model(config), weights | {name: weights[name].double()}, "x")
+
+
+def test_other_things_than_checkpoints(tmp_path):
+    (tmp_path / "text.pt").write_text("model: {width: 1}\n")
+    with pytest.raises(CheckpointError, match="is truncated or no PyTorch checkpoint"):
+        load(tmp_path / "text.pt")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(
+        CheckpointError, match="was not written by sparse_seg; convert it first: sparse-seg conv"
+    ):
+        load(tmp_path / "foreign.safetensors")
+    with pytest.raises(CheckpointError, match=r"best\.pt does not exist"):
+        load(tmp_path / "best.pt")
+
+
+def test_escape_codes_do_not_reach_the_terminal(tmp_path):
+    torch.save({"\x1b[2Jlayer\n.weight": torch.zeros(3)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"its names \(\\x1b\[2Jlayer\\n\.weight") as caught:
+        convert(tmp_path / "a.pth")
+    assert str(caught.value).isprintable()
