@@ -1,0 +1,86 @@
+"""Write a network as one ONNX file for images of one size, which runs without PyTorch and without this
+package.
+
+Input `images`: float32 [B,3,H,W], RGB in 0..1 (or with --input uint8: bytes [B,H,W,3]); normalisation is
+inside. Outputs `classes`: uint8 [B,H,W]; `fine_blocks`: bool [B,Hc,Wc]; with --logits also `logits`:
+float32 [B,K,H,W]. With --policy given the input `blocks`, int64 [B,k], has the flat numbers of the blocks
+that are to be fine. Class names, colours and the rest stand in the file's property `sparse_seg`, as JSON.
+The file is run in onnxruntime and compared with the model before it is written.
+
+examples:
+  sparse-seg export configs/camvid_slim.yaml runs/slim/best.pt slim.onnx --size 360x480
+  sparse-seg export configs/camvid_slim.yaml runs/slim/best.pt slim.onnx --size 360x480 --fine-fraction 0.1
+  sparse-seg export configs/camvid_slim.yaml runs/slim/best.pt dense.onnx --size 360x480 --dense 8
+  sparse-seg export configs/converted.yaml r101.safetensors r101.onnx --size 512x1024 --input uint8
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from sparse_seg.checkpoint import load_model
+from sparse_seg.cli.arguments import parse_size, whole_number
+from sparse_seg.cli.options import add_config, add_network, output_file, overrides
+from sparse_seg.config import check_classes, load_config
+from sparse_seg.data import DATASETS
+from sparse_seg.export.network import INPUTS, MERGES, ExportOptions
+from sparse_seg.export.onnx_file import export_onnx
+
+POLICIES = ("confidence", "edge", "learned", "given")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a training run, or a converted file"
+    )
+    parser.add_argument("out", metavar="OUT.onnx", type=output_file, help="file to write")
+    parser.add_argument(
+        "--size", type=parse_size, required=True, metavar="HxW", help="size of the images in pixels"
+    )
+    add_network(parser)
+    parser.add_argument("--policy", choices=POLICIES, help="mask policy (default: the config's)")
+    parser.add_argument(
+        "--merge",
+        choices=MERGES,
+        default="whole",
+        help="whole (default): the head runs everywhere; patch: on fine blocks only",
+    )
+    parser.add_argument("--input", choices=INPUTS, default="float", help="type of images (default: float)")
+    parser.add_argument(
+        "--batch", type=whole_number(1), default=1, metavar="B", help="images at once (default: 1)"
+    )
+    parser.add_argument("--logits", action="store_true", help="logits of every pixel, too")
+    parser.add_argument(
+        "--static",
+        action="store_true",
+        help="no shape may depend on the data, as compilers for GPUs want it; slower on CPUs",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    chosen = [f"model.mask.policy={args.policy}"] if args.policy not in (None, "given") else []
+    config = load_config(args.config, [*overrides(args), *chosen])
+    check_classes(config)
+    options = ExportOptions(
+        size=args.size,
+        batch=args.batch,
+        dense=args.dense,
+        given=args.policy == "given",
+        merge=args.merge,
+        input=args.input,
+        mean=config.data.mean,
+        std=config.data.std,
+        logits=args.logits,
+        ghosts=not args.static,
+        tiles=not args.static,
+    )
+    classes = DATASETS[config.data.dataset].classes
+    model = load_model(args.checkpoint, config)
+    metadata = export_onnx(model, args.out, options, classes.names, classes.palette)
+    size, fraction = "x".join(map(str, args.size)), metadata.get("fine_fraction")
+    kind = (
+        f"dense at output stride {args.dense}" if fraction is None else f"{100 * fraction:.1f} % fine blocks"
+    )
+    print(f"{args.out}: {size} px, {kind}; equal to the model in onnxruntime")
+    return 0

@@ -1,0 +1,183 @@
+"""A static network as one ONNX file of stock operators, with what a reader needs to know inside."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_seg.errors import SparseSegError
+from sparse_seg.export.network import ExportOptions, StaticNetwork
+from sparse_seg.files import atomic_write
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.version import __version__
+
+OPSET = 17  # onnxruntime 1.14 and later, OpenVINO 2023.0 and later
+METADATA = "sparse_seg"
+INSTALL = "pip install 'sparse_seg[export]'"
+
+
+def export_onnx(
+    model: SelectiveSegmentor,
+    path: str | Path,
+    options: ExportOptions,
+    names: Sequence[str] = (),
+    colours: Sequence[Sequence[int]] = (),
+    check: bool = True,
+) -> dict[str, Any]:
+    """Write a network for images of one size to `path`; see `StaticNetwork.forward` for inputs and outputs.
+
+    Args:
+        names, colours: of the classes, colours as RGB in 0..255; kept in the file.
+        check: run the file in onnxruntime before it is written, see `check.check_graph`.
+
+    Returns:
+        What is kept in the file's property `sparse_seg`.
+
+    Raises:
+        SparseSegError: options that do not fit, a missing package, or a check that fails.
+        OSError: the file cannot be written; nothing is left of it.
+    """
+    from sparse_seg.export.check import check_graph  # it needs onnxruntime
+
+    network = StaticNetwork(model, options)
+    graph, metadata = to_onnx(network), describe(model, network, names, colours)
+    entry = graph.metadata_props.add()
+    entry.key, entry.value = METADATA, json.dumps(metadata)
+    if check:
+        check_graph(graph.SerializeToString(), model, network)
+    atomic_write(path, graph.SerializeToString())
+    return metadata
+
+
+def describe(
+    model: nn.Module, network: StaticNetwork, names: Sequence[str], colours: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """The file's metadata; with a digest of the weights, by which two files of one network know each
+    other."""
+    options = network.options
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    selective: dict[str, Any] = {"dense": options.dense}
+    if options.dense is None:
+        total = network.blocks[0] * network.blocks[1]
+        policy = (
+            "given"
+            if network.choice is None
+            else type(network.choice).__name__.removesuffix("Choice").lower()
+        )
+        selective |= {
+            "fine_fraction": network.ranking.fine / total,
+            "fine_blocks": network.ranking.fine,
+            "middle_blocks": network.ranking.middle,
+            "blocks": list(network.blocks),
+            "policy": policy,
+            "exchange": network.exchange,
+            "merge": options.merge,
+        }
+    return {
+        "names": list(names) or [str(number) for number in range(network.classes)],
+        "colours": [list(map(int, colour)) for colour in colours],
+        "mean": list(options.mean),
+        "std": list(options.std),
+        "size": list(options.size),
+        "batch": options.batch,
+        "input": options.input,
+        "strides": list(network.strides),
+        **selective,
+        "version": __version__,
+        "digest": digest.hexdigest(),
+    }
+
+
+def to_onnx(network: StaticNetwork) -> Any:
+    """The graph as an `onnx.ModelProto`.
+
+    It comes from PyTorch's tracing exporter: a fixed graph needs no more, and it takes an eighth of the
+    time of the one on top of torch.export. (`torch.export.export` takes the network as well, see
+    tests/export.)
+
+    Raises:
+        SparseSegError: onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError:
+        raise SparseSegError(f"export needs the package onnx: {INSTALL}") from None
+    inputs, outputs = interface(network)
+    buffer = io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecation, and fixed shapes, which are meant
+        torch.onnx.export(
+            network,
+            network.example(),
+            buffer,  # type: ignore[arg-type]  # it may be a stream
+            dynamo=False,
+            opset_version=OPSET,
+            do_constant_folding=False,  # runtimes do it when they load; here it would double the weights
+            input_names=inputs,
+            output_names=outputs,
+        )
+    graph = onnx.load_from_string(buffer.getvalue())
+    graph.producer_name, graph.producer_version = "sparse_seg", __version__
+    _name_nodes(graph)
+    onnx.checker.check_model(graph)
+    return graph
+
+
+def interface(network: StaticNetwork) -> tuple[list[str], list[str]]:
+    """Names of inputs and of outputs."""
+    inputs, outputs = ["images"], ["classes"]
+    if network.options.dense is None:
+        outputs.append("fine_blocks")
+        if network.choice is None:
+            inputs += ["blocks", "middle_blocks"] if network.ranking.middle else ["blocks"]
+    if network.options.logits:
+        outputs.append("logits")
+    return inputs, outputs
+
+
+def _name_nodes(graph: Any) -> None:
+    """Name nodes after the layer that they belong to: `layer3.0.conv2/lattice`, `layer3.0.conv2/extra`.
+
+    A layer is known by its weight; what prepares its input and nothing else carries its name, too.
+    """
+    weights = {one.name for one in graph.graph.initializer}
+    makers = {output: node for node in graph.graph.node for output in node.output}
+    named: dict[int, str] = {}
+
+    def weight_of(value: str) -> str | None:
+        while value in makers and makers[value].op_type in ("Transpose", "Reshape"):
+            value = makers[value].input[0]
+        return value if value in weights and value.endswith(".weight") else None
+
+    for node in graph.graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul", "Mul") or len(node.input) < 2:
+            continue
+        weight = weight_of(node.input[1])
+        if weight is None:
+            continue
+        layer = weight.removesuffix(".weight").removesuffix(".lattice").removesuffix(".extra")
+        part = "lattice" if node.op_type == "Conv" else "extra"
+        layer = layer.removeprefix("backbone.")
+        named[id(node)] = f"{layer}/{part}"
+        value = node.input[0]
+        while value in makers and id(makers[value]) not in named and makers[value].op_type in _PREPARE:
+            named[id(makers[value])] = f"{layer}/{part}/{makers[value].op_type.lower()}"
+            value = makers[value].input[0]
+    taken: dict[str, int] = {}
+    for node in graph.graph.node:
+        name = named.get(id(node), node.name.strip("/") or node.op_type)
+        taken[name] = taken.get(name, 0) + 1
+        node.name = name if taken[name] == 1 else f"{name}:{taken[name]}"
+
+
+_PREPARE = ("Gather", "Reshape", "Concat")

@@ -1,0 +1,118 @@
+"""Small networks of every kind that can be exported, and how a graph of one is compared with the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_seg import build_model
+from sparse_seg.export import StaticNetwork
+from sparse_seg.export.check import random_inputs
+from sparse_seg.export.onnx_file import interface
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from tests.reference import randomise, relative_error
+
+DEEP = {"backbone": "resnet50", "depths": [1, 1, 2, 2]}
+KINDS: dict[str, dict[str, Any]] = {
+    "lite": {},
+    "resnet34": {"backbone": "resnet34", "head": "fcn"},
+    "bottleneck": DEEP,
+    "resnet101": {"backbone": "resnet101", "depths": [1, 2, 3, 1]},
+    "deeplabv3": {"head": "deeplabv3"},
+    "deeplabv3 without refine": {"head": "deeplabv3", "refine": False},
+    "deep stem, pooled, separable": DEEP
+    | {
+        "head": "deeplabv3",
+        "stem": "deep",
+        "shortcut": "avg_pool",
+        "aspp_separable": "linear",
+        "separable": "linear",
+    },
+    "plus": {"head": "deeplabv3plus", "aspp_separable": "normed", "separable": "normed", "decoder_convs": 2},
+    "smp's plus": {
+        "head": "deeplabv3plus",
+        "align_corners": True,
+        "trained_stride": 16,
+        "entry_spacings": [4, 16, 32],
+        "refine": False,
+    },
+    "unprojected": {"head": "deeplabv3", "aspp_projection": False},
+    "nearest": {"head": "deeplabv3", "exchange": "nearest", "shortcut": "avg_pool"},
+    "none": {"exchange": "none", "shortcut": "avg_pool"},
+    "8 16 32": {"head": "deeplabv3", "strides": [8, 16, 32], "shortcut": "avg_pool"},
+    "8 16 32 nearest": {"strides": [8, 16, 32], "exchange": "nearest"},
+    "4 8 16": DEEP | {"head": "deeplabv3", "strides": [4, 8, 16]},
+}
+POLICIES: dict[str, dict[str, Any]] = {
+    "edge": {"policy": "edge"},
+    "edge, cad": {"policy": "edge", "edge": "cad", "blur": True},
+    "entropy": {"policy": "confidence"},
+    "margin": {"policy": "confidence", "uncertainty": "margin", "reduce": "mean"},
+    "boundary": {"policy": "confidence", "uncertainty": "boundary", "reduce": "mean", "neighbours": True},
+    "learned": {"policy": "learned"},
+}
+
+
+@functools.cache
+def kind_model(kind: str, policy: str = "edge", fraction: float = 0.3) -> SelectiveSegmentor:
+    """A network with random weights and statistics, in eval mode. Shared: do not change it."""
+    torch.manual_seed(0)
+    common = {"width": 0.125, "head_channels": 16, "low_level_channels": 6, "num_classes": 5}
+    settings = common | {"aspp_rates": [4, 8, 12]} | KINDS[kind]
+    mask = POLICIES[policy] | {"fine_fraction": fraction, "middle_fraction": 0.3}
+    model = build_model(settings | {"mask": mask})
+    randomise(model)
+    return model
+
+
+def arrays(network: StaticNetwork, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
+    """Inputs by name, as runtimes take them."""
+    return {name: value.numpy() for name, value in zip(interface(network)[0], inputs, strict=True)}
+
+
+@torch.no_grad()
+def compare(
+    model: SelectiveSegmentor,
+    network: StaticNetwork,
+    inputs: tuple[Tensor, ...],
+    images: Tensor,
+    found: Mapping[str, Tensor],
+) -> None:
+    """A graph's outputs are the model's: the same blocks; logits to 1e-5; classes but for ties."""
+    mask = found.get("fine_blocks")
+    if network.options.dense is not None:
+        expected = model.dense(images, network.options.dense)
+    else:
+        assert mask is not None
+        expected = model(images, fine_blocks=_levels(network, inputs, mask))
+        if network.choice is not None:
+            chosen = model.classify(images)[1]
+            assert chosen is not None
+            assert torch.equal(mask, chosen if chosen.dtype == torch.bool else chosen == 2)
+        else:
+            given = torch.zeros(mask.flatten(1).shape, dtype=torch.bool).scatter(1, inputs[1], True)
+            assert torch.equal(mask, given.view_as(mask))
+    assert relative_error(found["logits"], expected) < 1e-5
+    top = expected.topk(2, 1)
+    clear = top.values[:, 0] - top.values[:, 1] > 1e-5 * expected.abs().max()
+    assert torch.equal(found["classes"][clear].long(), top.indices[:, 0][clear])
+    assert clear.float().mean() > 0.99
+
+
+def _levels(network: StaticNetwork, inputs: tuple[Tensor, ...], mask: Tensor) -> Tensor:
+    if not network.ranking.middle:
+        return mask
+    chosen = network.grid_logits(*inputs)[1]
+    assert chosen is not None
+    return torch.zeros(mask.flatten(1).shape).scatter(1, chosen, 1).long().view_as(mask).where(~mask, 2)
+
+
+def cases(network: StaticNetwork, count: int) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+    """Random inputs, and their images as the model takes them."""
+    generator = torch.Generator().manual_seed(1)
+    return [random_inputs(network, generator) for _ in range(count)]

@@ -1,0 +1,142 @@
+"""Exported files: what stands in them, what is refused, and that nothing half-written is left."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_seg.cli import main
+from sparse_seg.errors import MeasurementError, SparseSegError
+from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, open_session
+from sparse_seg.export import check as checks
+from sparse_seg.export.timing import Timed, lift, table, time_graphs
+from tests.export.kinds import kind_model
+from tests.reference import VARIANTS, variant_model
+
+onnx = pytest.importorskip("onnx", reason="needs the package onnx")
+pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+SIZE = (64, 96)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "net.onnx"
+    metadata = export_onnx(
+        kind_model("lite", "entropy"), path, ExportOptions(SIZE), list("abcde"), [(1, 2, 3)] * 5
+    )
+    return path, metadata
+
+
+def test_interface_and_metadata(exported):
+    path, metadata = exported
+    graph = onnx.load(path)
+    assert [one.name for one in graph.graph.input] == ["images"]
+    assert [one.name for one in graph.graph.output] == ["classes", "fine_blocks"]
+    kept = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(kept["sparse_seg"]) == metadata
+    assert metadata["names"] == list("abcde")
+    assert metadata["colours"] == [[1, 2, 3]] * 5
+    assert (metadata["size"], metadata["strides"], metadata["blocks"]) == ([64, 96], [8, 16], [4, 6])
+    assert (metadata["policy"], metadata["exchange"]) == ("confidence", "linear")
+    assert metadata["fine_fraction"] == 7 / 24
+    found = open_session(path, "onnxruntime", 1)(images=np.zeros((1, 3, *SIZE), np.float32))
+    assert (found["classes"].dtype, found["classes"].shape) == (np.uint8, (1, 64, 96))
+    assert (found["fine_blocks"].dtype, found["fine_blocks"].shape) == (bool, (1, 4, 6))
+    assert found["fine_blocks"].sum() == 7
+
+
+def test_stock_operators_with_readable_names_and_one_copy_of_the_weights(exported):
+    graph = onnx.load(exported[0])
+    assert {one.domain for one in graph.opset_import} == {""}
+    assert not graph.functions
+    names = [node.name for node in graph.graph.node]
+    assert len(set(names)) == len(names)
+    assert {"layer3.0.conv2/lattice", "layer3.0.conv2/extra", "head.neck.reduce/extra"} <= set(names)
+    weights = [one for one in graph.graph.initializer if one.name.startswith("backbone.layer4.1.conv2")]
+    assert sum(len(one.dims) == 4 for one in weights) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": (31, 64)}, "size 31x64 is too small; images must have at least 32x32 px"),
+        ({"fine_fraction": 0.01}, "a fine fraction of 0.01 gives none of 24 blocks; choose a larger one"),
+        ({"dense": 7}, "dense output stride must be one of"),
+        ({"merge": "blend"}, "unknown merge 'blend'; choose one of whole, patch"),
+    ],
+)
+def test_options_that_do_not_fit(change, message):
+    options = {"size": SIZE, **change}
+    with pytest.raises(SparseSegError, match=message) as error:
+        StaticNetwork(kind_model("lite", "entropy"), ExportOptions(**options))
+    assert "\n" not in str(error.value)
+
+
+def test_networks_that_cannot_be_exported():
+    undilated = variant_model("mmsegmentation's", torch.float32)
+    assert not VARIANTS["mmsegmentation's"]["dilate_second"]
+    with pytest.raises(SparseSegError, match=r"undilated convolutions .* with --dense only"):
+        StaticNetwork(undilated, ExportOptions(SIZE))
+    with pytest.raises(SparseSegError, match="merge patch needs a head with one 3x3"):
+        StaticNetwork(kind_model("plus"), ExportOptions(SIZE, merge="patch"))
+
+
+def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "TOLERANCE", 1e-12)
+    path = tmp_path / "net.onnx"
+    with pytest.raises(SparseSegError, match=r"differs from the model: logits .* nothing is written"):
+        export_onnx(kind_model("lite", "entropy"), path, ExportOptions(SIZE, logits=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_place(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        export_onnx(kind_model("lite"), tmp_path / "file" / "net.onnx", ExportOptions(SIZE), check=False)
+
+
+def test_missing_package(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(SparseSegError, match=r"needs the package onnx: pip install 'sparse_seg\[export\]'"):
+        export_onnx(kind_model("lite"), tmp_path / "net.onnx", ExportOptions(SIZE))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(SparseSegError, match="openvino is not installed: pip install openvino"):
+        open_session(b"", "openvino")
+
+
+def test_command_line(tmp_path, capsys):
+    config = tmp_path / "net.yaml"
+    config.write_text("model: {width: 0.125, head_channels: 16, mask: {policy: edge}}\n")
+    from sparse_seg.config import load_config
+    from sparse_seg.models.build import build_model
+    from sparse_seg.training.checkpoint import save_checkpoint
+
+    loaded = load_config(config)
+    save_checkpoint(tmp_path / "net.pt", loaded, build_model(loaded).state_dict())
+    out = tmp_path / "net.onnx"
+    arguments = ["export", str(config), str(tmp_path / "net.pt"), str(out), "--size", "64x96"]
+    assert main([*arguments, "--fine-fraction", "0.2", "--policy", "confidence"]) == 0
+    assert "equal to the model in onnxruntime" in capsys.readouterr().out
+    about = json.loads(onnx.load(out).metadata_props[0].value)
+    assert about["policy"] == "confidence"
+    assert len(about["names"]) == len(about["colours"])
+    assert main([*arguments, "--policy", "given", "--input", "uint8"]) == 0
+    assert [one.name for one in onnx.load(out).graph.input] == ["images", "blocks"]
+    assert main([*arguments, "--set", "model.mask.threshold=0.5"]) == 1
+    assert capsys.readouterr().err.startswith("error: a threshold gives another number of blocks")
+
+
+def test_timing(exported, tmp_path):
+    images = np.zeros((1, 3, *SIZE), np.float32)
+    graphs = {name: Timed(str(exported[0])) for name in ("fine", "coarse", "selective")}
+    timed = time_graphs(graphs, images, threads=1, turns=2, runs=2)
+    assert all(len(run.samples) == 4 and min(run.samples) > 0 for run in timed.values())
+    assert len(table(timed).splitlines()) == 4
+    with pytest.raises(MeasurementError, match="missing cannot be timed"):
+        time_graphs({"missing": Timed(str(tmp_path / "none.onnx"))}, images, 1)
+
+
+def test_lift():
+    assert lift((0.9, 0.8, 1.0), (15.0, 10.0, 30.0)) == pytest.approx(0.5 - 0.25)

@@ -1,0 +1,76 @@
+"""The page in examples/web: a picture in headless Chromium, and its classes and fine blocks on the canvas."""
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from sparse_seg.export import ExportOptions, export_onnx
+from tests.export.kinds import kind_model
+
+pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+pytest.importorskip("onnx", reason="needs the package onnx")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PACKAGE = EXAMPLES / "web/node_modules/onnxruntime-web"
+NAMES = ["road", "car", "tree", "sky", "house"]
+
+
+def _picture(path: Path) -> None:
+    ramp = np.linspace(0, 255, 96, dtype=np.uint8)
+    cv2.imwrite(str(path), np.stack([np.tile(ramp, (64, 1))] * 3, 2))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.skipif(not PACKAGE.exists(), reason="needs onnxruntime-web: npm install in examples/web")
+def test_page(tmp_path):
+    for name in ("index.html", "app.js", "metadata.js"):
+        shutil.copy(EXAMPLES / "web" / name, tmp_path)
+    (tmp_path / "node_modules").symlink_to(PACKAGE.parent)
+    options = ExportOptions((64, 96))
+    export_onnx(kind_model("lite", "entropy"), tmp_path / "net.onnx", options, NAMES, [(9, 99, 199)] * 5)
+    (tmp_path / "models.json").write_text(json.dumps(["net.onnx"]))
+    _picture(tmp_path / "street.png")
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/?picture=street.png"
+        command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000"]
+        page = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=300)
+        server.shutdown()
+    assert re.search(r'<p id="status" role="status">\d+ ms for 96 x 64 px</p>', page.stdout), page.stdout
+    assert 'data-done="1"' in page.stdout
+    assert any(f"</i>{name}</span>" in page.stdout for name in NAMES)
+    assert ">29 %</output>" in page.stdout
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["float", "uint8"])
+def test_run_onnx(tmp_path, kind):
+    options = ExportOptions((64, 96), input=kind)
+    export_onnx(kind_model("lite", "entropy"), tmp_path / "net.onnx", options, NAMES, check=False)
+    _picture(tmp_path / "street.png")
+    script = [sys.executable, str(EXAMPLES / "run_onnx.py"), "net.onnx", "street.png", "overlay.png"]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert any(name in done.stdout for name in NAMES)
+    overlay = cv2.imread(str(tmp_path / "overlay.png"))
+    assert overlay is not None
+    assert overlay.shape == (64, 96, 3)
+    script[3] = "missing.png"
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "missing.png is no picture" in done.stderr

@@ -1,0 +1,90 @@
+"""Exported graphs in onnxruntime and OpenVINO give the model's blocks, logits and classes."""
+
+import functools
+
+import pytest
+import torch
+
+from sparse_seg.errors import SparseSegError
+from sparse_seg.export import ExportOptions, RuntimeSegmentor, StaticNetwork, open_session, to_onnx
+from tests.export.kinds import KINDS, arrays, cases, compare, kind_model
+from tests.reference import block_mask, relative_error
+
+pytest.importorskip("onnx", reason="needs the package onnx")
+
+
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def runtime(request):
+    pytest.importorskip(request.param, reason=f"needs the package {request.param}")
+    return request.param
+
+
+@functools.cache
+def _graph(kind: str, policy: str, options: ExportOptions) -> tuple[StaticNetwork, bytes]:
+    network = StaticNetwork(kind_model(kind, policy), options)
+    return network, to_onnx(network).SerializeToString()
+
+
+def _check(kind: str, policy: str, options: ExportOptions, runtime: str, images: int) -> None:
+    network, graph = _graph(kind, policy, options)
+    session = open_session(graph, runtime, threads=1)
+    for inputs, normalised in cases(network, images):
+        found = {name: torch.from_numpy(value) for name, value in session(**arrays(network, inputs)).items()}
+        compare(kind_model(kind, policy), network, inputs, normalised, found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_masks(kind, runtime):
+    _check(kind, "edge", ExportOptions((47, 70), given=True, logits=True), runtime, 20)
+
+
+@pytest.mark.parametrize("policy", ["edge", "entropy", "margin", "learned"])
+def test_twenty_images(policy, runtime):
+    _check("lite", policy, ExportOptions((64, 96), logits=True), runtime, 20)
+
+
+@pytest.mark.parametrize("kind", ["deeplabv3", "plus", "8 16 32"])
+def test_batches(kind, runtime):
+    _check(kind, "entropy", ExportOptions((75, 64), 3, input="uint8", logits=True), runtime, 2)
+
+
+@pytest.mark.parametrize("options", [{"ghosts": False, "tiles": False}, {"dense": 8}, {"dense": 16}], ids=str)
+def test_static_and_dense(options, runtime):
+    _check("deeplabv3", "entropy", ExportOptions((64, 96), 2, logits=True, **options), runtime, 2)
+
+
+def test_patch_is_what_the_static_network_gives(runtime):
+    model = kind_model("lite", "entropy")
+    network = StaticNetwork(model, ExportOptions((64, 96), merge="patch", logits=True))
+    session = open_session(to_onnx(network).SerializeToString(), runtime, threads=1)
+    for inputs, _ in cases(network, 5):
+        found = session(**arrays(network, inputs))
+        expected = network(*inputs)
+        assert torch.equal(torch.from_numpy(found["fine_blocks"]), expected[1])
+        assert relative_error(torch.from_numpy(found["logits"]), expected[2]) < 1e-5
+
+
+@torch.no_grad()
+def test_segmentor_in_a_runtime(runtime):
+    model = kind_model("lite", "entropy")
+    fast = RuntimeSegmentor(model, runtime, (64, 96), threads=1)
+    images, blocks = torch.randn(1, 3, 64, 96), block_mask("random", (1, 4, 6))
+    assert relative_error(fast(images), model(images)) < 1e-5
+    assert relative_error(fast(images, fine_blocks=blocks), model(images, fine_blocks=blocks)) < 1e-5
+    assert relative_error(fast(images, fine_blocks=~(blocks | ~blocks)), model.dense(images, 16)) < 1e-5
+    assert relative_error(fast.dense(images, 8), model.dense(images, 8)) < 1e-5
+    classes, mask = fast.classify(images)
+    expected, expected_mask = model.classify(images)
+    assert classes.dtype == torch.int64
+    assert (classes == expected).float().mean() > 0.99
+    assert mask is not None
+    assert expected_mask is not None
+    assert torch.equal(mask, expected_mask)
+    assert fast.classify(images, output_stride=8)[1] is None
+    with pytest.raises(ValueError, match=r"made for float32 images \[1, 3, 64, 96\]"):
+        fast(images[..., :64])
+
+
+def test_unknown_runtime():
+    with pytest.raises(SparseSegError, match="unknown runtime 'tflite'; choose one of onnxruntime, openvino"):
+        open_session(b"", "tflite")
