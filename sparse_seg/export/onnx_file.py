@@ -19,7 +19,7 @@ from sparse_seg.files import atomic_write
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.version import __version__
 
-OPSET = 17  # onnxruntime 1.14 and later, OpenVINO 2023.0 and later
+OPSET = 17  # tested with onnxruntime 1.20.1 (November 2024) to 1.32 and OpenVINO 2026.4
 METADATA = "sparse_seg"
 INSTALL = "pip install 'sparse_seg[export]'"
 
