@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -44,7 +45,7 @@ class Frames:
     labels: Tensor | None = None
 
 
-class MaskPolicy(nn.Module):
+class MaskPolicy(nn.Module, ABC):
     """Chooses each block's level for a run: a subclass gives `scores`, this class cuts them.
 
     A block is one cell of the coarsest grid. At level 0 it keeps that grid's one site; each level more halves
@@ -96,9 +97,9 @@ class MaskPolicy(nn.Module):
         self.middle_fraction, self.middle_threshold = middle_fraction, middle_threshold
         self.block, self.blur = block, blur
 
+    @abstractmethod
     def scores(self, run: Run) -> Tensor:
         """Scores `[B, ceil(H/block), ceil(W/block)]` of the blocks of a run's images."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def forward(self, run: Inputs) -> Tensor:
