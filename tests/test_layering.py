@@ -13,18 +13,18 @@ PACKAGE = Path(__file__).parents[1] / "sparse_seg"
 # each other in a circle. A room is a file or a folder of sparse_seg/; "surface" is sparse_seg/__init__.py.
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "version", "registry", "timing"),
-    ("config", "schema", "checks"),
+    ("config",),
     ("sparse", "masks", "data"),
     ("models",),
     ("checkpoint", "conversion", "export", "evaluation"),
     ("training",),
-    ("lab", "ablation", "benchmark", "compare", "reporting"),
+    ("lab",),
     ("cli", "__main__", "surface"),
 )
 TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 
 # What is wrong today: (file, file that it should not import), and circles. Only ever take lines out.
-KNOWN_UPWARD: set[tuple[str, str]] = {("evaluation.subject", "training.schedule")}
+KNOWN_UPWARD: set[tuple[str, str]] = set()
 KNOWN_CIRCLES: set[tuple[str, ...]] = set()
 
 

@@ -17,17 +17,17 @@ import argparse
 import json
 from pathlib import Path
 
-from sparse_seg.ablation.costs import measure_costs
-from sparse_seg.ablation.estimate import remaining
-from sparse_seg.ablation.grid import load_grid
-from sparse_seg.ablation.runner import Ablation
-from sparse_seg.ablation.summary import summarise
 from sparse_seg.cli.options import add_config, add_device
 from sparse_seg.errors import TrainingError
-from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
-from sparse_seg.reporting.ablation import ablation_table, write_ablation
-from sparse_seg.reporting.tables import Column, Table
+from sparse_seg.lab.ablation.costs import measure_costs
+from sparse_seg.lab.ablation.estimate import remaining
+from sparse_seg.lab.ablation.grid import load_grid
+from sparse_seg.lab.ablation.report import ablation_table, write_ablation
+from sparse_seg.lab.ablation.runner import Ablation
+from sparse_seg.lab.ablation.summary import summarise
+from sparse_seg.lab.provenance import provenance
+from sparse_seg.lab.report.tables import Column, Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,15 +25,15 @@ from sparse_seg.cli.arguments import parse_size, whole_number
 from sparse_seg.cli.options import add_config, add_device, fraction, output_file
 from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
-from sparse_seg.evaluation.benchmark import cases, check_training, engine_fault, measure
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
-from sparse_seg.evaluation.peers import PEERS
-from sparse_seg.evaluation.profile import profile_network
-from sparse_seg.evaluation.provenance import provenance
-from sparse_seg.evaluation.subject import Case, Setup, Subject
 from sparse_seg.files import atomic_write
+from sparse_seg.lab.benchmark.measure import cases, check_training, engine_fault, measure
+from sparse_seg.lab.benchmark.peers import PEERS
+from sparse_seg.lab.benchmark.profile import profile_network
+from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
+from sparse_seg.lab.benchmark.tables import benchmark_table, profile_table
+from sparse_seg.lab.provenance import provenance
 from sparse_seg.masks import POLICIES
-from sparse_seg.reporting.benchmark import benchmark_table, profile_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

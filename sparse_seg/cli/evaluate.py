@@ -36,14 +36,14 @@ from sparse_seg.cli.options import add_config, add_device, add_network, fraction
 from sparse_seg.config import Config, MaskConfig, check_classes, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
-from sparse_seg.evaluation.comparison import compare, comparison_ways, groups
 from sparse_seg.evaluation.evaluate import evaluate
-from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
+from sparse_seg.lab.compare.report import comparison_table, write_comparison
+from sparse_seg.lab.compare.run import compare, comparison_ways, groups
+from sparse_seg.lab.provenance import provenance
+from sparse_seg.lab.report.summary import class_table, summary
 from sparse_seg.masks import POLICIES, parse_policy
 from sparse_seg.models.way import Way
-from sparse_seg.reporting.comparison import comparison_table, write_comparison
-from sparse_seg.reporting.summary import class_table, summary
 from sparse_seg.sparse import EXCHANGES
 
 

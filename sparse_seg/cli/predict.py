@@ -21,7 +21,7 @@ from sparse_seg.checkpoint import load_model
 from sparse_seg.cli.options import add_config, add_device, add_network, fraction, overrides
 from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import dataset_classes
-from sparse_seg.reporting.pictures import find_images, write_pictures
+from sparse_seg.lab.predict import find_images, write_pictures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -35,7 +35,7 @@ def read_class_file(file: str | Path) -> ClassFile:
     - `names`: of the classes, in the order of their train ids;
     - `ids`: the value in labels of each; default 0, 1, ...;
     - `colours`: RGB of each, `[r, g, b]` in 0..255, of pictures and of labels that hold colours;
-    - `ignore`: values in labels that do not count; default [255];
+    - `ignore`: values in labels that do not count; default [255], unless that is a class's;
     - `ignore_colours`: colours in labels that do not count.
 
     Raises:
@@ -48,7 +48,7 @@ def read_class_file(file: str | Path) -> ClassFile:
             raise ConfigError(f"{file}: unknown key {shown(key)}{near}")
     names = _names(file, tree.get("names"))
     ids = _ids(file, "ids", tree.get("ids", list(range(len(names)))), len(names))
-    ignored = _ids(file, "ignore", tree.get("ignore", [255]))
+    ignored = _ids(file, "ignore", tree.get("ignore", [] if 255 in ids else [255]))
     colours = _colours(file, "colours", tree["colours"], len(names)) if "colours" in tree else []
     ignored_colours = _colours(file, "ignore_colours", tree.get("ignore_colours", []))
     _differ(file, "ids and ignore", [*ids, *ignored])

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from sparse_seg.errors import MeasurementError
-from sparse_seg.evaluation.latency import Latency
 from sparse_seg.export.runtime import open_session
+from sparse_seg.lab.latency import Latency
 
 
 @dataclass(frozen=True)

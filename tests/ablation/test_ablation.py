@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from sparse_seg import load_model
-from sparse_seg.ablation import runner
-from sparse_seg.ablation.costs import cost_key
-from sparse_seg.ablation.grid import Cell, Run, load_grid
-from sparse_seg.ablation.runner import Ablation, locked
-from sparse_seg.ablation.summary import summarise
 from sparse_seg.cli import main
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
+from sparse_seg.lab.ablation import runner
+from sparse_seg.lab.ablation.costs import cost_key
+from sparse_seg.lab.ablation.grid import Cell, Run, load_grid
+from sparse_seg.lab.ablation.report import class_table, seed_table
+from sparse_seg.lab.ablation.runner import Ablation, locked
+from sparse_seg.lab.ablation.summary import summarise
 from sparse_seg.models.way import Way
-from sparse_seg.reporting.ablation import class_table, seed_table
 from tests.cli.test_cli import fails
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_seg.ablation.grid import Run, load_grid
 from sparse_seg.errors import ConfigError
+from sparse_seg.lab.ablation.grid import Run, load_grid
 from tests.ablation.conftest import GRID
 
 

@@ -15,7 +15,7 @@ import torch
 from sparse_seg.cli import COMMANDS, evaluate, main
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.scenes import write_scenes
-from sparse_seg.reporting.overlays import GAP, LEGEND_HEIGHT
+from sparse_seg.lab.report.overlays import GAP, LEGEND_HEIGHT
 
 ROOT = Path(__file__).parents[2]
 

@@ -71,6 +71,13 @@ def test_names_alone_are_enough(root: Path) -> None:
     assert dataset.classes.palette == default_palette(3)
 
 
+def test_masks_of_0_and_255(root: Path) -> None:
+    (root / "classes.yaml").write_text("names: [background, foreground]\nids: [0, 255]\n")
+    dataset = label(root, np.resize(np.array([0, 255], np.uint8), (40, 64)))
+    assert dataset.check().tolist() == [1280, 1280]
+    np.testing.assert_array_equal(dataset.load(0)[1], np.resize([0, 1], (40, 64)))
+
+
 def test_nested_folders_keep_equal_stems_apart(root: Path) -> None:
     (root / "train" / "images" / "b").mkdir()
     assert cv2.imwrite(str(root / "train" / "images" / "b" / "x.PNG"), scene(40, 64))
@@ -160,7 +167,7 @@ def test_pairs_that_are_none(root: Path) -> None:
         ("names: [a, b]\nids: [1]", "ids has 1 values for 2 names"),
         ("names: [a, b]\nids: [1, 256]", r"ids is \[1, 256\]; it must be a list of whole numbers"),
         ("names: [a, b]\nids: [1, 1]", "ids and ignore: 1 stands twice"),
-        ("names: [a, b]\nids: [1, 255]", "ids and ignore: 255 stands twice"),
+        ("names: [a, b]\nids: [1, 255]\nignore: [255]", "ids and ignore: 255 stands twice"),
         ("names: [a, b]\nids: [true, 2]", "it must be a list of whole numbers"),
         ("names: [a, b]\ncolours: [[1, 2, 3], [1, 2]]", r"it must be a list of \[r, g, b\]"),
         ("names: [a, b]\ncolours: [[1, 2, 3], [1, 2, 3]]", r"\[1, 2, 3\] stands twice"),

@@ -10,14 +10,14 @@ from sparse_seg import build_model
 from sparse_seg.cli import main
 from sparse_seg.config import config_from_dict
 from sparse_seg.errors import ConfigError
-from sparse_seg.evaluation import peers
-from sparse_seg.evaluation.benchmark import cases, check_training, engine_fault, measure
-from sparse_seg.evaluation.peers import peer_run
-from sparse_seg.evaluation.profile import profile_network
-from sparse_seg.evaluation.subject import Case, Setup, Subject
+from sparse_seg.lab.benchmark import peers
+from sparse_seg.lab.benchmark.measure import cases, check_training, engine_fault, measure
+from sparse_seg.lab.benchmark.peers import peer_run
+from sparse_seg.lab.benchmark.profile import profile_network
+from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
+from sparse_seg.lab.benchmark.tables import benchmark_table, profile_table
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
-from sparse_seg.reporting.benchmark import benchmark_table, profile_table
 from sparse_seg.sparse import grid_to_rows
 from sparse_seg.sparse.engines import spconv
 from sparse_seg.training.checkpoint import save_checkpoint

@@ -7,9 +7,9 @@ import torch
 from sparse_seg import build_model
 from sparse_seg.config import DataConfig
 from sparse_seg.data.transforms import normalise
-from sparse_seg.evaluation import comparison
-from sparse_seg.evaluation.comparison import compare, comparison_ways, groups
 from sparse_seg.evaluation.evaluate import evaluate
+from sparse_seg.lab.compare import run as comparison
+from sparse_seg.lab.compare.run import compare, comparison_ways, groups
 from sparse_seg.masks import Frames, OraclePolicy
 from sparse_seg.models.passes import Pass
 from sparse_seg.models.way import Way

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sparse_seg.errors import MeasurementError
-from sparse_seg.evaluation import latency
-from sparse_seg.evaluation.latency import Latency, interleaved, peak_memory
+from sparse_seg.lab import latency
+from sparse_seg.lab.latency import Latency, interleaved, peak_memory
 
 CPU = torch.device("cpu")
 

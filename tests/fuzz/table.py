@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
-from sparse_seg.reporting.tables import Column, Table
+from sparse_seg.lab.provenance import provenance
+from sparse_seg.lab.report.tables import Column, Table
 from tests.fuzz import test_checkpoints, test_configs, test_images
 
 RESULT = Path(__file__).parents[2] / "docs/results/fuzz.json"

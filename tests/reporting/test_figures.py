@@ -6,8 +6,8 @@ import cv2
 import pytest
 import torch
 
-from sparse_seg.reporting import figures
-from sparse_seg.reporting.figures import FIGURES, Tap, example_layout, main, places, taps
+from sparse_seg.lab.report import figures
+from sparse_seg.lab.report.figures import FIGURES, Tap, example_layout, main, places, taps
 from sparse_seg.sparse import EXCHANGES, SiteLayout
 
 DOCS = Path(__file__).parents[2] / "docs"

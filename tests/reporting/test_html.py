@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-from sparse_seg.reporting.html import Section, page, photo, plot, write_report
-from sparse_seg.reporting.tables import Column, Table
+from sparse_seg.lab.report.html import Section, page, photo, plot, write_report
+from sparse_seg.lab.report.tables import Column, Table
 
 IMAGE = np.full((9, 13, 3), (200, 40, 40), np.uint8)
 PNG = b"\x89PNG stand-in"

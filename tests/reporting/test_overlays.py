@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_seg.reporting.overlays import (
+from sparse_seg.lab.report.overlays import (
     COARSE_BRIGHTNESS,
     GAP,
     LEGEND_HEIGHT,

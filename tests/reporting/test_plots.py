@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.reporting.plots import COLOURS, cost_curve
+from sparse_seg.lab.report.plots import COLOURS, cost_curve
 
 SERIES = {"linear": [(2.0, 0.55), (1.0, 0.54)], "none": [(1.0, 0.54), (2.0, 0.50)]}
 POINTS = {"dense OS8": (4.0, 0.56), "dense OS16": (1.0, 0.54)}
@@ -49,7 +49,7 @@ def test_missing_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_matplotlib_loads_late_and_pyplot_never() -> None:
     code = (
-        "import sys; from sparse_seg.reporting.plots import cost_curve\n"
+        "import sys; from sparse_seg.lab.report.plots import cost_curve\n"
         "assert 'matplotlib' not in sys.modules\n"
         "cost_curve({'a': [(1, 2)]}, 'x', 'y')\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from sparse_seg.reporting.tables import Column, Table
+from sparse_seg.lab.report.tables import Column, Table
 
 TABLE = Table(
     [Column("name", "network"), Column("miou", "mIoU", "{:.1f}"), Column("macs", "GMACs", "{:.2f}")],

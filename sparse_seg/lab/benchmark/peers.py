@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.errors import MeasurementError
-from sparse_seg.evaluation.latency import Run
+from sparse_seg.lab.latency import Run
 
 TOLERANCE = 1e-2  # largest difference over largest value: a peer that computes something else is no peer
 

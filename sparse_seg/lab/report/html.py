@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from sparse_seg.files import atomic_write
-from sparse_seg.reporting.overlays import encode_image
-from sparse_seg.reporting.tables import Table
+from sparse_seg.lab.report.overlays import encode_image
+from sparse_seg.lab.report.tables import Table
 
 CSS = """
 :root { color-scheme: light; }

@@ -13,10 +13,7 @@ from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import DataError
-from sparse_seg.models.refinement import refine
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.way import Way
-from sparse_seg.reporting.overlays import (
+from sparse_seg.lab.report.overlays import (
     Palette,
     colourise,
     contact_sheet,
@@ -25,6 +22,9 @@ from sparse_seg.reporting.overlays import (
     overlay,
     write_image,
 )
+from sparse_seg.models.refinement import refine
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.ablation.grid import Cell
-from sparse_seg.ablation.runner import Ablation, locked
 from sparse_seg.checkpoint import load_model
 from sparse_seg.config import Config, to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import EvaluationView
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_parameters
-from sparse_seg.evaluation.latency import Run, interleaved, peak_memory
-from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
+from sparse_seg.lab.ablation.grid import Cell
+from sparse_seg.lab.ablation.runner import Ablation, locked
+from sparse_seg.lab.latency import Run, interleaved, peak_memory
+from sparse_seg.lab.provenance import provenance
 from sparse_seg.models.build import build_model
 from sparse_seg.models.way import Way
 from sparse_seg.training.distillation import Teacher

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sparse_seg.evaluation.profile import ORDER
-from sparse_seg.reporting.tables import Column, Table
+from sparse_seg.lab.benchmark.profile import ORDER
+from sparse_seg.lab.report.tables import Column, Table
 
 Rows = Sequence[dict[str, Any]]
 

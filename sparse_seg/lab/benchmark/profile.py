@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sparse_seg.evaluation.subject import Case, Subject
+from sparse_seg.lab.benchmark.subject import Case, Subject
 from sparse_seg.models.segmentor import SelectiveSegmentor
 
 PREFIX = "sparse_seg:"

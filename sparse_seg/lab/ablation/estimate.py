@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sparse_seg.ablation.costs import first_frame, step_seconds
-from sparse_seg.ablation.grid import Cell
-from sparse_seg.ablation.runner import Ablation
 from sparse_seg.config import to_dict
 from sparse_seg.data import build_dataset
-from sparse_seg.evaluation.latency import interleaved
+from sparse_seg.lab.ablation.costs import first_frame, step_seconds
+from sparse_seg.lab.ablation.grid import Cell
+from sparse_seg.lab.ablation.runner import Ablation
+from sparse_seg.lab.latency import interleaved
 from sparse_seg.models.build import build_model
 from sparse_seg.training.checkpoint import LAST, load_state
 from sparse_seg.training.statistics import BATCHES

@@ -1,6 +1,6 @@
 """The figures of docs/method.md, drawn from the layouts that the networks run on.
 
-python -m sparse_seg.reporting.figures docs/figures
+python -m sparse_seg.lab.report.figures docs/figures
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sparse_seg.files import atomic_write
+from sparse_seg.lab.report.plots import COLOURS, REFERENCE_COLOUR, new_figure, picture
 from sparse_seg.models.resnet import STAGE_STRIDES
-from sparse_seg.reporting.plots import COLOURS, REFERENCE_COLOUR, new_figure, picture
 from sparse_seg.sparse import SiteLayout, densify
 
 SITE, EXTRA, GHOST = COLOURS[:3]

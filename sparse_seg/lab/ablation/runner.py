@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from sparse_seg.ablation.grid import Cell, Grid, slug
 from sparse_seg.checkpoint import find, load_model
 from sparse_seg.config import Config, to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError
 from sparse_seg.evaluation.evaluate import evaluate
-from sparse_seg.evaluation.provenance import provenance
 from sparse_seg.files import atomic_write
+from sparse_seg.lab.ablation.grid import Cell, Grid, slug
+from sparse_seg.lab.provenance import provenance
 from sparse_seg.models.way import Way
 from sparse_seg.training.checkpoint import best_of, save_checkpoint
 from sparse_seg.training.finish import finish_training, is_finished

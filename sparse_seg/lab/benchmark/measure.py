@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from sparse_seg.errors import ConfigError, SparseSegError
-from sparse_seg.evaluation.latency import Latency, Run, interleaved, peak_memory
-from sparse_seg.evaluation.subject import Case, Setup, Subject, prepare_case
+from sparse_seg.lab.benchmark.subject import Case, Setup, Subject, prepare_case
+from sparse_seg.lab.latency import Latency, Run, interleaved, peak_memory
 from sparse_seg.models.way import Way
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout
 

@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparse_seg.ablation.costs import cost_key
-from sparse_seg.ablation.grid import Cell
-from sparse_seg.ablation.runner import Ablation
 from sparse_seg.config import TrainConfig
+from sparse_seg.lab.ablation.costs import cost_key
+from sparse_seg.lab.ablation.grid import Cell
+from sparse_seg.lab.ablation.runner import Ablation
 
 COSTS = ("parameters", "checkpoint_mb", "gmacs", "milliseconds", "peak_mib")
 

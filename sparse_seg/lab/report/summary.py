@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparse_seg.data.dataset import ClassList
 from sparse_seg.evaluation.evaluate import Evaluation
-from sparse_seg.reporting.tables import Column, Table
+from sparse_seg.lab.report.tables import Column, Table
 
 
 def class_table(evaluation: Evaluation, classes: ClassList) -> Table:

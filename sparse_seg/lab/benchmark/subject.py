@@ -21,8 +21,8 @@ from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.data.scenes import render_scene
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.cost import count_macs
-from sparse_seg.evaluation.latency import Run
-from sparse_seg.evaluation.peers import peer_run
+from sparse_seg.lab.benchmark.peers import peer_run
+from sparse_seg.lab.latency import Run
 from sparse_seg.masks import MaskPolicy
 from sparse_seg.models.build import build_model
 from sparse_seg.models.forms import channels_last

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sparse_seg.ablation.grid import Cell
-from sparse_seg.ablation.runner import Ablation
 from sparse_seg.checkpoint import load_model
 from sparse_seg.data import build_dataset
 from sparse_seg.data.dataset import IGNORE_INDEX, Image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.files import atomic_write
+from sparse_seg.lab.ablation.grid import Cell
+from sparse_seg.lab.ablation.runner import Ablation
+from sparse_seg.lab.report.html import Section, photo, plot, write_report
+from sparse_seg.lab.report.overlays import colourise, draw_levels, overlay
+from sparse_seg.lab.report.plots import cost_curve
+from sparse_seg.lab.report.tables import Column, Table
 from sparse_seg.masks import block_levels
-from sparse_seg.reporting.html import Section, photo, plot, write_report
-from sparse_seg.reporting.overlays import colourise, draw_levels, overlay
-from sparse_seg.reporting.plots import cost_curve
-from sparse_seg.reporting.tables import Column, Table
 
 Rows = Sequence[dict[str, Any]]
 SHOWN = 4  # frames in the report

@@ -12,12 +12,12 @@ import torch
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.data.transforms import normalise
+from sparse_seg.lab.report.html import Section, photo, plot, write_report
+from sparse_seg.lab.report.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
+from sparse_seg.lab.report.plots import cost_curve
+from sparse_seg.lab.report.tables import Column, Table
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
-from sparse_seg.reporting.html import Section, photo, plot, write_report
-from sparse_seg.reporting.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
-from sparse_seg.reporting.plots import cost_curve
-from sparse_seg.reporting.tables import Column, Table
 
 Rows = Sequence[dict[str, Any]]
 

@@ -1,0 +1,1 @@
+"""One network run in many ways on one picture: time, multiply-adds and memory."""
