@@ -37,7 +37,7 @@ class CheckpointError(SparseSegError):
 
 
 class TrainingError(SparseSegError):
-    """Training cannot go on (for instance a loss that is not finite)."""
+    """Training cannot continue (for instance because the loss is not finite)."""
 
 
 def did_you_mean(key: str, valid: Iterable[str]) -> str:

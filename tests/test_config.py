@@ -222,7 +222,7 @@ ALIASES = "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 20}]\n" 
         ("[" * 3000, "nested more than 16 deep"),
         ("".join("\n" + " " * depth + "a:" for depth in range(20)), "nested more than 16 deep"),
         (ALIASES, "more than 5000 values"),
-        ("model: &a {mask: *a}", "alias 'a' lies in what it stands for"),
+        ("model: &a {mask: *a}", "alias 'a' refers to itself"),
         ("model: *a", "undefined alias"),
         ("#" * 2**18 + "#", "has more than 262144 bytes"),
         ("0", "must hold keys and values, not a int"),

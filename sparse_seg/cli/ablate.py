@@ -1,6 +1,6 @@
 """Run an ablation: train what a grid needs, run it every way that the grid names, write tables and a report.
 
-The grid is a YAML file (see configs/ablation/ and docs/ablation.md). A killed run goes on where it stopped,
+The grid is a YAML file (see configs/ablation/ and docs/ablation.md). A killed run resumes where it stopped,
 finished cells are not done again, and several processes may share a work folder (on as many GPUs): start the
 same command in each. Writes results.json, table.md, table.csv, plots and report.html.
 
@@ -33,13 +33,13 @@ from sparse_seg.lab.report.tables import Column, Table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
-        "--checkpoint", metavar="C", help="use this checkpoint as the first network, in place of training it"
+        "--checkpoint", metavar="C", help="use this checkpoint as the first network instead of training it"
     )
     parser.add_argument(
         "--work-dir", metavar="D", help="where all is kept (default: runs/ablation/CONFIG's name)"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="list what is left to do, with an estimate of time, and stop"
+        "--dry-run", action="store_true", help="list the remaining work with a time estimate, and stop"
     )
     add_device(parser)
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         ablation.run()
     except KeyboardInterrupt:
-        raise TrainingError("interrupted; run it again to go on") from None
+        raise TrainingError("interrupted; run it again to resume") from None
     results = ablation.results()
     rows = summarise(ablation, results, measure_costs(ablation))
     content = provenance() | {

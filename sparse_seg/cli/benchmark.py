@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=("gather", "spconv"),
         default=["gather", "spconv"],
-        help="those of them that run here (default: both)",
+        help="default: both, if they run here",
     )
     parser.add_argument(
         "--scopes",

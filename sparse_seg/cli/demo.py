@@ -2,7 +2,7 @@
 
 Makes scenes, trains a small dense network at output stride 8, then runs the same weights dense (OS8, OS16)
 and selective at several fine fractions, without retraining. Prints a table and writes report.html,
-report.png and comparison.json. A demo that was cut off goes on where it stopped.
+report.png and comparison.json. An interrupted demo resumes where it stopped.
 
 example:
   sparse-seg demo --out runs/demo
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         _run(out, config, args)
     except KeyboardInterrupt:
-        raise TrainingError("interrupted; run it again to go on") from None
+        raise TrainingError("interrupted; run it again to resume") from None
     return 0
 
 

@@ -6,7 +6,7 @@ of the given fine fractions; the table then has multiply-adds and milliseconds t
 edge:cad, confidence:entropy,max,neighbours. Bounds for other masks are oracle (label boundaries),
 oracle:change (what the dense network changes) and oracle:gain (where it is right and the coarse one wrong);
 neither multiply-adds nor time of the last two's dense passes are counted.
-A long comparison can go on where it was stopped: --resume keeps the rows that are in the --json file and
+An interrupted comparison can be resumed: --resume keeps the rows that are in the --json file and
 measures policy by policy (times are then not of one run).
 
 examples:
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, option.replace("-", "_")) not in (None, False) and args.compare is None:
             args.usage_error(f"argument --{option}: only with --compare; add --compare F")
     if args.resume and not args.json:
-        args.usage_error("argument --resume: name the file to go on with; add --json OUT")
+        args.usage_error("argument --resume: name the file to resume; add --json OUT")
     config = load_config(args.config, overrides(args))
     if args.compare:
         compare_and_report(

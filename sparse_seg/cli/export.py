@@ -24,7 +24,7 @@ from sparse_seg.cli.options import add_config, add_network, output_file, overrid
 from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import DATASETS
 from sparse_seg.export.network import INPUTS, MERGES, ExportOptions
-from sparse_seg.export.onnx_file import export_onnx
+from sparse_seg.export.write import export_onnx
 
 POLICIES = ("confidence", "edge", "learned", "given")
 

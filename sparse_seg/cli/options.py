@@ -44,7 +44,7 @@ def add_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveG
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """`--set`, with `--fine-fraction` as what it stands for."""
+    """`--set`, plus the setting that `--fine-fraction` abbreviates."""
     if args.fine_fraction is None:
         return args.set
     return [*args.set, f"model.mask.fine_fraction={args.fine_fraction}", "model.mask.threshold=null"]
@@ -69,7 +69,7 @@ def output_file(text: str) -> str:
 
 
 def _config_file(text: str) -> str:
-    """An argument type: a path that is not that of a checkpoint."""
+    """An argument type: a path that is not a checkpoint."""
     if is_checkpoint(text):
         raise argparse.ArgumentTypeError(f"{text} is a checkpoint, not a config; CONFIG comes first")
     return text

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=True,
         default=False,
         metavar="PATH",
-        help="go on from the run's last.pt, or from PATH",
+        help="resume from the run's last.pt, or from PATH",
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision: short for --set train.amp=true")
     add_device(parser)

@@ -1,4 +1,4 @@
-"""What a config key is. Its type and default stand in a dataclass field, all else in the field's metadata."""
+"""A config key: its type and default are a dataclass field, everything else is in the field's metadata."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Key:
-    """What a key tells beyond its name, type and default.
+    """Metadata of a key beyond its name, type and default.
 
     Args:
         meaning: one line.
@@ -67,7 +67,7 @@ def section(schema: type[_T]) -> _T:
 
 
 def all_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Key, Any, Any]]:
-    """Name with its sections, `Key`, type and default of each key, those of sections included."""
+    """Full name, `Key`, type and default of each key, including keys of sections."""
     kinds = field_types(schema)
     for field in dataclasses.fields(schema):
         kind = kinds[field.name]

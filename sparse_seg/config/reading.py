@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
             raise _fault(event, f"nested more than {MAX_DEPTH} deep")
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self._anchored:
-                raise _fault(event, f"alias {event.anchor!r} lies in what it stands for")
+                raise _fault(event, f"alias {event.anchor!r} refers to itself")
             self._nodes += self._anchored.get(str(event.anchor), 0)
         node = super().compose_node(parent, index)
         self._depth, self._nodes = self._depth - 1, self._nodes + 1
@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node)
             if key in seen:
-                raise _fault(key_node, f"key {shown(key)} stands twice; write its settings in one place")
+                raise _fault(key_node, f"key {shown(key)} is given twice; merge the two")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -140,7 +140,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
-    """The keys and values of both, section by section; those of `top` win."""
+    """Merge two trees section by section; `top` wins."""
     merged = dict(base)
     for key, value in top.items():
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict)

@@ -1,4 +1,4 @@
-"""What a config must fulfil beyond the bounds and choices of each key: settings that fit each other."""
+"""Rules across config keys, beyond the bounds and choices of each: settings that must fit each other."""
 
 from __future__ import annotations
 

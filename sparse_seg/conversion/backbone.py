@@ -34,7 +34,7 @@ def find_backbone(tensors: Tensors, prefix: str = "") -> Backbone:
     """The ResNet whose names start with `prefix` (with its dot).
 
     Raises:
-        CheckpointError: the tensors are not those of a ResNet that can be built here.
+        CheckpointError: the tensors do not belong to a ResNet that can be built here.
     """
     depths = [count_modules(tensors, f"{prefix}layer{stage}.") for stage in (1, 2, 3, 4)]
     stem, last_stem = _stem_modules(tensors, prefix)

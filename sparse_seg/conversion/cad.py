@@ -20,7 +20,7 @@ LOGITS = "7."  # its last convolution
 
 
 def detect(tensors: Tensors) -> bool:
-    """Whether the names are CAD's alone; those of its dense deeplabs are VainF's."""
+    """Whether only CAD uses these names; its dense deeplabs are named like VainF's."""
     marks = ("backbone.layer4.0.conv2.conv.weight", "backbone.layer4_low_res.0.conv2.weight")
     fcn = "backbone.conv1.weight" in tensors and "classifier.classifier.0.weight" in tensors
     return any(mark in tensors for mark in marks) or (fcn and "classifier.project.0.weight" not in tensors)

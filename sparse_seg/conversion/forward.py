@@ -135,7 +135,7 @@ def convert(
         source: name in `SOURCES`, or `auto`: by the names of the tensors.
         arch, num_classes: what the file must hold, as `deeplabv3_resnet50` and 19; None takes what it does.
         output_stride: that the network was trained at, where its tensors cannot tell.
-        overrides: model settings in place of those found, for what tensors cannot tell, such as `bn_eps`.
+        overrides: model settings that cannot be inferred from the tensors, such as `bn_eps`.
         allow_missing: `("head",)` converts a backbone that has none.
         trust: see `read_source`.
         prefix, drop: see `find_network`.
@@ -266,7 +266,7 @@ def _asked_source(tensors: Tensors, source: str) -> str:
     twins = {"cad": vainf, "timm": torchvision}
     if SOURCES[source].detect(tensors) or (source in twins and twins[source].detect(tensors)):
         return source
-    raise CheckpointError(f"its names are not those of {source}; they are those of {find_source(tensors)}")
+    raise CheckpointError(f"its tensors are not named like {source}'s but like {find_source(tensors)}")
 
 
 def _listed() -> str:

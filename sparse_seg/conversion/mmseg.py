@@ -1,6 +1,6 @@
 """mmsegmentation: `deeplabv3_*` and `deeplabv3plus_*` with ResNet and ResNetV1c.
 
-Its ASPP puts image pooling first and has a 3x3 in place of the 1x1 projection. Its basic blocks leave their
+Its ASPP puts image pooling first and has a 3x3 instead of the 1x1 projection. Its basic blocks leave their
 second 3x3 undilated. The tensors do not tell D8 (output stride 8, rates 12, 24, 36) from D16 (6, 12, 18).
 """
 
@@ -75,7 +75,7 @@ def _add_plain(result: Plan, tensors: Tensors, rates: int, channels: int) -> Non
 
 
 def _add_separable(result: Plan, tensors: Tensors, rates: int, channels: int) -> None:
-    """deeplabv3plus: depthwise, norm, ReLU, 1x1 in place of each 3x3."""
+    """deeplabv3plus: depthwise, norm, ReLU and 1x1 instead of each 3x3."""
     for index in range(rates):
         theirs, ours = f"decode_head.aspp_modules.{index + 1}", f"head.aspp.atrous.{index}"
         result.modules |= {

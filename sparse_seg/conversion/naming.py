@@ -1,4 +1,4 @@
-"""From the names in a file to those of a source: what wraps a network, and what training keeps beside it."""
+"""Map the names in a file to the source's: strip wrappers and what training adds."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def find_network(
     prefix: str | None = None,
     drop: Sequence[str] = (),
 ) -> Named:
-    """Strip what wraps a network and set aside what a training module keeps beside it.
+    """Strip wrapper prefixes and set aside a training module's other tensors.
 
     Args:
         tensors: by the file's names.

@@ -91,7 +91,7 @@ def plan(tensors: Tensors, options: Options) -> Plan:
     if output_channels(tensors, "segmentation_head.0.weight") == 1:
         result.added = {"head.classifier.weight": 1, "head.classifier.bias": 1}
         result.classes = ["background", "foreground"]
-        result.notes.append("its one logit became that of class 1, foreground; class 0's is always 0")
+        result.notes.append("its one logit is now class 1's (foreground); class 0's is always 0")
     return result
 
 

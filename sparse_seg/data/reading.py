@@ -101,7 +101,7 @@ def read_label_palette(file: Path) -> list[tuple[int, int, int]]:
 def _label_png(file: Path) -> Png:
     data = _read_bytes(file)
     if data.startswith(JPEG_SIGNATURE):
-        raise DataError(f"{file}: the label is a JPEG, which changes ids; make it anew as a PNG")
+        raise DataError(f"{file}: the label is a JPEG, which changes ids; save it as a PNG")
     with _damage_named(file):
         if not data.startswith(PNG_SIGNATURE):
             raise DamagedError("no PNG")

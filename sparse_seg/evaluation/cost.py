@@ -30,7 +30,7 @@ def count_macs(
 
     Args:
         way: by default selective under the model's own policy.
-        policy: in place of the way's.
+        policy: overrides the way's.
     """
     way = way or Way()
     with eval_mode(model):

@@ -19,7 +19,7 @@ from sparse_seg.models.way import Way
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run over a dataset gave: metrics, mean share of fine blocks (None when dense), speed."""
+    """Result of a run over a dataset: metrics, mean share of fine blocks (None when dense), speed."""
 
     metrics: MetricsResult
     fine_fraction: float | None  # share of blocks at the finest stride

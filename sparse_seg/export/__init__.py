@@ -1,7 +1,8 @@
 """The selective network as one branch-free graph of stock operators, for any runtime."""
 
 from sparse_seg.export.network import ExportOptions, StaticNetwork
-from sparse_seg.export.onnx_file import export_onnx, to_onnx
+from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.runtime import RuntimeSegmentor, open_session
+from sparse_seg.export.write import export_onnx
 
 __all__ = ["ExportOptions", "RuntimeSegmentor", "StaticNetwork", "export_onnx", "open_session", "to_onnx"]

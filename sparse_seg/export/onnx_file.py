@@ -4,57 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export.network import ExportOptions, StaticNetwork
-from sparse_seg.files import atomic_write
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.export.network import StaticNetwork
 from sparse_seg.version import __version__
 
-OPSET = 17  # onnxruntime 1.14 and later, OpenVINO 2023.0 and later
+OPSET = 17  # tested with onnxruntime 1.20.1 (November 2024) to 1.32 and OpenVINO 2026.4
 METADATA = "sparse_seg"
 INSTALL = "pip install 'sparse_seg[export]'"
-
-
-def export_onnx(
-    model: SelectiveSegmentor,
-    path: str | Path,
-    options: ExportOptions,
-    names: Sequence[str] = (),
-    colours: Sequence[Sequence[int]] = (),
-    check: bool = True,
-) -> dict[str, Any]:
-    """Write a network for images of one size to `path`; see `StaticNetwork.forward` for inputs and outputs.
-
-    Args:
-        names, colours: of the classes, colours as RGB in 0..255; kept in the file.
-        check: run the file in onnxruntime before it is written, see `check.check_graph`.
-
-    Returns:
-        What is kept in the file's property `sparse_seg`.
-
-    Raises:
-        SparseSegError: options that do not fit, a missing package, or a check that fails.
-        OSError: the file cannot be written; nothing is left of it.
-    """
-    from sparse_seg.export.check import check_graph  # it needs onnxruntime
-
-    network = StaticNetwork(model, options)
-    graph, metadata = to_onnx(network), describe(model, network, names, colours)
-    entry = graph.metadata_props.add()
-    entry.key, entry.value = METADATA, json.dumps(metadata)
-    if check:
-        check_graph(graph.SerializeToString(), model, network)
-    atomic_write(path, graph.SerializeToString())
-    return metadata
 
 
 def describe(

@@ -53,7 +53,7 @@ def interleaved(
     """Time each run `repeats` times, in turns (A B C A B C), so that drift of the machine falls on all alike.
 
     Warm-up rounds come before and are not timed. On CUDA the time is that between two events on the stream;
-    the host's share counts if it is the longer. Threads are those of `torch.get_num_threads()`.
+    the host's share counts if it is the longer. Uses `torch.get_num_threads()` threads.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(warmup + repeats):

@@ -1,4 +1,4 @@
-"""Blocks where the coarse network is not sure of itself."""
+"""Blocks where the coarse network is uncertain."""
 
 from __future__ import annotations
 

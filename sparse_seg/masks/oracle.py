@@ -1,4 +1,4 @@
-"""Blocks that full resolution would help most: bounds for other masks, for they read what no other may."""
+"""Blocks that full resolution would help most: upper bounds for other masks, using what those cannot know."""
 
 from __future__ import annotations
 

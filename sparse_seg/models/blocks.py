@@ -1,4 +1,4 @@
-"""Residual blocks on rows: a row of convolutions with batch norms beside a shortcut."""
+"""Residual blocks on rows: convolutions with batch norms, and a shortcut."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ LOW_LEVEL_STRIDE = 4  # of layer1, whose grid `deeplabv3plus` reads and writes
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What heads are built from; each takes what concerns it.
+    """Settings of all heads; each head uses its own.
 
     Args:
         in_channels: of layer4's rows; low_level_in_channels: of layer1's.

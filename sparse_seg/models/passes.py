@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every module's own mode is put back, for a frozen network mixes them."""
+    """Eval mode inside the context; restores each module's own mode, since a frozen network mixes modes."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -86,7 +86,7 @@ class Pass:
         """Run this way; a policy chooses the mask now. Returns the pass itself.
 
         Args:
-            policy: in place of the way's.
+            policy: overrides the way's.
         """
         self._way = way or Way()
         if self._way.output_stride is not None:
@@ -121,7 +121,7 @@ class Pass:
         return self
 
     def fork(self) -> Pass:
-        """A pass of its own from here: what either runs, the other does not see."""
+        """An independent copy of the pass from here on."""
         other = copy.copy(self)
         other.memory = None if self.memory is None else self.memory.copy()
         other._macs = dict(self._macs)
@@ -162,7 +162,7 @@ class Pass:
 
     @torch.no_grad()
     def start_coarse(self, stored_dtype: torch.dtype | None = None) -> Pass:
-        """Run the coarsest stride in such a way that `take` refines it.
+        """Run the coarsest stride so that `take` can refine it.
 
         Raises:
             ValueError: the network is in training mode or has undilated convolutions.
@@ -252,7 +252,7 @@ class Pass:
         return self._upsample(grid_logits, *self._upsampling(), every)
 
     def classes(self) -> Tensor:
-        """Classes int64 `[B, H, W]`, for less than by `logits`."""
+        """Classes int64 `[B, H, W]`, cheaper than through `logits`."""
         size = (self.images.shape[2], self.images.shape[3])
         logits = at_least_float32(self.grid_logits())
         return upsample_classes(logits, size, *self._upsampling(), self.model.align_corners)

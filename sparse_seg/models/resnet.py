@@ -40,7 +40,7 @@ RESNET101 = Architecture(Bottleneck, (3, 4, 23, 3))
 
 
 class StageInfo(NamedTuple):
-    """What a backbone says of a stage: its name, output channels, natural stride in px, and its module."""
+    """Description of a backbone's stage: its name, output channels, natural stride in px, and its module."""
 
     name: str
     channels: int
@@ -62,7 +62,7 @@ class ResNet(nn.Module):
             dense form strides, the spacing of the stage before.
         dilate_second: whether the second 3x3 of layer3's and layer4's basic blocks has the stage's spacing;
             if not, its taps are one cell of the finest grid apart (mmsegmentation's).
-        depths: blocks of each stage, in place of the architecture's.
+        depths: blocks of each stage; overrides the architecture.
         options: further arguments of the architecture's block.
 
     Raises:

@@ -70,7 +70,7 @@ class SelectiveSegmentor(nn.Module):
         return (run.follow() if fine_blocks is None else run.take(fine_blocks)).logits()
 
     def start(self, images: Tensor, labels: Tensor | None = None) -> Pass:
-        """A pass over images, of which nothing is computed yet.
+        """Start a pass over images; nothing is computed yet.
 
         Args:
             labels: int64 `[B, H, W]`, for policies that read them (oracle).
@@ -94,7 +94,7 @@ class SelectiveSegmentor(nn.Module):
 
         Args:
             output_stride: run dense at this stride; None: selective.
-            policy: in place of the model's own; labels: see `start`.
+            policy: overrides the model's own; labels: see `start`.
             fine_blocks: the mask, where no policy is to choose it.
         """
         run = self.start(images, labels)
@@ -110,12 +110,12 @@ class SelectiveSegmentor(nn.Module):
         fractions: Sequence[float] | None = None,
         milliseconds: float | None = None,
     ) -> Iterator[Tensor]:
-        """Anytime prediction: logits `[B, K, H, W]`, better and better; a step pays for its new sites only.
+        """Anytime prediction: ever better logits `[B, K, H, W]`; each step computes its new sites only.
 
         Args:
             fractions: rising shares of fine blocks, a result for each; 0 is the dense network at the coarsest
                 stride. With three strides the policy's `middle_fraction` follows in rank.
-            milliseconds: in place of fractions, the time to spend. The first result is the coarse network's,
+            milliseconds: the time to spend, instead of fractions. The first result is the coarse network's,
                 later ones come as long as a further step fits, by the cost measured so far.
 
         Blocks are ranked once, by the coarse pass (the model's policy if it reads that, else confidence with

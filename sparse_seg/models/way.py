@@ -14,10 +14,10 @@ class Way:
     """One way to run a network; without arguments, selective under its own policy.
 
     Args:
-        output_stride: dense at this stride, px, in place of selective.
+        output_stride: run dense at this stride (px) instead of selectively.
         mask: a policy with options, such as `confidence:entropy,max`; None for the model's own.
-        fine_fraction, middle_fraction: of that policy, in place of the configured ones.
-        exchange, engine: of the 3x3 convolutions, in place of the model's own.
+        fine_fraction, middle_fraction: of that policy; override the configured ones.
+        exchange, engine: of the 3x3 convolutions; override the model's own.
     """
 
     output_stride: int | None = None

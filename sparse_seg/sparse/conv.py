@@ -1,4 +1,4 @@
-"""The layers that a network on sites is made of: 3x3 convolution over sites, and the 1x1 beside it.
+"""The layers that a network on sites is made of: 3x3 convolution over sites, and 1x1.
 
 Each owns its forms: `fused` (batch norm folded in, for prediction), `plain` (`nn.Conv2d`, dense) and `macs`.
 """

@@ -148,7 +148,7 @@ def depthwise_conv2d(
     spacing: int,
     exchange: str,
 ) -> Tensor:
-    """Depthwise 3x3 convolution from the sites of `src` to those of `dst`, taps `spacing` px apart.
+    """Depthwise 3x3 convolution from the sites of `src` to the sites of `dst`, taps `spacing` px apart.
 
     Args:
         rows: `[N, C]` of all sites of `src`.

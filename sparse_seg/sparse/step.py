@@ -33,13 +33,13 @@ class Memory:
         self._step: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def copy(self) -> Memory:
-        """A memory of the same rows that goes its own way from here."""
+        """An independent copy."""
         other = Memory(self.dtype)
         other._kept = dict(self._kept)
         return other
 
     def start_step(self) -> None:
-        """What follows are rows of new sites."""
+        """The rows that follow belong to new sites."""
         self._step.clear()
         self._read.clear()
 
@@ -84,7 +84,7 @@ class Step:
         memory: what layers have read in earlier steps; None: this is the only step, nothing is kept.
         before: sites after the step before, all of them sites of `layout`; only those that it lacks are run.
             None: all are run. Its grid may be coarser.
-        exchange, engine: in place of the layers' own, see `SelectiveConv2d`.
+        exchange, engine: override the layers' own, see `SelectiveConv2d`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What training writes: weights of the best validation, and all state to go on from."""
+"""Files that training writes: the weights of the best validation, and the full state to resume from."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def save_checkpoint(path: str | Path, config: Config, weights: Mapping[str, Tens
 
 
 def save_best(work_dir: Path, config: Config, weights: Mapping[str, Tensor], **said: Any) -> None:
-    """Write the folder's best weights, in place of those that an earlier version may have left."""
+    """Write the folder's best weights, replacing a file of an earlier version."""
     save_checkpoint(work_dir / BEST, config, weights, **said)
     (work_dir / BEST).with_suffix(".pt").unlink(missing_ok=True)
 
@@ -97,7 +97,7 @@ def state_config(state: Mapping[str, Any], path: str | Path) -> Config:
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, kind: str, state: Mapping[str, Any], path: str | Path
 ) -> None:
-    """Bring back momenta; the settings of `optimizer` (of the config) stay.
+    """Restore the momenta; the config's settings of `optimizer` stay.
 
     Args:
         kind: `train.optimizer`.

@@ -1,4 +1,4 @@
-"""Learning from a network trained before: its class probabilities, and which of its sites are alike."""
+"""Distillation from a trained teacher: class probabilities and pairwise similarity of sites."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Processes:
         check_values_per_channel(config, batch_size if synchronised else batch_size // self.count)
 
     def seed(self, seed: int, iteration: int) -> None:
-        """Draw other random numbers than the first process, which has torch's state as it is."""
+        """Seed this process differently from the first, which keeps torch's state."""
         if not self.is_first:
             sequence = np.random.SeedSequence([seed, iteration, self.rank])
             torch.manual_seed(int(sequence.generate_state(1)[0]))
@@ -121,7 +121,7 @@ def check_values_per_channel(config: Config, images: int) -> None:
 
 @contextmanager
 def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
-    """Be one of the processes that torchrun started, if it did; gives this one's GPU in place of `cuda`.
+    """Join the processes that torchrun started, if it did; resolves `cuda` to this process's GPU.
 
     Raises:
         TrainingError: a GPU is named, or there are fewer of them than processes on this machine.

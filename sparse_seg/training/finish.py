@@ -14,7 +14,7 @@ from sparse_seg.training.trainer import Trainer
 
 
 def finish_training(config: Config, work_dir: str | Path, device: torch.device | str = "cpu") -> Path:
-    """Train in `work_dir`, go on with the run that is there, or leave a finished one; returns its best
+    """Train in `work_dir`, resume the run found there, or skip a finished one; returns its best
     weights.
 
     Raises:
@@ -24,14 +24,14 @@ def finish_training(config: Config, work_dir: str | Path, device: torch.device |
     work_dir = Path(work_dir)
     if not is_finished(config, work_dir):
         trainer = Trainer(config, work_dir, resume=(work_dir / LAST).exists(), device=device)
-        trainer.how_to_go_on = "run it again to go on"  # by this function
-        trainer.how_to_go_on_changed = f"remove {work_dir} and run it again"
+        trainer.resume_hint = "run it again to resume"  # by this function
+        trainer.resume_hint_changed = f"remove {work_dir} and run it again"
         trainer.run()
     return best_of(work_dir)
 
 
 def is_finished(config: Config, work_dir: Path) -> bool:
-    """Whether a folder holds a run of this config that has come to its end.
+    """Whether a folder holds a finished run of this config.
 
     Raises:
         TrainingError: the folder holds a run of another config.

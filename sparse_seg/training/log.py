@@ -16,7 +16,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class TrainingLog:
-    """`log.jsonl` in a work folder, without lines later than the iteration that is gone on from.
+    """`log.jsonl` in a work folder, truncated to the iteration that is resumed.
 
     Lines that a kill or a full disk cut are left out, with a warning.
 

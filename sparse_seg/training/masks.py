@@ -32,7 +32,7 @@ def mask_loss(run: Pass, labels: Tensor, loss: Loss, mode: str, budget_weight: f
 def straight_through_loss(run: Pass, labels: Tensor, loss: Loss, budget_weight: float) -> Tensor:
     """Segmentation loss under the chosen mask + `budget_weight` x (share of fine blocks - fine_fraction)^2.
 
-    The extra sites' features are those of the dense network: the exchange rule is left out.
+    Extra sites get the dense network's features, without the exchange rule.
     """
     model, policy = run.model, run.model.policy
     chosen = straight_through(policy.scores(run))

@@ -1,4 +1,4 @@
-"""The loss of a training step: cross-entropy, and what the config adds against the loss of light networks.
+"""The loss of a training step: cross-entropy plus the terms that the config adds for light networks.
 
 Distillation (`train.distill`) and emphasis on detail (`boundary_weight`, `fine_weight`, `coarse_weight` of
 `train.loss`) work alone and together, for dense and selective training.

@@ -1,4 +1,4 @@
-"""Batch statistics of a trained network, taken anew under another way to run it."""
+"""Recalibrate the batch statistics of a trained network for another way to run it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BATCHES = 50  # enough for means of thousands of sites
 def recalibrate_batch_norm(
     model: SelectiveSegmentor, config: Config, network: str, batches: int = BATCHES
 ) -> None:
-    """Replace the running statistics of all batch norms by those of training batches, in place.
+    """Recompute the running statistics of every batch norm from training batches, in place.
 
-    Means over whole batches in place of a moving average ("Precise BN": Wu and Johnson, "Rethinking Batch in
+    Means over whole batches instead of a moving average ("Precise BN": Wu and Johnson, "Rethinking Batch in
     BatchNorm", 2021). Weights stay as they are.
 
     Args:

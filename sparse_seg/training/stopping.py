@@ -1,4 +1,4 @@
-"""Ways in which a training ends early, and what they must not cost."""
+"""How a training ends early without losing its state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class AlreadyTrained(TrainingError):
-    """The run in the folder has come to its end; there is nothing to go on with."""
+    """The run in the folder is finished; there is nothing to resume."""
 
 
 class Diverged(TrainingError):
@@ -45,7 +45,7 @@ def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 class UndoPoint:
-    """What a forward pass changes: statistics of norms and the random numbers' state."""
+    """State that a forward pass changes: batch statistics and the random state."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.random = model, torch.get_rng_state()

@@ -64,7 +64,7 @@ class Trainer:
     Args:
         config: resolved config.
         work_dir: created if need be; one that already holds a run is refused unless resuming.
-        resume: checkpoint to go on from, bit for bit on the CPU with one process; True takes the
+        resume: checkpoint to resume from, bit for bit on the CPU with one process; True takes the
             folder's `last.pt`.
         device: where to train.
         processes: that train together; see `training/distributed.py`.
@@ -149,8 +149,8 @@ class Trainer:
             self.work_dir.mkdir(parents=True, exist_ok=True)
             atomic_write(self.work_dir / "config.yaml", to_yaml(config))
             self.log = TrainingLog(self.work_dir, self.iteration, train.tensorboard)
-        self.how_to_go_on = f"go on with --work-dir {self.work_dir} --resume"
-        self.how_to_go_on_changed = self.how_to_go_on
+        self.resume_hint = f"resume with --work-dir {self.work_dir} --resume"
+        self.resume_hint_changed = self.resume_hint
         self._stop = self._validating = False
         self._failure: Exception | None = None
 
@@ -284,7 +284,7 @@ class Trainer:
         self._validating = True
         try:
             result = evaluate(model, self.validation, self.config.data, way, limit=train.eval_images)
-        except ValidationStopped:  # done when the run goes on
+        except ValidationStopped:  # repeated when the run resumes
             return
         finally:
             self._validating = False
@@ -374,7 +374,7 @@ class Trainer:
             return None
 
     def _stopped(self) -> SparseSegError:
-        """Save; the error that says what happened, what is kept and how to go on."""
+        """Save; returns the error that says what happened, what was saved and how to resume."""
         failure, last = self._failure, self.work_dir / "last.pt"
         if self._stop and isinstance(failure, DataError):
             failure = None  # workers were asked to stop, too
@@ -389,7 +389,7 @@ class Trainer:
             except OSError as error:
                 unsaved = error
         kept = f"the last good checkpoint is {last}, of iteration {self.saved}" if self.saved else ""
-        how = self.how_to_go_on_changed if isinstance(failure, Diverged) else self.how_to_go_on
+        how = self.resume_hint_changed if isinstance(failure, Diverged) else self.resume_hint
         if failure is None and unsaved is None and kept:
             return kind(f"{what}; {how}")
         return kind(ending(what, failure, unsaved, kept, how))

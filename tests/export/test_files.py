@@ -11,7 +11,7 @@ from sparse_seg.cli import main
 from sparse_seg.errors import MeasurementError, SparseSegError
 from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, open_session
 from sparse_seg.export import check as checks
-from sparse_seg.export.timing import Timed, lift, table, time_graphs
+from sparse_seg.lab.benchmark.runtimes import Timed, lift, table, time_graphs, time_network
 from tests.export.kinds import kind_model
 from tests.reference import VARIANTS, variant_model
 
@@ -136,6 +136,13 @@ def test_timing(exported, tmp_path):
     assert len(table(timed).splitlines()) == 4
     with pytest.raises(MeasurementError, match="missing cannot be timed"):
         time_graphs({"missing": Timed(str(tmp_path / "none.onnx"))}, images, 1)
+
+
+def test_timing_of_a_network():
+    timed = time_network(
+        kind_model("lite", "entropy"), np.zeros((1, 3, *SIZE), np.float32), 1, turns=1, runs=2
+    )
+    assert list(timed) == ["fine onnxruntime", "coarse onnxruntime", "selective onnxruntime whole"]
 
 
 def test_lift():

@@ -87,7 +87,7 @@ def test_a_file_damaged_meanwhile_is_named_and_no_step_is_lost(tiny, tmp_path, o
     assert 2 <= reached == trainer.iteration
     assert message.endswith(
         f"the last good checkpoint is {tmp_path / 'run/last.pt'}, of iteration {reached}; "
-        f"go on with --work-dir {tmp_path / 'run'} --resume"
+        f"resume with --work-dir {tmp_path / 'run'} --resume"
     )
 
 
@@ -115,7 +115,7 @@ def test_a_signal_saves(tiny, tmp_path, number):
     before = signal.getsignal(number)
     at_iteration(trainer, 3, lambda: os.kill(os.getpid(), number))
     message = stopped(trainer, TrainingError)
-    assert message == f"stopped at iteration 3; go on with --work-dir {tmp_path / 'run'} --resume"
+    assert message == f"stopped at iteration 3; resume with --work-dir {tmp_path / 'run'} --resume"
     assert signal.getsignal(number) == before
     assert_goes_on_as_unbroken(config, tmp_path / "run", tmp_path / "whole")
 
@@ -150,7 +150,7 @@ def test_a_log_on_a_full_disk_costs_no_step(tiny, tmp_path, monkeypatch):
     at_iteration(trainer, 3, lambda: monkeypatch.setattr(trainer.log, "write", full_disk))
     message = stopped(trainer, TrainingError)
     assert message.startswith("log.jsonl: No space left on device; the last good checkpoint is")
-    assert f"of iteration 4; make room on the disk, then go on with --work-dir {tmp_path}" in message
+    assert f"of iteration 4; make room on the disk, then resume with --work-dir {tmp_path}" in message
     assert_goes_on_as_unbroken(config, tmp_path / "run", tmp_path / "whole")
 
 
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_costs_no_step(tiny, tmp_path):
     message = stopped(trainer, TrainingError)
     assert message.startswith("loss is nan at iteration 3; the last good checkpoint is")
     assert message.endswith(
-        "of iteration 3; lower train.lr or set train.clip_grad_norm, then go on with --work-dir "
+        "of iteration 3; lower train.lr or set train.clip_grad_norm, then resume with --work-dir "
         f"{tmp_path / 'run'} --resume"
     )
     assert_goes_on_as_unbroken(config, tmp_path / "run", tmp_path / "whole")
@@ -236,7 +236,9 @@ def test_a_finished_run_resumed_exits_0_and_says_so(tiny, tmp_path, capsys):
     written = (tmp_path / "run/last.pt").stat().st_mtime_ns
     capsys.readouterr()
     assert main([*arguments, "data.root=not_needed", "--resume"]) == 0
-    assert "run is already trained to iteration 1; raise train.iterations to go on" in capsys.readouterr().out
+    assert (
+        "run is already trained to iteration 1; raise train.iterations to continue" in capsys.readouterr().out
+    )
     assert (tmp_path / "run/last.pt").stat().st_mtime_ns == written
     with pytest.raises(TrainingError, match="already trained to iteration 1") as caught:
         Trainer(load_config(tiny, ["train.iterations=1"]), tmp_path / "new", tmp_path / "run/last.pt")
@@ -363,5 +365,5 @@ with joined_processes(torch.device("cpu")) as (processes, device):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "says1").read_text() == "label.png: damaged"
-    assert (tmp_path / "says0").read_text().startswith("stopped at iteration 2; go on with --work-dir")
+    assert (tmp_path / "says0").read_text().startswith("stopped at iteration 2; resume with --work-dir")
     assert state_of(tmp_path / "run")["progress"]["iteration"] == 2

@@ -232,9 +232,9 @@ def test_finish_training_starts_goes_on_and_leaves_alone(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_demo_says_how_to_go_on(tiny, tmp_path, monkeypatch):
+def test_an_interrupted_demo_says_resume_hint(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_after_step", lambda trainer: trainer._request_stop(signal.SIGINT, None))
-    with pytest.raises(TrainingError, match="stopped at iteration 1; run it again to go on"):
+    with pytest.raises(TrainingError, match="stopped at iteration 1; run it again to resume"):
         finish_training(load_config(tiny), tmp_path / "run")
 
 

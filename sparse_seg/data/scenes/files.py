@@ -118,7 +118,7 @@ def _holds(out: Path, record: dict[str, object]) -> bool:
     if (images, labels) != (record["count"], record["count"]):
         raise DataError(
             f"{out}: {images} images and {labels} labels of {record['count']} scenes are left; "
-            "remove the folder and make it anew"
+            "remove the folder and generate it again"
         )
     return True
 

@@ -1,4 +1,4 @@
-"""What the cells cost: multiply-adds, parameters, bytes, memory, and in one interleaved run milliseconds."""
+"""Cost of the cells: multiply-adds, parameters, bytes, memory, and latency in one interleaved run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPEATS = 11  # timed runs of each way
 
 
 def cost_key(ablation: Ablation, cell: Cell) -> str:
-    """Cells of one key are measured once: cost is a matter of size and way to run, not of what is learned.
+    """Cells with the same key are measured once: cost depends on size and way to run, not on the weights.
 
     (But for the last upsampling on the CPU, which has less to do where a network sees larger areas.)
     """

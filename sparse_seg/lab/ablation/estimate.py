@@ -1,4 +1,4 @@
-"""What an ablation still has to do, and about how long it will take on this machine."""
+"""The remaining work of an ablation, with a time estimate for this machine."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ from sparse_seg.training.checkpoint import check_same_function
 
 @dataclass
 class NetworkSpec:
-    """A network to train: either by a config, or another network with its batch statistics taken anew."""
+    """A network to train: from a config, or a copy of another one with recalibrated batch statistics."""
 
     config: str | None = None  # training config, relative to the grid's file
     set: list[str] = field(default_factory=list)  # key=value, as --set
-    teacher: str | None = None  # another network of the grid, that of the same seed: train.distill.teacher
+    teacher: str | None = None  # another network of the grid, with the same seed: train.distill.teacher
     init: str | None = None  # likewise, its weights to start from: train.init
-    source: str | None = None  # another network of the grid, in place of a config
+    source: str | None = None  # another network of the grid, instead of a config
     statistics: str | None = None  # dense | selective: how to run the source for its batch statistics
 
     @property
@@ -218,7 +218,7 @@ def _check_init(config: Config, source: Config, where: str) -> None:
 
 
 def _check_builds(config: Config, where: str) -> None:
-    """What a network cannot be built of is said now, not when its turn to be trained comes."""
+    """Fail now, not when training starts, if a network cannot be built from its settings."""
     try:
         with torch.device("meta"):
             build_model(config)

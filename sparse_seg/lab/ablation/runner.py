@@ -1,4 +1,4 @@
-"""Run a grid: train what is missing, evaluate what is missing, measure costs; a killed run goes on.
+"""Run a grid: train what is missing, evaluate what is missing, measure costs. A killed run resumes.
 
 Several processes may share a work folder, on as many GPUs: each takes what no other is at work on.
 """
@@ -41,7 +41,7 @@ class Ablation:
     Args:
         grid: what to run.
         work_dir: created if need be.
-        checkpoint: in place of training the first network, for all seeds.
+        checkpoint: use it as the first network, for all seeds, instead of training that one.
         device: where to train and evaluate.
     """
 
@@ -65,7 +65,7 @@ class Ablation:
         return self.work_dir / "training" / f"{slug(name)}-seed{seed}"
 
     def checkpoint(self, name: str, seed: int) -> Path:
-        """The trained weights, there or not."""
+        """Path of the trained weights, which need not exist yet."""
         return self.given.get(name, best_of(self.folder(name, seed)))
 
     def config(self, name: str, seed: int) -> Config:
@@ -103,7 +103,7 @@ class Ablation:
         return self.work_dir / "cells" / f"{cell.slug}.json"
 
     def _key(self, cell: Cell) -> str:
-        """Tells results apart that are not of the same weights, model settings, data and images."""
+        """Identifies a result: its weights, model settings, data and images."""
         path = self.checkpoint(cell.network, cell.seed)
         if path not in self._digests:
             self._digests[path] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
@@ -125,7 +125,7 @@ class Ablation:
     # -- running -------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train and evaluate all that is missing, also what other processes are at work on: wait for those.
+        """Train and evaluate all that is missing; waits for cells that other processes work on.
 
         Raises:
             TrainingError: training failed, or its folder holds a run of another config.
@@ -152,7 +152,7 @@ class Ablation:
         bar.close()
 
     def train(self, name: str, seed: int) -> None:
-        """Train a network, go on with its training, or take its source's statistics anew."""
+        """Train a network, resume its training, or recalibrate its source's batch norm."""
         config, network = self.config(name, seed), self.grid.networks[name]
         if network.source is None:
             tqdm.write(f"training {name}, seed {seed}")
@@ -204,7 +204,7 @@ def _finish(
     work: Callable[[_T], None],
     bar: tqdm | None = None,
 ) -> None:
-    """Do all jobs, leaving out those that another process has in hand until only such are left."""
+    """Do all jobs; those that another process holds come last."""
     left = list(jobs)
     while left:
         before = len(left)
@@ -225,7 +225,7 @@ def _finish(
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a file's lock; gives False where another process does, unless we wait. A dead one holds none."""
+    """Hold a file's lock; yields False if another live process holds it, unless told to wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:

@@ -2,7 +2,7 @@
 
 Ranges come from hooks that live only while profiling. Work belongs to the innermost range around it: what
 runs in the backbone but in no stage is the stem, in the head but in none of its layers densify, outside both
-upsampling. Each operator counts with its own time, without that of operators it calls.
+upsampling. Each operator counts with its own time, excluding the operators it calls.
 """
 
 from __future__ import annotations
@@ -58,8 +58,14 @@ def profile_network(subject: Subject, case: Case, repeats: int) -> list[dict[str
                 if one.memory is None:
                     for src, dst, spacing, exchange, lattice in tables:
                         one.layouts[src].neighbours(one.layouts[dst], spacing, exchange, lattice)
-        with record_function(f"{PREFIX}upsample"):
-            one.logits()
+        for part, ask in (
+            ("stem", one.stage_rows),
+            ("neck", one.rows),
+            ("densify", one.grid_logits),
+            ("upsample", one.logits),
+        ):
+            with record_function(f"{PREFIX}{part}"):
+                ask()
 
     cuda = subject.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -92,8 +98,6 @@ def profile_network(subject: Subject, case: Case, repeats: int) -> list[dict[str
 @contextlib.contextmanager
 def _ranges(model: SelectiveSegmentor) -> Iterator[None]:
     """Named ranges around the parts of a network's forward."""
-    named: dict[str, nn.Module] = {"stem": model.backbone, "densify": model.head}
-    named |= {stage: model.backbone.get_submodule(stage) for stage in STAGES}
     open_ranges: list[record_function] = []
 
     def enter(name: str) -> Any:
@@ -106,7 +110,7 @@ def _ranges(model: SelectiveSegmentor) -> Iterator[None]:
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         open_ranges.pop().__exit__(None, None, None)
 
-    parts = [*named.items()]
+    parts = [(stage, model.backbone.get_submodule(stage)) for stage in STAGES]
     for name, child in model.head.named_children():
         layers = child if isinstance(child, nn.ModuleList) else [child]  # a list itself is never called
         parts += [("head" if name in HEAD else "neck", layer) for layer in layers]

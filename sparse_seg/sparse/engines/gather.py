@@ -2,7 +2,7 @@
 
 Extra sites are processed in tiles: gather the nine neighbours of each site into `[T, 9*I]`, multiply by the
 weight as a matrix `[9*I, O]`. Taps that the image border cuts off are left out where they are many. Backward
-gathers again in place of saving nine copies of the activations: it holds the gradient of the rows, that of
+gathers again instead of saving nine copies of the activations: it holds the gradient of the rows, that of
 the lattice, and one tile.
 """
 
@@ -33,7 +33,7 @@ def selective_conv2d(
     spacing: int,
     exchange: str,
 ) -> Tensor:
-    """3x3 convolution from the sites of `src` to those of `dst`, taps `spacing` px apart.
+    """3x3 convolution from the sites of `src` to the sites of `dst`, taps `spacing` px apart.
 
     Args:
         rows: `[N, I]` of all sites of `src`.

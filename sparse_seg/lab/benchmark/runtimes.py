@@ -8,8 +8,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,8 +18,11 @@ from typing import Any
 import numpy as np
 
 from sparse_seg.errors import MeasurementError
+from sparse_seg.export.network import ExportOptions
 from sparse_seg.export.runtime import open_session
+from sparse_seg.export.write import export_onnx
 from sparse_seg.lab.latency import Latency
+from sparse_seg.models.segmentor import SelectiveSegmentor
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,37 @@ def _work(connection: Connection, graph: Timed, images: np.ndarray, threads: int
         return
     except Exception as error:
         connection.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def time_network(
+    model: SelectiveSegmentor,
+    image: np.ndarray,
+    threads: int,
+    runtimes: Sequence[str] = ("onnxruntime",),
+    merges: Sequence[str] = ("whole",),
+    turns: int = 10,
+    runs: int = 5,
+) -> dict[str, Latency]:
+    """Time a model's two dense forms and its selective one, exported, in each runtime.
+
+    Args:
+        image: float32 `[1, 3, H, W]` in 0..1. The time of a selective run depends on it: so do its ghosts.
+
+    Returns:
+        By name: `fine RUNTIME`, `coarse RUNTIME`, and `selective RUNTIME MERGE`.
+    """
+    size = (int(image.shape[2]), int(image.shape[3]))
+    finest, coarsest = model.strides[0], model.strides[-1]
+    forms = {"fine": ExportOptions(size, dense=finest), "coarse": ExportOptions(size, dense=coarsest)}
+    forms |= {f"selective {merge}": ExportOptions(size, merge=merge) for merge in merges}
+    with tempfile.TemporaryDirectory() as folder:
+        graphs: dict[str, Timed] = {}
+        for number, (form, options) in enumerate(forms.items()):
+            path = f"{folder}/{number}.onnx"
+            export_onnx(model, path, options, check=False)
+            kind, _, merge = form.partition(" ")
+            graphs |= {f"{kind} {runtime} {merge}".strip(): Timed(path, runtime) for runtime in runtimes}
+        return time_graphs(graphs, image, threads, turns, runs)
 
 
 def share(value: float, coarse: float, fine: float) -> float:
