@@ -69,11 +69,11 @@ def _verified(content: dict[str, Any], weights: dict[str, Tensor], path: Path) -
     version = content.pop("format_version", None)
     if content.pop("format", None) == FORMAT and isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(f"{path} is of a later sparse_seg (format {version}); update the package")
-    digest = content.pop("digest", None)
+    digest, found = content.pop("digest", None), digest_of(weights)
     signed = {"format": FORMAT, "format_version": FORMAT_VERSION} | content
-    if digest_of(signed) != digest or content.pop("weights", None) != digest_of(weights):
+    if digest_of(signed) != digest or content.pop("weights", None) != found:
         raise CheckpointError(f"{path} is damaged: its digest is wrong; copy it again")
-    return parse(content, weights, path, digest_of(weights))
+    return parse(content, weights, path, found)
 
 
 def load_pt(path: str | Path) -> dict[str, Any]:

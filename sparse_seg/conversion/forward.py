@@ -266,7 +266,7 @@ def _asked_source(tensors: Tensors, source: str) -> str:
     twins = {"cad": vainf, "timm": torchvision}
     if SOURCES[source].detect(tensors) or (source in twins and twins[source].detect(tensors)):
         return source
-    raise CheckpointError(f"its tensors are not named like {source}'s but like {find_source(tensors)}")
+    raise CheckpointError(f"its tensors are not named like {source}'s but like {find_source(tensors)}'s")
 
 
 def _listed() -> str:

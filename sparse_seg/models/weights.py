@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sparse_seg.config import ModelConfig
 from sparse_seg.errors import CheckpointError, ConfigError
@@ -32,10 +34,22 @@ def meta_network(
         ConfigError: an impossible config, or one of impossible size.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoRandomValues():
             return build_model(settings, learned_net)
     except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
         raise ConfigError(f"model: no such network can be built ({str(error).splitlines()[0]})") from None
+
+
+class _NoRandomValues(TorchFunctionMode):
+    """Leaves out random initialisation: on the meta device it imports all of torch.compile, for nothing."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def check_shapes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str | Path) -> None:

@@ -76,7 +76,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     if "progress" not in state:
         raise CheckpointError(f"{path} holds weights only; resume from {LAST}")
     for name, check in _PARTS.items():
-        if not check(state.get(name)):
+        if name not in state or not check(state[name]):
             raise CheckpointError(f"{path} is damaged: its {name!r} cannot be gone on from")
     state["config"] = state_config(state, path)
     return state

@@ -94,7 +94,7 @@ def test_wrong_networks(capsys, tmp_path):
     state = torchvision()
     assert "are of no network that can be converted" in fails(capsys, tmp_path, {"a.weight": torch.zeros(3)})
     wrong = fails(capsys, tmp_path, state, "--from", "mmseg")
-    assert "its names are not those of mmseg; they are those of torchvision" in wrong
+    assert "its tensors are not named like mmseg's but like torchvision's" in wrong
     message = fails(capsys, tmp_path, state, "--arch", "deeplabv3_resnet101")
     assert "it holds a deeplabv3_resnet50, not a deeplabv3_resnet101" in message
     assert "it has 21 classes, not 19" in fails(capsys, tmp_path, state, "--num-classes", "19")

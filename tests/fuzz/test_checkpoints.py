@@ -159,7 +159,9 @@ def use_any_state(path: Path) -> bool:
     trainer = bare_trainer()
     trainer._restore(found, path)
     return (
-        same(trainer.model.state_dict(), content["model"])
+        all(
+            torch.equal(tensor, content["model"][name]) for name, tensor in trainer.model.state_dict().items()
+        )
         and trainer.iteration == content["progress"]["iteration"]
         and torch.equal(torch.get_rng_state(), content["random"])
     )

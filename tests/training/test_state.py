@@ -82,6 +82,7 @@ CHANGES = {
     "scaler as text": lambda c: c.update(scaler="x"),
     "no config": lambda c: c.pop("config"),
     "config of another version": lambda c: c["config"]["model"].update(depth=3),
+    "no ema": lambda c: c.pop("ema"),
     "ema as list": lambda c: c.update(ema=[1]),
     "a weight as number": lambda c: c["model"].update({"backbone.conv1.weight": 1.0}),
     "a weight of another kind": lambda c: c["model"].update(
