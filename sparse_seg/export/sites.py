@@ -70,32 +70,35 @@ class Split:
         self._indices: dict[tuple[str, int], Tensor] = {}
         self._numbered: dict[str, tuple[Tensor, Tensor | None]] = {}
 
-    def taps(self, source: Tensor, extras: Tensor, step: int) -> Tensor:
-        """What the nine taps read that lie `step` cells apart: `[3 * K * 9, C]`.
+    def is_near(self, step: int) -> bool:
+        """Whether taps so far apart find their ghosts among those of near cells."""
+        return step in self.near_steps
 
-        source: `[cells, C]`, values at the cells; extras: `[3 * K, C]`.
-        """
-        near = step in self.near_steps
+    def tap_rows(self, step: int) -> Tensor:
+        """`[3 * K * 9]`: the rows of the table that the nine taps read, `step` cells apart."""
         if ("taps", step) not in self._indices:
+            near = self.is_near(step)
             numbers = self._numbers(near)[0]
             number = numbers.index_select(0, self._read(step).reshape(-1)).reshape(-1, self.count, 9)
             self._indices["taps", step] = (number + self._offsets(near)).reshape(-1)
-        return self.table(source, extras, near).index_select(0, self._indices["taps", step])
+        return self._indices["taps", step]
 
     def patch_taps(self, padded_fine: Tensor, step: int) -> Tensor:
-        """The same of a complete grid at the level's own stride, `[fine cells + 1, C]`, the last row zero."""
+        """What nine taps read in a complete grid at the level's own stride: `[3 * K * 9, C]`.
+
+        padded_fine: `[fine cells + 1, C]`, the last row zero.
+        """
         if ("patch", step) not in self._indices:
             index = self.plan.patches(step).index_select(1, self.cells)
             self._indices["patch", step] = index.reshape(-1)
         return padded_fine.index_select(0, self._indices["patch", step])
 
     def surroundings(self, source: Tensor, extras: Tensor, step: int) -> Tensor:
-        """What nine taps around phases 0 to 3 of the split cells read, `step` fine cells apart: `[4 * K *
-        9, C]`.
+        """What nine taps read around phases 0 to 3, `step` fine cells apart: `[4 * K * 9, C]`.
 
-        It is read from the densified grid: interpolated where there is no site.
+        They read the densified grid: interpolated where there is no site.
         """
-        plan, near = self.plan, self._near_for_one
+        plan, near = self.plan, self.is_near(1)
         if ("surroundings", step) not in self._indices:
             numbers = self._numbers(near, "linear")[0]
             own = torch.arange(plan.outside, device=self.cells.device)
@@ -133,7 +136,10 @@ class Split:
         return torch.matmul(plan.mix, four).reshape(3, -1, channels)
 
     def table(self, source: Tensor, extras: Tensor, near: bool, exchange: str | None = None) -> Tensor:
-        """`[3 * (K + n + 1), C]`: for each phase its sites, n ghosts, and zero for outside."""
+        """`[3 * (K + n + 1), C]`: for each phase its sites, n ghosts, and zero for outside.
+
+        source: `[cells, C]`, values at the cells; extras: `[3 * K, C]`.
+        """
         exchange, channels = exchange or self.exchange, int(source.shape[1])
         parts = [extras.reshape(3, self.count, channels)]
         if exchange != "none":
@@ -141,14 +147,8 @@ class Split:
         parts.append(source.new_zeros(3, 1, channels))
         return torch.cat(parts, 1).reshape(-1, channels)
 
-    @property
-    def _near_for_one(self) -> bool:
-        """Whether the near cells' ghosts serve the places next to a split cell."""
-        return 1 in self.near_steps
-
     def _numbers(self, near: bool, exchange: str | None = None) -> tuple[Tensor, Tensor | None]:
-        """`[outside + 1]`, each cell's row in a phase's part of the table; and the ghosts' cells, None for
-        all."""
+        """`[outside + 1]`, each cell's row in a phase's part of the table; cells of ghosts, None for all."""
         exchange = exchange or self.exchange
         kind = "near" if near else "none" if exchange == "none" else "all"
         if kind not in self._numbered:
@@ -174,8 +174,7 @@ class Split:
         return numbers, ghosts
 
     def _near_cells(self) -> Tensor:
-        """`[n]`: cells without extra sites that a tap of the near steps reads; n is known at run time
-        only."""
+        """`[n]`: cells without extra sites that near steps' taps read; n is known at run time only."""
         read = torch.cat([self._read(step).reshape(-1) for step in self.near_steps])
         near = torch.zeros(self.plan.outside + 1, device=read.device).scatter(0, read, 1.0)
         near = near.scatter(0, self.cells, 0.0)
@@ -204,13 +203,18 @@ class Sites:
     def __init__(self, lattice: Lattice, extras: dict[int, Tensor], splits: dict[int, Split]) -> None:
         self.lattice, self.extras, self.splits = lattice, extras, splits
         self._values: dict[tuple[int, str | None], Tensor] = {}
+        self._tables: dict[tuple[int, bool], Tensor] = {}
 
     def taps(self, stride: int, spacing: int) -> Tensor:
         """What nine taps, `spacing` px apart, read around the extra sites at `stride`: `[3 * K * 9, C]`."""
         split = self.splits[stride]
         if self.lattice.stride <= stride:
             return split.patch_taps(self.lattice.padded_rows, spacing // stride)
-        return split.taps(self.values(2 * stride), self.extras[stride], spacing // (2 * stride))
+        step = spacing // (2 * stride)
+        key = stride, split.is_near(step)
+        if key not in self._tables:
+            self._tables[key] = split.table(self.values(2 * stride), self.extras[stride], key[1])
+        return self._tables[key].index_select(0, split.tap_rows(step))
 
     def own(self, stride: int) -> Tensor:
         """`[3 * K, C]`: the values at the extra sites themselves."""
