@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -12,6 +13,7 @@ import io
 import json
 import pickle
 import random
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Mapping
@@ -44,7 +46,9 @@ NETWORK = {"width": 0.0625, "depths": [1, 1, 1, 1], "head_channels": 4, "num_cla
 
 @functools.cache
 def folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="fuzz"))
+    path = Path(tempfile.mkdtemp(prefix="fuzz"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 @functools.cache
