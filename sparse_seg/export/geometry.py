@@ -7,6 +7,8 @@ the whole batch, image by image.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -44,24 +46,34 @@ class LevelPlan(nn.Module):
         self.register_buffer("corners", corners, persistent=False)
         self.register_buffer("mix", torch.tensor(MIX), persistent=False)
 
-    @property
-    def even(self) -> bool:
-        """Whether every cell has all its phases inside the image."""
-        return self.fine[0] % 2 == 0 and self.fine[1] % 2 == 0 and not self.ragged
-
     def neighbours(self, step: int) -> Tensor:
-        """`[P, cells, 9]`: cells at which the taps of phases 1, 2, 3, `step` cells apart, read that phase.
-        P is 1 where all phases read alike, otherwise 3."""
+        """`[3, cells, 9]`: what the taps of phases 1, 2, 3 read that lie `step` cells apart.
+
+        In numbers `(phase - 1) * outside + cell`; `3 * outside` is outside.
+        """
 
         def build() -> Tensor:
             y, x = _taps(self.coarse, step)
             tables = []
-            for down, right in PHASES[1:2] if self.even else PHASES[1:]:
+            for index, (down, right) in enumerate(PHASES[1:]):
                 inside = _inside(y, x, self.coarse) & _inside(2 * y + down, 2 * x + right, self.fine)
-                tables.append(self._number(y, x, self.coarse, self.outside, inside))
+                cells = self._number(y, x, self.coarse, self.outside, inside)
+                tables.append((cells + index * self.outside).where(cells < self.outside, 3 * self.outside))
             return torch.stack(tables)
 
         return self._kept(f"neighbours_{step}", build)
+
+    def around(self, steps: Sequence[int]) -> Tensor:
+        """`[cells, 9 * len(steps)]`: the cells each of these numbers of steps away."""
+
+        def build() -> Tensor:
+            taps = [_taps(self.coarse, step) for step in steps]
+            tables = [
+                self._number(y, x, self.coarse, self.outside, _inside(y, x, self.coarse)) for y, x in taps
+            ]
+            return torch.cat(tables, 1)
+
+        return self._kept("around_" + "_".join(map(str, steps)), build)
 
     def patches(self, step: int) -> Tensor:
         """`[3, cells, 9]`: cells of the fine grid around phases 1, 2, 3 of each cell, `step` of them
@@ -127,7 +139,7 @@ class LevelPlan(nn.Module):
     def _fine_cells(self) -> int:
         return self.batch * self.fine[0] * self.fine[1]
 
-    def _kept(self, name: str, build) -> Tensor:  # type: ignore[no-untyped-def]
+    def _kept(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         if name not in self._buffers:
             self.register_buffer(name, build(), persistent=False)
         return getattr(self, name)

@@ -66,9 +66,8 @@ class Split:
     ) -> None:
         self.plan, self.cells, self.count, self.exchange = plan, cells, count, exchange
         self.near_steps = tuple(near) if exchange != "none" else ()
-        self._tap_cells: dict[int, Tensor] = {}
         self._indices: dict[tuple[str, int], Tensor] = {}
-        self._numbered: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._kinds: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def is_near(self, step: int) -> bool:
         """Whether taps so far apart find their ghosts among those of near cells."""
@@ -77,10 +76,8 @@ class Split:
     def tap_rows(self, step: int) -> Tensor:
         """`[3 * K * 9]`: the rows of the table that the nine taps read, `step` cells apart."""
         if ("taps", step) not in self._indices:
-            near = self.is_near(step)
-            numbers = self._numbers(near)[0]
-            number = numbers.index_select(0, self._read(step).reshape(-1)).reshape(-1, self.count, 9)
-            self._indices["taps", step] = (number + self._offsets(near)).reshape(-1)
+            read = self.plan.neighbours(step).index_select(1, self.cells).reshape(-1)
+            self._indices["taps", step] = self._rows(self.is_near(step))[0].index_select(0, read)
         return self._indices["taps", step]
 
     def patch_taps(self, padded_fine: Tensor, step: int) -> Tensor:
@@ -99,15 +96,14 @@ class Split:
         They read the densified grid: interpolated where there is no site.
         """
         plan, near = self.plan, self.is_near(1)
+        rows, ghosts = self._rows(near, "linear")
+        table = self.table(source, extras, near, "linear")
         if ("surroundings", step) not in self._indices:
-            numbers = self._numbers(near, "linear")[0]
-            own = torch.arange(plan.outside, device=self.cells.device)
-            phases = (numbers[:-1] + self._offsets(near, "linear").reshape(3, 1) + plan.cells).reshape(-1)
-            zero = numbers[-1:] + plan.cells
+            first = 3 * (self.count + (plan.outside if ghosts is None else ghosts.shape[0])) + 1
+            own = torch.arange(plan.outside, device=self.cells.device) + first
             around = plan.surroundings(step).index_select(1, self.cells).reshape(-1)
-            self._indices["surroundings", step] = torch.cat([own, phases, zero]).index_select(0, around)
-        table = torch.cat([source, self.table(source, extras, near, "linear")])
-        return table.index_select(0, self._indices["surroundings", step])
+            self._indices["surroundings", step] = torch.cat([own, rows]).index_select(0, around)
+        return torch.cat([table, source]).index_select(0, self._indices["surroundings", step])
 
     def complete(self, source: Tensor, rows: Tensor, exchange: str = "linear") -> Tensor:
         """All values of the fine grid, `[fine cells, C]`.
@@ -115,7 +111,7 @@ class Split:
         rows: `[P * K, C]`, values of the split cells' last P of four phases.
         """
         plan, channels = self.plan, int(source.shape[1])
-        ghosts = self.ghosts(source, None, exchange).reshape(-1, channels)
+        ghosts = self.ghosts(source, None, exchange)
         if plan.ragged:
             source = torch.cat([source, source.new_zeros(1, channels)])
         values = torch.cat([source, ghosts])
@@ -125,76 +121,61 @@ class Split:
         return values.index_select(0, plan.places)
 
     def ghosts(self, source: Tensor, cells: Tensor | None, exchange: str) -> Tensor:
-        """`[3, n, C]`: phases 1, 2, 3 of cells (None: of all) as if they had no site."""
+        """`[3 * n, C]`: phases 1, 2, 3 of cells (None: of all) as if they had no site."""
         plan, channels = self.plan, int(source.shape[1])
         if exchange == "none":
-            return source.new_zeros(3, plan.outside, channels)
+            return source.new_zeros(3 * plan.outside, channels)
         corners = plan.corners if cells is None else plan.corners.index_select(1, cells)
         if exchange == "nearest":
-            return source.index_select(0, corners[0])[None].expand(3, -1, -1)
+            return source.index_select(0, corners[0]).repeat(3, 1)
         four = source.index_select(0, corners.reshape(-1)).reshape(4, -1)
-        return torch.matmul(plan.mix, four).reshape(3, -1, channels)
+        return torch.matmul(plan.mix, four).reshape(-1, channels)
 
     def table(self, source: Tensor, extras: Tensor, near: bool, exchange: str | None = None) -> Tensor:
-        """`[3 * (K + n + 1), C]`: for each phase its sites, n ghosts, and zero for outside.
+        """`[3 * K + 3 * n + 1, C]`: sites, n ghosts for each phase, and zero for outside.
 
         source: `[cells, C]`, values at the cells; extras: `[3 * K, C]`.
         """
-        exchange, channels = exchange or self.exchange, int(source.shape[1])
-        parts = [extras.reshape(3, self.count, channels)]
+        exchange, parts = exchange or self.exchange, [extras]
         if exchange != "none":
-            parts.append(self.ghosts(source, self._numbers(near, exchange)[1], exchange))
-        parts.append(source.new_zeros(3, 1, channels))
-        return torch.cat(parts, 1).reshape(-1, channels)
+            parts.append(self.ghosts(source, self._rows(near, exchange)[1], exchange))
+        return torch.cat([*parts, source.new_zeros(1, int(source.shape[1]))])
 
-    def _numbers(self, near: bool, exchange: str | None = None) -> tuple[Tensor, Tensor | None]:
-        """`[outside + 1]`, each cell's row in a phase's part of the table; cells of ghosts, None for all."""
-        exchange = exchange or self.exchange
-        kind = "near" if near else "none" if exchange == "none" else "all"
-        if kind not in self._numbered:
-            self._numbered[kind] = self._number(kind)
-        return self._numbered[kind]
+    def _rows(self, near: bool, exchange: str | None = None) -> tuple[Tensor, Tensor | None]:
+        """`[3 * outside + 1]`, the table's row for each number of `LevelPlan.neighbours`; cells of ghosts.
 
-    def _number(self, kind: str) -> tuple[Tensor, Tensor | None]:
-        plan, device = self.plan, self.cells.device
-        own, every = torch.arange(self.count, device=device), plan.outside + 1
-        if kind == "none":
-            numbers = torch.full((every,), self.count, device=device)
-            numbers = numbers.scatter(0, self.cells, own)
-            ghosts = None
-        elif kind == "all":
-            numbers = torch.arange(self.count, self.count + every, device=device).scatter(0, self.cells, own)
-            ghosts = None
+        The cells are None where all have ghosts, or none has.
+        """
+        kind = "near" if near else "none" if (exchange or self.exchange) == "none" else "all"
+        if kind not in self._kinds:
+            self._kinds[kind] = self._make_rows(kind)
+        return self._kinds[kind]
+
+    def _make_rows(self, kind: str) -> tuple[Tensor, Tensor | None]:
+        plan, device, sites = self.plan, self.cells.device, 3 * self.count
+        every = 3 * plan.outside + 1
+        if kind == "all":
+            rows, ghosts = torch.arange(sites, sites + every, device=device), None
+        elif kind == "none":
+            rows, ghosts = torch.full((every,), sites, device=device), None
         else:
             ghosts = self._near_cells()
-            last = self.count + ghosts.shape[0]
-            numbers = torch.zeros(every, dtype=torch.int64, device=device) + last
-            found = torch.arange(self.count, last, device=device)
-            numbers = numbers.scatter(0, self.cells, own).scatter(0, ghosts, found)
-        return numbers, ghosts
+            count = 3 * ghosts.shape[0]
+            rows = torch.zeros(every, dtype=torch.int64, device=device) + (sites + count)
+            rows = rows.scatter(0, self._of_phases(ghosts), torch.arange(sites, sites + count, device=device))
+        return rows.scatter(0, self._of_phases(self.cells), torch.arange(sites, device=device)), ghosts
+
+    def _of_phases(self, cells: Tensor) -> Tensor:
+        """`[3 * n]`: the numbers of phases 1, 2, 3 of cells."""
+        first = torch.arange(3, device=cells.device)[:, None] * self.plan.outside
+        return (first + cells).reshape(-1)
 
     def _near_cells(self) -> Tensor:
         """`[n]`: cells without extra sites that near steps' taps read; n is known at run time only."""
-        read = torch.cat([self._read(step).reshape(-1) for step in self.near_steps])
+        read = self.plan.around(self.near_steps).index_select(0, self.cells).reshape(-1)
         near = torch.zeros(self.plan.outside + 1, device=read.device).scatter(0, read, 1.0)
         near = near.scatter(0, self.cells, 0.0)
         return near[: self.plan.cells].nonzero().reshape(-1)
-
-    def _read(self, step: int) -> Tensor:
-        """`[P, K, 9]`: the cells that the taps read, see `LevelPlan.neighbours`."""
-        if step not in self._tap_cells:
-            self._tap_cells[step] = self.plan.neighbours(step).index_select(1, self.cells)
-        return self._tap_cells[step]
-
-    def _offsets(self, near: bool, exchange: str | None = None) -> Tensor:
-        """`[3, 1, 1]`: where each phase's part of the table begins."""
-        exchange = exchange or self.exchange
-        ghosts = self._numbers(near, exchange)[1]
-        if exchange == "none":
-            length = self.count + 1
-        else:
-            length = self.count + 1 + (self.plan.outside if ghosts is None else ghosts.shape[0])
-        return (torch.arange(3, device=self.cells.device) * length).reshape(3, 1, 1)
 
 
 class Sites:
