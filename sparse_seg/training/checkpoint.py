@@ -77,7 +77,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds weights only; resume from {LAST}")
     for name, check in _PARTS.items():
         if name not in state or not check(state[name]):
-            raise CheckpointError(f"{path} is damaged: its {name!r} cannot be gone on from")
+            raise CheckpointError(f"{path} is damaged: its {name!r} cannot be resumed from")
     state["config"] = state_config(state, path)
     return state
 
@@ -91,7 +91,7 @@ def state_config(state: Mapping[str, Any], path: str | Path) -> Config:
     try:
         return config_from_dict(state["config"], "its config")
     except ConfigError as error:
-        raise CheckpointError(f"{path} cannot be gone on from: {error}") from None
+        raise CheckpointError(f"{path} cannot be resumed from: {error}") from None
 
 
 def restore_optimizer(

@@ -92,7 +92,7 @@ def ending(what: str, failure: Exception | None, unsaved: OSError | None, kept: 
         what: happened, by `failure` if by one.
         unsaved: why `last.pt` could not be written.
         kept: where the last checkpoint is; empty without one.
-        how: to go on from it.
+        how: to resume from it.
     """
     if unsaved is not None and reason(unsaved) not in what:
         what += f"; {reason(unsaved)}"

@@ -102,7 +102,7 @@ class Trainer:
         if state is not None and goes_on and is_complete(state, train.iterations, self.work_dir):
             raise AlreadyTrained(
                 f"{self.work_dir} is already trained to iteration {state['progress']['iteration']}; raise "
-                "train.iterations to go on"
+                "train.iterations to continue"
             )
 
         self.dataset = build_dataset(data.dataset, data.root, "train")

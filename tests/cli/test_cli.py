@@ -200,9 +200,9 @@ def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
         return line
 
     cv2.imwrite(str(label), np.full((64, 96), 77, np.uint8))
-    assert "label values [77] are not in this dataset's list" in complaint()
+    assert "label values [77] (6144 px) are not in this dataset's list" in complaint()
     cv2.imwrite(str(label), np.zeros((64, 90), np.uint8))
-    assert "the label is 64x90" in complaint()
+    assert "the label is 64x90 but its image" in complaint()
     label.write_bytes(good[: len(good) // 2])
     assert f"{label}: truncated" in complaint()
     label.unlink()

@@ -133,7 +133,7 @@ def test_a_signal_while_validating_is_heard_at_once_and_the_validation_made_up_f
         return load(index)
 
     monkeypatch.setattr(trainer.validation, "load", interrupted)
-    assert stopped(trainer, TrainingError).startswith("stopped at iteration 2; go on with")
+    assert stopped(trainer, TrainingError).startswith("stopped at iteration 2; resume with")
     assert len(loads) == 1, "not the whole split"
     assert not any("miou" in line for line in log_of(tmp_path / "run"))
     assert_goes_on_as_unbroken(config, tmp_path / "run", tmp_path / "whole")
@@ -160,7 +160,7 @@ def test_a_full_disk_keeps_what_was_saved(tiny, tmp_path, monkeypatch):
     at_iteration(trainer, 4, lambda: monkeypatch.setattr(trainer_module, "save_state", full_disk))
     message = stopped(trainer, TrainingError)
     assert message.count("No space left") == 1
-    assert "of iteration 3; make room on the disk, then go on with" in message
+    assert "of iteration 3; make room on the disk, then resume with" in message
     monkeypatch.undo()
     assert_goes_on_as_unbroken(config, tmp_path / "run", tmp_path / "whole")
 
