@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, read_image
+from sparse_seg.data.listing import list_files
 from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import DataError
 from sparse_seg.lab.report.overlays import (
@@ -29,8 +31,12 @@ from sparse_seg.models.way import Way
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
 
+RULE = f"images of the folder itself, with names in {', '.join(sorted(IMAGE_SUFFIXES))}"
+
+
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:
-    """Image files among files and folders (searched one level deep, sorted).
+    """Image files among files and folders (searched one level deep, sorted); of other files, a warning is
+    logged.
 
     Raises:
         DataError: a path does not exist, a folder holds no image, or two images would get the same name.
@@ -38,7 +44,7 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     images: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            found = list_files(path, functools.partial(_is_image_in, path), RULE)
             if not found:
                 raise DataError(f"{path}: no image in this folder")
             images += found
@@ -52,6 +58,10 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
         if other != image:
             raise DataError(f"{image} and {other} would write to the same pictures; predict them one by one")
     return list(by_stem.values())
+
+
+def _is_image_in(folder: Path, file: Path) -> bool:
+    return file.parent == folder and file.suffix.lower() in IMAGE_SUFFIXES
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from sparse_seg.masks import block_shape
 from sparse_seg.models.resnet import STAGE_STRIDES
 from sparse_seg.sparse import SiteLayout
 
+LIKE_BYTES = 50  # value of an image that none has whose mean and std are of 0..1
 MIN_SIZE = 32  # pixels; below it the coarsest stage has no cell left
 
 
@@ -90,10 +92,21 @@ def _grid_size(images: Tensor, stride: int) -> tuple[int, int]:
 
 
 def check_images(images: Tensor) -> None:
-    """Raises a ValueError if images are not float `[B, 3, H, W]` of `MIN_SIZE` or more."""
+    """Raises a ValueError if images are not float `[B, 3, H, W]` of `MIN_SIZE` or more.
+
+    On the CPU, warns of values that look like bytes: none negative, some far above a normalised image's.
+    """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"images must be float [B, 3, H, W], normalised; got {images.dtype} {list(images.shape)}"
         )
     if min(images.shape[2:]) < MIN_SIZE:
         raise ValueError(f"images must be at least {MIN_SIZE}x{MIN_SIZE} px, not {list(images.shape[2:])}")
+    if images.device.type == "cpu":  # elsewhere a look at the values would wait for the device
+        low, high = (value.item() for value in images.detach().aminmax())
+        if low >= 0 and high > LIKE_BYTES:
+            warnings.warn(
+                f"images reach {high:g} and are nowhere negative: they look like 0..255; normalise them: "
+                "(images / 255 - mean) / std",
+                stacklevel=2,
+            )

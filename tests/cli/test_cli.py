@@ -397,3 +397,15 @@ def test_benchmark_errors(capsys, trained, tmp_path):
     assert "does not exist" in fails(capsys, "benchmark", config, "--checkpoint", tmp_path / "no.pt", *tiny)
     pooled = ["--train", "--set", "model.head=deeplabv3"]
     assert "needs --batch 2 or more" in fails(capsys, "benchmark", config, *tiny, *pooled)
+
+
+def test_predict_says_what_it_leaves_out(trained, tmp_path, caplog):
+    config, checkpoint = trained
+    folder = tmp_path / "in"
+    (folder / "more").mkdir(parents=True)
+    for name in ("a.png", "more/b.png"):
+        cv2.imwrite(str(folder / name), np.full((64, 96, 3), 90, np.uint8))
+    (folder / "notes.txt").write_text("x")
+    assert main(["predict", str(config), str(checkpoint), str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert "2 of 3 files are left out, such as more/b.png; images of the folder itself" in caplog.text
+    assert sorted(path.name.split("_")[0] for path in (tmp_path / "out").iterdir()) == ["a"] * 3

@@ -217,3 +217,13 @@ def test_modules_carry_no_hidden_state() -> None:
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_images_in_bytes_are_told() -> None:
+    model, images = random_model(), torch.rand(1, 3, 64, 64)
+    with pytest.warns(
+        UserWarning, match=r"images reach 2\d\d.* look like 0..255; normalise them: \(images / 255"
+    ):
+        model(255 * images)
+    model(images)
+    model(255 * images - 100)  # normalised by a mean and std of bytes
