@@ -139,8 +139,8 @@ class _Loader(DataLoader[_Batch]):
                 batch = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed as it sent
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
                 raise DataError(
                     "a data worker was killed, as happens where memory or shared memory runs out; lower "

@@ -158,7 +158,7 @@ def test_pairs_that_are_none(root: Path) -> None:
     [
         (None, r"does not exist; write it, with a line such as names"),
         ("names: [a", "is not valid YAML"),
-        ("names: [a, b]\nnames: [c, d]", "stands twice"),
+        ("names: [a, b]\nnames: [c, d]", "is given twice"),
         ("colors: []\nnames: [a, b]", "unknown key 'colors'; did you mean 'colours'"),
         ("ids: [1, 2]", "names is None; it must be a list of texts"),
         ("names: [yes, no]", r"names is \[True, False\]; it must be a list of texts"),

@@ -279,5 +279,6 @@ def test_device(device: str) -> None:
     images = torch.randn(2, 3, 33, 47, device=device)
     labels = random_labels(images).to(device)
     for name in IMAGE_POLICIES:
-        mask = POLICIES[name](fine_fraction=1.0 if name == "uniform" else 0.3).eval()(images, labels)
+        policy = POLICIES[name](fine_fraction=1.0 if name == "uniform" else 0.3).eval()
+        mask = policy(Frames(images, labels))
         assert mask.device.type == device

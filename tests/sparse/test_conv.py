@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_seg.sparse import EXCHANGES, SelectiveConv2d, SiteLayout
+from sparse_seg.sparse import EXCHANGES, SelectiveConv2d, SiteLayout, Step
 from sparse_seg.sparse.engines import gather
 from sparse_seg.sparse.engines.undilated import undilated_conv2d
 from tests.reference import relative_error
@@ -179,7 +179,7 @@ def test_the_layer() -> None:
     src, dst, _, _, _ = layer_case("inner", (9, 8))
     out = layer(torch.randn(src.num_sites, 64), src, dst)
     assert out.shape == (dst.num_sites, 32)
-    assert layer.macs == dst.num_sites * 9 * 64 * 32
+    assert layer.macs(Step(src), Step(dst)) == dst.num_sites * 9 * 64 * 32
     assert repr(layer) == "SelectiveConv2d(64, 32, spacing=16px, exchange=nearest, engine=auto)"
     assert layer.weight.std().item() == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.05)
     table = gather.selective_conv2d(torch.zeros(src.num_sites, 64), layer.weight, src, dst, 16, "nearest")
@@ -272,7 +272,7 @@ def test_undilated(exchange: str, size: tuple[int, int], seed: int) -> None:
     grid = slow_src.rebuild(rows, exchange)
     expected = slow_src.read(torch.nn.functional.conv2d(grid, weight.permute(0, 3, 1, 2), padding=1))
     assert relative_error(ours, expected) < 1e-12
-    assert layer.macs == src.num_sites * 9 * 12
+    assert layer.macs(Step(src), Step(src)) == src.num_sites * 9 * 12
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

@@ -12,6 +12,7 @@ from sparse_seg.sparse import (
     SelectiveAvgPool2d,
     SelectiveDepthwiseConv2d,
     SiteLayout,
+    Step,
     rows_to_grid,
 )
 from sparse_seg.sparse.depthwise import depthwise_conv2d
@@ -71,7 +72,7 @@ def test_dense_and_all_fine_equal_pytorch(size: tuple[int, int], spacing: int, d
         theirs = torch.autograd.grad(expected, (rows, weight), factor)
         for mine, other in zip(ours, theirs, strict=True):
             assert relative_error(mine, other) < 1e-12
-        assert layer.macs == layout.num_sites * 9 * CHANNELS
+        assert layer.macs(Step(layout), Step(layout)) == layout.num_sites * 9 * CHANNELS
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

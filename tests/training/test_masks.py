@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_seg import build_model, load_model
 from sparse_seg.config import LossConfig, MaskConfig, load_config
-from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.errors import CheckpointError, ConfigError, TrainingError
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.masks import LearnedPolicy, block_mean, parse_policy, straight_through
 from sparse_seg.models.segmentor import SelectiveSegmentor
@@ -179,15 +179,21 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> Non
 
 
 @pytest.mark.slow
-def test_a_mask_and_its_network_are_trained_together_and_resumed(tiny, tmp_path) -> None:
+def test_a_mask_and_its_network_are_trained_together_and_resumed(tiny, tmp_path, monkeypatch) -> None:
     config = load_config(tiny, ["model.mask.policy=learned", "train.network=selective"])
     whole = Trainer(config, tmp_path / "whole")
     first = whole.model.backbone.conv1.weight.clone()
     whole.run()
     assert not torch.equal(whole.model.backbone.conv1.weight, first)
     broken = Trainer(config, tmp_path / "broken")
-    broken._stop = True
-    with pytest.raises(Exception, match="stopped at iteration 1"):
+    after_step = broken._after_step
+
+    def then_stop() -> None:
+        after_step()
+        broken._stop = True
+
+    monkeypatch.setattr(broken, "_after_step", then_stop)
+    with pytest.raises(TrainingError, match="stopped at iteration 1"):
         broken.run()
     resumed = Trainer(config, tmp_path / "broken", resume=True)
     resumed.run()
