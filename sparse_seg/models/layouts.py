@@ -92,16 +92,17 @@ def _grid_size(images: Tensor, stride: int) -> tuple[int, int]:
 
 
 def check_images(images: Tensor) -> None:
-    """Raises a ValueError if images are not float `[B, 3, H, W]` of `MIN_SIZE` or more.
-
-    On the CPU, warns of values that look like bytes: none negative, some far above a normalised image's.
-    """
+    """Raises a ValueError if images are not float `[B, 3, H, W]` of `MIN_SIZE` or more."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"images must be float [B, 3, H, W], normalised; got {images.dtype} {list(images.shape)}"
         )
     if min(images.shape[2:]) < MIN_SIZE:
         raise ValueError(f"images must be at least {MIN_SIZE}x{MIN_SIZE} px, not {list(images.shape[2:])}")
+
+
+def warn_of_bytes(images: Tensor) -> None:
+    """On the CPU, warn of values that look like bytes: none negative, some far above a normalised image's."""
     if images.device.type == "cpu":  # elsewhere a look at the values would wait for the device
         low, high = (value.item() for value in images.detach().aminmax())
         if low >= 0 and high > LIKE_BYTES:

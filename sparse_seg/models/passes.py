@@ -9,6 +9,7 @@ differ from those of a pass in one step.
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,13 @@ from torch import Tensor, nn
 
 from sparse_seg.masks import MaskPolicy, block_levels
 from sparse_seg.models.heads import LOW_LEVEL_STRIDE
-from sparse_seg.models.layouts import check_images, dense_layout, dense_strides, selective_layouts
+from sparse_seg.models.layouts import (
+    check_images,
+    dense_layout,
+    dense_strides,
+    selective_layouts,
+    warn_of_bytes,
+)
 from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.models.way import Way
 from sparse_seg.sparse import Memory, SiteLayout, Step, densify, rows_to_grid
@@ -67,6 +74,7 @@ class Pass:
 
     def __init__(self, model: SelectiveSegmentor, images: Tensor, labels: Tensor | None = None) -> None:
         check_images(images)
+        warn_of_bytes(images)
         self.model, self.images, self.labels = model, images, labels
         self.mask: Tensor | None = None  # bool or int64 `[B, Hc, Wc]`
         self.memory: Memory | None = None  # of a coarse pass that can be refined
@@ -78,7 +86,7 @@ class Pass:
         self._features: list[Tensor] = []  # their rows
         self._neck: Tensor | None = None
         self._grid: Tensor | None = None
-        self._macs: dict[str, int] = {}
+        self._counts: list[tuple[str, Callable[[], int]]] = []  # of each part that ran, made when asked for
 
     # -- how to run ----------------------------------------------------------------------------------------
 
@@ -96,7 +104,7 @@ class Pass:
         policy = policy or self.model.policy_for(self._way)
         fine_blocks = policy(self)
         finest = self._dense_step(self.model.strides[0]).layout
-        self._count("mask", policy.macs(finest.size, finest.batch))
+        self._count("mask", lambda: policy.macs(finest.size, finest.batch))
         return self.take(fine_blocks, self._way)
 
     def take(self, fine_blocks: Tensor, way: Way | None = None) -> Pass:
@@ -124,7 +132,7 @@ class Pass:
         """An independent copy of the pass from here on."""
         other = copy.copy(self)
         other.memory = None if self.memory is None else self.memory.copy()
-        other._macs = dict(self._macs)
+        other._counts = list(self._counts)
         return other
 
     # -- what a policy may ask for -------------------------------------------------------------------------
@@ -193,7 +201,7 @@ class Pass:
     @torch.no_grad()
     def _dense_classes(self, stride: int) -> Tensor:
         run = self.fork()
-        run.memory, run._macs = None, {}  # what it kept belongs to the pass
+        run.memory = None  # what it kept belongs to the pass
         return run.follow(Way.dense(stride)).classes()
 
     # -- results -------------------------------------------------------------------------------------------
@@ -214,11 +222,6 @@ class Pass:
             raise ValueError("a dense pass has no mask")
         return block_levels(self.mask, self.model.strides)
 
-    @property
-    def fine_pixels(self) -> Tensor | None:
-        """The pixels of blocks at the finest stride, bool `[B, H, W]`; None when dense."""
-        return None if self.mask is None else self.model.fine_pixels(self.mask, self.images)
-
     def stage_rows(self) -> list[Tensor]:
         """Rows `[num_sites, C]` of each stage, of a pass without a coarse one before it."""
         self._run(self._steps)
@@ -238,9 +241,9 @@ class Pass:
             layout, rows = self._steps[-1].layout, self.rows()
             with self._context():
                 self._grid = self.model.head.decode(densify(rows, layout), layout.stride, self._low_level())
-            neck, decoder = self.model.head.macs(self._steps[-1], self._done[0].layout)
-            self._count("neck", neck)
-            self._count("head", decoder)
+            head, step, low_level = self.model.head, self._steps[-1], self._done[0].layout
+            self._count("neck", lambda: head.macs(step, low_level)[0])
+            self._count("head", lambda: head.macs(step, low_level)[1])
         return self._grid
 
     def logits(self) -> Tensor:
@@ -285,7 +288,10 @@ class Pass:
         included; interpolation and pooling do not.
         """
         self.grid_logits()
-        return dict(self._macs)
+        macs: dict[str, int] = {}
+        for part, count in self._counts:
+            macs[part] = macs.get(part, 0) + count()
+        return macs
 
     # -- how it is done ------------------------------------------------------------------------------------
 
@@ -311,10 +317,10 @@ class Pass:
         late = self._compute(run, None if known else self.images)
         self._features, self._done = [*self._features[:known], *late], list(steps)
         if not known:
-            _, _, height, width = self.images.shape
-            self._count("stem", backbone.stem_macs((height, width), src.layout.batch))
+            batch, _, height, width = self.images.shape
+            self._count("stem", lambda: backbone.stem_macs((height, width), batch))
         for stage, step in list(zip(backbone.stages, steps, strict=False))[known:]:
-            self._count(stage.name, stage.module.macs(src, step))
+            self._count(stage.name, functools.partial(stage.module.macs, src, step))
             src = step
 
     def _refine(self, layouts: Sequence[SiteLayout], fine_blocks: Tensor) -> None:
@@ -383,8 +389,8 @@ class Pass:
         with torch.set_grad_enabled(self._with_grad), off if self.model.is_fast else nullcontext():
             yield
 
-    def _count(self, part: str, macs: int) -> None:
-        self._macs[part] = self._macs.get(part, 0) + macs
+    def _count(self, part: str, macs: Callable[[], int]) -> None:
+        self._counts.append((part, macs))
 
     def _upsampling(self, stride: int | None = None) -> tuple[int, int]:
         """The stride of the head's logits, and that whose offset it was trained with."""

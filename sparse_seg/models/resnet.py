@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparse_seg.models.blocks import BasicBlock, Bottleneck, Stage, bound_gains
 from sparse_seg.models.forms import channels_last, fused, grid_macs, rebuilt
 from sparse_seg.sparse import SiteLayout, Step, grid_to_rows
+from sparse_seg.sparse.fused import largest_gain
 from sparse_seg.sparse.tuning import Tuner
 
 STAGE_STRIDES = (4, 8, 16, 32)  # natural strides of layer1..layer4, in pixels
@@ -161,12 +162,8 @@ class ResNet(nn.Module):
 
 def _gain(stem: nn.Module) -> float:
     """How many times as large as its input (or as 1) what the convolutions make can be."""
-    gains = [
-        (conv.weight.double().flatten(1).abs().sum(1) + conv.bias.double().abs()).max().item()
-        for conv in stem.modules()
-        if isinstance(conv, nn.Conv2d) and conv.bias is not None
-    ]
-    return math.prod(max(1.0, gain) for gain in gains)
+    convs = (conv for conv in stem.modules() if isinstance(conv, nn.Conv2d))
+    return math.prod(largest_gain(conv.weight, conv.bias) for conv in convs if conv.bias is not None)
 
 
 def _conv(channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

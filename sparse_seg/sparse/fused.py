@@ -49,8 +49,7 @@ class FusedLayer(nn.Module):
     @property
     def gain(self) -> float:
         """How many times as large as the largest input (or as 1) an output can be."""
-        rows = self.weight.double().flatten(1).abs().sum(1) + self.bias.double().abs()
-        return max(1.0, rows.max().item())
+        return largest_gain(self.weight, self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": {}}  # packed weights can be neither copied nor saved
@@ -230,6 +229,12 @@ def _runs_onednn(values: Tensor) -> bool:
     return values.device.type == "cpu" and values.dtype == torch.float32 and _ONEDNN
 
 
+def largest_gain(weight: Tensor, bias: Tensor) -> float:
+    """How many times as large as the largest input (or as 1) an output of weights `[O, ...]` can be."""
+    rows = weight.double().flatten(1).abs().sum(1) + bias.double().abs()
+    return max(1.0, rows.max().item())
+
+
 class Unbounded(Exception):
     """Values so large that a layer might make NaN, or NaN itself: run again by steps that hand it on."""
 
@@ -268,8 +273,7 @@ class FusedDepthwise(nn.Module):
     @property
     def gain(self) -> float:
         """As `FusedLayer.gain`."""
-        rows = self.conv.weight.double().flatten(1).abs().sum(1) + self.bias.double().abs()
-        return max(1.0, rows.max().item())
+        return largest_gain(self.conv.weight, self.bias)
 
     def sites(self, src: Step, dst: Step) -> Step:
         return dst
