@@ -94,6 +94,7 @@ class DataConfig:
     )
     flip: bool = key(True, "mirror half of the training samples")
     jitter: float = key(0.3, "strength of random brightness, contrast and saturation", "[0, 1)")
+    gamma: float = key(0.0, "random light: values 0..1 to a power in exp(-gamma)..exp(gamma)", "[0, 5]")
     mean: list[float] = function_key(
         [0.485, 0.456, 0.406], "mean of images in 0..1", SHARE, items=RGB, above=LOOKS_LIKE_BYTES
     )
@@ -105,6 +106,7 @@ class DataConfig:
         above=LOOKS_LIKE_BYTES,
     )
     workers: int = key(0, "processes that load data; 0: none but the main one", "[0, 256]")
+    cache: bool = key(False, "keep decoded training frames in memory, in each worker")
 
 
 @dataclass

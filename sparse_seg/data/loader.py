@@ -1,5 +1,6 @@
 """Loaders whose samples depend on the seed and the position alone: not on workers, not on interruptions."""
 
+import functools
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,19 +22,25 @@ _Batch = TypeVar("_Batch")
 
 
 class TrainingView(Dataset[Sample]):
-    """A dataset seen through a transform; `key = epoch * len(dataset) + index` picks a sample and its rng."""
+    """A dataset seen through a transform; `key = epoch * len(dataset) + index` picks a sample and its rng.
 
-    def __init__(self, dataset: SegmentationDataset, transform: TrainTransform, seed: int) -> None:
+    With `cache`, decoded frames stay in memory.
+    """
+
+    def __init__(
+        self, dataset: SegmentationDataset, transform: TrainTransform, seed: int, cache: bool = False
+    ) -> None:
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
+        self._load = functools.cache(dataset.load) if cache else dataset.load
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: int) -> Sample:
         """Image float32 `[3, h, w]` and label int64 `[h, w]`."""
-        image, label = self.dataset.load(key % len(self.dataset))
+        image, label = self._load(key % len(self.dataset))
         return self.transform(image, label, np.random.default_rng([self.seed, key]))
 
 
@@ -173,13 +180,15 @@ def training_loader(
     iterations: int,
     workers: int,
     part: tuple[int, int] = (0, 1),
+    cache: bool = False,
 ) -> DataLoader[Sample]:
     """Iterations `start_iteration` to before `iterations`: float32 `[B, 3, h, w]` and int64 `[B, h, w]`.
 
     part: (i, n) for the i-th of n parts of each batch.
+    cache: see `TrainingView`.
     """
     return _Loader(
-        _Named(TrainingView(dataset, transform, seed)),
+        _Named(TrainingView(dataset, transform, seed, cache)),
         collate_fn=_collate,
         batch_sampler=ResumableSampler(len(dataset), batch_size, seed, start_iteration, iterations, part),
         num_workers=workers,
@@ -205,9 +214,18 @@ def training_batches(
         jitter=data.jitter,
         mean=data.mean,
         std=data.std,
+        gamma=data.gamma,
     )
     return training_loader(
-        dataset, transform, train.batch_size, train.seed, start_iteration, iterations, data.workers, part
+        dataset,
+        transform,
+        train.batch_size,
+        train.seed,
+        start_iteration,
+        iterations,
+        data.workers,
+        part,
+        data.cache,
     )
 
 

@@ -40,7 +40,7 @@ def _normalise(image: NDArray[np.float32], mean: Sequence[float], std: Sequence[
 
 
 class TrainTransform:
-    """Random scale, crop, flip and colour jitter.
+    """Random scale, crop, flip, light and colour jitter.
 
     Scale, crop and flip are one affine warp of the crop's pixels alone, so the cost does not grow with the
     image. Where the scaled image is smaller than the crop, the rest has the mean colour and label 255.
@@ -51,6 +51,7 @@ class TrainTransform:
         flip: mirror half of the samples.
         jitter: brightness, contrast and saturation factors lie in `1 - jitter .. 1 + jitter`.
         mean, std: RGB, in units of 0..1.
+        gamma: values 0..1 are raised to an exponent in `exp(-gamma) .. exp(gamma)`, drawn log-uniformly.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class TrainTransform:
         jitter: float = 0.3,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        gamma: float = 0.0,
     ) -> None:
         if min(crop) < 1:
             raise ValueError(f"crop {crop}: both sides must be at least 1 px")
@@ -68,10 +70,13 @@ class TrainTransform:
             raise ValueError(f"scale_range {scale_range}: expected 0 < lowest <= highest")
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter {jitter}: expected 0 <= jitter < 1")
+        if gamma < 0:
+            raise ValueError(f"gamma {gamma}: expected 0 or more")
         self.crop = crop
         self.scale_range = scale_range
         self.flip = flip
         self.jitter = jitter
+        self.gamma = gamma
         self.mean = tuple(mean)
         self.std = tuple(std)
 
@@ -82,7 +87,10 @@ class TrainTransform:
         _require_bytes(image)
         warp = self._draw_warp(image.shape[0], image.shape[1], rng)
         fill = [255 * channel for channel in self.mean]
-        pixels = _warp(image, warp, self.crop, cv2.INTER_LINEAR, fill).astype(np.float32)
+        crop = _warp(image, warp, self.crop, cv2.INTER_LINEAR, fill)
+        if self.gamma:
+            crop = _relight(crop, np.exp(rng.uniform(-self.gamma, self.gamma)))
+        pixels = crop.astype(np.float32)
         if self.jitter:
             pixels = _jitter(pixels, self.jitter, rng)
         target = _warp(label, warp, self.crop, cv2.INTER_NEAREST, [IGNORE_INDEX])
@@ -113,6 +121,12 @@ def _warp(
         image, warp, (crop[1], crop[0]), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=fill
     )
     return np.asarray(warped, np.uint8)
+
+
+def _relight(image: Image, exponent: float) -> Image:
+    """Values 0..1 to the power of the exponent: below 1 shadows brighten, white and black stay."""
+    table = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(np.uint8)
+    return table[image]
 
 
 def _jitter(image: NDArray[np.float32], amount: float, rng: np.random.Generator) -> NDArray[np.float32]:

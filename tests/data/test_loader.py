@@ -60,6 +60,15 @@ def test_resumed_equals_unbroken(dataset: SegmentationDataset) -> None:
     assert_same(batches(dataset, 4, workers=0), batches(dataset, 0, workers=0)[4:])
 
 
+def test_a_cache_changes_no_sample_and_reads_each_frame_once(
+    dataset: SegmentationDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, load, reads = batches(dataset, 0, workers=0), dataset.load, []
+    monkeypatch.setattr(dataset, "load", lambda index: reads.append(index) or load(index))
+    assert_same(list(training_loader(dataset, _TRANSFORM, 3, 7, 0, 6, 0, cache=True)), expected)
+    assert sorted(reads) == list(range(5))
+
+
 def test_loader_leaves_the_global_rng_alone(dataset: SegmentationDataset) -> None:
     before = torch.get_rng_state()
     batches(dataset, 0, workers=0)

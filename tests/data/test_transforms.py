@@ -11,6 +11,7 @@ from sparse_seg.data.transforms import (
     IMAGENET_STD,
     TrainTransform,
     _jitter,
+    _relight,
     normalise,
 )
 
@@ -139,6 +140,18 @@ def test_jitter_changes_colours() -> None:
     assert min(spreads) < 160 < max(spreads)
 
 
+def test_gamma_changes_light_and_keeps_black_and_white() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    expected = np.rint(255 * np.sqrt(ramp / 255))
+    np.testing.assert_array_equal(_relight(ramp, 0.5), expected)
+    transform = TrainTransform((16, 16), (1.0, 1.0), flip=False, jitter=0, gamma=0.5)
+    label = np.zeros((16, 16), np.uint8)
+    outputs = [denormalise(transform(ramp, label, np.random.default_rng(seed))[0]) for seed in range(20)]
+    assert all(out[0, 0, 0] == 0 and out[-1, -1, 0] == 255 for out in outputs)
+    middle = [int(out[8, 0, 0]) for out in outputs]
+    assert 255 * 0.5 ** np.exp(0.5) - 1 < min(middle) < 128 < max(middle) < 255 * 0.5 ** np.exp(-0.5) + 2
+
+
 def test_normalise_formula_and_inverse() -> None:
     image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
     tensor = normalise(image)
@@ -156,6 +169,7 @@ def test_normalise_formula_and_inverse() -> None:
         ({"crop": (0, 4)}, r"crop \(0, 4\)"),
         ({"crop": (4, 4), "scale_range": (2.0, 1.0)}, "scale_range"),
         ({"crop": (4, 4), "jitter": 1.0}, "jitter 1.0"),
+        ({"crop": (4, 4), "gamma": -0.1}, "gamma -0.1"),
     ],
 )
 def test_impossible_settings(changes: dict, message: str) -> None:
