@@ -83,7 +83,7 @@ def ways(
     images = subject.images.contiguous(memory_format=torch.channels_last)
 
     def plain(stride: int) -> nn.Module:
-        return subject._plain_module(Case("network", "plain", Way(stride)))[0]
+        return subject.plain_module(Case("network", "plain", Way(stride)))[0]
 
     def selective(engine: str, fast: bool = False) -> Run:
         return subject.run(Case("network", "selective", Way(None, None, fraction, engine=engine), fast))
