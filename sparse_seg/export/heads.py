@@ -23,6 +23,7 @@ from sparse_seg.models.heads import (
     FCNHead,
     LiteHead,
 )
+from sparse_seg.models.upsample import at_least_float32
 
 
 class Layers(nn.Module):
@@ -180,7 +181,7 @@ def mean_by_area(sites: Sites) -> Tensor:
     if not sites.extras:
         return lattice.grid.mean((2, 3))
     levels, area = len(sites.extras), lattice.size[0] * lattice.size[1]
-    total = lattice.grid.sum((2, 3)) * 4**levels
+    total = at_least_float32(lattice.grid).sum((2, 3)) * 4**levels
     count = total.new_full((batch, 1), area * 4**levels)
     for level, (stride, rows) in enumerate(sites.extras.items(), start=1):
         split, weight = sites.splits[stride], 4 ** (levels - level)
@@ -190,7 +191,7 @@ def mean_by_area(sites: Sites) -> Tensor:
         new = (rows.reshape(3, batch, -1, lattice.channels) * inside).sum((0, 2))
         total = total + weight * (new - 3 * (own.reshape(batch, -1, lattice.channels) * exists).sum(1))
         count = count + weight * (inside.sum((0, 2)) - 3 * exists.sum(1))
-    return total / count
+    return (total / count).to(lattice.grid.dtype)
 
 
 class Head(nn.Module):

@@ -6,6 +6,7 @@ graph: the dense ones and the static form.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,8 +101,7 @@ def ways(
             mean=(0,) * 3,
             std=(1,) * 3,
         )
-        network = StaticNetwork(subject.float_model.cpu(), options).to(subject.device, dtype)
-        subject.float_model.to(subject.device)
+        network = StaticNetwork(copy.deepcopy(subject.float_model).cpu(), options).to(subject.device, dtype)
         return lambda given: network(given)[-1]
 
     for stride in (8, 16):
@@ -139,6 +139,7 @@ def graphed(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[],
         out = network(images)
 
     def replay() -> Tensor:
+        assert network is not None and images is not None  # what the graph reads must live on
         graph.replay()
         return out
 
