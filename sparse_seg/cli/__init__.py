@@ -15,16 +15,8 @@ from sparse_seg.sparse import EngineError
 from sparse_seg.version import __version__
 
 COMMANDS = (
-    "train",
-    "evaluate",
-    "ablate",
-    "predict",
-    "make_scenes",
-    "demo",
-    "benchmark",
-    "gpu",
-    "convert",
-    "export",
+    *("train", "evaluate", "ablate", "predict", "make_scenes", "demo"),
+    *("benchmark", "gpu", "convert", "fit_gain", "export"),
 )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from sparse_seg.errors import SparseSegError
 from sparse_seg.export.backbone import Backbone, check_dilated, extra_rows, near_steps
 from sparse_seg.export.geometry import LevelPlan
 from sparse_seg.export.heads import static_head
-from sparse_seg.export.policies import Choice, Ranking, static_choice
+from sparse_seg.export.policies import Choice, Ranking
 from sparse_seg.export.sites import Lattice, Sites, Split
 from sparse_seg.export.upsample import Tiles, Upsample, grid_size
 from sparse_seg.models.layouts import MIN_SIZE
@@ -135,14 +135,9 @@ class StaticNetwork(nn.Module):
             self.plans[str(stride)] = LevelPlan(options.batch, grid_size(options.size, stride), ragged)
         if not options.given:
             stride = self.head.stride or coarsest
-            self.choice = static_choice(
-                copy.deepcopy(policy),
-                options.size,
-                stride,
-                self.trained_stride,
-                self.align_corners,
-                self.classes,
-            )
+            geometry = stride, self.trained_stride, self.align_corners
+            cells = grid_size(options.size, stride)
+            self.choice = Choice(policy, lambda every: Upsample(cells, options.size, *geometry, every))
 
     def forward(self, images: Tensor, *blocks: Tensor) -> tuple[Tensor, ...]:
         """Images, and with `given` block numbers, to classes uint8 `[B, H, W]`, if selective fine blocks bool
@@ -175,28 +170,29 @@ class StaticNetwork(nn.Module):
             return self._coarse(self.head.neck.start(x), x, outputs[0]), None
         early, _, outputs = self.backbone.on_lattice(self.backbone.stem(images), range(self.first), finest)
         lattice, steps, _ = self.backbone.on_lattice(early, range(self.first, 4), coarsest)
-        started, coarse = self.head.neck.start(lattice), None
-        if self.options.merge == "patch" or (self.choice is not None and self.choice.reads == "logits"):
-            coarse = self._coarse(started, lattice, outputs[0])
+        started = self.head.neck.start(lattice)
+
+        @functools.cache
+        def coarse() -> Tensor:
+            return self._coarse(started, lattice, outputs[0])
+
         chosen = self._choose(images, early, coarse, blocks)
         splits = self._splits(chosen, steps)
         extras = extra_rows(steps, splits, finest)
         neck = self.head.neck.finish(started, Sites(lattice, extras, splits))
         if self.options.merge == "patch":
-            assert coarse is not None
-            return self.head.patch(coarse, neck), chosen
+            return self.head.patch(coarse(), neck), chosen
         return self.head.whole(neck, outputs[0]), chosen
 
     def _coarse(self, started: Lattice, lattice: Lattice, low_level: Lattice) -> Tensor:
         return self.head.whole(self.head.neck.finish(started, Sites(lattice, {}, {})), low_level)
 
     def _choose(
-        self, images: Tensor, features: Lattice, coarse: Tensor | None, blocks: Sequence[Tensor]
+        self, images: Tensor, features: Lattice, coarse: Callable[[], Tensor], blocks: Sequence[Tensor]
     ) -> Tensor:
         if self.choice is None:
             return torch.cat(list(blocks), 1) if len(blocks) > 1 else blocks[0]
-        read = {"images": None, "features": features.grid, "logits": coarse}[self.choice.reads]
-        return self.ranking(self.choice.scores(images / self.std if read is None else read))
+        return self.ranking(self.choice(images / self.std, features.grid, coarse))
 
     def _splits(self, chosen: Tensor, steps: list) -> dict[int, Split]:
         """From block numbers `[B, k]`, for each level the cells that are split, coarsest level first."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.config import MaskConfig
-from sparse_seg.masks import MaskPolicy, block_levels, build_policy
+from sparse_seg.masks import POLICIES, MaskPolicy, block_levels, build_policy
 from sparse_seg.models.heads import Head
 from sparse_seg.models.layouts import dense_layouts, selective_layouts
 from sparse_seg.models.passes import Pass
@@ -36,6 +36,8 @@ class SelectiveSegmentor(nn.Module):
         align_corners: of the last upsampling.
         mask: settings of the policies that a `Way` names.
         tuner: of backbone and head in their fused forms; None: they are not.
+        merge: what pixels of coarse blocks get: `whole`, the head decodes the densified rows everywhere; or
+            `patch`, see `models/patch.py`.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class SelectiveSegmentor(nn.Module):
         align_corners: bool = False,
         mask: MaskConfig | None = None,
         tuner: Tuner | None = None,
+        merge: str = "whole",
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
         self.policy, self.trained_stride, self.strides = policy, trained_stride, strides
         self.align_corners, self.mask, self.tuner = align_corners, mask or MaskConfig(), tuner
+        self.merge = merge
 
     def forward(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
         """Logits `[B, K, H, W]` of normalised images `[B, 3, H, W]`, any size from 32x32 up.
@@ -154,6 +158,7 @@ class SelectiveSegmentor(nn.Module):
                 self.align_corners,
                 self.mask,
                 tuner,
+                self.merge,
             )
         return fast.eval().requires_grad_(False)
 
@@ -181,7 +186,8 @@ class SelectiveSegmentor(nn.Module):
         if way.mask is None and way.fine_fraction is None and way.middle_fraction is None:
             return self.policy
         settings = way.mask_config(self.mask)
-        policy = build_policy(settings, self.strides, getattr(self.policy, "net", None))
+        net = getattr(self.policy, "net", None) if type(self.policy) is POLICIES[settings.policy] else None
+        policy = build_policy(settings, self.strides, net)
         return policy.to(next(self.parameters(), torch.empty(0)).device).eval()
 
     @property

@@ -1,7 +1,7 @@
 """Every way to run a network on a CUDA device, dense and selective, in each precision.
 
-A light network's time there is its kernels' launches, so each network that has fixed shapes also runs as one CUDA
-graph: the dense ones and the static form.
+A light network's time there is its kernels' launches, so each network that has fixed shapes also runs as one
+CUDA graph: the dense ones and the static form.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ PRECISIONS = {"fp32": (torch.float32, False), "tf32": (torch.float32, True), "fp
 @contextmanager
 def precision(tf32: bool) -> Iterator[None]:
     """Whether convolutions and matrix products of float32 may run in TF32 (10 bits of mantissa)."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
         backend.allow_tf32 = tf32
@@ -55,7 +56,8 @@ def measure_gpu(
     dtype, tf32 = PRECISIONS[setup.dtype]
     device = torch.device(setup.device)
     with precision(tf32), torch.inference_mode():
-        runs, errors, expected = {}, {}, {}
+        runs, errors = dict[str, Run](), dict[str, float]()
+        expected: dict[str, Tensor] = {}
         for name, kind, make in ways(setup, dtype, fraction, compiled):
             try:
                 run = make()
@@ -105,8 +107,9 @@ def ways(
         return lambda given: network(given)[-1]
 
     for stride in (8, 16):
-        yield f"dense OS{stride}, cuDNN", f"OS{stride}", lambda s=stride: calling(plain(s), images)
-        yield f"dense OS{stride}, CUDA graph", f"OS{stride}", lambda s=stride: graphed(plain(s), images)
+        network = plain(stride)
+        yield f"dense OS{stride}, cuDNN", f"OS{stride}", partial(calling, network, images)
+        yield f"dense OS{stride}, CUDA graph", f"OS{stride}", partial(graphed, network, images)
     yield "selective, gather", "selective", lambda: selective("gather")
     yield "selective, gather, folded", "selective", lambda: selective("gather", True)
     yield "selective, spconv", "selective", lambda: selective("spconv")
@@ -139,7 +142,7 @@ def graphed(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[],
         out = network(images)
 
     def replay() -> Tensor:
-        assert network is not None and images is not None  # what the graph reads must live on
+        _ = network, images  # what the graph reads lives on
         graph.replay()
         return out
 
@@ -147,7 +150,7 @@ def graphed(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[],
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line a network, size, batch and precision and run; ratio to the fastest dense OS8 beside."""
+    """Markdown, a line a run; beside it the ratio to the fastest dense OS8 of its cell."""
     lines = [
         "| network | size | batch | precision | run | ms | ± | of dense OS8 |",
         "|---|---|---|---|---|---|---|---|",
@@ -160,8 +163,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             (one["milliseconds"] for one in cell if one["run"].startswith("dense OS8")), default=float("nan")
         )
         lines.append(
-            f"| {row['network']} | {row['size'][0]}x{row['size'][1]} | {row['batch']} | {row['precision']} | {row['run']} "
-            f"| {row['milliseconds']:.2f} | {row['spread']:.2f} | {row['milliseconds'] / dense:.2f} |"
+            f"| {row['network']} | {row['size'][0]}x{row['size'][1]} | {row['batch']} | {row['precision']} "
+            f"| {row['run']} | {row['milliseconds']:.2f} | {row['spread']:.2f} "
+            f"| {row['milliseconds'] / dense:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
