@@ -114,7 +114,7 @@ def find(path: str | Path) -> Path:
         raise CheckpointError(f"{path} is a folder; name the checkpoint in it, such as {path / 'best.pt'}")
     if not found.exists():
         names = ", ".join(sorted(file.stem for file in SHIPPED.glob(f"*{SUFFIX}")))
-        raise CheckpointError(f"checkpoint {path} does not exist; name a file, or of the shipped ones: {names}")
+        raise CheckpointError(f"checkpoint {path} does not exist; name a file, or one of {names}")
     if not found.is_file():
         raise CheckpointError(f"{path} is no regular file")
     try:

@@ -34,8 +34,7 @@ class ExportOptions:
         dense: output stride of a dense network; None for a selective one.
         fine_fraction: share of fine blocks; None for the policy's own.
         given: whether the fine blocks are an input, in place of the policy.
-        merge: `whole`, the head runs on the densified grid; `patch`, coarse blocks keep the coarse pass's
-            logits, and the head's 3x3 runs on the cells of finer ones only.
+        merge: `whole` or `patch`, see `SelectiveSegmentor`; None for the model's own.
         input: `float`, `[B, 3, H, W]` in 0..1; or `uint8`, `[B, H, W, 3]`.
         mean, std: of the normalisation, which the network does itself.
         logits: whether the logits `[B, K, H, W]` are an output, too.
@@ -50,7 +49,7 @@ class ExportOptions:
     dense: int | None = None
     fine_fraction: float | None = None
     given: bool = False
-    merge: str = "whole"
+    merge: str | None = None
     input: str = "float"
     mean: Sequence[float] = (0.485, 0.456, 0.406)
     std: Sequence[float] = (0.229, 0.224, 0.225)
@@ -76,7 +75,7 @@ class StaticNetwork(nn.Module):
         super().__init__()
         check_options(model, options)
         self.options, self.strides = options, tuple(model.strides)
-        self.exchange = exchange_rule(model)
+        self.exchange, self.merge = exchange_rule(model), options.merge or model.merge
         self.first = model.first_selective
         self.classes = model.head.num_classes
         scale = 1.0 if options.input == "float" else 255.0
@@ -180,7 +179,7 @@ class StaticNetwork(nn.Module):
         splits = self._splits(chosen, steps)
         extras = extra_rows(steps, splits, finest)
         neck = self.head.neck.finish(started, Sites(lattice, extras, splits))
-        if self.options.merge == "patch":
+        if self.merge == "patch":
             return self.head.patch(coarse(), neck), chosen
         return self.head.whole(neck, outputs[0]), chosen
 
@@ -235,7 +234,7 @@ def check_options(model: SelectiveSegmentor, options: ExportOptions) -> None:
         if options.dense not in STAGE_STRIDES:
             raise SparseSegError(f"dense output stride must be one of {STAGE_STRIDES}, not {options.dense}")
         return
-    if options.merge not in MERGES:
+    if options.merge not in (None, *MERGES):
         raise SparseSegError(f"unknown merge {options.merge!r}; choose one of {', '.join(MERGES)}")
     if not check_dilated(model.backbone):
         raise SparseSegError(
@@ -246,7 +245,8 @@ def check_options(model: SelectiveSegmentor, options: ExportOptions) -> None:
         raise SparseSegError(
             "a threshold gives another number of blocks for each image; export with --fine-fraction F"
         )
-    if options.merge == "patch" and not static_head(model.head, options.size, ()).is_patchable:
+    patches = (options.merge or model.merge) == "patch"
+    if patches and not static_head(model.head, options.size, ()).is_patchable:
         raise SparseSegError(
             "merge patch needs a head with one 3x3 convolution behind densify; choose merge whole"
         )

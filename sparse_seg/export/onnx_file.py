@@ -40,7 +40,7 @@ def describe(
             "blocks": list(network.blocks),
             "policy": policy,
             "exchange": network.exchange,
-            "merge": options.merge,
+            "merge": network.merge,
         }
     return {
         "names": list(names) or [str(number) for number in range(network.classes)],

@@ -1,4 +1,4 @@
-"""Mask policies in a static network: they ask a run, as in a pass, and the blocks of the highest scores follow."""
+"""Mask policies in a static network: they ask a run, as in a pass; the highest scores give the blocks."""
 
 from __future__ import annotations
 

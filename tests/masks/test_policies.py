@@ -94,7 +94,9 @@ def test_fractions_outside(fraction: float) -> None:
         RandomPolicy(fraction)
 
 
-IMAGE_POLICIES = sorted(name for name, policy in POLICIES.items() if name not in ("confidence", "learned"))
+IMAGE_POLICIES = sorted(
+    name for name, policy in POLICIES.items() if not (policy.needs_net or policy.ranks_refinement)
+)
 
 
 @pytest.mark.parametrize("name", IMAGE_POLICIES)
