@@ -13,7 +13,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,11 @@ from sparse_seg.models.layouts import (
     selective_layouts,
     warn_of_bytes,
 )
+from sparse_seg.models.network import Network
 from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.models.way import Way
 from sparse_seg.sparse import Memory, SiteLayout, Step, densify, rows_to_grid
 from sparse_seg.sparse.fused import Unbounded, require_bounded
-
-if TYPE_CHECKING:
-    from sparse_seg.models.segmentor import SelectiveSegmentor
 
 _T = TypeVar("_T")
 
@@ -72,7 +70,7 @@ class Pass:
         ValueError: images of a wrong shape or dtype.
     """
 
-    def __init__(self, model: SelectiveSegmentor, images: Tensor, labels: Tensor | None = None) -> None:
+    def __init__(self, model: Network, images: Tensor, labels: Tensor | None = None) -> None:
         check_images(images)
         warn_of_bytes(images)
         self.model, self.images, self.labels = model, images, labels

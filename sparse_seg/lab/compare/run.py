@@ -142,7 +142,7 @@ def _timed(run: Pass, result: _Result) -> tuple[Tensor, float]:
     device, policy, bound = run.images.device, result.policy, None
     if policy is not None and policy.is_bound:
         bound = policy(run)
-        run = run.model.start(run.images)
+        run = Pass(run.model, run.images)
     start = now(device)
     if bound is None:
         run.follow(result.way, policy)
