@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sparse_seg.checkpoint import build_network, load, save
 from sparse_seg.cli.arguments import whole_number
-from sparse_seg.cli.options import add_config, add_device, output_file, overrides
+from sparse_seg.cli.options import add_config, add_device, output_file
 from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args.config, overrides(args))
+    config = load_config(args.config, args.set)
     check_classes(config)
     loaded = load(args.checkpoint)
     model = build_network(loaded, config).to(args.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_seg.checkpoint import digest_of
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export.network import StaticNetwork
 from sparse_seg.version import __version__
@@ -26,9 +26,6 @@ def describe(
     """The file's metadata; with a digest of the weights, by which two files of one network know each
     other."""
     options = network.options
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     selective: dict[str, Any] = {"dense": options.dense}
     if options.dense is None:
         total = network.blocks[0] * network.blocks[1]
@@ -53,7 +50,7 @@ def describe(
         "strides": list(network.strides),
         **selective,
         "version": __version__,
-        "digest": digest.hexdigest(),
+        "digest": digest_of(model.state_dict()),
     }
 
 
