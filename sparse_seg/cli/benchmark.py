@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +26,20 @@ from sparse_seg.cli.arguments import parse_size, whole_number
 from sparse_seg.cli.options import add_config, add_device, fraction, output_file
 from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
+from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
 from sparse_seg.files import atomic_write
 from sparse_seg.lab.benchmark.measure import cases, check_training, engine_fault, measure
 from sparse_seg.lab.benchmark.peers import PEERS
 from sparse_seg.lab.benchmark.profile import profile_network
+from sparse_seg.lab.benchmark.runtimes import COLUMNS, time_network
+from sparse_seg.lab.benchmark.runtimes import rows as runtime_rows
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
 from sparse_seg.lab.benchmark.tables import benchmark_table, profile_table
 from sparse_seg.lab.provenance import provenance
+from sparse_seg.lab.report.tables import Table
 from sparse_seg.masks import POLICIES
+from sparse_seg.models.segmentor import SelectiveSegmentor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", action="store_true", help="also a training step")
     parser.add_argument("--profile", action="store_true", help="also where the time goes")
     parser.add_argument("--peers", action="store_true", help=f"also {', '.join(PEERS)}, where installed")
+    parser.add_argument(
+        "--runtimes",
+        nargs="+",
+        choices=("torch", "onnxruntime", "openvino"),
+        help="also dense and selective (the config's mask) in these, each in a process of its own",
+    )
+    parser.add_argument(
+        "--threads", type=whole_number(1), default=2, metavar="N", help="of them (default: 2)"
+    )
+    parser.add_argument(
+        "--accuracy",
+        metavar="JSON",
+        help="with --runtimes: what evaluate --compare wrote of these weights; adds accuracy share and lift",
+    )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--repeats", type=whole_number(1), default=5, metavar="N", help="default: 5")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out (much faster)")
@@ -101,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
         notes.append(f"{row['network']}, {row['form']}: {row['stored_mib']:.1f} MiB of activations kept")
     if rows:
         print(benchmark_table(rows).to_text())
+    timed = _runtimes(args, subject) if args.runtimes else []
     profiles = _profiles(args, subject) if args.profile else []
     origin = provenance() | {
         "setup": {"size": args.size, "batch": args.batch, "device": str(args.device), "dtype": args.dtype},
@@ -112,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     }
     print(_footer(origin))
     if args.json:
-        content = origin | {"rows": rows, "profile": profiles}
+        content = origin | {"rows": rows, "profile": profiles, "runtimes": timed}
         atomic_write(args.json, json.dumps(content, indent=1) + "\n")
     return 0
 
@@ -127,6 +148,36 @@ def _engines(args: argparse.Namespace, scope: str, subject: Subject, notes: list
         else:
             notes.append(f"{scope}: {engine} not measured: {fault}")
     return engines
+
+
+def _runtimes(args: argparse.Namespace, subject: Subject) -> list[dict[str, Any]]:
+    """The network in other runtimes, on the subject's first image."""
+    data, model, image = (
+        subject.setup.config.data,
+        subject.float_model.cpu(),
+        subject.images[:1].cpu().float(),
+    )
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.mean, data.std))
+    merges = ("whole", "patch") if model.head.decodes_cells else ("whole",)
+    image = (image * std + mean).clamp(0, 1).contiguous()
+    timed = time_network(model, image.numpy(), args.threads, args.runtimes, merges, args.repeats)
+    rows = runtime_rows(timed, _accuracies(args.accuracy, model) if args.accuracy else None)
+    print(f"{args.threads} threads, a process each; shares are of the way from dense OS16 to OS8")
+    print(Table(COLUMNS, rows).to_text())
+    return rows
+
+
+def _accuracies(path: str, model: SelectiveSegmentor) -> tuple[float, float, dict[str, float]]:
+    """mIoU of dense OS16 and OS8, and of the selective network by merge, from a comparison's file."""
+    try:
+        found = json.loads(Path(path).read_text())["rows"]
+        dense = {row["output_stride"]: row["miou"] for row in found if row["policy"] is None}
+        ends = dense[model.strides[-1]], dense[model.strides[0]]
+        own = [row for row in found if row["policy"] and row["policy"].partition(":")[0] == model.policy.name]
+        own = [row for row in own if row["fine_fraction"] == model.policy.fine_fraction]
+        return *ends, {row.get("merge") or model.merge: row["miou"] for row in own}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} is no JSON file of evaluate --compare with both dense runs") from None
 
 
 def _profiles(args: argparse.Namespace, subject: Subject) -> list[dict[str, Any]]:

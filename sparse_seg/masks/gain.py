@@ -48,7 +48,8 @@ class GainPolicy(MaskPolicy):
         return gain_net(classes)
 
     def scores(self, run: Run) -> Tensor:
-        return self.net(self.read(run.coarse_logits(self.sample))).squeeze(1)
+        dtype = next((weight.dtype for weight in self.parameters()), torch.float32)
+        return self.net(self.read(run.coarse_logits(self.sample)).to(dtype)).float().squeeze(1)
 
     @torch.no_grad()
     def read(self, logits: Tensor) -> Tensor:

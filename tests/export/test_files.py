@@ -11,7 +11,8 @@ from sparse_seg.cli import main
 from sparse_seg.errors import MeasurementError, SparseSegError
 from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, open_session
 from sparse_seg.export import check as checks
-from sparse_seg.lab.benchmark.runtimes import Timed, lift, table, time_graphs, time_network
+from sparse_seg.lab.benchmark.runtimes import Timed, lift, rows, time_graphs, time_network
+from sparse_seg.lab.latency import Latency
 from tests.export.kinds import kind_model
 from tests.reference import VARIANTS, variant_model
 
@@ -133,16 +134,34 @@ def test_timing(exported, tmp_path):
     graphs = {name: Timed(str(exported[0])) for name in ("fine", "coarse", "selective")}
     timed = time_graphs(graphs, images, threads=1, turns=2, runs=2)
     assert all(len(run.samples) == 4 and min(run.samples) > 0 for run in timed.values())
-    assert len(table(timed).splitlines()) == 4
     with pytest.raises(MeasurementError, match="missing cannot be timed"):
         time_graphs({"missing": Timed(str(tmp_path / "none.onnx"))}, images, 1)
 
 
 def test_timing_of_a_network():
-    timed = time_network(
-        kind_model("lite", "entropy"), np.zeros((1, 3, *SIZE), np.float32), 1, turns=1, runs=2
-    )
-    assert list(timed) == ["fine onnxruntime", "coarse onnxruntime", "selective onnxruntime whole"]
+    image, runtimes = np.zeros((1, 3, *SIZE), np.float32), ("onnxruntime", "torch")
+    timed = time_network(kind_model("lite", "entropy"), image, 1, runtimes, ("whole", "patch"), 1, 2)
+    assert set(timed) == {
+        f"{kind} {runtime}{merge}"
+        for runtime in runtimes
+        for kind, merge in (("fine", ""), ("coarse", ""), ("selective", " whole"), ("selective", " patch"))
+    }
+
+
+def test_rows_of_timings():
+    times = {
+        "fine a": 40.0,
+        "fine b": 30.0,
+        "coarse a": 10.0,
+        "selective a patch": 15.0,
+        "selective b whole": 20.0,
+    }
+    timed = {name: Latency((value, value + 1, value - 1)) for name, value in times.items()}
+    found = {row["run"]: row for row in rows(timed, (60.0, 64.0, {"patch": 63.0}))}
+    assert found["selective a patch"]["of_fine"] == 0.5
+    assert found["selective a patch"]["time_share"] == 0.25
+    assert found["selective a patch"]["lift"] == 0.5
+    assert "lift" not in found["selective b whole"]
 
 
 def test_lift():

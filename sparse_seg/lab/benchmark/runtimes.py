@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import torch
 
 from sparse_seg.errors import MeasurementError
 from sparse_seg.export.network import ExportOptions
 from sparse_seg.export.runtime import open_session
 from sparse_seg.export.write import export_onnx
 from sparse_seg.lab.latency import Latency
+from sparse_seg.lab.report.tables import Column
 from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
+
+TORCH = "torch"  # in place of a runtime: the network itself
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class Timed:
     """A graph to time.
 
     Args:
-        path: of the ONNX file.
-        runtime: `onnxruntime` or `openvino`.
+        path: of the ONNX file; with the runtime `torch`, of a model and its way.
+        runtime: `onnxruntime`, `openvino` or `torch`.
     """
 
     path: str
@@ -87,7 +91,10 @@ def _work(connection: Connection, graph: Timed, images: np.ndarray, threads: int
     """Answer each number of runs with as many milliseconds, until the other side closes."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
-        session = open_session(graph.path, graph.runtime, threads)
+        if graph.runtime == TORCH:
+            session = _torch_session(graph.path, threads)
+        else:
+            session = open_session(graph.path, graph.runtime, threads)
         session(images=images)
         connection.send([])
         while True:
@@ -113,26 +120,45 @@ def time_network(
     turns: int = 10,
     runs: int = 5,
 ) -> dict[str, Latency]:
-    """Time a model's two dense forms and its selective one, exported, in each runtime.
+    """Time a model's two dense forms and its selective one in each runtime.
 
     Args:
         image: float32 `[1, 3, H, W]` in 0..1. The time of a selective run depends on it: so do its ghosts.
+        runtimes: of exported graphs; `torch` for the network made by `for_inference`.
 
     Returns:
         By name: `fine RUNTIME`, `coarse RUNTIME`, and `selective RUNTIME MERGE`.
     """
     size = (int(image.shape[2]), int(image.shape[3]))
-    finest, coarsest = model.strides[0], model.strides[-1]
-    forms = {"fine": ExportOptions(size, dense=finest), "coarse": ExportOptions(size, dense=coarsest)}
-    forms |= {f"selective {merge}": ExportOptions(size, merge=merge) for merge in merges}
+    ends = {"fine": model.strides[0], "coarse": model.strides[-1]}
+    ways = {kind: Way.dense(stride) for kind, stride in ends.items()}
+    ways |= {f"selective {merge}": Way(merge=merge) for merge in merges}
     with tempfile.TemporaryDirectory() as folder:
         graphs: dict[str, Timed] = {}
-        for number, (form, options) in enumerate(forms.items()):
-            path = f"{folder}/{number}.onnx"
-            export_onnx(model, path, options, check=False)
+        for number, (form, way) in enumerate(ways.items()):
             kind, _, merge = form.partition(" ")
-            graphs |= {f"{kind} {runtime} {merge}".strip(): Timed(path, runtime) for runtime in runtimes}
+            for runtime in runtimes:
+                path = f"{folder}/{number}.onnx"
+                if runtime == TORCH:
+                    path = f"{folder}/{number}.pt"
+                    torch.save((model, way), path)
+                elif not os.path.exists(path):
+                    options = ExportOptions(size, dense=way.output_stride, merge=way.merge)
+                    export_onnx(model, path, options, check=False)
+                graphs[f"{kind} {runtime} {merge}".strip()] = Timed(path, runtime)
         return time_graphs(graphs, image, threads, turns, runs)
+
+
+def _torch_session(path: str, threads: int) -> Callable[..., object]:
+    torch.set_num_threads(threads)
+    model, way = torch.load(path, weights_only=False)  # written by time_network
+    fast = model.for_inference()
+
+    @torch.inference_mode()
+    def session(images: np.ndarray) -> object:
+        return fast.start(torch.from_numpy(images)).follow(way).classes()
+
+    return session
 
 
 def share(value: float, coarse: float, fine: float) -> float:
@@ -153,15 +179,36 @@ def best(timed: Mapping[str, Latency], kind: str) -> float:
     return min(run.median for name, run in timed.items() if name.startswith(kind))
 
 
-def table(timed: Mapping[str, Latency]) -> str:
-    """Rows of ms, ratio to the fastest dense fine run, and time share.
+def rows(
+    timed: Mapping[str, Latency], accuracies: tuple[float, float, Mapping[str, float]] | None = None
+) -> list[dict[str, Any]]:
+    """A row a run: median and least ms, ratio to the fastest dense fine run, time share and, with accuracies,
+    lift.
 
-    The dense runs are those whose names begin with `fine` and `coarse`.
+    Args:
+        timed: of `time_network`.
+        accuracies: mIoU of the dense coarse network, of the dense fine one, and of the selective by merge.
     """
     fine, coarse = best(timed, "fine"), best(timed, "coarse")
-    lines = [f"{'run':32s} {'ms':>8s} {'least':>8s} {'of fine':>8s} {'time share':>10s}"]
+    found = list[dict[str, Any]]()
     for name, run in timed.items():
-        part = statistics.median(run.samples)
-        least, ratio = min(run.samples), part / fine
-        lines.append(f"{name:32s} {part:8.1f} {least:8.1f} {ratio:8.2f} {share(part, coarse, fine):10.2f}")
-    return "\n".join(lines)
+        ms, merge = run.median, name.split()[-1]
+        row = {"run": name, "milliseconds": ms, "least": min(run.samples), "of_fine": ms / fine}
+        row["time_share"] = share(ms, coarse, fine)
+        if accuracies is not None and merge in accuracies[2]:
+            ends, selective = accuracies[:2], accuracies[2][merge]
+            row["accuracy_share"] = share(selective, *ends)
+            row["lift"] = lift((selective, *ends), (ms, coarse, fine))
+        found.append(row)
+    return found
+
+
+COLUMNS = (
+    Column("run", "run"),
+    Column("milliseconds", "ms", "{:.1f}"),
+    Column("least", "least", "{:.1f}"),
+    Column("of_fine", "of dense", "{:.2f}"),
+    Column("time_share", "time share", "{:.2f}"),
+    Column("accuracy_share", "accuracy share", "{:.2f}"),
+    Column("lift", "lift", "{:.2f}"),
+)
