@@ -1,5 +1,6 @@
 """What is added against the loss of light networks: each part alone, all together, dense and selective."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,17 @@ def test_statistics_are_the_means_over_batches(tiny: Path, network: str) -> None
     run = [entry.shape[0] for entry in seen]
     blocks = 2 * 16 * (1 + 3 * round(0.3 * 16) / 16)
     assert run == ([2 * 64] * 3 if network == "dense" else [round(blocks)] * 3)
+
+
+@pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32)], ids=str)
+def test_mixed_precision(strides: tuple[int, ...]) -> None:
+    """The coarse lattice's loss, too: what densify interpolates is float32 there, and its rows are not."""
+    model = copy.deepcopy(random_model("resnet18", "lite", strides=strides))
+    images, labels = batch()
+    config = TrainConfig(loss=LossConfig(coarse_weight=0.5))
+    expected = Objective(config)(model, images.float(), labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = Objective(config)(model, images.float(), labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=0.05)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
