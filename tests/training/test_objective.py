@@ -182,14 +182,15 @@ def test_statistics_are_the_means_over_batches(tiny: Path, network: str) -> None
 
 
 @pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32)], ids=str)
-def test_mixed_precision(strides: tuple[int, ...]) -> None:
-    """The coarse lattice's loss, too: what densify interpolates is float32 there, and its rows are not."""
-    model = copy.deepcopy(random_model("resnet18", "lite", strides=strides))
-    images, labels = batch()
+def test_mixed_precision(strides: tuple[int, ...], device: str) -> None:
+    """The coarse lattice's loss, too: on CUDA, what densify interpolates is float32, and its rows are not."""
+    model = copy.deepcopy(random_model("resnet18", "lite", strides=strides)).to(device)
+    images, labels = (tensor.to(device) for tensor in batch())
     config = TrainConfig(loss=LossConfig(coarse_weight=0.5))
-    expected = Objective(config)(model, images.float(), labels)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = Objective(config)(model, images.float(), labels)
+    objective = Objective(config).to(device)
+    expected = objective(model, images.float(), labels)
+    with torch.autocast(device, torch.bfloat16):
+        loss = objective(model, images.float(), labels)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=0.05)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
