@@ -1,0 +1,55 @@
+"""The weights that come with the package."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparse_seg
+from sparse_seg.checkpoint import load
+from sparse_seg.checkpoint.file import SHIPPED
+from sparse_seg.config import DataConfig
+from sparse_seg.data import build_dataset
+from sparse_seg.errors import CheckpointError
+from sparse_seg.evaluation.cost import count_macs, count_parameters
+from sparse_seg.evaluation.evaluate import evaluate
+from sparse_seg.models.way import Way
+from tests.shared import SHARED, needs_shared
+
+NAMES = sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_has_a_card_classes_and_a_size_that_a_package_bears(name: str) -> None:
+    checkpoint = load(name)
+    assert checkpoint.path.stat().st_size < 3e6
+    assert checkpoint.classes is not None
+    assert "licence" in checkpoint.path.with_suffix(".md").read_text()
+
+
+def test_camvid_slim_keeps_its_budgets() -> None:
+    model = sparse_seg.load_model("camvid-slim")
+    assert count_parameters(model) < 0.8e6
+    assert sum(count_macs(model, torch.randn(1, 3, 360, 480)).values()) < 1e9
+
+
+def test_an_unknown_name_names_the_known_ones() -> None:
+    with pytest.raises(CheckpointError, match="does not exist; name a file, or one of camvid-slim"):
+        sparse_seg.load_model("camvid-tall")
+
+
+def test_a_file_of_the_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "camvid-slim").write_bytes(b"other")
+    with pytest.raises(CheckpointError):
+        sparse_seg.load_model("camvid-slim")
+
+
+@needs_shared("data/camvid")
+def test_camvid_slim_segments_frames_it_has_not_seen() -> None:
+    model, dataset = (
+        sparse_seg.load_model("camvid-slim"),
+        build_dataset("camvid", SHARED / "data/camvid", "val"),
+    )
+    result = evaluate(model, dataset, DataConfig(dataset="camvid"), Way.dense(8), limit=6)
+    assert result.metrics.pixel_accuracy > 0.88
