@@ -14,7 +14,18 @@ from sparse_seg.errors import SparseSegError, printable
 from sparse_seg.sparse import EngineError
 from sparse_seg.version import __version__
 
-COMMANDS = ("train", "evaluate", "ablate", "predict", "make_scenes", "demo", "benchmark", "gpu", "convert", "export")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "ablate",
+    "predict",
+    "make_scenes",
+    "demo",
+    "benchmark",
+    "gpu",
+    "convert",
+    "export",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,11 +32,21 @@ import torch
 
 from sparse_seg.checkpoint import build_network, load, load_model, network_settings
 from sparse_seg.cli.arguments import whole_number
-from sparse_seg.cli.options import add_config, add_device, add_network, fraction, output_file, overrides
+from sparse_seg.cli.options import (
+    add_config,
+    add_device,
+    add_network,
+    add_views,
+    fraction,
+    output_file,
+    overrides,
+    views,
+)
 from sparse_seg.config import Config, MaskConfig, check_classes, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.evaluate import evaluate
+from sparse_seg.evaluation.views import ONCE
 from sparse_seg.files import atomic_write
 from sparse_seg.lab.compare.report import comparison_table, write_comparison
 from sparse_seg.lab.compare.run import compare, comparison_ways, groups
@@ -82,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="val", help="split of the dataset (default: val)")
     parser.add_argument("--limit", type=whole_number(1), metavar="N", help="measure the first N images only")
     parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the result to this file")
+    add_views(parser)
     add_device(parser)
     parser.set_defaults(usage_error=parser.error)
 
@@ -90,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     for option in ("policies", "exchange", "report", "resume", "accuracy-only"):
         if getattr(args, option.replace("-", "_")) not in (None, False) and args.compare is None:
             args.usage_error(f"argument --{option}: only with --compare; add --compare F")
+    if args.compare and views(args) != ONCE:
+        args.usage_error("argument --compare: not with --flip, --scales or --window")
     if args.resume and not args.json:
         args.usage_error("argument --resume: name the file to resume; add --json OUT")
     config = load_config(args.config, overrides(args))
@@ -113,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.checkpoint, config).to(args.device)
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
     dataset.check(args.limit)
-    result = evaluate(model, dataset, config.data, Way(args.dense), args.limit, progress=True)
+    result = evaluate(model, dataset, config.data, Way(args.dense), args.limit, True, views(args))
     print(class_table(result, dataset.classes).to_text())
     print(summary(result))
     if args.json:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from sparse_seg.checkpoint import is_checkpoint
+from sparse_seg.evaluation.views import LEAST_WINDOW, Views
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,33 @@ def add_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveG
     return group
 
 
+def add_views(parser: argparse.ArgumentParser, window: int = 0) -> None:
+    """`--flip`, `--scales` and `--window`."""
+    parser.add_argument("--flip", action="store_true", help="average with the mirror image")
+    parser.add_argument(
+        "--scales",
+        nargs="+",
+        type=_scale,
+        default=(1.0,),
+        metavar="S",
+        help="average over these sizes of the image; one below 1 alone is faster and suits large photos",
+    )
+    parser.add_argument(
+        "--window",
+        type=_window,
+        default=window,
+        metavar="PX",
+        help="bound memory: run larger images through overlapping windows of this side. Not exact: near "
+        "seams a network sees less around it, ASPP pools each window, and each has the mask's budget "
+        f"(default: {window or 'whole images'}; 0: whole images)",
+    )
+
+
+def views(args: argparse.Namespace) -> Views:
+    """As the arguments of `add_views` ask."""
+    return Views(args.window or None, flip=args.flip, scales=tuple(args.scales))
+
+
 def overrides(args: argparse.Namespace) -> list[str]:
     """`--set`, plus the setting that `--fine-fraction` abbreviates."""
     if args.fine_fraction is None:
@@ -73,6 +101,22 @@ def _config_file(text: str) -> str:
     if is_checkpoint(text):
         raise argparse.ArgumentTypeError(f"{text} is a checkpoint, not a config; CONFIG comes first")
     return text
+
+
+def _scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.05 <= value <= 4:
+        raise argparse.ArgumentTypeError(f"must be a number from 0.05 to 4, not {text!r}")
+    return value
+
+
+def _window(text: str) -> int:
+    if not text.isdecimal() or 0 < int(text) < LEAST_WINDOW:
+        raise argparse.ArgumentTypeError(f"must be 0 or a whole number from {LEAST_WINDOW}, not {text!r}")
+    return int(text)
 
 
 def _device(text: str) -> torch.device:

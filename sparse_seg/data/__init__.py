@@ -12,6 +12,7 @@ __all__ = [
     "SegmentationDataset",
     "build_dataset",
     "dataset_classes",
+    "dataset_ids",
 ]
 
 
@@ -32,3 +33,13 @@ def dataset_classes(name: str, root: str | Path) -> ClassList:
         ConfigError: no dataset has that name, or the folder's `classes.yaml` is missing or wrong.
     """
     return DATASETS[name].classes_in(root)
+
+
+def dataset_ids(name: str, root: str | Path) -> tuple[int, ...]:
+    """The value of each class in the labels of the dataset called `name`.
+
+    Raises:
+        ConfigError: as `dataset_classes`.
+    """
+    values = {train_id: value for value, train_id in DATASETS[name].train_ids_in(root).items()}
+    return tuple(values[train_id] for train_id in range(len(dataset_classes(name, root))))

@@ -74,6 +74,11 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         """The classes of the dataset in a folder, without its images."""
         return cls.classes
 
+    @classmethod
+    def train_ids_in(cls, root: str | Path) -> Mapping[int, int]:
+        """The train id of each label value of the dataset in a folder."""
+        return cls.train_ids
+
     def __init__(self, samples: list[tuple[Path, Path]], label_files: Sequence[Path]) -> None:
         self.samples = samples
         self._label_files = label_files

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.masks import MaskPolicy, block_levels, build_policy
+from sparse_seg.models.card import Card
 from sparse_seg.models.heads import Head
 from sparse_seg.models.layouts import dense_layouts, selective_layouts
 from sparse_seg.models.passes import Pass
@@ -54,6 +55,7 @@ class SelectiveSegmentor(nn.Module):
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
         self.policy, self.trained_stride, self.strides = policy, trained_stride, strides
         self.align_corners, self.mask, self.tuner = align_corners, mask or MaskConfig(), tuner
+        self.card: Card | None = None  # of a checkpoint's network
 
     def forward(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
         """Logits `[B, K, H, W]` of normalised images `[B, 3, H, W]`, any size from 32x32 up.
@@ -155,6 +157,7 @@ class SelectiveSegmentor(nn.Module):
                 self.mask,
                 tuner,
             )
+        fast.card = self.card
         return fast.eval().requires_grad_(False)
 
     @property
