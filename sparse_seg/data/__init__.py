@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset
+from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset, label_ids
 from sparse_seg.registry import DATASETS
 
 __all__ = [
@@ -41,5 +41,4 @@ def dataset_ids(name: str, root: str | Path) -> tuple[int, ...]:
     Raises:
         ConfigError: as `dataset_classes`.
     """
-    values = {train_id: value for value, train_id in DATASETS[name].train_ids_in(root).items()}
-    return tuple(values[train_id] for train_id in range(len(dataset_classes(name, root))))
+    return label_ids(DATASETS[name].train_ids_in(root), len(dataset_classes(name, root)))

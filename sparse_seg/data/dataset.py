@@ -256,6 +256,12 @@ def _size(image: Image) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
 
 
+def label_ids(train_ids: Mapping[int, int], count: int) -> tuple[int, ...]:
+    """The value in labels of each of `count` classes."""
+    values = {train_id: value for value, train_id in train_ids.items()}
+    return tuple(values[train_id] for train_id in range(count))
+
+
 def some(values: list[Any]) -> str:
     """The first five."""
     return str(values) if len(values) <= 5 else f"{str(values[:5])[:-1]}, ...]"
