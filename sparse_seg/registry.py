@@ -114,6 +114,7 @@ POLICIES = Registry(
         "confidence": "sparse_seg.masks.confidence:ConfidencePolicy",
         "learned": "sparse_seg.masks.learned:LearnedPolicy",
         "oracle": "sparse_seg.masks.oracle:OraclePolicy",
+        "previous": "sparse_seg.masks.previous:PreviousPolicy",
     },
 )
 DATASETS = Registry(

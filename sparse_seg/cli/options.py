@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 
 from sparse_seg.checkpoint import is_checkpoint
+from sparse_seg.config import MaskConfig
+from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.views import LEAST_WINDOW, Views
+from sparse_seg.masks import parse_policy
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +90,16 @@ def fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, not {text!r}")
     return value
+
+
+def policy(text: str) -> str:
+    """An argument type: a mask policy that takes any fraction, with its options."""
+    try:
+        if parse_policy(text, MaskConfig()).policy != "uniform":
+            return text
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    raise argparse.ArgumentTypeError("uniform takes no fraction between 0 and 1; choose another policy")
 
 
 def output_file(text: str) -> str:

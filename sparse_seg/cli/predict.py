@@ -8,12 +8,18 @@ say which id and colour is which class. Folders are searched with their sub-fold
 are turned upright as their EXIF orientation says (training and evaluation read images as they are stored,
 like their labels). A file that cannot be read is named and skipped; the exit code is then 1.
 
+For a video NAME, or camera:N: D/NAME.mp4, overlays at the source's rate; with --policy previous each frame's
+fine blocks are those that the frame before left uncertain, which costs no coarse pass; with --fps N each
+frame is refined from the coarse prediction as long as 1/N s allows. Ctrl-C ends a camera.
+
 A config may stand before the checkpoint: its mask, strides, mean and std are then used.
 
 examples:
   sparse-seg predict runs/camvid_r18/best.safetensors street.jpg --out runs/pictures
   sparse-seg predict runs/camvid_r18/best.safetensors photos/ --fine-fraction 0.3 --json shares.json --out out
   sparse-seg predict r101.safetensors photo.jpg --scales 0.25 --flip --out out
+  sparse-seg predict runs/camvid_r18/best.safetensors drive.mp4 --policy previous --out out
+  sparse-seg predict runs/camvid_r18/best.safetensors camera:0 --fps 10 --out out
   sparse-seg predict configs/camvid_r18.yaml runs/camvid_r18/best.pt street.jpg --steps 0 0.1 0.3 --out out
 """
 
@@ -28,12 +34,14 @@ from typing import Any
 from tqdm import tqdm
 
 from sparse_seg.checkpoint import build_network, is_checkpoint, load
+from sparse_seg.cli.arguments import whole_number
 from sparse_seg.cli.options import (
     add_device,
     add_network,
     add_views,
     fraction,
     output_file,
+    policy,
     views,
 )
 from sparse_seg.config import check_classes, load_config
@@ -43,7 +51,9 @@ from sparse_seg.files import atomic_write
 from sparse_seg.lab.predict.inputs import Source, find_sources
 from sparse_seg.lab.predict.pictures import write_legend, write_levels, write_pictures, write_steps
 from sparse_seg.lab.predict.segment import Segmenter
+from sparse_seg.lab.predict.video import VideoOptions, write_video
 from sparse_seg.lab.provenance import provenance
+from sparse_seg.masks import POLICIES
 from sparse_seg.models.way import Way
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
@@ -56,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="CHECKPOINT INPUT",
-        help="a checkpoint, a config before it if need be; then images or folders of them",
+        help="a checkpoint, a config before it if need be; then images, videos, folders of them, camera:N",
     )
     parser.add_argument("--out", required=True, metavar="D", help="folder to write to")
     parser.add_argument("--ids-only", action="store_true", help="write NAME_ids.png and classes.yaml alone")
@@ -76,7 +86,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override keys of the config that stands before CHECKPOINT",
     )
     add_network(parser)
+    parser.add_argument(
+        "--policy",
+        type=policy,
+        metavar="P",
+        help=f"what chooses fine blocks: of {', '.join(POLICIES)}, with options as in confidence:margin "
+        "(default: the checkpoint's)",
+    )
     add_views(parser, WINDOW)
+    parser.add_argument("--fps", type=_rate, metavar="N", help="of videos: keep up with N frames per second")
+    parser.add_argument(
+        "--limit", type=whole_number(1), metavar="N", help="of videos: the first N frames only"
+    )
+    parser.add_argument("--video-ids", action="store_true", help="of videos: also NAME_ids/000000.png, ...")
+    parser.add_argument("--video-blocks", action="store_true", help="of videos: also NAME_blocks.mp4")
     parser.set_defaults(usage_error=parser.error)
     add_device(parser)
 
@@ -94,7 +117,9 @@ def run(args: argparse.Namespace) -> int:
         if path.is_dir() and Path(args.out).resolve().is_relative_to(path.resolve()):
             args.usage_error(f"argument --out: {path} holds the images; name another folder than {args.out}")
     model = build_network(load(checkpoint), config).to(args.device)
-    segmenter = Segmenter(model, Way(args.dense, None, args.fine_fraction), views(args))
+    if any(source.is_video for source in sources):  # its trials of what is fastest pay off in many frames
+        model = model.for_inference()
+    segmenter = Segmenter(model, Way(args.dense, args.policy, args.fine_fraction), views(args))
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for source in tqdm(sources, desc="predict", leave=False, disable=len(sources) == 1):
@@ -108,15 +133,21 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         content = provenance() | {"classes": segmenter.card.names, "images": results, "failed": failed}
         atomic_write(args.json, json.dumps(content, indent=1) + "\n")
+    for name, result in results.items():
+        if "frames" in result:
+            print(f"{name}: {result['frames']} frames, {result['milliseconds']:.1f} ms in the network each")
     print(f"{len(results)} images segmented" + (f"; pictures in {args.out}" if results else ""))
     return 1 if failed else 0
 
 
 def _predict(segmenter: Segmenter, source: Source, args: argparse.Namespace) -> dict[str, Any]:
     """Segment one input and write its files; what --json says of it."""
-    assert isinstance(source.path, Path)
-    image, out = read_image(source.path, upright=True), Path(args.out, source.name)
+    out = Path(args.out, source.name)
     try:
+        if source.is_video or isinstance(source.path, int):
+            options = VideoOptions(args.fps, args.limit, args.video_ids or args.ids_only, args.video_blocks)
+            return write_video(segmenter, source, out, options)
+        image = read_image(source.path, upright=True)
         found = segmenter(image)
     except ValueError as error:
         raise DataError(f"{source}: {error}") from None
@@ -127,6 +158,16 @@ def _predict(segmenter: Segmenter, source: Source, args: argparse.Namespace) -> 
         write_steps(segmenter, image, out, args.steps)
     fine = None if found.fine_blocks is None else float(found.fine_blocks.mean())
     return {"shares": found.shares(), "fine_fraction": fine}
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.01 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"must be a number of frames per second, not {text!r}")
+    return value
 
 
 def _parts(args: argparse.Namespace) -> tuple[str | None, str, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,9 @@ class MaskPolicy(nn.Module, ABC):
     def forward(self, run: Inputs) -> Tensor:
         """The fine blocks, bool `[B, ceil(H/block), ceil(W/block)]`, or with three strides int64 levels."""
         return self.cut(self.scores(run))  # type: ignore[arg-type]
+
+    def remember(self, run: Any) -> None:
+        """Take note of a video frame's pass (`models/passes.py`) for the next frame; most policies do not."""
 
     def macs(self, size: tuple[int, int], batch: int) -> int:
         """Multiply-adds of the policy's own convolutions, by features' grid `size`: none but a net's."""

@@ -62,8 +62,8 @@ def write_steps(segmenter: Segmenter, image: Image, out: Path, fractions: Sequen
 
 
 def write_legend(card: Card, out: str | Path, ids_only: bool = False) -> None:
-    """Write `legend.png`, unless `ids_only`, and `classes.yaml`, which says what the values in `NAME_ids.png` mean, in the form
-    that `read_class_file` reads."""
+    """Write `classes.yaml`, which says what the values in `NAME_ids.png` mean, in the form that
+    `read_class_file` reads; unless `ids_only` also `legend.png`."""
     colours = [list(colour) for colour in card.colours]
     content = {"names": list(card.names), "ids": list(card.ids), "colours": colours}
     text = yaml.safe_dump(content, default_flow_style=None, sort_keys=False, allow_unicode=True, width=100)

@@ -18,6 +18,7 @@ from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
 from sparse_seg.lab.report.overlays import overlay
 from sparse_seg.models.card import Card
 from sparse_seg.models.passes import eval_mode
+from sparse_seg.models.refinement import refine
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 
@@ -96,6 +97,25 @@ class Segmenter:
             raise ValueError(f"an image must be [H, W, 3] uint8 RGB, got {list(image.shape)} {image.dtype}")
         with eval_mode(self.model):
             found = predict(self.model, self.batch(image), None, self.way, self.policy, self.views)
+        return self.result(image, found)
+
+    def follow(self, image: Image, milliseconds: float | None = None) -> Segmentation:
+        """The next frame of a video, whose policy may look back.
+
+        Args:
+            milliseconds: refine the coarse prediction as long as this time allows, instead.
+        """
+        if not self.views.is_single and milliseconds is None:
+            return self(image)
+        images = self.batch(image)
+        with torch.inference_mode(), eval_mode(self.model):
+            if milliseconds is not None:
+                *_, last = refine(self.model, images, milliseconds=milliseconds)
+                return self.result(image, Prediction(last.logits.max(1).indices, last.levels))
+            run = self.model.start(images).follow(self.way, self.policy)
+            found = Prediction(run.classes(), None if run.mask is None else run.levels)
+            if self.policy is not None:
+                self.policy.remember(run)
         return self.result(image, found)
 
     def result(self, image: Image, found: Prediction) -> Segmentation:
