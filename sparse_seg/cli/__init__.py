@@ -19,6 +19,7 @@ COMMANDS = (
     "evaluate",
     "ablate",
     "predict",
+    "browse",
     "make_scenes",
     "demo",
     "benchmark",

@@ -96,8 +96,6 @@ def test_fractions_outside(fraction: float) -> None:
 
 ON_FEATURES = ("confidence", "learned", "previous")
 IMAGE_POLICIES = sorted(name for name in POLICIES if name not in ON_FEATURES)
-    name for name, policy in POLICIES.items() if name not in ("confidence", "learned", "previous")
-)
 
 
 @pytest.mark.parametrize("name", IMAGE_POLICIES)
