@@ -63,9 +63,9 @@ def add_views(parser: argparse.ArgumentParser, window: int = 0) -> None:
         type=_window,
         default=window,
         metavar="PX",
-        help="bound memory: run larger images through overlapping windows of this side. Not exact: near "
-        "seams a network sees less around it, ASPP pools each window, and each has the mask's budget "
-        f"(default: {window or 'whole images'}; 0: whole images)",
+        help="bound memory: run images that are larger (at the largest of --scales) through overlapping "
+        "windows of this side. Not exact: near seams a network sees less, ASPP pools each window, and each has "
+        f"the mask's budget (default: {window or 'whole images'}; 0: whole images)",
     )
 
 

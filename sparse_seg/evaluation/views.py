@@ -18,6 +18,7 @@ from sparse_seg.models.way import Way
 
 ALIGNMENT = 32  # px; windows start on sites of every stride
 LEAST_WINDOW = 256  # px
+STRIP = 256  # rows
 
 
 class Prediction(NamedTuple):
@@ -32,11 +33,11 @@ class Views:
     """By default the whole image, once.
 
     Args:
-        window: side in px of square windows that cover larger images, so that memory is bounded; None: the
-            whole image at once. Between two windows the seam lies in the middle of their overlap: a network
-            that reads no further than half of it computes what it does for the whole image (if its sides are
-            multiples of the stride). ASPP's pooling
-            branch and the budget of a mask policy are of each window.
+        window: side in px, at the largest scale, of square windows that cover larger images, so that memory
+            is bounded; None: the whole image at once. Between two windows the seam lies in the middle of
+            their overlap: a network that reads no further than half of it computes what it does for the
+            whole image (if its sides are multiples of the stride). ASPP's pooling and the budget of a mask
+            policy are of each window.
         overlap: of neighbouring windows, px.
         flip: also look at the mirror image.
         scales: factors of the image's size to look at. Class probabilities are averaged over all looks.
@@ -112,10 +113,11 @@ class _Span(NamedTuple):
 
 
 def _spans(length: int, views: Views) -> Iterator[_Span]:
-    if views.window is None or length <= views.window:
+    side = length if views.window is None else int(views.window / max(views.scales))
+    if length <= side:
         yield _Span(0, length, 0, length)
         return
-    side = views.window // ALIGNMENT * ALIGNMENT
+    side = side // ALIGNMENT * ALIGNMENT
     overlap = min(views.overlap, side // 2) // ALIGNMENT * ALIGNMENT
     count = -(-(length - overlap) // (side - overlap))
     starts = [index * (side - overlap) for index in range(count)]
@@ -146,7 +148,8 @@ def _look(
     if views.is_single:
         run = model.start(images, labels).follow(way, policy)
         return Prediction(run.classes(), None if run.mask is None else run.levels)
-    size, total, levels = images.shape[2:], None, None
+    size, total, levels = (images.shape[2], images.shape[3]), None, None
+    common = _size(images, min(1.0, max(views.scales)))
     for scale in views.scales:
         scaled, truth = _scaled(images, labels, scale)
         for mirrored in (False, True)[: 1 + views.flip]:
@@ -154,24 +157,43 @@ def _look(
             run = model.start(shown, truth.flip(2) if mirrored and truth is not None else truth)
             probabilities = run.follow(way, policy).logits().softmax(1)
             probabilities = probabilities.flip(3) if mirrored else probabilities
-            if probabilities.shape[2:] != size:
-                probabilities = F.interpolate(probabilities, size, mode="bilinear", align_corners=False)
+            if probabilities.shape[2:] != common:
+                probabilities = F.interpolate(probabilities, common, mode="bilinear", align_corners=False)
             total = probabilities if total is None else total.add_(probabilities)
             if levels is None and run.mask is not None:  # of the first look
                 grid = block_shape(images, model.strides[-1])[1:]
                 cells = block_levels(run.mask, model.strides).float()[:, None]
                 levels = F.interpolate(cells, grid, mode="nearest")[:, 0].long()
     assert total is not None
-    return Prediction(total.max(1).indices, levels)
+    return Prediction(total.max(1).indices if common == size else _enlarged(total, size), levels)
+
+
+def _enlarged(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
+    """The classes of `[B, K, h, w]` at a larger size, bilinear, a strip of rows at a time: all pixels of all
+    classes would not fit into memory."""
+    rows, columns = (
+        (2 * torch.arange(length, device=probabilities.device) + 1) / length - 1 for length in size
+    )
+    strips = []
+    for strip in rows.split(STRIP):
+        grid = torch.stack(torch.meshgrid(strip, columns, indexing="ij")[::-1], -1).to(probabilities)
+        grid = grid.expand(probabilities.shape[0], -1, -1, -1)
+        near = F.grid_sample(probabilities, grid, padding_mode="border", align_corners=False)
+        strips.append(near.max(1).indices)
+    return torch.cat(strips, 1)
 
 
 def _scaled(images: Tensor, labels: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
     if scale == 1:
         return images, labels
-    height, width = (round(scale * length) for length in images.shape[2:])
-    if min(height, width) < SMALLEST_SIDE:
+    size = _size(images, scale)
+    if min(size) < SMALLEST_SIDE:
         raise ValueError(f"images must be at least {SMALLEST_SIDE} px at a scale of {scale:g}")
-    scaled = F.interpolate(images, (height, width), mode="bilinear", align_corners=False, antialias=scale < 1)
+    scaled = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=scale < 1)
     if labels is None:
         return scaled, None
-    return scaled, F.interpolate(labels[:, None].float(), (height, width), mode="nearest")[:, 0].long()
+    return scaled, F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
+
+
+def _size(images: Tensor, scale: float) -> tuple[int, int]:
+    return round(scale * images.shape[2]), round(scale * images.shape[3])

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sparse_seg.evaluation.views import Views, _spans, predict
 from sparse_seg.models.build import build_model
@@ -88,6 +89,16 @@ def test_looks_are_averaged(model):
     found = predict(model, images, labels, Way.policy("oracle", 0.2), views=Views(flip=True, scales=(0.5, 2)))
     assert found.levels is not None
     assert found.levels.sum() > 0
+
+
+def test_one_small_look_at_a_large_image(model):
+    """Its classes are those of the upsampled probabilities, and windows are of the small image."""
+    images = torch.randn(1, 3, 600, 640)
+    small = F.interpolate(images, (150, 160), mode="bilinear", antialias=True)
+    probabilities = model.dense(small).softmax(1)
+    by_hand = F.interpolate(probabilities, (600, 640), mode="bilinear").argmax(1)
+    found = predict(model, images, way=Way.dense(8), views=Views(256, scales=(0.25,)))
+    assert (found.classes == by_hand).float().mean() > 0.9999
 
 
 def test_what_cannot_be():
