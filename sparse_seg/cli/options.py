@@ -64,8 +64,8 @@ def add_views(parser: argparse.ArgumentParser, window: int = 0) -> None:
         default=window,
         metavar="PX",
         help="bound memory: run images that are larger (at the largest of --scales) through overlapping "
-        "windows of this side. Not exact: near seams a network sees less, ASPP pools each window, and each has "
-        f"the mask's budget (default: {window or 'whole images'}; 0: whole images)",
+        "windows of this side. Not exact: near seams a network sees less, ASPP pools each window, and each "
+        f"has the mask's budget (default: {window or 'whole images'}; 0: whole images)",
     )
 
 

@@ -59,6 +59,8 @@ def evaluate(
     """
     way = way or Way()
     policy = None if way.is_dense else model.policy_for(way)
+    if policy is not None:
+        policy.remember(None)
     device = next(model.parameters()).device
     metrics = SegmentationMetrics(len(dataset.classes), IGNORE_INDEX)
     count = len(dataset) if limit is None else min(limit, len(dataset))

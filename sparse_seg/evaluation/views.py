@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_seg.data.dataset import SMALLEST_SIDE
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
+from sparse_seg.models.passes import Pass
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 
@@ -78,7 +79,7 @@ def predict(
 
     Args:
         labels: int64 `[B, H, W]`, for policies that read them.
-        policy: overrides the way's.
+        policy: overrides the way's; it remembers images that are seen whole and once.
 
     Raises:
         ValueError: images of a wrong shape or dtype, or too small at one of the scales.
@@ -87,6 +88,12 @@ def predict(
     height, width = images.shape[2:]
     rows, columns = (list(_spans(length, views)) for length in (height, width))
     if len(rows) == len(columns) == 1:
+        if views.is_single:
+            run = model.start(images, labels).follow(way, policy)
+            found = _single(run)
+            if policy is not None:
+                policy.remember(run)
+            return found
         return _look(model, images, labels, way, policy, views)
     block = model.strides[-1]
     classes = images.new_empty(images.shape[0], height, width, dtype=torch.int64)
@@ -146,8 +153,7 @@ def _look(
     views: Views,
 ) -> Prediction:
     if views.is_single:
-        run = model.start(images, labels).follow(way, policy)
-        return Prediction(run.classes(), None if run.mask is None else run.levels)
+        return _single(model.start(images, labels).follow(way, policy))
     size, total, levels = (images.shape[2], images.shape[3]), None, None
     common = _size(images, min(1.0, max(views.scales)))
     for scale in views.scales:
@@ -181,6 +187,10 @@ def _enlarged(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
         near = F.grid_sample(probabilities, grid, padding_mode="border", align_corners=False)
         strips.append(near.max(1).indices)
     return torch.cat(strips, 1)
+
+
+def _single(run: Pass) -> Prediction:
+    return Prediction(run.classes(), None if run.mask is None else run.levels)
 
 
 def _scaled(images: Tensor, labels: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:

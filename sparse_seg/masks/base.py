@@ -107,7 +107,8 @@ class MaskPolicy(nn.Module, ABC):
         return self.cut(self.scores(run))  # type: ignore[arg-type]
 
     def remember(self, run: Any) -> None:
-        """Take note of a video frame's pass (`models/passes.py`) for the next frame; most policies do not."""
+        """Take note of an image's pass (`models/passes.py`) for the next image, as a policy for videos does;
+        None: a new sequence begins."""
 
     def macs(self, size: tuple[int, int], batch: int) -> int:
         """Multiply-adds of the policy's own convolutions, by features' grid `size`: none but a net's."""

@@ -14,17 +14,17 @@ from sparse_seg.masks.confidence import ConfidencePolicy
 class PreviousPolicy(ConfidencePolicy):
     """For a video: a block's score is the uncertainty of the last frame's result, which is there anyway.
 
-    A first frame, or one of another size, is scored by its own coarse pass, as `ConfidencePolicy` does;
-    options are those of that policy. `remember` is told each frame's pass when that is done.
+    A first frame, one of another size, and images in training are scored by their own coarse pass, as
+    `ConfidencePolicy` does; options are those of that policy. Evaluation takes images in order for a video.
     """
 
     _last: Tensor | None = None
 
     def scores(self, run: Run) -> Tensor:
-        if self._last is None or self._last.shape != block_shape(run.images, self.block):
+        if self.training or self._last is None or self._last.shape != block_shape(run.images, self.block):
             return super().scores(run)
         return self._last
 
     @torch.no_grad()
     def remember(self, run: Any) -> None:
-        self._last = self.logit_scores(run.upsample(run.grid_logits(), self.sample))
+        self._last = run and self.logit_scores(run.upsample(run.grid_logits(), self.sample))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_seg.evaluation.views import Views, _spans, predict
+from sparse_seg.evaluation.views import ONCE, Views, _spans, predict
 from sparse_seg.models.build import build_model
 from sparse_seg.models.way import Way
 from tests.reference import randomise
@@ -99,6 +99,27 @@ def test_one_small_look_at_a_large_image(model):
     by_hand = F.interpolate(probabilities, (600, 640), mode="bilinear").argmax(1)
     found = predict(model, images, way=Way.dense(8), views=Views(256, scales=(0.25,)))
     assert (found.classes == by_hand).float().mean() > 0.9999
+
+
+def test_a_policy_that_looks_back_gets_whole_images_in_order(model):
+    policy, confidence = (model.policy_for(Way.policy(name, 0.25)) for name in ("previous", "confidence"))
+    first, second = torch.randn(2, 1, 3, 300, 320)
+
+    def levels(image, views=ONCE, policy=policy):
+        found = predict(model, image, None, Way(), policy, views).levels
+        assert found is not None
+        return found
+
+    own = [levels(image, policy=confidence) for image in (first, second)]
+    assert torch.equal(levels(first), own[0])
+    after = levels(second)
+    assert not torch.equal(after, own[1])
+    policy.remember(None)
+    assert torch.equal(levels(second), own[1]), "a new sequence"
+    policy.remember(None)
+    levels(first, Views(256))
+    levels(first, Views(flip=True))
+    assert torch.equal(levels(second), own[1]), "windows and averages are not remembered"
 
 
 def test_what_cannot_be():

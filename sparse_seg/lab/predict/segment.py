@@ -77,6 +77,8 @@ class Segmenter:
     def __init__(self, model: SelectiveSegmentor, way: Way | None = None, views: Views = ONCE) -> None:
         self.model, self.way, self.views = model, way or Way(), views
         self.policy = None if self.way.is_dense else model.policy_for(self.way)
+        if self.policy is not None:
+            self.policy.remember(None)
         self.device = next(model.parameters()).device
 
     @functools.cached_property
@@ -105,18 +107,11 @@ class Segmenter:
         Args:
             milliseconds: refine the coarse prediction as long as this time allows, instead.
         """
-        if not self.views.is_single and milliseconds is None:
+        if milliseconds is None:
             return self(image)
-        images = self.batch(image)
         with torch.inference_mode(), eval_mode(self.model):
-            if milliseconds is not None:
-                *_, last = refine(self.model, images, milliseconds=milliseconds)
-                return self.result(image, Prediction(last.logits.max(1).indices, last.levels))
-            run = self.model.start(images).follow(self.way, self.policy)
-            found = Prediction(run.classes(), None if run.mask is None else run.levels)
-            if self.policy is not None:
-                self.policy.remember(run)
-        return self.result(image, found)
+            *_, last = refine(self.model, self.batch(image), milliseconds=milliseconds)
+        return self.result(image, Prediction(last.logits.max(1).indices, last.levels))
 
     def result(self, image: Image, found: Prediction) -> Segmentation:
         """What was found in an image."""
