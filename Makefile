@@ -5,7 +5,7 @@ OLDEST := .venv-oldest
 # One process a core and one thread a process: the tests' tensors are tiny.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo ablation test test-fast test-oldest lint clean
+.PHONY: demo ablation gpu test test-fast test-oldest lint clean
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --out runs/demo
@@ -13,6 +13,11 @@ demo: $(STAMP)
 ablation: $(STAMP)
 	$(BIN)/python tools/make_scenes.py runs/demo/scenes
 	$(BIN)/python tools/ablate.py configs/ablation/scenes.yaml
+
+# On a machine with a CUDA device, by the Python that has PyTorch for it: the CUDA tests, then every timing.
+gpu:
+	$(PYTHON) -m pytest -m cuda
+	$(PYTHON) tools/gpu.py --json runs/gpu.json
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)

@@ -112,6 +112,7 @@ POLICIES = Registry(
         "random": "sparse_seg.masks.random:RandomPolicy",
         "edge": "sparse_seg.masks.edge:EdgePolicy",
         "confidence": "sparse_seg.masks.confidence:ConfidencePolicy",
+        "gain": "sparse_seg.masks.gain:GainPolicy",
         "learned": "sparse_seg.masks.learned:LearnedPolicy",
         "oracle": "sparse_seg.masks.oracle:OraclePolicy",
         "previous": "sparse_seg.masks.previous:PreviousPolicy",

@@ -223,11 +223,12 @@ def randomise(model: SelectiveSegmentor, seed: int = 0) -> None:
 
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
-        norm.weight.copy_(uniform(norm.weight, 0.5, 1.5))
-        norm.bias.copy_(uniform(norm.bias, -0.5, 0.5))
+        if norm.affine:
+            norm.weight.copy_(uniform(norm.weight, 0.5, 1.5))
+            norm.bias.copy_(uniform(norm.bias, -0.5, 0.5))
         norm.momentum = 1.0
     model.train()
-    model.dense(torch.randn(4, 3, 64, 96, generator=generator).to(norms[0].weight))
+    model.dense(torch.randn(4, 3, 64, 96, generator=generator).to(next(model.parameters())))
     for norm in norms:
         assert norm.running_mean is not None
         assert norm.running_var is not None

@@ -21,6 +21,7 @@ from sparse_seg.files import atomic_write
 FORMAT, FORMAT_VERSION = "sparse_seg.checkpoint", 2
 KEY = "sparse_seg"  # of the JSON text among the metadata
 SUFFIX = ".safetensors"
+SHIPPED = Path(__file__).parents[1] / "weights"  # by name; a card beside each says what it is
 MOST_HEADER = 10**8  # bytes, by the format
 
 
@@ -97,18 +98,23 @@ def load_pt(path: str | Path) -> dict[str, Any]:
 
 
 def find(path: str | Path) -> Path:
-    """The file itself, or where there is none the one of the other suffix, `.pt` or `.safetensors`.
+    """The file itself, or where there is none the one of the other suffix, `.pt` or `.safetensors`, or the
+    weights of that name that come with the package.
 
     Raises:
         CheckpointError: there is none, or a folder, or one that may not be read.
     """
     path = Path(path)
+    shipped = SHIPPED / f"{path}{SUFFIX}"
+    if not path.suffix and not path.exists() and shipped.is_file():
+        return shipped
     other = path.with_suffix({SUFFIX: ".pt", ".pt": SUFFIX}.get(path.suffix, path.suffix))
     found = path if path.exists() or not other.is_file() else other
     if found.is_dir():
         raise CheckpointError(f"{path} is a folder; name the checkpoint in it, such as {path / 'best.pt'}")
     if not found.exists():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob(f"*{SUFFIX}")))
+        raise CheckpointError(f"checkpoint {path} does not exist; name a file, or one of {names}")
     if not found.is_file():
         raise CheckpointError(f"{path} is no regular file")
     try:
@@ -129,7 +135,7 @@ def is_checkpoint(path: str | Path) -> bool:
     """Whether a file looks like a checkpoint of any kind, by its first bytes."""
     path = Path(path)
     if not path.is_file():
-        return False
+        return not path.suffix and (SHIPPED / f"{path}{SUFFIX}").is_file()
     with path.open("rb") as file:
         start = file.read(4)
     return start == ZIP or start.startswith(b"\x80") or is_safetensors(path)

@@ -28,10 +28,16 @@ from sparse_seg.models.build import build_model
 from sparse_seg.models.card import Card
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import check_shapes, load_weights, meta_network, part_of
-from sparse_seg.registry import POOLING_HEADS
+from sparse_seg.registry import POLICIES, POOLING_HEADS
 
 NETS: dict[str, Callable[[int, int], nn.Module]] = {"mask_net": mask_net, "cad_mask_net": cad_mask_net}
-RUN_SETTINGS = ("mask", "exchange", "engine", "strides")  # how a network runs, not what it computes dense
+RUN_SETTINGS = (
+    "mask",
+    "exchange",
+    "engine",
+    "merge",
+    "strides",
+)  # how a network runs, not what it computes dense
 
 
 def load_model(path: str | Path, config: Config | None = None) -> SelectiveSegmentor:
@@ -57,7 +63,7 @@ def build_network(checkpoint: Checkpoint, config: Config | None = None) -> Selec
             f"{path} holds a backbone without a head; train one from it: --set model.pretrained={path}"
         )
     chosen, net = network_settings(checkpoint, config), _net(checkpoint)
-    masked = MaskConfig(policy="learned") if chosen.mask.policy == "learned" else MaskConfig()
+    masked = MaskConfig(policy=chosen.mask.policy if POLICIES[chosen.mask.policy].needs_net else "edge")
     try:
         planned = meta_network(dataclasses.replace(chosen, mask=masked), net).state_dict()
     except ConfigError as error:

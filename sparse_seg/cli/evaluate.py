@@ -43,7 +43,8 @@ from sparse_seg.cli.options import (
     policy,
     views,
 )
-from sparse_seg.config import Config, check_classes, load_config
+from sparse_seg.config import Config, ModelConfig, check_classes, load_config
+from sparse_seg.config.keys import choices
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.evaluate import evaluate
@@ -55,7 +56,6 @@ from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.summary import class_table, summary
 from sparse_seg.masks import POLICIES
 from sparse_seg.models.way import Way
-from sparse_seg.sparse import EXCHANGES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,8 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exchange",
         nargs="+",
-        choices=EXCHANGES,
+        choices=choices(ModelConfig, "exchange"),
         help="with --compare: rules to compare (default: the model's)",
+    )
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        choices=choices(ModelConfig, "merge"),
+        help="with --compare: ways to merge the levels to compare (default: the model's)",
     )
     parser.add_argument(
         "--resume", action="store_true", help="with --compare: keep the rows that the --json file holds"
@@ -99,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for option in ("policies", "exchange", "report", "resume", "accuracy-only"):
+    for option in ("policies", "exchange", "merge", "report", "resume", "accuracy-only"):
         if getattr(args, option.replace("-", "_")) not in (None, False) and args.compare is None:
             args.usage_error(f"argument --{option}: only with --compare; add --compare F")
     if args.compare and views(args) != ONCE:
@@ -121,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
             args.exchange or (),
             args.resume,
             not args.accuracy_only,
+            args.merge or (),
         )
         return 0
     check_classes(config)
@@ -149,6 +156,7 @@ def compare_and_report(
     exchanges: Sequence[str] = (),
     resume: bool = False,
     timed: bool = True,
+    merges: Sequence[str] = (),
 ) -> None:
     """Compare the ways to run a checkpoint, print the table, and write the files asked for."""
     check_classes(config)
@@ -156,7 +164,7 @@ def compare_and_report(
     model = build_network(loaded, config).to(device)
     dataset = build_dataset(config.data.dataset, config.data.root, split)
     dataset.check(limit)
-    ways = comparison_ways(model, policies, fractions, exchanges)
+    ways = comparison_ways(model, policies, fractions, exchanges, merges)
     origin, rows = provenance(), list[dict[str, Any]]()
     subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, config.model.strides]
     digest = hashlib.blake2b(loaded.path.read_bytes() + json.dumps(subject).encode(), digest_size=16)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 
+from sparse_seg import masks
 from sparse_seg.checkpoint import load_model
 from sparse_seg.cli.arguments import parse_size, whole_number
 from sparse_seg.cli.options import add_config, add_network, output_file, overrides
@@ -26,7 +27,7 @@ from sparse_seg.data import dataset_classes
 from sparse_seg.export.network import INPUTS, MERGES, ExportOptions
 from sparse_seg.export.write import export_onnx
 
-POLICIES = ("confidence", "edge", "learned", "given")
+POLICIES = (*(name for name in masks.POLICIES if name != "oracle"), "given")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merge",
         choices=MERGES,
-        default="whole",
-        help="whole (default): the head runs everywhere; patch: on fine blocks only",
+        help="whole: the head runs everywhere; patch: on fine blocks only (default: the config's)",
     )
     parser.add_argument("--input", choices=INPUTS, default="float", help="type of images (default: float)")
     parser.add_argument(

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available()
     sizes = ((512, 1024), (1024, 2048)) if cuda else ((64, 96),)
-    deadline, rows = Deadline(args.minutes), []
+    deadline, rows = Deadline(args.minutes), list[dict[str, Any]]()
     cells = [(*cell, False) for cell in itertools.product(NETWORKS, sizes, (1, 4), PRECISIONS)]
     cells += [(name, sizes[-1], 1, "fp16", True) for name in NETWORKS if cuda]
     for name, size, batch, precision, compiled in cells:

@@ -121,6 +121,11 @@ def check_training(config: Config) -> None:
     train, mask = config.train, config.model.mask
     learned, supervised = mask.policy == "learned", train.mask_loss == "supervised"
     _require(
+        mask.policy != "gain",
+        "the gain mask is fitted to a trained network: train with another model.mask.policy, then run "
+        "sparse-seg fit-gain",
+    )
+    _require(
         learned or not train.freeze,
         "train.freeze leaves nothing to train but a learned mask: set model.mask.policy=learned",
     )

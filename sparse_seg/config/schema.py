@@ -76,6 +76,11 @@ class ModelConfig:
     engine: str = key(
         "auto", "what runs 3x3 convolutions; auto: spconv on CUDA if it works", ("auto", "gather", "spconv")
     )
+    merge: str = key(
+        "whole",
+        "whole: the head decodes densified rows; patch: coarse blocks keep the coarse pass's logits",
+        ("whole", "patch"),
+    )
     strides: list[int] = key([8, 16], "output strides that the mask chooses from", STRIDES)
     trained_stride: int = function_key(8, "output stride that the head is trained at", (8, 16, 32))
     auxiliary: bool = key(False, "FCN head on layer3, in training only")

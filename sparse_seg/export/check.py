@@ -13,6 +13,7 @@ from sparse_seg.export.network import StaticNetwork
 from sparse_seg.export.onnx_file import interface
 from sparse_seg.export.runtime import open_session
 from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
 
 TOLERANCE = 1e-4  # of logits, relative to the largest; float32 in another order gives 1e-6 to 1e-5
 # Blocks whose scores are equal to rounding may be chosen otherwise: this share of all, or one for another
@@ -23,8 +24,7 @@ MOST_BLOCKS = 0.01
 def check_graph(graph: bytes, model: SelectiveSegmentor, network: StaticNetwork, images: int = 2) -> None:
     """Run random images through a graph, and compare blocks, classes and logits with the model's.
 
-    Classes may differ where two logits are equal to rounding. With merge `patch` the graph is compared with
-    the static network.
+    Classes may differ where two logits are equal to rounding.
 
     Raises:
         SparseSegError: they differ, or onnxruntime is not installed.
@@ -86,16 +86,13 @@ def _expected(
         blocks = model.classify(normalised)[1]
         assert blocks is not None
         blocks = blocks if blocks.dtype == torch.bool else blocks == len(network.strides) - 1
-    if options.merge == "patch":
-        logits = network.grid_logits(*inputs)[0]
-        return network.upsampling(logits), blocks
     mask = torch.from_numpy(found["fine_blocks"])
     if network.ranking.middle:
         chosen = network.grid_logits(*inputs)[1]
         assert chosen is not None
         levels = torch.zeros(mask.shape, dtype=torch.int64).flatten(1)
         mask = levels.scatter(1, chosen, 1).reshape(mask.shape).where(~mask, 2)
-    return model(normalised, fine_blocks=mask), blocks
+    return model.start(normalised).take(mask, Way(merge=network.merge)).logits(), blocks
 
 
 def _require(holds: bool | np.bool_, message: str) -> None:

@@ -18,11 +18,8 @@ from sparse_seg.models.aspp import SelectiveSeparableConv2d
 from sparse_seg.models.heads import (
     FINEST_DENSE_STRIDE,
     LOW_LEVEL_STRIDE,
-    DeepLabV3Head,
-    DeepLabV3PlusHead,
-    FCNHead,
-    LiteHead,
 )
+from sparse_seg.models.upsample import at_least_float32
 
 
 class Layers(nn.Module):
@@ -72,7 +69,7 @@ class Layers(nn.Module):
 class LiteNeck(nn.Module):
     """1x1, norm, ReLU; without a layer it passes on what it gets (FCN's)."""
 
-    def __init__(self, reduce: Any) -> None:
+    def __init__(self, reduce: Any = None) -> None:
         super().__init__()
         self.reduce = None if reduce is None else Conv(reduce[0].weight, reduce[1])
 
@@ -180,7 +177,7 @@ def mean_by_area(sites: Sites) -> Tensor:
     if not sites.extras:
         return lattice.grid.mean((2, 3))
     levels, area = len(sites.extras), lattice.size[0] * lattice.size[1]
-    total = lattice.grid.sum((2, 3)) * 4**levels
+    total = at_least_float32(lattice.grid).sum((2, 3)) * 4**levels
     count = total.new_full((batch, 1), area * 4**levels)
     for level, (stride, rows) in enumerate(sites.extras.items(), start=1):
         split, weight = sites.splits[stride], 4 ** (levels - level)
@@ -190,7 +187,10 @@ def mean_by_area(sites: Sites) -> Tensor:
         new = (rows.reshape(3, batch, -1, lattice.channels) * inside).sum((0, 2))
         total = total + weight * (new - 3 * (own.reshape(batch, -1, lattice.channels) * exists).sum(1))
         count = count + weight * (inside.sum((0, 2)) - 3 * exists.sum(1))
-    return total / count
+    return (total / count).to(lattice.grid.dtype)
+
+
+NECKS: dict[tuple[str, ...], Any] = {(): LiteNeck, ("reduce",): LiteNeck, ("aspp",): ASPPNeck}
 
 
 class Head(nn.Module):
@@ -204,14 +204,9 @@ class Head(nn.Module):
 
     def __init__(self, head: Any) -> None:
         super().__init__()
-        if isinstance(head, LiteHead):
-            self.neck: Any = LiteNeck(head.reduce)
-        elif isinstance(head, FCNHead):
-            self.neck = LiteNeck(None)
-        elif isinstance(head, (DeepLabV3Head, DeepLabV3PlusHead)):
-            self.neck = ASPPNeck(head.aspp)
-        else:
+        if head.NECK not in NECKS:
             raise SparseSegError(f"a {type(head).__name__} cannot be exported; choose another model.head")
+        self.neck: Any = NECKS[head.NECK](*(getattr(head, name) for name in head.NECK))
         self.refine = Layers(head.refine, FINEST_DENSE_STRIDE)
         self.classifier = Conv(head.classifier.weight[:, :, 0, 0], bias=head.classifier.bias)
 
@@ -251,7 +246,7 @@ class PlusHead(Head):
 
     stride = LOW_LEVEL_STRIDE
 
-    def __init__(self, head: DeepLabV3PlusHead, size: tuple[int, int], strides: Sequence[int]) -> None:
+    def __init__(self, head: Any, size: tuple[int, int], strides: Sequence[int]) -> None:
         super().__init__(head)
         self.joins = nn.ModuleDict()
         for stride in strides:
@@ -279,6 +274,6 @@ class PlusHead(Head):
         return False
 
 
-def static_head(head: nn.Module, size: tuple[int, int], strides: Sequence[int]) -> Head:
+def static_head(head: Any, size: tuple[int, int], strides: Sequence[int]) -> Head:
     """The static form of a head for images of a size, run at the given strides."""
-    return PlusHead(head, size, strides) if isinstance(head, DeepLabV3PlusHead) else Head(head)
+    return PlusHead(head, size, strides) if head.reads_low_level else Head(head)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from sparse_seg.errors import SparseSegError
 from sparse_seg.export.backbone import Backbone, check_dilated, extra_rows, near_steps
 from sparse_seg.export.geometry import LevelPlan
 from sparse_seg.export.heads import static_head
-from sparse_seg.export.policies import Choice, Ranking, static_choice
+from sparse_seg.export.policies import Choice, Ranking
 from sparse_seg.export.sites import Lattice, Sites, Split
 from sparse_seg.export.upsample import Tiles, Upsample, grid_size
 from sparse_seg.models.layouts import MIN_SIZE
@@ -34,8 +34,7 @@ class ExportOptions:
         dense: output stride of a dense network; None for a selective one.
         fine_fraction: share of fine blocks; None for the policy's own.
         given: whether the fine blocks are an input, in place of the policy.
-        merge: `whole`, the head runs on the densified grid; `patch`, coarse blocks keep the coarse pass's
-            logits, and the head's 3x3 runs on the cells of finer ones only.
+        merge: `whole` or `patch`, see `SelectiveSegmentor`; None for the model's own.
         input: `float`, `[B, 3, H, W]` in 0..1; or `uint8`, `[B, H, W, 3]`.
         mean, std: of the normalisation, which the network does itself.
         logits: whether the logits `[B, K, H, W]` are an output, too.
@@ -50,7 +49,7 @@ class ExportOptions:
     dense: int | None = None
     fine_fraction: float | None = None
     given: bool = False
-    merge: str = "whole"
+    merge: str | None = None
     input: str = "float"
     mean: Sequence[float] = (0.485, 0.456, 0.406)
     std: Sequence[float] = (0.229, 0.224, 0.225)
@@ -76,7 +75,7 @@ class StaticNetwork(nn.Module):
         super().__init__()
         check_options(model, options)
         self.options, self.strides = options, tuple(model.strides)
-        self.exchange = exchange_rule(model)
+        self.exchange, self.merge = exchange_rule(model), options.merge or model.merge
         self.first = model.first_selective
         self.classes = model.head.num_classes
         scale = 1.0 if options.input == "float" else 255.0
@@ -135,14 +134,9 @@ class StaticNetwork(nn.Module):
             self.plans[str(stride)] = LevelPlan(options.batch, grid_size(options.size, stride), ragged)
         if not options.given:
             stride = self.head.stride or coarsest
-            self.choice = static_choice(
-                copy.deepcopy(policy),
-                options.size,
-                stride,
-                self.trained_stride,
-                self.align_corners,
-                self.classes,
-            )
+            geometry = stride, self.trained_stride, self.align_corners
+            cells = grid_size(options.size, stride)
+            self.choice = Choice(policy, lambda every: Upsample(cells, options.size, *geometry, every))
 
     def forward(self, images: Tensor, *blocks: Tensor) -> tuple[Tensor, ...]:
         """Images, and with `given` block numbers, to classes uint8 `[B, H, W]`, if selective fine blocks bool
@@ -175,28 +169,29 @@ class StaticNetwork(nn.Module):
             return self._coarse(self.head.neck.start(x), x, outputs[0]), None
         early, _, outputs = self.backbone.on_lattice(self.backbone.stem(images), range(self.first), finest)
         lattice, steps, _ = self.backbone.on_lattice(early, range(self.first, 4), coarsest)
-        started, coarse = self.head.neck.start(lattice), None
-        if self.options.merge == "patch" or (self.choice is not None and self.choice.reads == "logits"):
-            coarse = self._coarse(started, lattice, outputs[0])
+        started = self.head.neck.start(lattice)
+
+        @functools.cache
+        def coarse() -> Tensor:
+            return self._coarse(started, lattice, outputs[0])
+
         chosen = self._choose(images, early, coarse, blocks)
         splits = self._splits(chosen, steps)
         extras = extra_rows(steps, splits, finest)
         neck = self.head.neck.finish(started, Sites(lattice, extras, splits))
-        if self.options.merge == "patch":
-            assert coarse is not None
-            return self.head.patch(coarse, neck), chosen
+        if self.merge == "patch":
+            return self.head.patch(coarse(), neck), chosen
         return self.head.whole(neck, outputs[0]), chosen
 
     def _coarse(self, started: Lattice, lattice: Lattice, low_level: Lattice) -> Tensor:
         return self.head.whole(self.head.neck.finish(started, Sites(lattice, {}, {})), low_level)
 
     def _choose(
-        self, images: Tensor, features: Lattice, coarse: Tensor | None, blocks: Sequence[Tensor]
+        self, images: Tensor, features: Lattice, coarse: Callable[[], Tensor], blocks: Sequence[Tensor]
     ) -> Tensor:
         if self.choice is None:
             return torch.cat(list(blocks), 1) if len(blocks) > 1 else blocks[0]
-        read = {"images": None, "features": features.grid, "logits": coarse}[self.choice.reads]
-        return self.ranking(self.choice.scores(images / self.std if read is None else read))
+        return self.ranking(self.choice(images / self.std, features.grid, coarse))
 
     def _splits(self, chosen: Tensor, steps: list) -> dict[int, Split]:
         """From block numbers `[B, k]`, for each level the cells that are split, coarsest level first."""
@@ -239,7 +234,7 @@ def check_options(model: SelectiveSegmentor, options: ExportOptions) -> None:
         if options.dense not in STAGE_STRIDES:
             raise SparseSegError(f"dense output stride must be one of {STAGE_STRIDES}, not {options.dense}")
         return
-    if options.merge not in MERGES:
+    if options.merge not in (None, *MERGES):
         raise SparseSegError(f"unknown merge {options.merge!r}; choose one of {', '.join(MERGES)}")
     if not check_dilated(model.backbone):
         raise SparseSegError(
@@ -250,7 +245,8 @@ def check_options(model: SelectiveSegmentor, options: ExportOptions) -> None:
         raise SparseSegError(
             "a threshold gives another number of blocks for each image; export with --fine-fraction F"
         )
-    if options.merge == "patch" and not static_head(model.head, options.size, ()).is_patchable:
+    patches = (options.merge or model.merge) == "patch"
+    if patches and not static_head(model.head, options.size, ()).is_patchable:
         raise SparseSegError(
             "merge patch needs a head with one 3x3 convolution behind densify; choose merge whole"
         )

@@ -32,11 +32,7 @@ def describe(
     selective: dict[str, Any] = {"dense": options.dense}
     if options.dense is None:
         total = network.blocks[0] * network.blocks[1]
-        policy = (
-            "given"
-            if network.choice is None
-            else type(network.choice).__name__.removesuffix("Choice").lower()
-        )
+        policy = "given" if network.choice is None else network.choice.policy.name
         selective |= {
             "fine_fraction": network.ranking.fine / total,
             "fine_blocks": network.ranking.fine,
@@ -44,7 +40,7 @@ def describe(
             "blocks": list(network.blocks),
             "policy": policy,
             "exchange": network.exchange,
-            "merge": options.merge,
+            "merge": network.merge,
         }
     return {
         "names": list(names) or [str(number) for number in range(network.classes)],

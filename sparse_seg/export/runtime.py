@@ -98,7 +98,7 @@ class RuntimeSegmentor:
         runtime: str,
         size: tuple[int, int],
         batch: int = 1,
-        merge: str = "whole",
+        merge: str | None = None,
         threads: int | None = None,
     ) -> None:
         self.model, self.runtime, self.threads = model, runtime, threads

@@ -40,7 +40,8 @@ class Upsample(nn.Module):
         super().__init__()
         geometry = stride, trained_stride, align_corners, every
         rows, columns = (
-            _interpolation_matrix(n, length, *geometry) for n, length in zip(cells, size, strict=True)
+            _interpolation_matrix(n, length, *geometry, torch.float64, torch.device("cpu"))
+            for n, length in zip(cells, size, strict=True)
         )
         self.register_buffer("rows", rows.float(), persistent=False)
         self.register_buffer("columns", columns.t().float().contiguous(), persistent=False)

@@ -13,6 +13,7 @@ from sparse_seg.masks.base import (
 from sparse_seg.masks.build import POLICIES, build_policy, parse_policy
 from sparse_seg.masks.confidence import REDUCTIONS, UNCERTAINTIES, ConfidencePolicy
 from sparse_seg.masks.edge import RULES, EdgePolicy, cad_edges, gradient_magnitude
+from sparse_seg.masks.gain import GainPolicy, gain_net
 from sparse_seg.masks.learned import LearnedPolicy, cad_mask_net, mask_net, straight_through
 from sparse_seg.masks.oracle import ORACLES, OraclePolicy, block_mean, label_boundary
 from sparse_seg.masks.random import RandomPolicy
@@ -28,6 +29,7 @@ __all__ = [
     "ConfidencePolicy",
     "EdgePolicy",
     "Frames",
+    "GainPolicy",
     "LearnedPolicy",
     "MaskPolicy",
     "OraclePolicy",
@@ -41,6 +43,7 @@ __all__ = [
     "build_policy",
     "cad_edges",
     "cad_mask_net",
+    "gain_net",
     "gradient_magnitude",
     "label_boundary",
     "mask_net",

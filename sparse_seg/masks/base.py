@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -97,6 +97,24 @@ class MaskPolicy(nn.Module, ABC):
         self.middle_fraction, self.middle_threshold = middle_fraction, middle_threshold
         self.block, self.blur = block, blur
 
+    @classmethod
+    def make_net(
+        cls, features: int, factor: int, classes: int, learned_net: Callable[..., nn.Module]
+    ) -> nn.Module | None:
+        """The net of a policy that needs one, with fresh weights.
+
+        Args:
+            features: channels of the last stage before the mask; factor: its cells along a block's side.
+            classes: K.
+            learned_net: makes the net of a policy that reads features, of these and the factor.
+        """
+        return None
+
+    @property
+    def name(self) -> str:
+        """As in `model.mask.policy`."""
+        return type(self).__name__.removesuffix("Policy").lower()
+
     @abstractmethod
     def scores(self, run: Run) -> Tensor:
         """Scores `[B, ceil(H/block), ceil(W/block)]` of the blocks of a run's images."""
@@ -110,8 +128,11 @@ class MaskPolicy(nn.Module, ABC):
         """Take note of an image's pass (`models/passes.py`) for the next image, as a policy for videos does;
         None: a new sequence begins."""
 
-    def macs(self, size: tuple[int, int], batch: int) -> int:
-        """Multiply-adds of the policy's own convolutions, by features' grid `size`: none but a net's."""
+    def macs(self, size: tuple[int, int], stride: int, batch: int) -> int:
+        """Multiply-adds of the policy's own convolutions: none but a net's.
+
+        size: of features' grid, at `stride` px.
+        """
         return 0
 
     def cut(self, scores: Tensor) -> Tensor:

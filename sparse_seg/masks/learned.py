@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,12 @@ class LearnedPolicy(MaskPolicy):
         super().__init__(fine_fraction, threshold, **levels)
         self.net = net
 
+    @classmethod
+    def make_net(
+        cls, features: int, factor: int, classes: int, learned_net: Callable[..., nn.Module]
+    ) -> nn.Module:
+        return learned_net(features, factor)
+
     def scores(self, run: Run) -> Tensor:
         return self.feature_scores(run.features())
 
@@ -45,15 +52,19 @@ class LearnedPolicy(MaskPolicy):
         """Features `[B, C, h, w]` to scores `[B, Hc, Wc]`, in float32; differentiable."""
         return self.net(features).float().squeeze(1)
 
-    def macs(self, size: tuple[int, int], batch: int) -> int:
-        """Multiply-adds of the net on features of a grid `size` (h, w)."""
-        total = 0
-        for layer in self.net.modules():
-            if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)) and layer.stride in (2, (2, 2)):
-                size = -(-size[0] // 2), -(-size[1] // 2)
-            if isinstance(layer, nn.Conv2d):
-                total += batch * size[0] * size[1] * layer.weight.numel()
-        return total
+    def macs(self, size: tuple[int, int], stride: int, batch: int) -> int:
+        return conv_macs(self.net, size, batch)
+
+
+def conv_macs(net: nn.Module, size: tuple[int, int], batch: int) -> int:
+    """Multiply-adds of a net's convolutions, one after the other, on a grid of a size (h, w)."""
+    total = 0
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)) and layer.stride in (2, (2, 2)):
+            size = -(-size[0] // 2), -(-size[1] // 2)
+        if isinstance(layer, nn.Conv2d):
+            total += batch * size[0] * size[1] * layer.weight.numel()
+    return total
 
 
 def mask_net(channels: int, factor: int, hidden: int = HIDDEN) -> nn.Sequential:

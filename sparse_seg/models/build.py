@@ -52,10 +52,9 @@ def build_model(
             settings.depths,
             **more,
         )
-        net = None
-        if POLICIES[settings.mask.policy].needs_net:
-            early = [stage for stage in backbone.stages if stage.stride <= strides[0]]
-            net = learned_net(early[-1].channels, strides[-1] // strides[0])
+        early = [stage for stage in backbone.stages if stage.stride <= strides[0]]
+        factor = strides[-1] // strides[0]
+        net = POLICIES[settings.mask.policy].make_net(early[-1].channels, factor, num_classes, learned_net)
         policy = build_policy(settings.mask, strides, net)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
@@ -90,6 +89,7 @@ def build_model(
         strides,
         settings.align_corners,
         settings.mask,
+        merge=settings.merge,
     )
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

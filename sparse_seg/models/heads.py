@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from sparse_seg.models.aspp import ASPP, linear_norm_relu
 from sparse_seg.models.forms import fused, grid_macs, plain, rebuilt, row_macs
+from sparse_seg.models.patch import decode_split_cells, enlarged, layers, reads_neighbours
 from sparse_seg.models.upsample import upsample_logits
-from sparse_seg.sparse import SiteLayout, Step, densify
+from sparse_seg.sparse import SiteLayout, Step, dense_levels, densify, double, with_cells
 from sparse_seg.sparse.tuning import Tuner
 
 FINEST_DENSE_STRIDE = 8  # of dense networks, in px
@@ -102,7 +103,41 @@ class Head(nn.Module):
 
     def decode(self, grid: Tensor, stride: int, low_level: Tensor | None = None) -> Tensor:
         """What runs on the densified grid, `[B, channels, H, W]` to `[B, K, H, W]`."""
-        return self.classifier(at_dense_spacing(self.refine, grid, stride))
+        return self.classify(at_dense_spacing(self.refine, grid, stride))
+
+    def classify(self, grid: Tensor) -> Tensor:
+        """What follows `refine`: 1x1 alone, `[B, channels, H, W]` to `[B, K, H, W]`."""
+        return self.classifier(grid)
+
+    def patch(
+        self, coarse: Tensor, rows: Tensor, layout: SiteLayout, low_level: Tensor | None = None
+    ) -> Tensor:
+        """Logits on the finest grid: of split cells decoded at their own level, of others the coarse pass's.
+
+        Args:
+            coarse: its logits `[B, K, h, w]` on the lattice (on layer1's grid, for a head that writes it).
+            rows: the neck's, `[layout.num_sites, channels]`.
+        """
+        logits, grids = coarse, list(dense_levels(rows, layout))[1:]
+        for split, grid, stride in zip(layout.splits, grids, layout.strides[1:], strict=True):
+            if self.decodes_cells:
+                step = max(1, FINEST_DENSE_STRIDE // stride)
+                own, cells = decode_split_cells(self.refine, self.classify, grid, split, step)
+                size = (grid.shape[2], grid.shape[3])
+                logits = with_cells(double(logits, size), cells, own)
+            else:
+                whole = self.decode(grid, stride, low_level)
+                size = (whole.shape[2], whole.shape[3])
+                before = logits if logits.shape == whole.shape else double(logits, size)
+                logits = torch.where(enlarged(split, size), whole, before)
+        return logits
+
+    @property
+    def decodes_cells(self) -> bool:
+        """Whether `decode` reads neighbours by the first layer of `refine` alone, so that it can run on some
+        cells."""
+        behind = list(layers(self.refine))[1:]
+        return type(self).decode is Head.decode and not any(reads_neighbours(layer) for layer in behind)
 
     @property
     def num_classes(self) -> int:
@@ -119,13 +154,23 @@ class Head(nn.Module):
         others = {name: copy.deepcopy(c) for name, c in self.named_children() if name not in self.NECK}
         return PlainHead(neck, rebuilt(self, others), stride)
 
-    def macs(self, step: Step, low_level: SiteLayout) -> tuple[int, int]:
-        """Multiply-adds of neck and decoder; `low_level` are layer1's sites."""
-        neck = sum(row_macs(self.get_submodule(name), step) for name in self.NECK)
-        return neck, self.decode_macs(step.layout, low_level)
+    def neck_macs(self, step: Step) -> int:
+        """Multiply-adds of `neck`."""
+        return sum(row_macs(self.get_submodule(name), step) for name in self.NECK)
+
+    def patch_macs(self, layout: SiteLayout, low_level: SiteLayout) -> int:
+        """Multiply-adds of `patch`."""
+        if not self.decodes_cells:
+            finer = zip(layout.sizes[1:], layout.strides[1:], strict=True)
+            grids = (SiteLayout(layout.batch, size, stride) for size, stride in finer)
+            return sum(self.decode_macs(grid, low_level) for grid in grids)
+        cells = sum(int(new.shape[0]) for new in layout.level_cells) + sum(
+            int(s.sum()) for s in layout.splits
+        )
+        return grid_macs(self.refine, cells) + grid_macs(self.classifier, cells)
 
     def decode_macs(self, layout: SiteLayout, low_level: SiteLayout) -> int:
-        """Multiply-adds of `decode`."""
+        """Multiply-adds of `decode`; `low_level` are layer1's sites."""
         cells = layout.batch * layout.size[0] * layout.size[1]
         others = (child for name, child in self.named_children() if name not in self.NECK)
         return sum(grid_macs(child, cells) for child in others)
@@ -258,8 +303,8 @@ class FCNHead(Head):
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, options.num_classes, 1)
 
-    def decode(self, grid: Tensor, stride: int, low_level: Tensor | None = None) -> Tensor:
-        return self.classifier(self.dropout(at_dense_spacing(self.refine, grid, stride)))
+    def classify(self, grid: Tensor) -> Tensor:
+        return self.classifier(self.dropout(grid))
 
 
 def _conv_norm_relu(in_channels: int, channels: int, separable: str = "none") -> nn.Sequential:

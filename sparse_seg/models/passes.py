@@ -13,7 +13,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,11 @@ from sparse_seg.models.layouts import (
     selective_layouts,
     warn_of_bytes,
 )
+from sparse_seg.models.network import Network
 from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.models.way import Way
 from sparse_seg.sparse import Memory, SiteLayout, Step, densify, rows_to_grid
 from sparse_seg.sparse.fused import Unbounded, require_bounded
-
-if TYPE_CHECKING:
-    from sparse_seg.models.segmentor import SelectiveSegmentor
 
 _T = TypeVar("_T")
 
@@ -72,7 +70,7 @@ class Pass:
         ValueError: images of a wrong shape or dtype.
     """
 
-    def __init__(self, model: SelectiveSegmentor, images: Tensor, labels: Tensor | None = None) -> None:
+    def __init__(self, model: Network, images: Tensor, labels: Tensor | None = None) -> None:
         check_images(images)
         warn_of_bytes(images)
         self.model, self.images, self.labels = model, images, labels
@@ -86,6 +84,7 @@ class Pass:
         self._features: list[Tensor] = []  # their rows
         self._neck: Tensor | None = None
         self._grid: Tensor | None = None
+        self._coarse: Tensor | None = None  # logits of the coarse pass, for merge `patch`
         self._counts: list[tuple[str, Callable[[], int]]] = []  # of each part that ran, made when asked for
 
     # -- how to run ----------------------------------------------------------------------------------------
@@ -104,7 +103,7 @@ class Pass:
         policy = policy or self.model.policy_for(self._way)
         fine_blocks = policy(self)
         finest = self._dense_step(self.model.strides[0]).layout
-        self._count("mask", lambda: policy.macs(finest.size, finest.batch))
+        self._count("mask", lambda: policy.macs(finest.size, finest.stride, finest.batch))
         return self.take(fine_blocks, self._way)
 
     def take(self, fine_blocks: Tensor, way: Way | None = None) -> Pass:
@@ -118,6 +117,8 @@ class Pass:
         """
         self._way = way or Way()
         layouts = selective_layouts(self.images, fine_blocks, self.model.strides)
+        if self._patches and self.memory is None and not (self._with_grad or self.model.training):
+            self.start_coarse()  # its lattice serves the fine sites, too
         if self.memory is not None:
             self._refine(layouts, fine_blocks)
         elif self.model.is_fast and layouts[-1].is_full:
@@ -186,7 +187,7 @@ class Pass:
         self._go([*self._early_steps(), *self._late_steps(layouts, [None] * len(layouts))])
         coarsest = layouts[-1]
         self.mask = torch.zeros(coarsest.batch, *coarsest.size, dtype=torch.bool, device=coarsest.device)
-        self.grid_logits()
+        self._coarse = self.grid_logits()
         return self
 
     def dense_classes(self) -> tuple[Tensor, Tensor]:
@@ -238,12 +239,7 @@ class Pass:
     def grid_logits(self) -> Tensor:
         """The head's logits `[B, K, h, w]`, before the last upsampling."""
         if self._grid is None:
-            layout, rows = self._steps[-1].layout, self.rows()
-            with self._context():
-                self._grid = self.model.head.decode(densify(rows, layout), layout.stride, self._low_level())
-            head, step, low_level = self.model.head, self._steps[-1], self._done[0].layout
-            self._count("neck", lambda: head.macs(step, low_level)[0])
-            self._count("head", lambda: head.macs(step, low_level)[1])
+            self._grid = self._merged(self.rows(), self._steps[-1])
         return self._grid
 
     def logits(self) -> Tensor:
@@ -259,6 +255,34 @@ class Pass:
         size = (self.images.shape[2], self.images.shape[3])
         logits = at_least_float32(self.grid_logits())
         return upsample_classes(logits, size, *self._upsampling(), self.model.align_corners)
+
+    def _merged(self, rows: Tensor, step: Step) -> Tensor:
+        """The neck's rows of a step to the head's logits."""
+        head, layout, low_level = self.model.head, step.layout, self._done[0].layout
+        patches = self._patches and bool(layout.splits)
+        coarse = self._coarse_grid() if patches else None
+        with self._context():
+            if coarse is not None:
+                grid = head.patch(coarse, rows, layout, self._low_level())
+            else:
+                grid = head.decode(densify(rows, layout), layout.stride, self._low_level())
+        self._count("neck", lambda: head.neck_macs(step))
+        decoder = head.patch_macs if patches else head.decode_macs
+        self._count("head", lambda: decoder(layout, low_level))
+        return grid
+
+    def _coarse_grid(self) -> Tensor:
+        """The head's logits of the coarse pass, on its lattice."""
+        if self._coarse is None:
+            rows, layout = self._features[-1], self._dense_step(self.model.strides[-1]).layout
+            step = Step(layout, exchange=self._way.exchange, engine=self._way.engine)
+            neck = self._compute(lambda: self.model.head.neck(rows[: layout.num_sites], step), rows)
+            self._coarse = self._merged(neck, step)
+        return self._coarse
+
+    @property
+    def _patches(self) -> bool:
+        return (self._way.merge or self.model.merge) == "patch"
 
     def lattice_logits(self) -> Tensor:
         """Logits `[B, K, H, W]` of the coarse lattice alone: what the head says if no block is fine."""

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from sparse_seg.masks import ConfidencePolicy, MaskPolicy, blur_scores, top_blocks
+from sparse_seg.models.network import Network
 from sparse_seg.models.passes import Pass, now
-
-if TYPE_CHECKING:
-    from sparse_seg.models.segmentor import SelectiveSegmentor
 
 FIRST_STEP, SMALLEST_STEP = 0.05, 0.01  # of all blocks, when steps are sized by time
 
@@ -28,7 +26,7 @@ class Refined(NamedTuple):
 
 
 def refine(
-    model: SelectiveSegmentor,
+    model: Network,
     images: Tensor,
     fractions: Sequence[float] | None = None,
     milliseconds: float | None = None,
@@ -50,7 +48,7 @@ def refine(
     start, policy = now(images.device), model.policy
     if not policy.ranks_refinement:
         policy = ConfidencePolicy(fine_fraction=1.0, block=model.strides[-1])
-    run = model.start(images).start_coarse(getattr(policy, "stored_dtype", None))
+    run = Pass(model, images).start_coarse(getattr(policy, "stored_dtype", None))
     if milliseconds is not None:
         yield Refined(run.logits(), run.levels)
         yield from _within(run, policy, start, milliseconds)

@@ -4,58 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparse_seg.config import MaskConfig
-from sparse_seg.masks import MaskPolicy, block_levels, build_policy
+from sparse_seg.masks import MaskPolicy, block_levels
 from sparse_seg.models.card import Card
-from sparse_seg.models.heads import Head
 from sparse_seg.models.layouts import dense_layouts, selective_layouts
+from sparse_seg.models.network import Network
 from sparse_seg.models.passes import Pass
 from sparse_seg.models.refinement import refine
-from sparse_seg.models.resnet import ResNet
 from sparse_seg.models.way import Way
 from sparse_seg.sparse import SiteLayout
 from sparse_seg.sparse.tuning import Tuner
 
 
-class SelectiveSegmentor(nn.Module):
+class SelectiveSegmentor(Network):
     """A segmentation network that runs coarse everywhere and fine where a mask asks for it.
 
     One set of weights serves `model(images)` (mask by the policy), `model(images, fine_blocks=mask)` and
     `model.dense(images, output_stride=8)`; `model.start(images)` gives the pass behind them.
-
-    Args:
-        backbone, head, policy: built by `build_model`.
-        trained_stride: output stride the head's last upsampling was trained at, in pixels.
-        auxiliary: head on the last stage but one, used in training only.
-        strides: strides in pixels between which the mask chooses, finest first, each twice the one before.
-            A block is one cell of the coarsest grid.
-        align_corners: of the last upsampling.
-        mask: settings of the policies that a `Way` names.
-        tuner: of backbone and head in their fused forms; None: they are not.
     """
 
-    def __init__(
-        self,
-        backbone: ResNet,
-        head: Head,
-        policy: MaskPolicy,
-        trained_stride: int = 8,
-        auxiliary: Head | None = None,
-        strides: tuple[int, ...] = (8, 16),
-        align_corners: bool = False,
-        mask: MaskConfig | None = None,
-        tuner: Tuner | None = None,
-    ) -> None:
-        super().__init__()
-        self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
-        self.policy, self.trained_stride, self.strides = policy, trained_stride, strides
-        self.align_corners, self.mask, self.tuner = align_corners, mask or MaskConfig(), tuner
-        self.card: Card | None = None  # of a checkpoint's network
+    card: Card | None = None  # of a checkpoint's network
 
     def forward(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
         """Logits `[B, K, H, W]` of normalised images `[B, 3, H, W]`, any size from 32x32 up.
@@ -156,14 +127,10 @@ class SelectiveSegmentor(nn.Module):
                 self.align_corners,
                 self.mask,
                 tuner,
+                self.merge,
             )
         fast.card = self.card
         return fast.eval().requires_grad_(False)
-
-    @property
-    def is_fast(self) -> bool:
-        """Whether it was made by `for_inference`."""
-        return self.tuner is not None
 
     def train(self, mode: bool = True) -> SelectiveSegmentor:
         """As `nn.Module.train`; a fast network refuses to train.
@@ -174,28 +141,6 @@ class SelectiveSegmentor(nn.Module):
         if mode and self.is_fast:
             raise ValueError("a network made by for_inference() cannot train: train the one it was made of")
         return super().train(mode)
-
-    def policy_for(self, way: Way) -> MaskPolicy:
-        """The policy of a selective way: the model's own, or the one that the way names, in eval mode.
-
-        Raises:
-            ConfigError: an unknown policy or option, or a learned one where the network has none.
-        """
-        if way.mask is None and way.fine_fraction is None and way.middle_fraction is None:
-            return self.policy
-        settings = way.mask_config(self.mask)
-        policy = build_policy(settings, self.strides, getattr(self.policy, "net", None))
-        return policy.to(next(self.parameters(), torch.empty(0)).device).eval()
-
-    @property
-    def first_selective(self) -> int:
-        """Index of the first stage whose stride the mask decides."""
-        return sum(stage.stride <= self.strides[0] for stage in self.backbone.stages)
-
-    @cached_property
-    def has_undilated(self) -> bool:
-        """Whether some convolution's taps depend on the mask (`model.dilate_second: false`)."""
-        return any(getattr(module, "spacing", 0) is None for module in self.modules())
 
     def selective_layouts(self, images: Tensor, fine_blocks: Tensor) -> list[SiteLayout]:
         """Layouts of the four stages under a mask, see `layouts.selective_layouts`."""

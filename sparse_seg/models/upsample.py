@@ -30,8 +30,15 @@ def upsample_logits(
     if stride == trained_stride and every == 1:
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=align_corners)
     rows, columns = (
-        _interpolation_matrix(logits.shape[axis], length, stride, trained_stride, align_corners, every).to(
-            logits
+        _interpolation_matrix(
+            logits.shape[axis],
+            length,
+            stride,
+            trained_stride,
+            align_corners,
+            every,
+            logits.dtype,
+            logits.device,
         )
         for axis, length in zip((2, 3), size, strict=True)
     )
@@ -113,12 +120,21 @@ def _axis(cells: int, length: int, stride: int, trained_stride: int, align_corne
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _interpolation_matrix(
-    cells: int, length: int, stride: int, trained_stride: int, align_corners: bool, every: int
+    cells: int,
+    length: int,
+    stride: int,
+    trained_stride: int,
+    align_corners: bool,
+    every: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    """`[ceil(length / every), cells]` float64: the share of each cell in each pixel, along one axis."""
+    """`[ceil(length / every), cells]`: the share of each cell in each pixel, along one axis; kept where it is
+    used, for a copy to a GPU waits for it."""
     pixels = (torch.arange(0, length, every, device="cpu") + every // 2).clamp_max(length - 1)
     places = _places(pixels, length, stride, trained_stride, align_corners).clamp(0, cells - 1)
-    return (1 - (places[:, None] - torch.arange(cells, device="cpu")).abs()).clamp_min(0)
+    shares = (1 - (places[:, None] - torch.arange(cells, device="cpu")).abs()).clamp_min(0)
+    return shares.to(device, dtype)
 
 
 def _places(pixels: Tensor, length: int, stride: int, trained_stride: int, align_corners: bool) -> Tensor:

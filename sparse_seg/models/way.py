@@ -18,6 +18,7 @@ class Way:
         mask: a policy with options, such as `confidence:entropy,max`; None for the model's own.
         fine_fraction, middle_fraction: of that policy; override the configured ones.
         exchange, engine: of the 3x3 convolutions; override the model's own.
+        merge: of the levels, `whole` or `patch`; overrides the model's own.
     """
 
     output_stride: int | None = None
@@ -26,6 +27,7 @@ class Way:
     middle_fraction: float | None = None
     exchange: str | None = None
     engine: str | None = None
+    merge: str | None = None
 
     @classmethod
     def dense(cls, output_stride: int) -> Way:
@@ -48,7 +50,7 @@ class Way:
             return f"dense OS{self.output_stride}"
         share = "" if self.fine_fraction is None else f"f={self.fine_fraction:g}"
         share += "" if self.middle_fraction is None else f"+{self.middle_fraction:g}"
-        return ", ".join(filter(None, ("selective", self.mask, share, self.exchange)))
+        return ", ".join(filter(None, ("selective", self.mask, share, self.exchange, self.merge)))
 
     def mask_config(self, configured: MaskConfig) -> MaskConfig:
         """The mask settings of this way over the configured ones.

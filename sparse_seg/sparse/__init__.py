@@ -3,7 +3,16 @@
 from sparse_seg.sparse.conv import SelectiveConv2d, SelectiveLinear
 from sparse_seg.sparse.depthwise import SelectiveAvgPool2d, SelectiveDepthwiseConv2d
 from sparse_seg.sparse.engines import ENGINES, EngineError
-from sparse_seg.sparse.features import densify, grid_to_rows, lattice_grid, rows_to_grid, select_rows
+from sparse_seg.sparse.features import (
+    dense_levels,
+    densify,
+    double,
+    grid_to_rows,
+    lattice_grid,
+    rows_to_grid,
+    select_rows,
+    with_cells,
+)
 from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
 from sparse_seg.sparse.neighbours import NeighbourTable
 from sparse_seg.sparse.step import Memory, Step
@@ -20,9 +29,12 @@ __all__ = [
     "SelectiveLinear",
     "SiteLayout",
     "Step",
+    "dense_levels",
     "densify",
+    "double",
     "grid_to_rows",
     "lattice_grid",
     "rows_to_grid",
     "select_rows",
+    "with_cells",
 ]

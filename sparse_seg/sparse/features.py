@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,17 +41,30 @@ def densify(rows: Tensor, layout: SiteLayout) -> Tensor:
     Sites keep their values; a cell without one gets the bilinear interpolation of the level above, between
     sites at multiples of their stride (cell 2i of the finer grid is cell i of the coarser one).
     """
-    grid = lattice_grid(rows, layout)
-    first = layout.num_lattice
-    for new, fine in zip(layout.level_cells, layout.sizes[1:], strict=True):
-        extra = rows[first : first + new.shape[0]]
-        dense = grid_to_rows(_double(grid, fine))
-        grid = rows_to_grid(dense.index_copy(0, new, extra), layout.batch, fine)
-        first += new.shape[0]
+    *_, grid = dense_levels(rows, layout)
     return grid
 
 
-def _double(grid: Tensor, fine: tuple[int, int]) -> Tensor:
+def dense_levels(rows: Tensor, layout: SiteLayout) -> Iterator[Tensor]:
+    """`densify` level by level: the lattice's grid, then that of each finer level."""
+    grid, first = lattice_grid(rows, layout), layout.num_lattice
+    yield grid
+    for new, fine in zip(layout.level_cells, layout.sizes[1:], strict=True):
+        extra = rows[first : first + new.shape[0]]
+        grid = with_cells(double(grid, fine), new, extra)
+        first += new.shape[0]
+        yield grid
+
+
+def with_cells(grid: Tensor, cells: Tensor, rows: Tensor) -> Tensor:
+    """A grid `[B, C, H, W]` with rows `[M, C]` at flat cells `[M]`."""
+    flat = grid_to_rows(grid)  # under autocast, interpolation may have made it float32
+    return rows_to_grid(
+        flat.index_copy(0, cells, rows.to(flat.dtype)), grid.shape[0], (grid.shape[2], grid.shape[3])
+    )
+
+
+def double(grid: Tensor, fine: tuple[int, int]) -> Tensor:
     """Twice the resolution: even places exact, odd places the mean of those around them inside the image."""
     height, width = grid.shape[2:]
     missing = (0, fine[1] - (2 * width - 1), 0, fine[0] - (2 * height - 1))  # a last odd column or row

@@ -90,6 +90,11 @@ class SiteLayout:
         return torch.arange(self.num_lattice, device=self.device).view(self.batch, *self.lattice_size)
 
     @property
+    def strides(self) -> list[int]:
+        """Of the levels in px, coarsest first."""
+        return [self.lattice_stride >> level for level in range(len(self.sizes))]
+
+    @property
     def num_extra(self) -> int:
         """How many sites are not the lattice's."""
         return self.num_sites - self.num_lattice

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.masks import block_mean, straight_through
+from sparse_seg.models.layouts import selective_layouts
 from sparse_seg.models.passes import Pass
 from sparse_seg.models.way import Way
 from sparse_seg.sparse import densify, grid_to_rows
@@ -39,7 +40,9 @@ def straight_through_loss(run: Pass, labels: Tensor, loss: Loss, budget_weight: 
     run.follow(Way.dense(model.strides[0]))
     fine = densify(run.rows(), run.layouts[-1])
     no_blocks = torch.zeros_like(chosen, dtype=torch.bool)
-    coarse = densify(grid_to_rows(fine[:, :, ::2, ::2]), model.selective_layouts(run.images, no_blocks)[-1])
+    coarse = densify(
+        grid_to_rows(fine[:, :, ::2, ::2]), selective_layouts(run.images, no_blocks, model.strides)[-1]
+    )
     height, width = fine.shape[2:]
     cells = chosen.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None, :height, :width]
     logits = run.upsample(model.head.decode(coarse + cells * (fine - coarse), model.strides[0]))

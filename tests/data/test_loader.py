@@ -63,8 +63,13 @@ def test_resumed_equals_unbroken(dataset: SegmentationDataset) -> None:
 def test_a_cache_changes_no_sample_and_reads_each_frame_once(
     dataset: SegmentationDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, load, reads = batches(dataset, 0, workers=0), dataset.load, []
-    monkeypatch.setattr(dataset, "load", lambda index: reads.append(index) or load(index))
+    expected, load, reads = batches(dataset, 0, workers=0), dataset.load, list[int]()
+
+    def counted(index: int) -> object:
+        reads.append(index)
+        return load(index)
+
+    monkeypatch.setattr(dataset, "load", counted)
     assert_same(list(training_loader(dataset, _TRANSFORM, 3, 7, 0, 6, 0, cache=True)), expected)
     assert sorted(reads) == list(range(5))
 

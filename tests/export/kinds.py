@@ -55,6 +55,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "margin": {"policy": "confidence", "uncertainty": "margin", "reduce": "mean"},
     "boundary": {"policy": "confidence", "uncertainty": "boundary", "reduce": "mean", "neighbours": True},
     "learned": {"policy": "learned"},
+    "gain": {"policy": "gain"},
 }
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_seg.export import ExportOptions, StaticNetwork
+from sparse_seg.models.way import Way
 from tests.export.kinds import KINDS, POLICIES, cases, compare, kind_model
 from tests.reference import relative_error
 
@@ -75,6 +76,19 @@ def test_patch_is_dense_where_all_blocks_are_alike(kind, size):
     inputs = (inputs[0], torch.zeros(1, 1, dtype=torch.int64))
     far = (slice(None), slice(None), slice(2 * coarsest, None), slice(2 * coarsest, None))
     assert relative_error(one(*inputs)[2][far], model.dense(images, coarsest)[far]) < 1e-5
+
+
+@pytest.mark.parametrize("policy", ["entropy", "gain"])
+@pytest.mark.parametrize("kind", ["lite", "deeplabv3", "8 16 32", "4 8 16"])
+@torch.no_grad()
+def test_patch_is_the_models(kind, policy):
+    """The same blocks and logits as the model's own, on odd sizes and a batch."""
+    model = kind_model(kind, policy)
+    network = StaticNetwork(model, ExportOptions((75, 101), 2, merge="patch", logits=True))
+    for inputs, images in cases(network, 2):
+        found, run = network(*inputs), model.start(images).follow(Way(merge="patch"))
+        assert torch.equal(found[1], run.levels == len(model.strides) - 1)
+        assert relative_error(found[2], run.logits()) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["lite", "deeplabv3"])

@@ -94,8 +94,9 @@ def test_fractions_outside(fraction: float) -> None:
         RandomPolicy(fraction)
 
 
-ON_FEATURES = ("confidence", "learned", "previous")
-IMAGE_POLICIES = sorted(name for name in POLICIES if name not in ON_FEATURES)
+IMAGE_POLICIES = sorted(
+    name for name, policy in POLICIES.items() if not (policy.needs_net or policy.ranks_refinement)
+)
 
 
 @pytest.mark.parametrize("name", IMAGE_POLICIES)

@@ -1,14 +1,16 @@
 """Every way to run a network on a CUDA device, dense and selective, in each precision.
 
-A light network's time there is its kernels' launches, so each network that has fixed shapes also runs as one CUDA
-graph: the dense ones and the static form.
+A light network's time there is its kernels' launches, so each network that has fixed shapes also runs as one
+CUDA graph: the dense ones and the static form.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ PRECISIONS = {"fp32": (torch.float32, False), "tf32": (torch.float32, True), "fp
 @contextmanager
 def precision(tf32: bool) -> Iterator[None]:
     """Whether convolutions and matrix products of float32 may run in TF32 (10 bits of mantissa)."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
         backend.allow_tf32 = tf32
@@ -54,7 +56,8 @@ def measure_gpu(
     dtype, tf32 = PRECISIONS[setup.dtype]
     device = torch.device(setup.device)
     with precision(tf32), torch.inference_mode():
-        runs, errors, expected = {}, {}, {}
+        runs, errors = dict[str, Run](), dict[str, float]()
+        expected: dict[str, Tensor] = {}
         for name, kind, make in ways(setup, dtype, fraction, compiled):
             try:
                 run = make()
@@ -83,7 +86,7 @@ def ways(
     images = subject.images.contiguous(memory_format=torch.channels_last)
 
     def plain(stride: int) -> nn.Module:
-        return subject._plain_module(Case("network", "plain", Way(stride)))[0]
+        return subject.plain_module(Case("network", "plain", Way(stride)))[0]
 
     def selective(engine: str, fast: bool = False) -> Run:
         return subject.run(Case("network", "selective", Way(None, None, fraction, engine=engine), fast))
@@ -100,13 +103,13 @@ def ways(
             mean=(0,) * 3,
             std=(1,) * 3,
         )
-        network = StaticNetwork(subject.float_model.cpu(), options).to(subject.device, dtype)
-        subject.float_model.to(subject.device)
+        network = StaticNetwork(copy.deepcopy(subject.float_model).cpu(), options).to(subject.device, dtype)
         return lambda given: network(given)[-1]
 
     for stride in (8, 16):
-        yield f"dense OS{stride}, cuDNN", f"OS{stride}", lambda s=stride: calling(plain(s), images)
-        yield f"dense OS{stride}, CUDA graph", f"OS{stride}", lambda s=stride: graphed(plain(s), images)
+        network = plain(stride)
+        yield f"dense OS{stride}, cuDNN", f"OS{stride}", partial(calling, network, images)
+        yield f"dense OS{stride}, CUDA graph", f"OS{stride}", partial(graphed, network, images)
     yield "selective, gather", "selective", lambda: selective("gather")
     yield "selective, gather, folded", "selective", lambda: selective("gather", True)
     yield "selective, spconv", "selective", lambda: selective("spconv")
@@ -139,6 +142,7 @@ def graphed(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[],
         out = network(images)
 
     def replay() -> Tensor:
+        _ = network, images  # what the graph reads lives on
         graph.replay()
         return out
 
@@ -146,7 +150,7 @@ def graphed(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[],
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line a network, size, batch and precision and run; ratio to the fastest dense OS8 beside."""
+    """Markdown, a line a run; beside it the ratio to the fastest dense OS8 of its cell."""
     lines = [
         "| network | size | batch | precision | run | ms | ± | of dense OS8 |",
         "|---|---|---|---|---|---|---|---|",
@@ -159,8 +163,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             (one["milliseconds"] for one in cell if one["run"].startswith("dense OS8")), default=float("nan")
         )
         lines.append(
-            f"| {row['network']} | {row['size'][0]}x{row['size'][1]} | {row['batch']} | {row['precision']} | {row['run']} "
-            f"| {row['milliseconds']:.2f} | {row['spread']:.2f} | {row['milliseconds'] / dense:.2f} |"
+            f"| {row['network']} | {row['size'][0]}x{row['size'][1]} | {row['batch']} | {row['precision']} "
+            f"| {row['run']} | {row['milliseconds']:.2f} | {row['spread']:.2f} "
+            f"| {row['milliseconds'] / dense:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

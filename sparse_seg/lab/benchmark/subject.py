@@ -197,15 +197,15 @@ class Subject:
             return self._training_step(case)
         if case.kind == "peer":
             assert case.peer is not None
-            return peer_run(case.peer, *self._plain_module(case))
+            return peer_run(case.peer, *self.plain_module(case))
         run = self._plain_run(case) if case.kind == "plain" else self._our_run(case)
         return torch.inference_mode()(run)
 
     def _plain_run(self, case: Case) -> Run:
-        module, given = self._plain_module(case)
+        module, given = self.plain_module(case)
         return lambda: module(given)
 
-    def _plain_module(self, case: Case) -> tuple[nn.Module, Tensor]:
+    def plain_module(self, case: Case) -> tuple[nn.Module, Tensor]:
         """The `nn.Conv2d` network, or its last stages, and what it is given; channels_last."""
         stride = case.way.output_stride or 8
         key = case.scope, stride

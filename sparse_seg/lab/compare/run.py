@@ -28,21 +28,23 @@ def comparison_ways(
     policies: Sequence[str],
     fractions: Sequence[float],
     exchanges: Sequence[str] = (),
+    merges: Sequence[str] = (),
 ) -> list[Way]:
     """The dense network at each of the model's strides, then each policy at each fine fraction.
 
     Args:
         policies: see `parse_policy`.
-        exchanges: run under each of these rules; by default the model's own.
+        exchanges, merges: run under each of these rules; by default the model's own.
 
     Raises:
         ConfigError: an unknown policy or option, or a learned mask where the model has none.
     """
     middle = model.mask.middle_fraction if len(model.strides) == 3 else None
     rules: Sequence[str | None] = exchanges or [None]
+    joins: Sequence[str | None] = merges or [None]
     ways = [
-        Way.policy(spec, fraction, middle_fraction=middle, exchange=exchange)
-        for spec, exchange, fraction in itertools.product(policies, rules, fractions)
+        Way.policy(spec, fraction, middle_fraction=middle, exchange=exchange, merge=merge)
+        for spec, exchange, merge, fraction in itertools.product(policies, rules, joins, fractions)
     ]
     for way in ways:
         model.policy_for(way)
@@ -51,7 +53,9 @@ def comparison_ways(
 
 def groups(ways: Sequence[Way]) -> list[list[Way]]:
     """The ways in parts that can be measured one by one: dense ones, then each policy under each rule."""
-    return [list(part) for _, part in itertools.groupby(ways, lambda way: (way.mask, way.exchange))]
+    return [
+        list(part) for _, part in itertools.groupby(ways, lambda way: (way.mask, way.exchange, way.merge))
+    ]
 
 
 @dataclass
@@ -72,6 +76,7 @@ class _Result:
             "network": way.name,
             "policy": way.mask,
             "exchange": way.exchange,
+            "merge": way.merge,
             "fine_fraction": way.fine_fraction,
             "middle_fraction": way.middle_fraction,
             "output_stride": way.output_stride,
@@ -139,7 +144,7 @@ def _timed(run: Pass, result: _Result) -> tuple[Tensor, float]:
     device, policy, bound = run.images.device, result.policy, None
     if policy is not None and policy.is_bound:
         bound = policy(run)
-        run = run.model.start(run.images)
+        run = Pass(run.model, run.images)
     start = now(device)
     if bound is None:
         run.follow(result.way, policy)

@@ -1,0 +1,124 @@
+"""Fit a mask to the gain of fine blocks, on a network that stays as it is.
+
+For frames of the training set and random clustered masks: by how much does the share of right pixels rise in
+each fine block, against the coarse pass? A small net learns to tell by the coarse pass's prediction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sparse_seg.config import DataConfig
+from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
+from sparse_seg.data.loader import evaluation_loader
+from sparse_seg.masks import block_mean, blur_scores, gain_net, top_blocks
+from sparse_seg.masks.gain import GainPolicy
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
+
+FRACTIONS = (0.2, 0.35)  # of fine blocks, in the masks that are tried on each frame
+EPOCHS, BATCH, RATE, DECAY = 16, 16, 2e-3, 0.05
+
+
+@dataclass
+class Samples:
+    """One entry a frame and mask.
+
+    Args:
+        reads: what the net reads, `[K + 2, Hc, Wc]` each; gains: the rise in the share of right pixels,
+            `[Hc, Wc]`, in blocks that are `fine`, bool `[Hc, Wc]`.
+    """
+
+    reads: list[Tensor]
+    gains: list[Tensor]
+    fine: list[Tensor]
+
+
+@torch.inference_mode()
+def collect(
+    model: SelectiveSegmentor,
+    dataset: SegmentationDataset,
+    data: DataConfig,
+    labelled: bool = True,
+    limit: int | None = None,
+    seed: int = 0,
+    merge: str = "patch",
+) -> Samples:
+    """Run a network on the frames of a dataset under random masks.
+
+    Args:
+        labelled: measure right pixels by the labels; else by the network's own dense prediction at the finest
+            stride, where pixels without a label count, too.
+        limit: take the first so many frames.
+    """
+    policy = GainPolicy(fine_fraction=0.0, net=nn.Identity(), block=model.strides[-1])
+    generator, samples = torch.Generator().manual_seed(seed), Samples([], [], [])
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    loader = evaluation_loader(dataset, data.mean, data.std, data.workers)
+    for image, label, index in tqdm(loader, total=count, desc="gains", leave=False):
+        if index >= count:
+            break
+        run = model.start(image).start_coarse()
+        read, coarse = policy.read(run.coarse_logits(policy.sample)), run.classes()
+        truth = label if labelled else run.dense_classes()[0]
+        for fraction in FRACTIONS:
+            mask = clusters(tuple(read.shape[2:]), fraction, generator)  # type: ignore[arg-type]
+            fine = run.fork().take(mask, Way(merge=merge)).classes()
+            gain = right(fine, truth) - right(coarse, truth)
+            samples.reads.append(read[0].clone())
+            samples.gains.append(block_mean(gain, policy.block)[0].clone())
+            samples.fine.append(mask[0])
+    return samples
+
+
+def right(classes: Tensor, truth: Tensor) -> Tensor:
+    """1 where classes `[B, H, W]` are the true ones; 0 elsewhere, without a label, too."""
+    return ((classes == truth) & (truth != IGNORE_INDEX)).float()
+
+
+def clusters(size: tuple[int, int], fraction: float, generator: torch.Generator) -> Tensor:
+    """A random mask bool `[1, Hc, Wc]` whose fine blocks mostly lie together, as those of a policy do."""
+    noise = torch.randn(2, *size, generator=generator)
+    return top_blocks((2 * blur_scores(noise[:1]) + 0.3 * noise[1:]), fraction)
+
+
+@torch.enable_grad()
+def fit(samples: Samples, seed: int = 0, epochs: int = EPOCHS) -> nn.Sequential:
+    """A net for `GainPolicy`, in eval mode, that predicts the gains of fine blocks (smooth L1, AdamW)."""
+    torch.manual_seed(seed)
+    height, width = (max(read.shape[axis] for read in samples.reads) for axis in (1, 2))
+
+    def stacked(tensors: list[Tensor]) -> Tensor:
+        return torch.stack(
+            [F.pad(t.float(), (0, width - t.shape[-1], 0, height - t.shape[-2])) for t in tensors]
+        )
+
+    reads, gains, fine = (stacked(part) for part in (samples.reads, samples.gains, samples.fine))
+    scale = gains[fine > 0].std().clamp(min=1e-6)
+    net = gain_net(reads.shape[1] - 2)
+    norm: Any = net[0]
+    last: Any = net[-1]
+    values = torch.cat([read.flatten(1) for read in samples.reads], 1)
+    norm.running_mean.copy_(values.mean(1))
+    norm.running_var.copy_(values.var(1))
+    net.train()
+    norm.eval()
+    optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=DECAY)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(reads)).split(BATCH):
+            parts = reads[batch], gains[batch] / scale, fine[batch]
+            x, y, weight = (part.flip(-1) for part in parts) if torch.rand(()) < 0.5 else parts
+            loss = F.smooth_l1_loss(net(x).squeeze(1), y, reduction="none")
+            optimizer.zero_grad()
+            ((loss * weight).sum() / weight.sum().clamp(min=1)).backward()
+            optimizer.step()
+    with torch.no_grad():
+        last.weight.mul_(scale)
+        last.bias.mul_(scale)
+    return net.eval()
