@@ -84,7 +84,7 @@ def read_card(checkpoint: Checkpoint, config: Config | None = None) -> Card:
         dataset, root = config.data.dataset, config.data.root
         known = dataset_classes(dataset, root)
         names, colours, ids = known.names, known.palette, dataset_ids(dataset, root)
-    if not isinstance(ids, (list, tuple)) or len(ids) != count:
+    if not ids or len(ids) != count or not all(type(value) is int and 0 <= value <= 255 for value in ids):
         ids = unnamed.ids
     scaling = checkpoint if config is None else config.data
     return Card(names or unnamed.names, colours or unnamed.colours, tuple(ids), scaling.mean, scaling.std)

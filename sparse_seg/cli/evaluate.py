@@ -31,13 +31,12 @@ from typing import Any
 import torch
 
 from sparse_seg.checkpoint import build_network, load, load_model, network_settings
-from sparse_seg.cli.arguments import whole_number
+from sparse_seg.cli.arguments import fraction, whole_number
 from sparse_seg.cli.options import (
     add_config,
     add_device,
     add_network,
     add_views,
-    fraction,
     output_file,
     overrides,
     policy,

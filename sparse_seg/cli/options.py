@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from sparse_seg.checkpoint import is_checkpoint
+from sparse_seg.cli.arguments import fraction, number, whole_number
 from sparse_seg.config import MaskConfig
 from sparse_seg.errors import ConfigError
-from sparse_seg.evaluation.views import LEAST_WINDOW, Views
+from sparse_seg.evaluation.views import Views
 from sparse_seg.masks import parse_policy
 
 
@@ -53,14 +54,14 @@ def add_views(parser: argparse.ArgumentParser, window: int = 0) -> None:
     parser.add_argument(
         "--scales",
         nargs="+",
-        type=_scale,
+        type=number(0.05, 4),
         default=(1.0,),
         metavar="S",
         help="average over these sizes of the image; one below 1 alone is faster and suits large photos",
     )
     parser.add_argument(
         "--window",
-        type=_window,
+        type=whole_number(0),
         default=window,
         metavar="PX",
         help="bound memory: run images that are larger (at the largest of --scales) through overlapping "
@@ -71,7 +72,10 @@ def add_views(parser: argparse.ArgumentParser, window: int = 0) -> None:
 
 def views(args: argparse.Namespace) -> Views:
     """As the arguments of `add_views` ask."""
-    return Views(args.window or None, flip=args.flip, scales=tuple(args.scales))
+    try:
+        return Views(args.window or None, flip=args.flip, scales=tuple(args.scales))
+    except ValueError as error:
+        return args.usage_error(f"argument --window: {error}")
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
@@ -79,17 +83,6 @@ def overrides(args: argparse.Namespace) -> list[str]:
     if args.fine_fraction is None:
         return args.set
     return [*args.set, f"model.mask.fine_fraction={args.fine_fraction}", "model.mask.threshold=null"]
-
-
-def fraction(text: str) -> float:
-    """An argument type: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, not {text!r}")
-    return value
 
 
 def policy(text: str) -> str:
@@ -114,22 +107,6 @@ def _config_file(text: str) -> str:
     if is_checkpoint(text):
         raise argparse.ArgumentTypeError(f"{text} is a checkpoint, not a config; CONFIG comes first")
     return text
-
-
-def _scale(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.05 <= value <= 4:
-        raise argparse.ArgumentTypeError(f"must be a number from 0.05 to 4, not {text!r}")
-    return value
-
-
-def _window(text: str) -> int:
-    if not text.isdecimal() or 0 < int(text) < LEAST_WINDOW:
-        raise argparse.ArgumentTypeError(f"must be 0 or a whole number from {LEAST_WINDOW}, not {text!r}")
-    return int(text)
 
 
 def _device(text: str) -> torch.device:

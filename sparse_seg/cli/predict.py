@@ -34,12 +34,11 @@ from typing import Any
 from tqdm import tqdm
 
 from sparse_seg.checkpoint import build_network, is_checkpoint, load
-from sparse_seg.cli.arguments import whole_number
+from sparse_seg.cli.arguments import fraction, number, whole_number
 from sparse_seg.cli.options import (
     add_device,
     add_network,
     add_views,
-    fraction,
     output_file,
     policy,
     views,
@@ -94,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the checkpoint's)",
     )
     add_views(parser, WINDOW)
-    parser.add_argument("--fps", type=_rate, metavar="N", help="of videos: keep up with N frames per second")
+    parser.add_argument(
+        "--fps", type=number(0.01, 1000), metavar="N", help="of videos: keep up with N frames per second"
+    )
     parser.add_argument(
         "--limit", type=whole_number(1), metavar="N", help="of videos: the first N frames only"
     )
@@ -158,16 +159,6 @@ def _predict(segmenter: Segmenter, source: Source, args: argparse.Namespace) -> 
         write_steps(segmenter, image, out, args.steps)
     fine = None if found.fine_blocks is None else float(found.fine_blocks.mean())
     return {"shares": found.shares(), "fine_fraction": fine}
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.01 <= value <= 1000:
-        raise argparse.ArgumentTypeError(f"must be a number of frames per second, not {text!r}")
-    return value
 
 
 def _parts(args: argparse.Namespace) -> tuple[str | None, str, list[str]]:

@@ -130,7 +130,7 @@ def test_what_stands_where(checkpoint, photo, tmp_path, capsys):
     )
     assert "no.pt does not exist" in fails(capsys, "predict", tmp_path / "no.pt", photo, *rest)
     assert "photo.png is truncated or no PyTorch checkpoint" in fails(capsys, "predict", photo, photo, *rest)
-    assert "must be 0 or a whole number from 256" in fails(
+    assert "argument --window: windows of 9 px are too small; use 256 or more" in fails(
         capsys, "predict", checkpoint, photo, *rest, "--window", "9", code=2
     )
 
