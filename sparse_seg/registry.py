@@ -115,6 +115,7 @@ POLICIES = Registry(
         "gain": "sparse_seg.masks.gain:GainPolicy",
         "learned": "sparse_seg.masks.learned:LearnedPolicy",
         "oracle": "sparse_seg.masks.oracle:OraclePolicy",
+        "previous": "sparse_seg.masks.previous:PreviousPolicy",
     },
 )
 DATASETS = Registry(

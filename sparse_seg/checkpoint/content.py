@@ -60,7 +60,8 @@ class Checkpoint:
         classes, colours: name and RGB (0..255) of each class; None where the source does not tell.
         mean, std: of the input, RGB in units of 0..1.
         origin: where the weights come from.
-        training: of our training: `config` (the whole one) and what it said about the weights.
+        training: of our training: `config` (the whole one) and what it said about the weights; and `ids`,
+            the values of the classes in labels, where they are known.
         digest: of the weights.
         version: of the package that wrote the file.
     """

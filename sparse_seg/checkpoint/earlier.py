@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_seg.checkpoint.content import ASIDE, IMAGENET_MEAN, IMAGENET_STD, Checkpoint, parse
 from sparse_seg.checkpoint.digest import digest_of
+from sparse_seg.data import DATASETS
 from sparse_seg.errors import CheckpointError
 
 CONVERTED = "sparse_seg.converted"
@@ -49,8 +50,6 @@ def from_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
 
 def _class_list(dataset: Any, count: int) -> Any:
     """A dataset's classes, if it is known here and has as many."""
-    from sparse_seg.data import DATASETS  # only old files need it: it reads images with OpenCV
-
     known = DATASETS.get(dataset) if isinstance(dataset, str) else None
     return known.classes if known is not None and len(known.classes) == count else None
 

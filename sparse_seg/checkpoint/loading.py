@@ -21,9 +21,11 @@ from sparse_seg.config import (
     model_config,
     num_classes,
 )
+from sparse_seg.data import dataset_classes, dataset_ids
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.masks import cad_mask_net, mask_net
 from sparse_seg.models.build import build_model
+from sparse_seg.models.card import Card
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import check_shapes, load_weights, meta_network, part_of
 from sparse_seg.registry import POLICIES, POOLING_HEADS
@@ -69,7 +71,23 @@ def build_network(checkpoint: Checkpoint, config: Config | None = None) -> Selec
     check_shapes(planned, _weights_for(planned, checkpoint), path)
     model = build_model(chosen, net)
     load_weights(model, _weights_for(model.state_dict(), checkpoint), path)
+    model.card = read_card(checkpoint, config)
     return model.eval()
+
+
+def read_card(checkpoint: Checkpoint, config: Config | None = None) -> Card:
+    """What a network's input and output mean: as the file says, else a config's data, else `Card.unnamed`."""
+    count = checkpoint.config.num_classes or 0
+    names, colours = checkpoint.classes, checkpoint.colours
+    ids, unnamed = checkpoint.training.get("ids"), Card.unnamed(count)
+    if config is not None and names is None:
+        dataset, root = config.data.dataset, config.data.root
+        known = dataset_classes(dataset, root)
+        names, colours, ids = known.names, known.palette, dataset_ids(dataset, root)
+    if not ids or len(ids) != count or not all(type(value) is int and 0 <= value <= 255 for value in ids):
+        ids = unnamed.ids
+    scaling = checkpoint if config is None else config.data
+    return Card(names or unnamed.names, colours or unnamed.colours, tuple(ids), scaling.mean, scaling.std)
 
 
 def _weights_for(own: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from sparse_seg.sparse import EngineError
 from sparse_seg.version import __version__
 
 COMMANDS = (
-    *("train", "evaluate", "ablate", "predict", "make_scenes", "demo"),
+    *("train", "evaluate", "ablate", "predict", "browse", "make_scenes", "demo"),
     *("benchmark", "gpu", "convert", "fit_gain", "export"),
 )
 

@@ -1,6 +1,7 @@
 """Argument types that several tools share; argparse turns their errors into usage errors (exit code 2)."""
 
 import argparse
+import math
 from collections.abc import Callable
 
 
@@ -27,3 +28,21 @@ def whole_number(lowest: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def number(lowest: float, highest: float) -> Callable[[str], float]:
+    """An argument type for numbers from `lowest` to `highest`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f"must be a number from {lowest:g} to {highest:g}, not {text!r}")
+        return value
+
+    return parse
+
+
+fraction = number(0, 1)

@@ -1,13 +1,13 @@
 """Convert a dense checkpoint to a selective network with the same numbers, without retraining, or back.
 
 Reads files of torchvision, timm, segmentation_models.pytorch (smp), VainF/DeepLabV3Plus-Pytorch,
-mmsegmentation and visinf/cad. DST, a .safetensors file, holds weights and model settings: evaluate and
-predict need nothing else (their CONFIG gives data and mask). Every tensor of SRC finds a place, is set aside
-for a stated reason, or the conversion fails. With --to-dense SRC is a converted file, and DST (.pth, .pt or
-.safetensors) gets all tensors back by their old names, bit for bit.
+mmsegmentation and visinf/cad. DST, a .safetensors file, holds weights, model settings and classes: predict
+needs nothing else. Every tensor of SRC finds a place, is set aside for a stated reason, or the conversion
+fails. With --to-dense SRC is a converted file, and DST (.pth, .pt or .safetensors) gets all tensors back by
+their old names, bit for bit.
 
 examples:
-  sparse-seg convert deeplabv3_resnet101.pth r101.safetensors --verify
+  sparse-seg convert deeplabv3_resnet101.pth r101.safetensors --verify --classes voc
   sparse-seg convert best_deeplabv3plus.pth v3plus.safetensors --from vainf --output-stride 16
   sparse-seg convert resnet50.pth backbone.safetensors --allow-missing head
   sparse-seg convert r101.safetensors back.pth --to-dense
@@ -26,11 +26,12 @@ from sparse_seg.config import parse_settings
 from sparse_seg.conversion import SOURCES, Conversion, convert, to_dense, write_dense
 from sparse_seg.conversion.report import assumed_line, report
 from sparse_seg.conversion.verify import explain, verify
+from sparse_seg.data.class_sets import CLASS_SETS, read_classes
 from sparse_seg.errors import CheckpointError
 
 FORWARD_ONLY = (
     *("from", "arch", "num_classes", "output_stride", "set", "allow_missing", "trust", "verify"),
-    *("prefix", "drop", "mean", "std"),
+    *("prefix", "drop", "mean", "std", "classes"),
 )
 
 
@@ -45,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", metavar="NAME", help="fail unless SRC holds it, as deeplabv3_resnet50")
     parser.add_argument(
         "--num-classes", type=whole_number(1), metavar="K", help="fail unless SRC has as many classes"
+    )
+    parser.add_argument(
+        "--classes",
+        metavar="C",
+        help=f"what the classes are, if SRC does not tell: {', '.join(CLASS_SETS)}, or a classes.yaml with "
+        "names and colours (docs/own-data.md)",
     )
     parser.add_argument(
         "--output-stride",
@@ -113,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
         args.drop or (),
         args.mean,
         args.std,
+        None if args.classes is None else read_classes(args.classes),
     )
     conversion.write(args.dst)
     print(report(conversion))

@@ -31,19 +31,29 @@ from typing import Any
 import torch
 
 from sparse_seg.checkpoint import build_network, load, load_model, network_settings
-from sparse_seg.cli.arguments import whole_number
-from sparse_seg.cli.options import add_config, add_device, add_network, fraction, output_file, overrides
-from sparse_seg.config import Config, MaskConfig, ModelConfig, check_classes, load_config
+from sparse_seg.cli.arguments import fraction, whole_number
+from sparse_seg.cli.options import (
+    add_config,
+    add_device,
+    add_network,
+    add_views,
+    output_file,
+    overrides,
+    policy,
+    views,
+)
+from sparse_seg.config import Config, ModelConfig, check_classes, load_config
 from sparse_seg.config.keys import choices
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.evaluate import evaluate
+from sparse_seg.evaluation.views import ONCE
 from sparse_seg.files import atomic_write
 from sparse_seg.lab.compare.report import comparison_table, write_comparison
 from sparse_seg.lab.compare.run import compare, comparison_ways, groups
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.summary import class_table, summary
-from sparse_seg.masks import POLICIES, parse_policy
+from sparse_seg.masks import POLICIES
 from sparse_seg.models.way import Way
 
 
@@ -58,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policies",
         nargs="+",
-        type=_policy,
+        type=policy,
         metavar="P",
         help=f"with --compare: of {', '.join(POLICIES)}, with options (default: edge oracle)",
     )
@@ -88,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="val", help="split of the dataset (default: val)")
     parser.add_argument("--limit", type=whole_number(1), metavar="N", help="measure the first N images only")
     parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the result to this file")
+    add_views(parser)
     add_device(parser)
     parser.set_defaults(usage_error=parser.error)
 
@@ -96,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
     for option in ("policies", "exchange", "merge", "report", "resume", "accuracy-only"):
         if getattr(args, option.replace("-", "_")) not in (None, False) and args.compare is None:
             args.usage_error(f"argument --{option}: only with --compare; add --compare F")
+    if args.compare and views(args) != ONCE:
+        args.usage_error("argument --compare: not with --flip, --scales or --window")
     if args.resume and not args.json:
         args.usage_error("argument --resume: name the file to resume; add --json OUT")
     config = load_config(args.config, overrides(args))
@@ -120,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.checkpoint, config).to(args.device)
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
     dataset.check(args.limit)
-    result = evaluate(model, dataset, config.data, Way(args.dense), args.limit, progress=True)
+    result = evaluate(model, dataset, config.data, Way(args.dense), args.limit, True, views(args))
     print(class_table(result, dataset.classes).to_text())
     print(summary(result))
     if args.json:
@@ -179,16 +192,6 @@ def compare_and_report(
             report_path, "Dense and selective", description, rows, model, dataset, config.data, shown
         )
         print(f"report: {report_path}")
-
-
-def _policy(text: str) -> str:
-    """An argument type: a mask policy that takes any fraction, with its options."""
-    try:
-        if parse_policy(text, MaskConfig()).policy != "uniform":
-            return text
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    raise argparse.ArgumentTypeError("uniform takes no fraction between 0 and 1; choose another policy")
 
 
 def _earlier(path: str | Path | None, subject: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sparse_seg.checkpoint import load_model
 from sparse_seg.cli.arguments import parse_size, whole_number
 from sparse_seg.cli.options import add_config, add_network, output_file, overrides
 from sparse_seg.config import check_classes, load_config
-from sparse_seg.data import DATASETS
+from sparse_seg.data import dataset_classes
 from sparse_seg.export.network import INPUTS, MERGES, ExportOptions
 from sparse_seg.export.write import export_onnx
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         ghosts=not args.static,
         tiles=not args.static,
     )
-    classes = DATASETS[config.data.dataset].classes
+    classes = dataset_classes(config.data.dataset, config.data.root)
     model = load_model(args.checkpoint, config)
     metadata = export_onnx(model, args.out, options, classes.names, classes.palette)
     size, fraction = "x".join(map(str, args.size)), metadata.get("fine_fraction")

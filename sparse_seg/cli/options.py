@@ -8,6 +8,11 @@ from pathlib import Path
 import torch
 
 from sparse_seg.checkpoint import is_checkpoint
+from sparse_seg.cli.arguments import fraction, number, whole_number
+from sparse_seg.config import MaskConfig
+from sparse_seg.errors import ConfigError
+from sparse_seg.evaluation.views import Views
+from sparse_seg.masks import parse_policy
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +48,36 @@ def add_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveG
     return group
 
 
+def add_views(parser: argparse.ArgumentParser, window: int = 0) -> None:
+    """`--flip`, `--scales` and `--window`."""
+    parser.add_argument("--flip", action="store_true", help="average with the mirror image")
+    parser.add_argument(
+        "--scales",
+        nargs="+",
+        type=number(0.05, 4),
+        default=(1.0,),
+        metavar="S",
+        help="average over these sizes of the image; one below 1 alone is faster and suits large photos",
+    )
+    parser.add_argument(
+        "--window",
+        type=whole_number(0),
+        default=window,
+        metavar="PX",
+        help="bound memory: run images that are larger (at the largest of --scales) through overlapping "
+        "windows of this side. Not exact: near seams a network sees less, ASPP pools each window, and each "
+        f"has the mask's budget (default: {window or 'whole images'}; 0: whole images)",
+    )
+
+
+def views(args: argparse.Namespace) -> Views:
+    """As the arguments of `add_views` ask."""
+    try:
+        return Views(args.window or None, flip=args.flip, scales=tuple(args.scales))
+    except ValueError as error:
+        return args.usage_error(f"argument --window: {error}")
+
+
 def overrides(args: argparse.Namespace) -> list[str]:
     """`--set`, plus the setting that `--fine-fraction` abbreviates."""
     if args.fine_fraction is None:
@@ -50,15 +85,14 @@ def overrides(args: argparse.Namespace) -> list[str]:
     return [*args.set, f"model.mask.fine_fraction={args.fine_fraction}", "model.mask.threshold=null"]
 
 
-def fraction(text: str) -> float:
-    """An argument type: a number from 0 to 1."""
+def policy(text: str) -> str:
+    """An argument type: a mask policy that takes any fraction, with its options."""
     try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, not {text!r}")
-    return value
+        if parse_policy(text, MaskConfig()).policy != "uniform":
+            return text
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    raise argparse.ArgumentTypeError("uniform takes no fraction between 0 and 1; choose another policy")
 
 
 def output_file(text: str) -> str:

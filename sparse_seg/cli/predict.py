@@ -1,45 +1,106 @@
-"""Segment images, or folders of images: writes an overlay, a class map and a picture of the fine blocks.
+"""Segment photos, folders of them, videos and cameras with a checkpoint alone, trained or converted.
 
-For each image NAME: D/NAME_overlay.png, D/NAME_classes.png and, unless --dense, D/NAME_blocks.png. With
+For each image NAME: D/NAME_overlay.png, D/NAME_classes.png (colours), D/NAME_ids.png (8-bit ids: those of the
+training labels where the checkpoint knows them, else 0, 1, ...) and, unless --dense, D/NAME_blocks.png. With
 --show-levels also D/NAME_levels.png, every block in the colour of its stride; with --steps D/NAME_steps.png,
-how the coarse prediction is refined step by step where it is least certain.
+how the coarse prediction is refined step by step where it is least certain. D/legend.png and D/classes.yaml
+say which id and colour is which class. Folders are searched with their sub-folders, which D gets too. Photos
+are turned upright as their EXIF orientation says (training and evaluation read images as they are stored,
+like their labels). A file that cannot be read is named and skipped; the exit code is then 1.
+
+For a video NAME, or camera:N: D/NAME.mp4, overlays at the source's rate; with --policy previous each frame's
+fine blocks are those that the frame before left uncertain, which costs no coarse pass; with --fps N each
+frame is refined from the coarse prediction as long as 1/N s allows. Ctrl-C ends a camera.
+
+A config may stand before the checkpoint: its mask, strides, mean and std are then used.
 
 examples:
-  sparse-seg predict configs/camvid_r18.yaml runs/camvid_r18/best.pt street.jpg --out runs/pictures
-  sparse-seg predict configs/camvid_r18.yaml runs/camvid_r18/best.pt frames/ --fine-fraction 0.3 --out out
+  sparse-seg predict runs/camvid_r18/best.safetensors street.jpg --out runs/pictures
+  sparse-seg predict runs/camvid_r18/best.safetensors photos/ --fine-fraction 0.3 --json shares.json --out out
+  sparse-seg predict r101.safetensors photo.jpg --scales 0.25 --flip --out out
+  sparse-seg predict runs/camvid_r18/best.safetensors drive.mp4 --policy previous --out out
+  sparse-seg predict runs/camvid_r18/best.safetensors camera:0 --fps 10 --out out
   sparse-seg predict configs/camvid_r18.yaml runs/camvid_r18/best.pt street.jpg --steps 0 0.1 0.3 --out out
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from sparse_seg.checkpoint import load_model
-from sparse_seg.cli.options import add_config, add_device, add_network, fraction, overrides
+from sparse_seg.checkpoint import build_network, is_checkpoint, load
+from sparse_seg.cli.arguments import fraction, number, whole_number
+from sparse_seg.cli.options import (
+    add_device,
+    add_network,
+    add_views,
+    output_file,
+    policy,
+    views,
+)
 from sparse_seg.config import check_classes, load_config
-from sparse_seg.data import dataset_classes
-from sparse_seg.lab.predict import find_images, write_pictures
+from sparse_seg.data.reading import read_image
+from sparse_seg.errors import DataError
+from sparse_seg.files import atomic_write
+from sparse_seg.lab.predict.inputs import Source, find_sources
+from sparse_seg.lab.predict.pictures import write_legend, write_levels, write_pictures, write_steps
+from sparse_seg.lab.predict.segment import Segmenter
+from sparse_seg.lab.predict.video import VideoOptions, write_video
+from sparse_seg.lab.provenance import provenance
+from sparse_seg.masks import POLICIES
+from sparse_seg.models.way import Way
+
+CONFIG_SUFFIXES = (".yaml", ".yml")
+WINDOW = 2048  # px
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config(parser)
+    parser.usage = "%(prog)s [CONFIG] CHECKPOINT INPUT [INPUT ...] --out D [options]"
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a training run, or a converted file"
+        "files",
+        nargs="+",
+        metavar="CHECKPOINT INPUT",
+        help="a checkpoint, a config before it if need be; then images, videos, folders of them, camera:N",
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image files, or folders of them")
     parser.add_argument("--out", required=True, metavar="D", help="folder to write to")
+    parser.add_argument("--ids-only", action="store_true", help="write NAME_ids.png and classes.yaml alone")
+    parser.add_argument(
+        "--json", type=output_file, metavar="OUT", help="write each image's share of each class to this file"
+    )
     parser.add_argument("--show-levels", action="store_true", help="also blocks coloured by stride")
     parser.add_argument(
-        "--steps",
+        "--steps", nargs="+", type=fraction, metavar="F", help="also refinement to these rising fractions"
+    )
+    parser.add_argument(
+        "--set",
         nargs="+",
-        type=fraction,
-        metavar="F",
-        help="also refinement to these rising fractions",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the config that stands before CHECKPOINT",
     )
     add_network(parser)
+    parser.add_argument(
+        "--policy",
+        type=policy,
+        metavar="P",
+        help=f"what chooses fine blocks: of {', '.join(POLICIES)}, with options as in confidence:margin "
+        "(default: the checkpoint's)",
+    )
+    add_views(parser, WINDOW)
+    parser.add_argument(
+        "--fps", type=number(0.01, 1000), metavar="N", help="of videos: keep up with N frames per second"
+    )
+    parser.add_argument(
+        "--limit", type=whole_number(1), metavar="N", help="of videos: the first N frames only"
+    )
+    parser.add_argument("--video-ids", action="store_true", help="of videos: also NAME_ids/000000.png, ...")
+    parser.add_argument("--video-blocks", action="store_true", help="of videos: also NAME_blocks.mp4")
     parser.set_defaults(usage_error=parser.error)
     add_device(parser)
 
@@ -47,14 +108,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.steps and args.steps != sorted(args.steps):
         args.usage_error(f"argument --steps: fractions must rise, not {args.steps}")
-    config = load_config(args.config, overrides(args))
-    check_classes(config)
-    images = find_images(args.inputs)
-    if any(Path(path).resolve() == Path(args.out).resolve() for path in args.inputs):
-        args.usage_error(f"argument --out: {args.out} holds the images; name another folder")
-    model = load_model(args.checkpoint, config).to(args.device)
-    palette = dataset_classes(config.data.dataset, config.data.root).palette
-    for path in tqdm(images, desc="predict", leave=False):
-        write_pictures(model, path, args.out, palette, config.data, args.dense, args.show_levels, args.steps)
-    print(f"{len(images)} images segmented; pictures in {args.out}")
-    return 0
+    config_file, checkpoint, inputs = _parts(args)
+    config = None
+    if config_file is not None:
+        config = load_config(config_file, args.set)
+        check_classes(config)
+    sources = find_sources(inputs, args.out)
+    for path in map(Path, inputs):
+        if path.is_dir() and Path(args.out).resolve().is_relative_to(path.resolve()):
+            args.usage_error(f"argument --out: {path} holds the images; name another folder than {args.out}")
+    model = build_network(load(checkpoint), config).to(args.device)
+    if any(source.is_video for source in sources):  # its trials of what is fastest pay off in many frames
+        model = model.for_inference()
+    segmenter = Segmenter(model, Way(args.dense, args.policy, args.fine_fraction), views(args))
+    results: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for source in tqdm(sources, desc="predict", leave=False, disable=len(sources) == 1):
+        try:
+            results[str(source)] = _predict(segmenter, source, args)
+        except DataError as error:
+            failed[str(source)] = str(error)
+            tqdm.write(f"error: {error}", file=sys.stderr)
+    if results:
+        write_legend(segmenter.card, args.out, args.ids_only)
+    if args.json:
+        content = provenance() | {"classes": segmenter.card.names, "images": results, "failed": failed}
+        atomic_write(args.json, json.dumps(content, indent=1) + "\n")
+    for name, result in results.items():
+        if "frames" in result:
+            print(f"{name}: {result['frames']} frames, {result['milliseconds']:.1f} ms in the network each")
+    print(f"{len(results)} images segmented" + (f"; pictures in {args.out}" if results else ""))
+    return 1 if failed else 0
+
+
+def _predict(segmenter: Segmenter, source: Source, args: argparse.Namespace) -> dict[str, Any]:
+    """Segment one input and write its files; what --json says of it."""
+    out = Path(args.out, source.name)
+    try:
+        if source.is_video or isinstance(source.path, int):
+            options = VideoOptions(args.fps, args.limit, args.video_ids or args.ids_only, args.video_blocks)
+            return write_video(segmenter, source, out, options)
+        image = read_image(source.path, upright=True)
+        found = segmenter(image)
+    except ValueError as error:
+        raise DataError(f"{source}: {error}") from None
+    write_pictures(found, out, args.ids_only)
+    if args.show_levels:
+        write_levels(found, out, segmenter.model.strides)
+    if args.steps:
+        write_steps(segmenter, image, out, args.steps)
+    fine = None if found.fine_blocks is None else float(found.fine_blocks.mean())
+    return {"shares": found.shares(), "fine_fraction": fine}
+
+
+def _parts(args: argparse.Namespace) -> tuple[str | None, str, list[str]]:
+    """The config, if one stands first, the checkpoint and the inputs."""
+    first, *others = args.files
+    is_config = first.endswith(CONFIG_SUFFIXES) or (
+        len(others) > 1 and is_checkpoint(others[0]) and not is_checkpoint(first)
+    )
+    config, checkpoint, inputs = None, first, others
+    if is_config:
+        config, checkpoint, inputs = first, others[0] if others else "", others[1:]
+    elif args.set:
+        args.usage_error("argument --set: overrides a config; name one before CHECKPOINT")
+    if not inputs:
+        args.usage_error("the following arguments are required: CHECKPOINT, INPUT")
+    if inputs[0].endswith(CONFIG_SUFFIXES):
+        args.usage_error(f"argument CONFIG: {first} is a checkpoint, not a config; CONFIG comes first")
+    return config, checkpoint, inputs

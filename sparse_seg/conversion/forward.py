@@ -26,6 +26,7 @@ from sparse_seg.conversion.mapping import (
 from sparse_seg.conversion.naming import Named, find_network
 from sparse_seg.conversion.plan import Options, Plan, Tensors
 from sparse_seg.conversion.reading import SourceFile, StateDict, read_source
+from sparse_seg.data.class_file import ClassFile
 from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
 
 # in the order in which `auto` tries them: a file goes to the first that knows its names
@@ -52,6 +53,7 @@ class Conversion:
         config: model settings with all values.
         mean, std: of the input, RGB in 0..1, and how they are known.
         mapped, expected: which tensor is which.
+        told: the classes, by the caller.
     """
 
     source: str
@@ -64,6 +66,7 @@ class Conversion:
     normalisation: str
     mapped: Mapped
     expected: dict[str, Expected]
+    told: ClassFile | None = None
 
     def network(self) -> dict[str, Tensor]:
         """The network's tensors, by our names and in our layout."""
@@ -75,7 +78,9 @@ class Conversion:
 
     @property
     def classes(self) -> list[str] | None:
-        """Names of the classes, where the file or the source tells as many as there are."""
+        """Names of the classes, where the caller, the file or the source tells as many as there are."""
+        if self.told is not None:
+            return list(self.told.classes.names)
         names = self.plan.classes or self.file.classes
         return list(names) if names is not None and len(names) == self.config.num_classes else None
 
@@ -88,7 +93,9 @@ class Conversion:
         order = {theirs: place for place, theirs in enumerate(self.named.tensors)}
         entries = sorted([*self.mapped.network, *aside], key=lambda entry: order[entry.theirs])
         classes = self.classes
-        colours = self.file.colours if classes == self.file.classes else None
+        colours: Sequence[Sequence[int]] | None = self.file.colours if classes == self.file.classes else None
+        if self.told is not None:
+            colours = self.told.classes.palette
         origin = Origin(
             self.source,
             self.plan.arch,
@@ -108,6 +115,7 @@ class Conversion:
                 self.mean,
                 self.std,
                 origin,
+                {} if self.told is None else {"ids": list(self.told.ids)},
             )
         )
 
@@ -125,6 +133,7 @@ def convert(
     drop: Sequence[str] = (),
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    classes: ClassFile | None = None,
 ) -> Conversion:
     """Read a dense checkpoint and find each of its tensors a place.
 
@@ -141,6 +150,8 @@ def convert(
         prefix, drop: see `find_network`.
         mean, std: of the network's input, RGB in units of 0..1; None takes those in the file, else the
             source's convention.
+        classes: what the classes are, as `read_classes` reads them; None takes what the file or its source
+            tells.
 
     Raises:
         CheckpointError: the file cannot be read, is of no known source, or a tensor of it has no place, is
@@ -159,6 +170,10 @@ def convert(
             failed.append((candidate, error))
             continue
         conversion.named.notes[:0] = _notes(file, candidate, failed)
+        conversion.told = classes
+        if classes is not None and len(classes.classes) != conversion.config.num_classes:
+            own, given = conversion.config.num_classes or "no", len(classes.classes)
+            raise CheckpointError(f"{path} has {own} classes, but {given} are given; name its own")
         return conversion
     _, fault = max(failed, key=lambda pair: len(pair[0].tensors))
     raise type(fault)(f"{path}: {fault}") from None

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset
+from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset, label_ids
 from sparse_seg.registry import DATASETS
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "SegmentationDataset",
     "build_dataset",
     "dataset_classes",
+    "dataset_ids",
 ]
 
 
@@ -32,3 +33,12 @@ def dataset_classes(name: str, root: str | Path) -> ClassList:
         ConfigError: no dataset has that name, or the folder's `classes.yaml` is missing or wrong.
     """
     return DATASETS[name].classes_in(root)
+
+
+def dataset_ids(name: str, root: str | Path) -> tuple[int, ...]:
+    """The value of each class in the labels of the dataset called `name`.
+
+    Raises:
+        ConfigError: as `dataset_classes`.
+    """
+    return label_ids(DATASETS[name].train_ids_in(root), len(dataset_classes(name, root)))

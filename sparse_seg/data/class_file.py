@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_seg.config import read_yaml
-from sparse_seg.data.dataset import IGNORE_INDEX, ClassList
+from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, label_ids
 from sparse_seg.data.palette import Colour, default_palette
 from sparse_seg.errors import ConfigError, did_you_mean, shown
 
@@ -27,6 +27,11 @@ class ClassFile:
     classes: ClassList
     train_ids: Mapping[int, int]
     ids_of_colours: Mapping[Colour, int]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The value of each class in labels."""
+        return label_ids(self.train_ids, len(self.classes))
 
 
 def read_class_file(file: str | Path) -> ClassFile:

@@ -74,6 +74,11 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         """The classes of the dataset in a folder, without its images."""
         return cls.classes
 
+    @classmethod
+    def train_ids_in(cls, root: str | Path) -> Mapping[int, int]:
+        """The train id of each label value of the dataset in a folder."""
+        return cls.train_ids
+
     def __init__(self, samples: list[tuple[Path, Path]], label_files: Sequence[Path]) -> None:
         self.samples = samples
         self._label_files = label_files
@@ -249,6 +254,12 @@ def _jpeg_fault(file: Path) -> str | None:
 
 def _size(image: Image) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
+
+
+def label_ids(train_ids: Mapping[int, int], count: int) -> tuple[int, ...]:
+    """The value in labels of each of `count` classes."""
+    values = {train_id: value for value, train_id in train_ids.items()}
+    return tuple(values[train_id] for train_id in range(count))
 
 
 def some(values: list[Any]) -> str:

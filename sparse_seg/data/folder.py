@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +41,12 @@ class FolderDataset(SegmentationDataset):
     def classes_in(cls, root: str | Path) -> ClassList:
         return _known(root).classes
 
+    @classmethod
+    def train_ids_in(cls, root: str | Path) -> Mapping[int, int]:
+        return _known(root).train_ids
+
     def __init__(self, root: str | Path, split: str) -> None:
-        self.class_file = Path(root, CLASS_FILE)
-        if not self.class_file.exists():
-            raise ConfigError(
-                f"{self.class_file} does not exist; write it, with a line such as names: [road, sky]"
-            )
-        known = read_class_file(self.class_file)
+        self.class_file, known = Path(root, CLASS_FILE), _known(root)
         self.classes, self.train_ids = known.classes, known.train_ids
         self._ids_of_colours = known.ids_of_colours
         self._images, self._labels = Path(root, split, "images"), Path(root, split, "labels")

@@ -12,6 +12,7 @@ from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
+from sparse_seg.evaluation.views import ONCE, Views, predict
 from sparse_seg.models.passes import eval_mode, now
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
@@ -46,16 +47,20 @@ def evaluate(
     way: Way | None = None,
     limit: int | None = None,
     progress: bool = False,
+    views: Views = ONCE,
 ) -> Evaluation:
     """Metrics of the dataset's first `limit` images (default: all), one image at a time, in eval mode.
 
     Args:
         way: how to run; by default selective under the model's own policy.
+        views: whole or through windows, with or without test-time augmentation.
 
     Every module's mode is put back.
     """
     way = way or Way()
     policy = None if way.is_dense else model.policy_for(way)
+    if policy is not None:
+        policy.remember(None)
     device = next(model.parameters()).device
     metrics = SegmentationMetrics(len(dataset.classes), IGNORE_INDEX)
     count = len(dataset) if limit is None else min(limit, len(dataset))
@@ -69,11 +74,10 @@ def evaluate(
                 break
             image, label = image.to(device), label.to(device)
             start = now(device)
-            run = model.start(image, label).follow(way, policy)
-            classes = run.classes()
+            found = predict(model, image, label, way, policy, views)
             seconds += now(device) - start
-            metrics.update(classes, label)
-            if run.mask is not None:
-                fractions.append((run.levels == len(model.strides) - 1).float().mean().item())
+            metrics.update(found.classes, label)
+            if found.levels is not None:
+                fractions.append((found.levels == len(model.strides) - 1).float().mean().item())
     fine_fraction = sum(fractions) / len(fractions) if fractions else None
     return Evaluation(metrics.result(), fine_fraction, count, seconds)

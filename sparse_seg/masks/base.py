@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +123,10 @@ class MaskPolicy(nn.Module, ABC):
     def forward(self, run: Inputs) -> Tensor:
         """The fine blocks, bool `[B, ceil(H/block), ceil(W/block)]`, or with three strides int64 levels."""
         return self.cut(self.scores(run))  # type: ignore[arg-type]
+
+    def remember(self, run: Any) -> None:
+        """Take note of an image's pass (`models/passes.py`) for the next image, as a policy for videos does;
+        None: a new sequence begins."""
 
     def macs(self, size: tuple[int, int], stride: int, batch: int) -> int:
         """Multiply-adds of the policy's own convolutions: none but a net's.

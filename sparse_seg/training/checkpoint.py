@@ -16,7 +16,7 @@ from sparse_seg.checkpoint.digest import digest_of
 from sparse_seg.checkpoint.file import FORMAT, find, is_safetensors, load_pt, save
 from sparse_seg.checkpoint.loading import check_same, function_of
 from sparse_seg.config import Config, config_from_dict, model_config, num_classes, to_dict
-from sparse_seg.data import DATASETS
+from sparse_seg.data import dataset_classes, dataset_ids
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.files import atomic_write
 from sparse_seg.version import __version__
@@ -26,9 +26,12 @@ _STATE_KEYS = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg
 
 
 def save_checkpoint(path: str | Path, config: Config, weights: Mapping[str, Tensor], **said: Any) -> None:
-    """Write weights (a state dict) as a checkpoint; `said` stands in its `training`, beside the config."""
-    classes = DATASETS[config.data.dataset].classes
+    """Write weights (a state dict) as a checkpoint; `said` stands in its `training`, beside the config and
+    the ids that the classes have in labels."""
+    dataset, root = config.data.dataset, config.data.root
+    classes = dataset_classes(dataset, root)
     known = len(classes) == num_classes(config)
+    ids = {"ids": list(dataset_ids(dataset, root))} if known else {}
     save(
         Checkpoint(
             Path(path),
@@ -38,7 +41,7 @@ def save_checkpoint(path: str | Path, config: Config, weights: Mapping[str, Tens
             classes.palette if known else None,
             tuple(config.data.mean),
             tuple(config.data.std),
-            training={"config": to_dict(config)} | said,
+            training={"config": to_dict(config)} | ids | said,
         )
     )
 

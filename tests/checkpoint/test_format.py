@@ -13,7 +13,7 @@ from sparse_seg import load_model
 from sparse_seg.checkpoint import Checkpoint, Origin, load, save
 from sparse_seg.config import config_from_dict, load_config, to_dict
 from sparse_seg.conversion import convert, to_dense
-from sparse_seg.data.cityscapes import CITYSCAPES_CLASSES
+from sparse_seg.data.cityscapes import CITYSCAPES_CLASSES, CITYSCAPES_IDS
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.models.build import build_model
 from sparse_seg.models.weights import load_weights
@@ -48,7 +48,7 @@ def test_a_checkpoint_alone_is_enough(config, weights, tmp_path):
     assert (list(found.mean), list(found.std)) == (config.data.mean, config.data.std)
     assert found.config == dataclasses.replace(config.model, num_classes=19)
     assert found.origin.is_trained_here
-    assert found.training == {"config": to_dict(config), "miou": 0.5}
+    assert found.training == {"config": to_dict(config), "ids": list(CITYSCAPES_IDS.values()), "miou": 0.5}
     assert same(load_model(tmp_path / "a.safetensors").state_dict(), weights)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert list(file.metadata()) == ["sparse_seg"]

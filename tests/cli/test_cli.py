@@ -297,11 +297,12 @@ def test_predict_writes_pictures(capsys, trained, tmp_path):
     assert main(["predict", str(config), str(checkpoint), str(frames), "--out", str(tmp_path / "out")]) == 0
     kept = sorted(frames.iterdir())
     message = fails(capsys, "predict", config, checkpoint, frames, "--out", frames, code=2)
-    assert f"{frames} holds the images; name another folder" in message
+    assert f"{frames} holds the images; name another folder than {frames}" in message
     assert sorted(frames.iterdir()) == kept
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == [f"{stem}_{kind}.png" for stem in "ab" for kind in ("blocks", "classes", "overlay")]
-    for name in names:
+    kinds = ("blocks", "classes", "ids", "overlay")
+    assert names == [*(f"{stem}_{kind}.png" for stem in "ab" for kind in kinds), "classes.yaml", "legend.png"]
+    for name in names[:-2]:
         picture = cv2.imread(str(tmp_path / "out" / name))
         assert picture is not None
         assert picture.shape == (75, 97, 3)
@@ -320,7 +321,7 @@ def test_predict_writes_pictures(capsys, trained, tmp_path):
         )
         == 0
     )
-    assert len(list((tmp_path / "d").iterdir())) == 4
+    assert len(list((tmp_path / "d").iterdir())) == 8
 
 
 def test_predict_refuses_bad_images_and_writes_nothing_for_them(capsys, trained, tmp_path):
@@ -407,5 +408,4 @@ def test_predict_says_what_it_leaves_out(trained, tmp_path, caplog):
         cv2.imwrite(str(folder / name), np.full((64, 96, 3), 90, np.uint8))
     (folder / "notes.txt").write_text("x")
     assert main(["predict", str(config), str(checkpoint), str(folder), "--out", str(tmp_path / "out")]) == 0
-    assert "2 of 3 files are left out, such as more/b.png; images of the folder itself" in caplog.text
-    assert sorted(path.name.split("_")[0] for path in (tmp_path / "out").iterdir()) == ["a"] * 3
+    assert "1 of 3 files are left out, such as notes.txt; names end in .avi, " in caplog.text

@@ -1,5 +1,6 @@
 """The tool as a user meets it, from a source's file to evaluation, prediction, training, and back."""
 
+import json
 import re
 import resource
 import signal
@@ -16,6 +17,8 @@ from sparse_seg.checkpoint import load
 from sparse_seg.cli import main
 from sparse_seg.config import load_config, model_config
 from sparse_seg.conversion import convert
+from sparse_seg.data.class_file import read_class_file
+from sparse_seg.data.class_sets import read_classes
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import CheckpointError
 from sparse_seg.models.build import build_model
@@ -252,3 +255,47 @@ def test_a_full_disk_is_one_line(name, capsys, folder, tmp_path):
     assert back == f"error: {tmp_path / name}: File too large\n"
     assert forth == f"error: {tmp_path / 'a.safetensors'}: File too large\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_classes_from_torchvision_to_pictures(capsys, tmp_path):
+    """torchvision's 21 classes by number, then by name, then from a file; each predicts alone."""
+    torch.save(state_of("torchvision fcn"), tmp_path / "fcn.pth")
+    cv2.imwrite(str(tmp_path / "street.png"), np.full((70, 90, 3), 99, np.uint8))
+    own = {"names": [f"kind {n}" for n in range(21)], "ids": list(range(100, 121))}
+    (tmp_path / "own.yaml").write_text(json.dumps(own))
+    for options, names, first in (
+        ((), [f"class {n}" for n in range(21)], 0),
+        (("--classes", "voc"), list(read_classes("voc").classes.names), 0),
+        (("--classes", tmp_path / "own.yaml"), own["names"], 100),
+    ):
+        run(capsys, "convert", tmp_path / "fcn.pth", tmp_path / "fcn.safetensors", *options)
+        out = tmp_path / f"out{len(options)}{first}"
+        text = run(capsys, "predict", tmp_path / "fcn.safetensors", tmp_path / "street.png", "--out", out)
+        assert "1 images segmented" in text
+        found = read_class_file(out / "classes.yaml")
+        assert list(found.classes.names) == names
+        assert found.classes.palette == read_classes("voc").classes.palette
+        assert found.ids == tuple(range(first, first + 21))
+    convert_it = ["convert", tmp_path / "fcn.pth", tmp_path / "x.safetensors", "--classes"]
+    assert "has 21 classes, but 19 are given" in run(capsys, *convert_it, "cityscapes", code=1)
+    message = run(capsys, *convert_it, "coco", code=1)
+    assert (
+        "coco is no file and none of the known classes voc, cityscapes, camvid, ade20k, coco-stuff" in message
+    )
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "last", "last_id"),
+    [
+        ("voc", 21, "tvmonitor", 20),
+        ("cityscapes", 19, "bicycle", 33),
+        ("camvid", 11, "Bicyclist", 10),
+        ("ade20k", 150, "flag", 150),
+        ("coco-stuff", 171, "wood", 170),
+    ],
+)
+def test_known_classes(name, count, last, last_id):
+    known = read_classes(name)
+    assert len(set(known.classes.names)) == len(set(known.classes.palette)) == count
+    assert (known.classes.names[-1], known.ids[-1]) == (last, last_id)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_seg import load_model
+from sparse_seg import load_model, segment
 from sparse_seg.checkpoint import load
 from sparse_seg.cli import main
 from sparse_seg.config import load_config
@@ -294,6 +294,8 @@ def test_smp_of_one_class_is_the_same_function(tmp_path):
     assert relative_error(logits[:, 1:], logit) < 1e-5
     assert torch.equal(logits.argmax(1), (logits[:, 1] > 0).long())
     assert same(to_dense(tmp_path / "a.safetensors"), network.state_dict())
+    found = segment(tmp_path / "a.safetensors", np.full((64, 96, 3), 90, np.uint8))
+    assert found.names == ("background", "foreground")
 
 
 DECODERS = {

@@ -124,11 +124,13 @@ def compare(
         image, label = image.to(device), label.to(device)
         coarse = model.start(image, label).start_coarse() if shares else None
         for result in results:
-            if index == 0:  # counts the cost, and warms up
+            if index <= 1:  # counts the cost, and warms up; a second time for policies that look back
                 macs = count_macs(model, image, result.way, label, result.policy)
                 result.gmacs = sum(macs.values()) / 1e9
             if coarse is not None and result.policy is not None:
-                classes = coarse.fork().follow(result.way, result.policy).classes()
+                run = coarse.fork().follow(result.way, result.policy)
+                classes = run.classes()
+                result.policy.remember(run)
             else:
                 classes, milliseconds = _timed(model.start(image, label), result)
                 result.milliseconds += [milliseconds] if timed else []
@@ -149,4 +151,6 @@ def _timed(run: Pass, result: _Result) -> tuple[Tensor, float]:
     else:
         run.take(bound, result.way)
     classes = run.classes()
+    if policy is not None:
+        policy.remember(run)
     return classes, 1000 * (now(device) - start)

@@ -29,6 +29,7 @@ tbody tr:nth-child(even) { background: #f7f8fa; }
 figure { margin: 0; min-width: 0; }
 img { max-width: min(100%, 48rem); height: auto; display: block; }
 .row img { width: 100%; max-width: none; }
+@media (max-width: 40rem) { .pictures { grid-template-columns: 1fr !important; } }
 figcaption { font-size: 0.85rem; color: #555; margin-top: 0.3rem; }
 """
 

@@ -102,10 +102,26 @@ def draw_levels(image: Image, levels: npt.NDArray[np.int64], strides: Sequence[i
     return np.concatenate([picture, legend])
 
 
-def _legend_entry(text: str, colour: np.ndarray) -> Image:
+def draw_legend(names: Sequence[str], ids: Sequence[int], palette: Palette, columns: int = 3) -> Image:
+    """Every class's colour, id and name, in columns; letters that OpenCV lacks become question marks."""
+    texts = [
+        f"{value}  {name}".encode("ascii", "replace").decode() for value, name in zip(ids, names, strict=True)
+    ]
+    width = max(map(len, texts))
+    entries = [
+        _legend_entry(text, np.array(colour), width) for text, colour in zip(texts, palette, strict=True)
+    ]
+    rows = -(-len(entries) // columns)
+    entries += [np.full_like(entries[0], 255)] * (-len(entries) % rows)
+    return np.concatenate(
+        [np.concatenate(entries[top : top + rows]) for top in range(0, len(entries), rows)], 1
+    )
+
+
+def _legend_entry(text: str, colour: np.ndarray, letters: int = 0) -> Image:
     swatch = np.full((LEGEND_HEIGHT, LEGEND_HEIGHT, 3), 255, np.uint8)
     swatch[4:-4, 4:-4] = colour
-    return np.concatenate([swatch, _title(text, LEGEND_HEIGHT, 7 * len(text) + 8)], 1)
+    return np.concatenate([swatch, _title(text, LEGEND_HEIGHT, 7 * max(len(text), letters) + 8)], 1)
 
 
 def contact_sheet(rows: Sequence[Sequence[tuple[str, Image]]]) -> Image:

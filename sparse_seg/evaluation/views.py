@@ -1,0 +1,209 @@
+"""How to look at an image: whole or through overlapping windows, once or also mirrored and scaled."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_seg.data.dataset import SMALLEST_SIDE
+from sparse_seg.masks import MaskPolicy, block_levels, block_shape
+from sparse_seg.models.passes import Pass
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
+
+ALIGNMENT = 32  # px; windows start on sites of every stride
+LEAST_WINDOW = 256  # px
+STRIP = 256  # rows
+
+
+class Prediction(NamedTuple):
+    """Classes int64 `[B, H, W]` and the blocks' levels int64 `[B, Hc, Wc]`, None when dense."""
+
+    classes: Tensor
+    levels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Views:
+    """By default the whole image, once.
+
+    Args:
+        window: side in px, at the largest scale, of square windows that cover larger images, so that memory
+            is bounded; None: the whole image at once. Between two windows the seam lies in the middle of
+            their overlap: a network that reads no further than half of it computes what it does for the
+            whole image (if its sides are multiples of the stride). ASPP's pooling and the budget of a mask
+            policy are of each window.
+        overlap: of neighbouring windows, px.
+        flip: also look at the mirror image.
+        scales: factors of the image's size to look at. Class probabilities are averaged over all looks.
+
+    Raises:
+        ValueError: windows too small, or a scale that is not positive.
+    """
+
+    window: int | None = None
+    overlap: int = 256
+    flip: bool = False
+    scales: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < LEAST_WINDOW:
+            raise ValueError(f"windows of {self.window} px are too small; use {LEAST_WINDOW} or more")
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(f"scales must be positive, not {list(self.scales)}")
+
+    @property
+    def is_single(self) -> bool:
+        return not self.flip and self.scales == (1.0,)
+
+
+ONCE = Views()
+
+
+@torch.inference_mode()
+def predict(
+    model: SelectiveSegmentor,
+    images: Tensor,
+    labels: Tensor | None = None,
+    way: Way | None = None,
+    policy: MaskPolicy | None = None,
+    views: Views = ONCE,
+) -> Prediction:
+    """Classes and blocks of normalised images `[B, 3, H, W]`.
+
+    Args:
+        labels: int64 `[B, H, W]`, for policies that read them.
+        policy: overrides the way's; it remembers images that are seen whole and once.
+
+    Raises:
+        ValueError: images of a wrong shape or dtype, or too small at one of the scales.
+    """
+    way = way or Way()
+    height, width = images.shape[2:]
+    rows, columns = (list(_spans(length, views)) for length in (height, width))
+    if len(rows) == len(columns) == 1:
+        if views.is_single:
+            run = model.start(images, labels).follow(way, policy)
+            found = _single(run)
+            if policy is not None:
+                policy.remember(run)
+            return found
+        return _look(model, images, labels, way, policy, views)
+    block = model.strides[-1]
+    classes = images.new_empty(images.shape[0], height, width, dtype=torch.int64)
+    levels = None if way.is_dense else classes.new_empty(block_shape(images, block))
+    for row in rows:
+        for column in columns:
+            window = (..., slice(row.start, row.stop), slice(column.start, column.stop))
+            part = _look(
+                model, images[window], None if labels is None else labels[window], way, policy, views
+            )
+            _copy(classes, part.classes, row, column, 1)
+            if levels is not None and part.levels is not None:
+                _copy(levels, part.levels, row, column, block)
+    return Prediction(classes, levels)
+
+
+class _Span(NamedTuple):
+    """Where a window lies along an axis, and the part of it that counts, px."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def _spans(length: int, views: Views) -> Iterator[_Span]:
+    side = length if views.window is None else int(views.window / max(views.scales))
+    if length <= side:
+        yield _Span(0, length, 0, length)
+        return
+    side = side // ALIGNMENT * ALIGNMENT
+    overlap = min(views.overlap, side // 2) // ALIGNMENT * ALIGNMENT
+    count = -(-(length - overlap) // (side - overlap))
+    starts = [index * (side - overlap) for index in range(count)]
+    starts[-1] = -(-(length - side) // ALIGNMENT) * ALIGNMENT
+    middles = [(left + side + right) // 2 for left, right in itertools.pairwise(starts)]
+    seams = [middle // ALIGNMENT * ALIGNMENT for middle in middles]
+    for start, first, last in zip(starts, [0, *seams], [*seams, length], strict=True):
+        yield _Span(start, min(start + side, length), first, last)
+
+
+def _copy(whole: Tensor, part: Tensor, row: _Span, column: _Span, cell: int) -> None:
+    """Copy what counts of a window's map, whose cells are `cell` px wide."""
+    places = [(slice(s.first // cell, -(-s.last // cell)), s.start // cell) for s in (row, column)]
+    (rows, top), (columns, left) = places
+    whole[:, rows, columns] = part[
+        :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
+    ]
+
+
+def _look(
+    model: SelectiveSegmentor,
+    images: Tensor,
+    labels: Tensor | None,
+    way: Way,
+    policy: MaskPolicy | None,
+    views: Views,
+) -> Prediction:
+    if views.is_single:
+        return _single(model.start(images, labels).follow(way, policy))
+    size, total, levels = (images.shape[2], images.shape[3]), None, None
+    common = _size(images, min(1.0, max(views.scales)))
+    for scale in views.scales:
+        scaled, truth = _scaled(images, labels, scale)
+        for mirrored in (False, True)[: 1 + views.flip]:
+            shown = scaled.flip(3) if mirrored else scaled
+            run = model.start(shown, truth.flip(2) if mirrored and truth is not None else truth)
+            probabilities = run.follow(way, policy).logits().softmax(1)
+            probabilities = probabilities.flip(3) if mirrored else probabilities
+            if probabilities.shape[2:] != common:
+                probabilities = F.interpolate(probabilities, common, mode="bilinear", align_corners=False)
+            total = probabilities if total is None else total.add_(probabilities)
+            if levels is None and run.mask is not None:  # of the first look
+                grid = block_shape(images, model.strides[-1])[1:]
+                cells = block_levels(run.mask, model.strides).float()[:, None]
+                levels = F.interpolate(cells, grid, mode="nearest")[:, 0].long()
+    assert total is not None
+    return Prediction(total.max(1).indices if common == size else _enlarged(total, size), levels)
+
+
+def _enlarged(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
+    """The classes of `[B, K, h, w]` at a larger size, bilinear, a strip of rows at a time: all pixels of all
+    classes would not fit into memory."""
+    rows, columns = (
+        (2 * torch.arange(length, device=probabilities.device) + 1) / length - 1 for length in size
+    )
+    strips = []
+    for strip in rows.split(STRIP):
+        grid = torch.stack(torch.meshgrid(strip, columns, indexing="ij")[::-1], -1).to(probabilities)
+        grid = grid.expand(probabilities.shape[0], -1, -1, -1)
+        near = F.grid_sample(probabilities, grid, padding_mode="border", align_corners=False)
+        strips.append(near.max(1).indices)
+    return torch.cat(strips, 1)
+
+
+def _single(run: Pass) -> Prediction:
+    return Prediction(run.classes(), None if run.mask is None else run.levels)
+
+
+def _scaled(images: Tensor, labels: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    if scale == 1:
+        return images, labels
+    size = _size(images, scale)
+    if min(size) < SMALLEST_SIDE:
+        raise ValueError(f"images must be at least {SMALLEST_SIDE} px at a scale of {scale:g}")
+    scaled = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=scale < 1)
+    if labels is None:
+        return scaled, None
+    return scaled, F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
+
+
+def _size(images: Tensor, scale: float) -> tuple[int, int]:
+    return round(scale * images.shape[2]), round(scale * images.shape[3])

@@ -1,0 +1,72 @@
+"""Predictions as pictures on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from sparse_seg.data.dataset import Image
+from sparse_seg.files import atomic_write
+from sparse_seg.lab.predict.segment import Segmentation, Segmenter
+from sparse_seg.lab.report.overlays import (
+    colourise,
+    contact_sheet,
+    draw_blocks,
+    draw_legend,
+    draw_levels,
+    overlay,
+    write_image,
+)
+from sparse_seg.models.card import Card
+from sparse_seg.models.refinement import refine
+
+
+def write_pictures(found: Segmentation, out: Path, ids_only: bool = False) -> None:
+    """Write `NAME_ids.png`; unless `ids_only` also `NAME_overlay.png`, `NAME_classes.png` and, if selective,
+    `NAME_blocks.png`.
+
+    Args:
+        out: folder and `NAME`.
+    """
+    write_image(f"{out}_ids.png", found.ids())
+    if ids_only:
+        return
+    write_image(f"{out}_overlay.png", found.overlay())
+    write_image(f"{out}_classes.png", colourise(found.classes, found.colours))
+    if found.fine_blocks is not None:
+        write_image(f"{out}_blocks.png", draw_blocks(found.image, found.fine_blocks, found.block))
+
+
+def write_levels(found: Segmentation, out: Path, strides: Sequence[int]) -> None:
+    """Write `NAME_levels.png`, every block in the colour of its stride; nothing if dense."""
+    if found.levels is not None:
+        write_image(f"{out}_levels.png", draw_levels(found.image, found.levels, strides))
+
+
+def write_steps(segmenter: Segmenter, image: Image, out: Path, fractions: Sequence[float]) -> None:
+    """Write `NAME_steps.png`, refinement to these rising fine fractions: a column per step, prediction above
+    blocks; what a step changed is white."""
+    model, columns, before = segmenter.model, list[tuple[tuple[str, Image], ...]](), None
+    for fraction, step in zip(fractions, refine(model, segmenter.batch(image), fractions), strict=True):
+        label = step.logits[0].max(0).indices.cpu().numpy()
+        picture = overlay(image, label, segmenter.card.colours)
+        changed = np.zeros_like(label, bool) if before is None else label != before
+        picture[changed], before = 255, label
+        blocks = draw_levels(image, step.levels[0].cpu().numpy(), model.strides)
+        title = f"f={fraction:g}" + (f": {100 * changed.mean():.1f}% changed (white)" if columns else "")
+        columns.append(((title, picture), ("", blocks)))
+    write_image(f"{out}_steps.png", contact_sheet([[column[row] for column in columns] for row in (0, 1)]))
+
+
+def write_legend(card: Card, out: str | Path, ids_only: bool = False) -> None:
+    """Write `classes.yaml`, which says what the values in `NAME_ids.png` mean, in the form that
+    `read_class_file` reads; unless `ids_only` also `legend.png`."""
+    colours = [list(colour) for colour in card.colours]
+    content = {"names": list(card.names), "ids": list(card.ids), "colours": colours}
+    text = yaml.safe_dump(content, default_flow_style=None, sort_keys=False, allow_unicode=True, width=100)
+    atomic_write(Path(out, "classes.yaml"), text)
+    if not ids_only:
+        write_image(Path(out, "legend.png"), draw_legend(card.names, card.ids, card.colours))

@@ -1,0 +1,145 @@
+"""One image through a network: classes, blocks and what they mean."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sparse_seg.checkpoint import load_model
+from sparse_seg.data.dataset import Image
+from sparse_seg.data.reading import read_image
+from sparse_seg.data.transforms import normalise
+from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
+from sparse_seg.lab.report.overlays import overlay
+from sparse_seg.models.card import Card
+from sparse_seg.models.passes import eval_mode
+from sparse_seg.models.refinement import refine
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What a network sees in an image.
+
+    Args:
+        image: uint8 `[H, W, 3]` RGB.
+        classes: uint8 `[H, W]`, positions in `names` and `colours`.
+        levels: int64 `[ceil(H/s), ceil(W/s)]` for the coarsest stride s, 0 for that stride; None when dense.
+        fine_blocks: bool, those at the finest stride; None when dense.
+        block: side of a block, px.
+    """
+
+    image: Image
+    classes: NDArray[np.uint8]
+    levels: NDArray[np.int64] | None
+    fine_blocks: NDArray[np.bool_] | None
+    block: int
+    card: Card
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.card.names
+
+    @property
+    def colours(self) -> tuple[tuple[int, int, int], ...]:
+        """RGB of each class."""
+        return self.card.colours
+
+    def overlay(self, alpha: float = 0.5) -> Image:
+        """The image with the classes' colours over it at opacity `alpha`."""
+        return overlay(self.image, self.classes, self.colours, alpha)
+
+    def ids(self) -> Image:
+        """The classes by the values that stand for them in label files."""
+        return np.array(self.card.ids, np.uint8)[self.classes]
+
+    def shares(self) -> dict[str, float]:
+        """The share of the pixels that each class has, the largest first, without those that have none."""
+        counts = np.bincount(self.classes.ravel(), minlength=len(self.names))
+        order = np.argsort(-counts, kind="stable")
+        return {self.names[number]: counts[number] / counts.sum() for number in order if counts[number]}
+
+
+class Segmenter:
+    """A network made ready for images of bytes.
+
+    Args:
+        model: on its device; its card gives mean, std and what the classes are.
+        views: whole or through windows, with or without test-time augmentation.
+    """
+
+    def __init__(self, model: SelectiveSegmentor, way: Way | None = None, views: Views = ONCE) -> None:
+        self.model, self.way, self.views = model, way or Way(), views
+        self.policy = None if self.way.is_dense else model.policy_for(self.way)
+        if self.policy is not None:
+            self.policy.remember(None)
+        self.device = next(model.parameters()).device
+
+    @functools.cached_property
+    def card(self) -> Card:
+        if self.model.card is not None:
+            return self.model.card
+        with torch.inference_mode(), eval_mode(self.model):
+            run = self.model.start(torch.zeros(1, 3, 32, 32, device=self.device))
+            return Card.unnamed(run.follow(Way.dense(16)).grid_logits().shape[1])
+
+    def batch(self, image: Image) -> torch.Tensor:
+        """An image uint8 `[H, W, 3]` RGB as the network's input `[1, 3, H, W]`."""
+        return normalise(image, self.card.mean, self.card.std)[None].to(self.device)
+
+    def __call__(self, image: Image) -> Segmentation:
+        """Raises a ValueError for an image of a wrong shape or dtype, or smaller than 32x32."""
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an image must be [H, W, 3] uint8 RGB, got {list(image.shape)} {image.dtype}")
+        with eval_mode(self.model):
+            found = predict(self.model, self.batch(image), None, self.way, self.policy, self.views)
+        return self.result(image, found)
+
+    def follow(self, image: Image, milliseconds: float | None = None) -> Segmentation:
+        """The next frame of a video, whose policy may look back.
+
+        Args:
+            milliseconds: refine the coarse prediction as long as this time allows, instead.
+        """
+        if milliseconds is None:
+            return self(image)
+        with torch.inference_mode(), eval_mode(self.model):
+            *_, last = refine(self.model, self.batch(image), milliseconds=milliseconds)
+        return self.result(image, Prediction(last.logits.max(1).indices, last.levels))
+
+    def result(self, image: Image, found: Prediction) -> Segmentation:
+        """What was found in an image."""
+        strides = self.model.strides
+        levels = None if found.levels is None else found.levels[0].cpu().numpy()
+        fine = None if levels is None else levels == len(strides) - 1
+        classes = found.classes[0].cpu().numpy().astype(np.uint8)
+        return Segmentation(image, classes, levels, fine, strides[-1], self.card)
+
+
+def segment(
+    model: SelectiveSegmentor | str | Path,
+    image: str | Path | Image,
+    way: Way | None = None,
+    views: Views = ONCE,
+) -> Segmentation:
+    """What a network sees in an image.
+
+    Args:
+        model: a checkpoint's path, or for many images what `load_model` makes of it.
+        image: a photo's path, turned upright as its EXIF orientation says; or uint8 `[H, W, 3]` RGB.
+        way: how to run; by default selective under the model's own policy.
+        views: whole or through windows, with or without test-time augmentation.
+
+    Raises:
+        CheckpointError, DataError: a file is missing, damaged or foreign.
+        ValueError: an image of a wrong shape or dtype, or smaller than 32x32.
+    """
+    network = model if isinstance(model, SelectiveSegmentor) else load_model(model)
+    pixels = image if isinstance(image, np.ndarray) else read_image(Path(image), upright=True)
+    return Segmenter(network, way, views)(pixels)

@@ -1,0 +1,148 @@
+"""Videos and cameras, frame by frame: overlays as a video, and what the frames cost."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from sparse_seg.data.dataset import Image
+from sparse_seg.errors import DataError
+from sparse_seg.lab.predict.inputs import Source
+from sparse_seg.lab.predict.segment import Segmentation, Segmenter
+from sparse_seg.lab.report.overlays import draw_blocks, write_image
+from sparse_seg.models.passes import now
+
+CODEC = "mp4v"  # OpenCV's builds have no H.264 encoder; its VP9 takes a second a frame
+USUAL_RATE = 25.0  # frames/s of cameras that do not tell theirs
+LEAST_READ = 0.95  # of the frames that a file promises; some promise a few too many
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """What to do with each frame.
+
+    Args:
+        fps: frames per second to keep up with, by refinement within the time that is left; None: each frame
+            runs as images do.
+        limit: stop after so many frames.
+        ids, blocks: also write `NAME_ids/000000.png` and so on; `NAME_blocks.mp4`.
+    """
+
+    fps: float | None = None
+    limit: int | None = None
+    ids: bool = False
+    blocks: bool = False
+
+
+def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoOptions) -> dict[str, Any]:
+    """Write `NAME.mp4`, the frames with the classes' colours over them, at the source's rate and size (even
+    sizes, as the codec wants them). Ctrl-C ends a camera's video.
+
+    Args:
+        out: folder and `NAME`.
+
+    Returns:
+        `frames`, mean `shares` and `fine_fraction`, and `milliseconds`: the median time in the network.
+
+    Raises:
+        DataError: it cannot be opened, is damaged (what could be read is written), or has no frame.
+        ValueError: frames too small for the network.
+    """
+    times, fine, totals = list[float](), list[float](), dict[str, float]()
+    with _opened(source) as (frames, rate, count), _writers(out, options, rate) as write:
+        spent = 0.0  # outside of the network, on the frame before
+        try:
+            for image in tqdm(frames, desc=str(source), total=count or None, leave=False):
+                start = now(segmenter.device)
+                budget = None if options.fps is None else max(0.0, 1000 * (1 / options.fps - spent))
+                found = segmenter.follow(image, budget)
+                end = now(segmenter.device)
+                write(found, len(times))
+                times.append(1000 * (end - start))
+                spent = now(segmenter.device) - end
+                fine += [] if found.fine_blocks is None else [float(found.fine_blocks.mean())]
+                for name, share in found.shares().items():
+                    totals[name] = totals.get(name, 0.0) + share
+                if len(times) == options.limit:
+                    break
+        except KeyboardInterrupt:
+            if not isinstance(source.path, int):
+                raise
+    if not times:
+        raise DataError(f"{source}: no frame could be read")
+    if len(times) < LEAST_READ * min(count, options.limit or count):
+        raise DataError(f"{source}: only {len(times)} of {count} frames could be read; it is damaged")
+    return {
+        "frames": len(times),
+        "shares": {name: total / len(times) for name, total in totals.items()},
+        "fine_fraction": statistics.mean(fine) if fine else None,
+        "milliseconds": statistics.median(times),
+    }
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[tuple[Iterator[Image], float, int]]:
+    """Frames uint8 `[H, W, 3]` RGB, turned upright where the file says how; rate; how many (0: unknown)."""
+    video = cv2.VideoCapture(source.path if isinstance(source.path, int) else str(source.path))
+    try:
+        if not video.isOpened():
+            what = "no such camera" if isinstance(source.path, int) else "damaged, or of an unknown format"
+            raise DataError(f"{source}: cannot be opened: {what}")
+        rate, count = video.get(cv2.CAP_PROP_FPS), video.get(cv2.CAP_PROP_FRAME_COUNT)
+        known = not isinstance(source.path, int) and count > 0
+        yield _frames(video), rate if rate > 0 else USUAL_RATE, int(count) if known else 0
+    finally:
+        video.release()
+
+
+def _frames(video: cv2.VideoCapture) -> Iterator[Image]:
+    while True:
+        done, frame = video.read()
+        if not done:
+            return
+        yield np.ascontiguousarray(frame[..., ::-1])
+
+
+@contextmanager
+def _writers(out: Path, options: VideoOptions, rate: float) -> Iterator[Any]:
+    """A function that adds a frame; the files get their names when all is done."""
+    writers: dict[Path, cv2.VideoWriter] = {}
+
+    def add(file: Path, picture: Image) -> None:
+        if file not in writers:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            size, code = (picture.shape[1], picture.shape[0]), cv2.VideoWriter.fourcc(*CODEC)
+            writers[file] = cv2.VideoWriter(str(_partial(file)), code, rate, size)
+            if not writers[file].isOpened():
+                raise OSError(f"cannot write {file}: this build of OpenCV has no {CODEC} encoder")
+        writers[file].write(picture[..., ::-1])
+
+    def write(found: Segmentation, number: int) -> None:
+        add(Path(f"{out}.mp4"), found.overlay())
+        if options.ids:
+            write_image(Path(f"{out}_ids", f"{number:06d}.png"), found.ids())
+        if options.blocks and found.fine_blocks is not None:
+            add(Path(f"{out}_blocks.mp4"), draw_blocks(found.image, found.fine_blocks, found.block))
+
+    try:
+        yield write
+        for file, writer in writers.items():
+            writer.release()
+            os.replace(_partial(file), file)
+    finally:
+        for file, writer in writers.items():
+            writer.release()
+            _partial(file).unlink(missing_ok=True)
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(f".{file.stem}.tmp{file.suffix}")

@@ -1,0 +1,82 @@
+"""The page before training: what it shows, what it calls odd, and faulty files."""
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from sparse_seg.cli import main
+from tests.cli.test_cli import fails
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (tmp_path / f"data/{split}/{kind}").mkdir(parents=True)
+        for number in range(60 if split == "train" else 2):
+            ids = rng.permutation([0, 1, 2, 0, 1, 2]).reshape(2, 3).repeat(32, 0).repeat(32, 1)
+            image = np.dstack([ids * 60 + 50] * 3).astype(np.uint8)
+            write(tmp_path, split, number, image, ids.astype(np.uint8))
+    (tmp_path / "data/classes.yaml").write_text("names: [sand, rock, 'a <b>', never]\n")
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        f"data: {{dataset: folder, root: {tmp_path / 'data'}, crop: [48, 48]}}\ntrain: {{batch_size: 4}}\n"
+    )
+    return config
+
+
+def write(folder: Path, split: str, number: int, image: np.ndarray, ids: np.ndarray) -> None:
+    assert cv2.imwrite(str(folder / f"data/{split}/images/{number:03d}.png"), image)
+    assert cv2.imwrite(str(folder / f"data/{split}/labels/{number:03d}.png"), ids)
+
+
+def test_a_page(config, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main(["browse", str(config), "--out", str(out), "--count", "5"]) == 0
+    assert f"page: {out}" in capsys.readouterr().out
+    page = out.read_text()
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings == ["Splits", "Classes", "train: labels", "val: labels", "Augmentation"]
+    assert page.count("<img") == 1 + 5 + 2 + 4
+    assert "a &lt;b&gt;" in page
+    assert "No training label holds never" in page
+    assert "http" not in re.sub(r'src="[^"]*"', "", page)
+
+
+def test_odd_frames(config, tmp_path):
+    black, sand = np.zeros((64, 96, 3), np.uint8), np.zeros((64, 96), np.uint8)
+    write(tmp_path, "train", 3, black, sand)
+    ignored = np.full((64, 96), 255, np.uint8)
+    ignored[:10, :50], ignored[:10, 50:] = 3, 1
+    write(tmp_path, "train", 5, black + 90, ignored)
+    write(
+        tmp_path,
+        "train",
+        7,
+        np.full((40, 40, 3), 90, np.uint8),
+        np.arange(40, dtype=np.uint8)[None].repeat(40, 0) % 3,
+    )
+    out = tmp_path / "page.html"
+    assert main(["browse", str(config), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "3 frames look odd" in page
+    assert "003: nearly all sand; 1 classes; very dark" in page
+    assert "005: 84% ignored; holds the rare never" in page
+    assert "007: 40x40 px, most are 64x96" in page
+
+
+def test_faulty_files_are_listed(config, tmp_path, capsys):
+    write(tmp_path, "train", 3, np.zeros((64, 96, 3), np.uint8), np.full((64, 96), 9, np.uint8))
+    (tmp_path / "data/val/labels/001.png").unlink()
+    out = tmp_path / "page.html"
+    complaint = fails(capsys, "browse", config, "--out", out)
+    assert "labels/003.png: label values [9]" in complaint
+    assert f"faulty files in all: 2, listed in {out}" in complaint
+    page = out.read_text()
+    assert "2 faulty files: training will refuse them" in page
+    assert "val/images/001.png: its label" in page
+    assert "Augmentation" not in page

@@ -1,0 +1,170 @@
+"""Pictures from a checkpoint alone: what is written, and what happens to files that are none."""
+
+import json
+import struct
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import sparse_seg
+from sparse_seg.checkpoint import load, save
+from sparse_seg.cli import main
+from sparse_seg.data.class_file import read_class_file
+from sparse_seg.data.dataset import read_image
+from sparse_seg.data.reading import read_label
+from sparse_seg.models.way import Way
+from tests.cli.test_cli import fails
+
+NAMES, IDS = ["ground", "wall", "plant"], [3, 7, 9]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Trained on a folder of own data, which is gone."""
+    folder = tmp_path_factory.mktemp("predict")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (folder / "data" / split / kind).mkdir(parents=True)
+        for name in "ab":
+            ids = np.repeat(rng.choice(IDS, (4, 6)), 16, 0).repeat(16, 1).astype(np.uint8)
+            image = np.dstack([ids * 25] * 3)
+            cv2.imwrite(str(folder / f"data/{split}/images/{name}.png"), image)
+            cv2.imwrite(str(folder / f"data/{split}/labels/{name}.png"), ids)
+    (folder / "data/classes.yaml").write_text(yaml.safe_dump({"names": NAMES, "ids": IDS}))
+    config = folder / "own.yaml"
+    config.write_text(
+        f"""
+model: {{width: 0.125, head_channels: 16}}
+data: {{dataset: folder, root: {folder / "data"}, crop: [64, 64]}}
+train: {{iterations: 2, batch_size: 2}}
+"""
+    )
+    assert main(["train", str(config), "--work-dir", str(folder / "run")]) == 0
+    (folder / "data").rename(folder / "gone")
+    return folder / "run/best.safetensors"
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    image = np.random.default_rng(1).integers(0, 256, (75, 97, 3), np.uint8)
+    assert cv2.imwrite(str(tmp_path / "photo.png"), image)
+    return tmp_path / "photo.png"
+
+
+def test_a_checkpoint_alone_names_classes_ids_and_colours(checkpoint, photo, tmp_path, capsys):
+    shares = tmp_path / "shares.json"
+    arguments = ["predict", str(checkpoint), str(photo), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--json", str(shares), "--fine-fraction", "0.5"]) == 0
+    assert "1 images segmented" in capsys.readouterr().out
+    ids = read_label(tmp_path / "out/photo_ids.png")
+    assert ids.shape == (75, 97)
+    assert set(np.unique(ids)) <= set(IDS)
+    known = read_class_file(tmp_path / "out/classes.yaml")
+    assert known.classes.names == tuple(NAMES)
+    assert [known.train_ids[value] for value in IDS] == [0, 1, 2]
+    colours = read_image(tmp_path / "out/photo_classes.png")
+    for value, colour in zip(IDS, known.classes.palette, strict=True):
+        assert (colours[ids == value] == colour).all()
+    assert read_image(tmp_path / "out/legend.png").shape[2] == 3
+    said = json.loads(shares.read_text())
+    (image,) = said["images"].values()
+    assert said["classes"] == NAMES
+    assert sum(image["shares"].values()) == pytest.approx(1)
+    assert image["shares"].get("wall", 0) == pytest.approx((ids == 7).mean())
+    assert image["fine_fraction"] == round(0.5 * 35) / 35
+
+
+def test_ids_only(checkpoint, photo, tmp_path):
+    out = tmp_path / "out"
+    assert main(["predict", str(checkpoint), str(photo), "--out", str(out), "--ids-only"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["classes.yaml", "photo_ids.png"]
+
+
+def test_sub_folders_stay_apart_and_a_bad_file_is_skipped(checkpoint, photo, tmp_path, capsys):
+    folder = tmp_path / "in"
+    for name in ("a", "b/c"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "x.png").write_bytes(photo.read_bytes())
+    (folder / "b" / "bad.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    arguments = ["predict", checkpoint, folder, "--out", tmp_path / "out", "--json", tmp_path / "s.json"]
+    assert f"{folder}/b/bad.jpg: truncated, corrupt or not an image" in fails(capsys, *arguments)
+    written = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*_ids.png")
+    }
+    assert written == {"a/x_ids.png", "b/c/x_ids.png"}
+    said = json.loads((tmp_path / "s.json").read_text())
+    assert len(said["images"]) == 2
+    assert list(said["failed"]) == [f"{folder}/b/bad.jpg"]
+    inside = ["predict", checkpoint, folder, "--out", folder / "out"]
+    assert f"{folder} holds the images" in fails(capsys, *inside, code=2)
+
+
+def test_a_photo_is_turned_upright(checkpoint, tmp_path):
+    """As a phone stores it: pixels on their side, and an orientation of 6 in EXIF."""
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[:, :48] = 200
+    jpeg = cv2.imencode(".jpg", image)[1].tobytes()
+    tiff = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
+    exif = b"Exif\0\0" + tiff
+    (tmp_path / "p.jpg").write_bytes(
+        jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+    )
+    assert main(["predict", str(checkpoint), str(tmp_path / "p.jpg"), "--out", str(tmp_path / "out")]) == 0
+    for kind in ("overlay", "ids", "blocks"):
+        assert read_image(tmp_path / f"out/p_{kind}.png").shape == (96, 64, 3)
+    found = sparse_seg.segment(checkpoint, tmp_path / "p.jpg")
+    assert found.image[:40].mean() > 190
+    assert found.image[56:].mean() < 10
+
+
+def test_what_stands_where(checkpoint, photo, tmp_path, capsys):
+    rest = ["--out", tmp_path / "out"]
+    assert "required: CHECKPOINT, INPUT" in fails(capsys, "predict", checkpoint, *rest, code=2)
+    assert "--set: overrides a config" in fails(
+        capsys, "predict", checkpoint, photo, *rest, "--set", "model.exchange=none", code=2
+    )
+    assert "no.pt does not exist" in fails(capsys, "predict", tmp_path / "no.pt", photo, *rest)
+    assert "photo.png is truncated or no PyTorch checkpoint" in fails(capsys, "predict", photo, photo, *rest)
+    assert "argument --window: windows of 9 px are too small; use 256 or more" in fails(
+        capsys, "predict", checkpoint, photo, *rest, "--window", "9", code=2
+    )
+
+
+def test_segment(checkpoint, photo):
+    found = sparse_seg.segment(checkpoint, photo)
+    model = sparse_seg.load_model(checkpoint)
+    again = sparse_seg.segment(model.for_inference(), read_image(photo))
+    assert found.names == again.names == tuple(NAMES)
+    assert len(found.colours) == 3
+    assert found.classes.dtype == np.uint8
+    assert found.classes.shape == found.overlay().shape[:2] == (75, 97)
+    assert found.fine_blocks is not None
+    assert found.fine_blocks.dtype == bool
+    assert found.fine_blocks.shape == (5, 7)
+    assert (found.classes == again.classes).mean() > 0.999
+    assert sparse_seg.segment(model, photo, Way.dense(8)).fine_blocks is None
+    with pytest.raises(ValueError, match=r"must be \[H, W, 3\] uint8 RGB"):
+        sparse_seg.segment(model, np.zeros((64, 64), np.uint8))
+    with pytest.raises(ValueError, match="expected uint8"):
+        sparse_seg.segment(model, np.zeros((64, 64, 3), np.float32))
+
+
+def test_segment_uses_the_checkpoints_normalisation(checkpoint, photo, tmp_path):
+    content = load(checkpoint)
+    other = {**vars(content), "path": tmp_path / "other.safetensors", "mean": (0.1, 0.9, 0.5)}
+    save(type(content)(**other))
+    first, second = (sparse_seg.segment(path, photo) for path in (checkpoint, tmp_path / "other.safetensors"))
+    assert (first.classes != second.classes).any()
+
+
+def test_a_fresh_network_has_classes_by_number():
+    model = sparse_seg.build_model({"width": 0.125, "head_channels": 16, "num_classes": 4})
+    found = sparse_seg.segment(model, np.zeros((40, 40, 3), np.uint8))
+    assert found.names == ("class 0", "class 1", "class 2", "class 3")
+    assert model.training
+    assert torch.is_grad_enabled()

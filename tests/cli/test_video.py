@@ -1,0 +1,164 @@
+"""Videos there and back: frames, size, rate; what is written besides; damage; cameras; budgets of time."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from sparse_seg.cli import main
+from sparse_seg.config import load_config
+from sparse_seg.data.reading import read_label
+from sparse_seg.lab.predict.segment import Segmenter
+from sparse_seg.masks import ConfidencePolicy
+from sparse_seg.masks.previous import PreviousPolicy
+from sparse_seg.models.build import build_model
+from sparse_seg.models.way import Way
+from sparse_seg.training.checkpoint import save_checkpoint
+from tests.cli.test_cli import fails
+from tests.reference import randomise
+
+FRAMES, RATE, SIZE = 9, 12.5, (96, 64)  # width, height
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("video")
+    (folder / "c.yaml").write_text("model: {width: 0.125, head_channels: 16}\n")
+    config = load_config(folder / "c.yaml")
+    torch.manual_seed(0)
+    model = build_model(config)
+    randomise(model)
+    save_checkpoint(folder / "net.safetensors", config, model.state_dict())
+    return folder / "net.safetensors"
+
+
+@pytest.fixture
+def video(tmp_path) -> Path:
+    """A bright bar that moves to the right."""
+    path = tmp_path / "in" / "drive.avi"
+    path.parent.mkdir()
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), RATE, SIZE)
+    for number in range(FRAMES):
+        frame = np.full((SIZE[1], SIZE[0], 3), 40, np.uint8)
+        frame[:, 8 * number : 8 * number + 12] = (60, 120, 240)
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def properties(path: Path) -> tuple[int, float, tuple[int, int]]:
+    capture, count = cv2.VideoCapture(str(path)), 0
+    while capture.read()[0]:
+        count += 1
+    return count, capture.get(cv2.CAP_PROP_FPS), (int(capture.get(3)), int(capture.get(4)))
+
+
+def test_there_and_back(checkpoint, video, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ["--video-ids", "--video-blocks", "--policy", "previous", "--json", str(tmp_path / "v.json")]
+    assert main(["predict", str(checkpoint), str(video.parent), "--out", str(out), *more]) == 0
+    assert f"{video}: {FRAMES} frames, " in capsys.readouterr().out
+    assert properties(out / "drive.mp4") == (FRAMES, RATE, SIZE)
+    assert properties(out / "drive_blocks.mp4") == (FRAMES, RATE, SIZE)
+    assert len(list((out / "drive_ids").iterdir())) == FRAMES
+    assert read_label(out / "drive_ids/000008.png").shape == (64, 96)
+    assert not list(out.glob(".*"))
+    (said,) = json.loads((tmp_path / "v.json").read_text())["images"].values()
+    assert said["frames"] == FRAMES
+    assert said["fine_fraction"] == pytest.approx(round(0.15 * 24) / 24)
+    assert sum(said["shares"].values()) == pytest.approx(1)
+
+
+def test_the_overlay_lies_over_the_frame(checkpoint, video, tmp_path):
+    assert main(["predict", str(checkpoint), str(video), "--out", str(tmp_path / "o"), "--limit", "3"]) == 0
+    capture = cv2.VideoCapture(str(tmp_path / "o/drive.mp4"))
+    pictures = [capture.read()[1] for _ in range(3)]
+    assert not capture.read()[0]
+    for number, picture in enumerate(pictures):  # the bar's red shines through where it is
+        red = picture[..., 2].astype(float).mean(0)
+        assert red[8 * number + 2 : 8 * number + 10].mean() > red[8 * number + 20 :].mean() + 50
+
+
+def test_a_budget_of_time(checkpoint, video, tmp_path):
+    for rate, fine in (("1", 1.0), ("1000", 0.0)):
+        said = tmp_path / f"{rate}.json"
+        arguments = ["predict", str(checkpoint), str(video), "--out", str(tmp_path / rate), "--fps", rate]
+        assert main([*arguments, "--limit", "4", "--json", str(said)]) == 0
+        (result,) = json.loads(said.read_text())["images"].values()
+        assert result["fine_fraction"] == fine, "all blocks in a second, none in a millisecond"
+        assert properties(tmp_path / rate / "drive.mp4") == (4, RATE, SIZE)
+
+
+def test_damaged_videos(checkpoint, video, tmp_path, capsys):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video at all")
+    arguments = ["predict", checkpoint, broken, video, "--out", tmp_path / "out"]
+    assert f"{broken}: cannot be opened: damaged, or of an unknown format" in fails(capsys, *arguments)
+    assert properties(tmp_path / "out/drive.mp4")[0] == FRAMES, "the other one is done"
+    assert not (tmp_path / "out/broken.mp4").exists()
+    content = video.read_bytes()
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(content[: content.index(b"movi") + (len(content) - content.index(b"movi")) // 2])
+    assert f"of {FRAMES} frames could be read" in fails(capsys, "predict", checkpoint, cut, "--out", tmp_path)
+    assert 0 < properties(tmp_path / "cut.mp4")[0] < FRAMES, "what could be read is kept"
+    (tmp_path / "drive.mp4").write_bytes(content)
+    itself = ["predict", checkpoint, tmp_path / "drive.mp4", "--out", tmp_path]
+    assert "would be overwritten" in fails(capsys, *itself)
+
+
+def test_a_camera(checkpoint, video, tmp_path, capsys, monkeypatch):
+    assert "camera:77: cannot be opened: no such camera" in fails(
+        capsys, "predict", checkpoint, "camera:77", "--out", tmp_path / "none"
+    )
+    assert not (tmp_path / "none").exists()
+    real = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", lambda source: real(str(video) if source == 0 else source))
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    arguments = ["predict", str(checkpoint), "camera:0", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--limit", "5"]) == 0
+    assert properties(tmp_path / "out/camera0.mp4")[0] == 5
+    follow, calls = Segmenter.follow, []
+
+    def three(self, image, budget):
+        calls.append(image)
+        return stop() if len(calls) > 3 else follow(self, image, budget)
+
+    monkeypatch.setattr(Segmenter, "follow", three)
+    assert main(arguments) == 0, "Ctrl-C"
+    assert properties(tmp_path / "out/camera0.mp4")[0] == 3
+
+
+@torch.no_grad()
+def test_the_previous_frames_uncertainty_chooses():
+    """Its first mask is confidence's; the next one's scores are of the pass before, without a coarse pass."""
+    torch.manual_seed(0)
+    model = build_model({"width": 0.125, "head_channels": 16, "num_classes": 5})
+    randomise(model)
+    model.eval()
+    policy, images = model.policy_for(Way.policy("previous", 0.25)), torch.randn(3, 1, 3, 64, 96)
+    confidence = ConfidencePolicy(0.25)
+    assert isinstance(policy, PreviousPolicy)
+    runs = []
+    for image in images:
+        run = model.start(image).follow(None, policy)
+        run.classes()
+        policy.remember(run)
+        runs.append(run)
+    own = model.start(images[0]).follow(None, confidence)
+    assert own.mask is not None
+    assert torch.equal(runs[0].levels, own.levels)
+    assert runs[0].macs() == own.macs()
+    for before, run, image in zip(runs, runs[1:], images[1:], strict=False):
+        assert run.mask is not None
+        scores = confidence.logit_scores(before.logits()[..., 2::4, 2::4])
+        assert torch.equal(run.mask, confidence.cut(scores))
+        assert run.macs() == model.start(image).take(run.mask).macs() | {"mask": 0}
+        assert sum(run.macs().values()) < sum(own.macs().values())
+    small = model.start(images[0, ..., :48]).follow(None, policy)
+    assert small.levels.shape == (1, 4, 3), "another size starts anew"

@@ -1,0 +1,132 @@
+"""Windows that cover an image, and looks that are averaged."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparse_seg.evaluation.views import ONCE, Views, _spans, predict
+from sparse_seg.models.build import build_model
+from sparse_seg.models.way import Way
+from tests.reference import randomise
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = build_model({"width": 0.125, "head_channels": 16, "num_classes": 4})
+    randomise(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("length", [256, 257, 300, 511, 512, 545, 1000, 4032])
+@pytest.mark.parametrize("overlap", [0, 64, 200])
+def test_windows_cover_an_axis_once(length, overlap):
+    views = Views(256, overlap)
+    spans = list(_spans(length, views))
+    counted = [place for span in spans for place in range(span.first, span.last)]
+    assert counted == list(range(length))
+    for span in spans:
+        assert span.start <= span.first < span.last <= span.stop <= length
+        assert span.stop - span.start <= 256
+        assert span.start % 32 == span.first % 32 == 0
+    for one, other in itertools.pairwise(spans):
+        assert one.stop - one.last >= min(overlap, 128) // 64 * 32 - 32
+        assert other.first - other.start >= min(overlap, 128) // 64 * 32 - 32
+
+
+def test_a_window_as_large_as_the_image_changes_nothing(model):
+    images = torch.randn(1, 3, 300, 290)
+    for way in (Way.dense(8), Way()):
+        whole, windowed = (predict(model, images, None, way, views=v) for v in (Views(), Views(320)))
+        assert torch.equal(whole.classes, windowed.classes)
+        if whole.levels is not None and windowed.levels is not None:
+            assert torch.equal(whole.levels, windowed.levels)
+
+
+def test_far_from_seams_windows_are_exact():
+    """Two 3x3 in each stage reach about 120 px around a pixel, which is less than half the overlap."""
+    torch.manual_seed(0)
+    model = build_model({"width": 0.125, "head_channels": 16, "num_classes": 4, "depths": [1, 1, 1, 1]})
+    randomise(model)
+    model = model.double().eval()
+    images = torch.randn(1, 3, 96, 896, dtype=torch.float64)
+    whole = predict(model, images, None, Way.dense(8)).classes
+    windowed = predict(model, images, None, Way.dense(8), views=Views(704, 512)).classes
+    assert torch.equal(whole, windowed)
+    assert not torch.equal(whole, predict(model, images, None, Way.dense(8), views=Views(256, 0)).classes)
+
+
+def test_levels_of_windows_fit_together(model):
+    images = torch.randn(2, 3, 300, 530)
+    found = predict(model, images, way=Way.policy("edge", 0.25), views=Views(256, 64))
+    assert found.classes.shape == (2, 300, 530)
+    assert found.levels is not None
+    assert found.levels.shape == (2, 19, 34)
+    assert 0.15 < found.levels.float().mean() < 0.35
+
+
+def test_looks_are_averaged(model):
+    images = torch.randn(1, 3, 64, 96)
+    flipped = images.flip(3)
+    by_hand = sum(
+        (
+            model.dense(images).softmax(1),
+            model.dense(flipped).softmax(1).flip(3),
+        )
+    )
+    found = predict(model, images, way=Way.dense(8), views=Views(flip=True))
+    assert torch.equal(found.classes, by_hand.argmax(1))
+    again = predict(model, flipped, way=Way.dense(8), views=Views(flip=True)).classes.flip(2)
+    assert (found.classes == again).float().mean() > 0.999, "the mirror image's is the mirror"
+    small = predict(model, images, way=Way(), views=Views(scales=(0.5, 1.0)))
+    assert small.classes.shape == (1, 64, 96)
+    assert small.levels is not None
+    assert small.levels.shape == (1, 4, 6)
+    labels = torch.zeros(1, 64, 96, dtype=torch.int64)
+    labels[:, :, 48:] = 1
+    found = predict(model, images, labels, Way.policy("oracle", 0.2), views=Views(flip=True, scales=(0.5, 2)))
+    assert found.levels is not None
+    assert found.levels.sum() > 0
+
+
+def test_one_small_look_at_a_large_image(model):
+    """Its classes are those of the upsampled probabilities, and windows are of the small image."""
+    images = torch.randn(1, 3, 600, 640)
+    small = F.interpolate(images, (150, 160), mode="bilinear", antialias=True)
+    probabilities = model.dense(small).softmax(1)
+    by_hand = F.interpolate(probabilities, (600, 640), mode="bilinear").argmax(1)
+    found = predict(model, images, way=Way.dense(8), views=Views(256, scales=(0.25,)))
+    assert (found.classes == by_hand).float().mean() > 0.9999
+
+
+def test_a_policy_that_looks_back_gets_whole_images_in_order(model):
+    policy, confidence = (model.policy_for(Way.policy(name, 0.25)) for name in ("previous", "confidence"))
+    first, second = torch.randn(2, 1, 3, 300, 320)
+
+    def levels(image, views=ONCE, policy=policy):
+        found = predict(model, image, None, Way(), policy, views).levels
+        assert found is not None
+        return found
+
+    own = [levels(image, policy=confidence) for image in (first, second)]
+    assert torch.equal(levels(first), own[0])
+    after = levels(second)
+    assert not torch.equal(after, own[1])
+    policy.remember(None)
+    assert torch.equal(levels(second), own[1]), "a new sequence"
+    policy.remember(None)
+    levels(first, Views(256))
+    levels(first, Views(flip=True))
+    assert torch.equal(levels(second), own[1]), "windows and averages are not remembered"
+
+
+def test_what_cannot_be():
+    with pytest.raises(ValueError, match="use 256 or more"):
+        Views(64)
+    with pytest.raises(ValueError, match="must be positive"):
+        Views(scales=(0.0,))
+    model = build_model({"width": 0.125, "head_channels": 16, "num_classes": 4}).eval()
+    with pytest.raises(ValueError, match="at least 32 px at a scale"):
+        predict(model, torch.zeros(1, 3, 64, 64), views=Views(scales=(0.25,)))
