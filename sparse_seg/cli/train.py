@@ -14,8 +14,8 @@ from pathlib import Path
 
 from sparse_seg.cli.options import add_config, add_device
 from sparse_seg.config import load_config
+from sparse_seg.processes import joined_processes
 from sparse_seg.training.checkpoint import best_of
-from sparse_seg.training.distributed import joined_processes
 from sparse_seg.training.stopping import AlreadyTrained
 from sparse_seg.training.trainer import Trainer
 
