@@ -177,10 +177,8 @@ def compare_and_report(
             "One set of weights, no retraining. "
             f"{origin['machine']}, {origin['threads']} threads; milliseconds are medians over the images."
         )
-        dense = len(model.strides)
-        shown = [*ways[:dense], ways[dense + len(fractions) // 2]]  # the first policy at a middle fraction
         write_comparison(
-            report_path, "Dense and selective", description, rows, model, dataset, config.data, shown
+            report_path, "Dense and selective", description, rows, model, dataset, config.data, ways, limit
         )
         print(f"report: {report_path}")
 

@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     overrides = [*args.set, "train.amp=true"] if args.amp else args.set
-    config = load_config(args.config, overrides)
     work_dir = Path(args.work_dir or Path("runs") / Path(args.config).stem)
     with joined_processes(args.device) as (processes, device):
+        config = load_config(args.config, overrides)
         try:
             best = Trainer(config, work_dir, args.resume, device, processes).run()
             result = f"best validation mIoU {best:.4f}; weights in {best_of(work_dir)}"

@@ -47,8 +47,8 @@ class Console:
     def step(self, loss: float, best: float) -> None:
         """Count a step on the bar; a best mIoU below 0 is none."""
         numbers = {"loss": f"{loss:.3f}"} | ({"best": f"{best:.4f}"} if best >= 0 else {})
-        if rate := self.bar.format_dict["rate"]:
-            numbers["images/s"] = f"{rate * self.config.batch_size:.1f}"
+        steps, seconds = self.bar.n + 1 - self.started[1], self.bar.format_dict["elapsed"]
+        numbers["images/s"] = f"{steps * self.config.batch_size / max(seconds, 1e-9):.1f}"
         self.bar.set_postfix(numbers, refresh=False)
         self.bar.update()
 

@@ -278,17 +278,14 @@ class Trainer:
         failure, unsaved = self.stop.cause(), None
         what = reason(failure) if failure else f"stopped at iteration {self.iteration}"
         kind = DataError if isinstance(failure, DataError) else TrainingError
-        kept = ""
         if isinstance(failure, ProcessLost) and not self.processes.is_first:  # the first one may be gone
-            kept = f"the last good checkpoint is {self.last}" if self.last.exists() else ""
-        else:
-            if self.iteration > 0:
-                try:
-                    self.save()
-                except OSError as error:
-                    unsaved = error
-            if self.saved:
-                kept = f"the last good checkpoint is {self.last}, of iteration {self.saved}"
+            return kind(f"{what}; if {self.last} is there, {self.resume_hint}, else start again")
+        if self.iteration > 0:
+            try:
+                self.save()
+            except OSError as error:
+                unsaved = error
+        kept = f"the last good checkpoint is {self.last}, of iteration {self.saved}" if self.saved else ""
         how = self.resume_hint_changed if isinstance(failure, Diverged) else self.resume_hint
         if failure is None and unsaved is None and kept:
             return kind(f"{what}; {how}")
