@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "sparse_seg"
 # From the ground up. A file imports its own row and the rows above it here; rooms of one row do not import
 # each other in a circle. A room is a file or a folder of sparse_seg/; "surface" is sparse_seg/__init__.py.
 TIERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "version", "registry", "timing"),
+    ("errors", "files", "version", "registry", "timing", "progress", "processes"),
     ("config",),
     ("sparse", "masks", "data"),
     ("models",),

@@ -1,8 +1,9 @@
 """Run an ablation: train what a grid needs, run it every way that the grid names, write tables and a report.
 
 The grid is a YAML file (see configs/ablation/ and docs/ablation.md). A killed run resumes where it stopped,
-finished cells are not done again, and several processes may share a work folder (on as many GPUs): start the
-same command in each. Writes results.json, table.md, table.csv, plots and report.html.
+finished cells are not done again, and several runs may share a work folder: start the same command for each
+GPU, or one by torchrun, whose processes share each training and each evaluation. Writes results.json,
+table.md, table.csv, plots and report.html.
 
 examples:
   sparse-seg ablate configs/ablation/scenes.yaml --dry-run
@@ -28,6 +29,7 @@ from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.ablation.summary import summarise
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.tables import Column, Table
+from sparse_seg.processes import joined_processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     work_dir = Path(args.work_dir or Path("runs/ablation") / Path(args.config).stem)
-    ablation = Ablation(load_grid(args.config, args.set), work_dir, args.checkpoint, args.device)
+    grid = load_grid(args.config, args.set)
+    with joined_processes(args.device) as (processes, device):
+        ablation = Ablation(grid, work_dir, args.checkpoint, device, processes)
+        if not args.dry_run:
+            try:
+                ablation.run()
+            except KeyboardInterrupt:
+                raise TrainingError("interrupted; run it again to resume") from None
+    if not processes.is_first:
+        return 0
     if args.dry_run:
         _print_remaining(ablation)
         return 0
-    try:
-        ablation.run()
-    except KeyboardInterrupt:
-        raise TrainingError("interrupted; run it again to resume") from None
     results = ablation.results()
     rows = summarise(ablation, results, measure_costs(ablation))
     content = provenance() | {

@@ -7,12 +7,13 @@ edge:cad, confidence:entropy,max,neighbours. Bounds for other masks are oracle (
 oracle:change (what the dense network changes) and oracle:gain (where it is right and the coarse one wrong);
 neither multiply-adds nor time of the last two's dense passes are counted.
 An interrupted comparison can be resumed: --resume keeps the rows that are in the --json file and
-measures policy by policy (times are then not of one run).
+measures policy by policy (times are then not of one run). Started by torchrun, processes share the images.
 
 examples:
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --fine-fraction 0.2
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --dense 8 --json dense8.json
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --set model.mask.policy=oracle
+  torchrun --nproc_per_node=4 tools/evaluate.py configs/camvid_r18.yaml runs/camvid_r18/best.pt
   sparse-seg evaluate configs/converted.yaml r101.safetensors --set data.root=../cityscapes
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --compare 0.1 0.2 --report r.html
   sparse-seg evaluate configs/camvid_r18.yaml runs/camvid_r18/best.pt --compare 0.1 0.2 --json masks.json \\
@@ -55,6 +56,7 @@ from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.summary import class_table, summary
 from sparse_seg.masks import POLICIES
 from sparse_seg.models.way import Way
+from sparse_seg.processes import Processes, joined_processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +114,12 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not args.json:
         args.usage_error("argument --resume: name the file to resume; add --json OUT")
     config = load_config(args.config, overrides(args))
-    if args.compare:
+    with joined_processes(args.device) as (processes, device):
+        if args.compare is None:
+            _evaluate(config, args, processes, device)
+            return 0
+        if processes.count > 1:
+            raise ConfigError("--compare measures time, which takes one process: run it without torchrun")
         compare_and_report(
             config,
             args.checkpoint,
@@ -120,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             args.compare,
             args.split,
             args.limit,
-            args.device,
+            device,
             args.json,
             args.report,
             args.exchange or (),
@@ -128,18 +135,24 @@ def run(args: argparse.Namespace) -> int:
             not args.accuracy_only,
             args.merge or (),
         )
-        return 0
+    return 0
+
+
+def _evaluate(config: Config, args: argparse.Namespace, processes: Processes, device: torch.device) -> None:
+    """Evaluate one way; processes share the frames, and the first one prints."""
     check_classes(config)
-    model = load_model(args.checkpoint, config).to(args.device)
+    model = load_model(args.checkpoint, config).to(device)
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
     dataset.check(args.limit)
-    result = evaluate(model, dataset, config.data, Way(args.dense), args.limit, True, views(args))
+    way, shown = Way(args.dense), True
+    result = evaluate(model, dataset, config.data, way, args.limit, shown, views(args), processes)
+    if not processes.is_first:
+        return
     print(class_table(result, dataset.classes).to_text())
     print(summary(result))
     if args.json:
         content = provenance() | {"classes": dataset.classes.names, "result": result.as_dict()}
         atomic_write(args.json, json.dumps(content, indent=1) + "\n")
-    return 0
 
 
 def compare_and_report(
@@ -186,10 +199,8 @@ def compare_and_report(
             "One set of weights, no retraining. "
             f"{origin['machine']}, {origin['threads']} threads; milliseconds are medians over the images."
         )
-        dense = len(model.strides)
-        shown = [*ways[:dense], ways[dense + len(fractions) // 2]]  # the first policy at a middle fraction
         write_comparison(
-            report_path, "Dense and selective", description, rows, model, dataset, config.data, shown
+            report_path, "Dense and selective", description, rows, model, dataset, config.data, ways, limit
         )
         print(f"report: {report_path}")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from sparse_seg.cli.options import add_config, add_device
 from sparse_seg.config import load_config
+from sparse_seg.processes import joined_processes
 from sparse_seg.training.checkpoint import best_of
-from sparse_seg.training.distributed import joined_processes
 from sparse_seg.training.stopping import AlreadyTrained
 from sparse_seg.training.trainer import Trainer
 
@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     overrides = [*args.set, "train.amp=true"] if args.amp else args.set
-    config = load_config(args.config, overrides)
     work_dir = Path(args.work_dir or Path("runs") / Path(args.config).stem)
     with joined_processes(args.device) as (processes, device):
+        config = load_config(args.config, overrides)
         try:
             best = Trainer(config, work_dir, args.resume, device, processes).run()
             result = f"best validation mIoU {best:.4f}; weights in {best_of(work_dir)}"

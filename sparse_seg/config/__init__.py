@@ -1,7 +1,15 @@
 """Strict configs: the schema, and how to read and check them. Imports no model and no dataset."""
 
 from sparse_seg.config.keys import all_keys, function_keys, key, section
-from sparse_seg.config.load import config_from_dict, load_config, model_config, parse_tree, to_dict, to_yaml
+from sparse_seg.config.load import (
+    changes,
+    config_from_dict,
+    load_config,
+    model_config,
+    parse_tree,
+    to_dict,
+    to_yaml,
+)
 from sparse_seg.config.reading import parse_settings, read_yaml
 from sparse_seg.config.rules import check_classes, check_config, check_model, check_training, num_classes
 from sparse_seg.config.schema import (
@@ -23,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "TrainConfig",
     "all_keys",
+    "changes",
     "check_classes",
     "check_config",
     "check_model",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import yaml
-
 from sparse_seg.config.keys import Key, all_keys, type_name
+from sparse_seg.config.load import short_yaml
 from sparse_seg.config.schema import Config
 from sparse_seg.registry import Registry
 
@@ -26,7 +23,7 @@ def render() -> str:
     for name, info, kind, default in all_keys(Config):
         section, _, last = name.rpartition(".")
         mark = " \\*" if info.function else ""
-        cells = [f"`{last}`{mark}", type_name(kind), f"`{_yaml(default)}`", _valid(info), info.meaning]
+        cells = [f"`{last}`{mark}", type_name(kind), f"`{short_yaml(default)}`", _valid(info), info.meaning]
         sections.setdefault(section, []).append("| " + " | ".join(cells) + " |")
     head = "| key | type | default | valid | meaning |\n| --- | --- | --- | --- | --- |"
     tables = [f"\n## {section}\n\n{head}\n" + "\n".join(rows) + "\n" for section, rows in sections.items()]
@@ -36,14 +33,9 @@ def render() -> str:
 def _valid(info: Key) -> str:
     if info.choices:
         choices = info.choices.declared if isinstance(info.choices, Registry) else info.choices
-        return ", ".join(f"`{_yaml(choice)}`" for choice in choices)
+        return ", ".join(f"`{short_yaml(choice)}`" for choice in choices)
     names = f"[{', '.join(info.items)}]" if isinstance(info.items, tuple) else ""
     return ", ".join(filter(None, (names, info.bounds and f"in {info.bounds}")))
-
-
-def _yaml(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
-    return text.removesuffix("...\n").strip()
 
 
 if __name__ == "__main__":

@@ -69,3 +69,23 @@ def to_dict(config: Config | ModelConfig) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """Settings of `new` that differ from those of `old`, as `train.lr 0.02 (was 0.01)`."""
+    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return [f"{name} {short_yaml(after.get(name))} (was {short_yaml(before.get(name))})" for name in names]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    values = dict[str, Any]()
+    for name, value in tree.items():
+        values |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return values
+
+
+def short_yaml(value: Any) -> str:
+    """A value as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return text.removesuffix("...\n").strip()

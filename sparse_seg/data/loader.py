@@ -230,12 +230,17 @@ def training_batches(
 
 
 def evaluation_loader(
-    dataset: SegmentationDataset, mean: Sequence[float], std: Sequence[float], workers: int
+    dataset: SegmentationDataset,
+    mean: Sequence[float],
+    std: Sequence[float],
+    workers: int,
+    frames: Sequence[int] | None = None,
 ) -> DataLoader[tuple[torch.Tensor, torch.Tensor, int]]:
-    """The frames in order, one at a time: float32 `[1, 3, H, W]`, int64 `[1, H, W]`, index."""
+    """The frames (default: all) one at a time: float32 `[1, 3, H, W]`, int64 `[1, H, W]`, index."""
     return _Loader(
         _Named(EvaluationView(dataset, mean, std)),
         batch_size=None,
+        sampler=frames,
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),

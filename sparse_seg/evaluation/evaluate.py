@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm import tqdm
+import torch.nn.functional as F
 
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
-from sparse_seg.evaluation.views import ONCE, Views, predict
+from sparse_seg.evaluation.views import ONCE, Views, predict, single
 from sparse_seg.models.passes import eval_mode, now
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
+from sparse_seg.processes import Processes
+from sparse_seg.progress import bar
+
+LOSS_STEP = 4  # a sixteenth of the pixels estimates the loss well, and costs little beside the network
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class Evaluation:
     metrics: MetricsResult
     fine_fraction: float | None  # share of blocks at the finest stride
     images: int
-    seconds: float  # in mask policy and network; loading and metrics not counted
+    seconds: float  # in mask policy and network, in the slowest process; loading and metrics not counted
+    loss: float | None = None  # mean cross-entropy of labelled pixels, if measured
 
     @property
     def images_per_second(self) -> float:
@@ -40,6 +46,17 @@ class Evaluation:
         }
 
 
+@dataclass
+class Part:
+    """What one process measured of its frames."""
+
+    metrics: SegmentationMetrics
+    fractions: list[float] = field(default_factory=list)  # of fine blocks, by frame
+    losses: list[tuple[float, int]] = field(default_factory=list)  # (sum, pixels) by frame
+    seconds: float = 0.0
+    images: int = 0
+
+
 def evaluate(
     model: SelectiveSegmentor,
     dataset: SegmentationDataset,
@@ -48,36 +65,79 @@ def evaluate(
     limit: int | None = None,
     progress: bool = False,
     views: Views = ONCE,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Metrics of the dataset's first `limit` images (default: all), one image at a time, in eval mode.
 
     Args:
         way: how to run; by default selective under the model's own policy.
         views: whole or through windows, with or without test-time augmentation.
+        processes: that share the frames; all return the result that one alone would.
 
     Every module's mode is put back.
+
+    Raises:
+        DataError: an image cannot be read, in any process.
     """
-    way = way or Way()
+    processes = processes or Processes()
+    frames = processes.share(len(dataset) if limit is None else min(limit, len(dataset)))
+    shown = progress and processes.is_first
+    return combined(
+        processes.gather(lambda: measure(model, dataset, data, way or Way(), frames, shown, views=views))
+    )
+
+
+def measure(
+    model: SelectiveSegmentor,
+    dataset: SegmentationDataset,
+    data: DataConfig,
+    way: Way,
+    frames: range,
+    progress: bool = False,
+    with_loss: bool = False,
+    views: Views = ONCE,
+) -> Part:
+    """Run a network on some frames; see `evaluate`.
+
+    Args:
+        with_loss: also measure the plain cross-entropy, at every `LOSS_STEP`-th pixel of rows and columns.
+    """
     policy = None if way.is_dense else model.policy_for(way)
     if policy is not None:
         policy.remember(None)
     device = next(model.parameters()).device
-    metrics = SegmentationMetrics(len(dataset.classes), IGNORE_INDEX)
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    loader = evaluation_loader(dataset, data.mean, data.std, data.workers)
-    fractions, seconds = [], 0.0
+    part = Part(SegmentationMetrics(len(dataset.classes), IGNORE_INDEX), images=len(frames))
+    loader = evaluation_loader(dataset, data.mean, data.std, data.workers, frames)
     with torch.inference_mode(), eval_mode(model):
-        for image, label, index in tqdm(
-            loader, total=count, disable=not progress, desc="evaluate", leave=False
-        ):
-            if index >= count:
-                break
+        for image, label, _ in bar(loader, "evaluate", len(frames), progress):
             image, label = image.to(device), label.to(device)
             start = now(device)
-            found = predict(model, image, label, way, policy, views)
-            seconds += now(device) - start
-            metrics.update(found.classes, label)
+            run = model.start(image, label).follow(way, policy) if with_loss else None
+            found = predict(model, image, label, way, policy, views) if run is None else single(run)
+            part.seconds += now(device) - start
+            part.metrics.update(found.classes, label)
             if found.levels is not None:
-                fractions.append((found.levels == len(model.strides) - 1).float().mean().item())
-    fine_fraction = sum(fractions) / len(fractions) if fractions else None
-    return Evaluation(metrics.result(), fine_fraction, count, seconds)
+                part.fractions.append((found.levels == len(model.strides) - 1).float().mean().item())
+            if run is not None:
+                logits = run.upsample(run.grid_logits(), LOSS_STEP)
+                target = label[:, ::LOSS_STEP, ::LOSS_STEP]
+                total = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum")
+                part.losses.append((total.item(), int((target != IGNORE_INDEX).sum())))
+    return part
+
+
+def combined(parts: Sequence[Part]) -> Evaluation:
+    """The result of all frames; sums go by frame, so that it does not depend on how they were shared."""
+    metrics = parts[0].metrics
+    for part in parts[1:]:
+        metrics.add(part.metrics)
+    fractions = [fraction for part in parts for fraction in part.fractions]
+    losses = [loss for part in parts for loss in part.losses]
+    pixels = sum(count for _, count in losses)
+    return Evaluation(
+        metrics.result(),
+        sum(fractions) / len(fractions) if fractions else None,
+        sum(part.images for part in parts),
+        max(part.seconds for part in parts),
+        sum(loss for loss, _ in losses) / pixels if pixels else None,
+    )

@@ -79,6 +79,11 @@ class SegmentationMetrics:
         self.confusion += self._count(predicted[valid], labelled[valid])
         self.boundary_confusion += self._count(predicted[band], labelled[band])
 
+    def add(self, other: "SegmentationMetrics") -> None:
+        """Add the images of another sum with the same classes."""
+        self.confusion += other.confusion
+        self.boundary_confusion += other.boundary_confusion
+
     def result(self) -> MetricsResult:
         """The metrics of everything added so far."""
         class_iou = _class_iou(self.confusion)

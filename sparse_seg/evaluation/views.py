@@ -90,7 +90,7 @@ def predict(
     if len(rows) == len(columns) == 1:
         if views.is_single:
             run = model.start(images, labels).follow(way, policy)
-            found = _single(run)
+            found = single(run)
             if policy is not None:
                 policy.remember(run)
             return found
@@ -153,7 +153,7 @@ def _look(
     views: Views,
 ) -> Prediction:
     if views.is_single:
-        return _single(model.start(images, labels).follow(way, policy))
+        return single(model.start(images, labels).follow(way, policy))
     size, total, levels = (images.shape[2], images.shape[3]), None, None
     common = _size(images, min(1.0, max(views.scales)))
     for scale in views.scales:
@@ -189,7 +189,8 @@ def _enlarged(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.cat(strips, 1)
 
 
-def _single(run: Pass) -> Prediction:
+def single(run: Pass) -> Prediction:
+    """What a pass found."""
     return Prediction(run.classes(), None if run.mask is None else run.levels)
 
 

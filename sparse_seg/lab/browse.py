@@ -150,7 +150,9 @@ def _histogram(splits: Sequence[_Split], classes: ClassList) -> Section:
             f"\n\nNo training label holds {', '.join(missing)}: the network cannot learn what it never sees."
         )
     legend = draw_legend(classes.names, range(len(classes)), classes.palette)
-    return Section("Classes", text, Table(columns, rows), [photo(legend, "colours of the classes below")])
+    return Section(
+        "Classes", text, Table(columns, rows), pictures=[photo(legend, "colours of the classes below")]
+    )
 
 
 def _examples(split: _Split, count: int) -> Section:

@@ -8,12 +8,18 @@ import torch
 
 from sparse_seg.config import Config
 from sparse_seg.errors import TrainingError
+from sparse_seg.processes import Processes
 from sparse_seg.training.checkpoint import LAST, best_of, load_state
 from sparse_seg.training.stopping import is_complete
 from sparse_seg.training.trainer import Trainer
 
 
-def finish_training(config: Config, work_dir: str | Path, device: torch.device | str = "cpu") -> Path:
+def finish_training(
+    config: Config,
+    work_dir: str | Path,
+    device: torch.device | str = "cpu",
+    processes: Processes | None = None,
+) -> Path:
     """Train in `work_dir`, resume the run found there, or skip a finished one; returns its best
     weights.
 
@@ -23,7 +29,7 @@ def finish_training(config: Config, work_dir: str | Path, device: torch.device |
     """
     work_dir = Path(work_dir)
     if not is_finished(config, work_dir):
-        trainer = Trainer(config, work_dir, resume=(work_dir / LAST).exists(), device=device)
+        trainer = Trainer(config, work_dir, (work_dir / LAST).exists(), device, processes)
         trainer.resume_hint = "run it again to resume"  # by this function
         trainer.resume_hint_changed = f"remove {work_dir} and run it again"
         trainer.run()

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ _LOG = logging.getLogger(__name__)
 class TrainingLog:
     """`log.jsonl` in a work folder, truncated to the iteration that is resumed.
 
-    Lines that a kill or a full disk cut are left out, with a warning.
+    Lines that a kill or a full disk cut are left out, with a warning. `seconds` of a line are those of
+    training so far, over all runs.
 
     Args:
         work_dir: exists.
@@ -30,36 +32,47 @@ class TrainingLog:
     """
 
     def __init__(self, work_dir: Path, iteration: int, tensorboard: bool = False) -> None:
-        self.path, self.started = work_dir / "log.jsonl", time.monotonic()
+        self.path = work_dir / "log.jsonl"
         text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
-        lines = [(line, _iteration(line)) for line in text.splitlines(keepends=True) if line.strip()]
+        lines = [(line, _content(line)) for line in text.splitlines(keepends=True) if line.strip()]
         damaged = sum(found is None for _, found in lines)
         if damaged:
             _LOG.warning("warning: %s: %d damaged lines are left out", self.path, damaged)
-        kept = [line for line, found in lines if found is not None and found <= iteration]
-        atomic_write(self.path, "".join(kept))
+        kept = [(line, found) for line, found in lines if found and found["iteration"] <= iteration]
+        atomic_write(self.path, "".join(line for line, _ in kept))
+        before = kept[-1][1].get("seconds") if kept else 0
+        self.started = time.monotonic() - (before if isinstance(before, int | float) else 0)
         self.tensorboard = _tensorboard_writer(work_dir, iteration) if tensorboard else None
 
-    def write(self, iteration: int, **values: float) -> None:
-        """Add a line; values that are not a number become null."""
-        known = {name: None if math.isnan(value) else value for name, value in values.items()}
+    def write(self, iteration: int, **values: float | Mapping[str, float]) -> None:
+        """Add a line of numbers, or of numbers by name; those that are nan become null."""
+        known = {name: _known(value) for name, value in values.items()}
         elapsed = {"iteration": iteration, "seconds": round(time.monotonic() - self.started, 1)}
         with self.path.open("a") as file:
             file.write(json.dumps(elapsed | known) + "\n")
         if self.tensorboard is not None:
             for name, value in known.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(name, value, iteration)
+                parts = value if isinstance(value, dict) else {"": value}
+                for part, number in parts.items():
+                    if number is not None:
+                        self.tensorboard.add_scalar(f"{name}/{part}".rstrip("/"), number, iteration)
             self.tensorboard.flush()
 
 
-def _iteration(line: str) -> int | None:
-    """The iteration of a whole line of the log."""
+def _known(value: float | Mapping[str, float]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _known(one) for name, one in value.items()}
+    return None if math.isnan(value) else value
+
+
+def _content(line: str) -> dict[str, Any] | None:
+    """A whole line of the log."""
     try:
-        found = json.loads(line)["iteration"]
+        content = json.loads(line)
+        found = content["iteration"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return found if type(found) is int and line.endswith("\n") else None
+    return content if type(found) is int and line.endswith("\n") else None
 
 
 def _tensorboard_writer(work_dir: Path, iteration: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -27,17 +28,19 @@ class Outputs(NamedTuple):
 class SegmentationLoss(nn.Module):
     """Loss of a network's `Outputs` against labels `[B, H, W]`, the auxiliary head's added with its weight.
 
-    A batch without a labelled pixel has loss 0.
+    A batch without a labelled pixel has loss 0. Where several processes share a batch, `across` gives the
+    mean over them of a loss's weight: the mean of their losses is then the loss of the whole batch.
     """
 
     weights: Tensor | None
+    across: Callable[[Tensor], Tensor]
 
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
         weights = config.class_weights
         tensor = None if weights is None else torch.tensor(weights, dtype=torch.float32)
         self.register_buffer("weights", tensor, persistent=False)
-        self.config = config
+        self.config, self.across = config, lambda weight: weight
 
     def forward(
         self,
@@ -73,13 +76,14 @@ class SegmentationLoss(nn.Module):
         losses = F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="none")
         labelled = labels != IGNORE_INDEX
         if self.config.ohem_threshold is not None:
-            return hard_pixel_mean(losses[labelled], self.config.ohem_threshold, self.config.ohem_min_kept)
+            hard = hard_pixels(losses[labelled], self.config.ohem_threshold, self.config.ohem_min_kept)
+            return hard.sum() / self.across(hard.new_tensor(hard.numel())).clamp_min(1e-12)
         weights = labelled.float()
         if emphasis is not None:
             weights, losses = weights * emphasis, losses * emphasis
         if self.weights is not None:
             weights = weights * self.weights[labels.where(labelled, 0)]
-        return losses.sum() / weights.sum().clamp_min(1e-12)
+        return losses.sum() / self.across(weights.sum()).clamp_min(1e-12)
 
 
 def check_class_weights(pixels: NDArray[np.int64], weights: list[float] | None) -> None:
@@ -95,15 +99,13 @@ def boundary_band(labels: Tensor, width: int) -> Tensor:
     return F.max_pool2d(boundary, 2 * reach + 1, stride=1, padding=reach)[:, 0] > 0
 
 
-def hard_pixel_mean(losses: Tensor, threshold: float, min_kept: float) -> Tensor:
-    """Online hard example mining (Shrivastava et al., CVPR 2016): mean loss of the hard pixels of `[P]`.
+def hard_pixels(losses: Tensor, threshold: float, min_kept: float) -> Tensor:
+    """Online hard example mining (Shrivastava et al., CVPR 2016): the losses of the hard pixels of `[P]`.
 
     Hard are pixels whose true class has a probability below `threshold`, but at least the `min_kept` share.
     """
-    if losses.numel() == 0:
-        return losses.sum()
     hard = losses[losses > -math.log(threshold)]
-    least = math.ceil(min_kept * losses.numel())
-    if hard.numel() < max(least, 1):
-        hard = losses.topk(max(least, 1)).values
-    return hard.mean()  # no topk where it is not needed: over a million pixels it costs more than the loss
+    least = max(math.ceil(min_kept * losses.numel()), 1)
+    if hard.numel() < least <= losses.numel():
+        hard = losses.topk(least).values  # not where it is not needed: over a million pixels it costs more
+    return hard

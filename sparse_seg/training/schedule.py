@@ -13,7 +13,7 @@ def learning_rate(iteration: int, config: TrainConfig) -> float:
 
     `lr * (1 - t) ** power` as in DeepLab (Chen et al., TPAMI 2018), times the share of the warm-up done.
     """
-    remaining = 1 - iteration / config.iterations
+    remaining = max(1 - iteration / config.iterations, 0.0)  # of a run resumed with fewer iterations, none
     warm = min(1.0, (iteration + 1) / (config.warmup_iterations + 1))
     return config.lr * warm * remaining**config.poly_power
 

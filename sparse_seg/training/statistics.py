@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from sparse_seg.config import Config
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import training_batches
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.training.distributed import check_values_per_channel
+from sparse_seg.progress import bar
+from sparse_seg.training.batch import check_values_per_channel
 
 BATCHES = 50  # enough for means of thousands of sites
 
@@ -42,7 +42,7 @@ def recalibrate_batch_norm(
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean of all batches
     model.eval()  # dropout stays off
-    for images, _ in tqdm(loader, desc=f"statistics, {network}", leave=False):
+    for images, _ in bar(loader, f"statistics, {network}"):
         images = images.to(device)
         run = model.start(images)
         fine_blocks = None if network == "dense" else model.policy(run)

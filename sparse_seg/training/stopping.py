@@ -5,18 +5,21 @@ from __future__ import annotations
 import errno
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from sparse_seg.errors import TrainingError
+from sparse_seg.errors import DataError, SparseSegError, TrainingError
+from sparse_seg.processes import FailedElsewhere, Processes, ProcessLost
+from sparse_seg.progress import say
 from sparse_seg.training.checkpoint import best_of
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a batch system's, a lost terminal's
+_Result = TypeVar("_Result")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -42,6 +45,61 @@ def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
     finally:
         for number, own in before.items():
             signal.signal(number, own)
+
+
+class Stop:
+    """Whether and why a training ends early: a request, or the first failure, in any process.
+
+    Args:
+        processes: that train together.
+        device: of their common flags.
+    """
+
+    def __init__(self, processes: Processes, device: torch.device) -> None:
+        self.processes, self.device = processes, device
+        self.requested = self.interrupts = False
+        self.failure: Exception | None = None
+
+    def request(self, number: int, frame: FrameType | None) -> None:
+        """A signal's handler: stop after this step, or at once in a validation or if asked twice."""
+        alone = self.processes.count == 1
+        if self.requested:
+            if alone:
+                raise KeyboardInterrupt
+            return  # torchrun passes on what the terminal has sent already
+        self.requested = True
+        if alone:
+            with suppress(OSError):  # the terminal may be gone
+                say("stopping after this step (once more to stop at once)")
+        if self.interrupts:
+            raise ValidationStopped
+
+    def attempt(self, work: Callable[..., _Result], *arguments: Any) -> _Result | None:
+        """The work's result; None where it fails, and the first failure is kept."""
+        try:
+            return work(*arguments)
+        except (SparseSegError, OSError) as error:
+            self.failure = self.failure or error
+            return None
+
+    def is_due(self) -> bool:
+        """Whether any process has to stop; all ask together."""
+        if isinstance(self.failure, ProcessLost):
+            return True
+        own = self.requested or self.failure is not None
+        return self.attempt(self.processes.any, own, self.device) is not False
+
+    def cause(self) -> Exception | None:
+        """The first process's failure that is the cause, the same in all; None for a request alone."""
+        own = self.failure
+        if isinstance(own, ProcessLost):
+            return own
+        if isinstance(own, FailedElsewhere) or (self.requested and isinstance(own, DataError)):
+            own = None  # workers were asked to stop, too
+        try:
+            return next((one for (one,) in self.processes.gather(lambda: (own,)) if one is not None), None)
+        except ProcessLost as lost:
+            return own or lost
 
 
 class UndoPoint:

@@ -5,6 +5,8 @@ import dataclasses
 import fcntl
 import json
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -24,7 +26,10 @@ from sparse_seg.lab.ablation.report import class_table, seed_table
 from sparse_seg.lab.ablation.runner import Ablation, locked
 from sparse_seg.lab.ablation.summary import summarise
 from sparse_seg.models.way import Way
+from sparse_seg.processes import Processes
 from tests.cli.test_cli import fails
+
+ROOT = Path(__file__).parents[2]
 
 
 def files(folder: Path) -> dict[Path, int]:
@@ -67,7 +72,10 @@ def test_tables_and_report(finished: Path) -> None:
         lines = list(csv.DictReader(file))
     assert [float(line["mIoU %"]) for line in lines] == [row["miou"] for row in rows]
     page = (finished / "report.html").read_text()
-    assert page.count("<img") == 2 + 4 // 2 * 6, "two plots, and both validation frames with six pictures"
+    # two plots; of both validation frames three pictures, the baseline, the best network with its blocks,
+    # and the baseline again, where the slider ends
+    assert page.count("<img") == 2 + 2 * (3 + 1 + 2 + 1)
+    assert page.count('href="#step-') == 2
     assert "http" not in page.replace("http://www.w3.org", ""), "self-contained"
     for name in ("pareto_gmacs.png", "pareto_milliseconds.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
@@ -152,6 +160,18 @@ def test_dry_run_lists_what_is_left(grid_file: Path, tmp_path: Path, finished: P
 
 
 @pytest.mark.slow
+def test_processes_share_evaluations(grid_file: Path, finished: Path) -> None:
+    alone = (finished / "results.json").read_text().partition('"rows"')[2]
+    for cell in (finished / "cells").glob("*.json"):
+        cell.unlink()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "tools/ablate.py"), str(grid_file), "--work-dir", str(finished), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert (finished / "results.json").read_text().partition('"rows"')[2] == alone
+
+
+@pytest.mark.slow
 def test_a_killed_ablation_goes_on(grid_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ablation = Ablation(load_grid(grid_file, ["train.iterations=1"]), tmp_path)
     evaluate_cell, left = ablation.evaluate, [3]
@@ -194,6 +214,7 @@ def test_what_another_process_has_in_hand_is_left_to_it(
     holding.wait()
     done: list[str] = []
     runner._finish(
+        Processes(),
         ["a", "b", "c"],
         lambda job: tmp_path / f"{job}.lock",
         lambda job: job == "b" and finished.is_set(),

@@ -233,7 +233,9 @@ def test_compare_writes_table_and_report(capsys, trained, tmp_path):
     assert len(rows) == 6
     assert all(row["network"] in out for row in rows)
     report = (tmp_path / "r.html").read_text()
-    assert report.count("<img") == 2 + 2 * 6  # two curves, six pictures for each of the two images
+    # four curves; for each of the two images three pictures, dense OS8, four steps, and blocks of two
+    assert report.count("<img") == 4 + 2 * (3 + 1 + 4 + 2)
+    assert report.count('href="#step-') == 4
     assert 'src="data:image' in report
     assert "http" not in re.sub(r'src="[^"]*"', "", report)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import copy
+import dataclasses
 import functools
 import io
 import json
@@ -31,8 +31,10 @@ from sparse_seg.config import Config, config_from_dict
 from sparse_seg.conversion import convert, to_dense
 from sparse_seg.errors import SparseSegError
 from sparse_seg.models.build import build_model
+from sparse_seg.processes import Processes
 from sparse_seg.training.checkpoint import load_state, save_checkpoint, save_state
-from sparse_seg.training.schedule import build_optimizer
+from sparse_seg.training.objective import Objective
+from sparse_seg.training.step import Step
 from sparse_seg.training.trainer import Trainer
 from tests.checkpoint.earlier import write_converted, write_training
 from tests.conversion.cases import randomise
@@ -74,13 +76,13 @@ def state() -> dict[str, Any]:
     """What training saves after two steps."""
     trainer = bare_trainer()
     for _ in range(2):
-        trainer.optimizer.zero_grad()
+        trainer.step.optimizer.zero_grad()
         loss = trainer.model.dense(torch.randn(2, 3, 32, 32)).square().mean()
         loss.backward()
-        trainer.optimizer.step()
+        trainer.step.optimizer.step()
     return {
         "ema": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer": trainer.step.optimizer.state_dict(),
         "scaler": {},
         "progress": {"iteration": 2, "best": 0.25, "loss_sum": 1.5, "loss_count": 2},
         "random": torch.get_rng_state(),
@@ -92,10 +94,10 @@ def bare_trainer() -> Trainer:
     trainer = Trainer.__new__(Trainer)
     torch.manual_seed(1)
     trainer.config, trainer.work_dir = config(), folder()
+    trainer.processes, train = Processes(), dataclasses.replace(config().train, ema_decay=0.9)
     trainer.model = build_model(config())
-    trainer.ema = copy.deepcopy(trainer.model)
-    trainer.optimizer = build_optimizer(trainer.model, config().train)
-    trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    objective = Objective(train)
+    trainer.step = Step(trainer.model, objective, train, torch.device("cpu"), trainer.processes)
     return trainer
 
 
@@ -133,12 +135,12 @@ def use_state(path: Path) -> bool:
     found, expected = load_state(path), state()
     trainer = bare_trainer()
     trainer._restore(found, path)
-    momenta = trainer.optimizer.state_dict()["state"]
+    momenta = trainer.step.optimizer.state_dict()["state"]
     wanted = expected["optimizer"]["state"]
     return (
         same(trainer.model.state_dict(), trained())
-        and trainer.ema is not None
-        and same(trainer.ema.state_dict(), expected["ema"])
+        and trainer.step.average is not None
+        and same(trainer.step.average.state_dict(), expected["ema"])
         and momenta.keys() == wanted.keys()
         and all(same(momenta[index], wanted[index]) for index in wanted)
         and torch.equal(torch.get_rng_state(), expected["random"])

@@ -25,7 +25,7 @@ SECTIONS = [
 class Outline(HTMLParser):
     """Tags with their attributes, and whether every tag is closed in order."""
 
-    VOID = ("meta", "img")
+    VOID = ("meta", "img", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()

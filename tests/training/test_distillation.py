@@ -159,7 +159,7 @@ def test_training_with_a_teacher_resumes_bit_for_bit(
     def stop_after_three(images: Tensor, labels: Tensor) -> float:
         nonlocal steps
         steps += 1
-        part._stop = steps == 3
+        part.stop.requested = steps == 3
         return step(images, labels)
 
     part._step = stop_after_three  # type: ignore[method-assign]

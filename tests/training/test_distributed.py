@@ -1,19 +1,26 @@
-"""Two processes on one batch, by torchrun, against one that computes both halves itself."""
+"""Several processes against one: the same gradients, the same evaluation, the same end."""
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from sparse_seg.config import load_config
+from sparse_seg.config import Config, load_config
+from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import ResumableSampler, training_batches
-from sparse_seg.errors import TrainingError
+from sparse_seg.errors import DataError, TrainingError
+from sparse_seg.evaluation.evaluate import evaluate
+from sparse_seg.models.build import build_model
+from sparse_seg.models.way import Way
+from sparse_seg.processes import FailedElsewhere, Processes
 from sparse_seg.training.checkpoint import load_state
-from sparse_seg.training.distributed import Processes
 from sparse_seg.training.schedule import learning_rate
 from sparse_seg.training.trainer import Trainer
 from tests.reference import relative_error
@@ -54,6 +61,8 @@ def test_weights_are_those_of_the_mean_gradient(config_file: Path, tmp_path: Pat
     random.append(torch.get_rng_state())
     for iteration, (images, labels) in enumerate(training_batches(trainer.dataset, config, 0, 3)):
         gradients, halves, copies = [], [], []
+        labelled = (labels != 255).sum()
+        trainer.objective.loss.across = lambda weight: labelled / 2  # noqa: B023 (called in this iteration)
         for part in (0, 1):
             torch.set_rng_state(random[part])
             own = copy.deepcopy(model)
@@ -73,29 +82,122 @@ def test_weights_are_those_of_the_mean_gradient(config_file: Path, tmp_path: Pat
             buffer.copy_(new)  # the file has the first process's batch statistics
         losses.append(sum(halves) / 2)
 
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(losses, rel=1e-4)
     weights = load_state(tmp_path / "run/last.pt")["model"]
     for name, expected in model.state_dict().items():
         assert relative_error(weights[name].double(), expected.double()) < 1e-4, name
-    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(losses, rel=1e-4)
 
 
-def agree(rank: int, store: str) -> None:
-    """Run in each of two processes."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    processes, cpu = Processes(rank, 2), torch.device("cpu")
+def in_processes(count: int, work: Callable[..., None], folder: Path, *arguments: object) -> None:
+    """Run `work(processes, *arguments)` in `count` processes."""
+    if count == 1:
+        work(Processes(), *arguments)
+        return
+    store = str(folder / f"store{count}")
+    torch.multiprocessing.spawn(_join, (store, count, work, arguments), nprocs=count)
+
+
+def _join(rank: int, store: str, count: int, work: Callable[..., None], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    work(Processes(rank, count), *arguments)
+    torch.distributed.destroy_process_group()
+
+
+def agree(processes: Processes) -> None:
+    rank, cpu = processes.rank, torch.device("cpu")
     assert processes.any(rank == 1, cpu), "one that is to stop stops both"
     assert not processes.any(False, cpu)
-    assert processes.mean(torch.tensor([rank, float("nan") if rank else 1.0])).isfinite().tolist() == [
-        True,
-        False,
-    ]
-    torch.distributed.destroy_process_group()
+    assert processes.mean(torch.tensor(float(rank))) == 0.5
+    assert processes.gather(lambda: rank) == [0, 1]
+    assert processes.decided(lambda: rank) == 0
+    with pytest.raises(DataError, match="only here"):
+        processes.gather(lambda: fail_in(processes, 1))
+    for before in (0, 1, 2):  # the one that fails has agreed on fewer numbers than the other will ask for
+        with pytest.raises(DataError if rank else FailedElsewhere):
+            fail_after(processes, before)
+    assert processes.mean(torch.ones(())) == 1, "and they are in step again"
+
+
+def fail_in(processes: Processes, rank: int) -> None:
+    if processes.rank == rank:
+        raise DataError("only here")
+
+
+def fail_after(processes: Processes, means: int) -> None:
+    with processes.together(torch.device("cpu")):
+        for number in range(2):
+            if number == means:
+                fail_in(processes, 1)
+            processes.mean(torch.ones(()))
+        fail_in(processes, 1)
 
 
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(agree, (str(tmp_path / "store"),), nprocs=2)
+    in_processes(2, agree, tmp_path)
+
+
+def evaluate_share(processes: Processes, config_file: Path, out: Path) -> None:
+    config = load_config(config_file, ["model.mask.policy=edge"])
+    torch.manual_seed(0)
+    model, dataset = build_model(config), build_dataset("scenes", config.data.root, "train")
+    for limit in (2, 7):  # fewer than processes, and a number that does not divide
+        result = evaluate(model, dataset, config.data, Way(), limit, processes=processes)
+        (out / f"{processes.count}-{processes.rank}-{limit}").write_bytes(pickle.dumps(result))
+
+
+@pytest.mark.slow
+def test_evaluation_is_the_same_for_any_number_of_processes(config_file: Path, tmp_path: Path) -> None:
+    for count in (1, 2, 3):
+        in_processes(count, evaluate_share, tmp_path, config_file, tmp_path)
+    for limit in (2, 7):
+        alone = pickle.loads((tmp_path / f"1-0-{limit}").read_bytes())
+        assert alone.images == limit
+        assert alone.metrics.confusion.dtype == np.int64
+        assert alone.metrics.confusion.sum() > 0
+        for count, rank in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)):
+            shared = pickle.loads((tmp_path / f"{count}-{rank}-{limit}").read_bytes())
+            assert (shared.metrics.confusion == alone.metrics.confusion).all()
+            assert shared.metrics.as_dict() == alone.metrics.as_dict()
+            assert (shared.fine_fraction, shared.images) == (alone.fine_fraction, limit)
+
+
+@pytest.mark.parametrize(("total", "count"), [(7, 3), (2, 3), (0, 2), (10, 1), (500, 7)])
+def test_shares_are_whole_and_even(total: int, count: int) -> None:
+    shares = [Processes(rank, count).share(total) for rank in range(count)]
+    assert [item for share in shares for item in share] == list(range(total))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def train_with_fixed_statistics(processes: Processes, config: Config, folder: Path) -> None:
+    trainer = Trainer(config, folder, processes=processes)
+    trainer._set_training = lambda: None  # type: ignore[method-assign]
+    trainer.model.eval()
+    trainer.run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [[], ["train.loss.ohem_threshold=1e-9", "train.loss.ohem_min_kept=1"]])
+def test_two_processes_train_as_one(config_file: Path, tmp_path: Path, settings: list[str]) -> None:
+    """With batch statistics fixed, the gradient of all labelled pixels is that of one process."""
+    config = load_config(config_file, ["train.iterations=20", "train.lr=0.02", *settings])
+    for count in (1, 2):
+        in_processes(count, train_with_fixed_statistics, tmp_path, config, tmp_path / str(count))
+    alone, shared = (load_state(tmp_path / f"{count}/last.pt")["model"] for count in (1, 2))
+    start = Trainer(config, tmp_path / "start").model.state_dict()
+    for name, weight in alone.items():
+        if weight.is_floating_point():
+            moved = (weight - start[name]).double().norm()
+            assert (weight - shared[name]).double().norm() <= 1e-3 * moved, name
+    logs = [
+        [json.loads(line) for line in (tmp_path / f"{count}/log.jsonl").read_text().splitlines()]
+        for count in (1, 2)
+    ]
+    for one, two in zip(*logs, strict=True):
+        for key in {"loss", "val_loss", "miou"} & one.keys():
+            assert one[key] == pytest.approx(two[key], rel=1e-4), key
 
 
 def test_parts_make_up_the_batches() -> None:

@@ -190,7 +190,7 @@ def test_a_mask_and_its_network_are_trained_together_and_resumed(tiny, tmp_path,
 
     def then_stop() -> None:
         after_step()
-        broken._stop = True
+        broken.stop.requested = True
 
     monkeypatch.setattr(broken, "_after_step", then_stop)
     with pytest.raises(TrainingError, match="stopped at iteration 1"):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparse_seg.config import LossConfig, TrainConfig
-from sparse_seg.training.losses import Outputs, SegmentationLoss, hard_pixel_mean
+from sparse_seg.training.losses import Outputs, SegmentationLoss, hard_pixels
 from sparse_seg.training.schedule import build_optimizer, learning_rate
 
 
@@ -80,13 +80,13 @@ def test_ohem_keeps_hard_pixels_only(logits, labels):
 
 def test_ohem_keeps_a_least_share():
     losses = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    assert hard_pixel_mean(losses, math.exp(-9), 0.5) == pytest.approx(0.35)
+    assert hard_pixels(losses, math.exp(-9), 0.5).mean() == pytest.approx(0.35)
 
 
 def test_ohem_without_a_hard_pixel_is_no_nan():
-    assert hard_pixel_mean(torch.tensor([0.1, 0.2]), math.exp(-9), 0.0) == pytest.approx(0.2)
+    assert hard_pixels(torch.tensor([0.1, 0.2]), math.exp(-9), 0.0).mean() == pytest.approx(0.2)
 
 
 def test_ohem_sorts_only_where_too_few_are_hard(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "topk", None)
-    assert hard_pixel_mean(torch.tensor([0.1, 0.2, 0.3, 0.4]), math.exp(-0.25), 0.5) == pytest.approx(0.35)
+    assert hard_pixels(torch.tensor([0.1, 0.2, 0.3, 0.4]), math.exp(-0.25), 0.5).mean() == pytest.approx(0.35)

@@ -233,7 +233,7 @@ def test_finish_training_starts_goes_on_and_leaves_alone(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_demo_says_resume_hint(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "_after_step", lambda trainer: trainer._request_stop(signal.SIGINT, None))
+    monkeypatch.setattr(Trainer, "_after_step", lambda trainer: trainer.stop.request(signal.SIGINT, None))
     with pytest.raises(TrainingError, match="stopped at iteration 1; run it again to resume"):
         finish_training(load_config(tiny), tmp_path / "run")
 

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
-import torch
-from tqdm import tqdm
 
 from sparse_seg.checkpoint import load_model
 from sparse_seg.data import build_dataset
-from sparse_seg.data.dataset import IGNORE_INDEX, Image
-from sparse_seg.data.transforms import normalise
 from sparse_seg.files import atomic_write
 from sparse_seg.lab.ablation.grid import Cell
 from sparse_seg.lab.ablation.runner import Ablation
-from sparse_seg.lab.report.html import Section, photo, plot, write_report
-from sparse_seg.lab.report.overlays import colourise, draw_levels, overlay
+from sparse_seg.lab.frames import Case, explore
+from sparse_seg.lab.report.explorer import SCRIPT, STYLE, Explorer
+from sparse_seg.lab.report.html import Part, Section, plot, write_report
 from sparse_seg.lab.report.plots import cost_curve
 from sparse_seg.lab.report.tables import Column, Table
-from sparse_seg.masks import block_levels
+from sparse_seg.models.way import Way
 
 Rows = Sequence[dict[str, Any]]
-SHOWN = 4  # frames in the report
 _MARK = {True: "x", False: ""}
 _WAY = (Column("network", "network"), Column("run", "run"), Column("exchange", "exchange"))
 
@@ -109,21 +104,23 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
         "seconds of a training step, the teacher's forward pass included."
     )
     curves = [plot(plots["gmacs"], "mIoU against GMACs"), plot(plots["milliseconds"], "mIoU against ms")]
-    sections = [
-        Section("Accuracy and cost", text, table),
+    explorer, links = _explorer(ablation, rows)
+    sections: list[Part] = [
+        Section("Accuracy and cost", text, table, links),
         Section("mIoU by seed", table=seeds),
         Section("Quality against cost", pictures=curves, pictures_per_row=2),
         Section("IoU by class: the first row, and the others' difference from it", table=classes),
-        *_frames(ablation, rows),
+        *([explorer] if explorer else []),
     ]
-    write_report(work_dir / "report.html", spec.title, sections)
+    write_report(work_dir / "report.html", spec.title, sections, STYLE, SCRIPT)
 
 
 PLOTS = {"gmacs": "GMACs per image", "milliseconds": "ms per image"}
 
 
 def _pareto(rows: Rows, key: str, label: str) -> bytes:
-    """A line per network, through its runs that no other of its own beats; the baseline as reference."""
+    """A line per network, through its runs that no other of its own beats; the baseline as reference, and
+    the chord between its dense runs."""
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows[1:]:
         series.setdefault(row["network"], []).append((row[key], row["miou"]))
@@ -134,83 +131,46 @@ def _pareto(rows: Rows, key: str, label: str) -> bytes:
             if not any(c <= cost and m >= miou and (c, m) != (cost, miou) for c, m in points)
         ]
     first = {f"{rows[0]['network']}, {rows[0]['run']}": (rows[0][key], rows[0]["miou"])}
-    return cost_curve(series, label, "mIoU %", first)
+    own = [row for row in rows if row["network"] == rows[0]["network"] and row["dense"]]
+    chord = [(row[key], row["miou"]) for row in own] if len(own) > 1 else []
+    return cost_curve(series, label, "mIoU %", first, chord=chord)
 
 
-def _frames(ablation: Ablation, rows: Rows) -> list[Section]:
-    """The frames where the baseline and the best selective row differ most, by the first seed."""
+def _explorer(ablation: Ablation, rows: Rows) -> tuple[Explorer | None, dict[int, str]]:
+    """The best selective row's network and mask at each fine fraction between its dense runs, by the first
+    seed, on the frames where the baseline differs most; and links to it, by row."""
     selective = [row for row in rows if not row["dense"]]
     if not selective:
-        return []
+        return None, {}
     best = max(selective, key=lambda row: row["miou"])
     seed = ablation.grid.spec.seeds[0]
-    cells = [cell for cell in ablation.grid.cells if cell.seed == seed]
-    key = best["network"], best["run"], best["exchange"]
-    pair = cells[0], next(c for c in cells if (c.network, c.run.name, c.run.exchange) == key)
-    sections = [
-        Section(
-            "Where they differ most",
-            f"The {SHOWN} validation frames in which {_name(pair[0])} and {_name(pair[1])} (the best "
-            "selective row) disagree about most labelled pixels; those are white in the last picture where "
-            "the baseline alone is right, orange where the selective network is, grey where neither is.",
-        )
-    ]
-    for share, named in _most_different(ablation, pair):
-        pictures = [photo(image, name) for name, image in named[1]]
-        sections.append(Section(f"{named[0]}: {100 * share:.1f} % of the pixels", pictures=pictures))
-    return sections
-
-
-def _name(cell: Cell) -> str:
-    return f"{cell.network}, {cell.run.name}"
-
-
-@torch.inference_mode()
-def _most_different(
-    ablation: Ablation, pair: tuple[Cell, Cell]
-) -> list[tuple[float, tuple[str, list[tuple[str, Image]]]]]:
-    """(share of pixels, (frame, named pictures)), most different first."""
-    configs = [ablation.cell_config(cell) for cell in pair]
-    models = [
-        load_model(ablation.checkpoint(cell.network, cell.seed), config).to(ablation.device)
-        for cell, config in zip(pair, configs, strict=True)
-    ]
-    dataset = build_dataset(configs[0].data.dataset, configs[0].data.root, "val")
-    palette = dataset.classes.palette
+    cells = {(c.network, c.run.name, c.run.exchange): c for c in ablation.grid.cells if c.seed == seed}
+    own = cells[_key(best)]
+    dense, steps = [], []
+    for number, row in enumerate(rows):
+        cell = cells[_key(row)]
+        if cell.network != own.network:
+            continue
+        if row["dense"]:
+            dense.append((number, cell))
+        elif replace(cell.run, fraction=None) == replace(own.run, fraction=None):
+            steps.append((number, cell))
+    coarse = max(dense, key=lambda entry: entry[1].run.output_stride or 0, default=None)
+    steps.sort(key=lambda entry: entry[1].run.fraction or 0.0)
+    shown = [*([coarse] if coarse and len(dense) > 1 else []), *steps, (0, next(iter(cells.values())))]
+    links = {number: f"#step-{step}" for step, (number, _) in enumerate(shown)}
+    cases = [_case(ablation, cell, rows[number]) for number, cell in shown]
+    chosen = next(step for step, (_, cell) in enumerate(shown) if cell is own)
+    dataset = build_dataset(cases[0].data.dataset, cases[0].data.root, "val")
     count = min(len(dataset), ablation.grid.spec.eval_images or len(dataset))
-    found: list[tuple[float, int, list[np.ndarray], np.ndarray | None]] = []
-    for index in tqdm(range(count), desc="differences", leave=False):
-        image, label = dataset.load(index)
-        target = torch.from_numpy(label).long()[None].to(ablation.device)
-        classes, blocks = [], None
-        for cell, config, model in zip(pair, configs, models, strict=True):
-            batch = normalise(image, config.data.mean, config.data.std)[None].to(ablation.device)
-            predicted, blocks = model.classify(batch, cell.run.output_stride, labels=target)
-            classes.append(predicted[0].cpu().numpy().astype(np.uint8))
-        labelled = label != IGNORE_INDEX
-        share = float((classes[0] != classes[1])[labelled].mean()) if labelled.any() else 0.0
-        levels = None if blocks is None else block_levels(blocks, models[1].strides)[0].cpu().numpy()
-        found = sorted([*found, (share, index, classes, levels)], key=lambda entry: -entry[0])[:SHOWN]
-    results = []
-    for share, index, (dense, selective), levels in found:
-        image, label = dataset.load(index)
-        pictures = [("input", image), ("label", colourise(label, palette))]
-        if levels is not None:
-            pictures.append(("stride by block", draw_levels(image, levels, models[1].strides)))
-        pictures += [
-            (_name(pair[0]), overlay(image, dense, palette)),
-            (_name(pair[1]), overlay(image, selective, palette)),
-            ("difference", _difference(image, label, dense, selective)),
-        ]
-        results.append((share, (dataset.name(index), pictures)))
-    return results
+    return explore(cases, chosen, dataset, count, f"Weights of seed {seed}."), links
 
 
-def _difference(image: Image, label: np.ndarray, dense: np.ndarray, selective: np.ndarray) -> Image:
-    """The image, darkened and blue, with the pixels on which both disagree in white, orange or grey."""
-    picture = (image * np.array([0.25, 0.35, 0.6])).astype(np.uint8)
-    differ = (dense != selective) & (label != IGNORE_INDEX)
-    picture[differ] = 128
-    picture[differ & (dense == label)] = 255
-    picture[differ & (selective == label)] = (255, 140, 0)
-    return picture
+def _key(row: dict[str, Any]) -> tuple[str, str, str | None]:
+    return row["network"], row["run"], row["exchange"]
+
+
+def _case(ablation: Ablation, cell: Cell, row: dict[str, Any]) -> Case:
+    config = ablation.cell_config(cell)
+    model = load_model(ablation.checkpoint(cell.network, cell.seed), config).to(ablation.device).eval()
+    return Case(f"{cell.network}, {cell.run.name}", row, model, Way(cell.run.output_stride), config.data)

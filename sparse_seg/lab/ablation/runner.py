@@ -11,12 +11,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from sparse_seg.checkpoint import find, load_model
 from sparse_seg.config import Config, to_dict
@@ -27,6 +27,8 @@ from sparse_seg.files import atomic_write
 from sparse_seg.lab.ablation.grid import Cell, Grid, slug
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.models.way import Way
+from sparse_seg.processes import Processes
+from sparse_seg.progress import say
 from sparse_seg.training.checkpoint import best_of, save_checkpoint
 from sparse_seg.training.finish import finish_training, is_finished
 from sparse_seg.training.statistics import recalibrate_batch_norm
@@ -43,6 +45,7 @@ class Ablation:
         work_dir: created if need be.
         checkpoint: use it as the first network, for all seeds, instead of training that one.
         device: where to train and evaluate.
+        processes: that share each training and each evaluation; the first one writes the files.
     """
 
     def __init__(
@@ -51,8 +54,10 @@ class Ablation:
         work_dir: str | Path,
         checkpoint: str | Path | None = None,
         device: torch.device | str = "cpu",
+        processes: Processes | None = None,
     ) -> None:
         self.grid, self.work_dir, self.device = grid, Path(work_dir), torch.device(device)
+        self.processes = processes or Processes()
         self.given = {next(iter(grid.networks)): find(checkpoint)} if checkpoint is not None else {}
         if checkpoint is not None:
             load_model(checkpoint, next(iter(grid.configs.values())))  # before hours of other work
@@ -131,37 +136,36 @@ class Ablation:
             TrainingError: training failed, or its folder holds a run of another config.
             DataError, CheckpointError: as of training and evaluation.
         """
-        trainings = [(name, seed) for name, seed in self.grid.trainings if not self.is_trained(name, seed)]
         _finish(
-            trainings,
+            self.processes,
+            self.grid.trainings,
             lambda job: self.folder(*job) / ".lock",
             lambda job: self.is_trained(*job),
             lambda job: all(self.is_trained(name, job[1]) for name in self.grid.networks[job[0]].others),
             lambda job: self.train(*job),
         )
-        cells = [cell for cell in self.grid.cells if self.result(cell) is None]
-        bar = tqdm(total=len(cells), desc="cells", disable=not cells)
         _finish(
-            cells,
+            self.processes,
+            self.grid.cells,
             lambda cell: self._cell_path(cell).with_suffix(".lock"),
             lambda cell: self.result(cell) is not None,
             lambda cell: True,
             self.evaluate,
-            bar,
         )
-        bar.close()
 
     def train(self, name: str, seed: int) -> None:
         """Train a network, resume its training, or recalibrate its source's batch norm."""
         config, network = self.config(name, seed), self.grid.networks[name]
         if network.source is None:
-            tqdm.write(f"training {name}, seed {seed}")
-            finish_training(config, self.folder(name, seed), self.device)
+            if self.processes.is_first:
+                say(f"training {name}, seed {seed}")
+            finish_training(config, self.folder(name, seed), self.device, self.processes)
             return
         assert network.statistics is not None
         model = load_model(self.checkpoint(network.source, seed), config).to(self.device)
         recalibrate_batch_norm(model, config, network.statistics)
-        save_checkpoint(self.checkpoint(name, seed), config, model.state_dict())
+        if self.processes.is_first:
+            save_checkpoint(self.checkpoint(name, seed), config, model.state_dict())
 
     def evaluate(self, cell: Cell) -> None:
         """Measure a cell's accuracy and write its file."""
@@ -169,7 +173,10 @@ class Ablation:
         model = load_model(self.checkpoint(cell.network, cell.seed), config).to(self.device)
         dataset = build_dataset(config.data.dataset, config.data.root, "val")
         images = self.grid.spec.eval_images
-        result = evaluate(model, dataset, config.data, Way(cell.run.output_stride), images, progress=True)
+        way = Way(cell.run.output_stride)
+        result = evaluate(model, dataset, config.data, way, images, True, processes=self.processes)
+        if not self.processes.is_first:
+            return
         content: dict[str, Any] = {
             "network": cell.network,
             "seed": cell.seed,
@@ -180,6 +187,7 @@ class Ablation:
         }
         del content["metrics"]["confusion"]
         atomic_write(self._cell_path(cell), json.dumps(content, indent=1) + "\n")
+        say(f"evaluated {cell.slug}: mIoU {100 * result.metrics.miou:.2f}")
 
     def results(self) -> list[dict[str, Any]]:
         """All cells' results, in order.
@@ -197,30 +205,40 @@ class Ablation:
 
 
 def _finish(
+    processes: Processes,
     jobs: Sequence[_T],
     lock_of: Callable[[_T], Path],
     is_done: Callable[[_T], bool],
     is_ready: Callable[[_T], bool],
     work: Callable[[_T], None],
-    bar: tqdm | None = None,
 ) -> None:
-    """Do all jobs; those that another process holds come last."""
-    left = list(jobs)
+    """Do all jobs that are not done; those that another run holds come last. The first process decides."""
+    left = processes.decided(lambda: [job for job in jobs if not is_done(job)])
     while left:
         before = len(left)
         for job in list(left):
-            if not is_ready(job):
-                continue
-            with locked(lock_of(job)) as free:
-                if not free:
+            with ExitStack() as held:
+                state = processes.decided(partial(_take, job, lock_of, is_done, is_ready, held))
+                if state == "busy":
                     continue
-                if not is_done(job):
+                if state == "to do":
                     work(job)
             left.remove(job)
-            if bar is not None:
-                bar.update()
         if len(left) == before:
             time.sleep(WAIT)
+
+
+def _take(
+    job: _T,
+    lock_of: Callable[[_T], Path],
+    is_done: Callable[[_T], bool],
+    is_ready: Callable[[_T], bool],
+    held: ExitStack,
+) -> str:
+    """Take a job's lock, held until `held` ends, if the job can be done now."""
+    if not (is_ready(job) and held.enter_context(locked(lock_of(job)))):
+        return "busy"
+    return "done" if is_done(job) else "to do"
 
 
 @contextmanager

@@ -12,7 +12,9 @@ import torch
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.data.transforms import normalise
-from sparse_seg.lab.report.html import Section, photo, plot, write_report
+from sparse_seg.lab.frames import Case, explore
+from sparse_seg.lab.report.explorer import SCRIPT, STYLE
+from sparse_seg.lab.report.html import Part, Picture, Section, plot, write_report
 from sparse_seg.lab.report.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
 from sparse_seg.lab.report.plots import cost_curve
 from sparse_seg.lab.report.tables import Column, Table
@@ -53,40 +55,66 @@ def write_comparison(
     model: SelectiveSegmentor,
     dataset: SegmentationDataset,
     data: DataConfig,
-    shown: Sequence[Way],
-    images: int = 4,
+    ways: Sequence[Way],
+    limit: int | None = None,
 ) -> None:
-    """Write the report: table, curves of quality against cost, some images run in the `shown` ways.
+    """Write the report: table, curves of quality against cost, frames run dense and under the first policy.
 
-    The first image's pictures also go together into a PNG file of the same name.
+    The first frame's pictures also go together into a PNG file of the same name.
+
+    Args:
+        ways: those of the rows, as `comparison_ways` gives them.
+        limit: choose among the first so many frames.
     """
-    curves = [
-        plot(_curve(rows, "miou", "mIoU %"), "mIoU against multiply-adds"),
-        plot(_curve(rows, "boundary_miou", "boundary mIoU %"), "boundary mIoU (3 px) against multiply-adds"),
+    dense = [way for way in ways if way.is_dense]
+    first = ways[len(dense)]
+    selective = [way for way in ways if (way.mask, way.exchange) == (first.mask, first.exchange)]
+    steps = [dense[-1], *sorted(selective, key=lambda way: way.fine_fraction or 0.0), dense[0]]
+    by_name = {row["network"]: row for row in rows}
+    cases = [Case(way.name, by_name[way.name], model, way, data) for way in steps]
+    chosen = len(steps) // 2
+    links = {number: f"#step-{steps.index(way)}" for number, way in enumerate(ways) if way in steps}
+    names = [row["network"] for row in rows]
+    sections: list[Part] = [
+        Section(
+            "Accuracy and cost",
+            description,
+            comparison_table(rows),
+            {names.index(ways[number].name): link for number, link in links.items()},
+        ),
+        Section("Quality against cost", CHORD, pictures=_curves(rows, dense), pictures_per_row=2),
+        explore(cases, chosen, dataset, min(len(dataset), limit or len(dataset))),
     ]
-    sections = [
-        Section("Accuracy and cost", description, comparison_table(rows)),
-        Section("Quality against cost", pictures=curves, pictures_per_row=2),
-    ]
-    for index in np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int):
-        named = runs_on_image(model, dataset, data, index, shown)
-        sections.append(Section(dataset.name(index), pictures=[photo(image, name) for name, image in named]))
-        if index == 0:
-            rows_of_three = [named[start : start + 3] for start in range(0, len(named), 3)]
-            write_image(Path(path).with_suffix(".png"), contact_sheet(rows_of_three))
-    write_report(path, title, sections)
+    named = runs_on_image(model, dataset, data, 0, [*dense, steps[chosen]])
+    rows_of_three = [named[start : start + 3] for start in range(0, len(named), 3)]
+    write_image(Path(path).with_suffix(".png"), contact_sheet(rows_of_three))
+    write_report(path, title, sections, STYLE, SCRIPT)
 
 
-def _curve(rows: Rows, key: str, label: str) -> bytes:
-    series: dict[str, list[tuple[float, float]]] = {}
-    references = {}
-    for row in rows:
-        point = (row["gmacs"], row[key])
-        if row["policy"] is None:
-            references[row["network"]] = point
-        else:
-            series.setdefault(row["policy"], []).append(point)
-    return cost_curve(series, "GMACs per image", label, references)
+CHORD = (
+    "Dotted: the chord between the dense networks, which a mixture of both reaches. Only what lies above it "
+    "is worth its cost."
+)
+_COSTS = {"gmacs": "GMACs per image", "milliseconds": "ms per image"}
+_QUALITIES = {"miou": "mIoU %", "boundary_miou": "boundary mIoU %"}
+
+
+def _curves(rows: Rows, dense: Sequence[Way]) -> list[Picture]:
+    """Each quality against each cost that was measured."""
+    pictures = []
+    for key, label in _QUALITIES.items():
+        for cost, unit in _COSTS.items():
+            if any(row[cost] is None for row in rows):
+                continue
+            series: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                if row["policy"] is not None:
+                    series.setdefault(row["policy"], []).append((row[cost], row[key]))
+            points = {row["network"]: (row[cost], row[key]) for row in rows if row["policy"] is None}
+            chord = [points[way.name] for way in (dense[-1], dense[0])]
+            content = cost_curve(series, unit, label, points, chord=chord)
+            pictures.append(plot(content, f"{label.removesuffix(' %')} against {unit.split()[0]}"))
+    return pictures
 
 
 @torch.inference_mode()

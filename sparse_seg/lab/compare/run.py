@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
@@ -21,6 +20,7 @@ from sparse_seg.masks import MaskPolicy
 from sparse_seg.models.passes import Pass, now
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
+from sparse_seg.progress import bar
 
 
 def comparison_ways(
@@ -117,10 +117,8 @@ def compare(
         for way in ways
     ]
     shares = not timed and not model.has_undilated
-    loader = evaluation_loader(dataset, data.mean, data.std, data.workers)
-    for image, label, index in tqdm(loader, total=count, disable=not progress, desc="compare", leave=False):
-        if index >= count:
-            break
+    loader = evaluation_loader(dataset, data.mean, data.std, data.workers, range(count))
+    for image, label, index in bar(loader, "compare", count, progress):
         image, label = image.to(device), label.to(device)
         coarse = model.start(image, label).start_coarse() if shares else None
         for result in results:

@@ -2,9 +2,10 @@
 
 import base64
 import html
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -62,11 +63,15 @@ def plot(png: bytes, caption: str = "") -> Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it, in this order. Blank lines in `text` part paragraphs."""
+    """A heading and what stands under it, in this order. Blank lines in `text` part paragraphs.
+
+    `links` are places in the page by row of the table.
+    """
 
     heading: str
     text: str = ""
     table: Table | None = None
+    links: Mapping[int, str] = field(default_factory=dict)
     pictures: Sequence[Picture] = ()
     pictures_per_row: int = 3
 
@@ -75,7 +80,7 @@ class Section:
         parts = [f"<h2>{html.escape(self.heading)}</h2>"]
         parts += [f"<p>{html.escape(paragraph)}</p>" for paragraph in self.text.split("\n\n") if paragraph]
         if self.table is not None:
-            parts.append(f'<div class="wide">{self.table.to_html()}</div>')
+            parts.append(f'<div class="wide">{self.table.to_html(self.links)}</div>')
         if self.pictures:
             parts.append(self._pictures())
         return "<section>\n" + "\n".join(parts) + "\n</section>"
@@ -88,13 +93,21 @@ class Section:
         return f'<div class="{kind}" style="{style}">\n{figures}\n</div>'
 
 
-def write_report(path: str | Path, title: str, sections: Sequence[Section]) -> None:
+class Part(Protocol):
+    """A part of a page."""
+
+    def to_html(self) -> str: ...
+
+
+def write_report(
+    path: str | Path, title: str, sections: Sequence[Part], style: str = "", script: str = ""
+) -> None:
     """Write the sections as one HTML page to `path`, atomically. Raises OSError if it cannot be written."""
-    atomic_write(path, page(title, sections))
+    atomic_write(path, page(title, sections, style, script))
 
 
-def page(title: str, sections: Sequence[Section]) -> str:
-    """The whole HTML page as text."""
+def page(title: str, sections: Sequence[Part], style: str = "", script: str = "") -> str:
+    """The whole HTML page as text, with more style and a script that runs at its end."""
     heading = html.escape(title)
     body = "\n".join(section.to_html() for section in sections)
     return f"""<!DOCTYPE html>
@@ -103,11 +116,12 @@ def page(title: str, sections: Sequence[Section]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{heading}</title>
-<style>{CSS}</style>
+<style>{CSS}{style}</style>
 </head>
 <body>
 <h1>{heading}</h1>
 {body}
+{f"<script>{script}</script>" if script else ""}
 </body>
 </html>
 """

@@ -20,11 +20,13 @@ def cost_curve(
     ylabel: str,
     points: Mapping[str, Point] | None = None,
     image_format: Literal["png", "svg"] = "png",
+    chord: Sequence[Point] = (),
 ) -> bytes:
     """Quality over cost: one line per series, and single networks (dense OS8, OS16) as references.
 
     series: name -> (cost, value) pairs, drawn in order of cost. points: name -> (cost, value), drawn as a
-    marker on a dashed horizontal line. Returns the image file's content.
+    marker on a dashed horizontal line. chord: (cost, value) places joined by a dotted line.
+    Returns the image file's content.
     Raises SparseSegError without matplotlib, ValueError if there is nothing to draw.
     """
     references = points or {}
@@ -35,6 +37,8 @@ def cost_curve(
     for number, (name, values) in enumerate(series.items()):
         _draw_series(axes, number, name, values)
     _draw_references(axes, references)
+    if chord:
+        axes.plot(*zip(*chord, strict=True), color=REFERENCE_COLOUR, linestyle=":", zorder=2)
     _style(axes, xlabel, ylabel)
     return picture(figure, image_format)
 

@@ -74,10 +74,14 @@ class Table:
             writer.writerow(["" if _is_missing(value) else value for value in values])
         return out.getvalue()
 
-    def to_html(self) -> str:
-        """A `<table>`; cells of numeric columns have the class `number`."""
+    def to_html(self, links: Mapping[int, str] | None = None) -> str:
+        """A `<table>`; cells of numeric columns have the class `number`.
+
+        links: where the first cell of a row leads, by row.
+        """
         head = self._html_row("th", self._titles())
-        body = "\n".join(self._html_row("td", cells) for cells in self._cells())
+        rows = enumerate(self._cells())
+        body = "\n".join(self._html_row("td", cells, (links or {}).get(row)) for row, cells in rows)
         return f"<table>\n<thead>\n{head}\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
     def _titles(self) -> list[str]:
@@ -97,9 +101,12 @@ class Table:
             [pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)] for line in lines
         ]
 
-    def _html_row(self, tag: str, cells: list[str]) -> str:
+    def _html_row(self, tag: str, cells: list[str], link: str | None = None) -> str:
         kinds = [' class="number"' if numeric else "" for numeric in self._numeric()]
-        written = [f"<{tag}{k}>{html.escape(cell)}</{tag}>" for k, cell in zip(kinds, cells, strict=True)]
+        inside = [html.escape(cell) for cell in cells]
+        if link is not None:
+            inside[0] = f'<a href="{html.escape(link)}">{inside[0]}</a>'
+        written = [f"<{tag}{k}>{cell}</{tag}>" for k, cell in zip(kinds, inside, strict=True)]
         return f"<tr>{''.join(written)}</tr>"
 
 

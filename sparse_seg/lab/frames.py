@@ -1,0 +1,160 @@
+"""Frames for a report: those on which two networks differ most, run at every step of a slider."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from sparse_seg.config import DataConfig
+from sparse_seg.data.dataset import IGNORE_INDEX, Image, SegmentationDataset
+from sparse_seg.data.transforms import normalise
+from sparse_seg.lab.benchmark.runtimes import lift
+from sparse_seg.lab.report.explorer import Explorer, Frame, Shot
+from sparse_seg.lab.report.html import Picture, photo
+from sparse_seg.lab.report.overlays import colourise, draw_levels, overlay
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
+from sparse_seg.progress import bar
+
+SHOWN = 4  # frames
+WIDTH = 720  # px of a picture, at most
+_Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, run one way; `row` has its `miou`, `gmacs` and `milliseconds`, over the dataset."""
+
+    name: str
+    row: _Row
+    model: SelectiveSegmentor
+    way: Way
+    data: DataConfig
+
+    @torch.inference_mode()
+    def classes(self, image: Image, label: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Classes `[H, W]` of a frame, and the level of every block unless dense."""
+        device = next(self.model.parameters()).device
+        batch = normalise(image, self.data.mean, self.data.std)[None].to(device)
+        target = torch.from_numpy(label.astype(np.int64))[None].to(device)
+        run = self.model.start(batch, target).follow(self.way)
+        levels = None if run.mask is None else run.levels[0].cpu().numpy()
+        return run.classes()[0].cpu().numpy().astype(np.uint8), levels
+
+
+def explore(
+    cases: Sequence[Case],
+    chosen: int,
+    dataset: SegmentationDataset,
+    count: int,
+    text: str = "",
+) -> Explorer:
+    """Cases from the dense coarse network to the dense fine one, on the frames that show most.
+
+    Args:
+        chosen: the case that is compared with the last one, to choose frames, and that is shown first.
+        count: choose among the first so many frames.
+    """
+    fine = cases[-1]
+    frames = most_different((fine, cases[chosen]), dataset, count)
+    text += (
+        f" The frames are those on which {fine.name} and {cases[chosen].name} disagree about most labelled "
+        "pixels, no two of one place in a sequence. In the pictures of differences, pixels are white where "
+        "the first alone is right, orange where the second alone is, grey where neither is. Left of the line "
+        f"is {fine.name}."
+    )
+    mixed = (
+        cases[0].row if cases[0].model is fine.model else None
+    )  # lift compares ways to run the same weights
+    return Explorer(
+        "What the fine fraction changes",
+        text.strip(),
+        [(case.name, numbers(case.row, mixed, fine.row)) for case in cases],
+        [_frame(cases, chosen, dataset, index, share) for share, index in frames],
+        chosen,
+    )
+
+
+def numbers(row: _Row, coarse: _Row | None, fine: _Row) -> str:
+    """Accuracy and cost of a row, and its lift over a mixture of two dense ones."""
+    text = f"mIoU {row['miou']:.2f} %, {row['gmacs']:.2f} GMACs"
+    if row["milliseconds"] is None:
+        return text
+    text += f", {row['milliseconds']:.1f} ms"
+    if coarse is None or row in (coarse, fine):
+        return text
+    mious, times = ([one[key] for one in (row, coarse, fine)] for key in ("miou", "milliseconds"))
+    if mious[1] == mious[2] or times[1] == times[2]:
+        return text
+    return f"{text}, lift {lift((mious[0], mious[1], mious[2]), (times[0], times[1], times[2])):+.2f}"
+
+
+def most_different(
+    pair: tuple[Case, Case], dataset: SegmentationDataset, count: int
+) -> list[tuple[float, int]]:
+    """(share of labelled pixels on which two cases differ, frame), most first, without near neighbours."""
+    found = []
+    for index in bar(range(count), "differences", count):
+        image, label = dataset.load(index)
+        labelled = label != IGNORE_INDEX
+        one, other = (case.classes(image, label)[0] for case in pair)
+        found.append((float((one != other)[labelled].mean()) if labelled.any() else 0.0, index))
+    chosen: list[tuple[float, int]] = []
+    reach = count // (3 * SHOWN)
+    names = [_sequence(dataset.name(index)) for index in range(count)]
+    for share, index in sorted(found, key=lambda entry: -entry[0]):
+        near = (other for _, other in chosen if abs(other - index) <= reach)
+        if len(chosen) < SHOWN and not any(names[other] == names[index] for other in near):
+            chosen.append((share, index))
+    return chosen
+
+
+def _sequence(name: str) -> str:
+    """A frame's name without its number: `Seq05VD_f00210` is of `Seq05VD_f`."""
+    return re.sub(r"\d+\D*$", "", name)
+
+
+def _frame(
+    cases: Sequence[Case], chosen: int, dataset: SegmentationDataset, index: int, share: float
+) -> Frame:
+    image, label = dataset.load(index)
+    palette = dataset.classes.palette
+    runs = [case.classes(image, label) for case in cases]
+    shots = []
+    for case, (classes, levels) in zip(cases, runs, strict=True):
+        blocks = None
+        if levels is not None:
+            blocks = _photo(draw_levels(image, levels, case.model.strides), f"stride by block: {case.name}")
+        shots.append(Shot(_photo(overlay(image, classes, palette), case.name), blocks))
+    still = {
+        "input": image,
+        "label": colourise(label, palette),
+        "difference": _difference(image, label, runs[-1][0], runs[chosen][0]),
+    }
+    note = f"{100 * share:.1f} % of the labelled pixels differ"
+    pictures = [_photo(picture, name) for name, picture in still.items()]
+    return Frame(dataset.name(index), note, pictures, shots[-1].prediction, shots)
+
+
+def _photo(image: Image, caption: str) -> Picture:
+    height, width = image.shape[:2]
+    if width > WIDTH:
+        size = WIDTH, round(height * WIDTH / width)
+        return photo(cv2.resize(image, size, interpolation=cv2.INTER_AREA), caption)
+    return photo(image, caption)
+
+
+def _difference(image: Image, label: np.ndarray, dense: np.ndarray, selective: np.ndarray) -> Image:
+    """The image, darkened and blue, with the pixels on which both disagree in white, orange or grey."""
+    picture = (image * np.array([0.25, 0.35, 0.6])).astype(np.uint8)
+    differ = (dense != selective) & (label != IGNORE_INDEX)
+    picture[differ] = 128
+    picture[differ & (dense == label)] = 255
+    picture[differ & (selective == label)] = (255, 140, 0)
+    return picture

@@ -1,0 +1,215 @@
+"""Processes that work together, usually with a GPU each, as torchrun starts them.
+
+All take the same steps in the same order. What they have to agree on goes through here, so that an error in
+one reaches all of them, and a process that is gone is an error rather than an endless wait.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparse_seg.errors import SparseSegError, TrainingError
+
+TIMEOUT = timedelta(minutes=30)  # of a process that waits for the others
+PATIENCE = 5.0  # seconds in which the first process says what happened, before another one does
+_Module = TypeVar("_Module", bound=nn.Module)
+_T = TypeVar("_T")
+
+
+class ProcessLost(TrainingError):
+    """Another process has ended, or this one is told to, as torchrun does then."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this job has ended")
+
+
+class FailedElsewhere(TrainingError):
+    """Another process could not do its part; it says why."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's `rank` among `count`; with one process, everything below does nothing."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, total: int) -> range:
+        """This process's part of `total` items: contiguous, and as long as any other but for one item."""
+        return range(total * self.rank // self.count, total * (self.rank + 1) // self.count)
+
+    def seed(self, seed: int, iteration: int) -> None:
+        """Seed this process differently from the first, which keeps torch's state."""
+        if not self.is_first:
+            sequence = np.random.SeedSequence([seed, iteration, self.rank])
+            torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+    def share_norms(self, model: _Module, device: torch.device) -> _Module:
+        """The model with batch norms that see the whole batch, where the device can."""
+        if self.count == 1 or device.type != "cuda":
+            return model
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    # -- what all do at the same time ----------------------------------------------------------------------
+
+    @contextmanager
+    def together(self, device: torch.device) -> Iterator[None]:
+        """Work that succeeds in all processes or fails in all, at the latest where it ends.
+
+        It may ask for a `mean`, but for nothing else that all do at the same time.
+
+        Raises:
+            FailedElsewhere: it failed in another process.
+        """
+        try:
+            yield
+        except (FailedElsewhere, ProcessLost):
+            raise
+        except (SparseSegError, OSError):
+            self._sum(torch.zeros((), device=device), failed=True)
+            raise
+        self.mean(torch.zeros((), device=device))
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a number over all processes, the same in each.
+
+        Raises:
+            FailedElsewhere: another process failed in this work, see `together`.
+        """
+        if self.count == 1:
+            return value
+        total, failed = self._sum(value)
+        if failed > 0:
+            raise FailedElsewhere("another process failed")
+        return (total / self.count).to(value.dtype)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set in any process."""
+        return bool(self._sum(torch.tensor(float(flag), device=device))[0] > 0)
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace gradients by their mean over all processes; the same parameters have one in all."""
+        if self.count == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        with _loss_named():
+            dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            torch.div(mean.view_as(gradient), self.count, out=gradient)
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all the first process's batch statistics."""
+        if self.count > 1:
+            with _loss_named():
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+
+    def gather(self, work: Callable[[], _T]) -> list[_T]:
+        """What the work gives in each process, by rank.
+
+        Raises:
+            SparseSegError, OSError: as of the work in the first process where it failed.
+        """
+        try:
+            own: Any = work()
+        except ProcessLost:
+            raise
+        except (SparseSegError, OSError) as error:
+            own = error
+        found = [own] * self.count
+        if self.count > 1:
+            with _loss_named():
+                dist.all_gather_object(found, own)
+        for one in found:
+            if isinstance(one, Exception):
+                raise one
+        return found
+
+    def decided(self, decide: Callable[[], _T]) -> _T:
+        """What the first process decides."""
+        return self.gather(lambda: decide() if self.is_first else None)[0]  # type: ignore[return-value]
+
+    def _sum(self, value: Tensor, failed: bool = False) -> tuple[Tensor, Tensor]:
+        """Sums over all processes of a number and of a flag that says where work has failed."""
+        pair = torch.stack([value.detach().double(), value.new_tensor(float(failed), dtype=torch.float64)])
+        if self.count > 1:
+            with _loss_named():
+                dist.all_reduce(pair)
+        return pair[0], pair[1]
+
+
+@contextmanager
+def _loss_named() -> Iterator[None]:
+    """Raises ProcessLost where a connection to another process breaks."""
+    try:
+        yield
+    except RuntimeError:  # of gloo and NCCL alike, with their own words
+        raise ProcessLost from None
+
+
+@contextmanager
+def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
+    """Join the processes that torchrun started, if it did; resolves `cuda` to this process's GPU.
+
+    Of an error, one process raises the one line, and the others exit with code 1.
+
+    Raises:
+        TrainingError: a GPU is named, or there are fewer of them than processes on this machine.
+    """
+    if not dist.is_torchelastic_launched():
+        yield Processes(), device
+        return
+    if device.type == "cuda":
+        if device.index is not None:
+            raise TrainingError(f"torchrun gives each process its GPU: --device cuda, not {device}")
+        number, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= found:
+            raise TrainingError(f"{found} GPUs are fewer than processes: lower --nproc_per_node")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    signal.signal(signal.SIGTERM, _end)
+    store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+        yield Processes(rank, count), device
+    except (SparseSegError, OSError):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it once a process has ended
+        if not _speaks(store, rank):
+            raise SystemExit(1) from None
+        raise
+    dist.destroy_process_group()  # not on failure: others may be inside a collective; torchrun ends them
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise ProcessLost
+
+
+def _speaks(store: Any, rank: int) -> bool:
+    """Whether this process tells the error: the first, or another one where the first keeps silent."""
+    key = f"sparse_seg/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/said"
+    end = time.monotonic() + (PATIENCE if rank else 0)
+    try:
+        while time.monotonic() < end and store.add(key, 0) == 0:
+            time.sleep(0.1)
+        return store.add(key, 1) == 1
+    except RuntimeError:  # the store has gone, too
+        return True
