@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 
-from sparse_seg import masks
 from sparse_seg.checkpoint import load_model
 from sparse_seg.cli.arguments import parse_size, whole_number
 from sparse_seg.cli.options import add_config, add_network, output_file, overrides
@@ -27,7 +26,7 @@ from sparse_seg.data import dataset_classes
 from sparse_seg.export.network import INPUTS, MERGES, ExportOptions
 from sparse_seg.export.write import export_onnx
 
-POLICIES = (*(name for name in masks.POLICIES if name != "oracle"), "given")
+POLICIES = ("confidence", "edge", "gain", "learned", "given")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
