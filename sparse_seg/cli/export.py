@@ -7,7 +7,10 @@ float32 [B,K,H,W]. With --policy given the input `blocks`, int64 [B,k], has the 
 that are to be fine. Class names, colours and the rest stand in the file's property `sparse_seg`, as JSON.
 The file is run in onnxruntime and compared with the model before it is written.
 
+Without CONFIG, the checkpoint says how the network runs.
+
 examples:
+  sparse-seg export camvid-slim slim.onnx --size 360x480
   sparse-seg export configs/camvid_slim.yaml runs/slim/best.pt slim.onnx --size 360x480
   sparse-seg export configs/camvid_slim.yaml runs/slim/best.pt slim.onnx --size 360x480 --fine-fraction 0.1
   sparse-seg export configs/camvid_slim.yaml runs/slim/best.pt dense.onnx --size 360x480 --dense 8
@@ -17,12 +20,13 @@ examples:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
-from sparse_seg.checkpoint import load_model
+from sparse_seg.checkpoint import build_network, load
+from sparse_seg.checkpoint.loading import read_card
 from sparse_seg.cli.arguments import parse_size, whole_number
 from sparse_seg.cli.options import add_config, add_network, output_file, overrides
 from sparse_seg.config import check_classes, load_config
-from sparse_seg.data import dataset_classes
 from sparse_seg.export.network import INPUTS, MERGES, ExportOptions
 from sparse_seg.export.write import export_onnx
 
@@ -30,9 +34,11 @@ POLICIES = ("confidence", "edge", "gain", "learned", "given")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config(parser)
+    add_config(parser, optional=True)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a training run, or a converted file"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="trained here, converted, or the name of shipped weights",
     )
     parser.add_argument("out", metavar="OUT.onnx", type=output_file, help="file to write")
     parser.add_argument(
@@ -55,12 +61,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="no shape may depend on the data, as compilers for GPUs want it; slower on CPUs",
     )
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen = [f"model.mask.policy={args.policy}"] if args.policy not in (None, "given") else []
-    config = load_config(args.config, [*overrides(args), *chosen])
-    check_classes(config)
+    policy = None if args.policy == "given" else args.policy
+    loaded, config = load(args.checkpoint), None
+    if args.config is not None:
+        chosen = [f"model.mask.policy={policy}"] if policy else []
+        config = load_config(args.config, [*overrides(args), *chosen])
+        check_classes(config)
+    elif args.set:
+        args.usage_error("argument --set: overrides a config; name one before CHECKPOINT")
+    elif policy:
+        mask = dataclasses.replace(loaded.config.mask, policy=policy)
+        loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, mask=mask))
+    model, card = build_network(loaded, config), read_card(loaded, config)
     options = ExportOptions(
         size=args.size,
         batch=args.batch,
@@ -68,15 +84,14 @@ def run(args: argparse.Namespace) -> int:
         given=args.policy == "given",
         merge=args.merge,
         input=args.input,
-        mean=config.data.mean,
-        std=config.data.std,
+        fine_fraction=args.fine_fraction,
+        mean=card.mean,
+        std=card.std,
         logits=args.logits,
         ghosts=not args.static,
         tiles=not args.static,
     )
-    classes = dataset_classes(config.data.dataset, config.data.root)
-    model = load_model(args.checkpoint, config)
-    metadata = export_onnx(model, args.out, options, classes.names, classes.palette)
+    metadata = export_onnx(model, args.out, options, card.names, card.colours)
     size, fraction = "x".join(map(str, args.size)), metadata.get("fine_fraction")
     kind = (
         f"dense at output stride {args.dense}" if fraction is None else f"{100 * fraction:.1f} % fine blocks"

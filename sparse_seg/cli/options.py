@@ -15,9 +15,10 @@ from sparse_seg.evaluation.views import Views
 from sparse_seg.masks import parse_policy
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """`CONFIG` and `--set`."""
-    parser.add_argument("config", type=_config_file, metavar="CONFIG", help="YAML config")
+    count = "?" if optional else None
+    parser.add_argument("config", type=_config_file, nargs=count, metavar="CONFIG", help="YAML config")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"
     )

@@ -112,7 +112,7 @@ def test_the_net_serves_other_cuts(folder):
 
 
 def test_files_that_have_no_such_net(folder):
-    with pytest.raises(CheckpointError, match=r"edge\.safetensors holds no learned mask: train one with"):
+    with pytest.raises(CheckpointError, match=r"edge\.safetensors holds no net of a mask: train one with"):
         learned(folder, name="edge")
     with pytest.raises(CheckpointError, match=r"less\.safetensors does not fit .*policy\.net\.5\.bias is"):
         learned(folder, name="less")

@@ -166,7 +166,7 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> Non
     fresh = Trainer(config, tmp_path / "fresh").model.policy.state_dict()
     assert any(not torch.equal(value, fresh[name]) for name, value in model.policy.state_dict().items())
 
-    with pytest.raises(CheckpointError, match=r"holds no learned mask: train one with train\.init="):
+    with pytest.raises(CheckpointError, match=r"holds no net of a mask: train one with train\.init="):
         load_model(start, config)
     edge = load_config(tiny, ["model.auxiliary=false"])
     assert not isinstance(load_model(tmp_path / "mask" / "best.pt", edge).policy, LearnedPolicy)
