@@ -103,8 +103,8 @@ def _weights_for(own: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str,
         if not part_of(checkpoint.weights, "policy."):
             raise CheckpointError(
                 f"{checkpoint.path} holds no net of a mask: train one with train.init={checkpoint.path} (see "
-                "configs/camvid_mask.yaml), fit one by sparse-seg fit-gain for policy gain, or choose another "
-                "model.mask.policy"
+                "configs/camvid_mask.yaml), fit one by sparse-seg fit-gain for policy gain, or choose "
+                "another model.mask.policy"
             )
     auxiliary = {name: tensor for name, tensor in own.items() if name.startswith("auxiliary.")}
     found = checkpoint.weights.items()
