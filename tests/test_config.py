@@ -285,3 +285,9 @@ def test_options_of_parts_pass_through(tmp_path):
     assert config.model.head_options == {"k": 3, "deep": {"a": [1, "x", None]}}
     assert config.model.mask.options == {"z": [0.5]}
     assert load_config(write(tmp_path, to_yaml(config), "again.yaml")) == config
+
+
+@pytest.mark.parametrize("settings", [{"mask": {"policy": "gain"}}, {"merge": "patch"}], ids=str)
+def test_undilated_networks_have_no_coarse_pass(settings: dict) -> None:
+    with pytest.raises(ConfigError, match="needs a coarse pass that does not depend on the mask"):
+        model_config({"backbone": "resnet18", "dilate_second": False} | settings)

@@ -9,6 +9,7 @@ from sparse_seg.registry import DATASETS, POOLING_HEADS
 
 MAX_PIXELS = 2**31  # of a training step's crops
 LEAST_WEIGHT = 1e-6  # that one class at least must have
+READ_COARSE = ("confidence", "gain", "previous")  # policies that look at a coarse pass
 ENTRY_STRIDES = (4, 8, 16)  # natural strides of the stages before layer2..layer4, px
 
 
@@ -46,9 +47,10 @@ def check_model(model: ModelConfig) -> None:
     check_values(model, "model.")
     mask = model.mask
     _require(
-        model.dilate_second or mask.policy != "confidence",
-        "model.mask.policy=confidence needs a coarse pass that does not depend on the mask, which "
-        "model.dilate_second=false makes it do: choose another policy",
+        model.dilate_second or (mask.policy not in READ_COARSE and model.merge != "patch"),
+        f"model.mask.policy={mask.policy} with model.merge={model.merge} needs a coarse pass that does not "
+        "depend on the mask, which "
+        "model.dilate_second=false makes it do: choose another policy, and merge whole",
     )
     entries = zip(model.entry_spacings, ENTRY_STRIDES, strict=True)
     _require(
