@@ -15,16 +15,8 @@ HIDDEN = 32  # channels; with 512 features at stride 8 under 0.4 % of a coarse D
 CAD_HIDDEN = (128, 64, 64)  # channels of CAD's
 
 
-class LearnedPolicy(MaskPolicy):
-    """A block's score is a net's logit; above 0 the net itself would make the block fine.
-
-    It reads features of the last dense stage (stride 8; stride 4 where that is the finest), so the model runs
-    it (`model.segment`). In eval it is deterministic, and cut like any policy: by a fraction or a threshold.
-
-    Args:
-        net: features `[B, C, h, w]` at the finest stride to scores `[B, 1, ceil(H/block), ceil(W/block)]`.
-            `mask_net` makes the default, `cad_mask_net` CAD's; any other fits.
-    """
+class NetPolicy(MaskPolicy):
+    """A policy whose scores a net makes."""
 
     needs_net = True
 
@@ -38,6 +30,18 @@ class LearnedPolicy(MaskPolicy):
     ) -> None:
         super().__init__(fine_fraction, threshold, **levels)
         self.net = net
+
+
+class LearnedPolicy(NetPolicy):
+    """A block's score is a net's logit; above 0 the net itself would make the block fine.
+
+    It reads features of the last dense stage (stride 8; stride 4 where that is the finest). In eval it is
+    deterministic, and cut like any policy: by a fraction or a threshold.
+
+    Args:
+        net: features `[B, C, h, w]` at the finest stride to scores `[B, 1, ceil(H/block), ceil(W/block)]`.
+            `mask_net` makes the default, `cad_mask_net` CAD's; any other fits.
+    """
 
     @classmethod
     def make_net(
