@@ -95,7 +95,7 @@ def bare_trainer() -> Trainer:
     trainer.model = build_model(config())
     trainer.ema = copy.deepcopy(trainer.model)
     trainer.optimizer = build_optimizer(trainer.model, config().train)
-    trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    trainer.step.scaler = torch.amp.GradScaler("cpu", enabled=False)
     return trainer
 
 
