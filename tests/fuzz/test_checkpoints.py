@@ -31,8 +31,10 @@ from sparse_seg.config import Config, config_from_dict
 from sparse_seg.conversion import convert, to_dense
 from sparse_seg.errors import SparseSegError
 from sparse_seg.models.build import build_model
+from sparse_seg.processes import Processes
 from sparse_seg.training.checkpoint import load_state, save_checkpoint, save_state
-from sparse_seg.training.schedule import build_optimizer
+from sparse_seg.training.objective import Objective
+from sparse_seg.training.step import Step
 from sparse_seg.training.trainer import Trainer
 from tests.checkpoint.earlier import write_converted, write_training
 from tests.conversion.cases import randomise
@@ -92,10 +94,12 @@ def bare_trainer() -> Trainer:
     trainer = Trainer.__new__(Trainer)
     torch.manual_seed(1)
     trainer.config, trainer.work_dir = config(), folder()
-    trainer.model = build_model(config())
-    trainer.ema = copy.deepcopy(trainer.model)
-    trainer.optimizer = build_optimizer(trainer.model, config().train)
-    trainer.step.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model = build_model(config())
+    train, cpu = config().train, torch.device("cpu")
+    trainer.processes = Processes()
+    trainer.step = Step(model, Objective(train), train, cpu, trainer.processes)
+    trainer.step.average = copy.deepcopy(model)
+    trainer.model, trainer.ema, trainer.optimizer = model, trainer.step.average, trainer.step.optimizer
     return trainer
 
 
