@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
+import copy
 import functools
 import io
 import json
@@ -76,13 +76,13 @@ def state() -> dict[str, Any]:
     """What training saves after two steps."""
     trainer = bare_trainer()
     for _ in range(2):
-        trainer.step.optimizer.zero_grad()
+        trainer.optimizer.zero_grad()
         loss = trainer.model.dense(torch.randn(2, 3, 32, 32)).square().mean()
         loss.backward()
-        trainer.step.optimizer.step()
+        trainer.optimizer.step()
     return {
         "ema": trainer.model.state_dict(),
-        "optimizer": trainer.step.optimizer.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
         "scaler": {},
         "progress": {"iteration": 2, "best": 0.25, "loss_sum": 1.5, "loss_count": 2},
         "random": torch.get_rng_state(),
@@ -94,10 +94,12 @@ def bare_trainer() -> Trainer:
     trainer = Trainer.__new__(Trainer)
     torch.manual_seed(1)
     trainer.config, trainer.work_dir = config(), folder()
-    trainer.processes, train = Processes(), dataclasses.replace(config().train, ema_decay=0.9)
-    trainer.model = build_model(config())
-    objective = Objective(train)
-    trainer.step = Step(trainer.model, objective, train, torch.device("cpu"), trainer.processes)
+    model = build_model(config())
+    train, cpu = config().train, torch.device("cpu")
+    trainer.processes = Processes()
+    trainer.step = Step(model, Objective(train), train, cpu, trainer.processes)
+    trainer.step.average = copy.deepcopy(model)
+    trainer.model, trainer.ema, trainer.optimizer = model, trainer.step.average, trainer.step.optimizer
     return trainer
 
 
@@ -135,12 +137,12 @@ def use_state(path: Path) -> bool:
     found, expected = load_state(path), state()
     trainer = bare_trainer()
     trainer._restore(found, path)
-    momenta = trainer.step.optimizer.state_dict()["state"]
+    momenta = trainer.optimizer.state_dict()["state"]
     wanted = expected["optimizer"]["state"]
     return (
         same(trainer.model.state_dict(), trained())
-        and trainer.step.average is not None
-        and same(trainer.step.average.state_dict(), expected["ema"])
+        and trainer.ema is not None
+        and same(trainer.ema.state_dict(), expected["ema"])
         and momenta.keys() == wanted.keys()
         and all(same(momenta[index], wanted[index]) for index in wanted)
         and torch.equal(torch.get_rng_state(), expected["random"])

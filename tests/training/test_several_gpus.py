@@ -87,10 +87,9 @@ def test_a_killed_process_ends_the_job_with_one_line_and_it_resumes(checkout: Pa
     assert time.monotonic() - killed < 45, "15 s where nothing else runs"
     assert job.returncode == 1
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert line.startswith(
-        "error: another process of this job has ended; the last good checkpoint is run/last.pt"
-    )
-    assert line.endswith("resume with --work-dir run --resume")
+    assert line.startswith("error: another process of this job has ended; ")
+    assert "run/last.pt" in line
+    assert "resume with --work-dir run --resume" in line
     reached = load_state(last)["progress"]["iteration"]
     settings[settings.index("train.iterations=100000")] = f"train.iterations={reached + 1}"
     again = subprocess.run(

@@ -145,7 +145,9 @@ def _write_all(
     jobs = [(split_id, index) for split_id in (0, 1) for index in range(counts[split_id])]
     write = functools.partial(_write_scene, folder, size, seed)
     with _workers(len(jobs)) as run:
-        for _ in tqdm(run(write, jobs), "scenes", len(jobs), disable=not progress, unit="scene"):
+        for _ in tqdm(
+            run(write, jobs), "scenes", len(jobs), disable=None if progress else True, unit="scene"
+        ):
             pass
 
 
