@@ -37,8 +37,8 @@ def build_policy(
     if policy.needs_net:
         if net is None:
             raise ConfigError(
-                f"this network has no {mask.policy} mask: set model.mask.policy={mask.policy} if its checkpoint "
-                "has one, or make one (docs/masks.md)"
+                f"this network has no {mask.policy} mask: set model.mask.policy={mask.policy} if its "
+                "checkpoint has one, or make one (docs/masks.md)"
             )
         own["net"] = net
     return policy(**cut, **own, block=strides[-1], blur=mask.blur)

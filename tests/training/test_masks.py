@@ -174,7 +174,7 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> Non
     assert isinstance(policy, LearnedPolicy)
     assert policy.net is model.policy.net
     assert policy.fine_fraction == 0.5
-    with pytest.raises(ConfigError, match="this network has no learned mask: set model.mask.policy=learned"):
+    with pytest.raises(ConfigError, match="this network has no learned mask: set model"):
         load_model(start).policy_for(Way.policy("learned"))
 
 
