@@ -159,3 +159,17 @@ def test_names_in_the_readmes_example_exist():
 
 def test_page_of_config_keys_is_the_schema():
     assert page("config") == render(), "run: python -m sparse_seg.config.docs > docs/config.md"
+
+
+def test_table_of_gain_and_merges_is_the_result_file():
+    columns = [column for column in comparison_table([]).columns if column.key != "milliseconds"]
+    assert Table(columns, measured("camvid_light_gain")["rows"]).to_markdown().strip() in page("masks")
+
+
+@pytest.mark.parametrize("path", ["docs/results.md", "sparse_seg/weights/camvid-slim.md", "README.md"])
+def test_scores_of_the_shipped_weights_are_the_result_file(path: str):
+    text = (ROOT / path).read_text()
+    rows = {row["network"]: row for row in measured("camvid_light")["rows"]}
+    for name in ("dense OS8", "selective, confidence, f=0.15"):
+        assert f"{rows[name]['miou']:.2f}" in text
+        assert f"{rows[name]['gmacs']:.2f}" in text
