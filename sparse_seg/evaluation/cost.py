@@ -38,7 +38,7 @@ def count_macs(
         if not way.is_dense:
             policy = policy or model.policy_for(way)
             if policy.is_bound:
-                return model.start(images).take(policy(run)).macs()
+                return model.start(images).take(policy(run), way).macs()
         return run.follow(way, policy).macs()
 
 
