@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -170,10 +169,12 @@ class StaticNetwork(nn.Module):
         early, _, outputs = self.backbone.on_lattice(self.backbone.stem(images), range(self.first), finest)
         lattice, steps, _ = self.backbone.on_lattice(early, range(self.first, 4), coarsest)
         started = self.head.neck.start(lattice)
+        made: list[Tensor] = []
 
-        @functools.cache
         def coarse() -> Tensor:
-            return self._coarse(started, lattice, outputs[0])
+            if not made:  # once, for whoever asks
+                made.append(self._coarse(started, lattice, outputs[0]))
+            return made[0]
 
         chosen = self._choose(images, early, coarse, blocks)
         splits = self._splits(chosen, steps)
