@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
@@ -21,6 +20,7 @@ from sparse_seg.masks import block_mean, blur_scores, gain_net, top_blocks
 from sparse_seg.masks.gain import GainPolicy
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
+from sparse_seg.progress import bar
 
 FRACTIONS = (0.2, 0.35)  # of fine blocks, in the masks that are tried on each frame
 EPOCHS, BATCH, RATE, DECAY = 16, 16, 2e-3, 0.05
@@ -59,20 +59,19 @@ def collect(
     """
     policy = GainPolicy(fine_fraction=0.0, net=nn.Identity(), block=model.strides[-1])
     generator, samples = torch.Generator().manual_seed(seed), Samples([], [], [])
+    device = next(model.parameters()).device
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    loader = evaluation_loader(dataset, data.mean, data.std, data.workers)
-    for image, label, index in tqdm(loader, total=count, desc="gains", leave=False):
-        if index >= count:
-            break
-        run = model.start(image).start_coarse()
+    loader = evaluation_loader(dataset, data.mean, data.std, data.workers, range(count))
+    for image, label, _ in bar(loader, "gains", count):
+        run = model.start(image.to(device)).start_coarse()
         read, coarse = policy.read(run.coarse_logits(policy.sample)), run.classes()
-        truth = label if labelled else run.dense_classes()[0]
+        truth = label.to(device) if labelled else run.dense_classes()[0]
+        before = right(coarse, truth)
         for fraction in FRACTIONS:
-            mask = clusters(tuple(read.shape[2:]), fraction, generator)  # type: ignore[arg-type]
-            fine = run.fork().take(mask, Way(merge=merge)).classes()
-            gain = right(fine, truth) - right(coarse, truth)
-            samples.reads.append(read[0].clone())
-            samples.gains.append(block_mean(gain, policy.block)[0].clone())
+            mask = clusters((read.shape[2], read.shape[3]), fraction, generator)
+            fine = run.fork().take(mask.to(device), Way(merge=merge)).classes()
+            samples.reads.append(read[0].cpu().clone())
+            samples.gains.append(block_mean(right(fine, truth) - before, policy.block)[0].cpu().clone())
             samples.fine.append(mask[0])
     return samples
 
