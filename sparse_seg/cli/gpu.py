@@ -14,15 +14,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparse_seg.cli.arguments import number, whole_number
 from sparse_seg.cli.options import output_file
 from sparse_seg.config import load_config
 from sparse_seg.files import atomic_write
-from sparse_seg.lab.benchmark.gpu import PRECISIONS, Deadline, measure_gpu, table
+from sparse_seg.lab.benchmark.gpu import PRECISIONS, measure_gpu, table
 from sparse_seg.lab.benchmark.subject import Setup
 from sparse_seg.lab.provenance import provenance
 
@@ -37,43 +39,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", type=output_file, required=True, metavar="OUT", help="result file; a table beside it"
     )
     parser.add_argument(
-        "--minutes", type=float, default=8.0, help="start no new cell after these (default: 8)"
+        "--minutes",
+        type=number(0, 1e6),
+        default=8.0,
+        metavar="N",
+        help="start no new cell after these (default: 8)",
     )
-    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="default: 10")
+    parser.add_argument("--repeats", type=whole_number(1), default=10, metavar="N", help="default: 10")
     parser.add_argument("--configs", default="configs", metavar="DIR", help="where the networks' configs are")
 
 
 def run(args: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available()
-    sizes = ((512, 1024), (1024, 2048)) if cuda else ((64, 96),)
-    deadline, rows = Deadline(args.minutes), list[dict[str, Any]]()
-    cells = [(*cell, False) for cell in itertools.product(NETWORKS, sizes, (1, 4), PRECISIONS)]
-    cells += [(name, sizes[-1], 1, "fp16", True) for name in NETWORKS if cuda]
-    for name, size, batch, precision, compiled in cells:
-        if deadline.is_over:
-            print(f"stopped after {args.minutes:g} minutes: {len(cells)} cells were asked for")
+    device, sizes = ("cuda", ((512, 1024), (1024, 2048))) if cuda else ("cpu", ((64, 96),))
+    keys = list(itertools.product(NETWORKS, sizes, (1, 4), PRECISIONS))
+    again = [(name, sizes[-1], 1, "fp16") for name in NETWORKS if cuda]  # with torch.compile
+    cells: dict[Any, list[dict[str, Any]]] = {}
+    end = time.monotonic() + 60 * args.minutes
+    for done, key in enumerate([*keys, *again]):
+        if time.monotonic() > end:
+            print(f"stopped after {args.minutes:g} minutes, {done} of {len(keys) + len(again)} cells done")
             break
-        config, fraction, settings = NETWORKS[name]
-        setup = Setup(
-            load_config(Path(args.configs, config), settings),
-            None,
-            size,
-            batch,
-            "cuda" if cuda else "cpu",
-            precision,
-        )
-        found = measure_gpu(setup, fraction, args.repeats, compiled)
-        rows = [row for row in rows if compiled is False or not _same(row, name, size, batch, precision)]
-        rows += [{"network": name} | row for row in found]
-        _write(Path(args.json), rows)
-        print(table(rows[-len(found) :]), flush=True)
+        network, size, batch, precision = key
+        name, fraction, settings = NETWORKS[network]
+        dtype, tf32 = PRECISIONS[precision]
+        config = load_config(Path(args.configs, name), settings)
+        setup = Setup(config, None, size, batch, device, str(dtype).removeprefix("torch."))
+        found = measure_gpu(setup, tf32, fraction, args.repeats, done >= len(keys))
+        place = {"network": network, "size": list(size), "batch": batch, "precision": precision}
+        cells[key] = [place | row for row in found]
+        print(table([cells[key]]), flush=True)
+        rows = [row for cell in cells.values() for row in cell]
+        atomic_write(args.json, json.dumps(provenance() | {"rows": rows}, indent=1) + "\n")
+        atomic_write(Path(args.json).with_suffix(".md"), table(list(cells.values())))
     return 0
-
-
-def _same(row: dict[str, Any], *cell: Any) -> bool:
-    return (row["network"], tuple(row["size"]), row["batch"], row["precision"]) == cell
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    atomic_write(path, json.dumps(provenance() | {"rows": rows}, indent=1) + "\n")
-    atomic_write(path.with_suffix(".md"), table(rows))

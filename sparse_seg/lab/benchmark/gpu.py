@@ -7,14 +7,13 @@ CUDA graph: the dense ones and the static form.
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_seg.export.network import ExportOptions, StaticNetwork
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
@@ -40,6 +39,7 @@ def precision(tf32: bool) -> Iterator[None]:
 
 def measure_gpu(
     setup: Setup,
+    tf32: bool,
     fraction: float,
     repeats: int = 10,
     compiled: bool = False,
@@ -48,66 +48,64 @@ def measure_gpu(
     """One row a run: median ms of images to logits, spread, and the relative difference of its logits.
 
     Args:
-        setup: its dtype is `fp32`, `tf32` or `fp16`.
         fraction: of fine blocks.
         compiled: also `torch.compile`, which takes minutes.
         notes: told which runs fail, and why.
     """
-    dtype, tf32 = PRECISIONS[setup.dtype]
-    device = torch.device(setup.device)
+    runs, differences, expected = dict[str, Run](), dict[str, float](), dict[str, Tensor]()
     with precision(tf32), torch.inference_mode():
-        runs, errors = dict[str, Run](), dict[str, float]()
-        expected: dict[str, Tensor] = {}
-        for name, kind, make in ways(setup, dtype, fraction, compiled):
+        subject = Subject(setup)
+        for name, kind, make in ways(subject, fraction, compiled):
             try:
                 run = make()
                 logits = run().float()
-                expected.setdefault(kind, logits)
-                difference = (logits - expected[kind]).abs().max() / expected[kind].abs().max()
-                runs[name], errors[name] = run, difference.item()
             except Exception as error:  # any runtime's: the others are measured all the same
-                notes(
-                    f"{name} not measured: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-                )
-        times = interleaved(runs, repeats, device, warmup=2)
-    cell = {"size": list(setup.size), "batch": setup.batch, "precision": setup.dtype}
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                notes(f"{name} not measured: {reason}")
+                continue
+            first = expected.setdefault(kind, logits)
+            differences[name] = ((logits - first).abs().max() / first.abs().max()).item()
+            runs[name] = run
+        times = interleaved(runs, repeats, subject.device, warmup=2)
     return [
-        cell | {"run": name, "milliseconds": time.median, "spread": time.spread, "difference": errors[name]}
-        for name, time in times.items()
+        {
+            "run": name,
+            "milliseconds": latency.median,
+            "spread": latency.spread,
+            "difference": differences[name],
+        }
+        for name, latency in times.items()
     ]
 
 
 def ways(
-    setup: Setup, dtype: torch.dtype, fraction: float, compiled: bool
+    subject: Subject, fraction: float, compiled: bool
 ) -> Iterator[tuple[str, str, Callable[[], Callable[[], Tensor]]]]:
     """Name, the network it is (runs of one are to agree), and what makes the run."""
-    name = str(dtype).removeprefix("torch.")
-    subject = Subject(Setup(setup.config, setup.checkpoint, setup.size, setup.batch, setup.device, name))
     images = subject.images.contiguous(memory_format=torch.channels_last)
-
-    def plain(stride: int) -> nn.Module:
-        return subject.plain_module(Case("network", "plain", Way(stride)))[0]
+    dense = {stride: subject.plain_module(Case("network", "plain", Way(stride)))[0] for stride in (8, 16)}
 
     def selective(engine: str, fast: bool = False) -> Run:
         return subject.run(Case("network", "selective", Way(None, None, fraction, engine=engine), fast))
 
     def static() -> Callable[[Tensor], Tensor]:
+        setup = subject.setup
         options = ExportOptions(
             setup.size,
             setup.batch,
             None,
             fraction,
+            mean=(0,) * 3,
+            std=(1,) * 3,
             logits=True,
             ghosts=False,
             tiles=False,
-            mean=(0,) * 3,
-            std=(1,) * 3,
         )
-        network = StaticNetwork(copy.deepcopy(subject.float_model).cpu(), options).to(subject.device, dtype)
+        network = StaticNetwork(copy.deepcopy(subject.float_model).cpu(), options)
+        network.to(subject.device, subject.dtype)
         return lambda given: network(given)[-1]
 
-    for stride in (8, 16):
-        network = plain(stride)
+    for stride, network in dense.items():
         yield f"dense OS{stride}, cuDNN", f"OS{stride}", partial(calling, network, images)
         yield f"dense OS{stride}, CUDA graph", f"OS{stride}", partial(graphed, network, images)
     yield "selective, gather", "selective", lambda: selective("gather")
@@ -116,12 +114,9 @@ def ways(
     yield "selective, static", "selective", lambda: calling(static(), images)
     yield "selective, static, CUDA graph", "selective", lambda: graphed(static(), images)
     if compiled:
-        yield "dense OS8, torch.compile", "OS8", lambda: graphed(torch.compile(plain(8)), images)
-        yield (
-            "selective, static, torch.compile",
-            "selective",
-            lambda: graphed(torch.compile(static()), images),
-        )
+        yield "dense OS8, torch.compile", "OS8", lambda: graphed(torch.compile(dense[8]), images)
+        name = "selective, static, torch.compile"
+        yield name, "selective", lambda: graphed(torch.compile(static()), images)
 
 
 def calling(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
@@ -149,33 +144,21 @@ def graphed(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[],
     return replay
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(cells: Sequence[Sequence[dict[str, Any]]]) -> str:
     """Markdown, a line a run; beside it the ratio to the fastest dense OS8 of its cell."""
-    lines = [
-        "| network | size | batch | precision | run | ms | ± | of dense OS8 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cell = [
-            one for one in rows if all(one[k] == row[k] for k in ("network", "size", "batch", "precision"))
-        ]
-        dense = min(
-            (one["milliseconds"] for one in cell if one["run"].startswith("dense OS8")), default=float("nan")
-        )
-        lines.append(
-            f"| {row['network']} | {row['size'][0]}x{row['size'][1]} | {row['batch']} | {row['precision']} "
-            f"| {row['run']} | {row['milliseconds']:.2f} | {row['spread']:.2f} "
-            f"| {row['milliseconds'] / dense:.2f} |"
-        )
+    names = ("network", "size", "batch", "precision", "run", "ms", "±", "of dense OS8")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for rows in cells:
+        dense = [row["milliseconds"] for row in rows if row["run"].startswith("dense OS8")]
+        for row in rows:
+            ratio = f"{row['milliseconds'] / min(dense):.2f}" if dense else "–"
+            values = [
+                row["network"],
+                "x".join(map(str, row["size"])),
+                row["batch"],
+                row["precision"],
+                row["run"],
+            ]
+            values += [f"{row['milliseconds']:.2f}", f"{row['spread']:.2f}", ratio]
+            lines.append(f"| {' | '.join(map(str, values))} |")
     return "\n".join(lines) + "\n"
-
-
-class Deadline:
-    """Minutes that may pass."""
-
-    def __init__(self, minutes: float) -> None:
-        self.end = time.monotonic() + 60 * minutes
-
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() > self.end

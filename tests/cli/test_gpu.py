@@ -1,0 +1,40 @@
+"""What `gpu` measures on a CUDA device, rehearsed on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from sparse_seg.cli import gpu, main
+from sparse_seg.lab.benchmark.gpu import table
+
+RESULTS = Path(__file__).parents[2] / "docs/results"
+
+
+def test_rehearsal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs of one network agree; what the CPU lacks is said, and the rest is measured and written."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "tiny.yaml").write_text("model: {width: 0.125, head_channels: 8, mask: {policy: confidence}}")
+    monkeypatch.setattr(gpu, "NETWORKS", {"tiny": ("tiny.yaml", 0.3, ["model.num_classes=5"])})
+    out = tmp_path / "gpu.json"
+    assert main(["gpu", "--json", str(out), "--configs", str(tmp_path), "--repeats", "1"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len({(row["batch"], row["precision"]) for row in rows}) == 6
+    names = {row["run"] for row in rows}
+    assert {"dense OS8, cuDNN", "dense OS16, cuDNN", "selective, gather", "selective, static"} <= names
+    assert max(row["difference"] for row in rows if row["precision"] != "fp16") < 1e-4
+    assert "dense OS8, CUDA graph not measured: " in capsys.readouterr().out
+    assert out.with_suffix(".md").read_text().count("\n") == len(rows) + 2
+
+
+def test_table_of_the_docs_is_the_result_file() -> None:
+    rows = json.loads((RESULTS / "gpu_h100.json").read_text())["rows"]
+    cells = itertools.groupby(
+        rows, lambda row: [row[key] for key in ("network", "size", "batch", "precision")]
+    )
+    assert table([list(cell) for _, cell in cells]) == (RESULTS / "gpu_h100.md").read_text()
