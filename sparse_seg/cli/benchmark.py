@@ -152,16 +152,11 @@ def _engines(args: argparse.Namespace, scope: str, subject: Subject, notes: list
 
 def _runtimes(args: argparse.Namespace, subject: Subject) -> list[dict[str, Any]]:
     """The network in other runtimes, on the subject's first image."""
-    data, model, image = (
-        subject.setup.config.data,
-        subject.float_model.cpu(),
-        subject.images[:1].cpu().float(),
-    )
-    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.mean, data.std))
+    model, image = subject.float_model.cpu(), subject.images[:1].cpu().float().contiguous()
     merges = ("whole", "patch") if model.head.decodes_cells else ("whole",)
-    image = (image * std + mean).clamp(0, 1).contiguous()
+    accuracies = _accuracies(args.accuracy, model) if args.accuracy else None
     timed = time_network(model, image.numpy(), args.threads, args.runtimes, merges, args.repeats)
-    rows = runtime_rows(timed, _accuracies(args.accuracy, model) if args.accuracy else None)
+    rows = [{"threads": args.threads} | row for row in runtime_rows(timed, accuracies)]
     print(f"{args.threads} threads, a process each; shares are of the way from dense OS16 to OS8")
     print(Table(COLUMNS, rows).to_text())
     return rows

@@ -123,7 +123,7 @@ def time_network(
     """Time a model's two dense forms and its selective one in each runtime.
 
     Args:
-        image: float32 `[1, 3, H, W]` in 0..1. The time of a selective run depends on it: so do its ghosts.
+        image: normalised, float32 `[1, 3, H, W]`; a selective run's time depends on it, by its ghosts.
         runtimes: of exported graphs; `torch` for the network made by `for_inference`.
 
     Returns:
@@ -143,7 +143,9 @@ def time_network(
                     path = f"{folder}/{number}.pt"
                     torch.save((model, way), path)
                 elif not os.path.exists(path):
-                    options = ExportOptions(size, dense=way.output_stride, merge=way.merge)
+                    options = ExportOptions(
+                        size, dense=way.output_stride, merge=way.merge, mean=(0, 0, 0), std=(1, 1, 1)
+                    )
                     export_onnx(model, path, options, check=False)
                 graphs[f"{kind} {runtime} {merge}".strip()] = Timed(path, runtime)
         return time_graphs(graphs, image, threads, turns, runs)
