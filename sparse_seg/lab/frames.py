@@ -69,9 +69,8 @@ def explore(
         "the first alone is right, orange where the second alone is, grey where neither is. Left of the line "
         f"is {fine.name}."
     )
-    mixed = (
-        cases[0].row if cases[0].model is fine.model else None
-    )  # lift compares ways to run the same weights
+    # lift compares ways to run the same weights
+    mixed = cases[0].row if cases[0].model is fine.model else None
     return Explorer(
         "What the fine fraction changes",
         text.strip(),

@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, SegmentationDataset
-from sparse_seg.data.transforms import normalise
 from sparse_seg.lab.frames import Case, explore
 from sparse_seg.lab.report.explorer import SCRIPT, STYLE
 from sparse_seg.lab.report.html import Part, Picture, Section, plot, write_report
@@ -68,7 +64,8 @@ def write_comparison(
     """
     dense = [way for way in ways if way.is_dense]
     first = ways[len(dense)]
-    selective = [way for way in ways if (way.mask, way.exchange) == (first.mask, first.exchange)]
+    rules = first.mask, first.exchange, first.merge
+    selective = [way for way in ways if (way.mask, way.exchange, way.merge) == rules]
     steps = [dense[-1], *sorted(selective, key=lambda way: way.fine_fraction or 0.0), dense[0]]
     by_name = {row["network"]: row for row in rows}
     cases = [Case(way.name, by_name[way.name], model, way, data) for way in steps]
@@ -109,7 +106,8 @@ def _curves(rows: Rows, dense: Sequence[Way]) -> list[Picture]:
             series: dict[str, list[tuple[float, float]]] = {}
             for row in rows:
                 if row["policy"] is not None:
-                    series.setdefault(row["policy"], []).append((row[cost], row[key]))
+                    rules = filter(None, (row["policy"], row["exchange"], row.get("merge")))
+                    series.setdefault(", ".join(rules), []).append((row[cost], row[key]))
             points = {row["network"]: (row[cost], row[key]) for row in rows if row["policy"] is None}
             chord = [points[way.name] for way in (dense[-1], dense[0])]
             content = cost_curve(series, unit, label, points, chord=chord)
@@ -117,7 +115,6 @@ def _curves(rows: Rows, dense: Sequence[Way]) -> list[Picture]:
     return pictures
 
 
-@torch.inference_mode()
 def runs_on_image(
     model: SelectiveSegmentor,
     dataset: SegmentationDataset,
@@ -128,14 +125,10 @@ def runs_on_image(
     """Named pictures: input, label, then each way's prediction and, if selective, its fine blocks."""
     image, label = dataset.load(index)
     palette = dataset.classes.palette
-    device = next(model.parameters()).device
-    batch = normalise(image, data.mean, data.std)[None].to(device)
-    target = torch.from_numpy(label.astype(np.int64))[None].to(device)
     pictures = [("input", image), ("label", colourise(label, palette))]
     for way in shown:
-        run = model.start(batch, target).follow(way)
-        if run.mask is not None:
-            levels = run.levels[0].cpu().numpy()
+        classes, levels = Case(way.name, {}, model, way, data).classes(image, label)
+        if levels is not None:
             pictures.append((f"stride by block: {way.name}", draw_levels(image, levels, model.strides)))
-        pictures.append((way.name, overlay(image, run.classes()[0].cpu().numpy(), palette)))
+        pictures.append((way.name, overlay(image, classes, palette)))
     return pictures
