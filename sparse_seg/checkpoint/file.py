@@ -104,10 +104,7 @@ def find(path: str | Path) -> Path:
     Raises:
         CheckpointError: there is none, or a folder, or one that may not be read.
     """
-    path = Path(path)
-    shipped = SHIPPED / f"{path}{SUFFIX}"
-    if not path.suffix and not path.exists() and shipped.is_file():
-        return shipped
+    path = _shipped(path) or Path(path)
     other = path.with_suffix({SUFFIX: ".pt", ".pt": SUFFIX}.get(path.suffix, path.suffix))
     found = path if path.exists() or not other.is_file() else other
     if found.is_dir():
@@ -124,6 +121,13 @@ def find(path: str | Path) -> Path:
     return found
 
 
+def _shipped(name: str | Path) -> Path | None:
+    """The file of weights that come with the package; None where a file has the name, or none of them."""
+    file = SHIPPED / f"{name}{SUFFIX}"
+    is_one = file.parent == SHIPPED and file.is_file()
+    return file if is_one and not Path(name).exists() else None
+
+
 def is_safetensors(path: Path) -> bool:
     """Whether a file is safetensors, by its first bytes: a header's length, then the header's JSON."""
     with path.open("rb") as file:
@@ -133,9 +137,9 @@ def is_safetensors(path: Path) -> bool:
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a file looks like a checkpoint of any kind, by its first bytes."""
-    path = Path(path)
+    path = _shipped(path) or Path(path)
     if not path.is_file():
-        return not path.suffix and (SHIPPED / f"{path}{SUFFIX}").is_file()
+        return False
     with path.open("rb") as file:
         start = file.read(4)
     return start == ZIP or start.startswith(b"\x80") or is_safetensors(path)

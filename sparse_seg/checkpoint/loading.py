@@ -31,13 +31,8 @@ from sparse_seg.models.weights import check_shapes, load_weights, meta_network, 
 from sparse_seg.registry import POLICIES, POOLING_HEADS
 
 NETS: dict[str, Callable[[int, int], nn.Module]] = {"mask_net": mask_net, "cad_mask_net": cad_mask_net}
-RUN_SETTINGS = (
-    "mask",
-    "exchange",
-    "engine",
-    "merge",
-    "strides",
-)  # how a network runs, not what it computes dense
+# How a network runs, not what it computes dense
+RUN_SETTINGS = ("mask", "exchange", "engine", "merge", "strides")
 
 
 def load_model(path: str | Path, config: Config | None = None) -> SelectiveSegmentor:
@@ -69,9 +64,8 @@ def build_network(checkpoint: Checkpoint, config: Config | None = None) -> Selec
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     check_shapes(planned, _weights_for(planned, checkpoint), path)
-    model = build_model(chosen, net)
+    model = build_model(chosen, net, read_card(checkpoint, config))
     load_weights(model, _weights_for(model.state_dict(), checkpoint), path)
-    model.card = read_card(checkpoint, config)
     return model.eval()
 
 

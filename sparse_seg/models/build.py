@@ -11,6 +11,7 @@ from torch import nn
 from sparse_seg.config import Config, ModelConfig, model_config
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import build_policy, mask_net
+from sparse_seg.models.card import Card
 from sparse_seg.models.heads import FCNHead, HeadOptions
 from sparse_seg.models.resnet import ResNet
 from sparse_seg.models.segmentor import SelectiveSegmentor
@@ -22,6 +23,7 @@ DEFAULT_NUM_CLASSES = 19  # Cityscapes
 def build_model(
     config: str | Path | Mapping[str, Any] | Config | ModelConfig,
     learned_net: Callable[[int, int], nn.Module] = mask_net,
+    card: Card | None = None,
 ) -> SelectiveSegmentor:
     """Build a network with fresh weights.
 
@@ -30,6 +32,7 @@ def build_model(
             `{"backbone": "resnet50", "head": "lite", "num_classes": 19}`, with defaults for the rest.
         learned_net: makes the net of a policy that is trained, of the channels that it reads and of how many
             cells a block is wide.
+        card: what input and output mean, where it is known.
 
     Raises:
         ConfigError: unknown key, wrong type or impossible value, naming the key.
@@ -90,6 +93,7 @@ def build_model(
         settings.align_corners,
         settings.mask,
         merge=settings.merge,
+        card=card,
     )
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -9,6 +9,7 @@ from torch import nn
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.masks import POLICIES, MaskPolicy, build_policy
+from sparse_seg.models.card import Card
 from sparse_seg.models.heads import Head
 from sparse_seg.models.resnet import ResNet
 from sparse_seg.models.way import Way
@@ -29,6 +30,7 @@ class Network(nn.Module):
         tuner: of backbone and head in their fused forms; None: they are not.
         merge: what pixels of coarse blocks get: `whole`, the head decodes the densified rows everywhere; or
             `patch`, see `models/patch.py`.
+        card: what input and output mean; of a checkpoint's network.
     """
 
     def __init__(
@@ -43,12 +45,13 @@ class Network(nn.Module):
         mask: MaskConfig | None = None,
         tuner: Tuner | None = None,
         merge: str = "whole",
+        card: Card | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
         self.policy, self.trained_stride, self.strides = policy, trained_stride, strides
         self.align_corners, self.mask, self.tuner = align_corners, mask or MaskConfig(), tuner
-        self.merge = merge
+        self.merge, self.card = merge, card
 
     @property
     def is_fast(self) -> bool:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sparse_seg.masks import MaskPolicy, block_levels
-from sparse_seg.models.card import Card
 from sparse_seg.models.layouts import dense_layouts, selective_layouts
 from sparse_seg.models.network import Network
 from sparse_seg.models.passes import Pass
@@ -25,8 +24,6 @@ class SelectiveSegmentor(Network):
     One set of weights serves `model(images)` (mask by the policy), `model(images, fine_blocks=mask)` and
     `model.dense(images, output_stride=8)`; `model.start(images)` gives the pass behind them.
     """
-
-    card: Card | None = None  # of a checkpoint's network
 
     def forward(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
         """Logits `[B, K, H, W]` of normalised images `[B, 3, H, W]`, any size from 32x32 up.
@@ -128,8 +125,8 @@ class SelectiveSegmentor(Network):
                 self.mask,
                 tuner,
                 self.merge,
+                self.card,
             )
-        fast.card = self.card
         return fast.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> SelectiveSegmentor:

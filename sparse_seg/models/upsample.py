@@ -29,17 +29,9 @@ def upsample_logits(
     """
     if stride == trained_stride and every == 1:
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=align_corners)
+    geometry = stride, trained_stride, align_corners, every
     rows, columns = (
-        _interpolation_matrix(
-            logits.shape[axis],
-            length,
-            stride,
-            trained_stride,
-            align_corners,
-            every,
-            logits.dtype,
-            logits.device,
-        )
+        _interpolation_matrix(logits.shape[axis], length, *geometry, logits.dtype, logits.device)
         for axis, length in zip((2, 3), size, strict=True)
     )
     with nullcontext() if logits.is_meta else torch.autocast(logits.device.type, enabled=False):
