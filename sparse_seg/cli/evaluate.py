@@ -144,8 +144,8 @@ def _evaluate(config: Config, args: argparse.Namespace, processes: Processes, de
     model = load_model(args.checkpoint, config).to(device)
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
     dataset.check(args.limit)
-    way, shown = Way(args.dense), True
-    result = evaluate(model, dataset, config.data, way, args.limit, shown, views(args), processes)
+    way, looks = Way(args.dense), views(args)
+    result = evaluate(model, dataset, config.data, way, args.limit, True, looks, processes)
     if not processes.is_first:
         return
     print(class_table(result, dataset.classes).to_text())

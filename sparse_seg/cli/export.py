@@ -26,8 +26,9 @@ from sparse_seg.checkpoint import build_network, load
 from sparse_seg.checkpoint.loading import read_card
 from sparse_seg.cli.arguments import parse_size, whole_number
 from sparse_seg.cli.options import add_config, add_network, output_file, overrides
-from sparse_seg.config import check_classes, load_config
-from sparse_seg.export.network import INPUTS, MERGES, ExportOptions
+from sparse_seg.config import ModelConfig, check_classes, load_config
+from sparse_seg.config.keys import choices
+from sparse_seg.export.network import INPUTS, ExportOptions
 from sparse_seg.export.write import export_onnx
 
 POLICIES = ("confidence", "edge", "gain", "learned", "given")
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", choices=POLICIES, help="mask policy (default: the config's)")
     parser.add_argument(
         "--merge",
-        choices=MERGES,
+        choices=choices(ModelConfig, "merge"),
         help="whole: the head runs everywhere; patch: on fine blocks only (default: the config's)",
     )
     parser.add_argument("--input", choices=INPUTS, default="float", help="type of images (default: float)")

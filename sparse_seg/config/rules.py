@@ -49,8 +49,8 @@ def check_model(model: ModelConfig) -> None:
     _require(
         model.dilate_second or (mask.policy not in READ_COARSE and model.merge != "patch"),
         f"model.mask.policy={mask.policy} with model.merge={model.merge} needs a coarse pass that does not "
-        "depend on the mask, which "
-        "model.dilate_second=false makes it do: choose another policy, and merge whole",
+        "depend on the mask, which model.dilate_second=false makes it do: choose another policy, and merge "
+        "whole",
     )
     entries = zip(model.entry_spacings, ENTRY_STRIDES, strict=True)
     _require(

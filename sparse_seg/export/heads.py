@@ -15,10 +15,7 @@ from sparse_seg.export.layers import Conv, Depthwise
 from sparse_seg.export.sites import Lattice, Sites, rows_to_grid
 from sparse_seg.export.upsample import Upsample, grid_size
 from sparse_seg.models.aspp import SelectiveSeparableConv2d
-from sparse_seg.models.heads import (
-    FINEST_DENSE_STRIDE,
-    LOW_LEVEL_STRIDE,
-)
+from sparse_seg.models.heads import FINEST_DENSE_STRIDE, LOW_LEVEL_STRIDE
 from sparse_seg.models.upsample import at_least_float32
 
 

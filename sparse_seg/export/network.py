@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_seg.config import ModelConfig
+from sparse_seg.config.keys import choices
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export.backbone import Backbone, check_dilated, extra_rows, near_steps
 from sparse_seg.export.geometry import LevelPlan
@@ -20,7 +22,6 @@ from sparse_seg.models.resnet import STAGE_STRIDES
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.sparse import SelectiveConv2d
 
-MERGES = ("whole", "patch")
 INPUTS = ("float", "uint8")
 
 
@@ -235,12 +236,18 @@ def check_options(model: SelectiveSegmentor, options: ExportOptions) -> None:
         if options.dense not in STAGE_STRIDES:
             raise SparseSegError(f"dense output stride must be one of {STAGE_STRIDES}, not {options.dense}")
         return
-    if options.merge not in (None, *MERGES):
-        raise SparseSegError(f"unknown merge {options.merge!r}; choose one of {', '.join(MERGES)}")
+    merges = choices(ModelConfig, "merge")
+    if options.merge not in (None, *merges):
+        raise SparseSegError(f"unknown merge {options.merge!r}; choose one of {', '.join(merges)}")
     if not check_dilated(model.backbone):
         raise SparseSegError(
             "undilated convolutions (model.dilate_second=false) make the coarse lattice depend on the mask; "
             "such a network can be exported with --dense only"
+        )
+    if model.policy.is_bound and not options.given:
+        raise SparseSegError(
+            f"mask policy {model.policy.name} reads what no mask can know, labels or the dense network, and "
+            "cannot be exported; use --policy given, with the blocks as an input, or another policy"
         )
     if model.policy.fine_fraction is None and options.fine_fraction is None:
         raise SparseSegError(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.errors import SparseSegError
 from sparse_seg.export.upsample import Upsample
 from sparse_seg.masks import MaskPolicy, blur_scores
 
 
 class StaticRun:
-    """What a policy may ask in a static network, see `masks.Run`; what it asks for is computed then.
+    """What a policy may ask in a static network, see `masks.Run` (but what only bounds may); it is
+    computed then.
 
     Args:
         images: normalised.
@@ -32,20 +33,13 @@ class StaticRun:
     ) -> None:
         self.images, self._features, self._coarse, self._upsampled = images, features, coarse, upsampled
 
-    @property
-    def labels(self) -> Tensor:
-        raise SparseSegError("a mask policy that reads labels cannot be exported; use --policy given")
+    labels = None
 
     def features(self) -> Tensor:
         return self._features
 
     def coarse_logits(self, every: int = 1, stored_dtype: torch.dtype | None = None) -> Tensor:
         return self._upsampled(self._coarse(), every)
-
-    def dense_classes(self) -> tuple[Tensor, Tensor]:
-        raise SparseSegError(
-            "a mask policy that runs the dense network cannot be exported; use --policy given"
-        )
 
 
 class Choice(nn.Module):
@@ -64,7 +58,8 @@ class Choice(nn.Module):
 
     def forward(self, images: Tensor, features: Tensor, coarse: Callable[[], Tensor]) -> Tensor:
         """`[B, Hc, Wc]`; see `StaticRun`."""
-        return self.policy.scores(StaticRun(images, features, coarse, self._upsample))
+        run: Any = StaticRun(images, features, coarse, self._upsample)
+        return self.policy.scores(run)
 
     def _upsample(self, logits: Tensor, every: int) -> Tensor:
         if str(every) not in self.upsamples:
