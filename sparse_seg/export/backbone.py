@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_seg.export.layers import AvgPool, Conv, OnGrid, fold, move_bias
+from sparse_seg.export.layers import AvgPool, OnGrid, frozen, move_bias, static_conv
 from sparse_seg.export.sites import Lattice, Sites, Split
 from sparse_seg.models.resnet import STAGE_STRIDES, BasicBlock, ResNet
 
@@ -20,17 +20,13 @@ class Block(nn.Module):
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.basic = isinstance(block, BasicBlock)
-        if self.basic:
-            self.conv1 = Conv(block.conv1.weight, block.bn1, block.conv1.spacing)
-            self.conv2 = Conv(block.conv2.weight, block.bn2, block.conv2.spacing)
-        else:
-            self.conv1 = Conv(block.conv1.weight, block.bn1)
-            self.conv2 = Conv(block.conv2.weight, block.bn2, block.conv2.spacing)
-            self.conv3 = Conv(block.conv3.weight, block.bn3)
+        self.conv1, self.conv2 = static_conv(block.conv1), static_conv(block.conv2)
+        if not self.basic:
+            self.conv3 = static_conv(block.conv3)
         self.pool = None if block.pool is None else AvgPool(block.pool.spacing)
         self.downsample = None
         if block.downsample is not None:
-            self.downsample = Conv(block.downsample[0].weight, block.downsample[1])
+            self.downsample = static_conv(block.downsample[0])
             move_bias(self.conv2 if self.basic else self.conv3, self.downsample)
 
     def on_lattice(self, x: Lattice, stride: int) -> tuple[Lattice, Reads]:
@@ -81,17 +77,11 @@ class Stem(nn.Module):
 
     def __init__(self, backbone: ResNet, std: Tensor) -> None:
         super().__init__()
-        convs, norms = [backbone.conv1], [backbone.bn1]
-        if isinstance(backbone.conv1, nn.Sequential):
-            convs = [module for module in backbone.conv1 if isinstance(module, nn.Conv2d)]
-            norms = [
-                *(module for module in backbone.conv1 if isinstance(module, nn.BatchNorm2d)),
-                backbone.bn1,
-            ]
+        convs = [module for module in backbone.conv1.modules() if isinstance(module, nn.Conv2d)]
         self.convs, self.strides = nn.ModuleList(), [conv.stride[0] for conv in convs]
-        for index, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
+        for index, conv in enumerate(convs):
             weight = conv.weight.permute(0, 2, 3, 1)
-            self.convs.append(OnGrid(*fold(weight / std if index == 0 else weight, norm)))
+            self.convs.append(OnGrid(*frozen(weight / std if index == 0 else weight, conv.bias)))
 
     def forward(self, images: Tensor) -> Lattice:
         for conv, stride in zip(self.convs, self.strides, strict=True):
@@ -157,8 +147,3 @@ def near_steps(blocks: list[tuple[Block, Reads, int]], stride: int) -> list[int]
             reading.append((block.pool, x))
         steps |= {module.spacing // (2 * stride) for module, read in reading if read.stride > stride}
     return sorted(steps)
-
-
-def check_dilated(backbone: ResNet) -> bool:
-    """Whether every 3x3 convolution has taps at a distance that does not depend on the mask."""
-    return all(getattr(module, "spacing", 0) is not None for module in backbone.modules())

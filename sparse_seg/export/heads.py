@@ -3,6 +3,7 @@ cells."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export.layers import Conv, Depthwise
+from sparse_seg.export.layers import Conv, Depthwise, static_conv
 from sparse_seg.export.sites import Lattice, Sites, rows_to_grid
 from sparse_seg.export.upsample import Upsample, grid_size
 from sparse_seg.models.aspp import SelectiveSeparableConv2d
@@ -20,7 +21,7 @@ from sparse_seg.models.upsample import at_least_float32
 
 
 class Layers(nn.Module):
-    """What an `nn.Sequential` of dense convolutions, norms and ReLUs does, on a grid or on rows.
+    """What an `nn.Sequential` of dense convolutions and ReLUs does, on a grid or on rows.
 
     Args:
         spacing: px between the taps of its 3x3 convolutions; on a coarser grid they lie one cell apart.
@@ -30,18 +31,12 @@ class Layers(nn.Module):
         super().__init__()
         self.convs: Any = nn.ModuleList()
         self.relus: list[bool] = []
-        parts = [module for module in modules if not isinstance(module, (nn.Dropout, nn.Dropout2d))]
-        for index, module in enumerate(parts):
-            if not isinstance(module, nn.Conv2d):
-                continue
-            after = parts[index + 1 : index + 3]
-            norm = after[0] if after and isinstance(after[0], nn.BatchNorm2d) else None
-            self.relus.append(any(isinstance(one, nn.ReLU) for one in after[: 1 + (norm is not None)]))
-            weight = module.weight.permute(0, 2, 3, 1)
-            if module.groups > 1:
-                self.convs.append(Depthwise(weight, norm, spacing))
-            else:
-                self.convs.append(Conv(weight, norm, spacing if weight.shape[1] == 3 else 0, module.bias))
+        parts = [module for module in modules if isinstance(module, (nn.Conv2d, nn.ReLU))]
+        for module, after in itertools.zip_longest(parts, parts[1:]):
+            if isinstance(module, nn.Conv2d):
+                weight, form = module.weight.permute(0, 2, 3, 1), Conv if module.groups == 1 else Depthwise
+                self.convs.append(form(weight, module.bias, spacing if weight.shape[1] == 3 else 0))
+                self.relus.append(isinstance(after, nn.ReLU))
 
     def on_grid(self, grid: Tensor, stride: int) -> Tensor:
         for conv, relu in zip(self.convs, self.relus, strict=True):
@@ -68,7 +63,7 @@ class LiteNeck(nn.Module):
 
     def __init__(self, reduce: Any = None) -> None:
         super().__init__()
-        self.reduce = None if reduce is None else Conv(reduce[0].weight, reduce[1])
+        self.reduce = None if reduce is None else static_conv(reduce[0])
 
     def start(self, lattice: Lattice) -> Lattice:
         """The part that does not depend on extra sites."""
@@ -85,12 +80,13 @@ class LiteNeck(nn.Module):
 
 
 class SeparableConv(nn.Module):
-    """Depthwise 3x3 (with norm and ReLU, or neither) and 1x1 with its norm."""
+    """Depthwise 3x3 (with ReLU, or without) and 1x1."""
 
-    def __init__(self, conv: SelectiveSeparableConv2d, norm: nn.Module) -> None:
+    def __init__(self, separable: SelectiveSeparableConv2d) -> None:
         super().__init__()
-        self.depthwise = Depthwise(conv.depthwise.weight, conv.norm, conv.depthwise.spacing)
-        self.pointwise, self.normed = Conv(conv.pointwise.weight, norm), conv.norm is not None
+        depthwise = separable.depthwise
+        self.depthwise = Depthwise(depthwise.weight, depthwise.bias, depthwise.spacing)
+        self.pointwise, self.normed = static_conv(separable.pointwise), separable.norm is not None
 
     def on_lattice(self, lattice: Lattice, stride: int) -> Tensor:
         grid = self.depthwise.on_lattice(lattice, stride)
@@ -109,21 +105,16 @@ class ASPPNeck(nn.Module):
 
     def __init__(self, aspp: Any) -> None:
         super().__init__()
-        self.point = Conv(aspp.point[0].weight, aspp.point[1])
-        self.pool = Conv(aspp.pool[0].weight, aspp.pool[1])
+        self.point, self.pool = static_conv(aspp.point[0]), static_conv(aspp.pool[0])
         self.atrous: Any = nn.ModuleList(
-            SeparableConv(conv, norm)
-            if isinstance(conv, SelectiveSeparableConv2d)
-            else Conv(conv.weight, norm, conv.spacing)
-            for conv, norm in zip(aspp.atrous, aspp.atrous_bn, strict=True)
+            SeparableConv(branch) if isinstance(branch, SelectiveSeparableConv2d) else static_conv(branch)
+            for branch in aspp.atrous
         )
         self.project = self.pooled = None
         if aspp.project is not None:
             pooled = int(self.pool.lattice.bias.shape[0])
-            whole = Conv(aspp.project[0].weight, aspp.project[1]).lattice
-            weight = whole.weight[:, 0, 0]
-            self.project = Conv(weight[:, :-pooled], bias=whole.bias)
-            self.pooled = Conv(weight[:, -pooled:])
+            weight, bias = aspp.project[0].weight, aspp.project[0].bias
+            self.project, self.pooled = Conv(weight[:, :-pooled], bias), Conv(weight[:, -pooled:])
 
     def start(self, lattice: Lattice) -> Lattice:
         stride = lattice.stride
@@ -205,7 +196,7 @@ class Head(nn.Module):
             raise SparseSegError(f"a {type(head).__name__} cannot be exported; choose another model.head")
         self.neck: Any = NECKS[head.NECK](*(getattr(head, name) for name in head.NECK))
         self.refine = Layers(head.refine, FINEST_DENSE_STRIDE)
-        self.classifier = Conv(head.classifier.weight[:, :, 0, 0], bias=head.classifier.bias)
+        self.classifier = Conv(head.classifier.weight[:, :, 0, 0], head.classifier.bias)
 
     def decode(self, grid: Tensor, stride: int, low_level: Lattice) -> Tensor:
         """A grid `[B, C, h, w]` of the neck's output at `stride` to logits `[B, K, h, w]`."""

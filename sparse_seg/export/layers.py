@@ -1,4 +1,4 @@
-"""Static forms of the layers, batch norm folded: each runs on a lattice's grid and on rows of extra sites.
+"""Static forms of layers with folded norms: each runs on a lattice's grid and on rows of extra sites.
 
 A weight is held once, as `[O, 3, 3, I]`: that is a channels_last OIHW kernel for grids and a matrix `[O, 9
 * I]` for rows. Runtimes fold the change of layout when they load a file.
@@ -18,16 +18,11 @@ from sparse_seg.sparse.depthwise import WINDOW, window_mean
 TAPS = 9
 
 
-def fold(weight: Tensor, norm: Any, bias: Tensor | None = None) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight `[O, ...]` and bias `[O]` of a convolution together with its batch norm in eval mode."""
-    weight = weight.detach().float()
-    shift = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().float()
-    if norm is not None:
-        mean, variance = norm.running_mean.float(), norm.running_var.float()
-        scale = norm.weight.detach().float() / torch.sqrt(variance + norm.eps)
-        weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-        shift = norm.bias.detach().float() + (shift - mean) * scale
-    return nn.Parameter(weight.contiguous(), False), nn.Parameter(shift.contiguous(), False)
+def frozen(weight: Tensor, bias: Tensor | None) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight `[O, ...]` and bias `[O]`, by default zero, in float32."""
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    weight, bias = (value.detach().float().contiguous() for value in (weight, bias))
+    return nn.Parameter(weight, False), nn.Parameter(bias, False)
 
 
 class OnGrid(nn.Module):
@@ -87,27 +82,25 @@ class Conv(OnSites):
 
     Args:
         weight: `[O, 3, 3, I]`, or `[O, I]` of a 1x1 convolution.
-        norm: batch norm behind it.
+        bias: `[O]`; None for zero.
         spacing: px between its taps.
     """
 
     lattice: OnGrid
     extra: OnRows
 
-    def __init__(
-        self, weight: Tensor, norm: nn.Module | None = None, spacing: int = 0, bias: Tensor | None = None
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, spacing: int = 0) -> None:
         super().__init__()
-        weight, bias = fold(weight if weight.ndim == 4 else weight[:, None, None], norm, bias)
+        weight, bias = frozen(weight if weight.ndim == 4 else weight[:, None, None], bias)
         self.lattice, self.extra, self.spacing = OnGrid(weight, bias), OnRows(weight, bias), spacing
 
 
 class Depthwise(OnSites):
     """A depthwise 3x3 convolution on sites; weight `[C, 3, 3, 1]`."""
 
-    def __init__(self, weight: Tensor, norm: nn.Module | None, spacing: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, spacing: int) -> None:
         super().__init__()
-        weight, bias = fold(weight, norm)
+        weight, bias = frozen(weight, bias)
         self.channels, self.spacing = int(weight.shape[0]), spacing
         self.lattice, self.extra = OnGrid(weight, bias, self.channels), DepthwiseOnRows(weight, bias)
 
@@ -123,6 +116,11 @@ class DepthwiseOnRows(nn.Module):
         weight = self.weight.reshape(self.channels, TAPS).t()
         out = (taps.reshape(-1, TAPS, self.channels) * weight).sum(1) + self.bias
         return out if plus is None else out + plus
+
+
+def static_conv(layer: Any) -> Conv:
+    """Of a `SelectiveConv2d` or a `SelectiveLinear`."""
+    return Conv(layer.weight, layer.bias, getattr(layer, "spacing", 0))
 
 
 def move_bias(last: Conv, shortcut: Conv) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_seg.config import ModelConfig
 from sparse_seg.config.keys import choices
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export.backbone import Backbone, check_dilated, extra_rows, near_steps
+from sparse_seg.export.backbone import Backbone, extra_rows, near_steps
 from sparse_seg.export.geometry import LevelPlan
 from sparse_seg.export.heads import static_head
 from sparse_seg.export.policies import Choice, Ranking
@@ -62,7 +62,7 @@ class StaticNetwork(nn.Module):
     """Copies of a model's weights in static form; every shape is fixed (but see `ExportOptions.ghosts`).
 
     Args:
-        model: stays as it is; batch norm is folded as in eval mode.
+        model: in eval mode; stays as it is.
 
     Raises:
         SparseSegError: options that do not fit the model, or a part that has no static form.
@@ -74,6 +74,7 @@ class StaticNetwork(nn.Module):
     def __init__(self, model: SelectiveSegmentor, options: ExportOptions) -> None:
         super().__init__()
         check_options(model, options)
+        model = model.for_inference()
         self.options, self.strides = options, tuple(model.strides)
         self.exchange, self.merge = exchange_rule(model), options.merge or model.merge
         self.first = model.first_selective
@@ -239,7 +240,7 @@ def check_options(model: SelectiveSegmentor, options: ExportOptions) -> None:
     merges = choices(ModelConfig, "merge")
     if options.merge not in (None, *merges):
         raise SparseSegError(f"unknown merge {options.merge!r}; choose one of {', '.join(merges)}")
-    if not check_dilated(model.backbone):
+    if model.has_undilated:
         raise SparseSegError(
             "undilated convolutions (model.dilate_second=false) make the coarse lattice depend on the mask; "
             "such a network can be exported with --dense only"

@@ -5,7 +5,6 @@ Its rates are even, so that its taps stay on the lattice and P1 to P3 hold (docs
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_seg.models.forms import fused, plain, row_macs
+from sparse_seg.models.forms import plain, row_macs
 from sparse_seg.sparse import (
     SelectiveConv2d,
     SelectiveDepthwiseConv2d,
@@ -22,8 +21,6 @@ from sparse_seg.sparse import (
     Step,
 )
 from sparse_seg.sparse.conv import plain_norm
-from sparse_seg.sparse.fused import FusedLinear
-from sparse_seg.sparse.tuning import Tuner
 
 
 class SelectiveSeparableConv2d(nn.Module):
@@ -47,33 +44,13 @@ class SelectiveSeparableConv2d(nn.Module):
         out = self.depthwise(rows, src, dst)
         return self.pointwise(out if self.norm is None else F.relu(self.norm(out), inplace=True))
 
-    def fused(self, tuner: Tuner, norm: nn.Module, relu: bool = True) -> FusedSeparableConv:
-        """With a batch norm, and perhaps ReLU, behind it."""
-        first: nn.Module = copy.deepcopy(self.depthwise)
-        if self.norm is not None:
-            first = self.depthwise.fused(tuner, self.norm)
-        return FusedSeparableConv(first, self.pointwise.fused(tuner, norm, relu))
+    def norm_pairs(self) -> list[tuple[str, str]]:
+        return [] if self.norm is None else [("depthwise", "norm")]
 
     def plain(self, src: int, dst: int) -> nn.Sequential:
         """Dense, from stride `src` to `dst`, px."""
         between = [] if self.norm is None else [plain_norm(self.norm), nn.ReLU(inplace=True)]
         return nn.Sequential(self.depthwise.plain(src, dst), *between, self.pointwise.plain())
-
-    def macs(self, src: Step, dst: Step) -> int:
-        return self.depthwise.macs(src, dst) + self.pointwise.macs(dst)
-
-
-class FusedSeparableConv(nn.Module):
-    """`SelectiveSeparableConv2d` of fused layers."""
-
-    def __init__(self, depthwise: nn.Module, pointwise: FusedLinear) -> None:
-        super().__init__()
-        self.depthwise: Any = depthwise
-        self.pointwise = pointwise
-
-    def forward(self, rows: Tensor, src: Step, dst: Step) -> Tensor:
-        """Rows `[src.num_run, I]` to `[dst.num_run, O]`."""
-        return self.pointwise(self.depthwise(rows, src, dst))
 
     def macs(self, src: Step, dst: Step) -> int:
         return self.depthwise.macs(src, dst) + self.pointwise.macs(dst)
@@ -93,7 +70,7 @@ class PooledLinear(SelectiveLinear):
         """`[step.num_run, C]` and `[B, P]` to `[step.layout.num_sites, O]`: known rows change, too."""
         channels = rows.shape[1]
         local = step.complete(F.linear(rows, self.weight[:, :channels]), step, self)
-        return local + F.linear(pooled, self.weight[:, channels:])[step.layout.image_of_row]
+        return local + F.linear(pooled, self.weight[:, channels:], self.bias)[step.layout.image_of_row]
 
     def macs(self, src: Step, dst: Step | None = None) -> int:
         return src.num_run * self.weight.numel()
@@ -155,8 +132,9 @@ class ASPP(nn.Module):
         linear, *rest = self.project
         return nn.Sequential(*rest)(linear(local, pooled, step))
 
-    def fused(self, tuner: Tuner) -> FusedASPP:
-        return FusedASPP(self, tuner)
+    def norm_pairs(self) -> list[tuple[str, str]]:
+        last = ["" if isinstance(conv, SelectiveConv2d) else ".pointwise" for conv in self.atrous]
+        return [(f"atrous.{index}{name}", f"atrous_bn.{index}") for index, name in enumerate(last)]
 
     def plain(self, src: int, dst: int) -> PlainASPP:
         """Dense at stride `src`, px."""
@@ -166,41 +144,6 @@ class ASPP(nn.Module):
         total = row_macs(self.point, src) + sum(row_macs(conv, src) for conv in self.atrous)
         total += src.layout.batch * self.pool[0].weight.numel()  # one vector an image
         return total + (0 if self.project is None else self.project[0].macs(src, dst))
-
-
-class FusedASPP(nn.Module):
-    """The interface of `ASPP`, of fused layers."""
-
-    pooled: Tensor | None  # the projection's weight for the pooled vector
-
-    def __init__(self, aspp: ASPP, tuner: Tuner) -> None:
-        super().__init__()
-        branches: Any = zip(aspp.atrous, aspp.atrous_bn, strict=True)
-        self.point, self.pool = fused(aspp.point, tuner), fused(aspp.pool, tuner)
-        self.atrous = nn.ModuleList(conv.fused(tuner, norm) for conv, norm in branches)
-        self.project: Any = None
-        self.register_buffer("pooled", None)
-        if aspp.project is not None:
-            self.project = FusedLinear(tuner, aspp.project[0].weight, aspp.project[1], relu=False)
-            channels = self.pool.weight.shape[0]
-            self.pooled = self.project.weight[:, -channels:].clone()
-            self.project.weight = self.project.weight[:, :-channels].contiguous()
-
-    def forward(self, rows: Tensor, step: Step) -> Tensor:
-        local = torch.cat([self.point(rows), *(conv(rows, step, step) for conv in self.atrous)], 1)
-        layout = step.layout
-        pooled = self.pool(mean_by_area(step.complete(rows, step, self), layout))
-        if self.project is None or self.pooled is None:
-            return concat_pooled(step.complete(local, step, self.pool), pooled, layout)
-        local = step.complete(self.project(local), step, self.project)
-        return (local + F.linear(pooled, self.pooled)[layout.image_of_row]).relu_()
-
-    def macs(self, src: Step, dst: Step) -> int:
-        total = row_macs(self.point, src) + sum(row_macs(conv, src) for conv in self.atrous)
-        total += src.layout.batch * self.pool.weight.numel()
-        if self.project is None or self.pooled is None:
-            return total
-        return total + src.num_run * (self.project.weight.numel() + self.pooled.numel())
 
 
 class PlainASPP(nn.Module):

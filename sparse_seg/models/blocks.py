@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -18,8 +17,6 @@ from sparse_seg.sparse import (
     select_rows,
 )
 from sparse_seg.sparse.conv import plain_norm
-from sparse_seg.sparse.fused import LARGEST_GAIN, require_bounded
-from sparse_seg.sparse.tuning import Tuner
 
 
 class Residual(nn.Module):
@@ -52,9 +49,9 @@ class Residual(nn.Module):
         self.pool = None if pool is None else SelectiveAvgPool2d(pool, exchange)
 
     @property
-    def convs(self) -> list[tuple[Any, nn.BatchNorm1d]]:
+    def convs(self) -> list[tuple[Any, Any]]:
         """The convolutions with their norms."""
-        return [(getattr(self, f"conv{n}"), getattr(self, f"bn{n}")) for n in range(1, self.depth + 1)]
+        return [(self.get_submodule(conv), self.get_submodule(norm)) for conv, norm in self.norm_pairs()]
 
     def forward(self, rows: Tensor, src: SiteLayout | Step, dst: SiteLayout | Step) -> Tensor:
         """Rows `[src.num_run, channels]` to `[dst.num_run, expansion * width]`."""
@@ -67,14 +64,8 @@ class Residual(nn.Module):
         out += self.downsample(shortcut) if self.downsample else shortcut
         return F.relu(out, inplace=True)
 
-    def fused(self, tuner: Tuner) -> FusedResidual:
-        *first, last = self.convs
-        convs = [*(conv.fused(tuner, norm) for conv, norm in first), last[0].fused(tuner, last[1])]
-        shortcut = None
-        if self.downsample is not None:
-            linear, norm = self.downsample
-            shortcut = linear.fused(tuner, norm, relu=False)
-        return FusedResidual(tuner, convs, shortcut, self.pool)
+    def norm_pairs(self) -> list[tuple[str, str]]:
+        return [(f"conv{number}", f"bn{number}") for number in range(1, self.depth + 1)]
 
     def plain(self, src: int, dst: int) -> PlainResidual:
         """Dense, from stride `src` to `dst`, px."""
@@ -95,63 +86,6 @@ class Residual(nn.Module):
         for conv, _ in self.convs:
             total, at = total + conv.macs(at, dst), conv.sites(at, dst)
         return total + (self.downsample[0].macs(dst) if self.downsample else 0)
-
-
-class FusedResidual(nn.Module):
-    """A `Residual` of fused layers.
-
-    `gain` bounds how many times as large as its input (or as 1) any of its values can be.
-    """
-
-    def __init__(
-        self,
-        tuner: Tuner,
-        convs: Sequence[Any],
-        shortcut: nn.Module | None,
-        pool: SelectiveAvgPool2d | None,
-    ) -> None:
-        super().__init__()
-        self.tuner = tuner
-        self.is_checked = False  # whether its input is: see `bound_gains`
-        self.convs: Any = nn.ModuleList(convs)
-        self.shortcut: Any = shortcut
-        self.pool = pool
-
-    def forward(self, rows: Tensor, src: Step, dst: Step) -> Tensor:
-        """Rows `[src.num_run, I]` to `[dst.num_run, O]`; the rows given may be overwritten."""
-        if self.is_checked:
-            require_bounded(rows, self.tuner)
-        out, at = rows, src
-        *first, last = self.convs
-        for conv in first:
-            out, at = conv(out, at, dst), conv.sites(at, dst)
-        shortcut = self.pool(rows, src, dst) if self.pool else select_rows(rows, src, dst, self)
-        shortcut = shortcut if self.shortcut is None else self.shortcut(shortcut)
-        return last(out, at, dst, shortcut)
-
-    @property
-    def gain(self) -> float:
-        branch = math.prod(conv.gain for conv in self.convs)
-        return branch + (self.shortcut.gain if self.shortcut else 1.0)
-
-    def macs(self, src: Step, dst: Step) -> int:
-        total, at = 0, src
-        for conv in self.convs:
-            total, at = total + conv.macs(at, dst), conv.sites(at, dst)
-        return total + (self.shortcut.macs(dst) if self.shortcut else 0)
-
-
-def bound_gains(blocks: Iterable[FusedResidual], before: float) -> None:
-    """Have as few blocks as possible check what they read, so that between checks nothing can overflow.
-
-    Args:
-        blocks: in order.
-        before: gain of the layers before them.
-    """
-    gain = before
-    for block in blocks:
-        block.is_checked = gain * block.gain > LARGEST_GAIN
-        gain = block.gain if block.is_checked else gain * block.gain
 
 
 class PlainResidual(nn.Module):
@@ -227,9 +161,6 @@ class Stage(nn.ModuleList):
         for block in self:
             rows, src = block(rows, src, dst), dst
         return rows
-
-    def fused(self, tuner: Tuner) -> Stage:
-        return Stage(block.fused(tuner) for block in self)  # type: ignore[operator]
 
     def plain(self, src: int, dst: int) -> nn.Sequential:
         first, *others = self

@@ -1,4 +1,4 @@
-"""The forms of a network's parts: fused for prediction, plain and dense, and their multiply-adds.
+"""The forms of a network's parts: norms folded in, plain and dense, and their multiply-adds.
 
 A part that knows a form has a method for it; what is made of parts asks its children. Here stands what
 PyTorch's own modules, which have no such methods, become.
@@ -7,18 +7,19 @@ PyTorch's own modules, which have no such methods, become.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sparse_seg.sparse import SelectiveLinear, Step
+from sparse_seg.sparse import SelectiveConv2d, SelectiveDepthwiseConv2d, Step
 from sparse_seg.sparse.conv import plain_norm
-from sparse_seg.sparse.tuning import Tuner
 
 Module = TypeVar("Module", bound=nn.Module)
+FOLDABLE = (nn.Conv2d, nn.Linear, SelectiveConv2d, SelectiveDepthwiseConv2d)  # outputs first in their weights
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def channels_last(module: Module) -> Module:
@@ -33,30 +34,37 @@ def rebuilt(module: Module, children: Mapping[str, nn.Module | None]) -> Module:
     return twin
 
 
-def fused(module: Any, tuner: Tuner) -> Any:
-    """A copy for prediction, each batch norm folded into the layer before it, without dropout.
+def fold_norms(module: nn.Module) -> None:
+    """Fold each batch norm, in eval mode, into the layer before it.
 
-    On rows `Linear, BatchNorm1d[, ReLU]` becomes one `FusedLinear`.
+    In an `nn.Sequential` a norm follows its layer; any other part names both by its method `norm_pairs`.
     """
-    if hasattr(module, "fused"):
-        return module.fused(tuner)
-    if not isinstance(module, nn.Sequential):
-        return copy.deepcopy(module)
-    children: list[nn.Module] = []
-    waiting = list(module)
-    while waiting:
-        child = waiting.pop(0)
-        if isinstance(child, SelectiveLinear) and waiting and isinstance(waiting[0], nn.BatchNorm1d):
-            norm, relu = waiting.pop(0), bool(waiting) and isinstance(waiting[0], nn.ReLU)
-            children.append(child.fused(tuner, norm, relu))
-            del waiting[: int(relu)]
-        elif isinstance(child, nn.BatchNorm2d):
-            conv = children.pop()
-            assert isinstance(conv, nn.Conv2d)
-            children.append(fuse_conv_bn_eval(conv, child))
-        elif not isinstance(child, (nn.Dropout, nn.Dropout2d)):
-            children.append(fused(child, tuner))
-    return children[0] if len(children) == 1 else channels_last(nn.Sequential(*children))
+    for part in list(module.modules()):
+        for before, name in _norm_pairs(part):
+            _fold(part.get_submodule(before), part.get_submodule(name))
+            parent, _, own = name.rpartition(".")
+            setattr(part.get_submodule(parent), own, nn.Identity())
+        if isinstance(part, nn.Conv2d):
+            channels_last(part)
+
+
+def _norm_pairs(part: Any) -> list[tuple[str, str]]:
+    if hasattr(part, "norm_pairs"):
+        return part.norm_pairs()
+    if not isinstance(part, nn.Sequential):
+        return []
+    pairs = itertools.pairwise(part.named_children())
+    return [
+        (a, b) for (a, layer), (b, norm) in pairs if isinstance(layer, FOLDABLE) and isinstance(norm, NORMS)
+    ]
+
+
+def _fold(layer: Any, norm: Any) -> None:
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    shift = norm.bias - norm.running_mean * scale
+    bias = shift if layer.bias is None else layer.bias * scale + shift
+    weight = layer.weight * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
+    layer.weight, layer.bias = (nn.Parameter(value.detach()) for value in (weight, bias))
 
 
 def plain(module: Any, stride: int) -> nn.Module:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sparse_seg.models.aspp import ASPP, linear_norm_relu
-from sparse_seg.models.forms import fused, grid_macs, plain, rebuilt, row_macs
+from sparse_seg.models.forms import grid_macs, plain, rebuilt, row_macs
 from sparse_seg.models.patch import decode_split_cells, enlarged, layers, reads_neighbours
 from sparse_seg.models.upsample import upsample_logits
 from sparse_seg.sparse import SiteLayout, Step, dense_levels, densify, double, with_cells
-from sparse_seg.sparse.tuning import Tuner
 
 FINEST_DENSE_STRIDE = 8  # of dense networks, in px
 LOW_LEVEL_STRIDE = 4  # of layer1, whose grid `deeplabv3plus` reads and writes
@@ -72,9 +71,6 @@ def at_dense_spacing(module: nn.Module, grid: Tensor, stride: int) -> Tensor:
     for (y, x), part in zip(parts, (first, *others), strict=True):
         out[:, :, y, x] = part
     return out
-
-
-_Head = TypeVar("_Head", bound="Head")
 
 
 class Head(nn.Module):
@@ -136,17 +132,14 @@ class Head(nn.Module):
     def decodes_cells(self) -> bool:
         """Whether `decode` reads neighbours by the first layer of `refine` alone, so that it can run on some
         cells."""
-        behind = list(layers(self.refine))[1:]
-        return type(self).decode is Head.decode and not any(reads_neighbours(layer) for layer in behind)
+        if type(self).decode is not Head.decode:
+            return False
+        return not any(reads_neighbours(layer) for layer in list(layers(self.refine))[1:])
 
     @property
     def num_classes(self) -> int:
         """K."""
         return self.classifier.out_channels
-
-    def fused(self: _Head, tuner: Tuner) -> _Head:
-        """A copy for prediction."""
-        return rebuilt(self, {name: fused(child, tuner) for name, child in self.named_children()})
 
     def plain(self, stride: int) -> PlainHead:
         """A copy that runs dense on grids at `stride` px."""

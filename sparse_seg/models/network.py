@@ -13,7 +13,6 @@ from sparse_seg.models.card import Card
 from sparse_seg.models.heads import Head
 from sparse_seg.models.resnet import ResNet
 from sparse_seg.models.way import Way
-from sparse_seg.sparse.tuning import Tuner
 
 
 class Network(nn.Module):
@@ -27,7 +26,6 @@ class Network(nn.Module):
             A block is one cell of the coarsest grid.
         align_corners: of the last upsampling.
         mask: settings of the policies that a `Way` names.
-        tuner: of backbone and head in their fused forms; None: they are not.
         merge: what pixels of coarse blocks get: `whole`, the head decodes the densified rows everywhere; or
             `patch`, see `models/patch.py`.
         card: what input and output mean; of a checkpoint's network.
@@ -43,20 +41,15 @@ class Network(nn.Module):
         strides: tuple[int, ...] = (8, 16),
         align_corners: bool = False,
         mask: MaskConfig | None = None,
-        tuner: Tuner | None = None,
         merge: str = "whole",
         card: Card | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
         self.policy, self.trained_stride, self.strides = policy, trained_stride, strides
-        self.align_corners, self.mask, self.tuner = align_corners, mask or MaskConfig(), tuner
+        self.align_corners, self.mask = align_corners, mask or MaskConfig()
         self.merge, self.card = merge, card
-
-    @property
-    def is_fast(self) -> bool:
-        """Whether it was made by `for_inference`."""
-        return self.tuner is not None
+        self.is_fast = False  # whether it was made by `for_inference`
 
     def policy_for(self, way: Way) -> MaskPolicy:
         """The policy of a selective way: the model's own, or the one that the way names, in eval mode.

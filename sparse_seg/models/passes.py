@@ -13,7 +13,6 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +30,6 @@ from sparse_seg.models.network import Network
 from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.models.way import Way
 from sparse_seg.sparse import Memory, SiteLayout, Step, densify, rows_to_grid
-from sparse_seg.sparse.fused import Unbounded, require_bounded
-
-_T = TypeVar("_T")
 
 
 @contextmanager
@@ -233,7 +229,8 @@ class Pass:
         if self._neck is None:
             self._run(self._steps)
             head, rows, step = self.model.head, self._features[-1], self._steps[-1]
-            self._neck = self._compute(lambda: head.neck(rows, step), rows)
+            with self._context():
+                self._neck = head.neck(rows, step)
         return self._neck
 
     def grid_logits(self) -> Tensor:
@@ -276,7 +273,8 @@ class Pass:
         if self._coarse is None:
             rows, layout = self._features[-1], self._dense_step(self.model.strides[-1]).layout
             step = Step(layout, exchange=self._way.exchange, engine=self._way.engine)
-            neck = self._compute(lambda: self.model.head.neck(rows[: layout.num_sites], step), rows)
+            with self._context():
+                neck = self.model.head.neck(rows[: layout.num_sites], step)
             self._coarse = self._merged(neck, step)
         return self._coarse
 
@@ -334,11 +332,9 @@ class Pass:
         if refines:  # the stage before has nothing new
             src = Step(src.layout, before=src.layout)
 
-        def run() -> list[Tensor]:
+        with self._context():
             rows = self._features[known - 1] if known else backbone.stem(self.images)
-            return backbone.run_stages(rows[:0] if refines else rows, steps[known:], known, src)
-
-        late = self._compute(run, None if known else self.images)
+            late = backbone.run_stages(rows[:0] if refines else rows, steps[known:], known, src)
         self._features, self._done = [*self._features[:known], *late], list(steps)
         if not known:
             batch, _, height, width = self.images.shape
@@ -384,26 +380,6 @@ class Pass:
             return None
         layout = self._done[0].layout
         return rows_to_grid(self._features[0], layout.batch, layout.size)
-
-    def _compute(self, work: Callable[[], _T], given: Tensor | None = None) -> _T:
-        """Run a part of the network.
-
-        oneDNN's ReLU, which a fast network runs fused, makes NaN 0. So a fast network checks that what it is
-        `given` is bounded (and a deep one what few of its blocks read): by the sums of its weights, nothing
-        can overflow then. Where it might, the part runs again by steps that hand NaN on.
-        """
-        with self._context():
-            tuner = self.model.tuner
-            if tuner is None:
-                return work()
-            try:
-                if given is not None:
-                    require_bounded(given, tuner)
-                with self.memory.undone_on_error() if self.memory else nullcontext():
-                    return work()
-            except Unbounded:
-                with tuner.showing_nan():
-                    return work()
 
     @contextmanager
     def _context(self) -> Iterator[None]:

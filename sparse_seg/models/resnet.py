@@ -7,7 +7,6 @@ which sites exist, the convolutions never learn what "dilation" is. Names follow
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,11 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_seg.models.blocks import BasicBlock, Bottleneck, Stage, bound_gains
-from sparse_seg.models.forms import channels_last, fused, grid_macs, rebuilt
+from sparse_seg.models.blocks import BasicBlock, Bottleneck, Stage
+from sparse_seg.models.forms import grid_macs
 from sparse_seg.sparse import SiteLayout, Step, grid_to_rows
-from sparse_seg.sparse.fused import largest_gain
-from sparse_seg.sparse.tuning import Tuner
 
 STAGE_STRIDES = (4, 8, 16, 32)  # natural strides of layer1..layer4, in pixels
 
@@ -147,23 +144,13 @@ class ResNet(nn.Module):
             outputs.append(rows)
         return outputs
 
-    def fused(self, tuner: Tuner) -> ResNet:
-        """A copy for prediction."""
-        stem = [*self.conv1] if isinstance(self.conv1, nn.Sequential) else [self.conv1]
-        stages: dict[str, Any] = {info.name: info.module.fused(tuner) for info in self.stages}
-        conv1 = fused(nn.Sequential(*stem, self.bn1), tuner)
-        bound_gains((block for stage in stages.values() for block in stage), _gain(conv1))
-        return rebuilt(self, {"conv1": channels_last(conv1), "bn1": nn.Identity(), **stages})
+    def norm_pairs(self) -> list[tuple[str, str]]:
+        last = f".{len(self.conv1) - 1}" if isinstance(self.conv1, nn.Sequential) else ""
+        return [(f"conv1{last}", "bn1")]
 
     def stem_macs(self, size: tuple[int, int], batch: int) -> int:
         """Multiply-adds of the stem on images of `size` (H, W): all its convolutions run at stride 2."""
         return grid_macs(self.conv1, batch * -(-size[0] // 2) * -(-size[1] // 2))
-
-
-def _gain(stem: nn.Module) -> float:
-    """How many times as large as its input (or as 1) what the convolutions make can be."""
-    convs = (conv for conv in stem.modules() if isinstance(conv, nn.Conv2d))
-    return math.prod(largest_gain(conv.weight, conv.bias) for conv in convs if conv.bias is not None)
 
 
 def _conv(channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

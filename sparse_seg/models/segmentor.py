@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from sparse_seg.masks import MaskPolicy, block_levels
+from sparse_seg.models.forms import fold_norms
 from sparse_seg.models.layouts import dense_layouts, selective_layouts
 from sparse_seg.models.network import Network
 from sparse_seg.models.passes import Pass
 from sparse_seg.models.refinement import refine
 from sparse_seg.models.way import Way
 from sparse_seg.sparse import SiteLayout
-from sparse_seg.sparse.tuning import Tuner
 
 
 class SelectiveSegmentor(Network):
@@ -99,11 +99,10 @@ class SelectiveSegmentor(Network):
         return (step.logits for step in refine(self, images, fractions, milliseconds))
 
     def for_inference(self) -> SelectiveSegmentor:
-        """A fast copy for prediction only: the same interface and numbers (to 1e-5), without autograd.
+        """A copy for prediction only: batch norm folded into weights, no autograd, no auxiliary head.
 
-        Batch norm is folded into weights; bias, ReLU and residual are fused into the products. On the CPU in
-        float32 it runs oneDNN's fused kernels or Winograd's filtering, whichever is the faster for a shape by
-        a trial at its first use. Of a fast network, itself.
+        The same interface and numbers (to 1e-5). Of such a network, itself. An exported network is faster
+        (`sparse_seg.export`).
 
         Raises:
             ValueError: the model is in training mode (its batch statistics cannot be folded).
@@ -112,21 +111,10 @@ class SelectiveSegmentor(Network):
             return self
         if self.training:
             raise ValueError("call model.eval() before for_inference(): batch statistics cannot be folded")
-        tuner = Tuner()
-        with torch.no_grad():
-            fast = SelectiveSegmentor(
-                self.backbone.fused(tuner),
-                self.head.fused(tuner),
-                copy.deepcopy(self.policy),
-                self.trained_stride,
-                None,
-                self.strides,
-                self.align_corners,
-                self.mask,
-                tuner,
-                self.merge,
-                self.card,
-            )
+        fast = copy.deepcopy(self)
+        fast.auxiliary, fast.is_fast = None, True
+        fold_norms(fast.backbone)
+        fold_norms(fast.head)
         return fast.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> SelectiveSegmentor:

@@ -1,6 +1,6 @@
 """The layers that a network on sites is made of: 3x3 convolution over sites, and 1x1.
 
-Each owns its forms: `fused` (batch norm folded in, for prediction), `plain` (`nn.Conv2d`, dense) and `macs`.
+Each owns its forms: `plain` (`nn.Conv2d`, dense) and `macs`. With a bias where a batch norm was folded in.
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ from torch import Tensor, nn
 
 from sparse_seg.sparse.engines import ENGINES, gather, spconv
 from sparse_seg.sparse.engines.undilated import undilated_conv2d
-from sparse_seg.sparse.fused import FusedConv, FusedLinear
 from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
 from sparse_seg.sparse.neighbours import TAPS
 from sparse_seg.sparse.step import Step
-from sparse_seg.sparse.tuning import Tuner
 
 Place = TypeVar("Place")
 
 
 class SelectiveConv2d(nn.Module):
-    """3x3 convolution over the sites of a layout, without bias.
+    """3x3 convolution over the sites of a layout, without bias but for a folded batch norm's.
 
     Its taps lie `spacing` pixels apart whatever the levels: the dilation of a dense convolution follows from
     the stride it runs at. The weight is stored `[O, 3, 3, I]` (spconv's KRSC), which is at once a
@@ -42,6 +40,8 @@ class SelectiveConv2d(nn.Module):
         EngineError: the engine is spconv, and it is missing, broken, or cannot run this dtype or backward.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_channels: int,
@@ -57,6 +57,7 @@ class SelectiveConv2d(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.spacing, self.exchange, self.engine = spacing, exchange, engine
         self.weight = nn.Parameter(torch.empty(out_channels, 3, 3, in_channels))
+        self.register_parameter("bias", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -68,18 +69,14 @@ class SelectiveConv2d(nn.Module):
         src, dst = Step.of(src), Step.of(dst)
         exchange = dst.exchange or self.exchange
         if self.spacing is None:
-            return undilated_conv2d(rows, self.weight, dst.layout, exchange)
+            return undilated_conv2d(rows, self.weight, dst.layout, exchange, self.bias)
         rows = dst.complete(rows, src, self)
         engine = _engine(dst.engine or self.engine, rows, src, dst)
-        return engine.selective_conv2d(rows, self.weight, src, dst, self.spacing, exchange)
+        return engine.selective_conv2d(rows, self.weight, src, dst, self.spacing, exchange, self.bias)
 
     def sites(self, src: Place, dst: Place) -> Place:
         """Where its outputs stand, asked to go from `src` to `dst`: steps, or strides in px."""
         return dst
-
-    def fused(self, tuner: Tuner, norm: nn.Module, relu: bool = True) -> FusedConv:
-        """With a batch norm, and perhaps ReLU, behind it."""
-        return FusedConv(tuner, self.weight, self.spacing, self.exchange, norm, relu)
 
     def plain(self, src: int, dst: int) -> nn.Conv2d:
         """Dense, from stride `src` to `dst`, px."""
@@ -109,13 +106,10 @@ class SelectiveLinear(nn.Linear):
 
     def forward(self, rows: Tensor, src: Any = None, dst: Any = None) -> Tensor:
         """`[N, I]` to `[N, O]`."""
-        return F.linear(rows, self.weight)
+        return F.linear(rows, self.weight, self.bias)
 
     def sites(self, src: Place, dst: Place) -> Place:
         return src
-
-    def fused(self, tuner: Tuner, norm: nn.Module, relu: bool = True) -> FusedLinear:
-        return FusedLinear(tuner, self.weight, norm, relu)
 
     def plain(self, src: int = 1, dst: int = 1) -> nn.Conv2d:
         conv = nn.Conv2d(self.in_features, self.out_features, 1, dst // src, bias=False).to(self.weight)

@@ -7,7 +7,6 @@ time, so that no more than one copy of the extra sites' features is held. Exchan
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -19,17 +18,15 @@ from torch.autograd.function import once_differentiable
 from sparse_seg.sparse.conv import Place, check_exchange
 from sparse_seg.sparse.engines import gather
 from sparse_seg.sparse.features import grid_to_rows, lattice_grid
-from sparse_seg.sparse.fused import FusedDepthwise
 from sparse_seg.sparse.layout import SiteLayout
 from sparse_seg.sparse.neighbours import TAPS
 from sparse_seg.sparse.step import Step
-from sparse_seg.sparse.tuning import Tuner
 
 WINDOW = (4, 5, 7, 8)  # taps of a 3x3 kernel that a 2x2 window reads: its own place, right, below, diagonal
 
 
 class SelectiveDepthwiseConv2d(nn.Module):
-    """Depthwise 3x3 convolution over the sites of a layout, without bias.
+    """Depthwise 3x3 convolution over the sites of a layout, without bias but for a folded batch norm's.
 
     Its weight is stored `[C, 3, 3, 1]`: KRSC with one input channel a group.
 
@@ -39,27 +36,28 @@ class SelectiveDepthwiseConv2d(nn.Module):
         exchange: what an extra site reads where its level has no site, see `SelectiveConv2d`.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, channels: int, spacing: int, exchange: str = "linear") -> None:
         super().__init__()
         check_exchange(exchange)
         self.channels = self.out_channels = channels
         self.spacing, self.exchange = spacing, exchange
         self.weight = nn.Parameter(torch.empty(channels, 3, 3, 1))
+        self.register_parameter("bias", None)
         nn.init.normal_(self.weight, std=math.sqrt(2 / TAPS))  # He et al., 2015
 
     def forward(self, rows: Tensor, src: SiteLayout | Step, dst: SiteLayout | Step) -> Tensor:
         """Rows `[src.num_run, C]` to `[dst.num_run, C]`."""
         src, dst = Step.of(src), Step.of(dst)
         rows = dst.complete(rows, src, self)
-        return depthwise_conv2d(rows, self.weight, src, dst, self.spacing, dst.exchange or self.exchange)
+        exchange = dst.exchange or self.exchange
+        out = depthwise_conv2d(rows, self.weight, src, dst, self.spacing, exchange)
+        return out if self.bias is None else out + self.bias
 
     def sites(self, src: Place, dst: Place) -> Place:
         """Where its outputs stand, asked to go from `src` to `dst`: steps, or strides in px."""
         return dst
-
-    def fused(self, tuner: Tuner, norm: nn.Module, relu: bool = True) -> FusedDepthwise:
-        """With a batch norm, and perhaps ReLU, behind it."""
-        return FusedDepthwise(copy.deepcopy(self), norm, relu)
 
     def plain(self, src: int, dst: int) -> nn.Conv2d:
         """Dense, from stride `src` to `dst`, px."""

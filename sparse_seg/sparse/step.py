@@ -6,8 +6,7 @@ pooling) asks its step to `complete` its rows; everything else runs on the rows 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 
 import torch
@@ -42,16 +41,6 @@ class Memory:
         """The rows that follow belong to new sites."""
         self._step.clear()
         self._read.clear()
-
-    @contextmanager
-    def undone_on_error(self) -> Iterator[None]:
-        """On an exception, what was kept meanwhile is forgotten."""
-        before = dict(self._kept), set(self._read), dict(self._step)
-        try:
-            yield
-        except BaseException:
-            self._kept, self._read, self._step = before
-            raise
 
     def complete(self, rows: Tensor, src: Step, key: Hashable) -> Tensor:
         """All rows of `src`, those kept under `key` and `rows` of its new sites; kept for the next step.

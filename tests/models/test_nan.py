@@ -5,10 +5,8 @@ import torch
 from torch import Tensor
 
 from sparse_seg import build_model
-from sparse_seg.models.blocks import FusedResidual
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.sparse.fused import LARGEST_GAIN
-from tests.reference import randomise, relative_error
+from tests.reference import randomise
 
 MASK = torch.rand(1, 6, 8, generator=torch.Generator().manual_seed(0)) < 0.3
 
@@ -38,29 +36,6 @@ def test_not_finite(fault: str, backbone: str, head: str) -> None:
     for expected, found in zip(plain, fast, strict=True):
         assert not expected.isfinite().all()
         assert torch.equal(found.isfinite(), expected.isfinite())
-
-
-@torch.no_grad()
-def test_large_but_finite() -> None:
-    """Values beyond the bound are computed, by the slower steps; and afterwards the fast ones again."""
-    model = network("resnet18", "lite")
-    fast, images = model.for_inference(), torch.randn(1, 3, 96, 128)
-    before = fast(images, MASK)
-    assert relative_error(fast(1e6 * images, MASK), model(1e6 * images, MASK)) < 1e-5
-    assert torch.equal(fast(images, MASK), before)
-
-
-def test_few_blocks_are_checked() -> None:
-    """As many as the weights' sums ask for: none of a shallow network's, some of a deep one's."""
-    checked = {}
-    for name in ("resnet18", "resnet101"):
-        blocks = [m for m in network(name, "lite").for_inference().modules() if isinstance(m, FusedResidual)]
-        checked[name] = sum(block.is_checked for block in blocks)
-        gain = 1.0
-        for block in blocks:
-            gain = block.gain if block.is_checked else gain * block.gain
-            assert gain <= LARGEST_GAIN
-    assert checked["resnet18"] < checked["resnet101"] <= 12
 
 
 def test_fast_networks_do_not_train_and_stay_as_they_are() -> None:

@@ -38,7 +38,7 @@ def levels(model: SelectiveSegmentor, given: Tensor, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("grad", [False, True], ids=["refined", "autograd"])
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
-@pytest.mark.parametrize("head", list(HEADS))
+@pytest.mark.parametrize("head", HEADS.declared)
 def test_all_coarse_and_all_fine_are_the_dense_networks(head: str, strides: list[int], grad: bool) -> None:
     model, given = network(head, strides), images()
     mask = levels(model, given)
@@ -50,7 +50,7 @@ def test_all_coarse_and_all_fine_are_the_dense_networks(head: str, strides: list
 
 
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
-@pytest.mark.parametrize("head", list(HEADS))
+@pytest.mark.parametrize("head", HEADS.declared)
 def test_one_step_equals_two(head: str, strides: list[int]) -> None:
     """P4, and the same logits with autograd, where nothing is kept, and in the fast form."""
     model, given = network(head, strides), images(64, 96)
@@ -64,7 +64,7 @@ def test_one_step_equals_two(head: str, strides: list[int]) -> None:
     assert relative_error(fast, single) < 1e-5
 
 
-@pytest.mark.parametrize("head", list(HEADS))
+@pytest.mark.parametrize("head", HEADS.declared)
 def test_each_cell_has_the_logits_of_its_own_level(head: str) -> None:
     """On the head's grid: in fine blocks decoded whole, elsewhere the coarse logits, bilinear."""
     model, given = network(head, [8, 16]), images(90, 106)
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_finite_differences(head: str) -> None:
     )
 
 
-@pytest.mark.parametrize("head", list(HEADS))
+@pytest.mark.parametrize("head", HEADS.declared)
 def test_the_second_head_costs_its_share(head: str) -> None:
     """That of the fine blocks, where it can run on their cells alone."""
     model, given = network(head, [8, 16]), images(96, 128)

@@ -32,6 +32,7 @@ def selective_conv2d(
     dst: SiteLayout | Step,
     spacing: int,
     exchange: str,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """3x3 convolution from the sites of `src` to the sites of `dst`, taps `spacing` px apart.
 
@@ -39,6 +40,7 @@ def selective_conv2d(
         rows: `[N, I]` of all sites of `src`.
         weight: `[O, 3, 3, I]` (KRSC), contiguous.
         exchange: see `SiteLayout.neighbours_of_cells`.
+        bias: `[O]`.
 
     Returns:
         `[dst.num_run, O]`. Where `dst` runs new sites only (see `Step`) there is no gradient.
@@ -49,15 +51,16 @@ def selective_conv2d(
     src, dst = Step.of(src), Step.of(dst)
     check_rows(rows, src.layout)
     rows, weight = autocast(rows, weight)
+    bias = None if bias is None else bias.to(rows.dtype)
     stride, dilation = lattice_conv_geometry(src.layout, dst.layout, spacing)
     if dst.runs_lattice and dst.layout.num_extra == 0:
-        return lattice_conv2d(rows, weight, src.layout, stride, dilation)
+        return lattice_conv2d(rows, weight, src.layout, stride, dilation, bias)
     table = dst.neighbours(src, spacing, exchange)
     if not dst.runs_lattice:
         out = rows.new_empty(dst.num_run, weight.shape[0])
-        multiply_neighbours(rows, weight, table, out)
+        multiply_neighbours(rows, weight, table, out, bias)
         return out
-    return _SelectiveConv2d.apply(rows, weight, src.layout, dst.layout, table, stride, dilation)
+    return _SelectiveConv2d.apply(rows, weight, src.layout, dst.layout, table, stride, dilation, bias)
 
 
 def check_rows(rows: Tensor, layout: SiteLayout) -> None:
@@ -98,10 +101,12 @@ def _autocasts(rows: Tensor) -> bool:
     return torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64
 
 
-def lattice_conv2d(rows: Tensor, weight: Tensor, src: SiteLayout, stride: int, dilation: int) -> Tensor:
+def lattice_conv2d(
+    rows: Tensor, weight: Tensor, src: SiteLayout, stride: int, dilation: int, bias: Tensor | None = None
+) -> Tensor:
     """The lattice part of a convolution, `[src.num_sites, I]` to `[dst.num_lattice, O]`; differentiable."""
     oihw = weight.permute(0, 3, 1, 2)  # the same memory, channels_last
-    return grid_to_rows(F.conv2d(lattice_grid(rows, src), oihw, None, stride, dilation, dilation))
+    return grid_to_rows(F.conv2d(lattice_grid(rows, src), oihw, bias, stride, dilation, dilation))
 
 
 def ghost_rows(rows: Tensor, table: NeighbourTable) -> Tensor:
@@ -177,12 +182,13 @@ class _SelectiveConv2d(torch.autograd.Function):
         table: NeighbourTable,
         stride: int,
         dilation: int,
+        bias: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.plan = src, dst, table, stride, dilation
         out = rows.new_empty(dst.num_sites, weight.shape[0])
-        out[: dst.num_lattice] = lattice_conv2d(rows, weight, src, stride, dilation)
-        multiply_neighbours(rows, weight, table, out=out[dst.num_lattice :])
+        out[: dst.num_lattice] = lattice_conv2d(rows, weight, src, stride, dilation, bias)
+        multiply_neighbours(rows, weight, table, out[dst.num_lattice :], bias)
         return out
 
     @staticmethod
@@ -210,7 +216,8 @@ class _SelectiveConv2d(torch.autograd.Function):
             grad_weight = add_weight_grad(grad_weight, extra_grad, rows, table)
         if ctx.needs_input_grad[0]:
             grad_rows = rows_grad(grad_rows, extra_grad, weight, table)
-        return grad_rows, grad_weight, None, None, None, None, None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[7] else None
+        return grad_rows, grad_weight, None, None, None, None, None, grad_bias
 
 
 def add_weight_grad(grad_weight: Tensor, grad: Tensor, rows: Tensor, table: NeighbourTable) -> Tensor:

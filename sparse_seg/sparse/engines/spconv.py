@@ -39,6 +39,7 @@ def selective_conv2d(
     dst: SiteLayout | Step,
     spacing: int,
     exchange: str,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """As `gather.selective_conv2d`: same arguments, same result to rounding.
 
@@ -47,7 +48,7 @@ def selective_conv2d(
     """
     src, dst = Step.of(src), Step.of(dst)
     if not runs(src, dst):
-        return gather.selective_conv2d(rows, weight, src, dst, spacing, exchange)
+        return gather.selective_conv2d(rows, weight, src, dst, spacing, exchange, bias)
     layout = src.layout
     gather.check_rows(rows, layout)
     _, dilation = gather.lattice_conv_geometry(layout, layout, spacing)
@@ -60,7 +61,8 @@ def selective_conv2d(
     features = torch.cat((rows[layout.num_lattice :], gather.ghost_rows(rows, table)))
     library = _library(rows.device.type)
     extra = _submanifold(library, features, weight, level, dilation, needs_grad)[: layout.num_extra]
-    return torch.cat((gather.lattice_conv2d(rows, weight, layout, 1, dilation), extra))
+    out = torch.cat((gather.lattice_conv2d(rows, weight, layout, 1, dilation), extra))
+    return out if bias is None else out + bias.to(out.dtype)
 
 
 def runs(src: Step, dst: Step) -> bool:

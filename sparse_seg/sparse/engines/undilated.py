@@ -18,8 +18,12 @@ from sparse_seg.sparse.layout import SiteLayout
 from sparse_seg.sparse.neighbours import NeighbourTable
 
 
-def undilated_conv2d(rows: Tensor, weight: Tensor, layout: SiteLayout, exchange: str) -> Tensor:
-    """`[N, I]` to `[N, O]`, with `weight` `[O, 3, 3, I]`. See `SiteLayout.neighbours` for `exchange`.
+def undilated_conv2d(
+    rows: Tensor, weight: Tensor, layout: SiteLayout, exchange: str, bias: Tensor | None = None
+) -> Tensor:
+    """`[N, I]` to `[N, O]`, with `weight` `[O, 3, 3, I]` and `bias` `[O]`.
+
+    exchange: see `SiteLayout.neighbours`.
 
     Raises:
         ValueError: rows and layout differ in length.
@@ -27,22 +31,20 @@ def undilated_conv2d(rows: Tensor, weight: Tensor, layout: SiteLayout, exchange:
     gather.check_rows(rows, layout)
     rows, weight = gather.autocast(rows, weight)
     if not layout.splits:
-        return gather.lattice_conv2d(rows, weight, layout, stride=1, dilation=1)
-    return _EverySite.apply(rows, weight, every_site(layout, exchange))
-
-
-def every_site(layout: SiteLayout, exchange: str) -> NeighbourTable:
-    """The neighbours of all sites, one cell of the finest grid away."""
-    return layout.neighbours(layout, layout.stride, exchange, lattice=True)
+        return gather.lattice_conv2d(rows, weight, layout, 1, 1, bias)
+    table = layout.neighbours(
+        layout, layout.stride, exchange, lattice=True
+    )  # one cell of the finest grid away
+    return _EverySite.apply(rows, weight, table, bias)
 
 
 class _EverySite(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, table: NeighbourTable) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, table: NeighbourTable, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.table = table
         out = rows.new_empty(table.index.shape[0], weight.shape[0])
-        gather.multiply_neighbours(rows, weight, table, out=out)
+        gather.multiply_neighbours(rows, weight, table, out, bias)
         return out
 
     @staticmethod
@@ -55,4 +57,4 @@ class _EverySite(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             no_lattice = rows.new_zeros(1, rows.shape[1], 0, 0)
             grad_rows = gather.rows_grad(no_lattice, grad, weight, ctx.table)
-        return grad_rows, grad_weight, None
+        return grad_rows, grad_weight, None, grad.sum(0) if ctx.needs_input_grad[3] else None
