@@ -99,8 +99,8 @@ HEADS = Registry(
     "head",
     {
         "lite": "sparse_seg.models.heads:LiteHead",
-        "deeplabv3": "sparse_seg.models.heads:DeepLabV3Head",
-        "deeplabv3plus": "sparse_seg.models.heads:DeepLabV3PlusHead",
+        "deeplabv3": "sparse_seg.models.deeplab:DeepLabV3Head",
+        "deeplabv3plus": "sparse_seg.models.deeplab:DeepLabV3PlusHead",
         "fcn": "sparse_seg.models.heads:FCNHead",
     },
 )

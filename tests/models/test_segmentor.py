@@ -11,7 +11,7 @@ from sparse_seg import build_model
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import Frames
 from sparse_seg.models.aspp import mean_by_area
-from sparse_seg.models.heads import DeepLabV3Head
+from sparse_seg.models.deeplab import DeepLabV3Head
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout
 from tests.reference import block_mask, random_model, relative_error
 from tests.sparse.test_layout import random_splits

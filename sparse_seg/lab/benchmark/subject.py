@@ -9,18 +9,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg.checkpoint import load_model
 from sparse_seg.config import Config
-from sparse_seg.data.cityscapes import Cityscapes
 from sparse_seg.data.dataset import IGNORE_INDEX
-from sparse_seg.data.scenes import render_scene
-from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.cost import count_macs
+from sparse_seg.lab.benchmark.inputs import randomise_norms, scenes
 from sparse_seg.lab.benchmark.peers import peer_run
 from sparse_seg.lab.latency import Run
 from sparse_seg.masks import MaskPolicy
@@ -121,7 +118,7 @@ class Subject:
             model = load_model(setup.checkpoint, setup.config)
         model.auxiliary = None
         self.float_model = model.eval().to(self.device)
-        images, labels = scenes(setup)
+        images, labels = scenes(setup.config, setup.size, setup.batch)
         self.images, self.labels = images.to(self.device, self.dtype), labels.to(self.device)
         self._plain: dict[tuple[str, int], nn.Module] = {}
         self._costs: dict[tuple[Way, bool], dict[str, int]] = {}
@@ -293,33 +290,6 @@ class Subject:
             layouts[src].neighbours(layouts[dst], spacing, exchange, lattice)
         layouts[1].rows_at(layouts[2])
         return layouts
-
-
-def scenes(setup: Setup) -> tuple[Tensor, Tensor]:
-    """Rendered street scenes: normalised images `[B, 3, H, W]` and train ids `[B, H, W]` (int64)."""
-    data, ids = setup.config.data, np.full(256, IGNORE_INDEX)
-    for label_id, train_id in Cityscapes.train_ids.items():
-        ids[label_id] = train_id
-    pairs = [render_scene(np.random.default_rng(seed), setup.size) for seed in range(setup.batch)]
-    images = torch.stack([normalise(image, data.mean, data.std) for image, _ in pairs])
-    labels = torch.stack([torch.from_numpy(ids[label].astype(np.int64)) for _, label in pairs])
-    classes = setup.config.model.num_classes
-    return images, labels if classes is None else labels.where(labels < classes, IGNORE_INDEX)
-
-
-@torch.no_grad()
-def randomise_norms(model: SelectiveSegmentor, seed: int = 0) -> None:
-    """Statistics of every batch norm near those of its activations, so that these keep order one."""
-    generator = torch.Generator().manual_seed(seed)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.momentum = 1.0
-    model.train().dense(torch.randn(2, 3, 64, 96, generator=generator))
-    for norm in norms:
-        assert norm.running_var is not None
-        norm.running_var.mul_(torch.rand(norm.num_features, generator=generator) + 0.5).add_(0.05)
-        norm.momentum = 0.1
-    model.eval()
 
 
 def prepare_case(setup: Setup, case: Case) -> Run:
