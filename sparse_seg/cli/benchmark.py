@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     subject, notes, rows = Subject(setup), list[str](), list[dict[str, Any]]()
     for scope in [*args.scopes, *(["train"] if args.train else [])]:
         engines = _engines(args, scope, subject, notes)
-        todo = cases(scope, args.fine_fraction, engines, fast=True, policies=args.policies)
+        todo = cases(scope, args.fine_fraction, engines, folded=True, policies=args.policies)
         if args.peers and scope != "train":
             todo += [Case(scope, "peer", peer=name) for name in PEERS]
         rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
@@ -177,7 +177,7 @@ def _accuracies(path: str, model: SelectiveSegmentor) -> tuple[float, float, dic
 
 def _profiles(args: argparse.Namespace, subject: Subject) -> list[dict[str, Any]]:
     profiles = []
-    candidates = cases("network", args.fine_fraction, ["gather"], fast=True)
+    candidates = cases("network", args.fine_fraction, ["gather"], folded=True)
     for case in (case for case in candidates if case.kind != "plain"):
         rows = profile_network(subject, case, args.repeats)
         print(f"\nwhere the time goes: {case.name}, {case.form}, ms by part and kind of work")

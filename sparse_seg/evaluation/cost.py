@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.models.passes import eval_mode
+from sparse_seg.models.network import eval_mode
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 

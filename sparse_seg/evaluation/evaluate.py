@@ -14,11 +14,12 @@ from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
 from sparse_seg.evaluation.views import ONCE, Views, predict, single
-from sparse_seg.models.passes import eval_mode, now
+from sparse_seg.models.network import eval_mode
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 from sparse_seg.processes import Processes
 from sparse_seg.progress import bar
+from sparse_seg.timing import now
 
 LOSS_STEP = 4  # a sixteenth of the pixels estimates the loss well, and costs little beside the network
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -13,6 +15,18 @@ from sparse_seg.models.card import Card
 from sparse_seg.models.heads import Head
 from sparse_seg.models.resnet import ResNet
 from sparse_seg.models.way import Way
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the context; restores each module's own mode, since a frozen network mixes modes."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Network(nn.Module):
@@ -49,7 +63,7 @@ class Network(nn.Module):
         self.policy, self.trained_stride, self.strides = policy, trained_stride, strides
         self.align_corners, self.mask = align_corners, mask or MaskConfig()
         self.merge, self.card = merge, card
-        self.is_fast = False  # whether it was made by `for_inference`
+        self.is_folded = False  # whether it was made by `for_inference`
 
     def policy_for(self, way: Way) -> MaskPolicy:
         """The policy of a selective way: the model's own, or the one that the way names, in eval mode.

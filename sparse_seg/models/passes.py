@@ -9,46 +9,24 @@ differ from those of a pass in one step.
 from __future__ import annotations
 
 import copy
-import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_seg.masks import MaskPolicy, block_levels
 from sparse_seg.models.heads import LOW_LEVEL_STRIDE
 from sparse_seg.models.layouts import (
     check_images,
-    dense_layout,
-    dense_strides,
     selective_layouts,
     warn_of_bytes,
 )
-from sparse_seg.models.network import Network
+from sparse_seg.models.network import Network, eval_mode
+from sparse_seg.models.stages import Stages
 from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.models.way import Way
 from sparse_seg.sparse import Memory, SiteLayout, Step, densify, rows_to_grid
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the context; restores each module's own mode, since a frozen network mixes modes."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when all work on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 class Pass:
@@ -74,10 +52,8 @@ class Pass:
         self.memory: Memory | None = None  # of a coarse pass that can be refined
         self._with_grad = torch.is_grad_enabled()
         self._way = Way()
-        self._dense: dict[int, Step] = {}  # by stride: stages that ways have in common run once
+        self._stages = Stages(model, images)
         self._steps: list[Step] = []  # of all stages, as asked for
-        self._done: list[Step] = []  # of the stages that have run
-        self._features: list[Tensor] = []  # their rows
         self._neck: Tensor | None = None
         self._grid: Tensor | None = None
         self._coarse: Tensor | None = None  # logits of the coarse pass, for merge `patch`
@@ -94,11 +70,11 @@ class Pass:
         self._way = way or Way()
         if self._way.output_stride is not None:
             self.mask = None
-            self._go(self._dense_steps(self._way.output_stride))
+            self._go(self._stages.dense(self._way.output_stride))
             return self
         policy = policy or self.model.policy_for(self._way)
         fine_blocks = policy(self)
-        finest = self._dense_step(self.model.strides[0]).layout
+        finest = self._stages.dense_step(self.model.strides[0]).layout
         self._count("mask", lambda: policy.macs(finest.size, finest.stride, finest.batch))
         return self.take(fine_blocks, self._way)
 
@@ -117,11 +93,11 @@ class Pass:
             self.start_coarse()  # its lattice serves the fine sites, too
         if self.memory is not None:
             self._refine(layouts, fine_blocks)
-        elif self.model.is_fast and layouts[-1].is_full:
-            self._go(self._dense_steps(self.model.strides[0]))  # all fine: dense gathers nothing
+        elif self.model.is_folded and layouts[-1].is_full:
+            self._go(self._stages.dense(self.model.strides[0]))  # all fine: dense gathers nothing
         else:
             late = self._late_steps(layouts, [None] * len(layouts))
-            self._go([*self._early_steps(), *late])
+            self._go([*self._stages.early(), *late])
         self.mask = fine_blocks
         return self
 
@@ -129,6 +105,7 @@ class Pass:
         """An independent copy of the pass from here on."""
         other = copy.copy(self)
         other.memory = None if self.memory is None else self.memory.copy()
+        other._stages = copy.copy(self._stages)
         other._counts = list(self._counts)
         return other
 
@@ -136,11 +113,11 @@ class Pass:
 
     def features(self) -> Tensor:
         """Output `[B, C, h, w]` of the last stage before the mask, at the finest stride."""
-        early = self._early_steps()
-        if self._done[: len(early)] != early:
+        early = self._stages.early()
+        if self._stages.done[: len(early)] != early:
             self._run(early)
         layout = early[-1].layout
-        return rows_to_grid(self._features[len(early) - 1], layout.batch, layout.size)
+        return rows_to_grid(self._stages.rows[len(early) - 1], layout.batch, layout.size)
 
     @torch.no_grad()
     def coarse_logits(self, every: int = 1, stored_dtype: torch.dtype | None = None) -> Tensor:
@@ -179,8 +156,8 @@ class Pass:
                 "undilated convolutions make the coarse pass depend on the mask: it cannot be refined"
             )
         self.memory, self._with_grad = Memory(stored_dtype), False
-        layouts = [step.layout for step in self._dense_steps(self.model.strides[-1])]
-        self._go([*self._early_steps(), *self._late_steps(layouts, [None] * len(layouts))])
+        layouts = [step.layout for step in self._stages.dense(self.model.strides[-1])]
+        self._go([*self._stages.early(), *self._late_steps(layouts, [None] * len(layouts))])
         coarsest = layouts[-1]
         self.mask = torch.zeros(coarsest.batch, *coarsest.size, dtype=torch.bool, device=coarsest.device)
         self._coarse = self.grid_logits()
@@ -222,13 +199,13 @@ class Pass:
     def stage_rows(self) -> list[Tensor]:
         """Rows `[num_sites, C]` of each stage, of a pass without a coarse one before it."""
         self._run(self._steps)
-        return self._features
+        return self._stages.rows
 
     def rows(self) -> Tensor:
         """The neck's rows `[N, C]` of all sites of `layouts[-1]`, before densify."""
         if self._neck is None:
             self._run(self._steps)
-            head, rows, step = self.model.head, self._features[-1], self._steps[-1]
+            head, rows, step = self.model.head, self._stages.rows[-1], self._steps[-1]
             with self._context():
                 self._neck = head.neck(rows, step)
         return self._neck
@@ -255,14 +232,14 @@ class Pass:
 
     def _merged(self, rows: Tensor, step: Step) -> Tensor:
         """The neck's rows of a step to the head's logits."""
-        head, layout, low_level = self.model.head, step.layout, self._done[0].layout
+        head, layout, low_level = self.model.head, step.layout, self._stages.done[0].layout
         patches = self._patches and bool(layout.splits)
         coarse = self._coarse_grid() if patches else None
         with self._context():
             if coarse is not None:
-                grid = head.patch(coarse, rows, layout, self._low_level())
+                grid = head.patch(coarse, rows, layout, self._stages.low_level())
             else:
-                grid = head.decode(densify(rows, layout), layout.stride, self._low_level())
+                grid = head.decode(densify(rows, layout), layout.stride, self._stages.low_level())
         self._count("neck", lambda: head.neck_macs(step))
         decoder = head.patch_macs if patches else head.decode_macs
         self._count("head", lambda: decoder(layout, low_level))
@@ -271,7 +248,7 @@ class Pass:
     def _coarse_grid(self) -> Tensor:
         """The head's logits of the coarse pass, on its lattice."""
         if self._coarse is None:
-            rows, layout = self._features[-1], self._dense_step(self.model.strides[-1]).layout
+            rows, layout = self._stages.rows[-1], self._stages.dense_step(self.model.strides[-1]).layout
             step = Step(layout, exchange=self._way.exchange, engine=self._way.engine)
             with self._context():
                 neck = self.model.head.neck(rows[: layout.num_sites], step)
@@ -284,12 +261,12 @@ class Pass:
 
     def lattice_logits(self) -> Tensor:
         """Logits `[B, K, H, W]` of the coarse lattice alone: what the head says if no block is fine."""
-        finest, coarse = (self._dense_step(self.model.strides[i]).layout for i in (0, -1))
+        finest, coarse = (self._stages.dense_step(self.model.strides[i]).layout for i in (0, -1))
         no_blocks = torch.zeros(coarse.batch, *coarse.size, dtype=torch.bool, device=coarse.device)
         all_coarse = selective_layouts(self.images, no_blocks, self.model.strides)[-1]
         rows, places = self.rows(), self._steps[-1].layout.rows_at(coarse)
         lattice = rows if places is None else rows.index_select(0, places)
-        grid = self.model.head.decode(densify(lattice, all_coarse), finest.stride, self._low_level())
+        grid = self.model.head.decode(densify(lattice, all_coarse), finest.stride, self._stages.low_level())
         return self._upsample(grid, *self._upsampling(finest.stride))
 
     def auxiliary_logits(self) -> Tensor | None:
@@ -320,29 +297,6 @@ class Pass:
     def _go(self, steps: list[Step]) -> None:
         self._steps, self._neck, self._grid = steps, None, None
 
-    def _run(self, steps: Sequence[Step]) -> None:
-        """Run the stages of these steps, but for those at the front that have run."""
-        known = 0
-        while known < min(len(steps), len(self._done)) and steps[known] is self._done[known]:
-            known += 1
-        if known == len(steps):
-            return
-        backbone, src = self.model.backbone, steps[max(known - 1, 0)]
-        refines = not steps[known].runs_lattice
-        if refines:  # the stage before has nothing new
-            src = Step(src.layout, before=src.layout)
-
-        with self._context():
-            rows = self._features[known - 1] if known else backbone.stem(self.images)
-            late = backbone.run_stages(rows[:0] if refines else rows, steps[known:], known, src)
-        self._features, self._done = [*self._features[:known], *late], list(steps)
-        if not known:
-            batch, _, height, width = self.images.shape
-            self._count("stem", lambda: backbone.stem_macs((height, width), batch))
-        for stage, step in list(zip(backbone.stages, steps, strict=False))[known:]:
-            self._count(stage.name, functools.partial(stage.module.macs, src, step))
-            src = step
-
     def _refine(self, layouts: Sequence[SiteLayout], fine_blocks: Tensor) -> None:
         assert self.memory is not None
         old, new = self.levels, block_levels(fine_blocks, self.model.strides).to(self.images.device)
@@ -351,42 +305,21 @@ class Pass:
         self.rows()  # what is kept must be there
         self.memory.start_step()
         before = [step.layout for step in self._steps]
-        self._go([*self._early_steps(), *self._late_steps(layouts, before)])
+        self._go([*self._stages.early(), *self._late_steps(layouts, before)])
 
-    def _early_steps(self) -> list[Step]:
-        """Of the stages that no mask decides."""
-        return self._dense_steps(self.model.strides[0])[: self.model.first_selective]
+    def _run(self, steps: Sequence[Step]) -> None:
+        with self._context():
+            self._counts += self._stages.run(steps)
 
     def _late_steps(self, layouts: Sequence[SiteLayout], before: Sequence[SiteLayout | None]) -> list[Step]:
-        """Of the stages that a mask decides; those that share a layout share its step."""
-        steps: dict[SiteLayout, Step] = {}
-        way, first = self._way, self.model.first_selective
-        for layout, old in zip(layouts[first:], before[first:], strict=True):
-            if layout not in steps:
-                steps[layout] = Step(layout, self.memory, old, way.exchange, way.engine)
-        return [steps[layout] for layout in layouts[first:]]
-
-    def _dense_steps(self, stride: int) -> list[Step]:
-        """Of the dense network at an output stride."""
-        return [self._dense_step(one) for one in dense_strides(stride)]
-
-    def _dense_step(self, stride: int) -> Step:
-        if stride not in self._dense:
-            self._dense[stride] = Step(dense_layout(self.images, stride))
-        return self._dense[stride]
-
-    def _low_level(self) -> Tensor | None:
-        if not self.model.head.reads_low_level:
-            return None
-        layout = self._done[0].layout
-        return rows_to_grid(self._features[0], layout.batch, layout.size)
+        return self._stages.late(layouts, before, self._way, self.memory)
 
     @contextmanager
     def _context(self) -> Iterator[None]:
-        """Gradients as when the pass was made. A fast network runs in the dtype of its weights: autocast has
-        no say in it."""
+        """Gradients as when the pass was made. A folded network runs in its weights' dtype, whatever autocast
+        says."""
         off = torch.autocast(self.images.device.type, enabled=False)
-        with torch.set_grad_enabled(self._with_grad), off if self.model.is_fast else nullcontext():
+        with torch.set_grad_enabled(self._with_grad), off if self.model.is_folded else nullcontext():
             yield
 
     def _count(self, part: str, macs: Callable[[], int]) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sparse_seg.masks import ConfidencePolicy, MaskPolicy, blur_scores, top_blocks
 from sparse_seg.models.network import Network
-from sparse_seg.models.passes import Pass, now
+from sparse_seg.models.passes import Pass
+from sparse_seg.timing import now
 
 FIRST_STEP, SMALLEST_STEP = 0.05, 0.01  # of all blocks, when steps are sized by time
 

@@ -107,23 +107,23 @@ class SelectiveSegmentor(Network):
         Raises:
             ValueError: the model is in training mode (its batch statistics cannot be folded).
         """
-        if self.is_fast:
+        if self.is_folded:
             return self
         if self.training:
             raise ValueError("call model.eval() before for_inference(): batch statistics cannot be folded")
-        fast = copy.deepcopy(self)
-        fast.auxiliary, fast.is_fast = None, True
-        fold_norms(fast.backbone)
-        fold_norms(fast.head)
-        return fast.eval().requires_grad_(False)
+        folded = copy.deepcopy(self)
+        folded.auxiliary, folded.is_folded = None, True
+        fold_norms(folded.backbone)
+        fold_norms(folded.head)
+        return folded.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> SelectiveSegmentor:
-        """As `nn.Module.train`; a fast network refuses to train.
+        """As `nn.Module.train`; a folded network refuses to train.
 
         Raises:
-            ValueError: the network is a fast one.
+            ValueError: the network is a folded one.
         """
-        if mode and self.is_fast:
+        if mode and self.is_folded:
             raise ValueError("a network made by for_inference() cannot train: train the one it was made of")
         return super().train(mode)
 

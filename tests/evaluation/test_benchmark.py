@@ -38,17 +38,17 @@ def subject():
 
 
 def test_cases_start_with_the_baseline():
-    rows = cases("network", [0.1], ["gather", "spconv"], fast=True)
+    rows = cases("network", [0.1], ["gather", "spconv"], folded=True)
     assert [f"{case.name}, {case.form}" for case in rows] == [
         "plain OS8, nn.Conv2d",
         "plain OS16, nn.Conv2d",
         "dense OS8, gather",
-        "dense OS8, gather, fast",
+        "dense OS8, gather, folded",
         "selective f=0.1, gather",
         "selective f=0.1, spconv",
-        "selective f=0.1, gather, fast",
+        "selective f=0.1, gather, folded",
     ]
-    assert [case.name for case in cases("train", [0.1, 0.2], ["gather"], fast=True)] == [
+    assert [case.name for case in cases("train", [0.1, 0.2], ["gather"], folded=True)] == [
         "plain OS8",
         "selective f=0.1",
         "selective f=0.2",
@@ -59,8 +59,8 @@ def test_cases_of_further_policies(subject):
     """A mask made beforehand, and a coarse pass that is refined: other costs, the network's numbers."""
     rows = cases("network", [0.3], ["gather"], True, ["given", "confidence"])[-2:]
     assert [f"{case.name}, {case.form}" for case in rows] == [
-        "given f=0.3, gather, fast",
-        "confidence f=0.3, gather, fast",
+        "given f=0.3, gather, folded",
+        "confidence f=0.3, gather, folded",
     ]
     assert not cases("stages", [0.3], ["gather"], True, ["given"])[-1].given
     given, confidence = (subject.run(case)() for case in rows)
@@ -104,7 +104,7 @@ def test_a_child_would_measure_the_same_network(subject):
 
 @pytest.mark.parametrize("scope", ["stages", "network", "train"])
 def test_rows_are_sane(subject, scope):
-    rows = measure(subject, cases(scope, FRACTIONS, ["gather"], fast=False), repeats=2, memory=False)
+    rows = measure(subject, cases(scope, FRACTIONS, ["gather"], folded=False), repeats=2, memory=False)
     baseline, selective = rows[0], [row for row in rows if row["kind"] == "selective"]
     assert (baseline["network"], baseline["speedup"], baseline["mac_ratio"]) == ("plain OS8", 1, 1)
     gmacs = [row["gmacs"] for row in selective]
@@ -144,9 +144,9 @@ def test_layout_run_builds_the_tables_of_a_forward(subject):
 def test_the_fast_form_is_measured_where_there_is_one(monkeypatch):
     monkeypatch.setattr(SelectiveSegmentor, "for_inference", lambda self: self, raising=False)
     subject = Subject(SETUP)
-    assert subject.fast_model is subject.model
-    rows = measure(subject, cases("stages", [0.1], ["gather"], fast=True), repeats=1, memory=False)
-    assert [row["form"] for row in rows if row["fast"]] == ["gather, fast"] * 2
+    assert subject.folded_model is subject.model
+    rows = measure(subject, cases("stages", [0.1], ["gather"], folded=True), repeats=1, memory=False)
+    assert [row["form"] for row in rows if row["folded"]] == ["gather, folded"] * 2
 
 
 def test_training_steps_train_copies(subject):

@@ -90,7 +90,7 @@ def first_frame(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def prepare(checkpoint: Path, config: Config, output_stride: int | None, device: torch.device) -> Run:
-    """A run of a network on the first frame, in its fast form; it has run once, so that trials are over."""
+    """A run of a network on the first frame, as made for inference; it has run once."""
     model = load_model(checkpoint, config).to(device).for_inference()
     image, label = first_frame(config, device)
 

@@ -85,8 +85,8 @@ def ways(
     images = subject.images.contiguous(memory_format=torch.channels_last)
     dense = {stride: subject.plain_module(Case("network", "plain", Way(stride)))[0] for stride in (8, 16)}
 
-    def selective(engine: str, fast: bool = False) -> Run:
-        return subject.run(Case("network", "selective", Way(None, None, fraction, engine=engine), fast))
+    def selective(engine: str, folded: bool = False) -> Run:
+        return subject.run(Case("network", "selective", Way(None, None, fraction, engine=engine), folded))
 
     def static() -> Callable[[Tensor], Tensor]:
         setup = subject.setup

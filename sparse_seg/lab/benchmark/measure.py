@@ -19,27 +19,27 @@ def cases(
     scope: str,
     fractions: Sequence[float],
     engines: Sequence[str],
-    fast: bool,
+    folded: bool,
     policies: Sequence[str] = (),
 ) -> list[Case]:
     """All rows of a scope, the baseline (plain dense OS8) first; `policies` beside the config's own."""
     rows = [Case(scope, "plain")]
 
-    def selective(fraction: float, engine: str, fast: bool = False, policy: str | None = None) -> Case:
+    def selective(fraction: float, engine: str, folded: bool = False, policy: str | None = None) -> Case:
         way = Way(None, None if policy == "given" else policy, fraction, engine=engine)
-        return Case(scope, "selective", way, fast, given=policy == "given")
+        return Case(scope, "selective", way, folded, given=policy == "given")
 
     if scope == "train":
         return rows + [selective(f, engine) for f in fractions for engine in engines]
-    forms = (False, True) if fast else (False,)
+    forms = (False, True) if folded else (False,)
     rows += [Case(scope, "plain", Way(16))]
     rows += [Case(scope, "dense", Way(8, engine="gather"), form) for form in forms]
     for fraction in fractions:
         rows += [selective(fraction, engine) for engine in engines]
-        if fast:  # it has its own form of the gather engine
-            rows.append(selective(fraction, "gather", fast=True))
+        if folded:
+            rows.append(selective(fraction, "gather", folded=True))
         if scope == "network":  # the other scope starts behind the mask
-            rows += [selective(fraction, "gather", fast, policy) for policy in policies]
+            rows += [selective(fraction, "gather", folded, policy) for policy in policies]
     return rows
 
 

@@ -41,7 +41,7 @@ def profile_network(subject: Subject, case: Case, repeats: int) -> list[dict[str
     The cases are dense and selective ones of the scope `network`; the profiler itself adds a few percent.
     Where the policy asks for a pass of the network, that counts for the network's parts.
     """
-    model, way = subject.fast_model if case.fast else subject.model, case.way
+    model, way = subject.folded_model if case.folded else subject.model, case.way
     policy = None if way.is_dense else subject.policy(way)
     tables = [] if way.is_dense else subject.tables(way)
 

@@ -53,7 +53,7 @@ class Case:
         scope: `stages`, layer3 and layer4 from given features; `network`, images to logits; `train`, a step.
         kind: `plain` (the `nn.Conv2d` twin), `dense` (ours on the lattice), `selective`, or `peer`.
         way: how the network runs; its mask is None for the config's policy.
-        fast: the form that `for_inference` makes.
+        folded: the form that `for_inference` makes.
         given: whether the mask is made beforehand.
         peer: name of the other runtime.
     """
@@ -61,7 +61,7 @@ class Case:
     scope: str
     kind: str
     way: Way = Way(8)  # noqa: RUF009 (a frozen value)
-    fast: bool = False
+    folded: bool = False
     given: bool = False
     peer: str | None = None
 
@@ -77,7 +77,7 @@ class Case:
         if self.kind == "plain":
             return "nn.Conv2d"
         engine = self.peer or self.way.engine or "gather"
-        return f"{engine}, fast" if self.fast else engine
+        return f"{engine}, folded" if self.folded else engine
 
     def as_row(self) -> dict[str, Any]:
         """Plain values."""
@@ -87,7 +87,7 @@ class Case:
             "output_stride": self.way.output_stride or 8,
             "fine_fraction": self.way.fine_fraction,
             "engine": self.peer or self.way.engine,
-            "fast": self.fast,
+            "folded": self.folded,
             "policy": "given" if self.given else self.way.mask,
             "network": self.name,
             "form": self.form,
@@ -131,8 +131,8 @@ class Subject:
         return copy.deepcopy(self.float_model).to(self.dtype)
 
     @cached_property
-    def fast_model(self) -> SelectiveSegmentor:
-        """Its fast form."""
+    def folded_model(self) -> SelectiveSegmentor:
+        """Its form for inference."""
         return self.model.for_inference()
 
     @cached_property
@@ -218,7 +218,7 @@ class Subject:
 
     def _our_run(self, case: Case) -> Run:
         """Layouts, tables and (in the scope `network`) the mask are made anew in each run."""
-        model, way = self.fast_model if case.fast else self.model, case.way
+        model, way = self.folded_model if case.folded else self.model, case.way
         policy = None if way.is_dense else self.policy(way)
         fixed = None if way.is_dense else self.fine_blocks(way)
 

@@ -17,10 +17,11 @@ from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.evaluation.metrics import SegmentationMetrics
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.models.passes import Pass, now
+from sparse_seg.models.passes import Pass
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 from sparse_seg.progress import bar
+from sparse_seg.timing import now
 
 
 def comparison_ways(

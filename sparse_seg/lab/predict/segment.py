@@ -17,7 +17,7 @@ from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
 from sparse_seg.lab.report.overlays import overlay
 from sparse_seg.models.card import Card
-from sparse_seg.models.passes import eval_mode
+from sparse_seg.models.network import eval_mode
 from sparse_seg.models.refinement import refine
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way

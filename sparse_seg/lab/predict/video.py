@@ -19,7 +19,7 @@ from sparse_seg.errors import DataError
 from sparse_seg.lab.predict.inputs import Source
 from sparse_seg.lab.predict.segment import Segmentation, Segmenter
 from sparse_seg.lab.report.overlays import draw_blocks, write_image
-from sparse_seg.models.passes import now
+from sparse_seg.timing import now
 
 CODEC = "mp4v"  # OpenCV's builds have no H.264 encoder; its VP9 takes a second a frame
 USUAL_RATE = 25.0  # frames/s of cameras that do not tell theirs
