@@ -322,7 +322,8 @@ def _too_long(number: int, frame: object) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_right_or_refused(kind: str) -> None:
-    result = run(kind, 0, KINDS[kind][2])
+    """A quarter of the files that docs/reliability.md counts."""
+    result = run(kind, 0, KINDS[kind][2] // 4)
     assert result["traceback"] == result["wrong"] == 0
     assert result["refused"] > 0
 

@@ -228,7 +228,7 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_every_config_is_usable_or_refused_in_one_line() -> None:
-    counts = run()
+    counts = run(count=150)  # a quarter of what docs/reliability.md counts
     assert counts["traceback"] == counts["wrong"] == 0, counts
     assert counts["right"] >= counts["tried"] // 10, counts
     assert counts["refused"] >= counts["tried"] // 3, counts
