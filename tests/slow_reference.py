@@ -46,6 +46,12 @@ class SlowSites:
         own = self.rows_of[level].get(cell)
         return own if own is not None else self.owner((b, y // 2, x // 2), level - 1)
 
+    def level(self, cell: tuple[int, int, int]) -> int:
+        """How many of the splits the finest cell's block has gone through."""
+        b, y, x = cell
+        last = len(self.splits)
+        return sum(s[b][y >> last - n][x >> last - n] for n, s in enumerate(self.splits))
+
     def bilinear(self, cell: tuple[int, int, int], level: int = -1) -> dict[int, float]:
         """Row -> weight: the cell's own site, or the mean of the 2 or 4 around it on the level above."""
         level %= len(self.rows_of)
@@ -93,8 +99,18 @@ def _all_cells(batch: int, size: tuple[int, int]) -> list[tuple[int, int, int]]:
 def slow_conv(
     rows: Tensor, weight: Tensor, src: SlowSites, dst: SlowSites, dilation: int, exchange: str
 ) -> Tensor:
-    """Rebuild the whole grid of `src`, convolve it densely (weight OIHW), read the sites of `dst`."""
-    return dst.read(F.conv2d(src.rebuild(rows, exchange), weight, None, 1, dilation, dilation))
+    """Rebuild the whole grid of `src`, convolve it densely (weight OIHW), read the sites of `dst`.
+
+    With `separate`, once for each level of `src`: on a grid of its sites alone, read where that level is.
+    """
+
+    def conv(rows: Tensor) -> Tensor:
+        return dst.read(F.conv2d(src.rebuild(rows, exchange), weight, None, 1, dilation, dilation))
+
+    if exchange != "separate":
+        return conv(rows)
+    own, asked = (torch.tensor([src.level(cell) for cell in sites.cells])[:, None] for sites in (src, dst))
+    return sum(conv(rows * (own == n)) * (asked == n) for n in range(len(src.sizes)))  # type: ignore[return-value]
 
 
 STAGE_STRIDES = (4, 8, 16, 32)

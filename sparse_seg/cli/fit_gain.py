@@ -22,6 +22,7 @@ from sparse_seg.cli.options import add_config, add_device, output_file
 from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
+from sparse_seg.models.way import Way
 from sparse_seg.training.gain import collect, fit
 
 
@@ -45,9 +46,10 @@ def run(args: argparse.Namespace) -> int:
     check_classes(config)
     loaded = load(args.checkpoint)
     model = build_network(loaded, config).to(args.device)
-    if model.has_undilated:
+    if not model.refines(Way()):
         raise ConfigError(
-            "undilated convolutions (model.dilate_second=false) allow no coarse pass, which policy gain reads"
+            "policy gain refines a coarse pass, which model.dilate_second=false and model.exchange=separate "
+            "do not allow; choose other settings"
         )
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
     dataset.check(args.limit)

@@ -52,6 +52,11 @@ def check_model(model: ModelConfig) -> None:
         "depend on the mask, which model.dilate_second=false makes it do: choose another policy, and merge "
         "whole",
     )
+    _require(
+        model.exchange != "separate" or model.merge != "patch",
+        "model.merge=patch needs a coarse pass that does not depend on the mask, which "
+        "model.exchange=separate makes it do: set model.merge=whole",
+    )
     entries = zip(model.entry_spacings, ENTRY_STRIDES, strict=True)
     _require(
         all(entry % least == 0 for entry, least in entries),
@@ -141,6 +146,11 @@ def check_training(config: Config) -> None:
         config.model.head != "deeplabv3plus" or not (distilled or coarse),
         "model.head=deeplabv3plus has no rows before densify for train.distill and train.loss.coarse_weight; "
         "choose another head",
+    )
+    _require(
+        not coarse or train.network == "dense" or config.model.exchange != "separate",
+        "train.loss.coarse_weight needs a coarse lattice that does not depend on the mask: not with "
+        "train.network=selective and model.exchange=separate",
     )
     finest = config.model.strides[0]
     _require(

@@ -72,7 +72,11 @@ class ModelConfig:
     low_level_channels: int = function_key(48, "channels of deeplabv3plus's skip", CHANNELS)
     decoder_convs: int = function_key(1, "3x3 convolutions after deeplabv3plus's skip", "[1, 64]")
     align_corners: bool = function_key(False, "corner alignment of upsampling")
-    exchange: str = key("linear", "what a 3x3 reads where there is no site", ("linear", "nearest", "none"))
+    exchange: str = key(
+        "linear",
+        "what a 3x3 reads where there is no site; separate: levels do not read each other at all",
+        ("linear", "nearest", "none", "separate"),
+    )
     engine: str = key(
         "auto", "what runs 3x3 convolutions; auto: spconv on CUDA if it works", ("auto", "gather", "spconv")
     )

@@ -20,7 +20,7 @@ from sparse_seg.export.upsample import Tiles, Upsample, grid_size
 from sparse_seg.models.layouts import MIN_SIZE
 from sparse_seg.models.resnet import STAGE_STRIDES
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.sparse import SelectiveConv2d
+from sparse_seg.sparse import SEPARATE
 
 INPUTS = ("float", "uint8")
 
@@ -76,7 +76,7 @@ class StaticNetwork(nn.Module):
         check_options(model, options)
         model = model.for_inference()
         self.options, self.strides = options, tuple(model.strides)
-        self.exchange, self.merge = exchange_rule(model), options.merge or model.merge
+        self.exchange, self.merge = model.exchange, options.merge or model.merge
         self.first = model.first_selective
         self.classes = model.head.num_classes
         scale = 1.0 if options.input == "float" else 255.0
@@ -223,11 +223,6 @@ class StaticNetwork(nn.Module):
         return mask.reshape(batch, *self.blocks)
 
 
-def exchange_rule(model: SelectiveSegmentor) -> str:
-    """The exchange rule of the 3x3 convolutions, all of which have the same."""
-    return next(module.exchange for module in model.modules() if isinstance(module, SelectiveConv2d))
-
-
 def check_options(model: SelectiveSegmentor, options: ExportOptions) -> None:
     """Raises a SparseSegError, of one line, where a static network cannot be made."""
     if min(options.size) < MIN_SIZE:
@@ -244,6 +239,11 @@ def check_options(model: SelectiveSegmentor, options: ExportOptions) -> None:
         raise SparseSegError(
             "undilated convolutions (model.dilate_second=false) make the coarse lattice depend on the mask; "
             "such a network can be exported with --dense only"
+        )
+    if model.exchange == SEPARATE:
+        raise SparseSegError(
+            "exchange separate makes the coarse lattice depend on the mask; such a network can be exported "
+            "with --dense only, or with another rule (--set model.exchange=linear)"
         )
     if model.policy.is_bound and not options.given:
         raise SparseSegError(

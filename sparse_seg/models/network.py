@@ -15,6 +15,7 @@ from sparse_seg.models.card import Card
 from sparse_seg.models.heads import Head
 from sparse_seg.models.resnet import ResNet
 from sparse_seg.models.way import Way
+from sparse_seg.sparse import SEPARATE
 
 
 @contextmanager
@@ -82,6 +83,16 @@ class Network(nn.Module):
     def first_selective(self) -> int:
         """Index of the first stage whose stride the mask decides."""
         return sum(stage.stride <= self.strides[0] for stage in self.backbone.stages)
+
+    @cached_property
+    def exchange(self) -> str:
+        """The exchange rule of the layers on sites, all of which have the same."""
+        layers = (layer for layer in self.backbone.modules() if hasattr(layer, "exchange"))
+        return str(next(layers).exchange)
+
+    def refines(self, way: Way) -> bool:
+        """Whether a coarse pass can be refined (P4): it stays as it is when blocks become fine (P1)."""
+        return not self.has_undilated and (way.exchange or self.exchange) != SEPARATE
 
     @cached_property
     def has_undilated(self) -> bool:

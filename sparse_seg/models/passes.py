@@ -26,7 +26,7 @@ from sparse_seg.models.network import Network, eval_mode
 from sparse_seg.models.stages import Stages
 from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.models.way import Way
-from sparse_seg.sparse import Memory, SiteLayout, Step, densify, rows_to_grid
+from sparse_seg.sparse import SEPARATE, Memory, SiteLayout, Step, densify, rows_to_grid
 
 
 class Pass:
@@ -85,9 +85,12 @@ class Pass:
             way: gives exchange rule and engine; its policy is not asked.
 
         Raises:
-            ValueError: a wrong shape or dtype, or a block that would become coarser than it is.
+            ValueError: a wrong shape or dtype, a block that would become coarser than it is, or merge `patch`
+                where no coarse pass can be refined.
         """
         self._way = way or Way()
+        if self._patches:
+            self._check_refines()
         layouts = selective_layouts(self.images, fine_blocks, self.model.strides)
         if self._patches and self.memory is None and not (self._with_grad or self.model.training):
             self.start_coarse()  # its lattice serves the fine sites, too
@@ -123,8 +126,9 @@ class Pass:
     def coarse_logits(self, every: int = 1, stored_dtype: torch.dtype | None = None) -> Tensor:
         """Logits of the dense network at the coarsest stride, at every `every`-th pixel.
 
-        In eval mode this pass then refines what was run here; in training mode a pass of its own is run, in
-        eval mode.
+        In eval mode this pass then refines what was run here. With exchange `separate` it cannot: the coarse
+        pass then shares only the stages before the mask. In training mode a pass of its own is run, in eval
+        mode.
 
         Args:
             stored_dtype: what activations are kept in (float16 takes half the memory); None: as they are.
@@ -133,11 +137,16 @@ class Pass:
             Float32 or more, `[B, K, ceil(H/every), ceil(W/every)]`.
 
         Raises:
-            ValueError: the network has undilated convolutions.
+            ValueError: the network has undilated convolutions, whose coarse pass depends on the mask.
         """
         if self.model.training:
             with eval_mode(self.model):
                 return Pass(self.model, self.images).coarse_logits(every)
+        if self.memory is None and self._separates:
+            self.features()
+            run = self._beside(Way.dense(self.model.strides[-1]))
+            logits, self._counts = run.grid_logits(), run._counts
+            return run.upsample(logits.float(), every)
         if self.memory is None:
             self.start_coarse(stored_dtype)
         return self.upsample(self.grid_logits().float(), every)
@@ -147,14 +156,11 @@ class Pass:
         """Run the coarsest stride so that `take` can refine it.
 
         Raises:
-            ValueError: the network is in training mode or has undilated convolutions.
+            ValueError: the network is in training mode, or the mask changes the coarse sites.
         """
         if self.model.training:
             raise ValueError("call model.eval() before refining: batch statistics would depend on the step")
-        if self.model.has_undilated:
-            raise ValueError(
-                "undilated convolutions make the coarse pass depend on the mask: it cannot be refined"
-            )
+        self._check_refines()
         self.memory, self._with_grad = Memory(stored_dtype), False
         layouts = [step.layout for step in self._stages.dense(self.model.strides[-1])]
         self._go([*self._stages.early(), *self._late_steps(layouts, [None] * len(layouts))])
@@ -174,9 +180,13 @@ class Pass:
 
     @torch.no_grad()
     def _dense_classes(self, stride: int) -> Tensor:
+        return self._beside(Way.dense(stride)).classes()
+
+    def _beside(self, way: Way) -> Pass:
+        """A pass of its own, without gradients, that shares the stages run so far."""
         run = self.fork()
-        run.memory = None  # what it kept belongs to the pass
-        return run.follow(Way.dense(stride)).classes()
+        run.memory, run._with_grad = None, False  # what it kept belongs to the pass
+        return run.follow(way)
 
     # -- results -------------------------------------------------------------------------------------------
 
@@ -258,6 +268,15 @@ class Pass:
     @property
     def _patches(self) -> bool:
         return (self._way.merge or self.model.merge) == "patch"
+
+    @property
+    def _separates(self) -> bool:
+        return (self._way.exchange or self.model.exchange) == SEPARATE
+
+    def _check_refines(self) -> None:
+        if not self.model.refines(self._way):
+            what = "exchange separate makes" if self._separates else "undilated convolutions make"
+            raise ValueError(f"{what} coarse sites depend on the mask: a coarse pass cannot be refined")
 
     def lattice_logits(self) -> Tensor:
         """Logits `[B, K, H, W]` of the coarse lattice alone: what the head says if no block is fine."""

@@ -13,13 +13,14 @@ from sparse_seg.sparse.features import (
     select_rows,
     with_cells,
 )
-from sparse_seg.sparse.layout import EXCHANGES, SiteLayout
+from sparse_seg.sparse.layout import EXCHANGES, SEPARATE, SiteLayout
 from sparse_seg.sparse.neighbours import NeighbourTable
 from sparse_seg.sparse.step import Memory, Step
 
 __all__ = [
     "ENGINES",
     "EXCHANGES",
+    "SEPARATE",
     "EngineError",
     "Memory",
     "NeighbourTable",

@@ -33,7 +33,8 @@ class SelectiveConv2d(nn.Module):
         in_channels, out_channels: I and O.
         spacing: distance between taps in pixels; None for one cell of the layout's finest grid, whatever its
             stride, see `engines/undilated.py`.
-        exchange: what an extra site reads where its level has no site: `linear`, `nearest` or `none`.
+        exchange: what an extra site reads where its level has no site: `linear`, `nearest` or `none`;
+            or `separate`: no site reads one of another level, see `SiteLayout.neighbours_of_cells`.
         engine: `gather`, `spconv`, or `auto`: spconv on CUDA where it works and runs the dtype, else gather.
 
     Raises (forward):

@@ -92,12 +92,12 @@ class SelectiveAvgPool2d(nn.Module):
         rows = dst.complete(rows, src, self)
         gather.check_rows(rows, src.layout)
         stride, dilation = gather.lattice_conv_geometry(src.layout, dst.layout, self.spacing)
-        lattice = rows[:0]
-        if dst.runs_lattice:
+        lattice, exchange = rows[:0], dst.exchange or self.exchange
+        if dst.runs_lattice and not src.layout.separates(exchange):
             lattice = grid_to_rows(window_mean(lattice_grid(rows, src.layout), stride, dilation))
             if dst.layout.num_extra == 0:
                 return lattice
-        table = dst.neighbours(src, self.spacing, dst.exchange or self.exchange)
+        table = dst.neighbours(src, self.spacing, exchange)
         values, window = gather.neighbour_values(rows, table), table.index[:, list(WINDOW)]
         count = (window < values.shape[0] - 1).sum(1, keepdim=True)  # the last value is the zero outside
         return torch.cat((lattice, values[window].sum(1) / count))
@@ -160,7 +160,7 @@ def depthwise_conv2d(
     rows, weight = gather.autocast(rows, weight)
     stride, dilation = gather.lattice_conv_geometry(src.layout, dst.layout, spacing)
     lattice = rows[:0]
-    if dst.runs_lattice:
+    if dst.runs_lattice and not src.layout.separates(exchange):
         grid, kernel = lattice_grid(rows, src.layout), weight.permute(0, 3, 1, 2)
         lattice = grid_to_rows(F.conv2d(grid, kernel, None, stride, dilation, dilation, rows.shape[1]))
         if dst.layout.num_extra == 0:

@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from sparse_seg.sparse.grids import cells_apart, check_split, children, parents, repeat, spread, unflatten
 from sparse_seg.sparse.neighbours import NeighbourTable
 
-EXCHANGES = ("linear", "nearest", "none")
-_PHASE_Y, _PHASE_X = (0, 1, 1), (1, 0, 1)  # phases 1, 2, 3 of a 2x2 block
+SEPARATE = "separate"
+EXCHANGES = ("linear", "nearest", "none", SEPARATE)
 
 _T = TypeVar("_T")
 
@@ -76,11 +77,11 @@ class SiteLayout:
             return
         site = owner = self._lattice_numbers
         for split, coarse, fine in zip(self.splits, self.sizes, self.sizes[1:], strict=False):
-            _check_split(split, (self.batch, *coarse), site)
-            new = _children(split, fine)
+            check_split(split, (self.batch, *coarse), site)
+            new = children(split, fine)
             numbers = torch.arange(self.num_sites, self.num_sites + new.shape[0], device=self.device)
-            site = _spread(site, fine).index_put_(_unflatten(new, fine), numbers)
-            owner = _repeat(owner, fine).index_put_(_unflatten(new, fine), numbers)
+            site = spread(site, fine).index_put_(unflatten(new, fine), numbers)
+            owner = repeat(owner, fine).index_put_(unflatten(new, fine), numbers)
             self.level_cells.append(new)
             self.num_sites += new.shape[0]
         self._numbering = site, owner
@@ -113,6 +114,18 @@ class SiteLayout:
     def owner(self) -> Tensor:
         """`[B, H, W]` int64: for each cell of the finest grid the row of its own site or else its block's."""
         return self._numbering[1] if self._numbering else self._lattice_numbers
+
+    @cached_property
+    def level(self) -> Tensor:
+        """`[B, H, W]` int64: the level of each cell of the finest grid, by how often its block is split."""
+        level = torch.zeros_like(self._lattice_numbers)
+        for split, fine in zip(self.splits, self.sizes[1:], strict=True):
+            level = repeat(level + split, fine)
+        return level
+
+    def separates(self, exchange: str) -> bool:
+        """Whether this rule keeps levels apart here: then all sites are gathered, the lattice's, too."""
+        return exchange == SEPARATE and bool(self.splits)
 
     @cached_property
     def cells(self) -> Tensor:
@@ -149,7 +162,7 @@ class SiteLayout:
         table = self._lattice_numbers.flatten()[:, None]
         first = self.num_lattice
         for new, coarse, fine in zip(self.level_cells, self.sizes, self.sizes[1:], strict=False):
-            table = table[_parents(self.batch, coarse, fine, self.device)].flatten(1)
+            table = table[parents(self.batch, coarse, fine, self.device)].flatten(1)
             table[new] = torch.arange(first, first + new.shape[0], device=self.device)[:, None]
             first += new.shape[0]
         return table
@@ -168,7 +181,7 @@ class SiteLayout:
         if other.stride % self.stride:
             raise ValueError(f"stride {other.stride} of the next layout is no multiple of {self.stride}")
         step = other.stride // self.stride
-        batch, y, x = _unflatten(other.cells if cells is None else cells, other.size)
+        batch, y, x = unflatten(other.cells if cells is None else cells, other.size)
         rows = self.site[batch, y * step, x * step]
         if bool((rows < 0).any()):
             raise ValueError("the next stage's layout has sites that this stage's layout lacks")
@@ -178,7 +191,7 @@ class SiteLayout:
         """`[other.num_sites]` int64: our row at each site of `other`, a layout of our stride or a finer one;
         -1 where we have no site."""
         step = self.stride // other.stride
-        batch, y, x = _unflatten(other.cells, other.size)
+        batch, y, x = unflatten(other.cells, other.size)
         rows = self.site[batch, y // step, x // step]
         return rows.where((y % step == 0) & (x % step == 0), -1)
 
@@ -218,7 +231,8 @@ class SiteLayout:
         """Our rows around flat cells int64 `[M]` of the finest grid, taps `spacing` px apart.
 
         exchange: what stands where we have no site: `linear`, the lattice's bilinear interpolation;
-        `nearest`, the block's own site; `none`, zero. Outside the image it is zero.
+        `nearest`, the block's own site; `none`, zero; `separate`, zero, also for sites of another level than
+        the cell's. Outside the image it is zero.
 
         Raises:
             ValueError: unknown exchange, or a spacing that is no multiple of our stride.
@@ -226,15 +240,19 @@ class SiteLayout:
         if exchange not in EXCHANGES:
             raise ValueError(f"unknown exchange {exchange!r}; choose one of {', '.join(EXCHANGES)}")
         height, width = self.size
-        steps = torch.arange(-1, 2, device=self.device) * _steps(spacing, self.stride)  # taps along an axis
-        _, y, x = (place[:, None] + steps for place in _unflatten(cells, self.size))
+        step = cells_apart(spacing, self.stride)
+        steps = torch.arange(-step, step + 1, step, device=self.device)  # taps along an axis
+        _, y, x = (place[:, None] + steps for place in unflatten(cells, self.size))
         inside = (((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None]).flatten(1)
         shifts = (steps[:, None] * width + steps).flatten()
-        cells = (cells[:, None] + shifts).where(inside, 0)
+        own, cells = cells[:, None], (cells[:, None] + shifts).where(inside, 0)
         index = self.site.flatten()[cells].where(inside, -1)
         missing = inside & (index < 0)
-        if exchange == "none":
+        if exchange in ("none", SEPARATE):
             missing = torch.zeros_like(missing)
+        if self.separates(exchange):
+            level = self.level.flatten()
+            index = index.where(level[cells] == level[own], -1)
 
         needed = torch.zeros(self.batch * height * width, dtype=torch.bool, device=self.device)
         needed[cells[missing]] = True
@@ -254,51 +272,3 @@ class SiteLayout:
             f"SiteLayout(batch={self.batch}, size={self.size}, stride={self.stride}, "
             f"lattice={self.num_lattice} at stride {self.lattice_stride}, extra={self.num_extra})"
         )
-
-
-def _check_split(split: Tensor, shape: tuple[int, ...], site: Tensor) -> None:
-    if split.dtype != torch.bool or tuple(split.shape) != shape:
-        raise ValueError(f"a block mask must be bool {list(shape)}, not {split.dtype} {list(split.shape)}")
-    if bool((split & (site < 0)).any()):
-        raise ValueError("a block mask splits a cell that has no site of its own")
-
-
-def _steps(spacing: int, stride: int) -> int:
-    if spacing % stride:
-        raise ValueError(f"a spacing of {spacing} px is no multiple of the stride {stride}")
-    return spacing // stride
-
-
-def _children(split: Tensor, fine: tuple[int, int]) -> Tensor:
-    """Flat cells of the fine grid: phases 1, 2, 3 of each split cell in (b, y, x) order, inside the image."""
-    batch, y, x = split.nonzero().T[:, :, None]
-    y = 2 * y + torch.tensor(_PHASE_Y, device=split.device)
-    x = 2 * x + torch.tensor(_PHASE_X, device=split.device)
-    return ((batch * fine[0] + y) * fine[1] + x)[(y < fine[0]) & (x < fine[1])]
-
-
-def _unflatten(cells: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    area = size[0] * size[1]
-    within = cells % area
-    return cells // area, within // size[1], within % size[1]
-
-
-def _spread(grid: Tensor, fine: tuple[int, int]) -> Tensor:
-    """`[B, h, w]` to `[B, *fine]`: values at the even places, -1 elsewhere."""
-    spread = grid.new_full((grid.shape[0], *fine), -1)
-    spread[:, ::2, ::2] = grid
-    return spread
-
-
-def _repeat(grid: Tensor, fine: tuple[int, int]) -> Tensor:
-    """`[B, h, w]` to `[B, *fine]`: each value over its 2x2 block."""
-    return grid.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, : fine[0], : fine[1]].contiguous()
-
-
-def _parents(batch: int, coarse: tuple[int, int], fine: tuple[int, int], device: torch.device) -> Tensor:
-    """`[B*H*W, 4]`: for each fine cell the four coarse cells around it, clamped to the image."""
-    y, x = (torch.arange(n, device=device) for n in fine)
-    ys = torch.stack((y // 2, ((y + 1) // 2).clamp_max(coarse[0] - 1)), 1)[:, None, :, None]
-    xs = torch.stack((x // 2, ((x + 1) // 2).clamp_max(coarse[1] - 1)), 1)[None, :, None, :]
-    image = torch.arange(batch, device=device).view(-1, 1, 1, 1, 1) * (coarse[0] * coarse[1])
-    return (image + ys * coarse[1] + xs).view(-1, 4)

@@ -139,9 +139,17 @@ class Step:
         return whole.index_copy_(0, self._new, rows)
 
     def neighbours(self, src: Step, spacing: int, exchange: str) -> NeighbourTable:
-        """The rows of `src` around the extra sites run here (cached), see `SiteLayout.neighbours`."""
+        """The rows of `src` around the extra sites run here (cached), see `SiteLayout.neighbours`; around all
+        sites where `src.layout.separates(exchange)`.
+
+        Raises:
+            ValueError: it does, and this is a step that runs new sites only.
+        """
+        every = src.layout.separates(exchange)
         if self._new is None:
-            return src.layout.neighbours(self.layout, spacing, exchange)
+            return src.layout.neighbours(self.layout, spacing, exchange, every)
+        if every:
+            raise ValueError("exchange separate makes all sites depend on the mask: none can be kept")
         key = src.layout, spacing, exchange
         if key not in self._tables:
             self._tables[key] = src.layout.neighbours_of_cells(self.run_cells, spacing, exchange)

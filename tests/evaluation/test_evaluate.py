@@ -37,7 +37,7 @@ def test_a_shared_coarse_pass_changes_no_accuracy(dataset, strides):
     torch.manual_seed(0)
     mask = {"middle_fraction": 0.3}
     model = build_model({"width": 0.125, "num_classes": 19, "strides": list(strides), "mask": mask}).eval()
-    ways = comparison_ways(model, ["edge", "confidence", "oracle"], [0, 0.2, 0.7], ["linear", "none"])
+    ways = comparison_ways(model, ["edge", "confidence", "oracle"], [0, 0.2, 0.7], ["linear", "separate"])
     timed = compare(model, dataset, DATA, ways, limit=3)
     shared = compare(model, dataset, DATA, ways, limit=3, timed=False)
     assert len(timed) == len(strides) + 3 * 2 * 3

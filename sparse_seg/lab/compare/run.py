@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
+from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.evaluation.metrics import SegmentationMetrics
 from sparse_seg.masks import MaskPolicy
@@ -38,7 +39,8 @@ def comparison_ways(
         exchanges, merges: run under each of these rules; by default the model's own.
 
     Raises:
-        ConfigError: an unknown policy or option, or a learned mask where the model has none.
+        ConfigError: an unknown policy or option, a learned mask where the model has none, or merge `patch`
+            where no coarse pass can be refined.
     """
     middle = model.mask.middle_fraction if len(model.strides) == 3 else None
     rules: Sequence[str | None] = exchanges or [None]
@@ -49,6 +51,8 @@ def comparison_ways(
     ]
     for way in ways:
         model.policy_for(way)
+        if (way.merge or model.merge) == "patch" and not model.refines(way):
+            raise ConfigError(f"{way.name}: merge patch needs a coarse pass that no mask changes; drop it")
     return [*(Way.dense(stride) for stride in model.strides), *ways]
 
 
@@ -117,16 +121,15 @@ def compare(
         )
         for way in ways
     ]
-    shares = not timed and not model.has_undilated
     loader = evaluation_loader(dataset, data.mean, data.std, data.workers, range(count))
     for image, label, index in bar(loader, "compare", count, progress):
         image, label = image.to(device), label.to(device)
-        coarse = model.start(image, label).start_coarse() if shares else None
+        coarse = model.start(image, label).start_coarse() if not timed and model.refines(Way()) else None
         for result in results:
             if index <= 1:  # counts the cost, and warms up; a second time for policies that look back
                 macs = count_macs(model, image, result.way, label, result.policy)
                 result.gmacs = sum(macs.values()) / 1e9
-            if coarse is not None and result.policy is not None:
+            if coarse is not None and result.policy is not None and model.refines(result.way):
                 run = coarse.fork().follow(result.way, result.policy)
                 classes = run.classes()
                 result.policy.remember(run)

@@ -53,6 +53,8 @@ def selective_conv2d(
     rows, weight = autocast(rows, weight)
     bias = None if bias is None else bias.to(rows.dtype)
     stride, dilation = lattice_conv_geometry(src.layout, dst.layout, spacing)
+    if src.layout.separates(exchange):
+        return every_site_conv2d(rows, weight, dst.neighbours(src, spacing, exchange), bias)
     if dst.runs_lattice and dst.layout.num_extra == 0:
         return lattice_conv2d(rows, weight, src.layout, stride, dilation, bias)
     table = dst.neighbours(src, spacing, exchange)
@@ -218,6 +220,35 @@ class _SelectiveConv2d(torch.autograd.Function):
             grad_rows = rows_grad(grad_rows, extra_grad, weight, table)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[7] else None
         return grad_rows, grad_weight, None, None, None, None, None, grad_bias
+
+
+def every_site_conv2d(
+    rows: Tensor, weight: Tensor, table: NeighbourTable, bias: Tensor | None = None
+) -> Tensor:
+    """`[N, I]` to `[M, O]` of the M sites of a table that has the lattice's, too; differentiable."""
+    return _EverySite.apply(rows, weight, table, bias)
+
+
+class _EverySite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, table: NeighbourTable, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.table = table
+        out = rows.new_empty(table.index.shape[0], weight.shape[0])
+        multiply_neighbours(rows, weight, table, out, bias)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        grad_rows = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = add_weight_grad(torch.zeros_like(weight), grad, rows, ctx.table)
+        if ctx.needs_input_grad[0]:
+            no_lattice = rows.new_zeros(1, rows.shape[1], 0, 0)
+            grad_rows = rows_grad(no_lattice, grad, weight, ctx.table)
+        return grad_rows, grad_weight, None, grad.sum(0) if ctx.needs_input_grad[3] else None
 
 
 def add_weight_grad(grad_weight: Tensor, grad: Tensor, rows: Tensor, table: NeighbourTable) -> Tensor:

@@ -3,7 +3,8 @@
 The level lives on the block grid: the phases of a block are batch entries, so dilation is in block units and
 phases never mix. With exchange `linear` or `nearest` the level is widened by its rim, the places in coarse
 blocks that its sites read, with ghost features; the rim's own outputs are dropped. The lattice is complete,
-so it stays a plain convolution, and the entry of a stage, whose taps cross phases, stays with gather.
+so it stays a plain convolution, and the entry of a stage, whose taps cross phases, stays with gather. With
+`separate` coarse sites and fine ones are both such levels, and there is no lattice.
 
 spconv reads our weight as it is: `[O, 3, 3, I]` is its KRSC. It is optional; on the CPU it runs forward only.
 """
@@ -56,12 +57,15 @@ def selective_conv2d(
     needs_grad = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
     _check(rows.device, rows.dtype, needs_grad)
 
-    table = layout.neighbours(layout, spacing, exchange)
-    level = layout.cached(("spconv", spacing, exchange), lambda: _level(layout, table))
-    features = torch.cat((rows[layout.num_lattice :], gather.ghost_rows(rows, table)))
+    apart = layout.separates(exchange)
+    table = layout.neighbours(layout, spacing, exchange, apart)
+    level = layout.cached(("spconv", spacing, exchange), lambda: _level(layout, table, apart))
+    first = 0 if apart else layout.num_lattice
+    features = torch.cat((rows[first:], gather.ghost_rows(rows, table)))
     library = _library(rows.device.type)
-    extra = _submanifold(library, features, weight, level, dilation, needs_grad)[: layout.num_extra]
-    out = torch.cat((gather.lattice_conv2d(rows, weight, layout, 1, dilation), extra))
+    out = _submanifold(library, features, weight, level, dilation, needs_grad)[: layout.num_sites - first]
+    if not apart:
+        out = torch.cat((gather.lattice_conv2d(rows, weight, layout, 1, dilation), out))
     return out if bias is None else out + bias.to(out.dtype)
 
 
@@ -92,23 +96,28 @@ def _check(device: torch.device, dtype: torch.dtype, needs_grad: bool) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Level:
-    """The extra sites and their rim as spconv's places on the block grid, and the index pairs it found."""
+    """The extra sites and their rim as spconv's places on the block grid, and the index pairs it found.
 
-    places: Tensor  # [M + G, 3] int32: (image and phase, y, x)
+    With levels apart, the sites of all levels instead, each level as batch entries of its own.
+    """
+
+    places: Tensor  # [M + G, 3] int32: (image, phase and level, y, x)
     size: tuple[int, int]
     batch: int
     pairs: dict[str, Any] = field(default_factory=dict)
 
 
-def _level(layout: SiteLayout, table: NeighbourTable) -> _Level:
+def _level(layout: SiteLayout, table: NeighbourTable, apart: bool = False) -> _Level:
     phases = layout.lattice_stride // layout.stride  # per axis
     height, width = layout.size
-    cells = torch.cat((layout.cells[layout.num_lattice :], table.ghost_cells))
+    cells = torch.cat((layout.cells[0 if apart else layout.num_lattice :], table.ghost_cells))
     image, y, x = cells // (height * width), cells // width % height, cells % width
-    entry = image * phases**2 + y % phases * phases + x % phases
+    entry, batch = image * phases**2 + y % phases * phases + x % phases, layout.batch * phases**2
+    if apart:
+        entry, batch = entry + batch * layout.level.flatten()[cells], batch * len(layout.sizes)
     # spconv reads the memory as it lies: a transposed view gives wrong numbers without a word
     places = torch.stack((entry, y // phases, x // phases), 1).int().contiguous()
-    return _Level(places, layout.lattice_size, layout.batch * phases**2)
+    return _Level(places, layout.lattice_size, batch)
 
 
 def _submanifold(

@@ -7,15 +7,10 @@ that has such a convolution in its selective stages (mmsegmentation's BasicBlock
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sparse_seg.sparse.engines import gather
 from sparse_seg.sparse.layout import SiteLayout
-from sparse_seg.sparse.neighbours import NeighbourTable
 
 
 def undilated_conv2d(
@@ -32,29 +27,5 @@ def undilated_conv2d(
     rows, weight = gather.autocast(rows, weight)
     if not layout.splits:
         return gather.lattice_conv2d(rows, weight, layout, 1, 1, bias)
-    table = layout.neighbours(
-        layout, layout.stride, exchange, lattice=True
-    )  # one cell of the finest grid away
-    return _EverySite.apply(rows, weight, table, bias)
-
-
-class _EverySite(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, table: NeighbourTable, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.table = table
-        out = rows.new_empty(table.index.shape[0], weight.shape[0])
-        gather.multiply_neighbours(rows, weight, table, out, bias)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
-        grad_rows = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = gather.add_weight_grad(torch.zeros_like(weight), grad, rows, ctx.table)
-        if ctx.needs_input_grad[0]:
-            no_lattice = rows.new_zeros(1, rows.shape[1], 0, 0)
-            grad_rows = gather.rows_grad(no_lattice, grad, weight, ctx.table)
-        return grad_rows, grad_weight, None, grad.sum(0) if ctx.needs_input_grad[3] else None
+    table = layout.neighbours(layout, layout.stride, exchange, lattice=True)  # one cell of the finest grid
+    return gather.every_site_conv2d(rows, weight, table, bias)
