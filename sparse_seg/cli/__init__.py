@@ -16,7 +16,7 @@ from sparse_seg.version import __version__
 
 COMMANDS = (
     *("train", "evaluate", "ablate", "predict", "browse", "make_scenes", "demo"),
-    *("benchmark", "gpu", "convert", "fit_gain", "export"),
+    *("benchmark", "gpu", "convert", "fit_gain", "calibrate", "export"),
 )
 
 
