@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 import sparse_seg
+from sparse_seg import build_model
+from sparse_seg.config import load_config
 from sparse_seg.config.docs import render
 from sparse_seg.data.camvid import CamVid
 from sparse_seg.lab.ablation.report import ablation_table, class_table, seed_table
@@ -173,3 +175,60 @@ def test_scores_of_the_shipped_weights_are_the_result_file(path: str):
     for name in ("dense OS8", "selective, confidence, f=0.15"):
         assert f"{rows[name]['miou']:.2f}" in text
         assert f"{rows[name]['gmacs']:.2f}" in text
+
+
+# networks of docs/results.md that were trained longer: result file, config, training steps
+LONGER = {
+    "baseline, DeepLabV3-ResNet-34 x0.375": ("camvid_h100_r34_gain", "camvid_r34", 4000),
+    "ResNet-18 x0.625, lite": ("camvid_h100_r18_gain", "camvid_r18", 4000),
+    "light": ("camvid_exchange_light_4000", "camvid_light", 4000),
+    "slim student": ("camvid_exchange_slim", "camvid_slim", 4000),
+    "light, as shipped": ("camvid_exchange_light", "camvid_light", 9000),
+}
+SHARE = 0.15  # of fine blocks in the two tables below
+
+
+def ways_of(file: str, exchanges: tuple[str | None, ...]) -> list[dict[str, Any]]:
+    """The rows of a comparison that are dense, and with confidence merged whole under these rules."""
+    rows = [row for row in measured(file)["rows"] if row.get("merge") != "patch"]
+    wanted = [("confidence", SHARE, exchange) for exchange in exchanges]
+    return [
+        row
+        for row in rows
+        if not row["policy"] or (row["policy"], row["fine_fraction"], row["exchange"]) in wanted
+    ]
+
+
+def letter_table() -> Table:
+    """Parameters, multiply-adds and accuracy of each network, dense and selective."""
+    rows = list[dict[str, Any]]()
+    for name, (file, config, steps) in LONGER.items():
+        network = build_model(load_config(ROOT / f"configs/{config}.yaml"))
+        millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        for row in ways_of(file, (None, "linear")):
+            run = "confidence, f=0.15" if row["policy"] else row["network"]
+            rows.append(row | {"network": name, "steps": steps, "run": run, "parameters": millions})
+    for row in rows:
+        row["parameters_share"] = 100 * row["parameters"] / rows[0]["parameters"]
+        row["gmacs_share"] = 100 * row["gmacs"] / rows[0]["gmacs"]
+    columns = [
+        *(Column("network", "network"), Column("steps", "steps"), Column("run", "run")),
+        *(Column("miou", "mIoU %", "{:.2f}"), Column("boundary_miou", "boundary mIoU %", "{:.2f}")),
+        *(Column("parameters", "M params", "{:.2f}"), Column("gmacs", "GMACs", "{:.2f}")),
+        *(Column("parameters_share", "params %", "{:.0f}"), Column("gmacs_share", "GMACs %", "{:.0f}")),
+    ]
+    return Table(columns, rows)
+
+
+def test_the_letters_table_is_the_result_files():
+    assert letter_table().to_markdown().strip() in page("results")
+
+
+def exchange_table(files: dict[str, str]) -> Table:
+    """mIoU of networks run dense and with confidence under each rule."""
+    rows = []
+    for name, file in files.items():
+        ways = ways_of(file, ("linear", "none", "separate"))
+        rows.append({"network": name} | {row["exchange"] or row["network"]: row["miou"] for row in ways})
+    keys = ("dense OS16", "separate", "none", "linear", "dense OS8")
+    return Table([Column("network", "network"), *(Column(key, key, "{:.2f}") for key in keys)], rows)
