@@ -224,11 +224,20 @@ def test_the_letters_table_is_the_result_files():
     assert letter_table().to_markdown().strip() in page("results")
 
 
-def exchange_table(files: dict[str, str]) -> Table:
+@pytest.mark.parametrize("prefix", ["", "tuned_"], ids=["dense training", "selective fine-tuning"])
+def test_tables_of_exchange_rules_are_the_result_files(prefix: str):
+    assert exchange_table(prefix).to_markdown().strip() in page("ablation")
+
+
+def exchange_table(prefix: str) -> Table:
     """mIoU of networks run dense and with confidence under each rule."""
+    files = {"light, as shipped": "light", "light, 4000 steps": "light_4000", "slim student": "slim"}
+    if prefix:
+        files = {"light, as shipped": "light", "tuned, linear": "linear", "tuned, separate": "separate"}
     rows = []
     for name, file in files.items():
-        ways = ways_of(file, ("linear", "none", "separate"))
+        own = "" if file == "light" else prefix
+        ways = ways_of(f"camvid_exchange_{own}{file}", ("linear", "none", "separate"))
         rows.append({"network": name} | {row["exchange"] or row["network"]: row["miou"] for row in ways})
     keys = ("dense OS16", "separate", "none", "linear", "dense OS8")
     return Table([Column("network", "network"), *(Column(key, key, "{:.2f}") for key in keys)], rows)
