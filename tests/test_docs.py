@@ -235,7 +235,7 @@ def test_tables_of_exchange_rules_are_the_result_files(prefix: str):
 def exchange_table(prefix: str) -> Table:
     """mIoU of networks run dense and with confidence under each rule."""
     files = {"light, as shipped": "light", "light, 4000 steps": "light_4000", "slim student": "slim"}
-    files["light, separable ASPP"] = "aspp"
+    files |= {"light, separable ASPP": "aspp", "DeepLabV3-ResNet-34 x0.375": "r34"}
     if prefix:
         files = {"light, as shipped": "light", "tuned, linear": "linear", "tuned, separate": "separate"}
     rows = []
