@@ -6,6 +6,7 @@ one reaches all of them, and a process that is gone is an error rather than an e
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -198,6 +199,7 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
         yield Processes(rank, count), device
     except (SparseSegError, OSError):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it once a process has ended
+        gc.freeze()  # the last collection, of all that torch imports, takes a second while torchrun waits
         if not _speaks(store, rank):
             raise SystemExit(1) from None
         raise
