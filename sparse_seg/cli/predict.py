@@ -54,6 +54,7 @@ from sparse_seg.lab.predict.video import VideoOptions, write_video
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.masks import POLICIES
 from sparse_seg.models.way import Way
+from sparse_seg.progress import bar
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 WINDOW = 2048  # px
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     segmenter = Segmenter(model, Way(args.dense, args.policy, args.fine_fraction), views(args))
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    for source in tqdm(sources, desc="predict", leave=False, disable=len(sources) == 1):
+    for source in bar(sources, "predict", len(sources), len(sources) > 1):
         try:
             results[str(source)] = _predict(segmenter, source, args)
         except DataError as error:
