@@ -30,7 +30,8 @@ tbody tr:nth-child(even) { background: #f7f8fa; }
 figure { margin: 0; min-width: 0; }
 img { max-width: min(100%, 48rem); height: auto; display: block; }
 .row img { width: 100%; max-width: none; }
-@media (max-width: 40rem) { .pictures { grid-template-columns: 1fr !important; } }
+@media (max-width: 40rem) { .pictures { grid-template-columns: 1fr !important; } body { padding: 0 0.75rem; }
+  table { font-size: 0.8rem; } th, td { padding: 0.35rem 0.3rem; } th.number { white-space: normal; } }
 figcaption { font-size: 0.85rem; color: #555; margin-top: 0.3rem; }
 """
 
