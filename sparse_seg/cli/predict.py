@@ -138,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
     for name, result in results.items():
         if "frames" in result:
             print(f"{name}: {result['frames']} frames, {result['milliseconds']:.1f} ms in the network each")
+    if any(result.get("windows", 1) > 1 for result in results.values()):
+        print(f"large images ran through windows of {args.window} px, not exact near seams; --window 0: whole")
     print(f"{len(results)} images segmented" + (f"; pictures in {args.out}" if results else ""))
     return 1 if failed else 0
 
@@ -159,7 +161,8 @@ def _predict(segmenter: Segmenter, source: Source, args: argparse.Namespace) -> 
     if args.steps:
         write_steps(segmenter, image, out, args.steps)
     fine = None if found.fine_blocks is None else float(found.fine_blocks.mean())
-    return {"shares": found.shares(), "fine_fraction": fine}
+    windows = segmenter.views.count_windows(*image.shape[:2])
+    return {"shares": found.shares(), "fine_fraction": fine, "windows": windows}
 
 
 def _parts(args: argparse.Namespace) -> tuple[str | None, str, list[str]]:

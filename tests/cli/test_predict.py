@@ -79,6 +79,18 @@ def test_a_checkpoint_alone_names_classes_ids_and_colours(checkpoint, photo, tmp
     assert image["fine_fraction"] == round(0.5 * 35) / 35
 
 
+def test_a_large_photo_runs_through_windows_and_that_is_said(checkpoint, tmp_path, capsys):
+    cv2.imwrite(str(tmp_path / "large.png"), np.zeros((300, 560, 3), np.uint8))
+    shares = tmp_path / "s.json"
+    arguments = ["predict", str(checkpoint), str(tmp_path / "large.png"), "--out", str(tmp_path / "out")]
+    for window, count in (("256", 2 * 4), ("0", 1), ("600", 1)):
+        assert main([*arguments, "--window", window, "--json", str(shares)]) == 0
+        said = capsys.readouterr().out
+        assert ("large images ran through windows of 256 px, not exact near seams" in said) == (count > 1)
+        (image,) = json.loads(shares.read_text())["images"].values()
+        assert image["windows"] == count
+
+
 def test_ids_only(checkpoint, photo, tmp_path):
     out = tmp_path / "out"
     assert main(["predict", str(checkpoint), str(photo), "--out", str(out), "--ids-only"]) == 0
