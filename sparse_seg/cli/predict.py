@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
         if "frames" in result:
             print(f"{name}: {result['frames']} frames, {result['milliseconds']:.1f} ms in the network each")
     if any(result.get("windows", 1) > 1 for result in results.values()):
-        print(f"large images ran through windows of {args.window} px, not exact near seams; --window 0: whole")
+        print(f"large images in windows of {args.window} px, not exact near seams; --window 0: whole")
     print(f"{len(results)} images segmented" + (f"; pictures in {args.out}" if results else ""))
     return 1 if failed else 0
 

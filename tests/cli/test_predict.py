@@ -86,7 +86,7 @@ def test_a_large_photo_runs_through_windows_and_that_is_said(checkpoint, tmp_pat
     for window, count in (("256", 2 * 4), ("0", 1), ("600", 1)):
         assert main([*arguments, "--window", window, "--json", str(shares)]) == 0
         said = capsys.readouterr().out
-        assert ("large images ran through windows of 256 px, not exact near seams" in said) == (count > 1)
+        assert ("large images in windows of 256 px, not exact near seams" in said) == (count > 1)
         (image,) = json.loads(shares.read_text())["images"].values()
         assert image["windows"] == count
 
