@@ -6,6 +6,7 @@ one reaches all of them, and a process that is gone is an error rather than an e
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from queue import SimpleQueue
+from threading import Thread
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -32,8 +35,8 @@ _T = TypeVar("_T")
 class ProcessLost(TrainingError):
     """Another process has ended, or this one is told to, as torchrun does then."""
 
-    def __init__(self) -> None:
-        super().__init__("another process of this job has ended")
+    def __init__(self, how: str = "") -> None:
+        super().__init__(f"another process of this job has ended{how}")
 
 
 class FailedElsewhere(TrainingError):
@@ -188,11 +191,15 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
     signal.signal(signal.SIGTERM, _end)
     store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "nccl" if device.type == "cuda" else "gloo"
+    settings = {"store": store, "rank": rank, "world_size": count, "timeout": TIMEOUT}
+    if rank == 0:
+        store.set(_key("first"), str(os.getpid()))
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+        _interruptible(lambda: dist.init_process_group(backend, **settings))
         yield Processes(rank, count), device
     except (SparseSegError, OSError):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it once a process has ended
+        gc.freeze()  # the last collection, of all that torch imports, takes a second while torchrun waits
         if not _speaks(store, rank):
             raise SystemExit(1) from None
         raise
@@ -200,16 +207,48 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    raise ProcessLost
+    raise ProcessLost("; start it again")
+
+
+def _interruptible(work: Callable[[], object]) -> None:
+    """Work that waits in C++, in a thread: Python hears no signal before such a call returns."""
+    ended: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    Thread(target=run, daemon=True).start()
+    if (error := ended.get()) is not None:
+        raise error
 
 
 def _speaks(store: Any, rank: int) -> bool:
     """Whether this process tells the error: the first, or another one where the first keeps silent."""
-    key = f"sparse_seg/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/said"
     end = time.monotonic() + (PATIENCE if rank else 0)
     try:
-        while time.monotonic() < end and store.add(key, 0) == 0:
+        while time.monotonic() < end and store.add(_key("said"), 0) == 0 and not _first_is_gone(store):
             time.sleep(0.1)
-        return store.add(key, 1) == 1
+        return store.add(_key("said"), 1) == 1
     except RuntimeError:  # the store has gone, too
         return True
+
+
+def _first_is_gone(store: Any) -> bool:
+    """Whether the first process is known to have ended, which only its own machine can tell."""
+    if os.environ.get("GROUP_RANK") != "0" or not store.check([_key("first")]):
+        return False
+    try:
+        os.kill(int(store.get(_key("first"))), 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def _key(name: str) -> str:
+    """Of the store, anew after each restart by torchrun."""
+    return f"sparse_seg/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{name}"

@@ -10,10 +10,12 @@ from tqdm import tqdm
 _T = TypeVar("_T")
 
 
-def bar(items: Iterable[_T], what: str, total: int | None = None, shown: bool = True) -> tqdm[_T]:
-    """The items, counted as images by a bar that is gone when they end."""
+def bar(
+    items: Iterable[_T], what: str, total: int | None = None, shown: bool = True, unit: str = "image"
+) -> tqdm[_T]:
+    """The items, counted by a bar that is gone when they end."""
     hidden = None if shown else True  # None: where there is no terminal
-    return tqdm(items, what, total, disable=hidden, unit="image", leave=False, dynamic_ncols=True)
+    return tqdm(items, what, total, disable=hidden, unit=unit, leave=False, dynamic_ncols=True)
 
 
 def say(text: str) -> None:

@@ -168,6 +168,21 @@ def test_table_of_gain_and_merges_is_the_result_file():
     assert Table(columns, measured("camvid_light_gain")["rows"]).to_markdown().strip() in page("masks")
 
 
+def test_table_of_the_frame_before_is_the_result_files():
+    rows = [{"pan": pan, **row} for pan in (0, 8, 32) for row in measured(f"previous_scenes_{pan}")["rows"]]
+    columns = [column for column in comparison_table([]).columns if column.key != "milliseconds"]
+    assert Table([Column("pan", "px a frame", "{}"), *columns], rows).to_markdown().strip() in page("masks")
+
+
+def test_kills_end_as_the_page_says():
+    rows = measured("kills")["rows"]
+    seconds = [row["seconds"] for row in rows]
+    said = f"{len(rows)} jobs ended {min(seconds):.1f} to {max(seconds):.1f} s after"
+    assert said in page("several-gpus")
+    assert max(seconds) < 15
+    assert all(len(row["lines"]) == 1 for row in rows)
+
+
 @pytest.mark.parametrize("path", ["docs/results.md", "sparse_seg/weights/camvid-slim.md", "README.md"])
 def test_scores_of_the_shipped_weights_are_the_result_file(path: str):
     text = (ROOT / path).read_text()

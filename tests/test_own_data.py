@@ -16,7 +16,8 @@ from sparse_seg.data.class_file import read_class_file
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.formats import PALETTE
 from sparse_seg.data.reading import read_label
-from tests.data.files import palette, png
+from tests.cli.test_video import properties
+from tests.data.files import palette, png, sideways_photo
 
 PAGE = (Path(__file__).parents[1] / "docs/own-data.md").read_text()
 SHORT, LONG, CONFIG = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
@@ -62,12 +63,11 @@ def write_data(kind: str) -> None:
     Path("my-data/classes.yaml").write_text(SHORT if kind == "names" else LONG)
 
 
-def follow(commands: str, leave_out: str = " ") -> None:
+def follow(commands: str) -> None:
     for line in commands.strip().splitlines():
         program, *arguments = shlex.split(line)
         assert program == "sparse-seg"
-        if arguments[0] != leave_out:
-            assert main(arguments) == 0, line
+        assert main(arguments) == 0, line
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,8 @@ def test_from_a_folder_to_an_exported_network(kind, tmp_path, monkeypatch, capsy
         assert number in config
         config = config.replace(number, smaller)
     Path("own.yaml").write_text(config)
-    if kind == "ids":
-        pytest.importorskip("onnxruntime")
-    follow(COMMANDS, " " if kind == "ids" else "export")
+    pytest.importorskip("onnxruntime")
+    follow(COMMANDS)
     text = capsys.readouterr().out
     assert "selective, confidence, f=0.2" in text
     assert "2 images segmented; pictures in runs/pictures" in text
@@ -95,8 +94,14 @@ def test_from_a_folder_to_an_exported_network(kind, tmp_path, monkeypatch, capsy
     found = read_class_file("runs/pictures/classes.yaml")
     assert (list(found.classes.names), list(found.ids)) == (KNOWN["names"], own)
     assert len(json.loads(Path("runs/shares.json").read_text())["images"]) == 2
-    if kind == "ids":
-        assert Path("runs/own.onnx").stat().st_size > 10_000
+    assert Path("runs/own.onnx").stat().st_size > 10_000
+    (predict,) = [line for line in COMMANDS.splitlines() if " predict " in line]
+    Path("my-data/test/images/b/bad.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    Path("runs/pictures/b/1_ids.png").unlink()
+    assert main(shlex.split(predict)[1:]) == 1
+    assert "my-data/test/images/b/bad.jpg: truncated, corrupt or not an image" in capsys.readouterr().err
+    assert Path("runs/pictures/b/1_ids.png").exists(), "the others are done"
+    assert not list(Path("runs/pictures").rglob("bad*"))
 
 
 def test_photos_videos_and_python(tmp_path, monkeypatch, capsys):
@@ -108,13 +113,16 @@ def test_photos_videos_and_python(tmp_path, monkeypatch, capsys):
     Path("own.yaml").write_text(config)
     assert main(["train", "own.yaml", "--work-dir", "runs/own"]) == 0
     image = read_image(Path("my-data/test/images/a/0.jpg"))
-    cv2.imwrite("photo.jpg", image[..., ::-1])
+    Path("photo.jpg").write_bytes(sideways_photo(image))
     writer = cv2.VideoWriter("drive.avi", cv2.VideoWriter.fourcc(*"MJPG"), 10, image.shape[1::-1])
     for shift in range(3):
         writer.write(np.roll(image, 8 * shift, 1)[..., ::-1])
     writer.release()
     follow(MORE)
-    assert read_image(Path("runs/photos/photo_overlay.png")).shape == image.shape
+    for folder in ("photos", "averaged"):
+        assert read_image(Path(f"runs/{folder}/photo_overlay.png")).shape == (320, 256, 3), "upright"
+    for folder in ("video", "budget"):
+        assert properties(Path(f"runs/{folder}/drive.mp4")) == (3, 10, (320, 256))
     assert len(list(Path("runs/video/drive_ids").iterdir())) == 3
     names: dict[str, object] = {}
     exec(PYTHON, names)

@@ -3,14 +3,15 @@
 The same seed gives the same scenes; a larger count only adds to them. An output folder that already holds
 just these scenes is kept as it is.
 
-example:
+examples:
   python tools/make_scenes.py work/scenes --count 250 --size 256x512 --seed 0
+  python tools/make_scenes.py work/video --count 10 --pan 8
 """
 
 import argparse
 
 from sparse_seg.cli.arguments import parse_size, whole_number
-from sparse_seg.data.scenes import SMALLEST_SIDE, write_scenes
+from sparse_seg.data.scenes import FRAMES, SMALLEST_SIDE, write_scenes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"height and width, px, from {SMALLEST_SIDE} (default: 256x512)",
     )
     parser.add_argument("--seed", type=whole_number(0), default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--pan",
+        type=whole_number(0),
+        metavar="PX",
+        help=f"make a video of each scene: {FRAMES} frames, the camera turning by PX px a frame",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: OUT holds something else or cannot be written.
     """
-    written = write_scenes(args.out, args.count, args.size, args.seed, progress=True)
+    written = write_scenes(args.out, args.count, args.size, args.seed, progress=True, pan=args.pan)
     print(f"{args.count} scenes {'written to' if written else 'are already in'} {args.out}")
     return 0
 

@@ -54,6 +54,7 @@ from sparse_seg.lab.predict.video import VideoOptions, write_video
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.masks import POLICIES
 from sparse_seg.models.way import Way
+from sparse_seg.progress import bar
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 WINDOW = 2048  # px
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     segmenter = Segmenter(model, Way(args.dense, args.policy, args.fine_fraction), views(args))
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    for source in tqdm(sources, desc="predict", leave=False, disable=len(sources) == 1):
+    for source in bar(sources, "predict", len(sources), len(sources) > 1):
         try:
             results[str(source)] = _predict(segmenter, source, args)
         except DataError as error:
@@ -137,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
     for name, result in results.items():
         if "frames" in result:
             print(f"{name}: {result['frames']} frames, {result['milliseconds']:.1f} ms in the network each")
+    if any(result.get("windows", 1) > 1 for result in results.values()):
+        print(f"large images in windows of {args.window} px, not exact near seams; --window 0: whole")
     print(f"{len(results)} images segmented" + (f"; pictures in {args.out}" if results else ""))
     return 1 if failed else 0
 
@@ -158,7 +161,8 @@ def _predict(segmenter: Segmenter, source: Source, args: argparse.Namespace) -> 
     if args.steps:
         write_steps(segmenter, image, out, args.steps)
     fine = None if found.fine_blocks is None else float(found.fine_blocks.mean())
-    return {"shares": found.shares(), "fine_fraction": fine}
+    windows = segmenter.views.count_windows(*image.shape[:2])
+    return {"shares": found.shares(), "fine_fraction": fine, "windows": windows}
 
 
 def _parts(args: argparse.Namespace) -> tuple[str | None, str, list[str]]:

@@ -99,6 +99,11 @@ class Cityscapes(SegmentationDataset):
     def name(self, index: int) -> str:
         return self.samples[index][0].name.removesuffix(IMAGE_SUFFIX)
 
+    def starts(self, index: int) -> bool:
+        """By names: `CITY_SEQUENCE_FRAME`."""
+        sequences = [self.name(number).rpartition("_")[0] for number in (max(index - 1, 0), index)]
+        return index == 0 or sequences[0] != sequences[1]
+
 
 def _label_name(image_file: Path) -> str:
     return image_file.name.removesuffix(IMAGE_SUFFIX) + LABEL_SUFFIX

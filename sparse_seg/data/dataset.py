@@ -97,6 +97,10 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         """The sample's name in reports and output files."""
         return self.samples[index][0].stem
 
+    def starts(self, index: int) -> bool:
+        """Whether a video begins with this sample: what a mask policy knows of the one before is void."""
+        return index == 0
+
     def load(self, index: int) -> tuple[Image, Image]:
         """Image `[H, W, 3]` uint8 RGB and label `[H, W]` uint8 of train ids, 255 where ignored.
 

@@ -110,7 +110,9 @@ def measure(
     part = Part(SegmentationMetrics(len(dataset.classes), IGNORE_INDEX), images=len(frames))
     loader = evaluation_loader(dataset, data.mean, data.std, data.workers, frames)
     with torch.inference_mode(), eval_mode(model):
-        for image, label, _ in bar(loader, "evaluate", len(frames), progress):
+        for image, label, index in bar(loader, "evaluate", len(frames), progress):
+            if policy is not None and dataset.starts(index):
+                policy.remember(None)
             image, label = image.to(device), label.to(device)
             start = now(device)
             run = model.start(image, label).follow(way, policy) if with_loss else None

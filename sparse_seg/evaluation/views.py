@@ -62,6 +62,10 @@ class Views:
     def is_single(self) -> bool:
         return not self.flip and self.scales == (1.0,)
 
+    def count_windows(self, height: int, width: int) -> int:
+        """How many windows cover an image; 1: it is seen whole."""
+        return len(list(_spans(height, self))) * len(list(_spans(width, self)))
+
 
 ONCE = Views()
 

@@ -297,6 +297,7 @@ def test_predict_writes_pictures(capsys, trained, tmp_path):
         cv2.imwrite(str(frames / name), image)
     (frames / "notes.txt").write_text("no image")
     assert main(["predict", str(config), str(checkpoint), str(frames), "--out", str(tmp_path / "out")]) == 0
+    assert not capsys.readouterr().err, "no bar without a terminal"
     kept = sorted(frames.iterdir())
     message = fails(capsys, "predict", config, checkpoint, frames, "--out", frames, code=2)
     assert f"{frames} holds the images; name another folder than {frames}" in message
@@ -377,7 +378,8 @@ def test_benchmark_prints_and_writes(capsys, trained, tmp_path):
     arguments += ["--train", "--profile", "--no-memory", "--engines", "gather", "--device", "cpu"]
     files = ["--checkpoint", str(checkpoint), "--json", str(tmp_path / "b.json")]
     assert main(["benchmark", str(config), *arguments, *files]) == 0
-    out = capsys.readouterr().out
+    out, errors = capsys.readouterr()
+    assert "\r" not in errors, "no bar without a terminal"
     assert re.search(r"^network +selective f=0.1 +gather +\d+\.\d ", out, re.M)
     assert "2 x 64x96 px, edge mask; medians of 1" in out
     written = json.loads((tmp_path / "b.json").read_text())

@@ -1,7 +1,6 @@
 """Pictures from a checkpoint alone: what is written, and what happens to files that are none."""
 
 import json
-import struct
 from pathlib import Path
 
 import cv2
@@ -18,6 +17,7 @@ from sparse_seg.data.dataset import read_image
 from sparse_seg.data.reading import read_label
 from sparse_seg.models.way import Way
 from tests.cli.test_cli import fails
+from tests.data.files import sideways_photo
 
 NAMES, IDS = ["ground", "wall", "plant"], [3, 7, 9]
 
@@ -79,6 +79,18 @@ def test_a_checkpoint_alone_names_classes_ids_and_colours(checkpoint, photo, tmp
     assert image["fine_fraction"] == round(0.5 * 35) / 35
 
 
+def test_a_large_photo_runs_through_windows_and_that_is_said(checkpoint, tmp_path, capsys):
+    cv2.imwrite(str(tmp_path / "large.png"), np.zeros((300, 560, 3), np.uint8))
+    shares = tmp_path / "s.json"
+    arguments = ["predict", str(checkpoint), str(tmp_path / "large.png"), "--out", str(tmp_path / "out")]
+    for window, count in (("256", 2 * 4), ("0", 1), ("600", 1)):
+        assert main([*arguments, "--window", window, "--json", str(shares)]) == 0
+        said = capsys.readouterr().out
+        assert ("large images in windows of 256 px, not exact near seams" in said) == (count > 1)
+        (image,) = json.loads(shares.read_text())["images"].values()
+        assert image["windows"] == count
+
+
 def test_ids_only(checkpoint, photo, tmp_path):
     out = tmp_path / "out"
     assert main(["predict", str(checkpoint), str(photo), "--out", str(out), "--ids-only"]) == 0
@@ -105,15 +117,9 @@ def test_sub_folders_stay_apart_and_a_bad_file_is_skipped(checkpoint, photo, tmp
 
 
 def test_a_photo_is_turned_upright(checkpoint, tmp_path):
-    """As a phone stores it: pixels on their side, and an orientation of 6 in EXIF."""
     image = np.zeros((64, 96, 3), np.uint8)
     image[:, :48] = 200
-    jpeg = cv2.imencode(".jpg", image)[1].tobytes()
-    tiff = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
-    exif = b"Exif\0\0" + tiff
-    (tmp_path / "p.jpg").write_bytes(
-        jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
-    )
+    (tmp_path / "p.jpg").write_bytes(sideways_photo(image))
     assert main(["predict", str(checkpoint), str(tmp_path / "p.jpg"), "--out", str(tmp_path / "out")]) == 0
     for kind in ("overlay", "ids", "blocks"):
         assert read_image(tmp_path / f"out/p_{kind}.png").shape == (96, 64, 3)

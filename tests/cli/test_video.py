@@ -60,7 +60,9 @@ def test_there_and_back(checkpoint, video, tmp_path, capsys):
     out = tmp_path / "out"
     more = ["--video-ids", "--video-blocks", "--policy", "previous", "--json", str(tmp_path / "v.json")]
     assert main(["predict", str(checkpoint), str(video.parent), "--out", str(out), *more]) == 0
-    assert f"{video}: {FRAMES} frames, " in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{video}: {FRAMES} frames, " in said.out
+    assert not said.err, "no bar without a terminal"
     assert properties(out / "drive.mp4") == (FRAMES, RATE, SIZE)
     assert properties(out / "drive_blocks.mp4") == (FRAMES, RATE, SIZE)
     assert len(list((out / "drive_ids").iterdir())) == FRAMES

@@ -1,8 +1,9 @@
-"""Image files that no library at hand writes: PNGs of every bit depth, with any chunks."""
+"""Image files that no library at hand writes: PNGs of any bit depth with any chunks; photos on their side."""
 
 import struct
 import zlib
 
+import cv2
 import numpy as np
 
 from sparse_seg.data.formats import GREY, PNG_SIGNATURE
@@ -26,3 +27,10 @@ def png(values: np.ndarray, depth: int, colour: int = GREY, extra: bytes = b"") 
 def palette(colours: list[tuple[int, int, int]]) -> bytes:
     """A palette's chunk."""
     return chunk(b"PLTE", bytes(value for colour in colours for value in colour))
+
+
+def sideways_photo(image: np.ndarray) -> bytes:
+    """A JPEG of pixels `[H, W, 3]` RGB as phones store them, to be turned 90 degrees clockwise (EXIF 6)."""
+    jpeg = cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]

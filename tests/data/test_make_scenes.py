@@ -6,6 +6,7 @@ import pytest
 
 from sparse_seg.cli import main
 from sparse_seg.data import build_dataset
+from sparse_seg.data.scenes import FRAMES
 
 
 def test_writes_and_then_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,6 +16,22 @@ def test_writes_and_then_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str
     build_dataset("scenes", tmp_path / "out", "train").check()
     assert main(command) == 0
     assert "3 scenes are already in" in capsys.readouterr().out
+
+
+def test_a_camera_that_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["make_scenes", str(tmp_path / "out"), "--count", "3", "--size", "32x48", "--pan", "5"]
+    assert main(command) == 0
+    dataset = build_dataset("scenes", tmp_path / "out", "train")
+    dataset.check()
+    assert [number for number in range(len(dataset)) if dataset.starts(number)] == [0, FRAMES]
+    for before, frame in ((0, 1), (8, 9), (10, 11)):
+        for one, two in zip(dataset.load(before), dataset.load(frame), strict=True):
+            assert one.shape[:2] == (32, 48)
+            assert (one[:, 5:] == two[:, :-5]).all()
+    assert main(command) == 0
+    assert "3 scenes are already in" in capsys.readouterr().out
+    command[-1] = "6"
+    assert main(command) == 1, "another speed is another data set"
 
 
 def test_refusal_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,14 @@ import torch
 
 from sparse_seg import build_model
 from sparse_seg.config import DataConfig
+from sparse_seg.data import build_dataset
+from sparse_seg.data.scenes import write_scenes
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.lab.compare import run as comparison
 from sparse_seg.lab.compare.run import compare, comparison_ways, groups
 from sparse_seg.masks import Frames, OraclePolicy
+from sparse_seg.masks.previous import PreviousPolicy
 from sparse_seg.models.passes import Pass
 from sparse_seg.models.way import Way
 
@@ -162,3 +165,30 @@ def test_comparison_of_options_exchanges_and_strides(dataset):
         assert row["miou"] == pytest.approx(100 * alone.metrics.miou)
         assert row["class_iou"] == pytest.approx([100 * iou for iou in alone.metrics.class_iou], nan_ok=True)
     assert rows[3]["gmacs"] < rows[5]["gmacs"] < 1.2 * rows[3]["gmacs"], "a head on the coarse grid more"
+
+
+def test_a_policy_that_looks_back_starts_anew_with_each_video(model, tmp_path, monkeypatch):
+    """Confidence at the first frame of each video, else the blocks that the frame before left uncertain."""
+    write_scenes(tmp_path / "videos", 3, (64, 96), pan=8)
+    videos = build_dataset("scenes", tmp_path / "videos", "train")
+    asked = []
+
+    def note(policy, run):
+        asked.append(policy._last is None)
+        return scores(policy, run)
+
+    scores = PreviousPolicy.scores
+    monkeypatch.setattr(PreviousPolicy, "scores", note)
+    evaluate(model, videos, DATA, Way.policy("previous", 0.2), limit=12)
+    frames = [frame in (0, 10) for frame in range(12)]
+    assert asked == frames
+    asked.clear()
+    for timed in (True, False):
+        row, other = compare(
+            model, videos, DATA, comparison_ways(model, ["previous"], [0.2])[-1:] * 2, 12, timed=timed
+        )
+        assert asked == [one for frame in frames[:2] for one in [frame] * 4] + [
+            one for frame in frames[2:] for one in [frame] * 2
+        ]
+        assert row["miou"] == other["miou"]
+        asked.clear()

@@ -4,22 +4,20 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 
 import pytest
+from torch.distributed import HashStore
 
-from sparse_seg.data.scenes import write_scenes
-from sparse_seg.training.checkpoint import load_state
+from sparse_seg import processes
+from sparse_seg.processes import ProcessLost
+from tests.training.kills import ENVIRONMENT, LIGHT, ROOT, TORCHRUN, kill, make_checkout, start_job
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/several-gpus.md").read_text()
-LIGHT = ["--device", "cpu", "--set", "train.iterations=4", "train.batch_size=2", "data.crop=[64,64]"]
-LIGHT += ["data.workers=0", "model.width=0.125", "train.threads=1", "train.eval_every=2", "train.log_every=1"]
-LIGHT += ["train.warmup_iterations=0"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SHORT = [*LIGHT, "train.iterations=4", "train.eval_every=2"]
 
 
 def commands() -> list[list[str]]:
@@ -30,11 +28,7 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder in which the page's commands find what they name."""
-    for name in ("tools", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    write_scenes(tmp_path / "scenes", 10, (64, 96), val_fraction=0.3)
-    return tmp_path
+    return make_checkout(tmp_path)
 
 
 @pytest.mark.slow
@@ -42,7 +36,7 @@ def test_the_page_is_followed_to_the_letter(checkout: Path) -> None:
     said = []
     for name, *arguments in commands():
         assert name == "torchrun"
-        light = [*LIGHT, f"data.root={checkout / 'scenes'}"]
+        light = [*SHORT, f"data.root={checkout / 'scenes'}"]
         done = subprocess.run(
             [*TORCHRUN, *arguments, *light],
             cwd=checkout,
@@ -63,44 +57,53 @@ def test_the_page_is_followed_to_the_letter(checkout: Path) -> None:
     assert float(measured[1]) == pytest.approx(100 * float(best[1]), abs=0.01)
 
 
-def workers_of(parent: int) -> list[int]:
-    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(pid) for pid in found if b"tools/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_job_with_one_line_and_it_resumes(checkout: Path, rank: int) -> None:
-    run = ["--standalone", "--nproc_per_node=2", "tools/train.py", "configs/demo.yaml", "--work-dir", "run"]
-    settings = [*LIGHT, f"data.root={checkout / 'scenes'}", "train.eval_every=1000", "train.save_every=2"]
-    settings[settings.index("train.iterations=4")] = "train.iterations=100000"
-    command = [*TORCHRUN, *run, *settings]
-    pipe = subprocess.PIPE
-    job = subprocess.Popen(command, cwd=checkout, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+    job = start_job(checkout, "train.iterations=100000", "train.eval_every=1000", "train.save_every=2")
     last = checkout / "run/last.pt"
     while not last.exists():
         assert job.poll() is None, job.communicate()[1]
         time.sleep(0.1)
-    os.kill(workers_of(job.pid)[rank], signal.SIGKILL)
-    killed = time.monotonic()
-    _, errors = job.communicate(timeout=120)
-    assert time.monotonic() - killed < 45, "15 s where nothing else runs"
-    assert job.returncode == 1
-    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    found = kill(checkout, job, rank)
+    assert found.seconds < 25, "15 s where nothing else runs; torchrun kills after 30 s"
+    assert found.code == 1
+    (line,) = found.lines
     assert line.startswith("error: another process of this job has ended; ")
     assert "run/last.pt" in line
     assert "resume with --work-dir run --resume" in line
-    reached = load_state(last)["progress"]["iteration"]
-    settings[settings.index("train.iterations=100000")] = f"train.iterations={reached + 1}"
-    again = subprocess.run(
-        [*TORCHRUN, *run, "--resume", *settings],
-        cwd=checkout,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
+    assert re.search(
+        r"resuming at iteration (\d+); changed: .*train.iterations \d+ \(was 100000\)", found.resumed
     )
-    assert again.returncode == 0, again.stderr
-    assert (
-        f"resuming at iteration {reached}; changed: train.iterations {reached + 1} (was 100000)"
-        in again.stdout
-    )
+
+
+def test_a_process_that_waits_to_join_hears_that_another_one_has_ended() -> None:
+    store, before = HashStore(), signal.signal(signal.SIGTERM, processes._end)
+    try:
+        Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        start = time.monotonic()
+        with pytest.raises(ProcessLost, match="another process of this job has ended; start it again"):
+            processes._interruptible(lambda: store.wait(["never"], timedelta(seconds=5)))
+        assert time.monotonic() - start < 3
+    finally:
+        store.set("never", "")  # the thread ends
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_what_fails_in_a_thread_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        processes._interruptible(lambda: 1 // 0)
+
+
+def test_another_process_speaks_at_once_where_the_first_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setenv("GROUP_RANK", "0")
+    monkeypatch.setattr(processes, "PATIENCE", 1.0)
+    for pid, at_once in ((gone.pid, True), (os.getpid(), False)):
+        store = HashStore()
+        store.set(processes._key("first"), str(pid))
+        start = time.monotonic()
+        assert processes._speaks(store, 1)
+        assert (time.monotonic() - start < 0.5) == at_once
+        assert not processes._speaks(store, 2), "one speaks"

@@ -1,6 +1,6 @@
 """Synthetic street scenes in Cityscapes' file layout: to try and test with, without a download."""
 
-from sparse_seg.data.scenes.files import SMALLEST_SIDE, ScenesDataset, write_scenes
+from sparse_seg.data.scenes.files import FRAMES, SMALLEST_SIDE, ScenesDataset, write_scenes
 from sparse_seg.data.scenes.street import render_scene
 
-__all__ = ["SMALLEST_SIDE", "ScenesDataset", "render_scene", "write_scenes"]
+__all__ = ["FRAMES", "SMALLEST_SIDE", "ScenesDataset", "render_scene", "write_scenes"]

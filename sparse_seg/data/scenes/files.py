@@ -23,6 +23,7 @@ from sparse_seg.errors import DataError
 _VERSION = 1  # raise it when the same seed gives other scenes than before
 _RECORD = "scenes.json"
 _SPLITS = ("train", "val")
+FRAMES = 10  # of a scene's video
 _CITY = "scenes"
 _SCENES_PER_WORKER = 16  # fewer are not worth a process
 _PNG = [
@@ -53,6 +54,7 @@ def write_scenes(
     seed: int = 0,
     val_fraction: float = 0.2,
     progress: bool = False,
+    pan: int | None = None,
 ) -> bool:
     """Writes `count` scenes, train and val together, or keeps `out` if it holds just these already.
 
@@ -65,6 +67,7 @@ def write_scenes(
         size: height and width, px.
         val_fraction: share of the scenes that goes to `val`, at least one scene.
         progress: show a progress bar on stderr.
+        pan: make a video of each scene, `FRAMES` frames whose camera turns right by so many px each.
 
     Returns:
         False where `out` was kept as it is.
@@ -85,13 +88,13 @@ def write_scenes(
         "size": list(size),
         "seed": seed,
         "val_fraction": val_fraction,
-    }
+    } | ({} if pan is None else {"pan": pan})
     if _holds(out, record):
         return False
     val_count = min(max(round(count * val_fraction), 1), count - 1)
     try:
         with _all_or_nothing(out) as folder:
-            _write_all(folder, (count - val_count, val_count), size, seed, progress)
+            _write_all(folder, (count - val_count, val_count), size, seed, progress, pan)
             (folder / _RECORD).write_text(json.dumps(record) + "\n")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
@@ -115,7 +118,8 @@ def _holds(out: Path, record: dict[str, object]) -> bool:
         )
     images = len(list(out.glob(f"leftImg8bit/*/{_CITY}/*{IMAGE_SUFFIX}")))
     labels = len(list(out.glob(f"gtFine/*/{_CITY}/*{LABEL_SUFFIX}")))
-    if (images, labels) != (record["count"], record["count"]):
+    frames = FRAMES if "pan" in record else 1
+    if images != labels or images != frames * int(str(record["count"])):
         raise DataError(
             f"{out}: {images} images and {labels} labels of {record['count']} scenes are left; "
             "remove the folder and generate it again"
@@ -137,13 +141,18 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
 
 
 def _write_all(
-    folder: Path, counts: tuple[int, int], size: tuple[int, int], seed: int, progress: bool
+    folder: Path,
+    counts: tuple[int, int],
+    size: tuple[int, int],
+    seed: int,
+    progress: bool,
+    pan: int | None,
 ) -> None:
     for split in _SPLITS:
         for kind in ("leftImg8bit", "gtFine"):
             (folder / kind / split / _CITY).mkdir(parents=True)
     jobs = [(split_id, index) for split_id in (0, 1) for index in range(counts[split_id])]
-    write = functools.partial(_write_scene, folder, size, seed)
+    write = functools.partial(_write_scene, folder, size, seed, pan)
     with _workers(len(jobs)) as run:
         for _ in tqdm(
             run(write, jobs), "scenes", len(jobs), disable=None if progress else True, unit="scene"
@@ -170,12 +179,16 @@ def _workers(jobs: int) -> Iterator[_Map]:
         yield functools.partial(pool.map, chunksize=4)
 
 
-def _write_scene(folder: Path, size: tuple[int, int], seed: int, job: _Job) -> None:
+def _write_scene(folder: Path, size: tuple[int, int], seed: int, pan: int | None, job: _Job) -> None:
     split_id, index = job
-    image, label = render_scene(np.random.default_rng([seed, split_id, index]), size)
-    stem = Path(_SPLITS[split_id], _CITY, f"{_CITY}_{index:06d}_000019")
-    _write_png(folder / "leftImg8bit" / f"{stem}{IMAGE_SUFFIX}", image[..., ::-1])
-    _write_png(folder / "gtFine" / f"{stem}{LABEL_SUFFIX}", label)
+    step, frames = pan or 0, 1 if pan is None else FRAMES
+    rng = np.random.default_rng([seed, split_id, index])
+    image, label = render_scene(rng, size, step * (frames - 1))
+    for frame in range(frames):
+        seen = slice(step * frame, step * frame + size[1])
+        stem = Path(_SPLITS[split_id], _CITY, f"{_CITY}_{index:06d}_{19 + frame:06d}")
+        _write_png(folder / "leftImg8bit" / f"{stem}{IMAGE_SUFFIX}", image[:, seen, ::-1])
+        _write_png(folder / "gtFine" / f"{stem}{LABEL_SUFFIX}", label[:, seen])
 
 
 def _write_png(file: Path, image: Image) -> None:

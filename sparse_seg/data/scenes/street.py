@@ -36,20 +36,23 @@ class _Plan:
     foliage: Colour
 
 
-def render_scene(rng: np.random.Generator, size: tuple[int, int] = (256, 512)) -> tuple[Image, Image]:
+def render_scene(
+    rng: np.random.Generator, size: tuple[int, int] = (256, 512), beyond: int = 0
+) -> tuple[Image, Image]:
     """One street scene.
 
     Args:
         rng: the only source of randomness.
-        size: height and width, px.
+        size: height and width of what the camera sees, px.
+        beyond: px to add at the right border, for a camera that turns.
 
     Returns:
-        Image `[H, W, 3]` uint8 RGB and label ids of Cityscapes `[H, W]` uint8. All evaluated classes occur
-        but train and motorcycle; `static` and `ego vehicle` occur as ignored ids.
+        Image `[H, W + beyond, 3]` uint8 RGB and label ids of Cityscapes `[H, W + beyond]` uint8. All
+        evaluated classes occur but train and motorcycle; `static` and `ego vehicle` occur as ignored ids.
     """
     camera, light = _draw_camera(rng, size), _draw_light(rng)
     plan = _draw_plan(rng, camera, size)
-    canvas = Canvas(size, camera, light)
+    canvas = Canvas((size[0], size[1] + beyond), camera, light)
     _paint_sky(canvas, rng)
     _paint_ground(canvas, rng, plan)
     if rng.random() < 0.6:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from sparse_seg.errors import ConfigError, SparseSegError
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject, prepare_case
 from sparse_seg.lab.latency import Latency, Run, interleaved, peak_memory
 from sparse_seg.models.way import Way
+from sparse_seg.progress import bar
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout
 
 
@@ -79,7 +79,7 @@ def measure(
     reserve it as they compile, before a run.
     """
     runs: dict[Case, Run] = {}
-    for case in tqdm(rows, desc=f"{rows[0].scope}: first runs", disable=not progress, leave=False):
+    for case in bar(rows, f"{rows[0].scope}: first runs", len(rows), progress, "run"):
         try:
             run = subject.run(case)
             run()
@@ -94,7 +94,7 @@ def measure(
     named |= {f"layout {fraction}": subject.layout_run(way) for fraction, way in layouts.items()}
     times = interleaved(named, repeats, subject.device, warmup=1)
     results: list[dict[str, Any]] = []
-    for number, case in enumerate(tqdm(runs, desc="memory", disable=not progress or not memory, leave=False)):
+    for number, case in enumerate(bar(runs, "memory", len(runs), progress and memory, "run")):
         measured = memory and case.kind != "peer"
         peak = peak_memory(prepare_case, (subject.setup, case), subject.device) if measured else None
         layout = times.get(f"layout {case.way.fine_fraction}")

@@ -126,6 +126,8 @@ def compare(
         image, label = image.to(device), label.to(device)
         coarse = model.start(image, label).start_coarse() if not timed and model.refines(Way()) else None
         for result in results:
+            if result.policy is not None and dataset.starts(index):
+                result.policy.remember(None)
             if index <= 1:  # counts the cost, and warms up; a second time for policies that look back
                 macs = count_macs(model, image, result.way, label, result.policy)
                 result.gmacs = sum(macs.values()) / 1e9

@@ -12,13 +12,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from sparse_seg.data.dataset import Image
 from sparse_seg.errors import DataError
 from sparse_seg.lab.predict.inputs import Source
 from sparse_seg.lab.predict.segment import Segmentation, Segmenter
 from sparse_seg.lab.report.overlays import draw_blocks, write_image
+from sparse_seg.progress import bar
 from sparse_seg.timing import now
 
 CODEC = "mp4v"  # OpenCV's builds have no H.264 encoder; its VP9 takes a second a frame
@@ -61,7 +61,7 @@ def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoO
     with _opened(source) as (frames, rate, count), _writers(out, options, rate) as write:
         spent = 0.0  # outside of the network, on the frame before
         try:
-            for image in tqdm(frames, desc=str(source), total=count or None, leave=False):
+            for image in bar(frames, str(source), count or None, unit="frame"):
                 start = now(segmenter.device)
                 budget = None if options.fps is None else max(0.0, 1000 * (1 / options.fps - spent))
                 found = segmenter.follow(image, budget)

@@ -25,12 +25,16 @@ table { border-collapse: collapse; font-size: 0.92rem; margin: 1rem 0; }
 th, td { padding: 0.35rem 0.9rem; text-align: left; border-bottom: 1px solid #e6e6e6; }
 th { border-bottom: 2px solid #999; vertical-align: bottom; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.number { white-space: normal; }
+tr { background: #fff; }
 tbody tr:nth-child(even) { background: #f7f8fa; }
+th:first-child, td:first-child { position: sticky; left: 0; background: inherit; }
 .pictures { display: grid; gap: 1rem; margin: 1rem 0; align-items: start; }
 figure { margin: 0; min-width: 0; }
 img { max-width: min(100%, 48rem); height: auto; display: block; }
 .row img { width: 100%; max-width: none; }
-@media (max-width: 40rem) { .pictures { grid-template-columns: 1fr !important; } }
+@media (max-width: 40rem) { .pictures { grid-template-columns: 1fr !important; } body { padding: 0 0.75rem; }
+  table { font-size: 0.8rem; } th, td { padding: 0.35rem 0.3rem; } }
 figcaption { font-size: 0.85rem; color: #555; margin-top: 0.3rem; }
 """
 
