@@ -256,7 +256,7 @@ def rows(
     fine, coarse = best(timed, "fine"), best(timed, "coarse")
     found = list[dict[str, Any]]()
     for name, run in timed.items():
-        ms, merge = run.median, name.split()[-1] if name.startswith("selective") else None
+        ms, merge = run.median, name.split()[-1] if name.startswith("selective") else ""
         row = {"run": name, "milliseconds": ms, "least": min(run.samples), "of_fine": ms / fine}
         if not name.startswith("peer"):
             row["time_share"] = share(ms, coarse, fine)
