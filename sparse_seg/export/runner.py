@@ -108,8 +108,9 @@ class Runner:
         assert self._fast is not None
         try:
             self._fast.start(images).follow(self.way).prepare(self.logits)
-        except (SparseSegError, ValueError) as error:
-            self._fast, self._refusal = None, str(error)
+        except Exception as error:  # whatever exporter or runtime raise: PyTorch can do it
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            self._fast, self._refusal = None, first if len(first) <= 200 else f"{first[:197]}..."
             return False
         self._graphs.add(size)
         return True

@@ -72,6 +72,17 @@ def test_what_cannot_be_exported_stays_in_torch_and_says_why(kind, way, reason, 
         run(Runner(kind_model(kind, "edge"), "onnxruntime", way), images)
 
 
+def test_a_failing_exporter_stops_no_run(images, monkeypatch):
+    def fail(network):
+        raise RuntimeError("no such operator\nIR follows")
+
+    monkeypatch.setattr(rules, "PATIENCE", 0)
+    monkeypatch.setattr("sparse_seg.export.segmentor.to_onnx", fail)
+    runner = Runner(kind_model("lite", "edge"), "auto", Way())
+    run(runner, images)
+    assert runner.report() == "runtime: torch (no such operator)"
+
+
 def test_a_missing_package(images, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     runner = Runner(kind_model("lite", "edge"), "auto", Way())
