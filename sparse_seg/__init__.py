@@ -1,8 +1,17 @@
 """Semantic segmentation that pays for detail only where detail is."""
 
 from sparse_seg.checkpoint import load_model
+from sparse_seg.export.segmentor import RuntimeSegmentor, in_runtime
 from sparse_seg.lab.predict.segment import Segmentation, segment
 from sparse_seg.models.build import build_model
 from sparse_seg.version import __version__
 
-__all__ = ["Segmentation", "__version__", "build_model", "load_model", "segment"]
+__all__ = [
+    "RuntimeSegmentor",
+    "Segmentation",
+    "__version__",
+    "build_model",
+    "in_runtime",
+    "load_model",
+    "segment",
+]

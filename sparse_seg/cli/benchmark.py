@@ -11,6 +11,8 @@ examples:
   sparse-seg benchmark configs/bench_r101.yaml --size 1024x2048 --device cuda --dtype float16
   sparse-seg benchmark configs/bench_r50.yaml --fine-fraction 0.15 --batch 2 --scopes --train
   sparse-seg benchmark configs/bench_r50.yaml --fine-fraction 0.1 --scopes network --policies given confidence
+  sparse-seg benchmark configs/camvid_light.yaml --checkpoint camvid-slim --size 360x480 --scopes \\
+    --runtimes onnxruntime --peer-onnx pidnet_s.onnx ddrnet.onnx
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
+from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.files import atomic_write
 from sparse_seg.lab.benchmark.measure import cases, check_training, engine_fault, measure
 from sparse_seg.lab.benchmark.peers import PEERS
 from sparse_seg.lab.benchmark.profile import profile_network
-from sparse_seg.lab.benchmark.runtimes import COLUMNS, time_network
+from sparse_seg.lab.benchmark.runtimes import COLUMNS, TORCH, Timed, peer_graphs, time_network
 from sparse_seg.lab.benchmark.runtimes import rows as runtime_rows
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
 from sparse_seg.lab.benchmark.tables import benchmark_table, profile_table
@@ -83,11 +86,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runtimes",
         nargs="+",
-        choices=("torch", "onnxruntime", "openvino"),
+        choices=(TORCH, *RUNTIMES),
         help="also dense and selective (the config's mask) in these, each in a process of its own",
     )
     parser.add_argument(
         "--threads", type=whole_number(1), default=2, metavar="N", help="of them (default: 2)"
+    )
+    parser.add_argument(
+        "--peer-onnx",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="with --runtimes: also networks of others, ONNX files whose one input is an image of --size",
     )
     parser.add_argument(
         "--accuracy",
@@ -99,14 +109,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out (much faster)")
     parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the result to this file")
     add_device(parser)
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.peer_onnx and not set(RUNTIMES) & set(args.runtimes or ()):
+        args.usage_error(f"argument --peer-onnx: needs --runtimes with {' or '.join(RUNTIMES)}")
     config = load_config(args.config, args.set)
     config.model.num_classes = num_classes(config)
     if args.device.type == "cuda":  # the baseline gets cuDNN's best algorithms, and all alike TF32
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+    peers = peer_graphs(args.peer_onnx, args.runtimes or (), (1, 3, *args.size))
     setup = Setup(config, args.checkpoint, args.size, args.batch, str(args.device), args.dtype)
     if args.train:
         check_training(setup)
@@ -121,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         notes.append(f"{row['network']}, {row['form']}: {row['stored_mib']:.1f} MiB of activations kept")
     if rows:
         print(benchmark_table(rows).to_text())
-    timed = _runtimes(args, subject) if args.runtimes else []
+    timed = _runtimes(args, subject, peers) if args.runtimes else []
     profiles = _profiles(args, subject) if args.profile else []
     origin = provenance() | {
         "setup": {"size": args.size, "batch": args.batch, "device": str(args.device), "dtype": args.dtype},
@@ -150,15 +164,16 @@ def _engines(args: argparse.Namespace, scope: str, subject: Subject, notes: list
     return engines
 
 
-def _runtimes(args: argparse.Namespace, subject: Subject) -> list[dict[str, Any]]:
-    """The network in other runtimes, on the subject's first image."""
+def _runtimes(args: argparse.Namespace, subject: Subject, peers: dict[str, Timed]) -> list[dict[str, Any]]:
+    """The network, and peers, in other runtimes, on the subject's first image."""
     model, image = subject.float_model.cpu(), subject.images[:1].cpu().float().contiguous()
     merges = ("whole", "patch") if model.head.decodes_cells else ("whole",)
     accuracies = _accuracies(args.accuracy, model) if args.accuracy else None
-    timed = time_network(model, image.numpy(), args.threads, args.runtimes, merges, args.repeats)
+    timed = time_network(model, image.numpy(), args.threads, args.runtimes, merges, args.repeats, peers=peers)
     rows = [{"threads": args.threads} | row for row in runtime_rows(timed, accuracies)]
     print(f"{args.threads} threads, a process each; shares are of the way from dense OS16 to OS8")
-    print(Table(COLUMNS, rows).to_text())
+    columns = [column for column in COLUMNS if any(column.key in row for row in rows)]
+    print(Table(columns, rows).to_text())
     return rows
 
 

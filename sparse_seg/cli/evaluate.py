@@ -37,6 +37,7 @@ from sparse_seg.cli.options import (
     add_config,
     add_device,
     add_network,
+    add_runtime,
     add_views,
     output_file,
     overrides,
@@ -49,6 +50,7 @@ from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.views import ONCE
+from sparse_seg.export.runner import AUTO, Runner
 from sparse_seg.files import atomic_write
 from sparse_seg.lab.compare.report import comparison_table, write_comparison
 from sparse_seg.lab.compare.run import compare, comparison_ways, groups
@@ -101,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=whole_number(1), metavar="N", help="measure the first N images only")
     parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the result to this file")
     add_views(parser)
+    add_runtime(parser)
     add_device(parser)
     parser.set_defaults(usage_error=parser.error)
 
@@ -111,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
             args.usage_error(f"argument --{option}: only with --compare; add --compare F")
     if args.compare and views(args) != ONCE:
         args.usage_error("argument --compare: not with --flip, --scales or --window")
+    if args.compare and args.runtime != AUTO:
+        args.usage_error("argument --runtime: not with --compare; benchmark --runtimes compares them")
     if args.resume and not args.json:
         args.usage_error("argument --resume: name the file to resume; add --json OUT")
     config = load_config(args.config, overrides(args))
@@ -145,13 +150,17 @@ def _evaluate(config: Config, args: argparse.Namespace, processes: Processes, de
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
     dataset.check(args.limit)
     way, looks = Way(args.dense), views(args)
-    result = evaluate(model, dataset, config.data, way, args.limit, True, looks, processes)
+    refusal = "processes share the images" if processes.count > 1 else None  # results must not depend on it
+    runner = Runner(model, args.runtime, way, not looks.is_single, refusal)
+    result = evaluate(model, dataset, config.data, way, args.limit, True, looks, processes, runner)
     if not processes.is_first:
         return
     print(class_table(result, dataset.classes).to_text())
     print(summary(result))
+    print(runner.report())
     if args.json:
-        content = provenance() | {"classes": dataset.classes.names, "result": result.as_dict()}
+        content = provenance() | {"runtime": list(runner.runs)}
+        content |= {"classes": dataset.classes.names, "result": result.as_dict()}
         atomic_write(args.json, json.dumps(content, indent=1) + "\n")
 
 

@@ -12,6 +12,7 @@ from sparse_seg.cli.arguments import fraction, number, whole_number
 from sparse_seg.config import MaskConfig
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.views import Views
+from sparse_seg.export.runner import AUTO, CHOICES, PATIENCE
 from sparse_seg.masks import parse_policy
 
 
@@ -77,6 +78,17 @@ def views(args: argparse.Namespace) -> Views:
         return Views(args.window or None, flip=args.flip, scales=tuple(args.scales))
     except ValueError as error:
         return args.usage_error(f"argument --window: {error}")
+
+
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    """`--runtime`."""
+    parser.add_argument(
+        "--runtime",
+        choices=CHOICES,
+        default=AUTO,
+        help="what runs the network; all give the same classes but for ties. auto: torch, and on the CPU "
+        f"onnxruntime for sizes that have come {PATIENCE} times: its graph takes seconds (default: auto)",
+    )
 
 
 def overrides(args: argparse.Namespace) -> list[str]:

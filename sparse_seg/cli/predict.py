@@ -38,6 +38,7 @@ from sparse_seg.cli.arguments import fraction, number, whole_number
 from sparse_seg.cli.options import (
     add_device,
     add_network,
+    add_runtime,
     add_views,
     output_file,
     policy,
@@ -46,6 +47,8 @@ from sparse_seg.cli.options import (
 from sparse_seg.config import check_classes, load_config
 from sparse_seg.data.reading import read_image
 from sparse_seg.errors import DataError
+from sparse_seg.export.runner import Runner
+from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.files import atomic_write
 from sparse_seg.lab.predict.inputs import Source, find_sources
 from sparse_seg.lab.predict.pictures import write_legend, write_levels, write_pictures, write_steps
@@ -103,12 +106,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video-ids", action="store_true", help="of videos: also NAME_ids/000000.png, ...")
     parser.add_argument("--video-blocks", action="store_true", help="of videos: also NAME_blocks.mp4")
     parser.set_defaults(usage_error=parser.error)
+    add_runtime(parser)
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.steps and args.steps != sorted(args.steps):
         args.usage_error(f"argument --steps: fractions must rise, not {args.steps}")
+    if args.runtime in RUNTIMES and (args.steps or args.fps):
+        option = "--steps" if args.steps else "--fps"
+        args.usage_error(f"argument --runtime: {option} needs torch, which refines")
     config_file, checkpoint, inputs = _parts(args)
     config = None
     if config_file is not None:
@@ -119,9 +126,9 @@ def run(args: argparse.Namespace) -> int:
         if path.is_dir() and Path(args.out).resolve().is_relative_to(path.resolve()):
             args.usage_error(f"argument --out: {path} holds the images; name another folder than {args.out}")
     model = build_network(load(checkpoint), config).to(args.device)
-    if any(source.is_video for source in sources):  # its trials of what is fastest pay off in many frames
-        model = model.for_inference()
-    segmenter = Segmenter(model, Way(args.dense, args.policy, args.fine_fraction), views(args))
+    way, looks = Way(args.dense, args.policy, args.fine_fraction), views(args)
+    runner = Runner(model, args.runtime, way, not looks.is_single)
+    segmenter = Segmenter(model, way, looks, runner)
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for source in bar(sources, "predict", len(sources), len(sources) > 1):
@@ -140,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name}: {result['frames']} frames, {result['milliseconds']:.1f} ms in the network each")
     if any(result.get("windows", 1) > 1 for result in results.values()):
         print(f"large images in windows of {args.window} px, not exact near seams; --window 0: whole")
+    print(runner.report())
     print(f"{len(results)} images segmented" + (f"; pictures in {args.out}" if results else ""))
     return 1 if failed else 0
 

@@ -14,6 +14,7 @@ from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
 from sparse_seg.evaluation.views import ONCE, Views, predict, single
+from sparse_seg.export.runner import Runner
 from sparse_seg.models.network import eval_mode
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
@@ -67,6 +68,7 @@ def evaluate(
     progress: bool = False,
     views: Views = ONCE,
     processes: Processes | None = None,
+    runner: Runner | None = None,
 ) -> Evaluation:
     """Metrics of the dataset's first `limit` images (default: all), one image at a time, in eval mode.
 
@@ -74,6 +76,7 @@ def evaluate(
         way: how to run; by default selective under the model's own policy.
         views: whole or through windows, with or without test-time augmentation.
         processes: that share the frames; all return the result that one alone would.
+        runner: runs the network elsewhere; by default it runs as it is.
 
     Every module's mode is put back.
 
@@ -83,8 +86,11 @@ def evaluate(
     processes = processes or Processes()
     frames = processes.share(len(dataset) if limit is None else min(limit, len(dataset)))
     shown = progress and processes.is_first
+    way = way or Way()
     return combined(
-        processes.gather(lambda: measure(model, dataset, data, way or Way(), frames, shown, views=views))
+        processes.gather(
+            lambda: measure(model, dataset, data, way, frames, shown, views=views, runner=runner)
+        )
     )
 
 
@@ -97,6 +103,7 @@ def measure(
     progress: bool = False,
     with_loss: bool = False,
     views: Views = ONCE,
+    runner: Runner | None = None,
 ) -> Part:
     """Run a network on some frames; see `evaluate`.
 
@@ -114,10 +121,10 @@ def measure(
             if policy is not None and dataset.starts(index):
                 policy.remember(None)
             image, label = image.to(device), label.to(device)
-            start = now(device)
+            start = now(device) - (runner.seconds if runner else 0)
             run = model.start(image, label).follow(way, policy) if with_loss else None
-            found = predict(model, image, label, way, policy, views) if run is None else single(run)
-            part.seconds += now(device) - start
+            found = predict(runner or model, image, label, way, policy, views) if run is None else single(run)
+            part.seconds += now(device) - (runner.seconds if runner else 0) - start
             part.metrics.update(found.classes, label)
             if found.levels is not None:
                 part.fractions.append((found.levels == len(model.strides) - 1).float().mean().item())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,36 @@ from torch import Tensor
 
 from sparse_seg.data.dataset import SMALLEST_SIDE
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
-from sparse_seg.models.passes import Pass
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 
 ALIGNMENT = 32  # px; windows start on sites of every stride
 LEAST_WINDOW = 256  # px
 STRIP = 256  # rows
+
+
+class Run(Protocol):
+    """A pass over images, wherever it runs."""
+
+    def follow(self, way: Way | None = None, policy: MaskPolicy | None = None) -> Run: ...
+
+    def logits(self) -> Tensor: ...
+
+    def classes(self) -> Tensor: ...
+
+    @property
+    def mask(self) -> Tensor | None: ...
+
+    @property
+    def levels(self) -> Tensor: ...
+
+
+class Runs(Protocol):
+    """What starts passes: a network, or its form in another runtime."""
+
+    @property
+    def strides(self) -> Sequence[int]: ...
+
+    def start(self, images: Tensor, labels: Tensor | None = None) -> Run: ...
 
 
 class Prediction(NamedTuple):
@@ -72,7 +95,7 @@ ONCE = Views()
 
 @torch.inference_mode()
 def predict(
-    model: SelectiveSegmentor,
+    model: Runs,
     images: Tensor,
     labels: Tensor | None = None,
     way: Way | None = None,
@@ -149,7 +172,7 @@ def _copy(whole: Tensor, part: Tensor, row: _Span, column: _Span, cell: int) -> 
 
 
 def _look(
-    model: SelectiveSegmentor,
+    model: Runs,
     images: Tensor,
     labels: Tensor | None,
     way: Way,
@@ -193,7 +216,7 @@ def _enlarged(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.cat(strips, 1)
 
 
-def single(run: Pass) -> Prediction:
+def single(run: Run) -> Prediction:
     """What a pass found."""
     return Prediction(run.classes(), None if run.mask is None else run.levels)
 

@@ -2,7 +2,18 @@
 
 from sparse_seg.export.network import ExportOptions, StaticNetwork
 from sparse_seg.export.onnx_file import to_onnx
-from sparse_seg.export.runtime import RuntimeSegmentor, open_session
+from sparse_seg.export.runner import Runner
+from sparse_seg.export.runtime import open_session
+from sparse_seg.export.segmentor import RuntimeSegmentor, in_runtime
 from sparse_seg.export.write import export_onnx
 
-__all__ = ["ExportOptions", "RuntimeSegmentor", "StaticNetwork", "export_onnx", "open_session", "to_onnx"]
+__all__ = [
+    "ExportOptions",
+    "Runner",
+    "RuntimeSegmentor",
+    "StaticNetwork",
+    "export_onnx",
+    "in_runtime",
+    "open_session",
+    "to_onnx",
+]

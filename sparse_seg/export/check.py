@@ -83,7 +83,7 @@ def _expected(
         return model.dense(normalised, options.dense), None
     blocks = None
     if network.choice is not None and options.fine_fraction is None:
-        blocks = model.classify(normalised)[1]
+        blocks = model.classify(normalised, policy=options.policy)[1]
         assert blocks is not None
         blocks = blocks if blocks.dtype == torch.bool else blocks == len(network.strides) - 1
     mask = torch.from_numpy(found["fine_blocks"])

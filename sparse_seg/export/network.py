@@ -17,6 +17,7 @@ from sparse_seg.export.heads import static_head
 from sparse_seg.export.policies import Choice, Ranking
 from sparse_seg.export.sites import Lattice, Sites, Split
 from sparse_seg.export.upsample import Tiles, Upsample, grid_size
+from sparse_seg.masks import MaskPolicy
 from sparse_seg.models.layouts import MIN_SIZE
 from sparse_seg.models.resnet import STAGE_STRIDES
 from sparse_seg.models.segmentor import SelectiveSegmentor
@@ -42,6 +43,7 @@ class ExportOptions:
             on the data, makes it faster on CPUs.
         tiles: whether pixels are interpolated where classes meet only, which makes shapes depend on the
             data, too.
+        policy: chooses the fine blocks; None for the model's own.
     """
 
     size: tuple[int, int]
@@ -56,6 +58,7 @@ class ExportOptions:
     logits: bool = False
     ghosts: bool = True
     tiles: bool = True
+    policy: MaskPolicy | None = None
 
 
 class StaticNetwork(nn.Module):
@@ -118,7 +121,7 @@ class StaticNetwork(nn.Module):
     def _prepare_levels(self, model: SelectiveSegmentor) -> None:
         options, coarsest = self.options, self.strides[-1]
         self.blocks = grid_size(options.size, coarsest)
-        total, policy = self.blocks[0] * self.blocks[1], model.policy
+        total, policy = self.blocks[0] * self.blocks[1], options.policy or model.policy
         fine = policy.fine_fraction if options.fine_fraction is None else options.fine_fraction
         assert fine is not None
         middle = min(policy.middle_fraction or 0, 1 - fine) if len(self.strides) == 3 else 0
@@ -245,12 +248,13 @@ def check_options(model: SelectiveSegmentor, options: ExportOptions) -> None:
             "exchange separate makes the coarse lattice depend on the mask; such a network can be exported "
             "with --dense only, or with another rule (--set model.exchange=linear)"
         )
-    if model.policy.is_bound and not options.given:
+    policy = options.policy or model.policy
+    if policy.is_bound and not options.given:
         raise SparseSegError(
-            f"mask policy {model.policy.name} reads what no mask can know, labels or the dense network, and "
+            f"mask policy {policy.name} reads what no mask can know, labels or the dense network, and "
             "cannot be exported; use --policy given, with the blocks as an input, or another policy"
         )
-    if model.policy.fine_fraction is None and options.fine_fraction is None:
+    if policy.fine_fraction is None and options.fine_fraction is None:
         raise SparseSegError(
             "a threshold gives another number of blocks for each image; export with --fine-fraction F"
         )

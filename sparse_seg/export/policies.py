@@ -42,6 +42,25 @@ class StaticRun:
         return self._upsampled(self._coarse(), every)
 
 
+class Normalisation(nn.Module):
+    """A batch norm of inputs, in eval mode, as arithmetic: ONNX's operator wants a number of channels that
+    the exporter may have lost."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        self.register_buffer("mean", norm.running_mean[:, None, None].clone(), persistent=False)
+        scale = (norm.running_var + norm.eps).rsqrt()
+        self.register_buffer("scale", scale[:, None, None], persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return (values - self.mean) * self.scale
+
+
 class Choice(nn.Module):
     """A policy's scores.
 
@@ -53,6 +72,10 @@ class Choice(nn.Module):
     def __init__(self, policy: MaskPolicy, upsampling: Callable[[int], Upsample]) -> None:
         super().__init__()
         self.policy = copy.deepcopy(policy)
+        for name, part in list(self.policy.named_modules()):
+            if isinstance(part, nn.BatchNorm2d) and not part.affine:
+                parent, _, own = name.rpartition(".")
+                setattr(self.policy.get_submodule(parent), own, Normalisation(part))
         self.upsamples = nn.ModuleDict()
         self._upsampling = upsampling
 

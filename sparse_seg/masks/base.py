@@ -68,6 +68,7 @@ class MaskPolicy(nn.Module, ABC):
     OPTIONS: ClassVar[dict[str, str]] = {}  # key of the mask's config: argument of the constructor
     needs_net: ClassVar[bool] = False  # whether it is trained: `build_policy` needs its net
     ranks_refinement: ClassVar[bool] = False  # whether `refine` ranks blocks by it: it reads the coarse pass
+    reads_image_alone: ClassVar[bool] = True  # its scores follow from the image: a graph can make them
     is_bound: ClassVar[bool] = False  # reads labels or dense classes; what that costs is not counted
 
     def __init__(

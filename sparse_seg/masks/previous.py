@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ class PreviousPolicy(ConfidencePolicy):
     `ConfidencePolicy` does; options are those of that policy. Evaluation takes images in order for a video.
     """
 
+    reads_image_alone: ClassVar[bool] = False
     _last: Tensor | None = None
 
     def scores(self, run: Run) -> Tensor:

@@ -14,6 +14,7 @@ class RandomPolicy(MaskPolicy):
     """Scores uniform in 0..1: anew each time in training, by seed and shape alone in eval."""
 
     OPTIONS: ClassVar[dict[str, str]] = {"seed": "seed"}
+    reads_image_alone: ClassVar[bool] = False
 
     def __init__(
         self,

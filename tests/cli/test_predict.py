@@ -174,3 +174,48 @@ def test_a_fresh_network_has_classes_by_number():
     assert found.names == ("class 0", "class 1", "class 2", "class 3")
     assert model.training
     assert torch.is_grad_enabled()
+
+
+def test_another_runtime_gives_the_same_ids(checkpoint, photo, tmp_path, capsys):
+    pytest.importorskip("onnx", reason="needs the package onnx")
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    assert cv2.imwrite(str(tmp_path / "small.png"), read_image(photo)[:48, :64])
+    ids = {}
+    for runtime in ("torch", "onnxruntime"):
+        out = tmp_path / runtime
+        arguments = ["predict", str(checkpoint), str(photo), str(tmp_path / "small.png"), "--out", str(out)]
+        assert main([*arguments, "--runtime", runtime]) == 0
+        assert f"runtime: {runtime}\n" in capsys.readouterr().out
+        ids[runtime] = [read_label(out / f"{name}_ids.png") for name in ("photo", "small")]
+    for found, expected in zip(ids["onnxruntime"], ids["torch"], strict=True):
+        assert found.shape == expected.shape
+        assert (found == expected).mean() > 0.99
+    assert main([*arguments, "--runtime", "auto"]) == 0
+    assert "runtime: torch (a size gets a graph in onnxruntime when it has come" in capsys.readouterr().out
+    assert main([*arguments, "--runtime", "onnxruntime", "--policy", "previous"]) == 1
+    assert capsys.readouterr().err.startswith("error: mask policy previous needs more than the image")
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--runtime", "onnxruntime", "--steps", "0", "0.2"])
+    assert stop.value.code == 2
+    assert "--steps needs torch, which refines" in capsys.readouterr().err
+
+
+def test_evaluation_in_another_runtime(checkpoint, tmp_path, capsys):
+    pytest.importorskip("onnx", reason="needs the package onnx")
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    folder, scores = checkpoint.parents[1], {}
+    for runtime in ("torch", "onnxruntime"):
+        out = tmp_path / f"{runtime}.json"
+        arguments = ["evaluate", str(folder / "own.yaml"), str(checkpoint), "--json", str(out)]
+        arguments += ["--set", f"data.root={folder / 'gone'}", "data.workers=0"]
+        assert main([*arguments, "--runtime", runtime]) == 0
+        assert f"runtime: {runtime}\n" in capsys.readouterr().out
+        said = json.loads(out.read_text())
+        assert said["runtime"] == [runtime]
+        scores[runtime] = said["result"]
+    assert scores["onnxruntime"]["miou"] == pytest.approx(scores["torch"]["miou"], abs=0.5)
+    assert scores["onnxruntime"]["fine_fraction"] == scores["torch"]["fine_fraction"]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--runtime", "onnxruntime", "--compare", "0.1"])
+    assert stop.value.code == 2
+    assert "--runtime: not with --compare" in capsys.readouterr().err

@@ -164,3 +164,16 @@ def test_the_previous_frames_uncertainty_chooses():
         assert sum(run.macs().values()) < sum(own.macs().values())
     small = model.start(images[0, ..., :48]).follow(None, policy)
     assert small.levels.shape == (1, 4, 3), "another size starts anew"
+
+
+def test_a_video_changes_over_to_onnxruntime(checkpoint, video, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnx", reason="needs the package onnx")
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    monkeypatch.setattr("sparse_seg.export.runner.PATIENCE", 4)
+    for runtime in ("torch", "auto"):
+        arguments = ["predict", str(checkpoint), str(video), "--out", str(tmp_path / runtime)]
+        assert main([*arguments, "--runtime", runtime, "--ids-only"]) == 0
+    assert "runtime: onnxruntime for 5 of 9 runs, torch for the others" in capsys.readouterr().out
+    for number in range(FRAMES):
+        ids = [read_label(tmp_path / one / f"drive_ids/{number:06d}.png") for one in ("torch", "auto")]
+        assert (ids[0] == ids[1]).mean() > 0.99

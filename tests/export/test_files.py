@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sparse_seg.cli import main
-from sparse_seg.errors import MeasurementError, SparseSegError
+from sparse_seg.errors import ConfigError, MeasurementError, SparseSegError
 from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, open_session
 from sparse_seg.export import check as checks
-from sparse_seg.lab.benchmark.runtimes import Timed, lift, rows, time_graphs, time_network
+from sparse_seg.lab.benchmark.runtimes import Timed, lift, peer_graphs, rows, time_graphs, time_network
 from sparse_seg.lab.latency import Latency
 from tests.export.kinds import kind_model
 from tests.reference import VARIANTS, variant_model
@@ -146,6 +146,50 @@ def test_timing_of_a_network():
         for runtime in runtimes
         for kind, merge in (("fine", ""), ("coarse", ""), ("selective", " whole"), ("selective", " patch"))
     }
+
+
+def write_peer(path, shape=(1, 3, *SIZE), inputs=("x",), dtype=onnx.TensorProto.FLOAT):
+    """A graph that passes its first input on."""
+    given = [onnx.helper.make_tensor_value_info(name, dtype, shape) for name in inputs]
+    found = onnx.helper.make_tensor_value_info("y", dtype, shape)
+    node = onnx.helper.make_node("Identity", [inputs[0]], ["y"])
+    graph = onnx.helper.make_graph([node], "peer", given, [found])
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return str(path)
+
+
+def test_peers_take_turns_with_a_network(tmp_path, capsys):
+    peer, out = write_peer(tmp_path / "light one.onnx", (1, 3, "H", "W")), tmp_path / "times.json"
+    arguments = ["benchmark", "configs/camvid_light.yaml", "--size", "64x96", "--scopes", "--repeats", "1"]
+    assert main([*arguments, "--peer-onnx", peer, "--runtimes", "onnxruntime", "--json", str(out)]) == 0
+    assert "peer onnxruntime light one" in capsys.readouterr().out
+    found = {row["run"]: row for row in json.loads(out.read_text())["runtimes"]}
+    assert found["peer onnxruntime light one"].keys() == {
+        "threads", "run", "milliseconds", "least", "of_fine"
+    }  # fmt: skip
+    assert found["peer onnxruntime light one"]["of_fine"] < found["selective onnxruntime whole"]["of_fine"]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--peer-onnx", peer, "--runtimes", "torch"])
+    assert stop.value.code == 2
+    assert "needs --runtimes with onnxruntime or openvino" in capsys.readouterr().err
+
+
+def test_peers_that_cannot_be_timed(tmp_path):
+    def refused(path, message):
+        with pytest.raises(ConfigError, match=message):
+            peer_graphs([str(path)], ["onnxruntime"], (1, 3, *SIZE))
+
+    refused(tmp_path / "none.onnx", "none.onnx: no such file")
+    (tmp_path / "text.onnx").write_text("no graph")
+    refused(tmp_path / "text.onnx", "text.onnx is no ONNX file")
+    refused(write_peer(tmp_path / "two.onnx", inputs=("x", "z")), "has 2 inputs")
+    refused(write_peer(tmp_path / "wide.onnx", (1, 3, 64, 64)), r"x is FLOAT \[1, 3, 64, 64\]")
+    refused(write_peer(tmp_path / "half.onnx", dtype=onnx.TensorProto.FLOAT16), "x is FLOAT16")
+    (tmp_path / "b").mkdir()
+    twins = [write_peer(tmp_path / "a.onnx"), write_peer(tmp_path / "b" / "a.onnx")]
+    with pytest.raises(ConfigError, match="another peer is called a"):
+        peer_graphs(twins, ["onnxruntime"], (1, 3, *SIZE))
 
 
 def test_rows_of_timings():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export import ExportOptions, RuntimeSegmentor, StaticNetwork, open_session, to_onnx
+from sparse_seg.export import ExportOptions, StaticNetwork, in_runtime, open_session, segmentor, to_onnx
+from sparse_seg.models.way import Way
 from tests.export.kinds import KINDS, arrays, cases, compare, kind_model
 from tests.reference import block_mask, relative_error
 
@@ -38,7 +39,7 @@ def test_twenty_masks(kind, runtime):
     _check(kind, "edge", ExportOptions((47, 70), given=True, logits=True), runtime, 20)
 
 
-@pytest.mark.parametrize("policy", ["edge", "entropy", "margin", "learned"])
+@pytest.mark.parametrize("policy", ["edge", "entropy", "margin", "learned", "gain"])
 def test_twenty_images(policy, runtime):
     _check("lite", policy, ExportOptions((64, 96), logits=True), runtime, 20)
 
@@ -67,11 +68,10 @@ def test_patch_is_what_the_static_network_gives(runtime):
 @torch.no_grad()
 def test_segmentor_in_a_runtime(runtime):
     model = kind_model("lite", "entropy")
-    fast = RuntimeSegmentor(model, runtime, (64, 96), threads=1)
+    fast = in_runtime(model, runtime, threads=1)
     images, blocks = torch.randn(1, 3, 64, 96), block_mask("random", (1, 4, 6))
     assert relative_error(fast(images), model(images)) < 1e-5
     assert relative_error(fast(images, fine_blocks=blocks), model(images, fine_blocks=blocks)) < 1e-5
-    assert relative_error(fast(images, fine_blocks=~(blocks | ~blocks)), model.dense(images, 16)) < 1e-5
     assert relative_error(fast.dense(images, 8), model.dense(images, 8)) < 1e-5
     classes, mask = fast.classify(images)
     expected, expected_mask = model.classify(images)
@@ -81,8 +81,55 @@ def test_segmentor_in_a_runtime(runtime):
     assert expected_mask is not None
     assert torch.equal(mask, expected_mask)
     assert fast.classify(images, output_stride=8)[1] is None
-    with pytest.raises(ValueError, match=r"made for float32 images \[1, 3, 64, 96\]"):
-        fast(images[..., :64])
+    pair = torch.randn(2, 3, 47, 70)
+    assert relative_error(fast(pair), model(pair)) < 1e-5
+    assert fast.seconds > 0
+
+
+def test_graphs_are_made_once_and_their_number_is_bounded(monkeypatch):
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    made = []
+
+    def make(network):
+        made.append(network.options.size)
+        return to_onnx(network)
+
+    monkeypatch.setattr(segmentor, "to_onnx", make)
+    monkeypatch.setattr(segmentor, "GRAPHS", 2)
+    fast = in_runtime(kind_model("lite", "edge"), "onnxruntime", 1)
+    sizes = [(32, 32), (32, 48), (32, 32), (48, 48), (32, 32), (32, 48)]
+    for size in sizes:
+        assert fast.classify(torch.randn(1, 3, *size))[0].shape == (1, *size)
+    assert made == [(32, 32), (32, 48), (48, 48), (32, 48)]
+
+
+def test_what_a_runtime_refuses():
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    model, images = kind_model("lite", "edge"), torch.randn(2, 3, 64, 96)
+    fast, blocks = in_runtime(model, "onnxruntime", 1), torch.zeros(2, 4, 6, dtype=torch.bool)
+    for wrong, message in (
+        (images.double(), "float32 images, not torch.float64"),
+        (images[..., :16], "32x32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fast(wrong)
+    blocks[0, 0, 0] = True
+    for mask in (blocks, blocks & False):
+        with pytest.raises(ValueError, match="need the same number of fine blocks, and some"):
+            fast(images, fine_blocks=mask)
+    with pytest.raises(ValueError, match="must be bool"):
+        fast(images, fine_blocks=blocks.long())
+    for way, message in (
+        (Way.policy("previous", 0.2), "mask policy previous needs more than the image"),
+        (Way.policy("random", 0.2), "mask policy random needs more than the image"),
+        (Way.policy("oracle", 0.2), "mask policy oracle reads what no mask can know"),
+        (Way(exchange="nearest"), "a graph has the model's exchange rule, not nearest"),
+        (Way.policy("edge", 0.001), "gives none of 24 blocks"),
+    ):
+        with pytest.raises(SparseSegError, match=message):
+            fast.start(images).follow(way).classes()
+    with pytest.raises(SparseSegError, match="not for three strides"):
+        in_runtime(kind_model("8 16 32", "edge"), "onnxruntime", 1)(images)
 
 
 def test_unknown_runtime():

@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sparse_seg.errors import MeasurementError
+from sparse_seg.errors import ConfigError, MeasurementError, SparseSegError
 from sparse_seg.export.network import ExportOptions
-from sparse_seg.export.runtime import open_session
+from sparse_seg.export.onnx_file import INSTALL
+from sparse_seg.export.runtime import RUNTIMES, open_session
 from sparse_seg.export.write import export_onnx
 from sparse_seg.lab.latency import Latency
 from sparse_seg.lab.report.tables import Column
@@ -36,10 +38,12 @@ class Timed:
     Args:
         path: of the ONNX file; with the runtime `torch`, of a model and its way.
         runtime: `onnxruntime`, `openvino` or `torch`.
+        input: the name of the graph's one input.
     """
 
     path: str
     runtime: str = "onnxruntime"
+    input: str = "images"
 
 
 def time_graphs(
@@ -48,7 +52,7 @@ def time_graphs(
     """Milliseconds of each graph, `turns * runs` samples.
 
     Args:
-        images: the input `images`.
+        images: the one input of all.
         runs: of a turn, after one that does not count.
 
     Raises:
@@ -95,14 +99,15 @@ def _work(connection: Connection, graph: Timed, images: np.ndarray, threads: int
             session = _torch_session(graph.path, threads)
         else:
             session = open_session(graph.path, graph.runtime, threads)
-        session(images=images)
+        given = {graph.input: images}
+        session(**given)
         connection.send([])
         while True:
             runs, times = connection.recv(), []
-            session(images=images)
+            session(**given)
             for _ in range(runs):
                 start = time.perf_counter()
-                session(images=images)
+                session(**given)
                 times.append(1000 * (time.perf_counter() - start))
             connection.send(times)
     except (EOFError, BrokenPipeError):
@@ -119,15 +124,17 @@ def time_network(
     merges: Sequence[str] = ("whole",),
     turns: int = 10,
     runs: int = 5,
+    peers: Mapping[str, Timed] | None = None,
 ) -> dict[str, Latency]:
     """Time a model's two dense forms and its selective one in each runtime.
 
     Args:
         image: normalised, float32 `[1, 3, H, W]`; a selective run's time depends on it, by its ghosts.
         runtimes: of exported graphs; `torch` for the network made by `for_inference`.
+        peers: other graphs, which take their turns as well, see `peer_graphs`.
 
     Returns:
-        By name: `fine RUNTIME`, `coarse RUNTIME`, and `selective RUNTIME MERGE`.
+        By name: `fine RUNTIME`, `coarse RUNTIME`, `selective RUNTIME MERGE`, and the names of `peers`.
     """
     size = (int(image.shape[2]), int(image.shape[3]))
     ends = {"fine": model.strides[0], "coarse": model.strides[-1]}
@@ -148,7 +155,62 @@ def time_network(
                     )
                     export_onnx(model, path, options, check=False)
                 graphs[f"{kind} {runtime} {merge}".strip()] = Timed(path, runtime)
-        return time_graphs(graphs, image, threads, turns, runs)
+        return time_graphs(graphs | dict(peers or {}), image, threads, turns, runs)
+
+
+def peer_graphs(paths: Sequence[str], runtimes: Sequence[str], shape: Sequence[int]) -> dict[str, Timed]:
+    """Networks of others, as ONNX files with one input, to be timed in each runtime.
+
+    Args:
+        runtimes: those that run no graphs are passed over.
+        shape: of the images, `[B, 3, H, W]`.
+
+    Returns:
+        By name: `peer RUNTIME FILE`, without the suffix of the file.
+
+    Raises:
+        ConfigError: a file is missing or no ONNX file, has other inputs, or another one's name.
+        SparseSegError: onnx is not installed.
+    """
+    names = [Path(path).stem for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        if names.count(name) > 1:
+            raise ConfigError(f"{path}: another peer is called {name}, too; rename one")
+    inputs = [_only_input(path, shape) for path in paths]
+    return {
+        f"peer {runtime} {name}": Timed(path, runtime, given)
+        for path, name, given in zip(paths, names, inputs, strict=True)
+        for runtime in runtimes
+        if runtime in RUNTIMES
+    }
+
+
+def _only_input(path: str, shape: Sequence[int]) -> str:
+    """The name of a graph's input, which must take float32 images of a shape."""
+    try:
+        import onnx
+    except ImportError:
+        raise SparseSegError(f"reading ONNX files needs the package onnx: {INSTALL}") from None
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception:  # protobuf's own error, whose module moves
+        raise ConfigError(f"{path} is no ONNX file") from None
+    weights = {one.name for one in graph.initializer}
+    given = [one for one in graph.input if one.name not in weights]
+    if len(given) != 1:
+        raise ConfigError(f"{path} has {len(given)} inputs; a peer takes images alone")
+    kind = given[0].type.tensor_type
+    sides = [one.dim_value if one.HasField("dim_value") else None for one in kind.shape.dim]
+    fits = len(sides) == len(shape) and all(a in (None, b) for a, b in zip(sides, shape, strict=True))
+    if kind.elem_type != onnx.TensorProto.FLOAT or not fits:
+        found = ", ".join("?" if side is None else str(side) for side in sides)
+        raise ConfigError(
+            f"{path}: input {given[0].name} is {onnx.TensorProto.DataType.Name(kind.elem_type)} [{found}]; "
+            f"export it for FLOAT {list(shape)}, or name another --size"
+        )
+    return given[0].name
 
 
 def _torch_session(path: str, threads: int) -> Callable[..., object]:
@@ -194,9 +256,10 @@ def rows(
     fine, coarse = best(timed, "fine"), best(timed, "coarse")
     found = list[dict[str, Any]]()
     for name, run in timed.items():
-        ms, merge = run.median, name.split()[-1]
+        ms, merge = run.median, name.split()[-1] if name.startswith("selective") else ""
         row = {"run": name, "milliseconds": ms, "least": min(run.samples), "of_fine": ms / fine}
-        row["time_share"] = share(ms, coarse, fine)
+        if not name.startswith("peer"):
+            row["time_share"] = share(ms, coarse, fine)
         if accuracies is not None and merge in accuracies[2]:
             ends, selective = accuracies[:2], accuracies[2][merge]
             row["accuracy_share"] = share(selective, *ends)

@@ -15,6 +15,7 @@ from sparse_seg.data.dataset import Image
 from sparse_seg.data.reading import read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
+from sparse_seg.export.runner import Runner
 from sparse_seg.lab.report.overlays import overlay
 from sparse_seg.models.card import Card
 from sparse_seg.models.network import eval_mode
@@ -72,10 +73,17 @@ class Segmenter:
     Args:
         model: on its device; its card gives mean, std and what the classes are.
         views: whole or through windows, with or without test-time augmentation.
+        runner: runs the network elsewhere; by default it runs as it is.
     """
 
-    def __init__(self, model: SelectiveSegmentor, way: Way | None = None, views: Views = ONCE) -> None:
-        self.model, self.way, self.views = model, way or Way(), views
+    def __init__(
+        self,
+        model: SelectiveSegmentor,
+        way: Way | None = None,
+        views: Views = ONCE,
+        runner: Runner | None = None,
+    ) -> None:
+        self.model, self.way, self.views, self.runner = model, way or Way(), views, runner
         self.policy = None if self.way.is_dense else model.policy_for(self.way)
         if self.policy is not None:
             self.policy.remember(None)
@@ -98,7 +106,8 @@ class Segmenter:
         if image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image must be [H, W, 3] uint8 RGB, got {list(image.shape)} {image.dtype}")
         with eval_mode(self.model):
-            found = predict(self.model, self.batch(image), None, self.way, self.policy, self.views)
+            batch = self.batch(image)
+            found = predict(self.runner or self.model, batch, None, self.way, self.policy, self.views)
         return self.result(image, found)
 
     def follow(self, image: Image, milliseconds: float | None = None) -> Segmentation:
@@ -110,7 +119,8 @@ class Segmenter:
         if milliseconds is None:
             return self(image)
         with torch.inference_mode(), eval_mode(self.model):
-            *_, last = refine(self.model, self.batch(image), milliseconds=milliseconds)
+            model = self.runner.torch if self.runner else self.model
+            *_, last = refine(model, self.batch(image), milliseconds=milliseconds)
         return self.result(image, Prediction(last.logits.max(1).indices, last.levels))
 
     def result(self, image: Image, found: Prediction) -> Segmentation:

@@ -1,0 +1,116 @@
+"""Where a command's passes run: PyTorch, another runtime, or what pays by a rule."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from sparse_seg.errors import SparseSegError
+from sparse_seg.export.runtime import RUNTIMES
+from sparse_seg.export.segmentor import RuntimeRun, RuntimeSegmentor, in_runtime
+from sparse_seg.models.passes import Pass
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
+
+TORCH, AUTO = "torch", "auto"
+CHOICES = (AUTO, TORCH, *RUNTIMES)
+PATIENCE = 10  # runs at a size that are left to PyTorch: a graph takes some seconds to make
+SIZES = 4  # that get graphs
+PIXELS = 2**21  # of the largest images that get one: a runtime keeps all memory that it ever needed
+
+
+class Runner:
+    """Starts a model's passes in one runtime; what it starts has `follow`, `classes`, `logits` and `mask`.
+
+    `auto`: a size of images that has come `PATIENCE` times gets a graph in onnxruntime, the first `SIZES` of
+    them; all else runs in PyTorch, and so does what no graph can run.
+
+    Args:
+        model: in eval mode, on its device.
+        asked: `auto`, `torch`, `onnxruntime` or `openvino`.
+        way: that all passes will follow.
+        logits: whether they will be asked for logits.
+        refusal: why `auto` is to stay with PyTorch, if it is.
+
+    Raises:
+        SparseSegError: what is asked for is not installed, or cannot run this way.
+    """
+
+    def __init__(
+        self,
+        model: SelectiveSegmentor,
+        asked: str,
+        way: Way,
+        logits: bool = False,
+        refusal: str | None = None,
+    ) -> None:
+        self.way, self.logits, self.strides = way, logits, model.strides
+        device = next(model.parameters()).device.type
+        self.torch = model.for_inference()
+        self._auto = asked == AUTO
+        self._seen, self._counts, self._graphs = Counter[torch.Size](), Counter[str](), set[torch.Size]()
+        self._fast: RuntimeSegmentor | None = None
+        self._refusal = (refusal or (None if device == "cpu" else f"on {device}")) if self._auto else None
+        if asked == TORCH or self._refusal:
+            return
+        try:
+            fast = in_runtime(model, RUNTIMES[0] if self._auto else asked)
+            fast.check(way)
+            self._fast = fast
+        except SparseSegError as error:
+            if not self._auto:
+                raise
+            self._refusal = str(error)
+
+    @property
+    def seconds(self) -> float:
+        """Spent on making graphs."""
+        return self._fast.seconds if self._fast else 0.0
+
+    @property
+    def runs(self) -> dict[str, int]:
+        """How many passes each runtime had."""
+        return dict(self._counts)
+
+    def start(self, images: Tensor, labels: Tensor | None = None) -> Pass | RuntimeRun:
+        """Start a pass over normalised images `[B, 3, H, W]`; nothing is computed yet.
+
+        Raises:
+            ValueError: images of a wrong shape or dtype.
+        """
+        if self._fast is not None and (not self._auto or self._pays(images)):
+            self._counts[self._fast.runtime] += 1
+            return self._fast.start(images, labels)
+        self._counts[TORCH] += 1
+        return self.torch.start(images, labels)
+
+    def report(self) -> str:
+        """One line: what ran where, and why not elsewhere."""
+        name = self._fast.runtime if self._fast else ""
+        fast, slow = self._counts[name], self._counts[TORCH]
+        if fast:
+            return f"runtime: {name}" + (
+                f" for {fast} of {fast + slow} runs, {TORCH} for the others" if slow else ""
+            )
+        rule = f"a size gets a graph in {name} when it has come {PATIENCE} times" if name else self._refusal
+        return f"runtime: {TORCH}" + (f" ({rule})" if rule else "")
+
+    def _pays(self, images: Tensor) -> bool:
+        """Whether images of this size get a graph, which is made now if it is not there."""
+        size = images.shape
+        self._seen[size] += 1
+        if size in self._graphs:
+            return True
+        if self._seen[size] <= PATIENCE or len(self._graphs) == SIZES or images[0, 0].numel() > PIXELS:
+            return False
+        assert self._fast is not None
+        try:
+            self._fast.start(images).follow(self.way).prepare(self.logits)
+        except Exception as error:  # whatever exporter or runtime raise: PyTorch can do it
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            self._fast, self._refusal = None, first if len(first) <= 200 else f"{first[:197]}..."
+            return False
+        self._graphs.add(size)
+        return True

@@ -1,0 +1,232 @@
+"""A model's own interface for prediction, run by another runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_seg.errors import SparseSegError
+from sparse_seg.export.network import ExportOptions, StaticNetwork, check_options
+from sparse_seg.export.onnx_file import to_onnx
+from sparse_seg.export.runtime import Session, check_runtime, open_session
+from sparse_seg.masks import MaskPolicy, block_levels
+from sparse_seg.models.layouts import check_images
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
+
+GRAPHS = 8  # kept: each holds the weights
+SIZE_TO_CHECK = (512, 512)  # px; which options fit does not depend on it
+
+
+def in_runtime(model: SelectiveSegmentor, runtime: str, threads: int | None = None) -> RuntimeSegmentor:
+    """A model run by onnxruntime or OpenVINO, for prediction: the same classes but for ties.
+
+    Args:
+        model: in eval mode.
+        runtime: `onnxruntime` or `openvino`.
+        threads: of the processor; None: as many as PyTorch uses.
+
+    Raises:
+        SparseSegError: an unknown runtime, or one that is not installed.
+    """
+    return RuntimeSegmentor(model, runtime, threads)
+
+
+class RuntimeSegmentor:
+    """What `in_runtime` makes. Graphs are made when they are needed, one for each size and batch of images
+    and each way to run; the latest `GRAPHS` are kept.
+
+    Attributes:
+        model: whose weights they are; it must not change.
+        seconds: spent on making graphs so far.
+    """
+
+    def __init__(self, model: SelectiveSegmentor, runtime: str, threads: int | None = None) -> None:
+        check_runtime(runtime)
+        self.model, self.runtime, self.threads = model, runtime, threads or torch.get_num_threads()
+        self.strides, self.seconds = model.strides, 0.0
+        self._sessions: OrderedDict[ExportOptions, Session] = OrderedDict()
+        self._checked: set[tuple[Way, MaskPolicy | None]] = set()
+
+    def __call__(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
+        """Logits `[B, K, H, W]` of normalised images; see `SelectiveSegmentor.forward`."""
+        run = self.start(images)
+        return (run.follow() if fine_blocks is None else run.take(fine_blocks)).logits()
+
+    forward = __call__
+
+    def dense(self, images: Tensor, output_stride: int = 8) -> Tensor:
+        """Logits `[B, K, H, W]` of the same weights run dense."""
+        return self.start(images).follow(Way.dense(output_stride)).logits()
+
+    def classify(
+        self,
+        images: Tensor,
+        output_stride: int | None = None,
+        policy: MaskPolicy | None = None,
+        labels: Tensor | None = None,
+        fine_blocks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Classes int64 `[B, H, W]`, and the fine blocks (None when dense); see
+        `SelectiveSegmentor.classify`."""
+        run = self.start(images, labels)
+        if output_stride is None and fine_blocks is not None:
+            run.take(fine_blocks)
+        else:
+            run.follow(Way(output_stride), policy)
+        return run.classes(), run.mask
+
+    def start(self, images: Tensor, labels: Tensor | None = None) -> RuntimeRun:
+        """Start a run over images, float32 `[B, 3, H, W]`; nothing is computed yet.
+
+        Raises:
+            ValueError: images of a wrong shape or dtype.
+        """
+        check_images(images)
+        if images.dtype != torch.float32:
+            raise ValueError(f"a runtime takes float32 images, not {images.dtype}")
+        return RuntimeRun(self, images)
+
+    def check(self, way: Way, policy: MaskPolicy | None = None) -> None:
+        """Raises a SparseSegError, of one line, for a way that no graph can run."""
+        if (way, policy) in self._checked:
+            return
+        model, key = self.model, (way, policy)
+        if not way.is_dense:
+            policy = policy or model.policy_for(way)
+            if not policy.reads_image_alone:
+                raise SparseSegError(f"mask policy {policy.name} needs more than the image: no graph has it")
+            if len(model.strides) > 2:
+                raise SparseSegError(
+                    "a graph tells the blocks at the finest stride alone: not for three strides"
+                )
+            if way.exchange not in (None, model.exchange):
+                raise SparseSegError(f"a graph has the model's exchange rule, not {way.exchange}")
+        check_options(model, options_of(SIZE_TO_CHECK, 1, way, policy))
+        self._checked.add(key)
+
+    def session(self, options: ExportOptions) -> Session:
+        """The graph for these options, made if it is not there."""
+        if options not in self._sessions:
+            start = time.perf_counter()
+            graph = to_onnx(StaticNetwork(self.model, options)).SerializeToString()
+            while len(self._sessions) >= GRAPHS:
+                self._sessions.popitem(last=False)
+            self._sessions[options] = open_session(graph, self.runtime, self.threads)
+            self.seconds += time.perf_counter() - start
+        self._sessions.move_to_end(options)
+        return self._sessions[options]
+
+
+def options_of(
+    size: tuple[int, int], batch: int, way: Way, policy: MaskPolicy | None, **more: Any
+) -> ExportOptions:
+    """Of a graph that takes normalised images and runs a way, under a policy if it is selective."""
+    return ExportOptions(
+        size,
+        batch,
+        way.output_stride,
+        merge=way.merge,
+        policy=policy,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        **more,
+    )
+
+
+class RuntimeRun:
+    """One run of a graph; as a `Pass`, but what happens inside is not there.
+
+    Args:
+        images: normalised, float32 `[B, 3, H, W]`.
+    """
+
+    def __init__(self, segmentor: RuntimeSegmentor, images: Tensor) -> None:
+        self.segmentor, self.images = segmentor, images
+        self._options: ExportOptions | None = None
+        self._blocks: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+
+    def follow(self, way: Way | None = None, policy: MaskPolicy | None = None) -> RuntimeRun:
+        """Run this way. Returns the run itself.
+
+        Args:
+            policy: overrides the way's.
+
+        Raises:
+            SparseSegError: no graph can run it.
+        """
+        way, model = way or Way(), self.segmentor.model
+        policy = None if way.is_dense else policy or model.policy_for(way)
+        self.segmentor.check(way, policy)
+        return self._ask(options_of(self._size, len(self.images), way, policy))
+
+    def take(self, fine_blocks: Tensor, way: Way | None = None) -> RuntimeRun:
+        """Run under this mask, bool `[B, Hc, Wc]`.
+
+        Raises:
+            ValueError: levels in place of a mask, images with different numbers of fine blocks, or with none.
+        """
+        if fine_blocks.dtype != torch.bool:
+            raise ValueError("in a runtime fine_blocks must be bool; levels need the model itself")
+        counts = fine_blocks.flatten(1).sum(1)
+        count = int(counts[0])
+        if count == 0 or bool((counts != count).any()):
+            raise ValueError("in a runtime all images need the same number of fine blocks, and some")
+        numbers = fine_blocks.flatten(1).nonzero()[:, 1].reshape(-1, count)
+        fraction = count / fine_blocks[0].numel()
+        options = options_of(
+            self._size, len(self.images), way or Way(), None, fine_fraction=fraction, given=True
+        )
+        return self._ask(options, {"blocks": numbers})
+
+    def logits(self) -> Tensor:
+        """Logits `[B, K, H, W]` at the images' size."""
+        return self._run(True)["logits"]
+
+    def classes(self) -> Tensor:
+        """Classes int64 `[B, H, W]`, cheaper than through `logits`."""
+        return self._run(False)["classes"].long()
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The fine blocks, bool `[B, Hc, Wc]`; None when dense."""
+        return self._run(False).get("fine_blocks")
+
+    @property
+    def levels(self) -> Tensor:
+        """The blocks' levels int64 `[B, Hc, Wc]`, 0 for the coarsest stride."""
+        assert self.mask is not None
+        return block_levels(self.mask, self.segmentor.strides)
+
+    def prepare(self, logits: bool) -> None:
+        """Make the graph for `logits` or `classes`, and run nothing."""
+        assert self._options is not None
+        self.segmentor.session(dataclasses.replace(self._options, logits=logits))
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return int(self.images.shape[2]), int(self.images.shape[3])
+
+    def _ask(self, options: ExportOptions, blocks: dict[str, Tensor] | None = None) -> RuntimeRun:
+        self._options, self._blocks, self._outputs = options, blocks or {}, {}
+        return self
+
+    def _run(self, logits: bool) -> dict[str, Tensor]:
+        if self._options is None:
+            self.follow()
+        assert self._options is not None
+        if not self._outputs or (logits and "logits" not in self._outputs):
+            session = self.segmentor.session(dataclasses.replace(self._options, logits=logits))
+            given = {"images": self.images} | self._blocks
+            arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in given.items()}
+            device = self.images.device
+            self._outputs = {
+                name: torch.from_numpy(value).to(device) for name, value in session(**arrays).items()
+            }
+        return self._outputs
