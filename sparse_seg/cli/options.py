@@ -12,7 +12,7 @@ from sparse_seg.cli.arguments import fraction, number, whole_number
 from sparse_seg.config import MaskConfig
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.views import Views
-from sparse_seg.export.runner import AUTO, CHOICES, PATIENCE
+from sparse_seg.export.runner import AUTO, CHOICES, PATIENCE, PIXELS, SIZES
 from sparse_seg.masks import parse_policy
 
 
@@ -87,7 +87,8 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         choices=CHOICES,
         default=AUTO,
         help="what runs the network; all give the same classes but for ties. auto: torch, and on the CPU "
-        f"onnxruntime for sizes that have come {PATIENCE} times: its graph takes seconds (default: auto)",
+        f"onnxruntime for up to {SIZES} sizes, each up to {PIXELS / 2**20:g} megapixels, that have come "
+        f"{PATIENCE} times: its graph takes seconds (default: auto)",
     )
 
 

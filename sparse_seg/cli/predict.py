@@ -127,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
             args.usage_error(f"argument --out: {path} holds the images; name another folder than {args.out}")
     model = build_network(load(checkpoint), config).to(args.device)
     way, looks = Way(args.dense, args.policy, args.fine_fraction), views(args)
-    runner = Runner(model, args.runtime, way, not looks.is_single)
+    refusal = "--fps refines" if args.fps else None
+    runner = Runner(model, args.runtime, way, not looks.is_single, refusal)
     segmenter = Segmenter(model, way, looks, runner)
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}

@@ -75,7 +75,8 @@ def evaluate(
     Args:
         way: how to run; by default selective under the model's own policy.
         views: whole or through windows, with or without test-time augmentation.
-        processes: that share the frames; all return the result that one alone would.
+        processes: that share the frames; all return the result that one alone would (but for policy
+            `previous`, which starts anew with the first frame of each).
         runner: runs the network elsewhere; by default it runs as it is.
 
     Every module's mode is put back.

@@ -25,7 +25,7 @@ class Runner:
     """Starts a model's passes in one runtime; what it starts has `follow`, `classes`, `logits` and `mask`.
 
     `auto`: a size of images that has come `PATIENCE` times gets a graph in onnxruntime, the first `SIZES` of
-    them; all else runs in PyTorch, and so does what no graph can run.
+    them up to `PIXELS`; all else runs in PyTorch, and so does what no graph can run.
 
     Args:
         model: in eval mode, on its device.
@@ -50,14 +50,16 @@ class Runner:
         device = next(model.parameters()).device.type
         self.torch = model.for_inference()
         self._auto = asked == AUTO
-        self._seen, self._counts, self._graphs = Counter[torch.Size](), Counter[str](), set[torch.Size]()
+        self.policy = None if way.is_dense else model.policy_for(way)
+        self._seen, self._counts = Counter[torch.Size](), Counter[str]()
+        self._pays: dict[torch.Size, bool] = {}  # whether there is a graph for a size that came often
         self._fast: RuntimeSegmentor | None = None
         self._refusal = (refusal or (None if device == "cpu" else f"on {device}")) if self._auto else None
         if asked == TORCH or self._refusal:
             return
         try:
             fast = in_runtime(model, RUNTIMES[0] if self._auto else asked)
-            fast.check(way)
+            fast.check(way, self.policy)
             self._fast = fast
         except SparseSegError as error:
             if not self._auto:
@@ -80,7 +82,7 @@ class Runner:
         Raises:
             ValueError: images of a wrong shape or dtype.
         """
-        if self._fast is not None and (not self._auto or self._pays(images)):
+        if self._fast is not None and (not self._auto or self._has_graph(images)):
             self._counts[self._fast.runtime] += 1
             return self._fast.start(images, labels)
         self._counts[TORCH] += 1
@@ -89,28 +91,31 @@ class Runner:
     def report(self) -> str:
         """One line: what ran where, and why not elsewhere."""
         name = self._fast.runtime if self._fast else ""
-        fast, slow = self._counts[name], self._counts[TORCH]
+        fast, slow, reason = self._counts[name], self._counts[TORCH], self._refusal
+        if fast and not slow:
+            return f"runtime: {name}"
         if fast:
-            return f"runtime: {name}" + (
-                f" for {fast} of {fast + slow} runs, {TORCH} for the others" if slow else ""
-            )
-        rule = f"a size gets a graph in {name} when it has come {PATIENCE} times" if name else self._refusal
-        return f"runtime: {TORCH}" + (f" ({rule})" if rule else "")
+            text = f"runtime: {name} for {fast} of {fast + slow} runs, {TORCH} for the others"
+        else:
+            text = f"runtime: {TORCH}"
+            if name and not reason:
+                reason = f"a size gets a graph in {name} when it has come {PATIENCE} times"
+        return text + (f" ({reason})" if reason else "")
 
-    def _pays(self, images: Tensor) -> bool:
+    def _has_graph(self, images: Tensor) -> bool:
         """Whether images of this size get a graph, which is made now if it is not there."""
         size = images.shape
         self._seen[size] += 1
-        if size in self._graphs:
-            return True
-        if self._seen[size] <= PATIENCE or len(self._graphs) == SIZES or images[0, 0].numel() > PIXELS:
+        if size in self._pays:
+            return self._pays[size]
+        if self._seen[size] <= PATIENCE or len(self._pays) == SIZES or images[0, 0].numel() > PIXELS:
             return False
         assert self._fast is not None
         try:
-            self._fast.start(images).follow(self.way).prepare(self.logits)
+            self._fast.start(images).follow(self.way, self.policy).prepare(self.logits)
+            self._pays[size] = True
         except Exception as error:  # whatever exporter or runtime raise: PyTorch can do it
             first = next(iter(str(error).splitlines()), type(error).__name__)
-            self._fast, self._refusal = None, first if len(first) <= 200 else f"{first[:197]}..."
-            return False
-        self._graphs.add(size)
-        return True
+            self._refusal = first if len(first) <= 200 else f"{first[:197]}..."
+            self._pays[size] = False
+        return self._pays[size]

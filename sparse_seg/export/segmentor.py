@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from sparse_seg.errors import SparseSegError
 from sparse_seg.export.network import ExportOptions, StaticNetwork, check_options
 from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.runtime import Session, check_runtime, open_session
-from sparse_seg.masks import MaskPolicy, block_levels
+from sparse_seg.masks import MaskPolicy, block_levels, block_shape
 from sparse_seg.models.layouts import check_images
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
@@ -38,8 +39,8 @@ def in_runtime(model: SelectiveSegmentor, runtime: str, threads: int | None = No
 
 
 class RuntimeSegmentor:
-    """What `in_runtime` makes. Graphs are made when they are needed, one for each size and batch of images
-    and each way to run; the latest `GRAPHS` are kept.
+    """What `in_runtime` makes. Graphs are made when they are needed, one for each size and batch of images,
+    each way to run and each number of given fine blocks; the latest `GRAPHS` are kept.
 
     Attributes:
         model: whose weights they are; it must not change.
@@ -52,6 +53,7 @@ class RuntimeSegmentor:
         self.strides, self.seconds = model.strides, 0.0
         self._sessions: OrderedDict[ExportOptions, Session] = OrderedDict()
         self._checked: set[tuple[Way, MaskPolicy | None]] = set()
+        self._policies: dict[Way, MaskPolicy] = {}
 
     def __call__(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
         """Logits `[B, K, H, W]` of normalised images; see `SelectiveSegmentor.forward`."""
@@ -92,35 +94,48 @@ class RuntimeSegmentor:
             raise ValueError(f"a runtime takes float32 images, not {images.dtype}")
         return RuntimeRun(self, images)
 
+    def policy_for(self, way: Way) -> MaskPolicy | None:
+        """The policy of a way, the same object each time, since graphs are kept by it; None when dense."""
+        if not way.is_dense and way not in self._policies:
+            self._policies[way] = self.model.policy_for(way)
+        return self._policies.get(way)
+
     def check(self, way: Way, policy: MaskPolicy | None = None) -> None:
         """Raises a SparseSegError, of one line, for a way that no graph can run."""
         if (way, policy) in self._checked:
             return
-        model, key = self.model, (way, policy)
-        if not way.is_dense:
-            policy = policy or model.policy_for(way)
-            if not policy.reads_image_alone:
-                raise SparseSegError(f"mask policy {policy.name} needs more than the image: no graph has it")
-            if len(model.strides) > 2:
-                raise SparseSegError(
-                    "a graph tells the blocks at the finest stride alone: not for three strides"
-                )
-            if way.exchange not in (None, model.exchange):
-                raise SparseSegError(f"a graph has the model's exchange rule, not {way.exchange}")
-        check_options(model, options_of(SIZE_TO_CHECK, 1, way, policy))
-        self._checked.add(key)
+        if policy is not None and not policy.reads_image_alone:
+            raise SparseSegError(f"mask policy {policy.name} needs more than the image: no graph has it")
+        self.check_sites(way)
+        check_options(self.model, options_of(SIZE_TO_CHECK, 1, way, policy))
+        self._checked.add((way, policy))
+
+    def check_sites(self, way: Way) -> None:
+        """Raises a SparseSegError for strides or an exchange rule that no graph has."""
+        if not way.is_dense and len(self.strides) > 2:
+            raise SparseSegError("a graph tells the blocks at the finest stride alone: not for three strides")
+        if not way.is_dense and way.exchange not in (None, self.model.exchange):
+            raise SparseSegError(f"a graph has the model's exchange rule, not {way.exchange}")
 
     def session(self, options: ExportOptions) -> Session:
         """The graph for these options, made if it is not there."""
         if options not in self._sessions:
             start = time.perf_counter()
-            graph = to_onnx(StaticNetwork(self.model, options)).SerializeToString()
+            try:
+                session = open_session(self._graph(options), self.runtime, self.threads)
+            finally:
+                self.seconds += time.perf_counter() - start
             while len(self._sessions) >= GRAPHS:
                 self._sessions.popitem(last=False)
-            self._sessions[options] = open_session(graph, self.runtime, self.threads)
-            self.seconds += time.perf_counter() - start
+            self._sessions[options] = session
         self._sessions.move_to_end(options)
         return self._sessions[options]
+
+    def _graph(self, options: ExportOptions) -> bytes:
+        """Of copies on the CPU, wherever the model is."""
+        policy = None if options.policy is None else copy.deepcopy(options.policy).cpu()
+        network = StaticNetwork(copy.deepcopy(self.model).cpu(), dataclasses.replace(options, policy=policy))
+        return to_onnx(network).SerializeToString()
 
 
 def options_of(
@@ -161,8 +176,8 @@ class RuntimeRun:
         Raises:
             SparseSegError: no graph can run it.
         """
-        way, model = way or Way(), self.segmentor.model
-        policy = None if way.is_dense else policy or model.policy_for(way)
+        way = way or Way()
+        policy = None if way.is_dense else policy or self.segmentor.policy_for(way)
         self.segmentor.check(way, policy)
         return self._ask(options_of(self._size, len(self.images), way, policy))
 
@@ -170,8 +185,15 @@ class RuntimeRun:
         """Run under this mask, bool `[B, Hc, Wc]`.
 
         Raises:
-            ValueError: levels in place of a mask, images with different numbers of fine blocks, or with none.
+            ValueError: levels in place of a mask, a mask of a wrong shape, images with different numbers of
+                fine blocks, or with none.
+            SparseSegError: no graph can run it.
         """
+        way = way or Way()
+        self.segmentor.check_sites(way)
+        expected = block_shape(self.images, self.segmentor.strides[-1])
+        if tuple(fine_blocks.shape) != tuple(expected):
+            raise ValueError(f"fine_blocks must be {list(expected)}, not {list(fine_blocks.shape)}")
         if fine_blocks.dtype != torch.bool:
             raise ValueError("in a runtime fine_blocks must be bool; levels need the model itself")
         counts = fine_blocks.flatten(1).sum(1)
@@ -180,9 +202,7 @@ class RuntimeRun:
             raise ValueError("in a runtime all images need the same number of fine blocks, and some")
         numbers = fine_blocks.flatten(1).nonzero()[:, 1].reshape(-1, count)
         fraction = count / fine_blocks[0].numel()
-        options = options_of(
-            self._size, len(self.images), way or Way(), None, fine_fraction=fraction, given=True
-        )
+        options = options_of(self._size, len(self.images), way, None, fine_fraction=fraction, given=True)
         return self._ask(options, {"blocks": numbers})
 
     def logits(self) -> Tensor:
@@ -200,8 +220,13 @@ class RuntimeRun:
 
     @property
     def levels(self) -> Tensor:
-        """The blocks' levels int64 `[B, Hc, Wc]`, 0 for the coarsest stride."""
-        assert self.mask is not None
+        """The blocks' levels int64 `[B, Hc, Wc]`, 0 for the coarsest stride.
+
+        Raises:
+            ValueError: the run is dense.
+        """
+        if self.mask is None:
+            raise ValueError("a dense run has no mask")
         return block_levels(self.mask, self.segmentor.strides)
 
     def prepare(self, logits: bool) -> None:

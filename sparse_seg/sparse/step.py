@@ -110,11 +110,6 @@ class Step:
         """How many sites are run."""
         return self.layout.num_sites if self._new is None else self._new.shape[0]
 
-    @property
-    def num_extra_run(self) -> int:
-        """How many of them are not the lattice's."""
-        return self.layout.num_extra if self._new is None else self._new.shape[0]
-
     @cached_property
     def run_cells(self) -> Tensor:
         """`[num_run]` int64: flat cells of the finest grid, in row order, of the sites that are run."""

@@ -1,6 +1,7 @@
 """Videos there and back: frames, size, rate; what is written besides; damage; cameras; budgets of time."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -82,6 +83,15 @@ def test_the_overlay_lies_over_the_frame(checkpoint, video, tmp_path):
     for number, picture in enumerate(pictures):  # the bar's red shines through where it is
         red = picture[..., 2].astype(float).mean(0)
         assert red[8 * number + 2 : 8 * number + 10].mean() > red[8 * number + 20 :].mean() + 50
+
+
+def test_a_policy_that_looks_back_forgets_the_video_before(checkpoint, video, tmp_path):
+    shutil.copy(video, video.with_name("again.avi"))
+    arguments = ["predict", str(checkpoint), str(video.parent), "--out", str(tmp_path / "o"), "--video-ids"]
+    assert main([*arguments, "--policy", "previous", "--fine-fraction", "0.3"]) == 0
+    for number in range(FRAMES):
+        first, second = (tmp_path / f"o/{name}_ids/{number:06d}.png" for name in ("drive", "again"))
+        assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_budget_of_time(checkpoint, video, tmp_path):

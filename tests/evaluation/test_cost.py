@@ -43,7 +43,7 @@ def test_dense_count_is_pytorchs(backbone, head, output_stride):
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_counts_of_variants_are_those_of_their_layers(variant):
-    """Dense and selective, layer by layer and in the plain and the fast form."""
+    """Dense and selective, layer by layer and in the plain and the folded form."""
     model, images = variant_model(variant), torch.randn(2, 3, 75, 98, dtype=torch.float64)
     for output_stride in (8, 16):
         counts = count_macs(model, images, Way.dense(output_stride))

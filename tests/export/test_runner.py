@@ -2,12 +2,16 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export import runner as rules
+from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.runner import Runner
+from sparse_seg.export.segmentor import in_runtime
+from sparse_seg.lab.predict.segment import Segmenter
 from sparse_seg.models.way import Way
 from tests.export.kinds import kind_model
 
@@ -81,6 +85,46 @@ def test_a_failing_exporter_stops_no_run(images, monkeypatch):
     runner = Runner(kind_model("lite", "edge"), "auto", Way())
     run(runner, images)
     assert runner.report() == "runtime: torch (no such operator)"
+
+
+def test_one_failing_size_leaves_the_others_where_they_are(images, monkeypatch):
+    def fail(network):
+        raise RuntimeError("too much memory")
+
+    monkeypatch.setattr(rules, "PATIENCE", 0)
+    runner = Runner(kind_model("lite", "edge"), "auto", Way())
+    run(runner, images)
+    monkeypatch.setattr("sparse_seg.export.segmentor.to_onnx", fail)
+    before = runner.seconds
+    for _ in range(2):
+        run(runner, images[..., :64])
+        run(runner, images)
+    assert runner.runs == {"torch": 2, "onnxruntime": 3}
+    assert runner.report().endswith("for 3 of 5 runs, torch for the others (too much memory)")
+    assert runner.seconds > before > 0
+
+
+@pytest.mark.parametrize("way", [Way(), Way.policy("edge", 0.3)], ids=["own policy", "named policy"])
+def test_one_graph_for_one_way(way, images, monkeypatch):
+    """Whoever asks for it, however often: `auto`, a named runtime, and a segmenter of photos."""
+    graphs = []
+
+    def counted(network):
+        graphs.append(network)
+        return to_onnx(network)
+
+    monkeypatch.setattr(rules, "PATIENCE", 0)
+    monkeypatch.setattr("sparse_seg.export.segmentor.to_onnx", counted)
+    model = kind_model("lite", "edge")
+    runner = Runner(model, "auto", way)
+    segmenter = Segmenter(model, way, runner=runner)
+    for _ in range(2):
+        segmenter(np.zeros((64, 96, 3), np.uint8))
+    assert len(graphs) == 1
+    fast = in_runtime(model, "onnxruntime")
+    for _ in range(2):
+        fast.start(images).follow(way).classes()
+    assert len(graphs) == 2
 
 
 def test_a_missing_package(images, monkeypatch):

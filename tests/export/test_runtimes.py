@@ -119,6 +119,12 @@ def test_what_a_runtime_refuses():
             fast(images, fine_blocks=mask)
     with pytest.raises(ValueError, match="must be bool"):
         fast(images, fine_blocks=blocks.long())
+    with pytest.raises(ValueError, match=r"must be \[2, 4, 6\], not \[2, 6, 4\]"):
+        fast(images, fine_blocks=blocks.transpose(1, 2))
+    with pytest.raises(SparseSegError, match="exchange rule, not none"):
+        fast.start(images).take(blocks, Way(exchange="none"))
+    with pytest.raises(ValueError, match="a dense run has no mask"):
+        _ = fast.start(images).follow(Way.dense(8)).levels
     for way, message in (
         (Way.policy("previous", 0.2), "mask policy previous needs more than the image"),
         (Way.policy("random", 0.2), "mask policy random needs more than the image"),
@@ -130,6 +136,8 @@ def test_what_a_runtime_refuses():
             fast.start(images).follow(way).classes()
     with pytest.raises(SparseSegError, match="not for three strides"):
         in_runtime(kind_model("8 16 32", "edge"), "onnxruntime", 1)(images)
+    with pytest.raises(SparseSegError, match="not for three strides"):
+        in_runtime(kind_model("8 16 32", "edge"), "onnxruntime", 1)(images, blocks)
 
 
 def test_unknown_runtime():

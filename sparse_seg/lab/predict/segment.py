@@ -84,10 +84,17 @@ class Segmenter:
         runner: Runner | None = None,
     ) -> None:
         self.model, self.way, self.views, self.runner = model, way or Way(), views, runner
-        self.policy = None if self.way.is_dense else model.policy_for(self.way)
+        if runner is not None:
+            self.policy = runner.policy
+        else:
+            self.policy = None if self.way.is_dense else model.policy_for(self.way)
+        self.device = next(model.parameters()).device
+        self.restart()
+
+    def restart(self) -> None:
+        """What follows is another video: a policy that looks back forgets the last one."""
         if self.policy is not None:
             self.policy.remember(None)
-        self.device = next(model.parameters()).device
 
     @functools.cached_property
     def card(self) -> Card:

@@ -57,6 +57,7 @@ def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoO
         DataError: it cannot be opened, is damaged (what could be read is written), or has no frame.
         ValueError: frames too small for the network.
     """
+    segmenter.restart()
     times, fine, totals = list[float](), list[float](), dict[str, float]()
     with _opened(source) as (frames, rate, count), _writers(out, options, rate) as write:
         spent = 0.0  # outside of the network, on the frame before
