@@ -99,6 +99,7 @@ def start_writer(path: Path, seconds: float, content: str) -> subprocess.Popen[s
     return process
 
 
+@pytest.mark.slow
 def test_kills_leave_one_hidden_file_at_most_which_the_next_write_uses(tmp_path: Path) -> None:
     path = tmp_path / "file"
     atomic_write(path, "old")
@@ -113,6 +114,7 @@ def test_kills_leave_one_hidden_file_at_most_which_the_next_write_uses(tmp_path:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
     path = tmp_path / "file"
     process, started = start_writer(path, 1.0, "first"), time.monotonic()

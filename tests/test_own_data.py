@@ -104,6 +104,7 @@ def test_from_a_folder_to_an_exported_network(kind, tmp_path, monkeypatch, capsy
     assert not list(Path("runs/pictures").rglob("bad*"))
 
 
+@pytest.mark.slow
 def test_photos_videos_and_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_data("ids")

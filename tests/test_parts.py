@@ -120,6 +120,7 @@ def mask_of(images: Tensor, share: float) -> Tensor:
 PARTS = [("backbone", name) for name in BACKBONES] + [("head", name) for name in HEADS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "name"), PARTS)
 @torch.no_grad()
 def test_a_backbone_or_head(part: str, name: str) -> None:
@@ -181,6 +182,7 @@ def test_options_of_parts_from_outside() -> None:
             build_model(config)
 
 
+@pytest.mark.slow
 def test_toys_train_evaluate_refine_and_benchmark_by_command(tmp_path: Path, capsys: Any) -> None:
     """Without a change anywhere else, from a config alone."""
     scenes = str(tmp_path / "scenes")

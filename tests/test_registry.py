@@ -19,6 +19,7 @@ def test_every_entry_resolves(registry: Registry) -> None:
         assert not isinstance(registry[name], str)
 
 
+@pytest.mark.slow
 def test_listing_imports_nothing() -> None:
     program = """
 import sys, types

@@ -118,6 +118,7 @@ def test_differences_by_class() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_done_again(grid_file: Path, finished: Path) -> None:
     before = files(finished)
     assert main(["ablate", str(grid_file), "--work-dir", str(finished), "--device", "cpu"]) == 0
@@ -126,6 +127,7 @@ def test_finished_cells_are_not_done_again(grid_file: Path, finished: Path) -> N
     assert changed == {"results.json"}
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_or_out_of_date_is_done(
     grid_file: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +150,7 @@ def test_only_what_is_missing_or_out_of_date_is_done(
     assert len(ablation.results()) == len(ablation.grid.cells)
 
 
+@pytest.mark.slow
 def test_dry_run_lists_what_is_left(grid_file: Path, tmp_path: Path, finished: Path, capsys) -> None:
     arguments = ["ablate", str(grid_file), "--device", "cpu", "--dry-run", "--work-dir"]
     assert main([*arguments, str(tmp_path / "new")]) == 0
@@ -262,6 +265,7 @@ def test_spread_is_the_standard_deviation(grid_file: Path, finished: Path) -> No
     assert rows[0]["class_iou"][0] == pytest.approx(20)
 
 
+@pytest.mark.slow
 def test_errors_of_the_tool(grid_file: Path, tmp_path: Path, capsys) -> None:
     assert "does not exist" in fails(capsys, "ablate", tmp_path / "nowhere.yaml")
     line = fails(capsys, "ablate", grid_file, "--checkpoint", tmp_path / "none.pt")

@@ -202,6 +202,7 @@ def test_a_later_format_is_named(config, weights, tmp_path, monkeypatch):
         load(tmp_path / "a.safetensors")
 
 
+@pytest.mark.slow
 def test_the_way_back_needs_all_its_entries(tmp_path):
     torch.save(state_of("torchvision fcn"), tmp_path / "source.pth")
     path = tmp_path / "a.safetensors"

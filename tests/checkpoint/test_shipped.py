@@ -45,6 +45,7 @@ def test_a_file_of_the_name_comes_first(tmp_path: Path, monkeypatch: pytest.Monk
         sparse_seg.load_model("camvid-slim")
 
 
+@pytest.mark.slow
 @needs_shared("data/camvid")
 def test_camvid_slim_segments_frames_it_has_not_seen() -> None:
     model, dataset = (

@@ -87,6 +87,7 @@ def test_tool_and_module_run_as_programs():
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_usage_errors(capsys, trained):
     config, checkpoint = trained
     assert "COMMAND" in fails(capsys, code=2)
@@ -223,6 +224,7 @@ def test_evaluate_prints_and_writes(capsys, trained, tmp_path):
     assert "(dense;" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compare_writes_table_and_report(capsys, trained, tmp_path):
     pytest.importorskip("matplotlib")
     config, checkpoint = trained
@@ -240,6 +242,7 @@ def test_compare_writes_table_and_report(capsys, trained, tmp_path):
     assert "http" not in re.sub(r'src="[^"]*"', "", report)
 
 
+@pytest.mark.slow
 def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     """--resume keeps the rows there are and measures the others, policy by policy."""
     config, checkpoint = trained
@@ -372,6 +375,7 @@ def test_demo_says_resume_hint(capsys, tmp_path, monkeypatch):
     assert "is not there: run from a checkout" in fails(capsys, "demo", "--out", tmp_path)
 
 
+@pytest.mark.slow
 def test_benchmark_prints_and_writes(capsys, trained, tmp_path):
     config, checkpoint = trained
     arguments = ["--size", "64x96", "--repeats", "1", "--fine-fraction", "0.1", "0.5", "--batch", "2"]

@@ -14,6 +14,7 @@ from sparse_seg.lab.benchmark.gpu import table
 RESULTS = Path(__file__).parents[2] / "docs/results"
 
 
+@pytest.mark.slow
 def test_rehearsal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def test_a_checkpoint_alone_names_classes_ids_and_colours(checkpoint, photo, tmp
     assert image["fine_fraction"] == round(0.5 * 35) / 35
 
 
+@pytest.mark.slow
 def test_a_large_photo_runs_through_windows_and_that_is_said(checkpoint, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "large.png"), np.zeros((300, 560, 3), np.uint8))
     shares = tmp_path / "s.json"
@@ -176,6 +177,7 @@ def test_a_fresh_network_has_classes_by_number():
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.slow
 def test_another_runtime_gives_the_same_ids(checkpoint, photo, tmp_path, capsys):
     pytest.importorskip("onnx", reason="needs the package onnx")
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
@@ -200,6 +202,7 @@ def test_another_runtime_gives_the_same_ids(checkpoint, photo, tmp_path, capsys)
     assert "--steps needs torch, which refines" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluation_in_another_runtime(checkpoint, tmp_path, capsys):
     pytest.importorskip("onnx", reason="needs the package onnx")
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")

@@ -176,6 +176,7 @@ def test_the_previous_frames_uncertainty_chooses():
     assert small.levels.shape == (1, 4, 3), "another size starts anew"
 
 
+@pytest.mark.slow
 def test_a_video_changes_over_to_onnxruntime(checkpoint, video, tmp_path, capsys, monkeypatch):
     pytest.importorskip("onnx", reason="needs the package onnx")
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")

@@ -90,6 +90,7 @@ def test_what_training_scripts_save_beside_weights_needs_none(tmp_path):
     assert [candidate.way for candidate in file.candidates] == ["model_state"]
 
 
+@pytest.mark.slow
 def test_wrong_networks(capsys, tmp_path):
     state = torchvision()
     assert "are of no network that can be converted" in fails(capsys, tmp_path, {"a.weight": torch.zeros(3)})

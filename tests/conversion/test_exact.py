@@ -44,6 +44,7 @@ def all_fine(size: tuple[int, int]) -> Tensor:
     return block_mask("full", (2, -(-size[0] // 16), -(-size[1] // 16)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()

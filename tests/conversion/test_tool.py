@@ -48,6 +48,7 @@ def run(capsys, *arguments, code=0):
     return captured.out if code == 0 else captured.err
 
 
+@pytest.mark.slow
 def test_the_report(capsys, folder, tmp_path):
     torch.save(state_of("torchvision fcn"), tmp_path / "fcn.pth")
     text = run(capsys, "convert", tmp_path / "fcn.pth", tmp_path / "fcn.safetensors", "--verify")
@@ -96,6 +97,7 @@ def test_settings_that_tensors_cannot_tell(folder, tmp_path):
     assert [conv.spacing for conv in atrous] == [96, 192, 288]
 
 
+@pytest.mark.slow
 def test_evaluate_and_predict_need_nothing_else(capsys, folder, tmp_path):
     text = run(capsys, "evaluate", folder / "data.yaml", folder / "net.safetensors", "--dense", "8")
     assert "mIoU" in text
@@ -165,6 +167,7 @@ def start(path, **settings):
     return model, load_pretrained(model, config, path)
 
 
+@pytest.mark.slow
 def test_pretrained_from_every_kind_of_file(folder, tmp_path):
     expected = load_model(folder / "net.safetensors")
     own = load_config(folder / "data.yaml")
@@ -257,6 +260,7 @@ def test_a_full_disk_is_one_line(name, capsys, folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_classes_from_torchvision_to_pictures(capsys, tmp_path):
     """torchvision's 21 classes by number, then by name, then from a file; each predicts alone."""
     torch.save(state_of("torchvision fcn"), tmp_path / "fcn.pth")

@@ -326,6 +326,7 @@ def test_other_encoders_of_smp_are_named(tmp_path):
         converted(tmp_path, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision deeplabv3", "vainf deeplabv3plus", "mmseg deeplabv3plus r50"])
 def test_any_tensor_may_be_missing(name, tmp_path):
     """One line, whichever it is."""

@@ -41,6 +41,7 @@ def test_empty_split(tmp_path: Path) -> None:
         CamVid(tmp_path, "val")
 
 
+@pytest.mark.slow
 @needs_shared("data/camvid")
 @pytest.mark.parametrize(("split", "count"), [("train", 367), ("val", 101)])
 def test_real_split_is_sound(split: str, count: int) -> None:

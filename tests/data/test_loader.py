@@ -87,6 +87,7 @@ def test_epochs_differ_in_augmentation(dataset: SegmentationDataset) -> None:
     assert not torch.equal(view[2][0], TrainingView(dataset, _TRANSFORM, seed=1)[2][0])
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     length=st.integers(1, 13),

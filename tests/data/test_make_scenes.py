@@ -9,6 +9,7 @@ from sparse_seg.data import build_dataset
 from sparse_seg.data.scenes import FRAMES
 
 
+@pytest.mark.slow
 def test_writes_and_then_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["make_scenes", str(tmp_path / "out"), "--count", "3", "--size", "32x48", "--seed", "2"]
     assert main(command) == 0
@@ -18,6 +19,7 @@ def test_writes_and_then_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "3 scenes are already in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_camera_that_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["make_scenes", str(tmp_path / "out"), "--count", "3", "--size", "32x48", "--pan", "5"]
     assert main(command) == 0

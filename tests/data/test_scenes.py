@@ -35,6 +35,7 @@ def test_shapes(size: tuple[int, int]) -> None:
     assert image.dtype == label.dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_classes_over_many_scenes() -> None:
     seen = [
         set(np.unique(render_scene(np.random.default_rng(seed), (96, 192))[1]).tolist()) for seed in range(60)
@@ -43,6 +44,7 @@ def test_classes_over_many_scenes() -> None:
     assert all(set(_ALWAYS) <= ids for ids in seen)
 
 
+@pytest.mark.slow
 def test_classes_are_not_told_by_colour_alone() -> None:
     """Road, pavement and buildings share grey levels, within and between scenes."""
     pixels: dict[int, list[np.ndarray]] = {7: [], 8: [], 11: []}
@@ -68,6 +70,7 @@ def test_label_borders_lie_on_image_edges() -> None:
         assert np.argmax(shifted) == 2
 
 
+@pytest.mark.slow
 def test_files(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "scenes"
     assert write_scenes(out, 5, (48, 64), seed=3)
@@ -91,6 +94,7 @@ def test_files(tmp_path: Path) -> None:
     assert ((dataset.load(0)[1] == 0) == (label_ids == 7)).all()
 
 
+@pytest.mark.slow
 def test_larger_counts_and_workers_give_the_same_scenes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

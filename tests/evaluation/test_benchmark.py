@@ -55,6 +55,7 @@ def test_cases_start_with_the_baseline():
     ]
 
 
+@pytest.mark.slow
 def test_cases_of_further_policies(subject):
     """A mask made beforehand, and a coarse pass that is refined: other costs, the network's numbers."""
     rows = cases("network", [0.3], ["gather"], True, ["given", "confidence"])[-2:]
@@ -102,6 +103,7 @@ def test_a_child_would_measure_the_same_network(subject):
     assert set(subject.labels.unique().tolist()) <= {*range(19), 255}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["stages", "network", "train"])
 def test_rows_are_sane(subject, scope):
     rows = measure(subject, cases(scope, FRACTIONS, ["gather"], folded=False), repeats=2, memory=False)
@@ -141,6 +143,7 @@ def test_layout_run_builds_the_tables_of_a_forward(subject):
     assert len(tables) == 6, "ASPP has three spacings of its own"
 
 
+@pytest.mark.slow
 def test_the_fast_form_is_measured_where_there_is_one(monkeypatch):
     monkeypatch.setattr(SelectiveSegmentor, "for_inference", lambda self: self, raising=False)
     subject = Subject(SETUP)
@@ -195,6 +198,7 @@ def test_engines_that_cannot_run_say_why(monkeypatch):
     assert "cannot run torch.float64" in str(engine_fault("spconv", cpu, torch.float64, train=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 def test_the_tool_notes_an_engine_that_cannot_run(train, monkeypatch, capsys, tmp_path):
     """With the default engines, where spconv is missing, and for a training step on the CPU."""
@@ -209,6 +213,7 @@ def test_the_tool_notes_an_engine_that_cannot_run(train, monkeypatch, capsys, tm
     assert "selective f=0.2" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["lite", "deeplabv3"])
 def test_profile(head):
     tree = {"model": TREE["model"] | {"head": head}}

@@ -16,6 +16,7 @@ from tests.reference import VARIANTS, grid_logits, random_model, variant_model
 PARTS = ["stem", "layer1", "layer2", "layer3", "layer4", "neck", "head"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "head"), [("resnet18", "lite"), ("resnet50", "lite"), ("resnet50", "deeplabv3")]
 )
@@ -58,6 +59,7 @@ def test_counts_of_variants_are_those_of_their_layers(variant):
     assert run.macs() == model.for_inference().start(images).take(mask).macs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("output_stride", "backbone", "whole"), [(8, 1417.98, 1929.24), (16, 414.57, None)])
 def test_published_figures_of_deeplabv3_resnet101(output_stride, backbone, whole):
     """1024x2048, 19 classes: convolutions alone, padding counted. On meta tensors: only shapes."""

@@ -96,6 +96,7 @@ def test_oracle_is_handed_the_labels(model):
     assert torch.equal(blocks, expected)
 
 
+@pytest.mark.slow
 def test_comparison_rows(model, dataset):
     ways = comparison_ways(model, ["edge", "oracle"], [0.0, 0.5])
     rows = compare(model, dataset, DATA, ways, limit=3)
@@ -118,6 +119,7 @@ def test_comparison_rows(model, dataset):
     assert gmacs[3] == gmacs[5]
 
 
+@pytest.mark.slow
 def test_bounds_cost_their_last_pass_only(model, dataset, monkeypatch):
     """The mask of a bound is made off the clock and the count; a shared coarse pass changes nothing."""
     specs = ["oracle", "oracle:change", "oracle:gain"]
@@ -142,6 +144,7 @@ def test_bounds_cost_their_last_pass_only(model, dataset, monkeypatch):
         assert row["miou"] == pytest.approx(100 * alone.metrics.miou, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_comparison_of_options_exchanges_and_strides(dataset):
     """Every policy with its options under every rule; three strides have three dense rows."""
     torch.manual_seed(0)
@@ -167,6 +170,7 @@ def test_comparison_of_options_exchanges_and_strides(dataset):
     assert rows[3]["gmacs"] < rows[5]["gmacs"] < 1.2 * rows[3]["gmacs"], "a head on the coarse grid more"
 
 
+@pytest.mark.slow
 def test_a_policy_that_looks_back_starts_anew_with_each_video(model, tmp_path, monkeypatch):
     """Confidence at the first frame of each video, else the blocks that the frame before left uncertain."""
     write_scenes(tmp_path / "videos", 3, (64, 96), pan=8)

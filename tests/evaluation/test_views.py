@@ -101,6 +101,7 @@ def test_one_small_look_at_a_large_image(model):
     assert (found.classes == by_hand).float().mean() > 0.9999
 
 
+@pytest.mark.slow
 def test_a_policy_that_looks_back_gets_whole_images_in_order(model):
     policy, confidence = (model.policy_for(Way.policy(name, 0.25)) for name in ("previous", "confidence"))
     first, second = torch.randn(2, 1, 3, 300, 320)

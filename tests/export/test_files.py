@@ -30,6 +30,7 @@ def exported(tmp_path_factory):
     return path, metadata
 
 
+@pytest.mark.slow
 def test_interface_and_metadata(exported):
     path, metadata = exported
     graph = onnx.load(path)
@@ -84,6 +85,7 @@ def test_networks_that_cannot_be_exported():
         StaticNetwork(kind_model("plus"), ExportOptions(SIZE, merge="patch"))
 
 
+@pytest.mark.slow
 def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "TOLERANCE", 1e-12)
     path = tmp_path / "net.onnx"
@@ -92,6 +94,7 @@ def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
@@ -107,6 +110,7 @@ def test_missing_package(monkeypatch, tmp_path):
         open_session(b"", "openvino")
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, capsys):
     config = tmp_path / "net.yaml"
     config.write_text("model: {width: 0.125, head_channels: 16, mask: {policy: edge}}\n")
@@ -129,6 +133,7 @@ def test_command_line(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: a threshold gives another number of blocks")
 
 
+@pytest.mark.slow
 def test_timing(exported, tmp_path):
     images = np.zeros((1, 3, *SIZE), np.float32)
     graphs = {name: Timed(str(exported[0])) for name in ("fine", "coarse", "selective")}
@@ -138,6 +143,7 @@ def test_timing(exported, tmp_path):
         time_graphs({"missing": Timed(str(tmp_path / "none.onnx"))}, images, 1)
 
 
+@pytest.mark.slow
 def test_timing_of_a_network():
     image, runtimes = np.zeros((1, 3, *SIZE), np.float32), ("onnxruntime", "torch")
     timed = time_network(kind_model("lite", "entropy"), image, 1, runtimes, ("whole", "patch"), 1, 2)
@@ -159,6 +165,7 @@ def write_peer(path, shape=(1, 3, *SIZE), inputs=("x",), dtype=onnx.TensorProto.
     return str(path)
 
 
+@pytest.mark.slow
 def test_peers_take_turns_with_a_network(tmp_path, capsys):
     peer, out = write_peer(tmp_path / "light one.onnx", (1, 3, "H", "W")), tmp_path / "times.json"
     arguments = ["benchmark", "configs/camvid_light.yaml", "--size", "64x96", "--scopes", "--repeats", "1"]

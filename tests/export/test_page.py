@@ -79,6 +79,7 @@ class _Server(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "uint8"])
 def test_run_onnx(tmp_path, kind):
     options = ExportOptions((64, 96), input=kind)

@@ -29,6 +29,7 @@ def images() -> torch.Tensor:
     return torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 def test_a_size_gets_a_graph_when_it_has_come_often(images, monkeypatch):
     monkeypatch.setattr(rules, "PATIENCE", 2)
     monkeypatch.setattr(rules, "SIZES", 1)
@@ -44,6 +45,7 @@ def test_a_size_gets_a_graph_when_it_has_come_often(images, monkeypatch):
     assert runner.seconds > 0
 
 
+@pytest.mark.slow
 def test_large_images_stay_in_torch(images, monkeypatch):
     monkeypatch.setattr(rules, "PATIENCE", 0)
     monkeypatch.setattr(rules, "PIXELS", 64 * 95)
@@ -87,6 +89,7 @@ def test_a_failing_exporter_stops_no_run(images, monkeypatch):
     assert runner.report() == "runtime: torch (no such operator)"
 
 
+@pytest.mark.slow
 def test_one_failing_size_leaves_the_others_where_they_are(images, monkeypatch):
     def fail(network):
         raise RuntimeError("too much memory")
@@ -104,6 +107,7 @@ def test_one_failing_size_leaves_the_others_where_they_are(images, monkeypatch):
     assert runner.seconds > before > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [Way(), Way.policy("edge", 0.3)], ids=["own policy", "named policy"])
 def test_one_graph_for_one_way(way, images, monkeypatch):
     """Whoever asks for it, however often: `auto`, a named runtime, and a segmenter of photos."""
@@ -136,6 +140,7 @@ def test_a_missing_package(images, monkeypatch):
         Runner(kind_model("lite", "edge"), "onnxruntime", Way())
 
 
+@pytest.mark.slow
 def test_reports_of_one_runtime(images):
     model = kind_model("lite", "edge")
     for asked, report in (

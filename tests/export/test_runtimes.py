@@ -34,26 +34,31 @@ def _check(kind: str, policy: str, options: ExportOptions, runtime: str, images:
         compare(kind_model(kind, policy), network, inputs, normalised, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_masks(kind, runtime):
     _check(kind, "edge", ExportOptions((47, 70), given=True, logits=True), runtime, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["edge", "entropy", "margin", "learned", "gain"])
 def test_twenty_images(policy, runtime):
     _check("lite", policy, ExportOptions((64, 96), logits=True), runtime, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["deeplabv3", "plus", "8 16 32"])
 def test_batches(kind, runtime):
     _check(kind, "entropy", ExportOptions((75, 64), 3, input="uint8", logits=True), runtime, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"ghosts": False, "tiles": False}, {"dense": 8}, {"dense": 16}], ids=str)
 def test_static_and_dense(options, runtime):
     _check("deeplabv3", "entropy", ExportOptions((64, 96), 2, logits=True, **options), runtime, 2)
 
 
+@pytest.mark.slow
 def test_patch_is_what_the_static_network_gives(runtime):
     model = kind_model("lite", "entropy")
     network = StaticNetwork(model, ExportOptions((64, 96), merge="patch", logits=True))
@@ -65,6 +70,7 @@ def test_patch_is_what_the_static_network_gives(runtime):
         assert relative_error(torch.from_numpy(found["logits"]), expected[2]) < 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_segmentor_in_a_runtime(runtime):
     model = kind_model("lite", "entropy")
@@ -86,6 +92,7 @@ def test_segmentor_in_a_runtime(runtime):
     assert fast.seconds > 0
 
 
+@pytest.mark.slow
 def test_graphs_are_made_once_and_their_number_is_bounded(monkeypatch):
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
     made = []

@@ -20,6 +20,7 @@ def _check(kind: str, policy: str, options: ExportOptions, images: int) -> None:
         compare(model, network, inputs, normalised, dict(zip(names, outputs, strict=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "batch"), SIZES)
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("ghosts", [False, True])
@@ -30,6 +31,7 @@ def test_selective(kind, ghosts, given, size, batch):
     _check(kind, "edge", options, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "batch"), SIZES)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["lite", "plus", "8 16 32", "4 8 16"])
@@ -103,6 +105,7 @@ def test_patch_equals_whole_inside_fine_blocks(kind):
     assert relative_error(whole, patch) > 1e-3  # elsewhere it keeps the coarse pass's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lite", "deeplabv3", "8 16 32"])
 @torch.no_grad()
 def test_it_is_one_graph_of_fixed_shapes(kind):

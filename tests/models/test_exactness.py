@@ -62,6 +62,7 @@ def as_rows(grid: Tensor) -> Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("backbone", "head"), BACKBONES)
@@ -121,6 +122,7 @@ def test_full_width(backbone: str, head: str) -> None:
     assert relative_error(all_fine, case.logits[8]) < case.tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["resnet34", "resnet101"])
 @torch.no_grad()
 def test_the_deeper_ones(backbone: str) -> None:

@@ -9,6 +9,7 @@ from sparse_seg import build_model
 from tests.reference import VARIANTS, randomise, relative_error, variant_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
 @pytest.mark.parametrize("size", [(64, 96), (75, 98)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

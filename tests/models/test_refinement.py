@@ -116,6 +116,7 @@ def test_memory_counts_shared_rows_once() -> None:
     assert kept_bytes(run) == 4 * sum(stage3 + stage4 + head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
 @torch.no_grad()
 def test_multiply_adds(strides: tuple[int, ...]) -> None:

@@ -119,6 +119,7 @@ def test_auxiliary_head_in_training_only() -> None:
     assert model.eval().start(images).follow().auxiliary_logits() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [0, 1, 2])
 def test_mean_by_area(levels: int) -> None:
     splits = random_splits((9, 7), levels, seed=2)

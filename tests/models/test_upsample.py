@@ -65,6 +65,7 @@ def test_aligned_corners(size: tuple[int, int], stride: int, trained_stride: int
     assert torch.allclose(found, expected)
 
 
+@pytest.mark.slow
 def test_batches_channels_gradient_and_dtype() -> None:
     logits = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     whole = upsample_logits(logits, (60, 75), 16, 8)
@@ -130,6 +131,7 @@ def test_what_is_kept_from_one_call_serves_the_next() -> None:
     assert torch.equal(upsample_classes(logits, size, 16, 8), upsample_logits(logits, size, 16, 8).argmax(1))
 
 
+@pytest.mark.slow
 def test_classify_gives_the_classes_of_every_way_to_run() -> None:
     model = (
         build_model({"width": 0.125, "mask": {"policy": "confidence", "fine_fraction": 0.3}}).double().eval()

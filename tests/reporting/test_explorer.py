@@ -60,6 +60,7 @@ def test_the_page_is_whole_without_a_script(page: Path) -> None:
     assert {str(link)[1:] for link in links} <= places
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_slider_moves_numbers_and_pictures(page: Path, browser: Browser) -> None:
     browser.open(page)

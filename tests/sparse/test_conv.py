@@ -201,6 +201,7 @@ def _peak_bytes(run: Callable[[], Any]) -> int:
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fine_fraction", [1.0, 0.3])
 def test_backward_memory(fine_fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward holds no more than twice the features it reads and one tile.

@@ -38,6 +38,7 @@ def network(**mask: object) -> SelectiveSegmentor:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [{}, {"blur": True}, {"policy": "confidence"}], ids=str)
 def test_the_threshold_spends_the_budget(dataset: SegmentationDataset, mask: dict) -> None:
     """Run with it, the frames together have the share, and differ among themselves."""
@@ -80,6 +81,7 @@ def test_a_threshold_is_there_already(dataset: SegmentationDataset) -> None:
         calibrate(network(threshold=0.1), dataset, DATA)
 
 
+@pytest.mark.slow
 def test_from_a_checkpoint_to_one_with_a_threshold(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

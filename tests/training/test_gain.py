@@ -34,6 +34,7 @@ def test_it_reads_means_and_the_largest_entropy_of_each_block(size: tuple[int, i
             assert relative_error(found[:, -1, y, x], block[:, -1].amax(1)) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_net_learns_which_blocks_gain() -> None:
     """Gains planted in one of the probabilities; blocks that were not fine teach nothing."""
     generator = torch.Generator().manual_seed(0)
@@ -59,6 +60,7 @@ def test_right_pixels() -> None:
     assert right(torch.tensor([[[0, 2, 255]]]), truth).tolist() == [[[1.0, 0.0, 0.0]]]
 
 
+@pytest.mark.slow
 def test_from_frames_to_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
     """By command; the file alone then runs with the policy, and the network in it is unchanged."""
     work, out = tmp_path / "work", tmp_path / "gain.safetensors"

@@ -98,6 +98,7 @@ def test_straight_through_loss_at_the_ends(head: str, monkeypatch: pytest.Monkey
         assert model.backbone.conv1.weight.grad is not None
 
 
+@pytest.mark.slow
 def test_the_budget_is_reached() -> None:
     model, (images, labels) = learned_model(), batch()
     model.requires_grad_(False).policy.requires_grad_(True)

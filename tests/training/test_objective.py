@@ -96,6 +96,7 @@ def student(**mask: object) -> SelectiveSegmentor:
     return model.double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["dense", "selective"])
 @pytest.mark.parametrize("policy", ["edge", "confidence"])
 def test_parts_add_up(network: str, policy: str, tmp_path: Path, tiny: Path) -> None:

@@ -95,6 +95,7 @@ def test_what_fails_in_a_thread_is_raised() -> None:
         processes._interruptible(lambda: 1 // 0)
 
 
+@pytest.mark.slow
 def test_another_process_speaks_at_once_where_the_first_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()

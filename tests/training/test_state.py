@@ -43,6 +43,7 @@ def content_of(finished):
     return content
 
 
+@pytest.mark.slow
 def test_a_state_carries_a_digest_and_goes_on(finished, tmp_path):
     trainer = resume(finished, tmp_path)
     assert trainer.iteration == 2

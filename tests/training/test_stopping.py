@@ -69,6 +69,7 @@ def own_scenes(tmp_path: Path) -> Path:
     return tmp_path / "scenes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_damaged_meanwhile_is_named_and_no_step_is_lost(tiny, tmp_path, own_scenes, workers):
     settings = [*RARELY, f"data.root={own_scenes}", f"data.workers={workers}", "train.iterations=100"]
@@ -91,6 +92,7 @@ def test_a_file_damaged_meanwhile_is_named_and_no_step_is_lost(tiny, tmp_path, o
     )
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_line_and_no_step_is_lost(tiny, tmp_path):
     config = load_config(tiny, [*RARELY, "data.workers=2", "train.iterations=16"])
     trainer = Trainer(config, tmp_path / "run")
@@ -108,6 +110,7 @@ def test_a_killed_worker_is_one_line_and_no_step_is_lost(tiny, tmp_path):
     assert_goes_on_as_unbroken(config, tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves(tiny, tmp_path, number):
     config = load_config(tiny, RARELY)
@@ -120,6 +123,7 @@ def test_a_signal_saves(tiny, tmp_path, number):
     assert_goes_on_as_unbroken(config, tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_signal_while_validating_is_heard_at_once_and_the_validation_made_up_for(
     tiny, tmp_path, monkeypatch
 ):
@@ -144,6 +148,7 @@ def full_disk(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device", "log.jsonl")
 
 
+@pytest.mark.slow
 def test_a_log_on_a_full_disk_costs_no_step(tiny, tmp_path, monkeypatch):
     config = load_config(tiny, [*RARELY, "train.log_every=2"])
     trainer = Trainer(config, tmp_path / "run")
@@ -154,6 +159,7 @@ def test_a_log_on_a_full_disk_costs_no_step(tiny, tmp_path, monkeypatch):
     assert_goes_on_as_unbroken(config, tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_saved(tiny, tmp_path, monkeypatch):
     config = load_config(tiny, [*RARELY, "train.save_every=3"])
     trainer = Trainer(config, tmp_path / "run")
@@ -183,6 +189,7 @@ def poison(trainer: Trainer, iteration: int) -> None:
     trainer._step = poisoned  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_costs_no_step(tiny, tmp_path):
     config = load_config(tiny, RARELY)
     trainer = Trainer(config, tmp_path / "run")
@@ -313,6 +320,7 @@ def test_weights_of_zero_are_refused(tiny, tmp_path):
             Trainer(load_config(tiny, [f"train.loss.class_weights={values}"]), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_train_labels_without_a_class_are_refused_before_training(tiny, tmp_path, own_scenes):
     import cv2
 
@@ -325,6 +333,7 @@ def test_train_labels_without_a_class_are_refused_before_training(tiny, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_one_damaged_file_stops_all_processes(tiny, tmp_path, own_scenes):
     """The process that does not read it saves, and neither waits for the other."""
     script = tmp_path / "go.py"

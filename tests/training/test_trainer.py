@@ -251,6 +251,7 @@ def test_best_checkpoint_predicts_as_the_averaged_model(tiny, tmp_path):
     torch.testing.assert_close(load_model(tmp_path / "run/last.pt")(images), expected)
 
 
+@pytest.mark.slow
 def test_bad_checkpoints_are_named(tiny, tmp_path):
     config = load_config(tiny, ["train.iterations=1"])
     run(config, tmp_path / "run")
