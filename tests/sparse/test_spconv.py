@@ -22,6 +22,12 @@ SIZES = [(1, 1), (4, 6), (9, 13), (21, 18)]  # of the finest grid, at stride 8
 SPACINGS = (16, 32, 96, 192, 288)  # layer3, layer4, and ASPP's
 
 
+@pytest.fixture(autouse=True)
+def imported() -> None:
+    """Its first import warns of what it uses; tests that import it themselves must not be the first."""
+    spconv.available("cpu")
+
+
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """What the engine found out about the library is forgotten before and after."""
