@@ -51,12 +51,6 @@ class Layers(nn.Module):
             rows = F.relu(rows) if relu else rows
         return rows
 
-    @property
-    def is_patchable(self) -> bool:
-        return bool(len(self.convs)) and all(
-            (conv.spacing > 0) == (index == 0) for index, conv in enumerate(self.convs)
-        )
-
 
 class LiteNeck(nn.Module):
     """1x1, norm, ReLU; without a layer it passes on what it gets (FCN's)."""
@@ -224,10 +218,6 @@ class Head(nn.Module):
             rows = split.complete(rows, self.classifier.extra(self.refine.on_rows(taps)))
         return rows_to_grid(rows, split.plan.batch, split.plan.fine)
 
-    @property
-    def is_patchable(self) -> bool:
-        return self.refine.is_patchable
-
 
 class PlusHead(Head):
     """DeepLabV3+: behind `refine`, upsampling to stride 4, the projected skip, and a decoder."""
@@ -256,10 +246,6 @@ class PlusHead(Head):
         for layers in self.decoder:
             grid = layers.on_grid(grid, unit)
         return self.classifier.lattice(grid)
-
-    @property
-    def is_patchable(self) -> bool:
-        return False
 
 
 def static_head(head: Any, size: tuple[int, int], strides: Sequence[int]) -> Head:

@@ -18,10 +18,12 @@ from sparse_seg.export.policies import Choice, Ranking
 from sparse_seg.export.sites import Lattice, Sites, Split
 from sparse_seg.export.upsample import Tiles, Upsample, grid_size
 from sparse_seg.masks import MaskPolicy
+from sparse_seg.models.heads import Head
 from sparse_seg.models.layouts import MIN_SIZE
+from sparse_seg.models.patch import layers, reads_neighbours
 from sparse_seg.models.resnet import STAGE_STRIDES
 from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.sparse import SEPARATE
+from sparse_seg.models.way import Way
 
 INPUTS = ("float", "uint8")
 
@@ -243,7 +245,7 @@ def check_options(model: SelectiveSegmentor, options: ExportOptions) -> None:
             "undilated convolutions (model.dilate_second=false) make the coarse lattice depend on the mask; "
             "such a network can be exported with --dense only"
         )
-    if model.exchange == SEPARATE:
+    if model.separates(Way()):
         raise SparseSegError(
             "exchange separate makes the coarse lattice depend on the mask; such a network can be exported "
             "with --dense only, or with another rule (--set model.exchange=linear)"
@@ -259,7 +261,11 @@ def check_options(model: SelectiveSegmentor, options: ExportOptions) -> None:
             "a threshold gives another number of blocks for each image; export with --fine-fraction F"
         )
     patches = (options.merge or model.merge) == "patch"
-    if patches and not static_head(model.head, options.size, ()).is_patchable:
+    if patches and not _is_patchable(model.head):
         raise SparseSegError(
             "merge patch needs a head with one 3x3 convolution behind densify; choose merge whole"
         )
+
+
+def _is_patchable(head: Head) -> bool:
+    return head.decodes_cells and any(map(reads_neighbours, layers(head.refine)))

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import time
 from collections import OrderedDict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.runtime import Session, check_runtime, open_session
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
 from sparse_seg.models.layouts import check_images
+from sparse_seg.models.predicting import Predicting
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 
@@ -38,7 +40,7 @@ def in_runtime(model: SelectiveSegmentor, runtime: str, threads: int | None = No
     return RuntimeSegmentor(model, runtime, threads)
 
 
-class RuntimeSegmentor:
+class RuntimeSegmentor(Predicting):
     """What `in_runtime` makes. Graphs are made when they are needed, one for each size and batch of images,
     each way to run and each number of given fine blocks; the latest `GRAPHS` are kept.
 
@@ -56,32 +58,7 @@ class RuntimeSegmentor:
         self._policies: dict[Way, MaskPolicy] = {}
 
     def __call__(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
-        """Logits `[B, K, H, W]` of normalised images; see `SelectiveSegmentor.forward`."""
-        run = self.start(images)
-        return (run.follow() if fine_blocks is None else run.take(fine_blocks)).logits()
-
-    forward = __call__
-
-    def dense(self, images: Tensor, output_stride: int = 8) -> Tensor:
-        """Logits `[B, K, H, W]` of the same weights run dense."""
-        return self.start(images).follow(Way.dense(output_stride)).logits()
-
-    def classify(
-        self,
-        images: Tensor,
-        output_stride: int | None = None,
-        policy: MaskPolicy | None = None,
-        labels: Tensor | None = None,
-        fine_blocks: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Classes int64 `[B, H, W]`, and the fine blocks (None when dense); see
-        `SelectiveSegmentor.classify`."""
-        run = self.start(images, labels)
-        if output_stride is None and fine_blocks is not None:
-            run.take(fine_blocks)
-        else:
-            run.follow(Way(output_stride), policy)
-        return run.classes(), run.mask
+        return self.forward(images, fine_blocks)
 
     def start(self, images: Tensor, labels: Tensor | None = None) -> RuntimeRun:
         """Start a run over images, float32 `[B, 3, H, W]`; nothing is computed yet.
@@ -131,10 +108,15 @@ class RuntimeSegmentor:
         self._sessions.move_to_end(options)
         return self._sessions[options]
 
+    @cached_property
+    def _folded(self) -> SelectiveSegmentor:
+        """What graphs are made of: on the CPU, wherever the model is."""
+        with torch.inference_mode(False):  # they outlast the call that asks for them first
+            return copy.deepcopy(self.model).cpu().for_inference()
+
     def _graph(self, options: ExportOptions) -> bytes:
-        """Of copies on the CPU, wherever the model is."""
         policy = None if options.policy is None else copy.deepcopy(options.policy).cpu()
-        network = StaticNetwork(copy.deepcopy(self.model).cpu(), dataclasses.replace(options, policy=policy))
+        network = StaticNetwork(self._folded, dataclasses.replace(options, policy=policy))
         return to_onnx(network).SerializeToString()
 
 

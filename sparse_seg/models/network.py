@@ -90,9 +90,13 @@ class Network(nn.Module):
         layers = (layer for layer in self.backbone.modules() if hasattr(layer, "exchange"))
         return str(next(layers).exchange)
 
+    def separates(self, way: Way) -> bool:
+        """Whether levels do not read each other."""
+        return (way.exchange or self.exchange) == SEPARATE
+
     def refines(self, way: Way) -> bool:
         """Whether a coarse pass can be refined (P4): it stays as it is when blocks become fine (P1)."""
-        return not self.has_undilated and (way.exchange or self.exchange) != SEPARATE
+        return not self.has_undilated and not self.separates(way)
 
     @cached_property
     def has_undilated(self) -> bool:

@@ -17,16 +17,12 @@ from torch import Tensor
 
 from sparse_seg.masks import MaskPolicy, block_levels
 from sparse_seg.models.heads import LOW_LEVEL_STRIDE
-from sparse_seg.models.layouts import (
-    check_images,
-    selective_layouts,
-    warn_of_bytes,
-)
+from sparse_seg.models.layouts import check_images, selective_layouts, warn_of_bytes
 from sparse_seg.models.network import Network, eval_mode
 from sparse_seg.models.stages import Stages
 from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.models.way import Way
-from sparse_seg.sparse import SEPARATE, Memory, SiteLayout, Step, densify, rows_to_grid
+from sparse_seg.sparse import Memory, SiteLayout, Step, densify, rows_to_grid
 
 
 class Pass:
@@ -142,7 +138,7 @@ class Pass:
         if self.model.training:
             with eval_mode(self.model):
                 return Pass(self.model, self.images).coarse_logits(every)
-        if self.memory is None and self._separates:
+        if self.memory is None and self.model.separates(self._way):
             self.features()
             run = self._beside(Way.dense(self.model.strides[-1]))
             logits, self._counts = run.grid_logits(), run._counts
@@ -269,13 +265,13 @@ class Pass:
     def _patches(self) -> bool:
         return (self._way.merge or self.model.merge) == "patch"
 
-    @property
-    def _separates(self) -> bool:
-        return (self._way.exchange or self.model.exchange) == SEPARATE
-
     def _check_refines(self) -> None:
         if not self.model.refines(self._way):
-            what = "exchange separate makes" if self._separates else "undilated convolutions make"
+            what = (
+                "exchange separate makes"
+                if self.model.separates(self._way)
+                else "undilated convolutions make"
+            )
             raise ValueError(f"{what} coarse sites depend on the mask: a coarse pass cannot be refined")
 
     def lattice_logits(self) -> Tensor:

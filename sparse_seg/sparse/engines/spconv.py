@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_seg.sparse.engines import EngineError, gather
+from sparse_seg.sparse.grids import unflatten
 from sparse_seg.sparse.layout import SiteLayout
 from sparse_seg.sparse.neighbours import NeighbourTable
 from sparse_seg.sparse.step import Step
@@ -109,9 +110,8 @@ class _Level:
 
 def _level(layout: SiteLayout, table: NeighbourTable, apart: bool = False) -> _Level:
     phases = layout.lattice_stride // layout.stride  # per axis
-    height, width = layout.size
     cells = torch.cat((layout.cells[0 if apart else layout.num_lattice :], table.ghost_cells))
-    image, y, x = cells // (height * width), cells // width % height, cells % width
+    image, y, x = unflatten(cells, layout.size)
     entry, batch = image * phases**2 + y % phases * phases + x % phases, layout.batch * phases**2
     if apart:
         entry, batch = entry + batch * layout.level.flatten()[cells], batch * len(layout.sizes)
