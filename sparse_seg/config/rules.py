@@ -136,7 +136,8 @@ def check_training(config: Config) -> None:
         learned or not train.freeze,
         "train.freeze leaves nothing to train but a learned mask: set model.mask.policy=learned",
     )
-    distilled, coarse = train.distill.teacher is not None, train.loss.coarse_weight > 0
+    distilled = train.distill.teacher is not None
+    coarse = max(train.loss.coarse_weight, train.loss.coarse_distill_weight) > 0
     _require(
         not (learned and (distilled or coarse or train.loss.fine_weight > 0)),
         "a learned mask is trained without train.distill, train.loss.coarse_weight and fine_weight: train "

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from sparse_seg.config import Config
 from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.transforms import TrainTransform, normalise
 from sparse_seg.errors import DataError
@@ -174,58 +173,23 @@ def _quietly(start: Callable[[], Iterator[_Batch]]) -> Iterator[_Batch]:
 def training_loader(
     dataset: SegmentationDataset,
     transform: TrainTransform,
-    batch_size: int,
+    keys: ResumableSampler,
     seed: int,
-    start_iteration: int,
-    iterations: int,
     workers: int,
-    part: tuple[int, int] = (0, 1),
     cache: bool = False,
 ) -> DataLoader[Sample]:
-    """Iterations `start_iteration` to before `iterations`: float32 `[B, 3, h, w]` and int64 `[B, h, w]`.
+    """Batches of the keys: float32 `[B, 3, h, w]` and int64 `[B, h, w]`.
 
-    part: (i, n) for the i-th of n parts of each batch.
     cache: see `TrainingView`.
     """
     return _Loader(
         _Named(TrainingView(dataset, transform, seed, cache)),
         collate_fn=_collate,
-        batch_sampler=ResumableSampler(len(dataset), batch_size, seed, start_iteration, iterations, part),
+        batch_sampler=keys,
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each loader draws from torch's global state, and resuming differs
-    )
-
-
-def training_batches(
-    dataset: SegmentationDataset,
-    config: Config,
-    start_iteration: int,
-    iterations: int,
-    part: tuple[int, int] = (0, 1),
-) -> DataLoader[Sample]:
-    """The `training_loader` that a config describes."""
-    data, train = config.data, config.train
-    transform = TrainTransform(
-        crop=(data.crop[0], data.crop[1]),
-        scale_range=(data.scale_range[0], data.scale_range[1]),
-        flip=data.flip,
-        jitter=data.jitter,
-        mean=data.mean,
-        std=data.std,
-        gamma=data.gamma,
-    )
-    return training_loader(
-        dataset,
-        transform,
-        train.batch_size,
-        train.seed,
-        start_iteration,
-        iterations,
-        data.workers,
-        part,
-        data.cache,
     )
 
 

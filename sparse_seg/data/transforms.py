@@ -1,6 +1,7 @@
 """From uint8 frames to the network's input: augmentation for training, normalisation for both."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -12,7 +13,7 @@ from sparse_seg.data.dataset import IGNORE_INDEX, Image
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
+LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
 _HUE_SHARE = 0.1  # radians of hue turn per unit of jitter: lanes and signs keep their colour's name
 
 
@@ -37,6 +38,21 @@ def _normalise(image: NDArray[np.float32], mean: Sequence[float], std: Sequence[
     scale = (1 / (255 * np.asarray(std))).astype(np.float32)
     shift = (np.asarray(mean) / np.asarray(std)).astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray((image * scale - shift).transpose(2, 0, 1)))
+
+
+class Draw(NamedTuple):
+    """What one sample's augmentation is to be.
+
+    warp: `[2, 3]`, from a crop's pixel (x, y) to the place in the image that it shows.
+    exponent: that values 0..1 are raised to; 1 keeps them.
+    colour: `[3, 3]`, which RGB is multiplied with.
+    middle: share of the crop's mean luma that is added.
+    """
+
+    warp: NDArray[np.float64]
+    exponent: float
+    colour: NDArray[np.float64]
+    middle: float
 
 
 class TrainTransform:
@@ -85,16 +101,25 @@ class TrainTransform:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Image `[H, W, 3]` uint8 and label `[H, W]` uint8 to float32 `[3, h, w]` and int64 `[h, w]`."""
         _require_bytes(image)
-        warp = self._draw_warp(image.shape[0], image.shape[1], rng)
+        draw = self.draw(image.shape[0], image.shape[1], rng)
         fill = [255 * channel for channel in self.mean]
-        crop = _warp(image, warp, self.crop, cv2.INTER_LINEAR, fill)
+        crop = _warp(image, draw.warp, self.crop, cv2.INTER_LINEAR, fill)
         if self.gamma:
-            crop = _relight(crop, np.exp(rng.uniform(-self.gamma, self.gamma)))
+            crop = _relight(crop, draw.exponent)
         pixels = crop.astype(np.float32)
         if self.jitter:
-            pixels = _jitter(pixels, self.jitter, rng)
-        target = _warp(label, warp, self.crop, cv2.INTER_NEAREST, [IGNORE_INDEX])
+            pixels = _jitter(pixels, draw.colour, draw.middle)
+        target = _warp(label, draw.warp, self.crop, cv2.INTER_NEAREST, [IGNORE_INDEX])
         return _normalise(pixels, self.mean, self.std), torch.from_numpy(target.astype(np.int64))
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> Draw:
+        """The random part, for an image of `height` x `width` px."""
+        warp, exponent, colour, middle = self._draw_warp(height, width, rng), 1.0, np.eye(3), 0.0
+        if self.gamma:
+            exponent = float(np.exp(rng.uniform(-self.gamma, self.gamma)))
+        if self.jitter:
+            colour, middle = _draw_colour(self.jitter, rng)
+        return Draw(warp, exponent, colour, middle)
 
     def _draw_warp(self, height: int, width: int, rng: np.random.Generator) -> NDArray[np.float64]:
         """The matrix `[2, 3]` from a crop's pixel (x, y) to the place in the image that it shows."""
@@ -129,15 +154,19 @@ def _relight(image: Image, exponent: float) -> Image:
     return table[image]
 
 
-def _jitter(image: NDArray[np.float32], amount: float, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Brightness, contrast, saturation and a little hue, composed to one colour matrix; clipped to 0..255."""
+def _draw_colour(amount: float, rng: np.random.Generator) -> tuple[NDArray[np.float64], float]:
+    """Brightness, contrast, saturation and a little hue, composed to `Draw`'s colour and middle."""
     brightness, contrast, saturation = rng.uniform(1 - amount, 1 + amount, 3)
     angle = rng.uniform(-1, 1) * _HUE_SHARE * amount * np.pi
-    grey = np.tile(_LUMA, (3, 1))
+    grey = np.tile(LUMA, (3, 1))
     chroma = saturation * (np.eye(3) - grey)
-    matrix = brightness * contrast * (grey + _hue_turn(angle) @ chroma)
-    middle = brightness * (1 - contrast) * float(image.mean(axis=(0, 1)) @ _LUMA)
-    affine = np.column_stack([matrix, np.full(3, middle)])
+    return brightness * contrast * (grey + _hue_turn(angle) @ chroma), float(brightness * (1 - contrast))
+
+
+def _jitter(image: NDArray[np.float32], colour: NDArray[np.float64], middle: float) -> NDArray[np.float32]:
+    """The image in other colours, clipped to 0..255."""
+    added = middle * float(image.mean(axis=(0, 1)) @ LUMA)
+    affine = np.column_stack([colour, np.full(3, added)])
     return np.clip(cv2.transform(image, affine), 0, 255)
 
 

@@ -58,7 +58,7 @@ class SegmentationLoss(nn.Module):
         loss = self._cross_entropy(outputs.logits, labels, emphasis)
         if outputs.auxiliary is not None:
             loss = loss + config.auxiliary_weight * self._cross_entropy(outputs.auxiliary, labels)
-        if coarse is not None:
+        if coarse is not None and config.coarse_weight > 0:
             loss = loss + config.coarse_weight * self._cross_entropy(coarse, labels)
         return loss
 

@@ -1,7 +1,9 @@
 """The loss of a training step: cross-entropy plus the terms that the config adds for light networks.
 
 Distillation (`train.distill`) and emphasis on detail (`boundary_weight`, `fine_weight`, `coarse_weight` of
-`train.loss`) work alone and together, for dense and selective training.
+`train.loss`) work alone and together, for dense and selective training. With `coarse_distill_weight` the coarse
+lattice learns from the whole network's own prediction of the same step, as the narrow networks in "Universally
+Slimmable Networks" (Yu and Huang, ICCV 2019) do from the widest: inplace distillation.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.config import TrainConfig
+from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.models.passes import Pass
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
@@ -43,9 +46,18 @@ class Objective(nn.Module):
             assert fine_blocks is not None
             run.take(fine_blocks)
         fine = None if fine_blocks is None else model.fine_pixels(fine_blocks, images)
-        coarse = run.lattice_logits() if config.loss.coarse_weight > 0 else None
-        loss = self.loss(Outputs(run.logits(), run.auxiliary_logits()), labels, coarse, fine)
+        coarse = run.lattice_logits() if self._needs_coarse else None
+        logits, labelled = run.logits(), (labels != IGNORE_INDEX).float()
+        loss = self.loss(Outputs(logits, run.auxiliary_logits()), labels, coarse, fine)
+        if config.loss.coarse_distill_weight > 0 and coarse is not None:
+            divergence = logits_divergence(coarse, logits.detach(), labelled, temperature=1)
+            loss = loss + config.loss.coarse_distill_weight * divergence
         return loss if self.teacher is None else loss + self._distill(self.teacher, run, fine)
+
+    @property
+    def _needs_coarse(self) -> bool:
+        loss = self.config.loss
+        return max(loss.coarse_weight, loss.coarse_distill_weight) > 0
 
     @property
     def _needs_blocks(self) -> bool:

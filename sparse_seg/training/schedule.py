@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sparse_seg.config import TrainConfig
 
@@ -34,8 +35,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def update_average(average: nn.Module, model: nn.Module, decay: float, iteration: int) -> None:
     """Exponential moving average of weights and statistics; its decay grows from 0.1 to `decay`."""
     decay = min(decay, (1 + iteration) / (10 + iteration))
-    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if kept.is_floating_point():
-            kept.lerp_(new, 1 - decay)
-        else:
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+    get_ema_multi_avg_fn(decay)(*zip(*averaged, strict=True), None)
+    for kept, new in pairs:
+        if not kept.is_floating_point():
             kept.copy_(new)

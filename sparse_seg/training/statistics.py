@@ -7,7 +7,7 @@ from torch import nn
 
 from sparse_seg.config import Config
 from sparse_seg.data import build_dataset
-from sparse_seg.data.loader import training_batches
+from sparse_seg.data.batches import training_batches
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.progress import bar
 from sparse_seg.training.batch import check_values_per_channel
@@ -37,7 +37,7 @@ def recalibrate_batch_norm(
     momenta = [norm.momentum for norm in norms]
     device = next(model.parameters()).device
     dataset = build_dataset(config.data.dataset, config.data.root, "train")
-    loader = training_batches(dataset, config, 0, batches)
+    loader = training_batches(dataset, config, 0, batches, device=device)
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean of all batches

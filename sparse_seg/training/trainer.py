@@ -13,7 +13,7 @@ from sparse_seg.checkpoint import load
 from sparse_seg.checkpoint.loading import initial_weights
 from sparse_seg.config import Config, changes, check_classes, check_training, to_yaml
 from sparse_seg.data import build_dataset
-from sparse_seg.data.loader import training_batches
+from sparse_seg.data.batches import training_batches
 from sparse_seg.errors import DataError, SparseSegError, TrainingError
 from sparse_seg.files import atomic_write
 from sparse_seg.models.build import build_model
@@ -158,7 +158,11 @@ class Trainer:
         """
         train = self.config.train
         part = self.processes.rank, self.processes.count
-        batches = iter(training_batches(self.dataset, self.config, self.iteration, train.iterations, part))
+        batches = iter(
+            training_batches(
+                self.dataset, self.config, self.iteration, train.iterations, part, self.device
+            )
+        )
         self._set_training()
         self.console = Console(train, self.iteration, self.device, self.processes.is_first)
         with signals_to(self.stop.request):

@@ -36,10 +36,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> SegmentationDataset:
     return build_dataset("camvid", root, "train")
 
 
+def keys(start: int = 0, length: int = 5) -> ResumableSampler:
+    return ResumableSampler(length, 3, 7, start, 6)
+
+
 def batches(
     dataset: SegmentationDataset, start: int, workers: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [tuple(b) for b in training_loader(dataset, _TRANSFORM, 3, 7, start, 6, workers)]
+    return [tuple(b) for b in training_loader(dataset, _TRANSFORM, keys(start), 7, workers)]
 
 
 def assert_same(first: list, second: list) -> None:
@@ -70,7 +74,7 @@ def test_a_cache_changes_no_sample_and_reads_each_frame_once(
         return load(index)
 
     monkeypatch.setattr(dataset, "load", counted)
-    assert_same(list(training_loader(dataset, _TRANSFORM, 3, 7, 0, 6, 0, cache=True)), expected)
+    assert_same(list(training_loader(dataset, _TRANSFORM, keys(), 7, 0, cache=True)), expected)
     assert sorted(reads) == list(range(5))
 
 
@@ -142,7 +146,7 @@ def test_a_damaged_file_is_one_line_with_workers_and_without(tmp_path: Path, kin
     damaged.write_bytes(damaged.read_bytes()[:50])
     own = build_dataset("camvid", tmp_path, "train")
     if kind == "training":
-        loader: Iterable = training_loader(own, _TRANSFORM, 3, 7, 0, 6, workers)
+        loader: Iterable = training_loader(own, _TRANSFORM, keys(0, len(own)), 7, workers)
     else:
         loader = evaluation_loader(own, IMAGENET_MEAN, IMAGENET_STD, workers)
     handler = signal.getsignal(signal.SIGCHLD)

@@ -10,6 +10,7 @@ from sparse_seg.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     TrainTransform,
+    _draw_colour,
     _jitter,
     _relight,
     normalise,
@@ -126,7 +127,7 @@ def test_jitter_keeps_grey_grey_and_stays_in_range() -> None:
     grey = np.repeat(np.linspace(0, 255, 64, dtype=np.float32).reshape(8, 8, 1), 3, 2)
     brighter = set()
     for seed in range(20):
-        out = _jitter(grey, 0.4, np.random.default_rng(seed))
+        out = _jitter(grey, *_draw_colour(0.4, np.random.default_rng(seed)))
         assert np.ptp(out, axis=2).max() < 1e-2
         assert out.min() >= 0
         assert out.max() <= 255
@@ -136,7 +137,7 @@ def test_jitter_keeps_grey_grey_and_stays_in_range() -> None:
 
 def test_jitter_changes_colours() -> None:
     red = np.zeros((4, 4, 3), np.float32) + np.array((200, 40, 40), np.float32)
-    spreads = [np.ptp(_jitter(red, 0.3, np.random.default_rng(seed))[0, 0]) for seed in range(20)]
+    spreads = [np.ptp(_jitter(red, *_draw_colour(0.3, np.random.default_rng(seed)))[0, 0]) for seed in range(20)]
     assert min(spreads) < 160 < max(spreads)
 
 

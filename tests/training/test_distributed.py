@@ -14,7 +14,8 @@ import torch
 
 from sparse_seg.config import Config, load_config
 from sparse_seg.data import build_dataset
-from sparse_seg.data.loader import ResumableSampler, training_batches
+from sparse_seg.data.batches import training_batches
+from sparse_seg.data.loader import ResumableSampler
 from sparse_seg.errors import DataError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.models.build import build_model

@@ -1,6 +1,7 @@
 """Going on from what another training left: whole states, or one line that says why not."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +119,17 @@ def test_lines_of_the_log_that_a_crash_spoilt_are_left_out(line, finished, tmp_p
     kept = (tmp_path / "again/log.jsonl").read_text()
     assert kept == log
     assert [json.loads(text)["iteration"] for text in kept.splitlines()]
+
+
+def test_frames_on_the_device_resume_bit_for_bit(tmp_path: Path, tiny: Path) -> None:
+    def trained(name: str, iterations: int, resume: bool = False) -> dict[str, torch.Tensor]:
+        own = load_config(tiny, ["data.on_device=true", "train.lr=0.01", "train.poly_power=0"])
+        own.train.iterations = iterations
+        trainer = Trainer(own, tmp_path / name, resume)
+        trainer.run()
+        return trainer.model.state_dict()
+
+    whole = trained("whole", 3)
+    trained("parts", 1)
+    parts = trained("parts", 3, resume=True)
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())

@@ -73,9 +73,9 @@ def _distils(train: TrainConfig) -> bool:
 
 
 def emphasises_detail(train: TrainConfig) -> bool:
-    """Whether any of the three weights that stress detail is on."""
+    """Whether any of the weights that stress detail is on."""
     loss = train.loss
-    return max(loss.boundary_weight, loss.fine_weight, loss.coarse_weight) > 0
+    return max(loss.boundary_weight, loss.fine_weight, loss.coarse_weight, loss.coarse_distill_weight) > 0
 
 
 def _mean(values: Sequence[float]) -> float:
