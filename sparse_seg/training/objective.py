@@ -73,5 +73,9 @@ class Objective(nn.Module):
         if fine is not None:  # a cell lies in the block of the pixel at its place
             weights = weights + config.fine_weight * fine[:, :: layout.stride, :: layout.stride]
         logits = logits_divergence(run.grid_logits(), taught.logits, weights, config.temperature)
-        features = likeness_difference(run.rows(), taught.features, layout, weights)
-        return config.logits_weight * logits + config.features_weight * features
+        loss = config.logits_weight * logits
+        if config.features_weight > 0:  # it waits for the GPU at each image
+            loss = loss + config.features_weight * likeness_difference(
+                run.rows(), taught.features, layout, weights
+            )
+        return loss
