@@ -19,7 +19,8 @@ from sparse_seg.progress import bar
 class ResidentBatches:
     """The batches of a `training_loader`, cut from frames on `device`: the same crops, but for rounding.
 
-    Iterating gives float32 `[B, 3, h, w]` and int64 `[B, h, w]` on the device. A GB holds 1500 frames of 360x480.
+    Iterating gives float32 `[B, 3, h, w]` and int64 `[B, h, w]` on the device. A GB holds 1500 frames of
+    360x480.
 
     Raises:
         DataError: an image cannot be read, the frames differ in size, or the device has no room for them.

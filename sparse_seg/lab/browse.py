@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from sparse_seg.config import Config
 from sparse_seg.data import IGNORE_INDEX, ClassList, SegmentationDataset, build_dataset
-from sparse_seg.data.dataset import Image
 from sparse_seg.data.batches import training_batches
+from sparse_seg.data.dataset import Image
 from sparse_seg.data.reading import captured_stderr
 from sparse_seg.errors import DataError
 from sparse_seg.lab.report.html import Picture, Section, photo, write_report

@@ -1,9 +1,9 @@
 """The loss of a training step: cross-entropy plus the terms that the config adds for light networks.
 
 Distillation (`train.distill`) and emphasis on detail (`boundary_weight`, `fine_weight`, `coarse_weight` of
-`train.loss`) work alone and together, for dense and selective training. With `coarse_distill_weight` the coarse
-lattice learns from the whole network's own prediction of the same step, as the narrow networks in "Universally
-Slimmable Networks" (Yu and Huang, ICCV 2019) do from the widest: inplace distillation.
+`train.loss`) work alone and together, for dense and selective training. With `coarse_distill_weight` the
+coarse lattice learns from the whole network's own prediction of the same step, as the narrow networks in
+"Universally Slimmable Networks" (Yu and Huang, ICCV 2019) do from the widest: inplace distillation.
 """
 
 from __future__ import annotations

@@ -31,6 +31,10 @@ class Diverged(TrainingError):
     """Loss or gradient is not finite: other settings are needed."""
 
 
+class DeviceFailed(TrainingError):
+    """A GPU gave up, and with it all that this process keeps there."""
+
+
 class ValidationStopped(BaseException):
     """Raised into a validation, which may be long, by a request to stop."""
 
@@ -80,7 +84,11 @@ class Stop:
             return work(*arguments)
         except (SparseSegError, OSError) as error:
             self.failure = self.failure or error
-            return None
+        except RuntimeError as error:
+            if not isinstance(error, torch.AcceleratorError) and "cudaError" not in str(error):
+                raise
+            self.failure = self.failure or DeviceFailed(f"the GPU failed: {str(error).splitlines()[0]}")
+        return None
 
     def is_due(self) -> bool:
         """Whether any process has to stop; all ask together."""

@@ -33,6 +33,7 @@ from sparse_seg.training.schedule import learning_rate
 from sparse_seg.training.step import Step
 from sparse_seg.training.stopping import (
     AlreadyTrained,
+    DeviceFailed,
     Diverged,
     Stop,
     ending,
@@ -159,9 +160,7 @@ class Trainer:
         train = self.config.train
         part = self.processes.rank, self.processes.count
         batches = iter(
-            training_batches(
-                self.dataset, self.config, self.iteration, train.iterations, part, self.device
-            )
+            training_batches(self.dataset, self.config, self.iteration, train.iterations, part, self.device)
         )
         self._set_training()
         self.console = Console(train, self.iteration, self.device, self.processes.is_first)
@@ -284,7 +283,7 @@ class Trainer:
         kind = DataError if isinstance(failure, DataError) else TrainingError
         if isinstance(failure, ProcessLost) and not self.processes.is_first:  # the first one may be gone
             return kind(f"{what}; if {self.last} is there, {self.resume_hint}, else start again")
-        if self.iteration > 0:
+        if self.iteration > 0 and not isinstance(failure, DeviceFailed):
             try:
                 self.save()
             except OSError as error:

@@ -35,9 +35,7 @@ def config(on_device: bool = True, scale_range: tuple[float, float] = (0.5, 2.0)
 
 
 @pytest.mark.parametrize("scale", [(0.5, 2.0), (0.3, 0.5)])
-def test_crops_are_the_loaders(
-    tmp_path: Path, scale: tuple[float, float], device: str
-) -> None:
+def test_crops_are_the_loaders(tmp_path: Path, scale: tuple[float, float], device: str) -> None:
     """With padding where a scaled frame is smaller than the crop."""
     dataset = dataset_of(tmp_path, [(112, 160)] * 4)
     own = list(training_batches(dataset, config(True, scale), 2, 8, device=torch.device(device)))
@@ -61,7 +59,7 @@ def test_batches_depend_on_the_seed_and_the_position_alone(tmp_path: Path) -> No
     whole = list(training_batches(dataset, resident, 0, 6))
     late = list(training_batches(dataset, resident, 4, 6))
     assert all(torch.equal(*pair) for pair in zip(whole[4] + whole[5], late[0] + late[1], strict=True))
-    parts = [list(training_batches(dataset, resident, 0, 1, (part, 3)))[0] for part in range(3)]
+    parts = [next(iter(training_batches(dataset, resident, 0, 1, (part, 3)))) for part in range(3)]
     assert torch.equal(torch.cat([images for images, _ in parts]), whole[0][0])
 
 

@@ -137,7 +137,9 @@ def test_jitter_keeps_grey_grey_and_stays_in_range() -> None:
 
 def test_jitter_changes_colours() -> None:
     red = np.zeros((4, 4, 3), np.float32) + np.array((200, 40, 40), np.float32)
-    spreads = [np.ptp(_jitter(red, *_draw_colour(0.3, np.random.default_rng(seed)))[0, 0]) for seed in range(20)]
+    spreads = [
+        np.ptp(_jitter(red, *_draw_colour(0.3, np.random.default_rng(seed)))[0, 0]) for seed in range(20)
+    ]
     assert min(spreads) < 160 < max(spreads)
 
 

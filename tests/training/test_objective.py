@@ -75,6 +75,34 @@ def test_coarse_loss_is_added_with_its_weight() -> None:
     torch.testing.assert_close(both, apart[0] + 0.25 * apart[1])
 
 
+@pytest.mark.parametrize("network", ["dense", "selective"])
+def test_the_coarse_lattice_learns_from_the_network_that_runs(network: str) -> None:
+    """Its divergence from that prediction, whose gradient it does not get; unlabelled pixels do not count."""
+    model, (images, labels) = student(), batch()
+
+    def gradients(weight: float) -> tuple[Tensor, list[Tensor]]:
+        train = TrainConfig(network=network, loss=LossConfig(coarse_distill_weight=weight))
+        loss = Objective(train)(model, images, labels)
+        return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+
+    model.eval()
+    run = model.start(images)
+    run = run.follow(Way.dense(8)) if network == "dense" else run.take(model.policy(run))
+    coarse, logits = run.lattice_logits().log_softmax(1), run.logits().detach().log_softmax(1)
+    known = labels != 255
+    expected = 0.7 * (logits.exp() * (logits - coarse)).sum(1)[known].mean()
+    plain, taught = gradients(0.0), gradients(0.7)
+    assert (taught[0] - plain[0]).item() == pytest.approx(expected.item(), rel=1e-5)
+    own = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+    for before, after, added in zip(plain[1], taught[1], own, strict=True):
+        if before is not None:
+            difference = 0 if added is None else added
+            torch.testing.assert_close(after - before, difference + 0 * before, rtol=1e-3, atol=1e-6)
+    assert Objective(TrainConfig(loss=LossConfig(coarse_distill_weight=1)))(
+        model, images, torch.full_like(labels, 255)
+    ).isfinite()
+
+
 @pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32), (4, 8, 16)], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @torch.no_grad()

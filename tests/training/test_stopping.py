@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -235,6 +236,41 @@ def test_no_memory_for_a_step_is_one_line(tiny, tmp_path, monkeypatch):
     message = stopped(trainer, TrainingError)
     assert message.startswith("no memory for a step; lower train.batch_size or data.crop; the last good")
     assert state_of(tmp_path / "run")["progress"]["iteration"] == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal instruction was encountered\nSearch for it"),
+        RuntimeError("merge_sort: failed to synchronize: cudaErrorIllegalInstruction: an illegal"),
+    ],
+    ids=["torch", "thrust"],
+)
+def test_a_gpu_that_fails_is_one_line(error, tiny, tmp_path, monkeypatch):
+    """What it held is lost: nothing is saved from there, and the last checkpoint is named."""
+    trainer = Trainer(load_config(tiny), tmp_path / "run")
+
+    def fail(*arguments):
+        raise error
+
+    at_iteration(trainer, 3, lambda: monkeypatch.setattr(trainer.objective, "forward", fail))
+    message = stopped(trainer, TrainingError)
+    assert re.fullmatch(
+        r"the GPU failed: .* illegal[^\n]*; the last good checkpoint is .*last.pt, of iteration 2; resume .*",
+        message,
+    )
+    assert state_of(tmp_path / "run")["progress"]["iteration"] == 2
+
+
+def test_other_errors_keep_their_traceback(tiny, tmp_path, monkeypatch):
+    trainer = Trainer(load_config(tiny), tmp_path / "run")
+
+    def fail(*arguments):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(trainer.objective, "forward", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        trainer.run()
 
 
 def test_a_finished_run_resumed_exits_0_and_says_so(tiny, tmp_path, capsys):
