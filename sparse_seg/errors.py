@@ -40,6 +40,12 @@ class TrainingError(SparseSegError):
     """Training cannot continue (for instance because the loss is not finite)."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory, on GPU or CPU."""
+    told = any(text in str(error) for text in ("out of memory", "can't allocate memory"))
+    return told or isinstance(error, MemoryError)
+
+
 def did_you_mean(key: str, valid: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest valid one, or nothing.
 

@@ -136,27 +136,32 @@ def check_training(config: Config) -> None:
         learned or not train.freeze,
         "train.freeze leaves nothing to train but a learned mask: set model.mask.policy=learned",
     )
-    distilled = train.distill.teacher is not None
-    coarse = max(train.loss.coarse_weight, train.loss.coarse_distill_weight) > 0
+    distilled, loss = train.distill.teacher is not None, train.loss
+    coarse = max(loss.coarse_weight, loss.coarse_distill_weight) > 0
+    named = "train.loss." + ("coarse_weight" if loss.coarse_weight > 0 else "coarse_distill_weight")
+    _require(
+        not (config.data.on_device and config.data.cache),
+        "data.on_device keeps the frames, and data.cache would once more: set one of them to false",
+    )
     _require(
         not (learned and (distilled or coarse or train.loss.fine_weight > 0)),
-        "a learned mask is trained without train.distill, train.loss.coarse_weight and fine_weight: train "
+        f"a learned mask is trained without train.distill, {named} and fine_weight: train "
         "the network first, then the mask with train.init and train.freeze",
     )
     _require(
         config.model.head != "deeplabv3plus" or not (distilled or coarse),
-        "model.head=deeplabv3plus has no rows before densify for train.distill and train.loss.coarse_weight; "
+        f"model.head=deeplabv3plus has no rows before densify for train.distill and {named}; "
         "choose another head",
     )
     _require(
         not coarse or train.network == "dense" or config.model.exchange != "separate",
-        "train.loss.coarse_weight needs a coarse lattice that does not depend on the mask: not with "
+        f"{named} needs a coarse lattice that does not depend on the mask: not with "
         "train.network=selective and model.exchange=separate",
     )
     finest = config.model.strides[0]
     _require(
         not coarse or train.network == "selective" or train.output_stride == finest,
-        f"train.loss.coarse_weight needs train.output_stride={finest}: the coarse lattice is part of it",
+        f"{named} needs train.output_stride={finest}: the coarse lattice is part of it",
     )
     if learned and supervised:
         _require(train.freeze, "train.mask_loss=supervised trains the mask alone: set train.freeze=true")

@@ -116,7 +116,11 @@ class DataConfig:
     )
     workers: int = key(0, "processes that load data; 0: none but the main one", "[0, 256]")
     cache: bool = key(False, "keep decoded training frames in memory, in each worker")
-    on_device: bool = key(False, "keep training frames on the training's device, and augment them there")
+    on_device: bool = key(
+        False,
+        "keep training frames, all of one size, on the training's device and augment them there; workers "
+        "then serve validation alone",
+    )
 
 
 @dataclass
@@ -130,7 +134,7 @@ class LossConfig:
     fine_weight: float = key(0.0, "added weight of pixels in blocks that the mask makes fine", WEIGHT)
     coarse_weight: float = key(0.0, "weight of the loss on the coarse lattice's own logits", WEIGHT)
     coarse_distill_weight: float = key(
-        0.0, "weight of the coarse lattice's divergence from the classes of the network that runs", WEIGHT
+        0.0, "weight of distilling the network's own prediction into the coarse lattice's logits", WEIGHT
     )
 
 

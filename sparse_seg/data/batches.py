@@ -25,10 +25,7 @@ def training_batches(
 
     Args:
         part: (i, n) for the i-th of n parts of each batch.
-        device: where frames are kept with `data.on_device`; None: on the CPU.
-
-    Raises:
-        DataError: an image cannot be read, or the frames cannot be kept on the device.
+        device: where frames are kept with `data.on_device`; None: they are read when needed.
     """
     data, train = config.data, config.train
     transform = TrainTransform(
@@ -41,6 +38,6 @@ def training_batches(
         gamma=data.gamma,
     )
     keys = ResumableSampler(len(dataset), train.batch_size, train.seed, start_iteration, iterations, part)
-    if data.on_device:
-        return ResidentBatches(dataset, transform, keys, train.seed, device or torch.device("cpu"))
+    if data.on_device and device is not None:
+        return ResidentBatches(dataset, transform, keys, train.seed, device)
     return training_loader(dataset, transform, keys, train.seed, data.workers, data.cache)

@@ -11,19 +11,17 @@ from torch import Tensor
 
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import ResumableSampler
-from sparse_seg.data.transforms import LUMA, Draw, TrainTransform
-from sparse_seg.errors import DataError
+from sparse_seg.data.transforms import LUMA, TrainTransform, require_bytes
+from sparse_seg.errors import DataError, out_of_memory
 from sparse_seg.progress import bar
 
 
 class ResidentBatches:
     """The batches of a `training_loader`, cut from frames on `device`: the same crops, but for rounding.
 
-    Iterating gives float32 `[B, 3, h, w]` and int64 `[B, h, w]` on the device. A GB holds 1500 frames of
-    360x480.
-
-    Raises:
-        DataError: an image cannot be read, the frames differ in size, or the device has no room for them.
+    Iterating reads all frames first, then gives float32 `[B, 3, h, w]` and int64 `[B, h, w]` on the device.
+    A GB holds 1500 frames of 360x480. It raises a DataError where an image cannot be read, the frames differ
+    in size, or there is no room.
     """
 
     def __init__(
@@ -34,69 +32,76 @@ class ResidentBatches:
         seed: int,
         device: torch.device,
     ) -> None:
-        self.transform, self.keys, self.seed, self.device = transform, keys, seed, device
-        frames = [dataset.load(index) for index in bar(range(len(dataset)), "reading frames")]
-        sizes = {label.shape for _, label in frames}
-        if len(sizes) > 1:
-            small, large = min(sizes), max(sizes)
-            raise DataError(
-                f"frames of {small[0]}x{small[1]} and {large[0]}x{large[1]} px cannot be kept on the device "
-                "together; set data.on_device=false"
-            )
-        try:
-            self.images = torch.stack([_channels_first(image) for image, _ in frames]).to(device)
-            self.labels = torch.stack([torch.from_numpy(label) for _, label in frames]).to(device)
-        except torch.OutOfMemoryError:
-            raise DataError(
-                f"{device} has no room for {len(frames)} frames; set data.on_device=false"
-            ) from None
-        self.mean, self.std = (
+        self.dataset, self.transform, self.keys = dataset, transform, keys
+        self.seed, self.device = seed, device
+        self.mean, self.std, self.luma = (
             torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
-            for values in (transform.mean, transform.std)
+            for values in (transform.mean, transform.std, LUMA.tolist())
         )
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        total, height, width = self.labels.shape
-        for keys in self.keys:
-            draws = [
-                self.transform.draw(height, width, np.random.default_rng([self.seed, key])) for key in keys
-            ]
-            yield self._crops(torch.tensor([key % total for key in keys]), draws)
+        try:
+            images, labels = self._frames()
+            for keys in self.keys:
+                yield self._crops(images, labels, keys)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise DataError(
+                f"no room for {len(self.dataset)} frames and their crops on {self.device}; set "
+                "data.on_device=false, or lower train.batch_size"
+            ) from None
 
-    def _crops(self, indices: Tensor, draws: list[Draw]) -> tuple[Tensor, Tensor]:
-        """The frames' crops, as `TrainTransform` makes them."""
-        warp, exponent, colour, middle = (
-            torch.from_numpy(np.array(values, np.float32)).to(self.device, non_blocking=True)
-            for values in zip(*draws, strict=True)
+    def _frames(self) -> tuple[Tensor, Tensor]:
+        """All frames, uint8: images `[N, 3, H, W]` and labels `[N, H, W]`."""
+        total, first = len(self.dataset), self.dataset.load(0)[1].shape
+        images = torch.empty(total, 3, *first, dtype=torch.uint8, device=self.device)
+        labels = torch.empty(total, *first, dtype=torch.uint8, device=self.device)
+        for index in bar(range(total), "reading frames", shown=self.keys.part[0] == 0):
+            image, label = self.dataset.load(index)
+            require_bytes(image)
+            if label.shape != first:
+                sizes = "{}x{} px and {} {}x{}".format(*first, self.dataset.name(index), *label.shape)
+                raise DataError(
+                    f"only frames of one size can be kept on a device, but {self.dataset.name(0)} has {sizes}"
+                    "; set data.on_device=false"
+                )
+            images[index] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+            labels[index] = torch.from_numpy(label)
+        return images, labels
+
+    def _crops(self, images: Tensor, labels: Tensor, keys: list[int]) -> tuple[Tensor, Tensor]:
+        """The keys' crops, as `TrainTransform` makes them."""
+        total, height, width = labels.shape
+        draws = [self.transform.draw(height, width, np.random.default_rng([self.seed, key])) for key in keys]
+        warp, exponent, colour, luma_share = (
+            self._sent(np.array(values, np.float32)) for values in zip(*draws, strict=True)
         )
-        indices = indices.to(self.device, non_blocking=True)
-        grid = self._grid(warp)
-        fill = 255 * self.mean
-        pixels = _sample(self.images[indices] - fill, grid, "bilinear") + fill
-        if self.transform.gamma:
-            pixels = 255 * (pixels / 255).clamp(0, 1) ** exponent[:, None, None, None]
-        if self.transform.jitter:
-            luma = pixels.mean((2, 3)) @ torch.tensor(LUMA, dtype=torch.float32, device=self.device)
-            pixels = torch.einsum("bij,bjhw->bihw", colour, pixels) + (middle * luma)[:, None, None, None]
-            pixels = pixels.clamp(0, 255)
-        labels = self.labels[indices, None].float() - IGNORE_INDEX
-        labels = _sample(labels, grid, "nearest")[:, 0] + IGNORE_INDEX
-        return (pixels / 255 - self.mean) / self.std, labels.round().long()
+        chosen = self._sent(np.array(keys) % total)
+        places, fill = self._places(warp, height, width), 255 * self.mean
+        pixels = _sample(images[chosen] - fill, places, "bilinear") + fill
+        pixels = 255 * (pixels / 255).clamp(0, 1) ** exponent[:, None, None, None]
+        luma = (pixels.mean((2, 3), keepdim=True) * self.luma).sum(1, keepdim=True)
+        pixels = torch.einsum("bij,bjhw->bihw", colour, pixels) + luma_share[:, None, None, None] * luma
+        targets = _sample(labels[chosen, None].float() - IGNORE_INDEX, places, "nearest")[:, 0] + IGNORE_INDEX
+        return (pixels.clamp(0, 255) / 255 - self.mean) / self.std, targets.round().long()
 
-    def _grid(self, warp: Tensor) -> Tensor:
-        """Places of a crop's pixels in the image, `[B, h, w, 2]` in -1..1 for `grid_sample`."""
-        height, width = self.labels.shape[1:]
-        y, x = (torch.arange(side, dtype=torch.float32, device=self.device) for side in self.transform.crop)
-        pixels = torch.stack([*torch.meshgrid(x, y, indexing="xy"), x.new_ones(y.numel(), x.numel())], -1)
-        places = pixels @ warp[:, None].transpose(-1, -2)
-        return (2 * places + 1) / torch.tensor([width, height], device=self.device) - 1
+    def _sent(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
-
-def _channels_first(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    def _places(self, warp: Tensor, height: int, width: int) -> Tensor:
+        """Where a crop's pixels lie in the image: `[B, h, w, 2]` in -1..1, for `grid_sample`."""
+        rows, columns = (
+            torch.arange(side, dtype=torch.float32, device=self.device) for side in self.transform.crop
+        )
+        places = []  # x, then y; not by a matrix product, which may be TF32's
+        for row, length in zip(warp.unbind(1), (width, height), strict=True):
+            along, across, offset = row[..., None, None].unbind(1)
+            places.append((2 * (along * columns + across * rows[:, None] + offset) + 1) / length - 1)
+        return torch.stack(places, -1)
 
 
 def _sample(grids: Tensor, places: Tensor, mode: str) -> Tensor:

@@ -25,11 +25,12 @@ def normalise(
     Raises:
         ValueError: the image is not uint8: values of 0..1 would all become nearly black.
     """
-    _require_bytes(image)
+    require_bytes(image)
     return _normalise(image.astype(np.float32), mean, std)
 
 
-def _require_bytes(image: Image) -> None:
+def require_bytes(image: Image) -> None:
+    """Raises a ValueError where an image is not uint8."""
     if image.dtype != np.uint8:
         raise ValueError(f"an image of {image.dtype}: expected uint8, 0..255")
 
@@ -41,18 +42,18 @@ def _normalise(image: NDArray[np.float32], mean: Sequence[float], std: Sequence[
 
 
 class Draw(NamedTuple):
-    """What one sample's augmentation is to be.
+    """Random parameters of one sample's augmentation.
 
     warp: `[2, 3]`, from a crop's pixel (x, y) to the place in the image that it shows.
     exponent: that values 0..1 are raised to; 1 keeps them.
     colour: `[3, 3]`, which RGB is multiplied with.
-    middle: share of the crop's mean luma that is added.
+    luma_share: of the crop's mean luma, which is added.
     """
 
     warp: NDArray[np.float64]
     exponent: float
     colour: NDArray[np.float64]
-    middle: float
+    luma_share: float
 
 
 class TrainTransform:
@@ -100,7 +101,7 @@ class TrainTransform:
         self, image: Image, label: Image, rng: np.random.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Image `[H, W, 3]` uint8 and label `[H, W]` uint8 to float32 `[3, h, w]` and int64 `[h, w]`."""
-        _require_bytes(image)
+        require_bytes(image)
         draw = self.draw(image.shape[0], image.shape[1], rng)
         fill = [255 * channel for channel in self.mean]
         crop = _warp(image, draw.warp, self.crop, cv2.INTER_LINEAR, fill)
@@ -108,18 +109,18 @@ class TrainTransform:
             crop = _relight(crop, draw.exponent)
         pixels = crop.astype(np.float32)
         if self.jitter:
-            pixels = _jitter(pixels, draw.colour, draw.middle)
+            pixels = _jitter(pixels, draw.colour, draw.luma_share)
         target = _warp(label, draw.warp, self.crop, cv2.INTER_NEAREST, [IGNORE_INDEX])
         return _normalise(pixels, self.mean, self.std), torch.from_numpy(target.astype(np.int64))
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> Draw:
         """The random part, for an image of `height` x `width` px."""
-        warp, exponent, colour, middle = self._draw_warp(height, width, rng), 1.0, np.eye(3), 0.0
+        warp, exponent, colour, share = self._draw_warp(height, width, rng), 1.0, np.eye(3), 0.0
         if self.gamma:
             exponent = float(np.exp(rng.uniform(-self.gamma, self.gamma)))
         if self.jitter:
-            colour, middle = _draw_colour(self.jitter, rng)
-        return Draw(warp, exponent, colour, middle)
+            colour, share = _draw_colour(self.jitter, rng)
+        return Draw(warp, exponent, colour, share)
 
     def _draw_warp(self, height: int, width: int, rng: np.random.Generator) -> NDArray[np.float64]:
         """The matrix `[2, 3]` from a crop's pixel (x, y) to the place in the image that it shows."""
@@ -155,7 +156,7 @@ def _relight(image: Image, exponent: float) -> Image:
 
 
 def _draw_colour(amount: float, rng: np.random.Generator) -> tuple[NDArray[np.float64], float]:
-    """Brightness, contrast, saturation and a little hue, composed to `Draw`'s colour and middle."""
+    """Brightness, contrast, saturation and a little hue, composed to `Draw`'s colour and luma_share."""
     brightness, contrast, saturation = rng.uniform(1 - amount, 1 + amount, 3)
     angle = rng.uniform(-1, 1) * _HUE_SHARE * amount * np.pi
     grey = np.tile(LUMA, (3, 1))
@@ -163,9 +164,11 @@ def _draw_colour(amount: float, rng: np.random.Generator) -> tuple[NDArray[np.fl
     return brightness * contrast * (grey + _hue_turn(angle) @ chroma), float(brightness * (1 - contrast))
 
 
-def _jitter(image: NDArray[np.float32], colour: NDArray[np.float64], middle: float) -> NDArray[np.float32]:
+def _jitter(
+    image: NDArray[np.float32], colour: NDArray[np.float64], luma_share: float
+) -> NDArray[np.float32]:
     """The image in other colours, clipped to 0..255."""
-    added = middle * float(image.mean(axis=(0, 1)) @ LUMA)
+    added = luma_share * float(image.mean(axis=(0, 1)) @ LUMA)
     affine = np.column_stack([colour, np.full(3, added)])
     return np.clip(cv2.transform(image, affine), 0, 255)
 

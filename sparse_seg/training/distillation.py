@@ -129,7 +129,7 @@ def logits_divergence(student: Tensor, teacher: Tensor, weights: Tensor, tempera
     log_student = (student.float() / temperature).log_softmax(1)
     log_teacher = (teacher.float() / temperature).log_softmax(1)
     divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
-    return temperature**2 * (divergence * weights).sum() / weights.sum().clamp_min(1e-12)
+    return temperature**2 * (divergence * weights).sum() / weights.sum()
 
 
 def likeness_difference(rows: Tensor, teacher: Tensor, layout: SiteLayout, weights: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class SegmentationLoss(nn.Module):
     ) -> Tensor:
         """
         Args:
-            coarse: logits `[B, K, H, W]` of the coarse lattice alone, whose loss counts `coarse_weight`.
+            coarse: logits `[B, K, H, W]` of the coarse lattice alone, whose loss counts `coarse_weight`, and
+                their divergence from the outputs `coarse_distill_weight`.
             fine_pixels: bool `[B, H, W]`, the pixels of fine blocks, which count `1 + fine_weight`.
         """
         config, emphasis = self.config, self._emphasis(labels, fine_pixels)
@@ -60,7 +61,16 @@ class SegmentationLoss(nn.Module):
             loss = loss + config.auxiliary_weight * self._cross_entropy(outputs.auxiliary, labels)
         if coarse is not None and config.coarse_weight > 0:
             loss = loss + config.coarse_weight * self._cross_entropy(coarse, labels)
+        if coarse is not None and config.coarse_distill_weight > 0:
+            loss = loss + config.coarse_distill_weight * self._divergence(coarse, outputs.logits, labels)
         return loss
+
+    def _divergence(self, coarse: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """Inplace distillation: the mean Kullback-Leibler divergence from the network's own prediction."""
+        labelled = (labels != IGNORE_INDEX).float()
+        own, taught = coarse.float().log_softmax(1), logits.detach().float().log_softmax(1)
+        divergence = F.kl_div(own, taught, reduction="none", log_target=True).sum(1)
+        return (divergence * labelled).sum() / self.across(labelled.sum()).clamp_min(1e-12)
 
     def _emphasis(self, labels: Tensor, fine_pixels: Tensor | None) -> Tensor | None:
         """Weights `[B, H, W]` of pixels; None where all count alike."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.config import TrainConfig
-from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.models.passes import Pass
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
@@ -47,11 +46,7 @@ class Objective(nn.Module):
             run.take(fine_blocks)
         fine = None if fine_blocks is None else model.fine_pixels(fine_blocks, images)
         coarse = run.lattice_logits() if self._needs_coarse else None
-        logits, labelled = run.logits(), (labels != IGNORE_INDEX).float()
-        loss = self.loss(Outputs(logits, run.auxiliary_logits()), labels, coarse, fine)
-        if config.loss.coarse_distill_weight > 0 and coarse is not None:
-            divergence = logits_divergence(coarse, logits.detach(), labelled, temperature=1)
-            loss = loss + config.loss.coarse_distill_weight * divergence
+        loss = self.loss(Outputs(run.logits(), run.auxiliary_logits()), labels, coarse, fine)
         return loss if self.teacher is None else loss + self._distill(self.teacher, run, fine)
 
     @property

@@ -37,7 +37,7 @@ def recalibrate_batch_norm(
     momenta = [norm.momentum for norm in norms]
     device = next(model.parameters()).device
     dataset = build_dataset(config.data.dataset, config.data.root, "train")
-    loader = training_batches(dataset, config, 0, batches, device=device)
+    loader = training_batches(dataset, config, 0, batches)
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean of all batches

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from sparse_seg.errors import DataError, SparseSegError, TrainingError
+from sparse_seg.errors import DataError, SparseSegError, TrainingError, out_of_memory
 from sparse_seg.processes import FailedElsewhere, Processes, ProcessLost
 from sparse_seg.progress import say
 from sparse_seg.training.checkpoint import best_of
@@ -85,7 +85,7 @@ class Stop:
         except (SparseSegError, OSError) as error:
             self.failure = self.failure or error
         except RuntimeError as error:
-            if not isinstance(error, torch.AcceleratorError) and "cudaError" not in str(error):
+            if not device_failed(error):
                 raise
             self.failure = self.failure or DeviceFailed(f"the GPU failed: {str(error).splitlines()[0]}")
         return None
@@ -110,6 +110,13 @@ class Stop:
             return own or lost
 
 
+def device_failed(error: RuntimeError) -> bool:
+    """Whether an error is the GPU's, and not of what it was asked for: an index that is too large, say."""
+    text = str(error)
+    told = any(name in text for name in ("CUDA error", "cudaError", "cuDNN error"))
+    return told and not any(fault in text for fault in ("device-side assert", "no kernel image"))
+
+
 class UndoPoint:
     """State that a forward pass changes: batch statistics and the random state."""
 
@@ -130,7 +137,7 @@ def memory_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+        if not out_of_memory(error):
             raise
         raise TrainingError("no memory for a step; lower train.batch_size or data.crop") from None
 

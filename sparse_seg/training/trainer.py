@@ -151,7 +151,8 @@ class Trainer:
         """Train to the configured iteration; returns the best validation mIoU in 0..1.
 
         What stops it early (a request, damaged data, a lost worker, a full disk, a loss that is not finite)
-        costs no step: `last.pt` is written first, if the disk takes it.
+        costs no step: `last.pt` is written first, if the disk takes it. Where the GPU fails, what it held is
+        lost.
 
         Raises:
             DataError: an image cannot be read, or a worker that reads was killed.

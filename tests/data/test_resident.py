@@ -29,8 +29,17 @@ def dataset_of(root: Path, sizes: list[tuple[int, int]]) -> SegmentationDataset:
     return build_dataset("camvid", root, "train")
 
 
-def config(on_device: bool = True, scale_range: tuple[float, float] = (0.5, 2.0)) -> Config:
-    data = {"crop": [96, 128], "gamma": 0.4, "on_device": on_device, "scale_range": list(scale_range)}
+CPU = torch.device("cpu")
+
+
+def config(
+    on_device: bool = True,
+    scale_range: tuple[float, float] = (0.5, 2.0),
+    gamma: float = 0.4,
+    jitter: float = 0.3,
+) -> Config:
+    data = {"crop": [96, 128], "scale_range": list(scale_range), "gamma": gamma, "jitter": jitter}
+    data["on_device"] = on_device
     return config_from_dict({"data": data, "train": {"batch_size": 3, "seed": 5}}, "the test")
 
 
@@ -56,14 +65,44 @@ def test_crops_are_the_loaders(tmp_path: Path, scale: tuple[float, float], devic
 
 def test_batches_depend_on_the_seed_and_the_position_alone(tmp_path: Path) -> None:
     dataset, resident = dataset_of(tmp_path, [(112, 160)] * 4), config()
-    whole = list(training_batches(dataset, resident, 0, 6))
-    late = list(training_batches(dataset, resident, 4, 6))
+    whole = list(training_batches(dataset, resident, 0, 6, device=CPU))
+    late = list(training_batches(dataset, resident, 4, 6, device=CPU))
     assert all(torch.equal(*pair) for pair in zip(whole[4] + whole[5], late[0] + late[1], strict=True))
-    parts = [next(iter(training_batches(dataset, resident, 0, 1, (part, 3)))) for part in range(3)]
+    parts = [next(iter(training_batches(dataset, resident, 0, 1, (part, 3), CPU))) for part in range(3)]
     assert torch.equal(torch.cat([images for images, _ in parts]), whole[0][0])
 
 
-def test_frames_of_several_sizes(tmp_path: Path) -> None:
+def test_without_jitter_and_gamma(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, [(112, 160)] * 2)
+    (own,) = training_batches(dataset, config(True, gamma=0, jitter=0), 0, 1, device=CPU)
+    (expected,) = training_batches(dataset, config(False, gamma=0, jitter=0), 0, 1)
+    assert (own[0] - expected[0]).abs().max() < 0.02 * _RANGE
+
+
+def refused(dataset: SegmentationDataset) -> str:
+    with pytest.raises(DataError) as caught:
+        next(iter(training_batches(dataset, config(), 0, 1, device=CPU)))
+    return str(caught.value)
+
+
+def test_frames_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = dataset_of(tmp_path, [(112, 160), (112, 128)])
-    with pytest.raises(DataError, match=r"frames of 112x128 and 112x160 px .* set data.on_device=false"):
-        training_batches(dataset, config(), 0, 1)
+    assert refused(dataset) == (
+        "only frames of one size can be kept on a device, but 0 has 112x160 px and 1 112x128; set "
+        "data.on_device=false"
+    )
+    (tmp_path / "train/1.png").write_bytes(b"none")
+    assert refused(dataset).startswith(f"{tmp_path / 'train/1.png'}")
+
+    def full(*arguments: object, **options: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(torch, "empty", full)
+    assert refused(dataset).startswith("no room for 2 frames and their crops on cpu; set data.on_")
+
+
+def test_without_a_device_frames_are_read_when_needed(tmp_path: Path) -> None:
+    """As `browse` and the recalibration of batch statistics read them: of any sizes, a few of many."""
+    dataset = dataset_of(tmp_path, [(112, 160), (112, 128)])
+    ((images, _),) = training_batches(dataset, config(), 0, 1)
+    assert images.shape == (3, 3, 96, 128)

@@ -180,7 +180,15 @@ def train_with_fixed_statistics(processes: Processes, config: Config, folder: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [[], ["train.loss.ohem_threshold=1e-9", "train.loss.ohem_min_kept=1"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["train.loss.ohem_threshold=1e-9", "train.loss.ohem_min_kept=1"],
+        ["train.loss.coarse_distill_weight=1", "data.on_device=true", "data.scale_range=[0.3,0.6]"],
+    ],
+    ids=["plain", "ohem", "inplace, padded"],
+)
 def test_two_processes_train_as_one(config_file: Path, tmp_path: Path, settings: list[str]) -> None:
     """With batch statistics fixed, the gradient of all labelled pixels is that of one process."""
     config = load_config(config_file, ["train.iterations=20", "train.lr=0.02", *settings])

@@ -174,6 +174,11 @@ def test_every_weight_gets_gradients_and_the_mask_pass_leaves_training_mode() ->
     ("overrides", "message"),
     [
         (["train.loss.coarse_weight=0.4", "model.head=deeplabv3plus"], "choose another head"),
+        (
+            ["train.loss.coarse_distill_weight=1", "model.head=deeplabv3plus"],
+            "coarse_distill_weight; choose another head",
+        ),
+        (["data.on_device=true", "data.cache=true"], "data.on_device keeps the frames"),
         (["train.distill.teacher=x.pt", "model.mask.policy=learned"], "train the network first"),
         (["train.loss.boundary_weight=1", "train.loss.ohem_threshold=0.7"], "ohem_threshold"),
         (["train.loss.boundary_weight=-1"], "train.loss.boundary_weight is -1"),

@@ -243,8 +243,9 @@ def test_no_memory_for_a_step_is_one_line(tiny, tmp_path, monkeypatch):
     [
         torch.AcceleratorError("CUDA error: an illegal instruction was encountered\nSearch for it"),
         RuntimeError("merge_sort: failed to synchronize: cudaErrorIllegalInstruction: an illegal"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED after an illegal instruction"),
     ],
-    ids=["torch", "thrust"],
+    ids=["torch", "thrust", "cudnn"],
 )
 def test_a_gpu_that_fails_is_one_line(error, tiny, tmp_path, monkeypatch):
     """What it held is lost: nothing is saved from there, and the last checkpoint is named."""
@@ -262,14 +263,15 @@ def test_a_gpu_that_fails_is_one_line(error, tiny, tmp_path, monkeypatch):
     assert state_of(tmp_path / "run")["progress"]["iteration"] == 2
 
 
-def test_other_errors_keep_their_traceback(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("text", ["a fault of ours", "CUDA error: device-side assert triggered"])
+def test_other_errors_keep_their_traceback(text, tiny, tmp_path, monkeypatch):
     trainer = Trainer(load_config(tiny), tmp_path / "run")
 
     def fail(*arguments):
-        raise RuntimeError("a fault of ours")
+        raise RuntimeError(text)
 
     monkeypatch.setattr(trainer.objective, "forward", fail)
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    with pytest.raises(RuntimeError, match=text):
         trainer.run()
 
 
