@@ -259,7 +259,8 @@ def test_tables_of_exchange_rules_are_the_result_files(prefix: str):
 
 def exchange_table(prefix: str) -> Table:
     """mIoU of networks run dense and with confidence under each rule."""
-    files = {"light, longer": "light", "light": "light_4000", "slim student": "slim"}
+    files = {"light + inplace distillation, as shipped": "inplace", "light, longer": "light"}
+    files |= {"light": "light_4000", "slim student": "slim"}
     files |= {"light, separable ASPP": "aspp", "DeepLabV3-ResNet-34 x0.375": "r34"}
     if prefix:
         files = {"light, longer": "light", "tuned, linear": "linear", "tuned, separate": "separate"}
@@ -270,3 +271,38 @@ def exchange_table(prefix: str) -> Table:
         rows.append({"network": name} | {row["exchange"] or row["network"]: row["miou"] for row in ways})
     keys = ("dense OS16", "separate", "none", "linear", "dense OS8")
     return Table([Column("network", "network"), *(Column(key, key, "{:.2f}") for key in keys)], rows)
+
+
+def test_table_of_exchange_rules_from_scratch_is_the_result_files():
+    assert scratch_table().to_markdown().strip() in page("ablation")
+
+
+def scratch_table() -> Table:
+    """mIoU of two networks trained selectively, each run under both rules."""
+    rows = []
+    for rule in ("linear", "separate"):
+        ways = ways_of(f"camvid_h200_{rule}", ("linear", "separate"))
+        rows.append({"trained": rule} | {row["exchange"] or row["network"]: row["miou"] for row in ways})
+    titles = {"dense OS16": "dense OS16", "separate": "run under separate"}
+    titles |= {"linear": "run under linear", "dense OS8": "dense OS8"}
+    columns = [Column(key, title, "{:.2f}") for key, title in titles.items()]
+    return Table([Column("trained", "trained under"), *columns], rows)
+
+
+def test_table_of_inplace_distillation_is_the_result_files():
+    assert inplace_table().to_markdown().strip() in page("results")
+
+
+def inplace_table() -> Table:
+    """mIoU of `light` with and without it."""
+    files = {"without, seed 0": "camvid_h200_plain", "with, seed 0 (shipped)": "camvid_light"}
+    files |= {"with, seed 1": "camvid_h200_inplace_seed1"}
+    rows = []
+    for name, file in files.items():
+        fine, coarse, selective = (row["miou"] for row in ways_of(file, (None, "linear")))
+        share = (selective - coarse) / (fine - coarse)
+        rows.append({"name": name, "fine": fine, "coarse": coarse, "selective": selective, "share": share})
+    titles = {"fine": "dense OS8", "coarse": "dense OS16", "selective": "confidence, f=0.15"}
+    columns = [Column(key, title, "{:.2f}") for key, title in titles.items()]
+    columns.append(Column("share", "accuracy share", "{:.2f}"))
+    return Table([Column("name", "inplace distillation"), *columns], rows)
