@@ -137,7 +137,7 @@ def check_training(config: Config) -> None:
         "train.freeze leaves nothing to train but a learned mask: set model.mask.policy=learned",
     )
     distilled, loss = train.distill.teacher is not None, train.loss
-    coarse = max(loss.coarse_weight, loss.coarse_distill_weight) > 0
+    coarse = loss.reads_coarse_logits
     named = "train.loss." + ("coarse_weight" if loss.coarse_weight > 0 else "coarse_distill_weight")
     _require(
         not (config.data.on_device and config.data.cache),

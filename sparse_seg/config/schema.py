@@ -137,6 +137,10 @@ class LossConfig:
         0.0, "weight of distilling the network's own prediction into the coarse lattice's logits", WEIGHT
     )
 
+    @property
+    def reads_coarse_logits(self) -> bool:
+        return max(self.coarse_weight, self.coarse_distill_weight) > 0
+
 
 @dataclass
 class DistillConfig:

@@ -45,14 +45,9 @@ class Objective(nn.Module):
             assert fine_blocks is not None
             run.take(fine_blocks)
         fine = None if fine_blocks is None else model.fine_pixels(fine_blocks, images)
-        coarse = run.lattice_logits() if self._needs_coarse else None
+        coarse = run.lattice_logits() if config.loss.reads_coarse_logits else None
         loss = self.loss(Outputs(run.logits(), run.auxiliary_logits()), labels, coarse, fine)
         return loss if self.teacher is None else loss + self._distill(self.teacher, run, fine)
-
-    @property
-    def _needs_coarse(self) -> bool:
-        loss = self.config.loss
-        return max(loss.coarse_weight, loss.coarse_distill_weight) > 0
 
     @property
     def _needs_blocks(self) -> bool:

@@ -75,7 +75,7 @@ def _distils(train: TrainConfig) -> bool:
 def emphasises_detail(train: TrainConfig) -> bool:
     """Whether any of the weights that stress detail is on."""
     loss = train.loss
-    return max(loss.boundary_weight, loss.fine_weight, loss.coarse_weight, loss.coarse_distill_weight) > 0
+    return loss.reads_coarse_logits or max(loss.boundary_weight, loss.fine_weight) > 0
 
 
 def _mean(values: Sequence[float]) -> float:
