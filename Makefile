@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PEERS := .venv/.peers
 OLDEST := .venv-oldest
 # One process a core and one thread a process: the tests' tensors are tiny.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
@@ -19,10 +20,10 @@ gpu:
 	$(PYTHON) -m pytest -m cuda
 	$(PYTHON) tools/gpu.py --json runs/gpu.json
 
-test: $(STAMP)
+test: $(PEERS)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
-test-fast: $(STAMP)
+test-fast: $(PEERS)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
 test-oldest: $(OLDEST)/.installed
@@ -37,6 +38,11 @@ $(STAMP): requirements.txt setup.cfg
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+# Other libraries to compare with; without them their tests skip.
+$(PEERS): $(STAMP) requirements-peers.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-peers.txt || echo "no other libraries: their tests skip"
 	touch $@
 
 $(OLDEST)/.installed: requirements-oldest.txt setup.cfg
