@@ -1,7 +1,7 @@
-"""Import other libraries beside a CPU build of PyTorch: torchvision, timm, smp, transformers, mmsegmentation.
+"""Import other libraries beside a CPU build of PyTorch.
 
-`requirements-peers.txt` installs them without their dependencies. Their compiled operators do not fit a CPU build
-and no test needs them, so their registration is skipped.
+`requirements-peers.txt` installs them without their dependencies. Their compiled operators do not fit a CPU
+build and no test needs them, so their registration is skipped.
 """
 
 from __future__ import annotations
