@@ -1,0 +1,365 @@
+"""Where a graph's values and taps lie, in pixels, and which part of it can run on sites.
+
+A convolution's taps lie `dilation x stride of its input` apart; that does not depend on the output stride at
+which the network was captured, so one graph runs dense at any stride, and mixed. Each value has a *natural
+stride*: the largest at which all that reads it finds its taps. Values are
+
+- `early`: those whose natural stride is at most the finest of the strides. They are dense.
+- `rows`: those with a larger one: taps a multiple of it never mix phases. They have a lattice, at the natural
+  stride but at most the coarsest, and extra sites where a mask asks for them.
+- `late`: from a resizing on, or from a window behind the rows whose taps mix phases. They are dense again.
+- `vector`: one of each image.
+
+A window that mixes phases between windows on rows is *mixing*: it reads densified rows everywhere, so the
+lattice comes to depend on the mask, and P1 and P4 of docs/method.md do not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from sparse_seg.errors import SparseSegError
+from sparse_seg.ops import OPERATORS, Graph, Node, Spatial, UnknownOperator, Window
+from sparse_seg.sites import Taps
+
+ANY = 1 << 20  # px; a natural stride that nothing bounds
+NEAR = 3  # cells: taps up to so far share ghosts made for near cells only
+
+
+class NotSelective(SparseSegError):
+    """No part of a network can run on sites; the message says why and what would change it."""
+
+
+class Geometry:
+    """The geometry of a graph for given strides.
+
+    Args:
+        graph: without padding layers.
+        strides: px, finest first, each twice the one before; None: the network's own output stride and twice it.
+
+    Attributes:
+        captured: each value's stride as captured, px; 0 of vectors.
+        own: output stride of the network as captured.
+        kind: `early`, `rows`, `late` or `vector` of each value.
+        natural: natural stride of each value that is no vector and not late.
+
+    Raises:
+        NotSelective: no value is on rows.
+        UnknownOperator: a geometry that cannot be.
+    """
+
+    def __init__(self, graph: Graph, strides: Sequence[int] | None = None) -> None:
+        self.graph, self.nodes = graph, graph.by_name
+        self.users = graph.users()
+        self.captured = self._captured()
+        self.own = self._own()
+        self.strides = tuple(strides) if strides is not None else (self.own, 2 * self.own)
+        self.mixing: set[str] = set()
+        self.kind: dict[str, str] = {}
+        self._divide()
+        self.natural = self._natural()
+        for name, stride in self.natural.items():
+            self.kind[name] = "rows" if stride > self.strides[0] else "early"
+        self._require_windows()
+
+    # -- as captured ---------------------------------------------------------------------------------------
+
+    def _captured(self) -> dict[str, int]:
+        strides: dict[str, int] = {}
+        for node in self.graph.nodes:
+            operator, grids = OPERATORS[node.op], [name for name in node.inputs if strides[name]]
+            if node.op == "image":
+                strides[node.name] = 1
+            elif operator.is_pool or not grids:
+                strides[node.name] = 0
+            elif node.op == "resize":
+                strides[node.name] = self._resized(node)
+            elif isinstance(operator, Spatial):
+                down, across = operator.window(node).stride
+                if down != across:
+                    raise UnknownOperator(f"{node.where}: strides {down} and {across} along the two axes")
+                strides[node.name] = strides[grids[0]] * down
+            else:
+                found = {strides[name] for name in grids}
+                if len(found) > 1:
+                    raise UnknownOperator(f"{node.where}: joins values at strides {sorted(found)} px")
+                strides[node.name] = found.pop()
+        return strides
+
+    def _resized(self, node: Node) -> int:
+        (height, width), size = node.size, self.graph.size
+        stride = round(size[0] / height)
+        if (-(-size[0] // stride), -(-size[1] // stride)) != (height, width) or stride & (stride - 1):
+            raise UnknownOperator(
+                f"{node.where}: resizes to {height}x{width} for images of {size[0]}x{size[1]}, which is no "
+                "stride; capture the network with images whose sides are multiples of 64"
+            )
+        return stride
+
+    def _own(self) -> int:
+        for node in self.graph.nodes:
+            if node.op == "resize" and self.captured[node.name]:
+                before = self.captured[node.inputs[0]]
+                if before > self.captured[node.name] and before > 1:
+                    return before
+        return self.captured[self.graph.output]
+
+    def window(self, node: Node) -> Window | None:
+        """A node's window, if it reads more than one place of a grid."""
+        operator = OPERATORS[node.op]
+        if not isinstance(operator, Spatial) or not self.captured[node.name]:
+            return None
+        window = operator.window(node)
+        return None if window.kernel == (1, 1) else window
+
+    def taps(self, node: Node, size: tuple[int, int] | None = None) -> Taps:
+        """Where a window reads, for images of `size` px."""
+        window, unit = self.window(node), self.captured[node.inputs[0]]
+        assert window is not None
+        axes = []
+        for axis in range(2):
+            kernel, stride, dilation = window.kernel[axis], window.stride[axis], window.dilation[axis]
+            if window.padding is not None:
+                before = window.padding[axis]
+            else:
+                length = -(-(size or self.graph.size)[axis] // unit)
+                missing = (-(-length // stride) - 1) * stride + (kernel - 1) * dilation + 1 - length
+                before = max(missing, 0) // 2
+            axes.append(tuple((tap * dilation - before) * unit for tap in range(kernel)))
+        return Taps(*axes)
+
+    def spacing(self, node: Node) -> int:
+        """Px between a window's taps; 0 of a node without."""
+        window = self.window(node)
+        if window is None:
+            return 0
+        far = [d for d, k in zip(window.dilation, window.kernel, strict=True) if k > 1]
+        return min(far) * self.captured[node.inputs[0]]
+
+    # -- which part is on rows -----------------------------------------------------------------------------
+
+    def _divide(self) -> None:
+        """Which values are late, and which windows mix phases."""
+        finest, above, below = self.strides[0], set[str](), set[str]()
+        behind = set[str]()  # a resizing
+        clean = set[str]()
+        for node in self.graph.nodes:
+            grids = self._grids(node)
+            if not self.captured[node.name]:
+                self.kind[node.name] = "vector"
+                continue
+            if OPERATORS[node.op].needs_grid or any(name in behind for name in grids):
+                behind.add(node.name)
+            elif self.window(node) is not None and _power_of_two(self.taps(node)) > finest:
+                clean.add(node.name)
+            if any(name in above or name in clean for name in grids):
+                above.add(node.name)
+        for node in reversed(self.graph.nodes):
+            if any(
+                user.name in below or user.name in clean
+                for user in self.users[node.name]
+                if self.captured[user.name]
+            ):
+                below.add(node.name)
+        for node in self.graph.nodes:
+            if self.kind.get(node.name) == "vector":
+                continue
+            mixes = self.window(node) is not None and node.name not in clean and node.name in above
+            if mixes and node.name in below and node.name not in behind:
+                self.mixing.add(node.name)
+            elif (
+                mixes
+                or node.name in behind
+                or any(self.kind.get(name) == "late" for name in self._grids(node))
+            ):
+                self.kind[node.name] = "late"
+
+    def _natural(self) -> dict[str, int]:
+        natural: dict[str, int] = {}
+        for node in reversed(self.graph.nodes):
+            name, captured = node.name, self.captured[node.name]
+            if self.kind.get(name) in ("vector", "late"):
+                continue
+            bounds = [ANY]
+            kept = captured if captured < self.own else ANY  # by who reads all places
+            for user in self.users[name]:
+                if OPERATORS[user.op].is_pool or self.kind.get(user.name) == "late":
+                    bounds.append(kept)
+                elif user.name in natural:
+                    bounds.append(natural[user.name])
+                    if self.window(user) is not None and user.name not in self.mixing:
+                        bounds.append(_power_of_two(self.taps(user)))
+            if name == self.graph.output:
+                bounds.append(kept)
+            natural[name] = min(bounds)
+        return natural
+
+    def _require_windows(self) -> None:
+        windows = [node for node in self.graph.nodes if self.kind[node.name] == "rows" and self.window(node)]
+        if windows:
+            return
+        finest, coarsest = self.strides[0], self.strides[-1]
+        spacings = [
+            self.spacing(node) for node in self.graph.nodes if self.window(node) and node.op == "conv2d"
+        ]
+        most = max((one for one in spacings if one), default=0)
+        raise NotSelective(
+            f"nothing of this network can run selectively at strides {finest} and {coarsest}: its convolutions' "
+            f"taps lie at most {most} px apart before its first upsampling, and must lie {2 * finest} px apart; "
+            "build it with dilation in place of strides (output stride 8 or 16), or give smaller strides"
+        )
+
+    def _grids(self, node: Node) -> list[str]:
+        return [name for name in node.inputs if self.captured[name]]
+
+    # -- as it runs ----------------------------------------------------------------------------------------
+
+    def lattice(self, name: str) -> int:
+        """Stride of the lattice of a value on rows."""
+        return min(self.natural[name], self.strides[-1])
+
+    @cached_property
+    def refines(self) -> bool:
+        """Whether the lattice does not depend on the mask (P1), so that a coarse pass can be refined (P4)."""
+        return not self.mixing
+
+    @cached_property
+    def final_pools(self) -> set[str]:
+        """Poolings of rows behind which no window on rows comes: they weigh all sites by area."""
+        reach, pools = set[str](), set[str]()
+        for node in reversed(self.graph.nodes):
+            on_rows = self.kind[node.name] == "rows" and self.window(node) is not None
+            users = self.users[node.name]
+            if on_rows or any(user.name in reach for user in users):
+                reach.add(node.name)
+        for node in self.graph.nodes:
+            if OPERATORS[node.op].is_pool and self.kind.get(node.inputs[0]) == "rows":
+                if not any(user.name in reach for user in self.users[node.name]):
+                    pools.add(node.name)
+        return pools
+
+    @cached_property
+    def masked(self) -> set[str]:
+        """Values on rows and vectors that depend on the mask at the lattice, too."""
+        found = set(self.final_pools) | self.mixing
+        for node in self.graph.nodes:
+            if self.kind[node.name] != "late" and any(name in found for name in node.inputs):
+                found.add(node.name)
+        return found
+
+    @cached_property
+    def features(self) -> str:
+        """The last early value that rows read: what a policy looks at."""
+        read = [
+            name
+            for node in self.graph.nodes
+            if self.kind[node.name] == "rows"
+            for name in node.inputs
+            if self.kind[name] == "early"
+        ]
+        order = {node.name: place for place, node in enumerate(self.graph.nodes)}
+        return max(read, key=order.__getitem__)
+
+    def cells(self, stride: int) -> dict[str, int]:
+        """Each value's stride where the network runs dense at an output stride, px; 0 of vectors."""
+        cells: dict[str, int] = {}
+        for node in self.graph.nodes:
+            name = node.name
+            if name in self.natural:
+                cells[name] = min(self.natural[name], stride)
+            elif self.kind[name] == "vector":
+                cells[name] = 0
+            elif node.op == "resize":
+                captured = self.captured[name]
+                cells[name] = captured if captured < self.own else max(1, captured * stride // self.own)
+            else:
+                window = OPERATORS[node.op]
+                step = window.window(node).stride[0] if isinstance(window, Spatial) else 1
+                cells[name] = step * max(cells[one] for one in self._grids(node))
+        return cells
+
+    def near(self, size: tuple[int, int]) -> dict[int, list[Taps]]:
+        """Taps that share the ghosts of near cells, by the stride of a level, for images of `size` px."""
+        near: dict[int, list[Taps]] = {stride: [] for stride in self.strides[:-1]}
+        for node in self.graph.nodes:
+            if self.kind[node.name] != "rows" or self.window(node) is None or node.name in self.mixing:
+                continue
+            source, taps = node.inputs[0], self.taps(node, size)
+            for stride in near:
+                on_rows = self.kind[source] == "rows" and self.lattice(source) > stride
+                if on_rows and taps.reach <= NEAR * 2 * stride and taps not in near[stride]:
+                    near[stride].append(taps)
+        return near
+
+    def all_taps(self, size: tuple[int, int]) -> dict[str, Taps]:
+        """Where each window reads, for images of `size` px."""
+        return {
+            node.name: self.taps(node, size) for node in self.graph.nodes if self.window(node) is not None
+        }
+
+    # -- what runs share -----------------------------------------------------------------------------------
+
+    @cached_property
+    def first(self) -> set[str]:
+        """Early values, and vectors made of such alone."""
+        found = set[str]()
+        for node in self.graph.nodes:
+            kind = self.kind[node.name]
+            if kind == "early" or (kind == "vector" and all(name in found for name in node.inputs)):
+                found.add(node.name)
+        return found
+
+    @cached_property
+    def entries(self) -> set[str]:
+        """Those of them that others read, and a policy."""
+        read = {name for node in self.graph.nodes if node.name not in self.first for name in node.inputs}
+        return (read & self.first) | {self.features, self.graph.nodes[0].name}
+
+    @cached_property
+    def kept_lattices(self) -> set[str]:
+        """Values of a coarse pass that a mixed run reads."""
+        kept = {name for name, kind in self.kind.items() if kind == "vector"}
+        for node in self.graph.nodes:
+            if self.kind[node.name] == "rows" and node.name not in self.masked:
+                users = self.users[node.name]
+                if node.name == self.graph.output or any(self._reads_lattice(node, user) for user in users):
+                    kept.add(node.name)
+        return kept
+
+    def _reads_lattice(self, node: Node, user: Node) -> bool:
+        if self._reads_sites(user) or user.name in self.masked:
+            return True
+        return self.lattice(user.name) > self.lattice(node.name)
+
+    @cached_property
+    def kept_rows(self) -> set[str]:
+        """Values of a mixed run that a later one, with more sites, reads; and what a head's loss reads."""
+        kept = set[str]()
+        for node in self.graph.nodes:
+            if self.kind[node.name] == "rows":
+                users = self.users[node.name]
+                if node.name == self.graph.output or any(self._reads_sites(user) for user in users):
+                    kept.add(node.name)
+        return kept | {name for name, kind in self.kind.items() if kind == "vector"}
+
+    def _reads_sites(self, user: Node) -> bool:
+        """Whether a node reads other rows than its own."""
+        return self.kind[user.name] in ("late", "vector") or self.window(user) is not None
+
+    @cached_property
+    def exits(self) -> list[str]:
+        """Values on rows that late ones read, or that are the output."""
+        late = [node for node in self.graph.nodes if self.kind[node.name] == "late"]
+        read = {name for node in late for name in node.inputs} | {self.graph.output}
+        return [
+            node.name for node in self.graph.nodes if node.name in read and self.kind[node.name] == "rows"
+        ]
+
+
+def _power_of_two(taps: Taps) -> int:
+    """The largest power of two that all taps' distances are multiples of."""
+    bits = 0
+    for place in taps.y + taps.x:
+        bits |= abs(place)
+    return bits & -bits if bits else ANY

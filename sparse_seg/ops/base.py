@@ -1,0 +1,130 @@
+"""What an operator says of itself, and the table of all operators.
+
+The channels of a value are its axes from 1 on, in every form: a grid is `[B, C, h, w]`, rows of extra sites are
+`[N, C]`, a vector of each image `[B, C, 1, 1]`. So what treats each place by itself is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from sparse_seg.errors import SparseSegError
+from sparse_seg.ops.node import Node
+
+Tensors = Mapping[str, Tensor]
+Pair = tuple[int, int]  # along y and x
+Pads = tuple[int, int, int, int]  # places left, right, above, below; negative: cut off
+
+
+class UnknownOperator(SparseSegError):
+    """The network has an operator that no family knows; the message names it and where it stands."""
+
+
+class Operator:
+    """An operator that treats each place by itself; the base of all.
+
+    Attributes:
+        is_spatial: reads a window of places (`Window`), see `Spatial`.
+        is_pool: reads all places of an image and gives a vector.
+        needs_grid: runs on complete grids alone: sites end before it.
+        joins: in training runs once over all sites, as batch norm's statistics need.
+    """
+
+    is_spatial: ClassVar[bool] = False
+    is_pool: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        """The value from those that it reads, all of one form: grids, or rows."""
+        raise NotImplementedError
+
+    def macs(self, node: Node, tensors: Tensors) -> int:
+        """Multiply-adds at each place that it writes."""
+        return 0
+
+    def check(self, node: Node, tensors: Tensors) -> None:
+        """Raises a ValueError where options or the tensors' shapes cannot be."""
+
+
+class Window(NamedTuple):
+    """Along each axis (y, x). padding: places outside before the first; None: as TensorFlow's SAME."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int] | None
+
+
+class Spatial(Operator):
+    """An operator that reads a window."""
+
+    is_spatial = True
+
+    def window(self, node: Node) -> Window:
+        raise NotImplementedError
+
+    def grid(
+        self, node: Node, tensors: Tensors, grid: Tensor, stride: Pair, dilation: Pair, pads: Pads
+    ) -> Tensor:
+        """On a grid `[B, I, h, w]`, with `pads` places around it that lie outside the image."""
+        raise NotImplementedError
+
+    def rows(self, node: Node, tensors: Tensors, reads: Reads) -> Tensor:
+        """At extra sites, `[M, O]`, from what the window's taps read there."""
+        raise NotImplementedError
+
+
+class Reads(NamedTuple):
+    """What the T taps of a window read at M sites: rows `index` `[M * T]` of `table` `[R, I]`, whose last row
+    is what lies outside the image."""
+
+    table: Tensor
+    index: Tensor
+    count: int
+
+    def values(self) -> Tensor:
+        """`[M, T, I]`."""
+        taken = self.table.index_select(0, self.index)
+        return taken.reshape(-1, self.count, int(self.table.shape[1]))
+
+    def inside(self) -> Tensor:
+        """`[M, T]` bool."""
+        return (self.index < int(self.table.shape[0]) - 1).reshape(-1, self.count)
+
+
+OPERATORS: dict[str, Operator] = {}
+READERS: dict[str, Callable[[Any], Any]] = {}  # by the name of an operator of PyTorch's
+
+
+def operator(name: str) -> Callable[[type[Operator]], type[Operator]]:
+    """Enter an operator into the table."""
+
+    def enter(kind: type[Operator]) -> type[Operator]:
+        OPERATORS[name] = kind()
+        return kind
+
+    return enter
+
+
+def reads(*names: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Enter a function that reads these operators of PyTorch's, see `graph/capture.py`."""
+
+    def enter(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        READERS.update(dict.fromkeys(names, function))
+        return function
+
+    return enter
+
+
+def pair(value: Any, default: int = 1) -> tuple[int, int]:
+    """An option of PyTorch's along y and x: `3`, `[3]` or `[3, 3]`."""
+    if value is None or value == [] or value == ():
+        return default, default
+    if isinstance(value, int):
+        return value, value
+    first, *rest = value
+    return int(first), int(rest[0] if rest else first)

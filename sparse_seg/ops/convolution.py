@@ -1,0 +1,204 @@
+"""Convolutions of any kernel, stride, dilation and number of groups; linear layers are 1x1 ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse_seg.ops.base import (
+    Operator,
+    Pads,
+    Pair,
+    Reads,
+    Spatial,
+    Tensors,
+    UnknownOperator,
+    Window,
+    operator,
+    pair,
+    reads,
+)
+from sparse_seg.ops.node import Node
+
+TILE_BYTES = 32 << 20  # of gathered taps: 32 MiB was best of 1 to 64 on two Xeon cores
+
+
+@reads("conv2d")
+def read_conv2d(call: Any) -> Any:
+    weight, padding = call.tensor("weight"), call.argument("padding")
+    kernel = tuple(call.shape_of(weight)[2:])
+    stride, dilation = pair(call.argument("stride")), pair(call.argument("dilation"))
+    if padding == "same":
+        pads = [(k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True)]
+    else:
+        pads = [0, 0] if padding == "valid" else list(pair(padding, 0))
+    if kernel == (1, 1) and pads != [0, 0]:
+        raise UnknownOperator(f"{call.where}: a 1x1 convolution with padding has places outside the image")
+    return call.make(
+        "conv2d",
+        ["input"],
+        {"weight": weight, "bias": call.tensor("bias")},
+        kernel=list(kernel),
+        stride=list(stride),
+        dilation=list(dilation),
+        padding=pads,
+        groups=call.argument("groups"),
+    )
+
+
+@reads("linear")
+def read_linear(call: Any) -> Any:
+    return call.make(
+        "conv2d",
+        ["input"],
+        {"weight": call.tensor("weight"), "bias": call.tensor("bias")},
+        kernel=[1, 1],
+        stride=[1, 1],
+        dilation=[1, 1],
+        padding=[0, 0],
+        groups=1,
+    )
+
+
+@operator("conv2d")
+class Conv2d(Spatial):
+    """Tensors: weight `[O, I / groups, kh, kw]`, or `[O, I]` of a linear layer; bias `[O]` or none."""
+
+    def window(self, node: Node) -> Window:
+        options = node.options
+        padding = options["padding"]
+        return Window(
+            pair(options["kernel"]),
+            pair(options["stride"]),
+            pair(options["dilation"]),
+            None if padding == "same" else pair(padding, 0),
+        )
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        """1x1: on grids `[B, I, h, w]`, vectors `[B, I, 1, 1]`, or rows `[N, I]`."""
+        (x,), weight = inputs, tensors["weight"]
+        if x.ndim == 4:
+            return F.conv2d(x, kernel_of(weight), tensors.get("bias"), groups=node.options["groups"])
+        if node.options["groups"] == 1:
+            return F.linear(x, weight.flatten(1), tensors.get("bias"))
+        return _grouped(x[:, None], weight, tensors.get("bias"), node.options["groups"])
+
+    def grid(
+        self, node: Node, tensors: Tensors, grid: Tensor, stride: Pair, dilation: Pair, pads: Pads
+    ) -> Tensor:
+        weight, bias, groups = tensors["weight"], tensors.get("bias"), node.options["groups"]
+        left, right, above, below = pads
+        if left == right and above == below and min(left, above) >= 0:
+            return F.conv2d(grid, weight, bias, stride, (above, left), dilation, groups)
+        return F.conv2d(F.pad(grid, pads), weight, bias, stride, 0, dilation, groups)
+
+    def rows(self, node: Node, tensors: Tensors, reads: Reads) -> Tensor:
+        weight, bias, groups = tensors["weight"], tensors.get("bias"), node.options["groups"]
+        if groups > 1:
+            return _grouped(reads.values(), weight, bias, groups)
+        matrix = weight.permute(0, 2, 3, 1).flatten(1)  # [O, T * I]
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            taken = reads.table.index_select(0, reads.index).reshape(-1, int(matrix.shape[1]))
+            return F.linear(taken, matrix, bias)
+        return _GatherProduct.apply(reads.table, matrix, bias, reads.index)
+
+    def macs(self, node: Node, tensors: Tensors) -> int:
+        return tensors["weight"].numel()
+
+    def check(self, node: Node, tensors: Tensors) -> None:
+        weight, groups = tensors["weight"], node.options["groups"]
+        kernel = tuple(weight.shape[2:]) or (1, 1)
+        if weight.ndim not in (2, 4) or kernel != pair(node.options["kernel"]):
+            raise ValueError(f"weight {list(weight.shape)} has another kernel than {node.options['kernel']}")
+        if groups < 1 or weight.shape[0] % groups or weight.shape[0] != node.shape[1]:
+            raise ValueError(f"weight {list(weight.shape)} does not give {node.shape[1]} channels")
+
+
+@operator("conv2d_of_constant")
+class ConvOfConstant(Operator):
+    """What a convolution gives where all its taps read one vector `[B, I, 1, 1]`, without bias."""
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        weight = tensors["weight"].sum((2, 3), keepdim=True)
+        return F.conv2d(inputs[0], weight, groups=node.options["groups"])
+
+
+def kernel_of(weight: Tensor) -> Tensor:
+    """A weight as `[O, I, kh, kw]`."""
+    return weight if weight.ndim == 4 else weight[:, :, None, None]
+
+
+def _grouped(taps: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Taps `[M, T, I]` to `[M, O]`, each group of channels by itself."""
+    count, channels, out = int(taps.shape[1]), int(taps.shape[2]), int(weight.shape[0])
+    flat = weight.flatten(2)  # [O, I / groups, T]
+    if groups == channels:
+        each = out // groups
+        factors = flat.reshape(groups, each, count).permute(2, 1, 0)  # [T, each, I]
+        if each == 1:
+            result = (taps * factors[:, 0]).sum(1)
+        else:
+            result = (taps[:, :, None] * factors).sum(1).permute(0, 2, 1).reshape(-1, out)
+    else:
+        within = channels // groups
+        values = (
+            taps.reshape(-1, count, groups, within).permute(2, 0, 1, 3).reshape(groups, -1, count * within)
+        )
+        matrix = flat.reshape(groups, out // groups, within, count).permute(0, 3, 2, 1)
+        matrix = matrix.reshape(groups, count * within, out // groups)
+        result = torch.bmm(values, matrix).permute(1, 0, 2).reshape(-1, out)
+    return result if bias is None else result + bias
+
+
+class _GatherProduct(torch.autograd.Function):
+    """Gathered taps times a matrix, tile by tile; backward gathers again in place of keeping T copies."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, matrix: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+        table, matrix, bias = _autocast(table, matrix, bias)
+        ctx.save_for_backward(table, matrix, index)
+        sites, width = index.shape[0] * table.shape[1] // matrix.shape[1], matrix.shape[1]
+        out = table.new_empty(sites, matrix.shape[0])
+        for tile, taken in _tiles(table, index, width):
+            if bias is None:
+                torch.mm(taken, matrix.t(), out=out[tile])
+            else:
+                torch.addmm(bias, taken, matrix.t(), out=out[tile])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        table, matrix, index = ctx.saved_tensors
+        channels, count = table.shape[1], matrix.shape[1] // table.shape[1]
+        grad_table = torch.zeros_like(table) if ctx.needs_input_grad[0] else None
+        total = torch.zeros_like(matrix, dtype=torch.promote_types(matrix.dtype, torch.float32))
+        for tile, taken in _tiles(table, index, matrix.shape[1]):
+            part = grad[tile]
+            total += part.t() @ taken
+            if grad_table is not None:
+                rows = index[tile.start * count : tile.stop * count]
+                grad_table.index_add_(0, rows, (part @ matrix).reshape(-1, channels))
+        return grad_table, total.to(matrix.dtype), grad.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def _tiles(table: Tensor, index: Tensor, width: int) -> Any:
+    """Yields (sites, their taps `[n, width]`)."""
+    count = width // table.shape[1]
+    sites, at_once = index.shape[0] // count, max(1, TILE_BYTES // (width * table.element_size()))
+    for first in range(0, sites, at_once):
+        tile = slice(first, min(first + at_once, sites))
+        rows = index[tile.start * count : tile.stop * count]
+        yield tile, table.index_select(0, rows).reshape(-1, width)
+
+
+def _autocast(table: Tensor, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast does for built-in convolutions; a custom function has to ask for it."""
+    if not torch.is_autocast_enabled(table.device.type) or table.dtype == torch.float64:
+        return table, matrix, bias
+    dtype = torch.get_autocast_dtype(table.device.type)
+    return table.to(dtype), matrix.to(dtype), None if bias is None else bias.to(dtype)

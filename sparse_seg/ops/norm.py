@@ -1,0 +1,71 @@
+"""Normalisation: of each channel by its statistics (batch norm), of each place over its channels (layer norm)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, operator, reads
+from sparse_seg.ops.node import Node
+
+AFFINE = ("weight", "bias")
+
+
+@reads("batch_norm")
+def read_batch_norm(call: Any) -> Any:
+    if call.argument("training"):
+        raise UnknownOperator(f"{call.where}: a batch norm without running statistics")
+    names = {name: call.tensor(name) for name in (*AFFINE, "running_mean", "running_var")}
+    return call.make(
+        "batch_norm", ["input"], names, eps=call.argument("eps"), momentum=call.argument("momentum")
+    )
+
+
+@operator("batch_norm")
+class BatchNorm(Operator):
+    """Tensors: running_mean, running_var, and, where it has them, weight and bias, `[C]` each.
+
+    In training its statistics are those of all sites. Option `frozen`: always by running statistics.
+    """
+
+    joins = True
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        weight, bias = (tensors.get(name) for name in AFFINE)
+        training = training and not node.options.get("frozen", False)
+        statistics = tensors["running_mean"], tensors["running_var"]
+        options = node.options["momentum"], node.options["eps"]
+        return F.batch_norm(inputs[0], *statistics, weight, bias, training, *options)
+
+    def check(self, node: Node, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != (node.shape[1],):
+                raise ValueError(f"{name} is {list(tensor.shape)}, not [{node.shape[1]}]")
+        if not 0 < node.options["eps"] <= 1:
+            raise ValueError(f"eps is {node.options['eps']}")
+
+
+@reads("layer_norm")
+def read_layer_norm(call: Any) -> Any:
+    if len(call.argument("normalized_shape")) != 1 or not call.is_last("input"):
+        raise UnknownOperator(f"{call.where}: a layer norm over more than the channels of a place")
+    names = {name: call.tensor(name) for name in AFFINE}
+    return call.make("layer_norm", ["input"], names, eps=call.argument("eps"))
+
+
+@operator("layer_norm")
+class LayerNorm(Operator):
+    """Over the channels of each place. Tensors: weight and bias `[C]`, where it has them."""
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        (x,), eps = inputs, node.options["eps"]
+        weight, bias = (tensors.get(name) for name in AFFINE)
+        out = F.layer_norm(x.movedim(1, -1), (x.shape[1],), weight, bias, eps)
+        return out.movedim(-1, 1)
+
+    def check(self, node: Node, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != (node.shape[1],):
+                raise ValueError(f"{name} is {list(tensor.shape)}, not [{node.shape[1]}]")

@@ -1,0 +1,174 @@
+"""Pooling over windows, and over whole images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_seg.ops.base import (
+    Operator,
+    Pads,
+    Pair,
+    Reads,
+    Spatial,
+    Tensors,
+    UnknownOperator,
+    Window,
+    operator,
+    pair,
+    reads,
+)
+from sparse_seg.ops.node import Node
+
+
+class Pool(Spatial):
+    """A window of one channel. Options: kernel, stride, dilation, padding."""
+
+    def window(self, node: Node) -> Window:
+        options = node.options
+        padding = options["padding"]
+        sides = (pair(options[name]) for name in ("kernel", "stride", "dilation"))
+        return Window(*sides, None if padding == "same" else pair(padding, 0))  # type: ignore[arg-type]
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        return inputs[0]  # a window of one place
+
+
+@operator("max_pool2d")
+class MaxPool2d(Pool):
+    """What lies outside the image does not count."""
+
+    def grid(
+        self, node: Node, tensors: Tensors, grid: Tensor, stride: Pair, dilation: Pair, pads: Pads
+    ) -> Tensor:
+        kernel, (left, right, above, below) = pair(node.options["kernel"]), pads
+        fits = (
+            2 * left <= dilation[1] * (kernel[1] - 1) + 1 and 2 * above <= dilation[0] * (kernel[0] - 1) + 1
+        )
+        if left == right and above == below and min(left, above) >= 0 and fits:
+            return F.max_pool2d(grid, kernel, stride, (above, left), dilation)
+        return F.max_pool2d(F.pad(grid, pads, value=-torch.inf), kernel, stride, 0, dilation)
+
+    def rows(self, node: Node, tensors: Tensors, reads: Reads) -> Tensor:
+        values = reads.values()
+        return values.masked_fill(~reads.inside()[:, :, None], -torch.inf).amax(1)
+
+
+@operator("avg_pool2d")
+class AvgPool2d(Pool):
+    """Option `count_outside`: what lies outside the image counts, as zero."""
+
+    def grid(
+        self, node: Node, tensors: Tensors, grid: Tensor, stride: Pair, dilation: Pair, pads: Pads
+    ) -> Tensor:
+        total, kernel = self._sums(grid, node, stride, dilation, pads), pair(node.options["kernel"])
+        if node.options["count_outside"]:
+            return total / (kernel[0] * kernel[1])
+        ones = torch.ones(1, 1, *map(int, grid.shape[2:]), dtype=grid.dtype, device=grid.device)
+        return total / self._sums(ones, node, stride, dilation, pads)
+
+    def rows(self, node: Node, tensors: Tensors, reads: Reads) -> Tensor:
+        total = reads.values().sum(1)
+        if node.options["count_outside"]:
+            return total / reads.count
+        return total / reads.inside().to(total.dtype).sum(1, keepdim=True).clamp_min(1)
+
+    def _sums(self, grid: Tensor, node: Node, stride: Pair, dilation: Pair, pads: Pads) -> Tensor:
+        channels, kernel = int(grid.shape[1]), pair(node.options["kernel"])
+        ones = torch.ones(channels, 1, *kernel, dtype=grid.dtype, device=grid.device)
+        return F.conv2d(F.pad(grid, pads), ones, None, stride, 0, dilation, channels)
+
+
+@reads("max_pool2d")
+def read_max_pool(call: Any) -> Any:
+    return _read_pool(call, "max_pool2d", call.argument("dilation"))
+
+
+@reads("avg_pool2d")
+def read_avg_pool(call: Any) -> Any:
+    if call.argument("divisor_override") is not None:
+        raise UnknownOperator(f"{call.where}: an average pooling with divisor_override")
+    shape, kernel = call.value_shape("self"), pair(call.argument("kernel_size"))
+    if kernel == tuple(shape[-2:]):
+        return call.make("global_mean", ["self"], {})
+    # beyond the border, ceil_mode's windows are cut off and never counted
+    outside = call.argument("count_include_pad") and pair(call.argument("padding"), 0) != (0, 0)
+    return _read_pool(call, "avg_pool2d", 1, count_outside=bool(outside))
+
+
+def _read_pool(call: Any, name: str, dilation: Any, **options: Any) -> Any:
+    kernel = pair(call.argument("kernel_size"))
+    stride = kernel if not call.argument("stride") else pair(call.argument("stride"))
+    sides = {"kernel": kernel, "stride": stride, "dilation": pair(dilation)}
+    lists = {key: list(value) for key, value in sides.items()}
+    padding = list(pair(call.argument("padding"), 0))
+    return call.make(name, ["self"], {}, **lists, padding=padding, **options)
+
+
+# -- whole images ------------------------------------------------------------------------------------------
+
+
+@operator("global_mean")
+class GlobalMean(Operator):
+    """`[B, C, h, w]` to a vector `[B, C, 1, 1]`."""
+
+    is_pool = True
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        return inputs[0].mean((-2, -1), keepdim=True)
+
+
+@operator("global_max")
+class GlobalMax(Operator):
+    is_pool = True
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        return inputs[0].amax((-2, -1), keepdim=True)
+
+
+@operator("adaptive_avg_pool2d")
+class AdaptiveAvgPool2d(Operator):
+    """To `size` places, whatever the image: on complete grids alone."""
+
+    needs_grid = True
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        return F.adaptive_avg_pool2d(inputs[0], pair(node.options["size"]))
+
+
+@reads("adaptive_avg_pool2d")
+def read_adaptive(call: Any) -> Any:
+    size = pair(call.argument("output_size"))
+    if size == (1, 1):
+        return call.make("global_mean", ["self"], {})
+    raise UnknownOperator(f"{call.where}: pooling to {size[0]}x{size[1]} places depends on the image's size")
+
+
+@reads("adaptive_max_pool2d")
+def read_adaptive_max(call: Any) -> Any:
+    if pair(call.argument("output_size")) != (1, 1):
+        raise UnknownOperator(f"{call.where}: adaptive max pooling to more than one place")
+    return [call.make("global_max", ["self"], {})]
+
+
+@reads("mean", "amax", "sum")
+def read_mean(call: Any) -> Any:
+    """Over height and width, or over a channel axis."""
+    name, key = call.operator, call.first
+    shape, axes = call.value_shape(key), call.argument("dim")
+    axes = [axes] if isinstance(axes, int) else list(axes or range(len(shape)))
+    axes = sorted(call.channel_axis(axis, key) for axis in axes)
+    if axes == [len(shape) - 2, len(shape) - 1]:
+        if name == "sum":
+            raise UnknownOperator(f"{call.where}: a sum over an image, which grows with its size")
+        return call.make("global_mean" if name == "mean" else "global_max", [key], {})
+    if len(axes) == 1 and 1 <= axes[0] <= len(shape) - 3 and name in ("sum", "mean"):
+        count = {"count": shape[axes[0]]} if name == "mean" else {}
+        keep = bool(call.argument("keepdim"))
+        if not keep and len(shape) == 4:
+            raise UnknownOperator(f"{call.where}: a {name} over all channels that drops their axis")
+        return call.make("sum", [key], {}, axis=axes[0], keep=keep, **count)
+    raise UnknownOperator(f"{call.where}: a {name} over axes {axes}")

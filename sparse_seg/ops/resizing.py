@@ -1,0 +1,53 @@
+"""Bilinear resizing between grids; a vector is repeated at every place by whoever reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, operator, reads
+from sparse_seg.ops.node import Node
+
+
+@operator("resize")
+class Resize(Operator):
+    """To the stride that its captured size tells; option align_corners. `run/` gives it its geometry."""
+
+    needs_grid = True
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        return inputs[0]  # of a vector
+
+
+@reads("upsample_bilinear2d")
+def read_bilinear(call: Any) -> Any:
+    return call.make("resize", [call.first], {}, align_corners=bool(call.argument("align_corners")))
+
+
+@reads("upsample_nearest2d", "upsample_bicubic2d", "_upsample_nearest_exact2d")
+def read_other(call: Any) -> Any:
+    if call.is_vector(call.first):
+        return call.make("resize", [call.first], {}, align_corners=False)
+    raise UnknownOperator(f"{call.where}: only bilinear resizing is known")
+
+
+@operator("image")
+class Image(Operator):
+    """The network's input."""
+
+
+@operator("zeros")
+class Zeros(Operator):
+    """A vector `[1, C, 1, 1]` of zeros, the start of what stands outside a padded image."""
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        raise NotImplementedError  # it is made in the images' dtype, see `run/`
+
+
+@operator("constant")
+class Constant(Operator):
+    """A tensor `[1, C, 1, 1]`, for every image alike; a rewritten graph has such."""
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        return tensors["value"]

@@ -1,0 +1,280 @@
+"""The values of a graph for a batch of images, each on the form of its part (`graph/geometry.py`).
+
+A dense run at the coarsest stride computes all lattices, for they do not depend on the mask (P1 of
+docs/method.md); a mixed run adds the rows of extra sites, and what depends on them. Early values are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_seg.graph import Geometry
+from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
+from sparse_seg.sites import Grid, Level, Mixed, Sites, grid_size
+
+Value = Any  # a Grid, a Mixed, or a tensor: a vector of each image `[B, C, 1, 1]`
+Values = dict[str, Value]
+
+
+class Run:
+    """Runs a graph over images.
+
+    Args:
+        geometry: of the graph.
+        tensors: by the graph's names.
+        images: `[B, 3, H, W]`.
+        training: how norms and dropout behave.
+        count: told of each node that ran, and at how many places.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        tensors: Mapping[str, Tensor],
+        images: Tensor,
+        training: bool = False,
+        count: Callable[[Node, int], None] | None = None,
+    ) -> None:
+        self.geometry, self.tensors, self.images = geometry, tensors, images
+        self.training, self.count = training, count
+        self.batch, self.size = int(images.shape[0]), (int(images.shape[2]), int(images.shape[3]))
+        self.taps = geometry.all_taps(self.size)
+        self._early: Values | None = None
+
+    def early(self) -> Values:
+        """The early values that others read."""
+        if self._early is None:
+            nodes = [node for node in self.geometry.graph.nodes if node.name in self.geometry.first]
+            cells, values = self.geometry.cells(self.geometry.strides[0]), Values()
+            self._run(nodes, values, self.geometry.entries, lambda node, read: self._dense(node, read, cells))
+            self._early = values
+        return self._early
+
+    def dense(self, stride: int, kept: Collection[str] = ()) -> Values:
+        """Run dense at an output stride, px: grids and vectors.
+
+        Args:
+            kept: names of values that are wanted beside the output.
+        """
+        cells = self.geometry.cells(stride)
+        values = dict(self.early()) if stride >= self.geometry.strides[0] else Values()
+        return self._run(
+            self.geometry.graph.nodes, values, kept, lambda node, read: self._dense(node, read, cells)
+        )
+
+    def mixed(self, sites: Sites, coarse: Values | None = None, before: Values | None = None) -> Values:
+        """Run under a mask: rows on mixed levels, what is late on grids at the finest stride.
+
+        Args:
+            coarse: what `dense` gave at the coarsest stride, with `Geometry.kept_lattices`; no lattice in it
+                is computed again.
+            before: what this method gave for the sites of the step before.
+        """
+        cells = self.geometry.cells(self.geometry.strides[0])
+
+        def compute(node: Node, read: list[Value]) -> Value:
+            kind, name = self.geometry.kind[node.name], node.name
+            known = coarse is not None and name not in self.geometry.masked
+            if kind == "rows":
+                lattice = (coarse or {}).get(name) if known else self._lattice(node, read, sites)
+                return self._mixed(node, read, sites, lattice, (before or {}).get(name))
+            if kind == "vector":
+                return coarse[name] if known and coarse and name in coarse else self._vector(node, read)
+            return self._dense(node, [_grid(one) for one in read], cells)
+
+        return self._run(self.geometry.graph.nodes, dict(self.early()), self.geometry.kept_rows, compute)
+
+    def late(self, values: Mapping[str, Value]) -> Grid:
+        """The output, from the values that late ones read: early, vectors, and rows; these may be others than
+        a run gave."""
+        cells, known = self.geometry.cells(self.geometry.strides[0]), dict(values)
+        late = [node for node in self.geometry.graph.nodes if self.geometry.kind[node.name] == "late"]
+        for node in late:
+            known.pop(node.name, None)
+        self._run(late, known, (), lambda node, read: self._dense(node, [_grid(one) for one in read], cells))
+        return _grid(known[self.geometry.graph.output])
+
+    def output(self, values: Mapping[str, Value]) -> Grid:
+        """The grid of logits in what a run gave."""
+        return _grid(values[self.geometry.graph.output])
+
+    # -- one node ------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        nodes: Iterable[Node],
+        values: Values,
+        kept: Collection[str],
+        compute: Callable[[Node, list[Value]], Value],
+    ) -> Values:
+        """Compute nodes that are not there; drop values once nothing reads them, but `kept` and the output."""
+        nodes = list(nodes)
+        left: dict[str, int] = {}
+        for node in nodes:
+            for name in node.inputs:
+                left[name] = left.get(name, 0) + 1
+        wanted = {*kept, self.geometry.graph.output}
+        for node in nodes:
+            if node.name not in values:
+                values[node.name] = compute(node, [values[name] for name in node.inputs])
+            for name in node.inputs:
+                left[name] -= 1
+                if not left[name] and name not in wanted:
+                    values.pop(name, None)
+        return values
+
+    def _dense(self, node: Node, read: list[Value], cells: Mapping[str, int]) -> Value:
+        """A node on grids and vectors."""
+        if node.op == "image":
+            return Grid(self.images, 1)
+        if self.geometry.kind[node.name] == "vector":
+            return self._vector(node, read)
+        cell, operator = cells[node.name], OPERATORS[node.op]
+        if node.op == "resize":
+            return self._resize(node, read[0], cell)
+        size = grid_size(self.size, cell)
+        self._count(node, self.batch * size[0] * size[1])
+        if node.name in self.taps:
+            return Grid(self._window(node, read[0], cell, size), cell)
+        arrays = [one.thinned(cell) if isinstance(one, Grid) else one for one in read]
+        return Grid(operator.apply(node, self._tensors(node), arrays, self.training), cell)
+
+    def _window(self, node: Node, source: Grid, cell: int, size: tuple[int, int]) -> Tensor:
+        """A window on a grid: its taps lie as many px apart as captured, but at least one cell."""
+        operator, window = OPERATORS[node.op], self.geometry.window(node)
+        assert isinstance(operator, Spatial)
+        assert window is not None
+        step, unit = cell // source.stride, self.geometry.captured[node.inputs[0]]
+        pads, dilations = list[tuple[int, int]](), list[int]()
+        for axis, places in enumerate(self.taps[node.name]):
+            spacing = window.dilation[axis] * unit
+            dilation = max(1, spacing // source.stride)
+            before = -places[0] * dilation // spacing
+            end = (size[axis] - 1) * step - before + (len(places) - 1) * dilation
+            after = end + 1 - int(source.tensor.shape[2 + axis])
+            # a stride may leave some places at the end that no window reads
+            pads.append((before, before if after <= before < after + step else after))
+            dilations.append(dilation)
+        (above, below), (left, right) = pads
+        steps, apart = (step, step), (dilations[0], dilations[1])
+        return operator.grid(
+            node, self._tensors(node), source.tensor, steps, apart, (left, right, above, below)
+        )
+
+    def _resize(self, node: Node, source: Value, cell: int) -> Value:
+        """Bilinear, with the offset that the network was captured with, whatever the strides are now."""
+        if not isinstance(source, Grid):
+            return source
+        captured, to = self.geometry.captured[node.inputs[0]], self.geometry.captured[node.name]
+        size, align = grid_size(self.size, cell), node.options["align_corners"]
+        if captured < to or source.stride < cell:
+            return Grid(F.interpolate(source.tensor, size, mode="bilinear", align_corners=align), cell)
+        return Grid(upsample_logits(source.tensor, size, source.stride // cell, captured // to, align), cell)
+
+    def _vector(self, node: Node, read: list[Value]) -> Tensor:
+        """A node that gives a vector: of rows, a pooling reads the lattice; the last one of a head, all sites
+        by their area."""
+        operator = OPERATORS[node.op]
+        if node.op == "zeros":
+            return self.images.new_zeros(node.shape)
+        if isinstance(read[0] if read else None, Mixed):
+            if node.op == "global_mean" and node.name in self.geometry.final_pools:
+                return read[0].mean_by_area()
+            read = [read[0].lattice]
+        arrays = [one.tensor if isinstance(one, Grid) else one for one in read]
+        self._count(node, self.batch)
+        return operator.apply(node, self._tensors(node), arrays, self.training)
+
+    def _lattice(self, node: Node, read: list[Value], sites: Sites) -> Grid | None:
+        """A node's lattice in a mixed run; None where norms need all sites at once."""
+        if self.training and OPERATORS[node.op].joins:
+            return None
+        grids = [self._lattice_source(node, one, sites) for one in read]
+        return self._dense(node, grids, {node.name: self.geometry.lattice(node.name)})
+
+    def _lattice_source(self, node: Node, value: Value, sites: Sites) -> Value:
+        if not isinstance(value, Mixed):
+            return value
+        return value.densify(sites.exchange) if node.name in self.geometry.mixing else value.lattice
+
+    def _mixed(
+        self, node: Node, read: list[Value], sites: Sites, lattice: Grid | None, before: Mixed | None
+    ) -> Mixed:
+        """A node on rows, given its lattice."""
+        stride, operator = self.geometry.lattice(node.name), OPERATORS[node.op]
+        levels = {one: level for one, level in sites.levels.items() if one < stride}
+        for level in levels.values() if self.count is not None else ():
+            self._count(node, level.num_run)
+        if self.training and operator.joins:
+            return self._joined(node, read[0], sites, levels, stride)
+        if node.name in self.taps and isinstance(operator, Spatial):
+            source = (
+                self._lattice_source(node, read[0], sites) if node.name in self.geometry.mixing else read[0]
+            )
+            rows = {
+                one: operator.rows(node, self._tensors(node), self._reads(node, source, one, level))
+                for one, level in levels.items()
+            }
+        else:
+            rows = {
+                one: operator.apply(
+                    node, self._tensors(node), [_rows(value, one, level) for value in read], self.training
+                )
+                for one, level in levels.items()
+            }
+        return Mixed(lattice, rows, sites, before)
+
+    def _reads(self, node: Node, source: Value, stride: int, level: Level) -> Reads:
+        taps = self.taps[node.name]
+        if isinstance(source, Grid):
+            return Reads(source.padded_rows, level.grid_rows(taps, source.stride), taps.count)
+        return Reads(*source.reads(stride, taps), taps.count)
+
+    def _joined(
+        self, node: Node, source: Value, sites: Sites, levels: Mapping[int, Level], stride: int
+    ) -> Mixed:
+        """A node whose statistics are those of all sites, lattice and extra ones at once."""
+        grid = source.lattice if isinstance(source, Mixed) else source
+        lattice = Grid(grid.thinned(stride), stride)
+        parts = [lattice.rows]
+        for one, level in levels.items():
+            rows = _rows(source, one, level)
+            parts.append(rows if level.valid is None else rows.index_select(0, level.valid))
+        lengths = [part.shape[0] for part in parts]
+        self._count(node, lengths[0])
+        out = OPERATORS[node.op].apply(node, self._tensors(node), [torch.cat(parts)], True).split(lengths)
+        batch, _, height, width = lattice.tensor.shape
+        first = out[0].reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+        result: dict[int, Tensor] = {}
+        for (one, level), part in zip(levels.items(), out[1:], strict=True):
+            if level.valid is not None:
+                part = part.new_zeros(3 * level.run, part.shape[1]).index_copy(0, level.valid, part)
+            result[one] = part
+        return Mixed(Grid(first, stride), result, sites)
+
+    def _tensors(self, node: Node) -> dict[str, Tensor]:
+        return {role: self.tensors[name] for role, name in node.tensors.items()}
+
+    def _count(self, node: Node, places: int) -> None:
+        if self.count is not None:
+            self.count(node, places)
+
+
+def _grid(value: Value) -> Value:
+    return value.densify() if isinstance(value, Mixed) else value
+
+
+def _rows(value: Value, stride: int, level: Level) -> Tensor:
+    """A value at a level's extra sites that are run: `[3 * run, C]`, or `[1, C]` of a lone image's vector."""
+    if isinstance(value, Mixed):
+        return value.own(stride)
+    if isinstance(value, Grid):
+        return value.at(level)
+    vectors = value.reshape(*map(int, value.shape[:-2]))
+    return vectors if vectors.shape[0] == 1 else vectors.index_select(0, level.image_of_row())

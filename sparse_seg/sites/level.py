@@ -1,0 +1,170 @@
+"""A level's split cells, and what their extra sites read.
+
+Rows of extra sites are `[3 * K, C]`, phase by phase; K is the number of split cells in all images. Every shape
+follows from K, but for the number of *ghosts* (values where a neighbour has no site): near taps have those of
+the cells that some extra site reads, far taps those of all cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_seg.sites.plan import LevelPlan, Taps
+
+
+class Level:
+    """Split cells of a level.
+
+    Args:
+        plan: the level's constants.
+        cells: `[K]` int64, the cells that have extra sites.
+        exchange: what a neighbour without a site reads: `linear`, the bilinear interpolation of the grid at
+            twice the stride; `nearest`, the cell's own site; `none`, zero.
+        near: taps that share ghosts made for near cells only.
+        new: how many of the cells, the last ones, are run; None: all.
+    """
+
+    def __init__(
+        self,
+        plan: LevelPlan,
+        cells: Tensor,
+        exchange: str = "linear",
+        near: Sequence[Taps] = (),
+        new: int | None = None,
+    ) -> None:
+        self.plan, self.cells, self.exchange = plan, cells, exchange
+        self.count = int(cells.shape[0])
+        self.run = self.count if new is None else new
+        self.run_cells = cells if new is None else cells[self.count - new :]
+        self.near = tuple(near) if exchange != "none" else ()
+        self._kept: dict[Hashable, Tensor] = {}
+        self._numberings: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+    def kind(self, taps: Taps) -> str:
+        """Which table the taps read: that with `near` ghosts, with those of `all` cells, or with `none`."""
+        return "none" if self.exchange == "none" else "near" if taps in self.near else "all"
+
+    def tap_rows(self, taps: Taps) -> Tensor:
+        """`[3 * run * T]`: the rows of `table` that taps read around the extra sites that are run."""
+        key = "table", taps
+        if key not in self._kept:
+            read = self.plan.around_sites(taps).index_select(1, self.run_cells).reshape(-1)
+            self._kept[key] = self._numbering(self.kind(taps))[0].index_select(0, read)
+        return self._kept[key]
+
+    def grid_rows(self, taps: Taps, stride: int, first: int = 1) -> Tensor:
+        """`[(4 - first) * run * T]`: what taps read in a complete grid at `stride`, as `LevelPlan.in_grid`."""
+        key = "grid", taps, stride, first
+        if key not in self._kept:
+            table = self.plan.in_grid(taps, stride, first)
+            self._kept[key] = table.index_select(1, self.run_cells).reshape(-1)
+        return self._kept[key]
+
+    def table(self, source: Tensor, extras: Tensor, kind: str, exchange: str | None = None) -> Tensor:
+        """`[3 * K + 3 * n + 1, C]`: sites, n ghosts for each phase, and zero for outside.
+
+        source: `[cells, C]`, values of the complete grid at twice the stride; extras: `[3 * K, C]`.
+        """
+        parts = [extras]
+        if kind != "none":
+            parts.append(self.ghosts(source, self._numbering(kind)[1], exchange or self.exchange))
+        return torch.cat([*parts, source.new_zeros(1, int(source.shape[1]))])
+
+    def complete(self, source: Tensor, extras: Tensor, exchange: str = "linear") -> Tensor:
+        """Values of the level's own grid, all of its cells: `[fine cells, C]`."""
+        if exchange == "none":
+            ghosts = source.new_zeros(3 * self.plan.cells, int(source.shape[1]))
+        else:
+            ghosts = self.ghosts(source, None, exchange)
+        return torch.cat([source, extras, ghosts]).index_select(0, self._places())
+
+    def ghosts(self, source: Tensor, cells: Tensor | None, exchange: str) -> Tensor:
+        """`[3 * n, C]`: phases 1, 2, 3 of cells (None: of all) as if they had no site."""
+        channels, corners = int(source.shape[1]), self.plan.corners
+        if cells is not None:
+            corners = corners.index_select(1, cells)
+        if exchange == "nearest":
+            return source.index_select(0, corners[0]).repeat(3, 1)
+        four = source.index_select(0, corners.reshape(-1)).reshape(4, -1)
+        return torch.matmul(self.plan.mix(source.dtype), four).reshape(-1, channels)
+
+    @property
+    def valid(self) -> Tensor | None:
+        """`[n]`: which of the `3 * run` rows lie inside the image; None where all do."""
+        if self.plan.is_even:
+            return None
+        if "valid" not in self._kept:
+            inside = self.plan.inside.index_select(1, self.run_cells).reshape(-1)
+            self._kept["valid"] = inside.nonzero().reshape(-1)
+        return self._kept["valid"]
+
+    @property
+    def num_run(self) -> int:
+        """How many extra sites are run."""
+        return 3 * self.run if self.valid is None else int(self.valid.shape[0])
+
+    def by_image(self, values: Tensor) -> Tensor:
+        """Sums `[B, C]` over each image's cells of values `[K, C]`."""
+        batch = self.plan.batch
+        if batch == 1:
+            return values.sum(0, keepdim=True)
+        image = self.cells // (self.plan.cells // batch)
+        return values.new_zeros(batch, int(values.shape[1])).index_add(0, image, values)
+
+    def image_of_row(self) -> Tensor:
+        """`[3 * run]`: which image of the batch an extra site belongs to."""
+        if "image" not in self._kept:
+            self._kept["image"] = (self.run_cells // (self.plan.cells // self.plan.batch)).repeat(3)
+        return self._kept["image"]
+
+    def _places(self) -> Tensor:
+        """`[fine cells]`: the row of each place among those of the source, the extra sites, all ghosts."""
+        if "places" not in self._kept:
+            cells, sites = self.plan.cells, 3 * self.count
+            device = self.cells.device
+            rows = torch.cat(
+                [torch.arange(cells, device=device), torch.arange(3 * cells, device=device) + (cells + sites)]
+            )
+            rows = rows.scatter(0, self._numbers() + cells, torch.arange(cells, cells + sites, device=device))
+            self._kept["places"] = rows.index_select(0, self.plan.phases_of_fine)
+        return self._kept["places"]
+
+    def _numbering(self, kind: str) -> tuple[Tensor, Tensor | None]:
+        """`[3 * cells + 1]`, the table's row for each number of `LevelPlan.around_sites`; cells of ghosts.
+
+        The cells are None where all have ghosts, or none has.
+        """
+        if kind not in self._numberings:
+            self._numberings[kind] = self._numbered(kind)
+        return self._numberings[kind]
+
+    def _numbered(self, kind: str) -> tuple[Tensor, Tensor | None]:
+        device, sites, every = self.cells.device, 3 * self.count, 3 * self.plan.cells + 1
+        if kind == "all":
+            rows, ghosts = torch.arange(sites, sites + every, device=device), None
+        elif kind == "none":
+            rows, ghosts = torch.full((every,), sites, device=device), None
+        else:
+            ghosts = self._near_cells()
+            count = 3 * ghosts.shape[0]
+            rows = torch.zeros(every, dtype=torch.int64, device=device) + (sites + count)
+            numbers = self._numbers(ghosts)
+            rows = rows.scatter(0, numbers, torch.arange(sites, sites + count, device=device))
+        return rows.scatter(0, self._numbers(), torch.arange(sites, device=device)), ghosts
+
+    def _numbers(self, cells: Tensor | None = None) -> Tensor:
+        """`[3 * n]`: the numbers of phases 1, 2, 3 of cells."""
+        cells = self.cells if cells is None else cells
+        first = torch.arange(3, device=cells.device)[:, None] * self.plan.cells
+        return (first + cells).reshape(-1)
+
+    def _near_cells(self) -> Tensor:
+        """`[n]`: cells without extra sites that near taps read; n is known at run time only."""
+        tables = [self.plan.around_cells(taps).index_select(0, self.run_cells) for taps in self.near]
+        read = torch.cat(tables, 1).reshape(-1)
+        near = torch.zeros(self.plan.cells + 1, device=read.device).scatter(0, read, 1.0)
+        near = near.scatter(0, self.cells, 0.0)
+        return near[: self.plan.cells].nonzero().reshape(-1)

@@ -1,0 +1,199 @@
+"""Index tables of a level for one image size: which places its cells have, and what stands around them.
+
+A level adds *extra* sites at `stride` px to cells of the grid at twice that stride: phases 1, 2 and 3 of a cell
+lie to its right, below, and diagonally below; phase 0 is the cell's own site. Cells are numbered over the whole
+batch, image by image. A table holds numbers alone, so it is made once for a size and kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (y, x) of phases 0 to 3 in a cell
+# where there is no site, phases 1 to 3 are this mean of their cell and the ones right, below, and diagonal
+MIX = ((0.5, 0.5, 0.0, 0.0), (0.5, 0.0, 0.5, 0.0), (0.25, 0.25, 0.25, 0.25))
+
+
+class Taps(NamedTuple):
+    """Where a window reads, px from the site that it writes: rows `y` and columns `x`, first to last."""
+
+    y: tuple[int, ...]
+    x: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.y) * len(self.x)
+
+    @property
+    def reach(self) -> int:
+        """The largest distance along an axis, px."""
+        return max(map(abs, self.y + self.x))
+
+    def fits(self, stride: int) -> bool:
+        """Whether all fall on a grid of `stride` px around each of its cells."""
+        return all(place % stride == 0 for place in self.y + self.x)
+
+
+def grid_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Cells of images of `size` px at a stride."""
+    return -(-size[0] // stride), -(-size[1] // stride)
+
+
+@functools.lru_cache(maxsize=64)
+def plan_of(batch: int, size: tuple[int, int], stride: int, device: torch.device) -> LevelPlan:
+    """The plan of a level at `stride` for images of `size` px, kept for the next pass."""
+    return LevelPlan(batch, size, stride, device)
+
+
+class LevelPlan:
+    """Constant tables of a level, int64, each made at its first use.
+
+    Args:
+        batch: number of images.
+        size: of the images, px.
+        stride: of the level's sites, px.
+
+    The number behind the last of a numbering stands for all that lies outside the image.
+    """
+
+    def __init__(
+        self, batch: int, size: tuple[int, int], stride: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.batch, self.image, self.stride, self.device = batch, size, stride, torch.device(device)
+        self.fine, self.coarse = grid_size(size, stride), grid_size(size, 2 * stride)
+        self.cells = batch * self.coarse[0] * self.coarse[1]
+        self.fine_cells = batch * self.fine[0] * self.fine[1]
+        self._tables: dict[Hashable, Tensor] = {}
+
+    @property
+    def is_even(self) -> bool:
+        """Whether each cell has all four places inside the image."""
+        return self.fine_cells == 4 * self.cells
+
+    def around_sites(self, taps: Taps) -> Tensor:
+        """`[3, cells, T]`: what taps read around phases 1, 2, 3 of each cell, all at the same phase.
+
+        In numbers `(phase - 1) * cells + cell`; `3 * cells` is outside. The taps fit twice the stride.
+        """
+
+        def build() -> Tensor:
+            y, x = self._places(self.coarse, taps, 2 * self.stride)
+            tables = []
+            for index, (down, right) in enumerate(PHASES[1:]):
+                inside = _inside(y, x, self.coarse) & _inside(2 * y + down, 2 * x + right, self.fine)
+                numbers = self._number(y, x, self.coarse) + index * self.cells
+                tables.append(numbers.where(self._each(inside), 3 * self.cells))
+            return torch.stack(tables)
+
+        return self._kept(("sites", taps), build)
+
+    def around_cells(self, taps: Taps) -> Tensor:
+        """`[cells, T]`: the cells that taps read around each cell; `cells` is outside."""
+
+        def build() -> Tensor:
+            y, x = self._places(self.coarse, taps, 2 * self.stride)
+            numbers = self._number(y, x, self.coarse)
+            return numbers.where(self._each(_inside(y, x, self.coarse)), self.cells)
+
+        return self._kept(("cells", taps), build)
+
+    def in_grid(self, taps: Taps, stride: int, first: int = 1) -> Tensor:
+        """`[4 - first, cells, T]`: what taps read around phases `first` to 3 in a complete grid at `stride`
+        px, as its flat cells; the number of its cells is outside. Stride and taps fit ours and the grid."""
+
+        def build() -> Tensor:
+            size, scale = grid_size(self.image, stride), self.stride // stride
+            tables = []
+            for down, right in PHASES[first:]:
+                y, x = self._places(self.coarse, taps, stride, 2 * scale, (scale * down, scale * right))
+                numbers = self._number(y, x, size)
+                tables.append(numbers.where(self._each(_inside(y, x, size)), self.batch * size[0] * size[1]))
+            return torch.stack(tables)
+
+        return self._kept(("grid", taps, stride, first), build)
+
+    @property
+    def corners(self) -> Tensor:
+        """`[4, cells]`: each cell and those right, below, and diagonal, clamped to the image."""
+
+        def build() -> Tensor:
+            y, x = _cells(self.coarse, self.device)
+            right, below = (x + 1).clamp(max=self.coarse[1] - 1), (y + 1).clamp(max=self.coarse[0] - 1)
+            around = [(y, x), (y, right), (below, x), (below, right)]
+            return torch.stack([self._number(*place, self.coarse) for place in around])
+
+        return self._kept("corners", build)
+
+    @property
+    def phases_of_fine(self) -> Tensor:
+        """`[fine cells]`: `phase * cells + cell` of each place of the level's own grid."""
+
+        def build() -> Tensor:
+            y, x = _cells(self.fine, self.device)
+            phase = (2 * (y % 2) + x % 2).repeat(self.batch)
+            return phase * self.cells + self._number(y // 2, x // 2, self.coarse)
+
+        return self._kept("phases", build)
+
+    @property
+    def fine_of_phases(self) -> Tensor:
+        """`[4, cells]`: the place in the level's own grid of each cell's phases 0 to 3; `fine_cells` where it
+        lies outside."""
+        return self.in_grid(Taps((0,), (0,)), self.stride, 0)[:, :, 0]
+
+    @property
+    def inside(self) -> Tensor:
+        """`[3, cells]` bool: whether phases 1, 2, 3 of a cell lie inside the image."""
+        return self._kept("inside", lambda: self.fine_of_phases[1:] < self.fine_cells)
+
+    def mix(self, dtype: torch.dtype) -> Tensor:
+        """`MIX` as a tensor `[3, 4]`."""
+        return self._kept(dtype, lambda: torch.tensor(MIX, dtype=dtype, device=self.device))
+
+    def _kept(self, key: Hashable, build: Callable[[], Tensor]) -> Tensor:
+        if key not in self._tables:
+            with torch.inference_mode(False):  # kept tables must serve training, too
+                self._tables[key] = build()
+        return self._tables[key]
+
+    def _places(
+        self,
+        size: tuple[int, int],
+        taps: Taps,
+        stride: int,
+        scale: int = 1,
+        shift: tuple[int, int] = (0, 0),
+    ) -> tuple[Tensor, Tensor]:
+        """`[cells of an image, T]` each: rows and columns of a grid at `stride` that taps read around
+        `scale * cell + shift`."""
+        y, x = _cells(size, self.device)
+        down = torch.tensor(taps.y, device=self.device) // stride + shift[0]
+        right = torch.tensor(taps.x, device=self.device) // stride + shift[1]
+        rows, columns = len(taps.y), len(taps.x)
+        return (
+            (scale * y)[:, None] + down.repeat_interleave(columns),
+            (scale * x)[:, None] + right.repeat(rows),
+        )
+
+    def _number(self, y: Tensor, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Places `[n, ...]` of one image as numbers `[B * n, ...]` over the batch."""
+        first = torch.arange(self.batch, device=self.device) * (size[0] * size[1])
+        return (first.view(-1, *[1] * y.ndim) + (y * size[1] + x)).flatten(0, 1)
+
+    def _each(self, inside: Tensor) -> Tensor:
+        return inside.repeat(self.batch, *[1] * (inside.ndim - 1))
+
+
+def _cells(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a grid's cells, `[H * W]` each."""
+    y, x = torch.meshgrid(*(torch.arange(n, device=device) for n in size), indexing="ij")
+    return y.flatten(), x.flatten()
+
+
+def _inside(y: Tensor, x: Tensor, size: tuple[int, int]) -> Tensor:
+    return (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])

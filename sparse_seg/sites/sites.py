@@ -1,0 +1,92 @@
+"""The sites of a pass: which cells are split at each level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_seg.sites.level import Level
+from sparse_seg.sites.plan import LevelPlan, Taps
+
+
+class Sites:
+    """The levels of a mask.
+
+    Args:
+        levels: by stride, coarsest first.
+        exchange: see `Level`.
+    """
+
+    def __init__(self, levels: dict[int, Level], exchange: str) -> None:
+        self.levels, self.exchange = levels, exchange
+
+    @classmethod
+    def of_mask(
+        cls,
+        fine_blocks: Tensor,
+        plans: dict[int, LevelPlan],
+        exchange: str,
+        near: dict[int, Sequence[Taps]],
+        before: Sites | None = None,
+    ) -> Sites:
+        """From block levels int64 `[B, Hc, Wc]`: 0 keeps a block coarse, each more halves its stride.
+
+        Args:
+            plans: of the levels, by stride, coarsest first.
+            near: see `Level`, by stride.
+            before: the sites of the step before, all of them sites of this one; only new ones are run.
+        """
+        levels = {}
+        for number, (stride, plan) in enumerate(plans.items()):
+            split = fine_blocks > number
+            if number:
+                split = split.repeat_interleave(2**number, 1).repeat_interleave(2**number, 2)
+                split = split[:, : plan.coarse[0], : plan.coarse[1]]
+            cells, new = split.flatten().nonzero().squeeze(1), None
+            if before is not None:
+                known = before.levels[stride].cells
+                fresh = split.flatten().clone()
+                fresh[known] = False
+                added = fresh.nonzero().squeeze(1)
+                cells, new = torch.cat([known, added]), added.shape[0]
+            levels[stride] = Level(plan, cells, exchange, near.get(stride, ()), new)
+        return cls(levels, exchange)
+
+    @classmethod
+    def of_numbers(
+        cls,
+        chosen: Tensor,
+        fine: int,
+        plans: dict[int, LevelPlan],
+        exchange: str,
+        near: dict[int, Sequence[Taps]],
+    ) -> Sites:
+        """From block numbers int64 `[B, k]`, those at the finest stride first: shapes that do not depend on
+        the numbers' values.
+
+        Args:
+            fine: how many of the k blocks are at the finest stride; with two strides all.
+        """
+        levels, before = {}, None
+        for number, (stride, plan) in enumerate(plans.items()):
+            batch = plan.batch
+            if before is None:
+                cells = chosen
+                if batch > 1:
+                    first = torch.arange(batch, device=chosen.device)[:, None] * (plan.cells // batch)
+                    cells = cells + first
+                blocks = cells[:, :fine]
+            else:
+                children = before.fine_of_phases.index_select(1, blocks.reshape(-1))
+                cells = children.reshape(4, batch, -1).permute(1, 0, 2).reshape(batch, -1)
+                blocks = cells
+            del number
+            levels[stride] = Level(plan, cells.reshape(-1), exchange, near.get(stride, ()))
+            before = plan
+        return cls(levels, exchange)
+
+    def run_rows(self) -> int:
+        """How many extra sites are run, those outside the image at a border of odd size included."""
+        return sum(3 * level.run for level in self.levels.values())

@@ -1,0 +1,150 @@
+"""The forms of a value: a complete grid, or a lattice with the rows of extra sites."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparse_seg.sites.plan import Taps
+
+if TYPE_CHECKING:
+    from sparse_seg.sites.level import Level
+    from sparse_seg.sites.sites import Sites
+
+HERE = Taps((0,), (0,))
+
+
+class Grid:
+    """A complete grid `[B, C, h, w]` at `stride` px."""
+
+    def __init__(self, tensor: Tensor, stride: int) -> None:
+        self.tensor, self.stride = tensor, stride
+        self._rows: Tensor | None = None
+        self._padded_rows: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """`[B * h * w, C]`."""
+        if self._rows is None:  # not functools.cached_property: its lock is beyond torch.compile
+            batch, channels, height, width = map(int, self.tensor.shape)
+            self._rows = self.tensor.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
+        return self._rows
+
+    @property
+    def padded_rows(self) -> Tensor:
+        """Rows and, behind them, zero."""
+        if self._padded_rows is None:
+            self._padded_rows = torch.cat([self.rows, self.tensor.new_zeros(1, int(self.tensor.shape[1]))])
+        return self._padded_rows
+
+    def at(self, level: Level) -> Tensor:
+        """`[3 * run, C]`: the values at a level's extra sites that are run."""
+        return self.padded_rows.index_select(0, level.grid_rows(HERE, self.stride))
+
+    def thinned(self, stride: int) -> Tensor:
+        """The values at the places of a larger stride alone."""
+        step = stride // self.stride
+        return self.tensor if step == 1 else self.tensor[:, :, ::step, ::step]
+
+
+def rows_to_grid(rows: Tensor, batch: int, size: tuple[int, int]) -> Tensor:
+    """`[B * H * W, C]` to `[B, C, H, W]` in channels_last memory."""
+    return rows.reshape(batch, *size, int(rows.shape[1])).permute(0, 3, 1, 2)
+
+
+class Mixed:
+    """A value on mixed levels: a lattice and, by stride, coarsest first, the rows of extra sites.
+
+    Args:
+        lattice: its grid; None where nothing reads it any more.
+        rows: `[3 * run, C]` of the extra sites that are run at each level below the lattice's.
+        sites: where they stand.
+        before: the same value for the sites of the step before; None: all sites are run.
+    """
+
+    def __init__(
+        self, lattice: Grid | None, rows: dict[int, Tensor], sites: Sites, before: Mixed | None = None
+    ) -> None:
+        self._lattice, self.rows, self.sites = lattice, rows, sites
+        self._extras: dict[int, Tensor] = {} if before is not None else rows
+        self._before = before
+        self._complete: dict[tuple[int, str], Tensor] = {}
+        self._tables: dict[tuple[int, str], Tensor] = {}
+
+    @property
+    def lattice(self) -> Grid:
+        assert self._lattice is not None
+        return self._lattice
+
+    def extras(self, stride: int) -> Tensor:
+        """`[3 * K, C]`: rows of all extra sites at a stride, with those of the steps before."""
+        if stride not in self._extras:
+            assert self._before is not None
+            level = self.sites.levels[stride]
+            parts = self._before.extras(stride), self.rows[stride]
+            both = [part.reshape(3, -1, int(part.shape[1])) for part in parts]
+            self._extras[stride] = torch.cat(both, 1).reshape(3 * level.count, -1)
+        return self._extras[stride]
+
+    def reads(self, stride: int, taps: Taps) -> tuple[Tensor, Tensor]:
+        """What taps read around the extra sites at `stride` that are run: a table, and its rows
+        `[3 * run * T]`."""
+        level = self.sites.levels[stride]
+        if self.lattice.stride <= stride:
+            return self.lattice.padded_rows, level.grid_rows(taps, self.lattice.stride)
+        kind = level.kind(taps)
+        if (stride, kind) not in self._tables:
+            source = self.complete(2 * stride)
+            self._tables[stride, kind] = level.table(source, self.extras(stride), kind)
+        return self._tables[stride, kind], level.tap_rows(taps)
+
+    def own(self, stride: int) -> Tensor:
+        """`[3 * run, C]`: the values at the extra sites at `stride` that are run."""
+        if stride in self.rows:
+            return self.rows[stride]
+        return self.lattice.at(self.sites.levels[stride])
+
+    def complete(self, stride: int, exchange: str | None = None) -> Tensor:
+        """`[cells, C]`: values on the complete grid at `stride`, by the exchange rule (of the sites) where
+        there is no site."""
+        if stride == self.lattice.stride:
+            return self.lattice.rows
+        exchange = exchange or self.sites.exchange
+        if (stride, exchange) not in self._complete:
+            level, source = self.sites.levels[stride], self.complete(2 * stride, exchange)
+            self._complete[stride, exchange] = level.complete(source, self.extras(stride), exchange)
+        return self._complete[stride, exchange]
+
+    def densify(self, exchange: str = "linear") -> Grid:
+        """The finest grid, by the exchange rule where there is no site."""
+        finest = min(self.rows, default=self.lattice.stride)
+        if finest == self.lattice.stride:
+            return self.lattice
+        plan = self.sites.levels[finest].plan
+        return Grid(rows_to_grid(self.complete(finest, exchange), plan.batch, plan.fine), finest)
+
+    def mean_by_area(self) -> Tensor:
+        """`[B, C, 1, 1]`: the mean of all sites, each as often as the cells of the finest grid that it stands
+        for.
+
+        Splitting a cell takes three quarters of its area from its own site and gives them to the extra ones.
+        """
+        grid = self.lattice.tensor
+        if not self.rows:
+            return grid.mean((2, 3), keepdim=True)
+        batch, channels, height, width = map(int, grid.shape)
+        levels = len(self.rows)
+        precise = torch.promote_types(grid.dtype, torch.float32)
+        total = grid.sum((2, 3), dtype=precise) * 4**levels
+        count = total.new_full((batch, 1), height * width * 4**levels)
+        for number, stride in enumerate(self.rows, start=1):
+            level, weight = self.sites.levels[stride], 4 ** (levels - number)
+            source = self.complete(2 * stride).index_select(0, level.cells)
+            inside = level.plan.inside.reshape(3, -1).index_select(1, level.cells).to(precise)
+            new = (self.extras(stride).reshape(3, level.count, channels) * inside[:, :, None]).sum(0)
+            gain = level.by_image((new - 3 * source).to(precise))
+            total = total + weight * gain
+            count = count + weight * level.by_image(inside.sum(0)[:, None] - 3)
+        return (total / count).to(grid.dtype)[:, :, None, None]
