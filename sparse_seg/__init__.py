@@ -4,6 +4,7 @@ from sparse_seg.checkpoint import load_model
 from sparse_seg.export.segmentor import RuntimeSegmentor, in_runtime
 from sparse_seg.lab.predict.segment import Segmentation, segment
 from sparse_seg.models.build import build_model
+from sparse_seg.run.selective import selective
 from sparse_seg.version import __version__
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "in_runtime",
     "load_model",
     "segment",
+    "selective",
 ]

@@ -213,6 +213,25 @@ class Geometry:
     def _grids(self, node: Node) -> list[str]:
         return [name for name in node.inputs if self.captured[name]]
 
+    @property
+    def trained(self) -> int:
+        """Stride of the logits as captured, px: the last upsampling keeps the offset that it has there."""
+        return self.captured[self.graph.output]
+
+    @property
+    def vectors(self) -> list[str]:
+        return [name for name, kind in self.kind.items() if kind == "vector"]
+
+    @property
+    def where_mixing(self) -> str:
+        """For messages: the first window that mixes phases."""
+        return next(node.where for node in self.graph.nodes if node.name in self.mixing)
+
+    def part(self, name: str) -> str:
+        """Where a value's multiply-adds are counted: `early`, `rows` or `late`."""
+        kind = self.kind[name]
+        return kind if kind != "vector" else "early" if name in self.first else "rows"
+
     # -- as it runs ----------------------------------------------------------------------------------------
 
     def lattice(self, name: str) -> int:

@@ -6,16 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
-import torch
 from torch import nn
 
 from sparse_seg.config import MaskConfig
-from sparse_seg.masks import POLICIES, MaskPolicy, build_policy
+from sparse_seg.masks import MaskPolicy
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.card import Card
 from sparse_seg.models.heads import Head
 from sparse_seg.models.resnet import ResNet
-from sparse_seg.models.way import Way
-from sparse_seg.sparse import SEPARATE
 
 
 @contextmanager
@@ -30,20 +28,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class Network(nn.Module):
+class Network(Segmentor):
     """Backbone, head and policy; `SelectiveSegmentor` runs them.
 
     Args:
         backbone, head, policy: built by `build_model`.
         trained_stride: output stride the head's last upsampling was trained at, in pixels.
         auxiliary: head on the last stage but one, used in training only.
-        strides: strides in pixels between which the mask chooses, finest first, each twice the one before.
-            A block is one cell of the coarsest grid.
         align_corners: of the last upsampling.
-        mask: settings of the policies that a `Way` names.
-        merge: what pixels of coarse blocks get: `whole`, the head decodes the densified rows everywhere; or
-            `patch`, see `models/patch.py`.
-        card: what input and output mean; of a checkpoint's network.
+        strides, mask, merge, card: see `Segmentor`.
     """
 
     def __init__(
@@ -59,25 +52,13 @@ class Network(nn.Module):
         merge: str = "whole",
         card: Card | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(policy, strides, mask, merge, card)
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
-        self.policy, self.trained_stride, self.strides = policy, trained_stride, strides
-        self.align_corners, self.mask = align_corners, mask or MaskConfig()
-        self.merge, self.card = merge, card
-        self.is_folded = False  # whether it was made by `for_inference`
+        self.trained_stride, self.align_corners = trained_stride, align_corners
 
-    def policy_for(self, way: Way) -> MaskPolicy:
-        """The policy of a selective way: the model's own, or the one that the way names, in eval mode.
-
-        Raises:
-            ConfigError: an unknown policy or option, or a learned one where the network has none.
-        """
-        if way.mask is None and way.fine_fraction is None and way.middle_fraction is None:
-            return self.policy
-        settings = way.mask_config(self.mask)
-        net = getattr(self.policy, "net", None) if type(self.policy) is POLICIES[settings.policy] else None
-        policy = build_policy(settings, self.strides, net)
-        return policy.to(next(self.parameters(), torch.empty(0)).device).eval()
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        return self.head.num_classes
 
     @property
     def first_selective(self) -> int:
@@ -85,20 +66,12 @@ class Network(nn.Module):
         return sum(stage.stride <= self.strides[0] for stage in self.backbone.stages)
 
     @cached_property
-    def exchange(self) -> str:
+    def exchange(self) -> str:  # type: ignore[override]
         """The exchange rule of the layers on sites, all of which have the same."""
         layers = (layer for layer in self.backbone.modules() if hasattr(layer, "exchange"))
         return str(next(layers).exchange)
 
-    def separates(self, way: Way) -> bool:
-        """Whether levels do not read each other."""
-        return (way.exchange or self.exchange) == SEPARATE
-
-    def refines(self, way: Way) -> bool:
-        """Whether a coarse pass can be refined (P4): it stays as it is when blocks become fine (P1)."""
-        return not self.has_undilated and not self.separates(way)
-
     @cached_property
-    def has_undilated(self) -> bool:
+    def has_undilated(self) -> bool:  # type: ignore[override]
         """Whether some convolution's taps depend on the mask (`model.dilate_second: false`)."""
         return any(getattr(module, "spacing", 0) is None for module in self.modules())

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sparse_seg.masks import ConfidencePolicy, MaskPolicy, blur_scores, top_blocks
-from sparse_seg.models.network import Network
-from sparse_seg.models.passes import Pass
 from sparse_seg.timing import now
 
 FIRST_STEP, SMALLEST_STEP = 0.05, 0.01  # of all blocks, when steps are sized by time
@@ -27,12 +25,15 @@ class Refined(NamedTuple):
 
 
 def refine(
-    model: Network,
+    model: Any,
     images: Tensor,
     fractions: Sequence[float] | None = None,
     milliseconds: float | None = None,
 ) -> Iterator[Refined]:
-    """See `SelectiveSegmentor.refine`.
+    """See `Segmentor.refine`.
+
+    Args:
+        model: whose passes can be refined.
 
     Raises:
         ValueError: as there.
@@ -49,7 +50,7 @@ def refine(
     start, policy = now(images.device), model.policy
     if not policy.ranks_refinement:
         policy = ConfidencePolicy(fine_fraction=1.0, block=model.strides[-1])
-    run = Pass(model, images).start_coarse(getattr(policy, "stored_dtype", None))
+    run = model.start(images).start_coarse(getattr(policy, "stored_dtype", None))
     if milliseconds is not None:
         yield Refined(run.logits(), run.levels)
         yield from _within(run, policy, start, milliseconds)
@@ -68,7 +69,7 @@ def _cut(policy: MaskPolicy, scores: Tensor, fraction: float) -> Tensor:
     return top_blocks(scores, fraction, None if middle is None else min(middle, 1 - fraction))
 
 
-def _within(run: Pass, policy: MaskPolicy, start: float, milliseconds: float) -> Iterator[Refined]:
+def _within(run: Any, policy: MaskPolicy, start: float, milliseconds: float) -> Iterator[Refined]:
     """Steps as large as the time left allows, each at most twice the one before, by measured cost.
 
     A step costs something by itself (head, upsampling) and something per block. Before the first, a block is

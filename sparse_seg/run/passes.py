@@ -1,0 +1,335 @@
+"""A pass of a graph's network over images: nothing is computed before it is asked for, and nothing twice.
+
+A mask policy is given the pass and asks it for what it needs. Where it asks for coarse logits, the pass keeps the
+lattices and then adds the sites that the mask asks for, and only those (P4 of docs/method.md).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_seg.errors import SparseSegError
+from sparse_seg.masks import MaskPolicy, block_levels, block_shape
+from sparse_seg.models.layouts import check_images, warn_of_bytes
+from sparse_seg.models.network import eval_mode
+from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
+from sparse_seg.models.way import Way
+from sparse_seg.ops import OPERATORS, Node
+from sparse_seg.run.values import Run, Values
+from sparse_seg.sites import Grid, Mixed, Sites, grid_size, plan_of
+from sparse_seg.sparse import EXCHANGES, SEPARATE, SiteLayout
+
+if TYPE_CHECKING:
+    from sparse_seg.run.network import SelectiveNetwork
+
+
+class Kept(NamedTuple):
+    """What a pass keeps for refining."""
+
+    num_bytes: int
+
+
+class GraphPass:
+    """One pass of a network over images, with the interface of `models.passes.Pass`.
+
+    Args:
+        model: whose pass it is.
+        images: normalised, float `[B, 3, H, W]`, any size from 32x32 up.
+        labels: int64 `[B, H, W]`, for policies that read them.
+
+    Raises:
+        ValueError: images of a wrong shape or dtype.
+    """
+
+    def __init__(self, model: SelectiveNetwork, images: Tensor, labels: Tensor | None = None) -> None:
+        check_images(images)
+        warn_of_bytes(images)
+        self.model, self.labels = model, labels
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.mask: Tensor | None = None  # bool or int64 `[B, Hc, Wc]`
+        self._with_grad = torch.is_grad_enabled()
+        self._counts: dict[str, int] = {}
+        self._run = self._new_run(model.training)
+        self._coarse: Values | None = None  # of the coarse pass that can be refined
+        self._sites: Sites | None = None
+        self._values: Values | None = None
+        self._stride: int | None = None  # of a dense run
+
+    def _new_run(self, training: bool) -> Run:
+        return Run(self.model.geometry, self.model.tensors, self.images, training, self._count)
+
+    # -- how to run ----------------------------------------------------------------------------------------
+
+    def follow(self, way: Way | None = None, policy: MaskPolicy | None = None) -> GraphPass:
+        """Run this way; a policy chooses the mask now. Returns the pass itself.
+
+        Args:
+            policy: overrides the way's.
+        """
+        way = way or Way()
+        if way.output_stride is not None:
+            self.mask, self._stride, self._values = None, way.output_stride, None
+            return self
+        policy = policy or self.model.policy_for(way)
+        fine_blocks = policy(self)
+        finest = self.model.strides[0]
+        size = grid_size(self._run.size, finest)
+        self._add("mask", policy.macs(size, finest, len(self.images)))
+        return self.take(fine_blocks, way)
+
+    def take(self, fine_blocks: Tensor, way: Way | None = None) -> GraphPass:
+        """Run under this mask, see `Predicting.forward`. After a coarse pass, refine it.
+
+        Args:
+            way: gives the exchange rule; its policy is not asked.
+
+        Raises:
+            ValueError: a wrong shape or dtype, or a block that would become coarser than it is.
+            SparseSegError: an exchange rule, engine or merge that a captured network has not.
+        """
+        way = way or Way()
+        exchange = way.exchange or self.model.exchange
+        self.model.check_way(way)
+        levels = self._levels(fine_blocks)
+        near = self.model.geometry.near(self._run.size)
+        refines = self._coarse is not None and not self._with_grad and self.model.geometry.refines
+        before = self._sites if refines else None
+        if before is not None and bool((levels < self.levels).any()):
+            raise ValueError("a step can only refine: some block has a lower level than before")
+        plans = self.model.plans(len(self.images), self._run.size, self.images.device)
+        sites = Sites.of_mask(levels, plans, exchange, near, before)
+        with self._context():
+            self._values = self._run.mixed(
+                sites, self._coarse if refines else None, self._values if before is not None else None
+            )
+        self.mask, self._sites, self._stride = fine_blocks, sites, None
+        return self
+
+    def fork(self) -> GraphPass:
+        """An independent copy of the pass from here on."""
+        other = copy.copy(self)
+        other._run = copy.copy(self._run)
+        other._counts = dict(self._counts)
+        other._run.count = other._count
+        return other
+
+    # -- what a policy may ask for -------------------------------------------------------------------------
+
+    def features(self) -> Tensor:
+        """`[B, C, h, w]` of the last value before the mask, at the finest stride."""
+        geometry = self.model.geometry
+        with self._context():
+            grid = self._run.early()[geometry.features]
+        return grid.thinned(self.model.strides[0])
+
+    @torch.no_grad()
+    def coarse_logits(self, every: int = 1, stored_dtype: torch.dtype | None = None) -> Tensor:
+        """Logits of the dense network at the coarsest stride, at every `every`-th pixel.
+
+        In eval mode without gradients this pass then refines what was run here.
+
+        Returns:
+            Float32 or more, `[B, K, ceil(H/every), ceil(W/every)]`.
+
+        Raises:
+            ValueError: the lattice depends on the mask.
+        """
+        if self.model.training or self._with_grad:
+            with eval_mode(self.model):
+                return GraphPass(self.model, self.images).coarse_logits(every, stored_dtype)
+        if self._coarse is None:
+            self.start_coarse(stored_dtype)
+        assert self._coarse is not None
+        return self._upsample(self._run.output(self._coarse), every)
+
+    @torch.no_grad()
+    def start_coarse(self, stored_dtype: torch.dtype | None = None) -> GraphPass:
+        """Run the coarsest stride so that `take` can refine it.
+
+        Args:
+            stored_dtype: what the lattices are kept in (float16 takes half the memory); None: as they are.
+
+        Raises:
+            ValueError: the network is in training mode, or the mask changes the lattice.
+        """
+        geometry = self.model.geometry
+        if self.model.training:
+            raise ValueError("call model.eval() before refining: batch statistics would depend on the step")
+        if not geometry.refines:
+            raise ValueError(
+                f"{geometry.where_mixing} makes the lattice depend on the mask: a coarse pass cannot be refined"
+            )
+        self._with_grad = False
+        coarsest = self.model.strides[-1]
+        self._coarse = self._run.dense(coarsest, geometry.kept_lattices)
+        if stored_dtype is not None:
+            for name, value in self._coarse.items():
+                if isinstance(value, Grid) and geometry.kind[name] == "rows":
+                    self._coarse[name] = Grid(
+                        value.tensor.to(stored_dtype).to(value.tensor.dtype), value.stride
+                    )
+        blocks = block_shape(self.images, coarsest)
+        self.mask = torch.zeros(blocks, dtype=torch.bool, device=self.images.device)
+        self._values, self._sites, self._stride = self._coarse, None, None
+        return self
+
+    def dense_classes(self) -> tuple[Tensor, Tensor]:
+        """Classes int64 `[B, H, W]` of the dense network at the finest and at the coarsest stride, without
+        gradients and in eval mode."""
+        with torch.no_grad(), eval_mode(self.model):
+            one = GraphPass(self.model, self.images)
+            fine, coarse = (one.follow(Way.dense(self.model.strides[place])).classes() for place in (0, -1))
+        return fine, coarse
+
+    # -- results -------------------------------------------------------------------------------------------
+
+    @property
+    def levels(self) -> Tensor:
+        """The blocks' levels int64 `[B, Hc, Wc]`, 0 for the coarsest stride.
+
+        Raises:
+            ValueError: the pass is dense.
+        """
+        if self.mask is None:
+            raise ValueError("a dense pass has no mask")
+        return block_levels(self.mask, self.model.strides).to(self.images.device)
+
+    @property
+    def memory(self) -> Kept | None:
+        """What is kept for refining."""
+        if self._coarse is None:
+            return None
+        tensors = [value.tensor if isinstance(value, Grid) else value for value in self._coarse.values()]
+        if self._sites is not None and self._values is not None:
+            mixed = [value for value in self._values.values() if isinstance(value, Mixed)]
+            tensors += [rows for value in mixed for rows in value.rows.values()]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+        return Kept(sum(storage.nbytes() for storage in storages.values()))
+
+    @property
+    def layouts(self) -> list[SiteLayout]:
+        """The grid of the logits, as a layout."""
+        grid = self._grid()
+        size = (int(grid.tensor.shape[2]), int(grid.tensor.shape[3]))
+        return [SiteLayout(len(self.images), size, grid.stride, device=self.images.device)]
+
+    def grid_logits(self) -> Tensor:
+        """Logits `[B, K, h, w]`, before the last upsampling."""
+        return self._grid().tensor
+
+    def logits(self) -> Tensor:
+        """Logits `[B, K, H, W]` at the images' size, in float32 or more."""
+        return self._upsample(self._grid())
+
+    def upsample(self, grid_logits: Tensor, every: int = 1) -> Tensor:
+        """Logits `[B, K, h, w]` of this pass's grid at every `every`-th pixel of the images."""
+        return self._upsample(Grid(grid_logits, self._grid().stride), every)
+
+    def classes(self) -> Tensor:
+        """Classes int64 `[B, H, W]`, cheaper than through `logits`."""
+        grid, geometry = self._grid(), self.model.geometry
+        align = geometry.graph.align_corners
+        logits = at_least_float32(grid.tensor)
+        return upsample_classes(logits, self._run.size, grid.stride, geometry.trained, align)
+
+    def lattice_logits(self) -> Tensor:
+        """Logits `[B, K, H, W]` of the coarse lattice alone: what late values give if no block is fine."""
+        self._grid()
+        assert self._values is not None
+        geometry, device = self.model.geometry, self.images.device
+        plans = self.model.plans(len(self.images), self._run.size, device)
+        blocks = torch.zeros(
+            block_shape(self.images, self.model.strides[-1]), dtype=torch.int64, device=device
+        )
+        sites, values = Sites.of_mask(blocks, plans, "linear", {}), dict(self._values)
+        for name in geometry.exits:
+            value, stride = values[name], geometry.lattice(name)
+            lattice = value.lattice if isinstance(value, Mixed) else Grid(value.thinned(stride), stride)
+            none = lattice.tensor.new_zeros(0, int(lattice.tensor.shape[1]))
+            values[name] = Mixed(lattice, {one: none for one in plans if one < stride}, sites)
+        with self._context():
+            return self._upsample(self._run.late(values))
+
+    def auxiliary_logits(self) -> Tensor | None:
+        """None: a captured network has its logits alone."""
+        return None
+
+    def macs(self) -> dict[str, int]:
+        """Multiply-adds so far, for the whole batch: of `early`, `rows` and `late` values, and of the `mask`.
+
+        Convolutions and linear layers count, places x taps x in x out as the usual figures do, padding
+        included; interpolation and pooling do not.
+        """
+        self._grid()
+        return dict(self._counts)
+
+    # -- how it is done ------------------------------------------------------------------------------------
+
+    def _grid(self) -> Grid:
+        if self._values is None and self._stride is None:
+            self.follow()
+        if self._values is None:
+            assert self._stride is not None
+            geometry = self.model.geometry
+            training = torch.is_grad_enabled() and self._with_grad
+            kept = [*geometry.exits, *geometry.entries, *geometry.vectors] if training else ()
+            with self._context():
+                self._values = self._run.dense(self._stride, kept)
+        return self._run.output(self._values)
+
+    def _levels(self, fine_blocks: Tensor) -> Tensor:
+        expected, count = block_shape(self.images, self.model.strides[-1]), len(self.model.strides) - 1
+        if tuple(fine_blocks.shape) != expected or fine_blocks.dtype not in (torch.bool, torch.int64):
+            raise ValueError(
+                f"fine_blocks must be bool or int64 levels {list(expected)} for images "
+                f"{list(self.images.shape)}, not {fine_blocks.dtype} {list(fine_blocks.shape)}"
+            )
+        levels = block_levels(fine_blocks, self.model.strides).to(self.images.device)
+        if bool(((levels < 0) | (levels > count)).any()):
+            raise ValueError(f"levels must lie in 0..{count} for the strides {list(self.model.strides)}")
+        return levels
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        """Gradients as when the pass was made; a folded network runs in its weights' dtype."""
+        off = torch.autocast(self.images.device.type, enabled=False)
+        with torch.set_grad_enabled(self._with_grad):
+            if not self.model.is_folded:
+                yield
+            else:
+                with off:
+                    yield
+
+    def _upsample(self, grid: Grid, every: int = 1) -> Tensor:
+        geometry = self.model.geometry
+        logits, align = at_least_float32(grid.tensor), geometry.graph.align_corners
+        return upsample_logits(logits, self._run.size, grid.stride, geometry.trained, align, every)
+
+    def _count(self, node: Node, places: int) -> None:
+        operator = OPERATORS[node.op]
+        tensors = {role: self.model.tensors[name] for role, name in node.tensors.items()}
+        macs = operator.macs(node, tensors)
+        if macs:
+            self._add(self.model.geometry.part(node.name), places * macs)
+
+    def _add(self, part: str, macs: int) -> None:
+        self._counts[part] = self._counts.get(part, 0) + macs
+
+
+def check_way(way: Way, exchange: str) -> None:
+    """Raises a SparseSegError, of one line, where a captured network cannot run a way."""
+    rule = way.exchange or exchange
+    if rule not in EXCHANGES:
+        raise ValueError(f"unknown exchange {rule!r}; choose one of {', '.join(EXCHANGES)}")
+    if rule == SEPARATE:
+        raise SparseSegError("a captured network has no exchange separate; choose linear, nearest or none")
+    if way.engine == "spconv":
+        raise SparseSegError("a captured network has no engine spconv; choose gather or auto")
+    if way.merge == "patch":
+        raise SparseSegError("a captured network has no merge patch; choose whole")

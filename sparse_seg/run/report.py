@@ -1,0 +1,105 @@
+"""What `SelectiveNetwork.report` says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparse_seg.ops import OPERATORS
+from sparse_seg.sites import grid_size
+
+if TYPE_CHECKING:
+    from sparse_seg.run.network import SelectiveNetwork
+
+
+@dataclass(frozen=True)
+class Row:
+    """A convolution.
+
+    part: `early`, `rows` or `late`; spacing: px between its taps, 0 of a 1x1; dense, selective: multiply-adds of
+    an image, dense at the finest stride, and selectively.
+    """
+
+    layer: str
+    part: str
+    spacing: int
+    dense: int
+    selective: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a network's convolutions run. `print` it.
+
+    size: of the image that multiply-adds are for, px; fraction: of fine blocks.
+    """
+
+    rows: list[Row]
+    strides: tuple[int, ...]
+    size: tuple[int, int]
+    fraction: float
+    mixing: list[str]
+
+    def total(self, column: str, part: str | None = None) -> int:
+        """Multiply-adds, `dense` or `selective`, of a part or of all."""
+        return sum(getattr(row, column) for row in self.rows if part in (None, row.part))
+
+    @property
+    def limit(self) -> str:
+        """What limits the gain, in one sentence."""
+        dense = self.total("dense")
+        shares = {part: self.total("dense", part) / dense for part in ("early", "rows", "late")}
+        text = f"{100 * shares['rows']:.0f} % of dense OS{self.strides[0]}'s multiply-adds are on rows"
+        for part, what in (("early", "before the rows"), ("late", "behind them")):
+            if shares[part] > 0.05:
+                text += f"; {100 * shares[part]:.0f} % {what} cost the same for every mask"
+        if self.mixing:
+            text += f"; {self.mixing[0]} mixes phases, so that a coarse pass cannot be refined"
+        return text
+
+    def __str__(self) -> str:
+        width = max(len(row.layer) for row in self.rows)
+        lines = [f"{'layer':{width}}  part   spacing   dense MMACs   selective"]
+        for row in self.rows:
+            spacing = f"{row.spacing} px" if row.spacing else "1x1"
+            figures = f"{row.dense / 1e6:13.2f}{row.selective / 1e6:12.2f}"
+            lines.append(f"{row.layer:{width}}  {row.part:6} {spacing:>7} {figures}")
+        dense, selective = self.total("dense"), self.total("selective")
+        height, length = self.size
+        lines.append(
+            f"{height}x{length}, a share of {self.fraction:g} fine: {selective / 1e9:.2f} GMACs, "
+            f"{selective / dense:.2f} of dense OS{self.strides[0]}'s {dense / 1e9:.2f}"
+        )
+        return "\n".join([*lines, self.limit])
+
+
+def report(network: SelectiveNetwork) -> Report:
+    """The report of a network for images of the size that it was captured with, under its policy's share."""
+    geometry, tensors = network.geometry, network.tensors
+    size, fraction = geometry.graph.size, network.policy.fine_fraction
+    fraction = 0.15 if fraction is None else fraction
+    middle = (network.policy.middle_fraction or 0.0) if len(network.strides) == 3 else 0.0
+    cells = geometry.cells(network.strides[0])
+    rows = []
+    for node in geometry.graph.nodes:
+        macs = OPERATORS[node.op].macs(node, {role: tensors[name] for role, name in node.tensors.items()})
+        if not macs:
+            continue
+        part = geometry.part(node.name)
+        if not geometry.captured[node.name]:
+            rows.append(Row(node.layer, part, 0, macs, macs))
+            continue
+        height, width = grid_size(size, cells[node.name])
+        dense = selective = height * width * macs
+        if geometry.kind[node.name] == "rows":
+            lattice = grid_size(size, geometry.lattice(node.name))
+            places = float(lattice[0] * lattice[1])
+            shares = dict(zip(network.strides[-2::-1], (fraction + middle, fraction), strict=False))
+            for stride, share in shares.items():
+                if stride < geometry.lattice(node.name):
+                    level = grid_size(size, 2 * stride)
+                    places += 3 * share * level[0] * level[1]
+            selective = round(places * macs)
+        rows.append(Row(node.layer, part, geometry.spacing(node), dense, selective))
+    mixing = [geometry.nodes[name].layer for name in geometry.mixing]
+    return Report(rows, network.strides, size, fraction, sorted(mixing))

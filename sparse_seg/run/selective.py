@@ -1,0 +1,181 @@
+"""`selective`: any network from images to logits, run selectively from its graph alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_seg.config import MaskConfig
+from sparse_seg.errors import ConfigError, SparseSegError
+from sparse_seg.graph import Geometry, capture, logits_of
+from sparse_seg.masks import POLICIES, build_policy, mask_net, parse_policy
+from sparse_seg.models.card import Card
+from sparse_seg.models.network import eval_mode
+from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.ops import Graph, Node
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.values import Run
+
+TOLERANCE = 1e-4  # of the check against the module, relative; float32 in another order gives 1e-6
+CHECK_SIZE = 256  # px; the module and its graph are compared on an image of at most that many along a side
+
+
+class GraphDiffers(SparseSegError):
+    """A graph does not give what its module gives; the message names the first layer that differs."""
+
+
+def selective(
+    module: nn.Module,
+    strides: Sequence[int] | None = None,
+    policy: str = "confidence",
+    fine_fraction: float = 0.15,
+    size: tuple[int, int] = (512, 1024),
+    *,
+    card: Card | None = None,
+) -> SelectiveNetwork:
+    """Run any segmentation network selectively: coarse everywhere, fine where a mask asks for it.
+
+    The network is captured by `torch.export`; nothing is retrained and no tensor copied, so the module's state
+    dict stays the checkpoint (`net.module` is the module). The result has the interface of `build_model`'s.
+
+    Args:
+        module: from normalised images `[B, 3, H, W]` to logits: a tensor, a dict with `out` or `logits`, or an
+            output with `.logits`. A single logit is taken as two classes, split at 0.
+        strides: px, finest first, each twice the one before, two or three. By default the output stride that the
+            module itself has, and twice it: weights lose accuracy at a finer stride than they were trained at.
+        policy: as `confidence` or `edge:cad`, see docs/masks.md.
+        fine_fraction: share of blocks that become fine.
+        size: `(H, W)` of an example image, px, multiples of 64; other sizes run as well.
+        card: class names, colours, mean and std, where they are known.
+
+    Raises:
+        NotSelective: nothing of the network can run selectively; says why and what would change it.
+        UnknownOperator: an operator that is not known; names it and the layer that it stands in.
+        CaptureFailed: `torch.export` cannot trace the module.
+        GraphDiffers: the graph does not give the module's output on an example; names the first layer.
+        ConfigError: an unknown policy, or impossible settings.
+    """
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        module = module.module
+    if any(length % 64 or length < 64 for length in size):
+        raise ConfigError(f"size must be multiples of 64 px, not {size[0]}x{size[1]}")
+    with eval_mode(module):
+        graph, constants = capture(module, (size[0], size[1]))
+        if graph.node(graph.output).shape[1] == 1:
+            graph = _two_classes(graph)
+        mask = parse_policy(policy, dataclasses.replace(MaskConfig(), fine_fraction=fine_fraction))
+        network = build_network(graph, module, constants, strides, mask, card=card)
+        check_graph(network, module, size)
+    return network.train(module.training)  # type: ignore[return-value]
+
+
+def build_network(
+    graph: Graph,
+    module: nn.Module,
+    constants: dict[str, Tensor],
+    strides: Sequence[int] | None,
+    mask: MaskConfig,
+    exchange: str = "linear",
+    card: Card | None = None,
+    learned_net: Any = mask_net,
+) -> SelectiveNetwork:
+    """A network of a graph and its tensors.
+
+    Raises:
+        NotSelective: nothing of it can run selectively at these strides.
+        ConfigError: impossible settings.
+    """
+    chosen = Geometry(graph).strides if strides is None else check_strides(strides)
+    geometry = Geometry(graph, chosen)
+    features = graph.node(geometry.features).shape[1]
+    classes = graph.node(graph.output).shape[1]
+    net = POLICIES[mask.policy].make_net(features, chosen[-1] // chosen[0], classes, learned_net)
+    try:
+        policy = build_policy(mask, chosen, net)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    reference = next(module.parameters(), torch.zeros(1))
+    policy = policy.to(reference.device)
+    return SelectiveNetwork(graph, module, constants, policy, chosen, mask, exchange, card)
+
+
+def check_strides(strides: Sequence[int]) -> tuple[int, ...]:
+    """Raises a ConfigError for strides that no mask chooses between."""
+    chosen = tuple(int(stride) for stride in strides)
+    doubles = all(2 * a == b for a, b in zip(chosen, chosen[1:], strict=False))
+    if len(chosen) not in (2, 3) or not doubles or chosen[0] < 2 or chosen[0] & (chosen[0] - 1):
+        raise ConfigError(
+            f"strides must be two or three, finest first, each twice the one before, as (8, 16) or (8, 16, 32), "
+            f"not {list(strides)}"
+        )
+    return chosen
+
+
+@torch.no_grad()
+def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int]) -> None:
+    """Compare a network at its own stride with the module that it was captured from, on a random image.
+
+    Raises:
+        GraphDiffers: names the first layer that differs.
+    """
+    reference = next(module.parameters(), torch.zeros(1))
+    small = [min(length, CHECK_SIZE) for length in size]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, 3, *small, generator=generator).to(reference)
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, out))
+        for name, layer in module.named_modules()
+    ]
+    try:
+        expected = logits_of(module(images))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    geometry = network.geometry
+    run = Run(geometry, network.tensors, images)
+    values = run.dense(geometry.own, geometry.nodes)
+    grid = run.output(values)
+    if expected.shape[1] == 1:
+        expected = torch.cat([torch.zeros_like(expected), expected], 1)
+    found = grid.tensor
+    if found.shape[2:] != expected.shape[2:]:
+        found = upsample_logits(
+            found, tuple(expected.shape[2:]), grid.stride, geometry.trained, geometry.graph.align_corners
+        )  # type: ignore[arg-type]
+    error = _relative(found, expected)
+    if error <= TOLERANCE:
+        return
+    where = _first_difference(network, values, seen)
+    raise GraphDiffers(
+        f"the captured graph differs from the module by {error:.1g} of the logits{where}; please report it"
+    )
+
+
+def _first_difference(network: SelectiveNetwork, values: dict[str, Any], seen: dict[str, Any]) -> str:
+    last = {node.layer: node for node in network.graph.nodes if node.layer}
+    for layer, node in last.items():
+        value, theirs = values.get(node.name), seen.get(layer)
+        tensor = getattr(value, "tensor", value)
+        if isinstance(tensor, Tensor) and isinstance(theirs, Tensor) and tensor.shape == theirs.shape:
+            if _relative(tensor, theirs) > TOLERANCE:
+                return f", first in {node.where}"
+    return ""
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    scale = expected.double().norm().clamp_min(1e-30)
+    return ((found.double() - expected.double()).norm() / scale).item()
+
+
+def _two_classes(graph: Graph) -> Graph:
+    """A graph of one logit as one of two classes: 0, and the logit."""
+    logit = graph.node(graph.output)
+    zero = Node(f"{logit.name}.zero", "mul", (logit.name,), {}, {"number": 0.0}, logit.shape)
+    shape = (logit.shape[0], 2, *logit.shape[2:])
+    both = Node(f"{logit.name}.both", "cat", (zero.name, logit.name), {}, {}, shape)
+    return dataclasses.replace(graph, nodes=[*graph.nodes, zero, both], output=both.name)
