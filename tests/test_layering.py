@@ -14,8 +14,11 @@ PACKAGE = Path(__file__).parents[1] / "sparse_seg"
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "version", "registry", "timing", "progress", "processes"),
     ("config",),
-    ("sparse", "masks", "data"),
+    ("sparse", "sites", "masks", "data"),
+    ("ops",),
+    ("graph",),
     ("models",),
+    ("run",),
     ("checkpoint", "conversion", "export", "evaluation"),
     ("training",),
     ("lab",),

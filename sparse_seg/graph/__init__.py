@@ -1,4 +1,4 @@
-"""A network as a graph: captured from a module, with its geometry in pixels, and which part can run on sites."""
+"""A network as a graph: captured from a module, its geometry, and which part can run on sites."""
 
 from sparse_seg.graph.capture import capture, logits_of
 from sparse_seg.graph.geometry import Geometry, NotSelective

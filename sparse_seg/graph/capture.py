@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator as python_operators
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +92,7 @@ def _captured(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str
     tensor = next(iter(module.parameters()), torch.zeros(1))
     images = torch.zeros(1, 3, *size, dtype=tensor.dtype, device=tensor.device)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             program = torch.export.export(Logits(module), (images,), strict=False)
     except CaptureFailed:
@@ -101,6 +103,17 @@ def _captured(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str
             f"torch.export cannot trace {type(module).__name__} at {size[0]}x{size[1]}: {first[:200]}"
         ) from error
     return _Reader(program, size).read()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No stack traces from PyTorch's log where a module does not take a size."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(level)
 
 
 @dataclass(frozen=True)

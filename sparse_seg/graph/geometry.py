@@ -36,7 +36,8 @@ class Geometry:
 
     Args:
         graph: without padding layers.
-        strides: px, finest first, each twice the one before; None: the network's own output stride and twice it.
+        strides: px, finest first, each twice the one before; None: the network's own output stride, and twice
+            that.
 
     Attributes:
         captured: each value's stride as captured, px; 0 of vectors.
@@ -205,8 +206,9 @@ class Geometry:
         ]
         most = max((one for one in spacings if one), default=0)
         raise NotSelective(
-            f"nothing of this network can run selectively at strides {finest} and {coarsest}: its convolutions' "
-            f"taps lie at most {most} px apart before its first upsampling, and must lie {2 * finest} px apart; "
+            f"nothing of this network can run selectively at strides {finest} and {coarsest}: its "
+            f"convolutions' taps lie at most {most} px apart before its first upsampling, and must lie "
+            f"{2 * finest} px apart; "
             "build it with dilation in place of strides (output stride 8 or 16), or give smaller strides"
         )
 
@@ -253,9 +255,9 @@ class Geometry:
             if on_rows or any(user.name in reach for user in users):
                 reach.add(node.name)
         for node in self.graph.nodes:
-            if OPERATORS[node.op].is_pool and self.kind.get(node.inputs[0]) == "rows":
-                if not any(user.name in reach for user in self.users[node.name]):
-                    pools.add(node.name)
+            pools_rows = OPERATORS[node.op].is_pool and self.kind.get(node.inputs[0]) == "rows"
+            if pools_rows and not any(user.name in reach for user in self.users[node.name]):
+                pools.add(node.name)
         return pools
 
     @cached_property

@@ -22,8 +22,8 @@ Tensors = dict[str, Tensor]
 def fold_pads(graph: Graph) -> Graph:
     """Give padding layers to the windows that read them, through what treats each place by itself.
 
-    Where something but zero then stands outside the image (a norm's shift), a convolution reads what its input
-    has above that, and adds what the outside alone gives.
+    Where something but zero then stands outside the image (a norm's shift), a convolution reads what its
+    input has above that, and adds what the outside alone gives.
 
     Raises:
         UnknownOperator: padding that no window reads.
@@ -152,7 +152,7 @@ class _State:
         self.names: dict[str, str] = {}  # of values that others stand for now
 
     def apply(self, rule: Callable[[Node, _State], list[Node] | None]) -> None:
-        """A rule gives what stands in a node's place, the last of which makes its value; None: the node stays.
+        """A rule gives what stands in a node's place, the last of it makes its value; None: the node stays.
 
         An empty list: its first input stands for it.
         """

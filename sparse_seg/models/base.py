@@ -1,9 +1,10 @@
-"""What every selective network has, however it runs: strides, a policy that can be another by a way, refinement."""
+"""What every selective network has, however it runs: strides, a policy, refinement."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class Segmentor(Predicting, nn.Module):
         return (step.logits for step in refine(self, images, fractions, milliseconds))
 
     @abstractmethod
-    def for_inference(self) -> Segmentor:
+    def for_inference(self) -> Self:
         """A copy for prediction only: batch norm folded into weights, no autograd, no auxiliary head.
 
         The same interface and numbers (to 1e-5). Of such a network, itself. An exported network is faster
@@ -108,7 +109,7 @@ class Segmentor(Predicting, nn.Module):
         if self.training:
             raise ValueError("call model.eval() before for_inference(): batch statistics cannot be folded")
 
-    def train(self, mode: bool = True) -> Segmentor:
+    def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`; a folded network refuses to train.
 
         Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Self
 
 from torch import Tensor
 
@@ -28,7 +29,7 @@ class SelectiveSegmentor(Network):
         """
         return Pass(self, images, labels)
 
-    def for_inference(self) -> SelectiveSegmentor:
+    def for_inference(self) -> Self:
         if self.is_folded:
             return self
         self.require_eval()

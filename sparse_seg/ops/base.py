@@ -1,12 +1,13 @@
 """What an operator says of itself, and the table of all operators.
 
-The channels of a value are its axes from 1 on, in every form: a grid is `[B, C, h, w]`, rows of extra sites are
-`[N, C]`, a vector of each image `[B, C, 1, 1]`. So what treats each place by itself is written once.
+The channels of a value are its axes from 1 on, in every form: a grid is `[B, C, h, w]`, rows of extra sites
+are `[N, C]`, a vector of each image `[B, C, 1, 1]`. So what treats each place by itself is written once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -78,7 +79,8 @@ class Spatial(Operator):
         raise NotImplementedError
 
 
-class Reads(NamedTuple):
+@dataclass(frozen=True)
+class Reads:
     """What the T taps of a window read at M sites: rows `index` `[M * T]` of `table` `[R, I]`, whose last row
     is what lies outside the image."""
 
@@ -128,3 +130,14 @@ def pair(value: Any, default: int = 1) -> tuple[int, int]:
         return value, value
     first, *rest = value
     return int(first), int(rest[0] if rest else first)
+
+
+def window_of(node: Node) -> Window:
+    """The window that a node's options kernel, stride, dilation and padding (or `same`) give."""
+    options, padding = node.options, node.options["padding"]
+    return Window(
+        pair(options["kernel"]),
+        pair(options["stride"]),
+        pair(options["dilation"]),
+        None if padding == "same" else pair(padding, 0),
+    )

@@ -21,6 +21,7 @@ from sparse_seg.ops.base import (
     operator,
     pair,
     reads,
+    window_of,
 )
 from sparse_seg.ops.node import Node
 
@@ -69,14 +70,7 @@ class Conv2d(Spatial):
     """Tensors: weight `[O, I / groups, kh, kw]`, or `[O, I]` of a linear layer; bias `[O]` or none."""
 
     def window(self, node: Node) -> Window:
-        options = node.options
-        padding = options["padding"]
-        return Window(
-            pair(options["kernel"]),
-            pair(options["stride"]),
-            pair(options["dilation"]),
-            None if padding == "same" else pair(padding, 0),
-        )
+        return window_of(node)
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
         """1x1: on grids `[B, I, h, w]`, vectors `[B, I, 1, 1]`, or rows `[N, I]`."""

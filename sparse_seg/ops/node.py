@@ -1,4 +1,4 @@
-"""A network as plain data: operators in the order they run, each with the values and tensors that it reads."""
+"""A network as plain data: operators in the order they run, with the values and tensors that they read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Normalisation: of each channel by its statistics (batch norm), of each place over its channels (layer norm)."""
+"""Normalisation: of a channel by its statistics (batch norm), of a place over its channels (layer norm)."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from sparse_seg.ops.base import (
     operator,
     pair,
     reads,
+    window_of,
 )
 from sparse_seg.ops.node import Node
 
@@ -28,10 +29,7 @@ class Pool(Spatial):
     """A window of one channel. Options: kernel, stride, dilation, padding."""
 
     def window(self, node: Node) -> Window:
-        options = node.options
-        padding = options["padding"]
-        sides = (pair(options[name]) for name in ("kernel", "stride", "dilation"))
-        return Window(*sides, None if padding == "same" else pair(padding, 0))  # type: ignore[arg-type]
+        return window_of(node)
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
         return inputs[0]  # a window of one place

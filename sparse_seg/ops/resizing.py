@@ -1,4 +1,4 @@
-"""Bilinear resizing between grids; a vector is repeated at every place by whoever reads it."""
+"""Resizing between grids; a vector is repeated at every place by whoever reads it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from sparse_seg.ops.node import Node
 
 @operator("resize")
 class Resize(Operator):
-    """To the stride that its captured size tells; option align_corners. `run/` gives it its geometry."""
+    """To the stride that its captured size tells; options align_corners, and `nearest` in place of bilinear.
+
+    `run/` gives it its geometry.
+    """
 
     needs_grid = True
 
@@ -25,11 +28,16 @@ def read_bilinear(call: Any) -> Any:
     return call.make("resize", [call.first], {}, align_corners=bool(call.argument("align_corners")))
 
 
-@reads("upsample_nearest2d", "upsample_bicubic2d", "_upsample_nearest_exact2d")
+@reads("upsample_nearest2d")
+def read_nearest(call: Any) -> Any:
+    return call.make("resize", [call.first], {}, align_corners=False, nearest=True)
+
+
+@reads("upsample_bicubic2d", "_upsample_nearest_exact2d")
 def read_other(call: Any) -> Any:
     if call.is_vector(call.first):
         return call.make("resize", [call.first], {}, align_corners=False)
-    raise UnknownOperator(f"{call.where}: only bilinear resizing is known")
+    raise UnknownOperator(f"{call.where}: resizing is known bilinear and nearest, not as {call.operator}")
 
 
 @operator("image")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class SelectiveNetwork(Segmentor):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The network's tensors by the graph's names."""
-        found = dict(self.module.named_parameters(remove_duplicate=False))
+        found: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
         found.update(self.module.named_buffers(remove_duplicate=False))
         found.update(self.constants.named_buffers())
         return found
@@ -86,13 +87,13 @@ class SelectiveNetwork(Segmentor):
         """The levels' plans by stride, coarsest first."""
         return {stride: plan_of(batch, size, stride, device) for stride in self.strides[-2::-1]}
 
-    def for_inference(self) -> SelectiveNetwork:
+    def for_inference(self) -> Self:
         if self.is_folded:
             return self
         self.require_eval()
         with torch.no_grad():
             graph, tensors = fold_norms(self.graph, self.tensors)
-        folded = SelectiveNetwork(
+        folded = type(self)(
             graph,
             Tensors({name: tensor.detach().clone() for name, tensor in tensors.items()}),
             {},

@@ -1,7 +1,7 @@
 """A pass of a graph's network over images: nothing is computed before it is asked for, and nothing twice.
 
-A mask policy is given the pass and asks it for what it needs. Where it asks for coarse logits, the pass keeps the
-lattices and then adds the sites that the mask asks for, and only those (P4 of docs/method.md).
+A mask policy is given the pass and asks it for what it needs. Where it asks for coarse logits, the pass keeps
+the lattices and then adds the sites that the mask asks for, and only those (P4 of docs/method.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsam
 from sparse_seg.models.way import Way
 from sparse_seg.ops import OPERATORS, Node
 from sparse_seg.run.values import Run, Values
-from sparse_seg.sites import Grid, Mixed, Sites, grid_size, plan_of
+from sparse_seg.sites import Grid, Mixed, Sites, grid_size
 from sparse_seg.sparse import EXCHANGES, SEPARATE, SiteLayout
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ class GraphPass:
             raise ValueError("call model.eval() before refining: batch statistics would depend on the step")
         if not geometry.refines:
             raise ValueError(
-                f"{geometry.where_mixing} makes the lattice depend on the mask: a coarse pass cannot be refined"
+                f"{geometry.where_mixing} makes the lattice depend on the mask: a coarse pass cannot be "
+                "refined"
             )
         self._with_grad = False
         coarsest = self.model.strides[-1]

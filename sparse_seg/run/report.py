@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Row:
     """A convolution.
 
-    part: `early`, `rows` or `late`; spacing: px between its taps, 0 of a 1x1; dense, selective: multiply-adds of
-    an image, dense at the finest stride, and selectively.
+    part: `early`, `rows` or `late`; spacing: px between its taps, 0 of a 1x1; dense, selective: multiply-adds
+    of an image, dense at the finest stride, and selectively.
     """
 
     layer: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,14 +40,16 @@ def selective(
 ) -> SelectiveNetwork:
     """Run any segmentation network selectively: coarse everywhere, fine where a mask asks for it.
 
-    The network is captured by `torch.export`; nothing is retrained and no tensor copied, so the module's state
-    dict stays the checkpoint (`net.module` is the module). The result has the interface of `build_model`'s.
+    The network is captured by `torch.export`; nothing is retrained and no tensor copied, so the module's
+    state dict stays the checkpoint (`net.module` is the module). The result has the interface of
+    `build_model`'s.
 
     Args:
-        module: from normalised images `[B, 3, H, W]` to logits: a tensor, a dict with `out` or `logits`, or an
-            output with `.logits`. A single logit is taken as two classes, split at 0.
-        strides: px, finest first, each twice the one before, two or three. By default the output stride that the
-            module itself has, and twice it: weights lose accuracy at a finer stride than they were trained at.
+        module: from normalised images `[B, 3, H, W]` to logits: a tensor, a dict with `out` or `logits`, or
+            an output with `.logits`. A single logit is taken as two classes, split at 0.
+        strides: px, finest first, each twice the one before, two or three. By default the output stride that
+            the module itself has, and twice it: weights lose accuracy at a finer stride than they were
+            trained at.
         policy: as `confidence` or `edge:cad`, see docs/masks.md.
         fine_fraction: share of blocks that become fine.
         size: `(H, W)` of an example image, px, multiples of 64; other sizes run as well.
@@ -70,7 +73,7 @@ def selective(
         mask = parse_policy(policy, dataclasses.replace(MaskConfig(), fine_fraction=fine_fraction))
         network = build_network(graph, module, constants, strides, mask, card=card)
         check_graph(network, module, size)
-    return network.train(module.training)  # type: ignore[return-value]
+    return network.train(module.training)
 
 
 def build_network(
@@ -106,11 +109,11 @@ def build_network(
 def check_strides(strides: Sequence[int]) -> tuple[int, ...]:
     """Raises a ConfigError for strides that no mask chooses between."""
     chosen = tuple(int(stride) for stride in strides)
-    doubles = all(2 * a == b for a, b in zip(chosen, chosen[1:], strict=False))
+    doubles = all(2 * a == b for a, b in itertools.pairwise(chosen))
     if len(chosen) not in (2, 3) or not doubles or chosen[0] < 2 or chosen[0] & (chosen[0] - 1):
         raise ConfigError(
-            f"strides must be two or three, finest first, each twice the one before, as (8, 16) or (8, 16, 32), "
-            f"not {list(strides)}"
+            "strides must be two or three, finest first, each twice the one before, as (8, 16) or "
+            f"(8, 16, 32), not {list(strides)}"
         )
     return chosen
 
@@ -144,9 +147,8 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
         expected = torch.cat([torch.zeros_like(expected), expected], 1)
     found = grid.tensor
     if found.shape[2:] != expected.shape[2:]:
-        found = upsample_logits(
-            found, tuple(expected.shape[2:]), grid.stride, geometry.trained, geometry.graph.align_corners
-        )  # type: ignore[arg-type]
+        full = (int(expected.shape[2]), int(expected.shape[3]))
+        found = upsample_logits(found, full, grid.stride, geometry.trained, geometry.graph.align_corners)
     error = _relative(found, expected)
     if error <= TOLERANCE:
         return
@@ -161,9 +163,10 @@ def _first_difference(network: SelectiveNetwork, values: dict[str, Any], seen: d
     for layer, node in last.items():
         value, theirs = values.get(node.name), seen.get(layer)
         tensor = getattr(value, "tensor", value)
-        if isinstance(tensor, Tensor) and isinstance(theirs, Tensor) and tensor.shape == theirs.shape:
-            if _relative(tensor, theirs) > TOLERANCE:
-                return f", first in {node.where}"
+        if not isinstance(tensor, Tensor) or not isinstance(theirs, Tensor) or tensor.shape != theirs.shape:
+            continue
+        if _relative(tensor, theirs) > TOLERANCE:
+            return f", first in {node.where}"
     return ""
 
 

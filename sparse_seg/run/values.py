@@ -113,7 +113,7 @@ class Run:
         kept: Collection[str],
         compute: Callable[[Node, list[Value]], Value],
     ) -> Values:
-        """Compute nodes that are not there; drop values once nothing reads them, but `kept` and the output."""
+        """Compute nodes that are not there; drop values once read, but `kept` ones and the output."""
         nodes = list(nodes)
         left: dict[str, int] = {}
         for node in nodes:
@@ -173,6 +173,8 @@ class Run:
             return source
         captured, to = self.geometry.captured[node.inputs[0]], self.geometry.captured[node.name]
         size, align = grid_size(self.size, cell), node.options["align_corners"]
+        if node.options.get("nearest"):
+            return Grid(_nearest(source, size, cell, captured if captured >= to else source.stride), cell)
         if captured < to or source.stride < cell:
             return Grid(F.interpolate(source.tensor, size, mode="bilinear", align_corners=align), cell)
         return Grid(upsample_logits(source.tensor, size, source.stride // cell, captured // to, align), cell)
@@ -233,8 +235,9 @@ class Run:
     def _reads(self, node: Node, source: Value, stride: int, level: Level) -> Reads:
         taps = self.taps[node.name]
         if isinstance(source, Grid):
-            return Reads(source.padded_rows, level.grid_rows(taps, source.stride), taps.count)
-        return Reads(*source.reads(stride, taps), taps.count)
+            return Reads(source.padded_rows, level.grid_rows(taps, source.stride), taps.number)
+        table, index = source.reads(stride, taps)
+        return Reads(table, index, taps.number)
 
     def _joined(
         self, node: Node, source: Value, sites: Sites, levels: Mapping[int, Level], stride: int
@@ -264,6 +267,15 @@ class Run:
     def _count(self, node: Node, places: int) -> None:
         if self.count is not None:
             self.count(node, places)
+
+
+def _nearest(source: Grid, size: tuple[int, int], cell: int, captured: int) -> Tensor:
+    """A grid at `cell` px: at each place the source's value where a grid at `captured` px had its own."""
+    tensor = source.tensor
+    for axis, length in enumerate(size):
+        places = torch.arange(length, device=tensor.device) * cell // captured * captured // source.stride
+        tensor = tensor.index_select(2 + axis, places.clamp(max=int(tensor.shape[2 + axis]) - 1))
+    return tensor
 
 
 def _grid(value: Value) -> Value:

@@ -1,8 +1,8 @@
 """A level's split cells, and what their extra sites read.
 
-Rows of extra sites are `[3 * K, C]`, phase by phase; K is the number of split cells in all images. Every shape
-follows from K, but for the number of *ghosts* (values where a neighbour has no site): near taps have those of
-the cells that some extra site reads, far taps those of all cells.
+Rows of extra sites are `[3 * K, C]`, phase by phase; K is the number of split cells in all images. Every
+shape follows from K, but for the number of *ghosts* (values where a neighbour has no site): near taps have
+those of the cells that some extra site reads, far taps those of all cells.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Level:
         return self._kept[key]
 
     def grid_rows(self, taps: Taps, stride: int, first: int = 1) -> Tensor:
-        """`[(4 - first) * run * T]`: what taps read in a complete grid at `stride`, as `LevelPlan.in_grid`."""
+        """`[(4 - first) * run * T]`: what taps read in a complete grid, as `LevelPlan.in_grid`."""
         key = "grid", taps, stride, first
         if key not in self._kept:
             table = self.plan.in_grid(taps, stride, first)

@@ -1,8 +1,8 @@
 """Index tables of a level for one image size: which places its cells have, and what stands around them.
 
-A level adds *extra* sites at `stride` px to cells of the grid at twice that stride: phases 1, 2 and 3 of a cell
-lie to its right, below, and diagonally below; phase 0 is the cell's own site. Cells are numbered over the whole
-batch, image by image. A table holds numbers alone, so it is made once for a size and kept.
+A level adds *extra* sites at `stride` px to cells of the grid at twice that stride: phases 1, 2 and 3 of
+a cell lie to its right, below, and diagonally below; phase 0 is the cell's own site. Cells are numbered
+over the whole batch, image by image. A table holds numbers alone, so it is made once for a size and kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Taps(NamedTuple):
     x: tuple[int, ...]
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return len(self.y) * len(self.x)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Sites:
         fine_blocks: Tensor,
         plans: dict[int, LevelPlan],
         exchange: str,
-        near: dict[int, Sequence[Taps]],
+        near: Mapping[int, Sequence[Taps]],
         before: Sites | None = None,
     ) -> Sites:
         """From block levels int64 `[B, Hc, Wc]`: 0 keeps a block coarse, each more halves its stride.
@@ -61,7 +61,7 @@ class Sites:
         fine: int,
         plans: dict[int, LevelPlan],
         exchange: str,
-        near: dict[int, Sequence[Taps]],
+        near: Mapping[int, Sequence[Taps]],
     ) -> Sites:
         """From block numbers int64 `[B, k]`, those at the finest stride first: shapes that do not depend on
         the numbers' values.
