@@ -168,9 +168,11 @@ def _examples(split: _Split, count: int) -> Section:
 
 def _odd(split: _Split) -> Section | None:
     """Frames that are unlike the others; most reasons first."""
-    pixels = np.array([frame.pixels[:-1] for frame in split.frames]).reshape(len(split.frames), -1)
+    if not split.frames:
+        return None
+    pixels = np.array([frame.pixels[:-1] for frame in split.frames])
     rare = [number for number, shown in enumerate((pixels > 0).mean(0)) if 0 < shown <= RARE]
-    few = FEW * np.median((pixels > 0).sum(1)) if split.frames else 0
+    few = FEW * np.median((pixels > 0).sum(1))
     usual = Counter(frame.size for frame in split.frames).most_common(1)
     found = [
         (frame, list(_reasons(frame, split.dataset.classes, rare, few, usual[0][0])))

@@ -1,10 +1,12 @@
 """The command lines as a user meets them: help, exit codes, messages, files."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,7 +16,7 @@ import torch
 
 from sparse_seg.cli import COMMANDS, evaluate, main
 from sparse_seg.data.dataset import read_image
-from sparse_seg.data.scenes import write_scenes
+from sparse_seg.data.scenes import ScenesDataset, write_scenes
 from sparse_seg.lab.report.overlays import GAP, LEGEND_HEIGHT
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +210,29 @@ def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
     assert f"{label}: truncated" in complaint()
     label.unlink()
     assert "its label" in complaint()
+
+
+def test_class_names_on_a_terminal_without_their_letters(trained, monkeypatch):
+    config, checkpoint = trained
+    monkeypatch.setattr(ScenesDataset, "classes", replace(ScenesDataset.classes, names=("Straße",) * 19))
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main(["evaluate", str(config), str(checkpoint), "--dense", "16"]) == 0
+    terminal.seek(0)
+    assert "Stra?e " in terminal.read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(trained, tmp_path, closed):
+    """As some schedulers and service managers start a job."""
+    config, _ = trained
+    command = f"{sys.executable} -m sparse_seg train {config} --work-dir {tmp_path}/run {closed}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=environment, check=False, capture_output=True)
+    assert done.returncode == 0
+    assert (tmp_path / "run/best.safetensors").is_file()
+    assert not done.stderr
 
 
 def test_evaluate_prints_and_writes(capsys, trained, tmp_path):

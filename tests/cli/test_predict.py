@@ -1,6 +1,8 @@
 """Pictures from a checkpoint alone: what is written, and what happens to files that are none."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import cv2
@@ -115,6 +117,37 @@ def test_sub_folders_stay_apart_and_a_bad_file_is_skipped(checkpoint, photo, tmp
     assert list(said["failed"]) == [f"{folder}/b/bad.jpg"]
     inside = ["predict", checkpoint, folder, "--out", folder / "out"]
     assert f"{folder} holds the images" in fails(capsys, *inside, code=2)
+
+
+@pytest.mark.parametrize("length", [251, 240])  # letters: too many for all files, for the overlay alone
+def test_a_name_too_long_for_the_file_system_is_skipped(checkpoint, photo, tmp_path, capsys, length):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a" * length + ".png", "b.png"):
+        (folder / name).write_bytes(photo.read_bytes())
+    line = fails(capsys, "predict", checkpoint, folder, "--out", tmp_path / "out")
+    assert "its name is too long to write" in line
+    assert line.endswith("as the file system takes 255 bytes; rename it")
+    written = {path.name.partition("_")[0] for path in (tmp_path / "out").iterdir()}
+    assert written == {"b", "classes.yaml", "legend.png"}, "nothing of the first, all of the second"
+
+
+def test_a_broken_runtime_is_one_line(checkpoint, photo, tmp_path, capsys, monkeypatch):
+    predict = ["predict", checkpoint, photo, "--out", tmp_path / "out"]
+    monkeypatch.setitem(sys.modules, "openvino", types.ModuleType("openvino"))
+    line = fails(capsys, *predict, "--runtime", "openvino")
+    assert "the package openvino is broken (module 'openvino' has no attribute 'Core'); install" in line
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libonnx.so: no such file')")
+    (tmp_path / "onnx.py").write_text("raise TypeError('Descriptors cannot be created directly')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("onnx", "onnxruntime")]:
+        monkeypatch.delitem(sys.modules, name)
+    line = fails(capsys, *predict, "--runtime", "onnxruntime")
+    assert line == "error: the package onnxruntime is broken (libonnx.so: no such file); install it again"
+    line = fails(capsys, "export", checkpoint, tmp_path / "x.onnx", "--size", "64x64")
+    assert "the package onnx is broken (Descriptors cannot be created directly); install it again" in line
+    assert main([*map(str, predict)]) == 0, "what is not asked for is not needed"
+    assert "torch (the package onnxruntime is broken (libonnx.so" in capsys.readouterr().out
 
 
 def test_a_photo_is_turned_upright(checkpoint, tmp_path):
