@@ -429,8 +429,10 @@ def test_benchmark_errors(capsys, trained, tmp_path):
     assert "must be at least 32 px" in fails(capsys, "benchmark", config, "--size", "16x64", code=2)
     assert "invalid choice: 'cudnn'" in fails(capsys, "benchmark", config, "--engines", "cudnn", code=2)
     assert "does not exist" in fails(capsys, "benchmark", config, "--checkpoint", tmp_path / "no.pt", *tiny)
-    pooled = ["--train", "--set", "model.head=deeplabv3"]
-    assert "needs --batch 2 or more" in fails(capsys, "benchmark", config, *tiny, *pooled)
+    for head in ("deeplabv3", "deeplabv3plus"):
+        pooled = ["--train", "--set", f"model.head={head}"]
+        line = fails(capsys, "benchmark", config, *tiny, *pooled)
+        assert f"needs --batch 2 or more: {head} normalises one pooled vector per image" in line
 
 
 def test_predict_says_what_it_leaves_out(trained, tmp_path, caplog):
