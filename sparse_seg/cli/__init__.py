@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sparse_seg.cli.arguments import Parser
 from sparse_seg.errors import SparseSegError, printable
 from sparse_seg.sparse import EngineError
 from sparse_seg.version import __version__
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return _overview(arguments)
     module = importlib.import_module(f"{__name__}.{command}")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"sparse-seg {command}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _overview(arguments: list[str]) -> int:
     """Help, version, or the complaint about an unknown command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sparse-seg",
         description="Semantic segmentation that pays for detail only where detail is.",
         epilog="sparse-seg COMMAND --help tells more, with examples",

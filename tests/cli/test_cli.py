@@ -66,6 +66,33 @@ def test_help_has_examples(command, capsys):
     assert command in text
 
 
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("predikt a.png", "argument COMMAND: invalid choice: 'predikt'; did you mean 'predict'?"),
+        ("fitgain", "invalid choice: 'fitgain'; did you mean 'fit_gain'?"),
+        ("--versoin", "unrecognized arguments: --versoin; did you mean '--version'?"),
+        ("predict camvid-slim a.png --outt o", "unrecognized arguments: --outt; did you mean '--out'?"),
+        ("export camvid-slim x --siz=64x64", "unrecognized arguments: --siz; did you mean '--size'?"),
+        ("browse --nothing-like-it", "error: unrecognized arguments: --nothing-like-it"),
+        ("predict a b --out o --policy confidense", "'confidense'; did you mean 'confidence'? Choose one of"),
+        ("export a b --size 64x64 --policy confidense", "'confidense'; did you mean 'confidence'? (choose"),
+        ("evaluate a b --runtime torhc", "invalid choice: 'torhc'; did you mean 'torch'? (choose from auto"),
+        ("evaluate a b --dense 9", "argument --dense: invalid choice: 9 (choose from 4, 8, 16, 32)"),
+    ],
+)
+def test_what_is_misspelt(capsys, command, complaint):
+    line = fails(capsys, *command.split(), code=2)
+    assert complaint in line
+    if "nothing" in command:
+        assert line.endswith(complaint)
+
+
+def test_misspelt_weights(capsys, tmp_path):
+    line = fails(capsys, "export", "camvid-slimm", tmp_path / "x.onnx", "--size", "64x64")
+    assert line.endswith("name a file, or one of camvid-slim; did you mean 'camvid-slim'?")
+
+
 def test_every_tool_is_a_command():
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
     assert tools == set(COMMANDS)
