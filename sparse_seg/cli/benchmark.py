@@ -30,7 +30,7 @@ from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
-from sparse_seg.export.runtime import RUNTIMES
+from sparse_seg.export.runtime import RUNTIMES, check_runtime
 from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.benchmark.measure import cases, check_training, engine_fault, measure
 from sparse_seg.lab.benchmark.peers import PEERS
@@ -115,6 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.peer_onnx and not set(RUNTIMES) & set(args.runtimes or ()):
         args.usage_error(f"argument --peer-onnx: needs --runtimes with {' or '.join(RUNTIMES)}")
+    for runtime in set(RUNTIMES) & set(args.runtimes or ()):
+        check_runtime(runtime)
     config = load_config(args.config, args.set)
     config.model.num_classes = num_classes(config)
     if args.json:

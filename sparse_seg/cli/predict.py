@@ -4,9 +4,10 @@ For each image NAME: D/NAME_overlay.png, D/NAME_classes.png (colours), D/NAME_id
 training labels where the checkpoint knows them, else 0, 1, ...) and, unless --dense, D/NAME_blocks.png. With
 --show-levels also D/NAME_levels.png, every block in the colour of its stride; with --steps D/NAME_steps.png,
 how the coarse prediction is refined step by step where it is least certain. D/legend.png and D/classes.yaml
-say which id and colour is which class. Folders are searched with their sub-folders, which D gets too. Photos
-are turned upright as their EXIF orientation says (training and evaluation read images as they are stored,
-like their labels). A file that cannot be read is named and skipped; the exit code is then 1.
+say which id and colour is which class; no input is written over, nor a classes.yaml of other classes. Folders
+are searched with their sub-folders, which D gets too. Photos are turned upright as their EXIF orientation
+says (training and evaluation read images as they are stored, like their labels). A file that cannot be read
+is named and skipped; the exit code is then 1.
 
 For a video NAME, or camera:N: D/NAME.mp4, overlays at the source's rate; with --policy previous each frame's
 fine blocks are those that the frame before left uncertain, which costs no coarse pass; with --fps N each

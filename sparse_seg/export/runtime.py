@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_seg.errors import SparseSegError, import_package
+from sparse_seg.errors import SparseSegError, choose_one, import_package
 from sparse_seg.export.onnx_file import INSTALL
 
 RUNTIMES = ("onnxruntime", "openvino")
@@ -42,7 +42,7 @@ def check_runtime(runtime: str) -> Any:
     """The package of a runtime. Raises a SparseSegError for an unknown one, or one that is not installed or
     broken."""
     if runtime not in RUNTIMES:
-        raise SparseSegError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
+        raise SparseSegError(f"unknown runtime {choose_one(runtime, RUNTIMES)}")
     extra = INSTALL if runtime == "onnxruntime" else "pip install openvino"
     return import_package(runtime, f"{runtime} is not installed: {extra}", *_NEEDS[runtime])
 

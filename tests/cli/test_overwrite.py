@@ -177,6 +177,7 @@ def test_devices_and_empty_names_are_no_outputs(folder, capsys):
     assert "/dev/null is no regular file" in fails(capsys, *predict, "o", "--json", "/dev/null", code=2)
     assert "argument --out: is empty" in refused(capsys, *predict, "", code=2)
     assert "argument --json: is empty" in refused(capsys, *predict, "o", "--json", "", code=2)
+    assert "argument OUT: is empty" in refused(capsys, "make-scenes", "", code=2)
     assert "argument --work-dir: is empty" in refused(capsys, "train", "own.yaml", "--work-dir", "", code=2)
     assert "an input is an empty text" in refused(
         capsys, "predict", "net.safetensors", "", "--out", "../somewhere"

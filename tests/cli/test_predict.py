@@ -151,6 +151,9 @@ def test_a_broken_runtime_is_one_line(checkpoint, photo, tmp_path, capsys, monke
     assert line == "error: the package onnxruntime is broken (libonnx.so: no such file); install it again"
     line = fails(capsys, "export", checkpoint, tmp_path / "x.onnx", "--size", "64x64")
     assert "the package onnx is broken (Descriptors cannot be created directly); install it again" in line
+    config = checkpoint.parents[1] / "own.yaml"
+    line = fails(capsys, "benchmark", config, "--runtimes", "onnxruntime", "--json", tmp_path / "b.json")
+    assert line == "error: the package onnxruntime is broken (libonnx.so: no such file); install it again"
     assert main([*map(str, predict)]) == 0, "what is not asked for is not needed"
     assert "torch (the package onnxruntime is broken (libonnx.so" in capsys.readouterr().out
 
