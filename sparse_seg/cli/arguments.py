@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
             if text == "--":
                 break
             name = text.partition("=")[0]
-            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+            if _is_option(name) and name not in self._option_string_actions:
                 near = did_you_mean(name, self._option_string_actions)
                 self.error(f"unrecognized arguments: {name}{near}")
         return super().parse_known_args(args, namespace)
@@ -31,6 +31,11 @@ class Parser(argparse.ArgumentParser):
             near = did_you_mean(str(value), names)
             listed = ", ".join(names)
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{near} (choose from {listed})")
+
+
+def _is_option(text: str) -> bool:
+    """Whether argparse takes it for an option's name: not for a value, such as a negative number."""
+    return text[:1] == "-" and text[1:2].strip("0123456789. ") != "" and " " not in text
 
 
 def parse_size(text: str) -> tuple[int, int]:
