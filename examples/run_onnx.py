@@ -4,22 +4,35 @@ python examples/run_onnx.py slim.onnx street.jpg overlay.png
 """
 
 import json
+import os
 import sys
 
 import cv2
 import numpy as np
 import onnxruntime
 
-model, picture, out = sys.argv[1:4]
-session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-about = json.loads(session.get_modelmeta().custom_metadata_map["sparse_seg"])
+if len(sys.argv) != 4:
+    print("usage: python run_onnx.py NETWORK.onnx PICTURE OVERLAY", file=sys.stderr)
+    sys.exit(2)
+model, picture, out = sys.argv[1:]
+if os.path.exists(out) and any(
+    os.path.exists(file) and os.path.samefile(file, out) for file in (model, picture)
+):
+    sys.exit(f"{out} is an input and would be overwritten; name another file")
+try:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    about = json.loads(session.get_modelmeta().custom_metadata_map["sparse_seg"])
+except Exception as error:  # onnxruntime's errors share no base
+    sys.exit(f"{model} is no network that sparse-seg export wrote ({' '.join(str(error).split())[:200]})")
+if len(session.get_inputs()) > 1:
+    sys.exit(f"{model} wants to be told its fine blocks; export it with a mask policy other than given")
 height, width = about["size"]
 
 image = cv2.imread(picture)
 if image is None:
     sys.exit(f"{picture} is no picture that OpenCV reads")
 image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-rgb = image[:, :, ::-1][None]
+rgb = image[:, :, ::-1][None].repeat(about["batch"], 0)  # one picture in all places of the batch
 if about["input"] == "float":
     rgb = (rgb.transpose(0, 3, 1, 2) / 255).astype(np.float32)
 outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"images": rgb}), strict=True))
@@ -32,6 +45,11 @@ if "fine_blocks" in outputs:  # a frame around each fine block
     for y, x in np.argwhere(outputs["fine_blocks"][0]):
         corner = (int(x) * side, int(y) * side)
         cv2.rectangle(overlay, corner, (corner[0] + side - 1, corner[1] + side - 1), (255, 255, 255))
-cv2.imwrite(out, overlay)
+try:
+    written = cv2.imwrite(out, overlay)
+except cv2.error:  # a suffix that it does not know
+    written = False
+if not written:
+    sys.exit(f"{out} cannot be written; name a .png or .jpg file in a folder that exists")
 share = np.bincount(classes.ravel(), minlength=len(about["names"])) / classes.size
 print(", ".join(f"{about['names'][k]} {100 * share[k]:.0f} %" for k in np.argsort(-share)[:5] if share[k]))

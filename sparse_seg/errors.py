@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 def printable(text: str) -> str:
@@ -44,6 +46,29 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no memory, on GPU or CPU."""
     told = any(text in str(error) for text in ("out of memory", "can't allocate memory"))
     return told or isinstance(error, MemoryError)
+
+
+def import_package(name: str, missing: str, *needs: str) -> Any:
+    """An optional package, or a module of one.
+
+    Args:
+        missing: the error where it is not installed: what needs it and how to install it.
+        needs: attributes that are used; a folder that happens to have the package's name has none.
+
+    Raises:
+        SparseSegError: it is not installed, or broken: importing it fails, or it has not what is used.
+    """
+    package = name.partition(".")[0]
+    try:
+        module = importlib.import_module(name)
+        for attribute in needs:
+            getattr(module, attribute)
+        return module
+    except Exception as error:  # whatever a broken package raises
+        if isinstance(error, ModuleNotFoundError) and error.name in (package, name):
+            raise SparseSegError(missing) from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    raise SparseSegError(f"the package {package} is broken ({reason}); install it again")
 
 
 def did_you_mean(key: str, valid: Iterable[str]) -> str:

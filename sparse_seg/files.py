@@ -1,10 +1,49 @@
-"""Writing files so that a reader sees the old content or the new, never half of it."""
+"""Writing files: never over an input, and so that a reader sees the old content or the new, never half."""
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from sparse_seg.errors import SparseSegError
+
+
+class OverwriteError(SparseSegError):
+    """A file to write is one that is read, or the same as another one to write."""
+
+
+def overwritten(outputs: Iterable[str | Path], inputs: Iterable[str | Path]) -> Path | None:
+    """The first of the inputs that one of the outputs would replace; None if there is none. Links, symbolic
+    and hard, are the file they lead to."""
+    written = {_identity(Path(path)) for path in outputs} - {None}
+    return next((Path(path) for path in inputs if written and _identity(Path(path)) in written), None)
+
+
+def check_outputs(outputs: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:
+    """Compare what a command writes with what it reads, before its work starts.
+
+    Raises:
+        OverwriteError: an output is an input, or two outputs are one file.
+    """
+    files = [Path(path) for path in outputs]
+    if (lost := overwritten(files, inputs)) is not None:
+        raise OverwriteError(f"{lost} is an input and would be overwritten; name another output")
+    places = set[object]()
+    for file in files:
+        place = _identity(file) or os.path.abspath(file)
+        if place in places:
+            raise OverwriteError(f"two outputs would be written to {file}; name another one")
+        places.add(place)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What is the same for all names of a file; None if it does not exist."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -24,7 +63,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     try:
         file = _locked(temporary)
     except OSError as error:
@@ -41,6 +80,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         os.close(file)
+
+
+def temporary_name(path: Path) -> Path:
+    """What `atomic_path` writes to."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _locked(temporary: Path) -> int:

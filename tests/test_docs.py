@@ -152,6 +152,17 @@ def test_named_tools_targets_and_paths_exist(name: str):
         assert (ROOT / named).exists(), named
 
 
+@pytest.mark.parametrize("name", DOCS)
+def test_tools_are_not_called_as_programs(name: str):
+    """They are no executables: a command runs them by python or torchrun, or is sparse-seg's."""
+    text = (ROOT / name).read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```.*\n((?:.*\n)*?)```", text, re.MULTILINE)
+    inline = re.findall(r"`([^`]+)`", re.sub(r"^```(.*\n)*?```", "", text, flags=re.MULTILINE))
+    for command in [*inline, *(line for block in blocks for line in block.splitlines())]:
+        if re.search(r"tools/\w+\.py\s+\S", command):
+            assert re.search(r"\b(python|torchrun)\b", command), command
+
+
 def test_names_in_the_readmes_example_exist():
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     used = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Attribute)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_seg.files import atomic_path, atomic_write
+from sparse_seg.files import OverwriteError, atomic_path, atomic_write, check_outputs, overwritten
 
 
 @pytest.mark.parametrize(("data", "content"), [(b"\x00\xff", b"\x00\xff"), ("é\n", "é\n".encode())])
@@ -126,3 +126,24 @@ def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert path.read_text() == "second"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_outputs_and_inputs(tmp_path, monkeypatch):
+    """A file is the same under all its names; what does not exist is no input."""
+    monkeypatch.chdir(tmp_path)
+    Path("a").write_text("")
+    Path("folder").mkdir()
+    os.link("a", "hard")
+    os.symlink("../a", "folder/soft")
+    os.symlink("nothing", "dangling")
+    for name in ("a", "hard", "folder/soft", tmp_path / "folder/../a"):
+        assert overwritten([name, "b"], ["c", "a"]) == Path("a")
+    assert overwritten(["b", "dangling"], ["b", "a", "dangling"]) is None
+    with pytest.raises(
+        OverwriteError, match=r"^hard is an input and would be overwritten; name another output$"
+    ):
+        check_outputs(["a"], ["hard"])
+    for names in (["b", "folder/../b"], ["a", "folder/soft"]):
+        with pytest.raises(OverwriteError, match="two outputs would be written to folder"):
+            check_outputs(names, [])
+    check_outputs(["a", "b"], ["c"])

@@ -12,6 +12,7 @@ import yaml
 
 import sparse_seg
 from sparse_seg.cli import main
+from sparse_seg.config import check_training, load_config
 from sparse_seg.data.class_file import read_class_file
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.formats import PALETTE
@@ -102,6 +103,14 @@ def test_from_a_folder_to_an_exported_network(kind, tmp_path, monkeypatch, capsy
     assert "my-data/test/images/b/bad.jpg: truncated, corrupt or not an image" in capsys.readouterr().err
     assert Path("runs/pictures/b/1_ids.png").exists(), "the others are done"
     assert not list(Path("runs/pictures").rglob("bad*"))
+
+
+def test_the_short_training_to_try_first_is_a_valid_one(tmp_path):
+    (settings,) = re.findall(r"`--set (train\.iterations=\d+[^`]*)`", PAGE)
+    (tmp_path / "own.yaml").write_text(CONFIG)
+    config = load_config(tmp_path / "own.yaml", settings.split())
+    assert config.train.iterations == 20
+    check_training(config)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from sparse_seg.checkpoint import earlier
 from sparse_seg.checkpoint.content import Checkpoint, parse
 from sparse_seg.checkpoint.digest import digest_of
 from sparse_seg.checkpoint.pickled import ZIP, first_line, load_pickled
-from sparse_seg.errors import CheckpointError
+from sparse_seg.errors import CheckpointError, did_you_mean, shown
 from sparse_seg.files import atomic_write
 
 FORMAT, FORMAT_VERSION = "sparse_seg.checkpoint", 2
@@ -104,14 +104,25 @@ def find(path: str | Path) -> Path:
     Raises:
         CheckpointError: there is none, or a folder, or one that may not be read.
     """
-    path = _shipped(path) or Path(path)
-    other = path.with_suffix({SUFFIX: ".pt", ".pt": SUFFIX}.get(path.suffix, path.suffix))
+    names = sorted(file.stem for file in SHIPPED.glob(f"*{SUFFIX}"))
+    if not str(path):
+        raise CheckpointError(f"the checkpoint's name is empty; name a file, or one of {', '.join(names)}")
+    try:
+        return _find(_shipped(path) or Path(path), names)
+    except (OSError, ValueError) as error:  # too long, or with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"checkpoint {shown(str(path))} cannot be read: {reason}") from None
+
+
+def _find(path: Path, names: Sequence[str]) -> Path:
+    suffix = {SUFFIX: ".pt", ".pt": SUFFIX}.get(path.suffix)
+    other = path.with_suffix(suffix) if suffix else path
     found = path if path.exists() or not other.is_file() else other
     if found.is_dir():
         raise CheckpointError(f"{path} is a folder; name the checkpoint in it, such as {path / 'best.pt'}")
     if not found.exists():
-        names = ", ".join(sorted(file.stem for file in SHIPPED.glob(f"*{SUFFIX}")))
-        raise CheckpointError(f"checkpoint {path} does not exist; name a file, or one of {names}")
+        known = f"{', '.join(names)}{did_you_mean(str(path), names)}"
+        raise CheckpointError(f"checkpoint {path} does not exist; name a file, or one of {known}")
     if not found.is_file():
         raise CheckpointError(f"{path} is no regular file")
     try:

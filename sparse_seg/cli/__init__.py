@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 
+from sparse_seg.cli.arguments import Parser
 from sparse_seg.errors import SparseSegError, printable
 from sparse_seg.sparse import EngineError
 from sparse_seg.version import __version__
@@ -22,12 +25,13 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 1 failed (one line says why), 2 bad usage."""
+    _open_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0].replace("-", "_") if arguments else ""
     if command not in COMMANDS:
         return _overview(arguments)
     module = importlib.import_module(f"{__name__}.{command}")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"sparse-seg {command}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _overview(arguments: list[str]) -> int:
     """Help, version, or the complaint about an unknown command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sparse-seg",
         description="Semantic segmentation that pays for detail only where detail is.",
         epilog="sparse-seg COMMAND --help tells more, with examples",
@@ -57,3 +61,19 @@ def _overview(arguments: list[str]) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     parser.parse_args(arguments)
     return 2
+
+
+def _open_streams() -> None:
+    """Let everything print: a closed stream, as some schedulers start a job with, swallows it, and a terminal
+    shows `?` for letters that it does not know."""
+    for _ in range(3):  # descriptors 0 to 2, lest the next file that is opened becomes one
+        number = os.open(os.devnull, os.O_RDWR)
+        if number > 2:
+            os.close(number)
+            break
+        os.set_inheritable(number, True)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="replace")

@@ -18,18 +18,19 @@ import argparse
 import json
 from pathlib import Path
 
-from sparse_seg.cli.options import add_config, add_device
+from sparse_seg.cli.options import add_config, add_device, input_files, output_folder
 from sparse_seg.errors import TrainingError
-from sparse_seg.files import atomic_write
+from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.ablation.costs import measure_costs
 from sparse_seg.lab.ablation.estimate import remaining
 from sparse_seg.lab.ablation.grid import load_grid
-from sparse_seg.lab.ablation.report import ablation_table, write_ablation
+from sparse_seg.lab.ablation.report import FILES, ablation_table, write_ablation
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.ablation.summary import summarise
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.tables import Column, Table
 from sparse_seg.processes import joined_processes
+from sparse_seg.training.checkpoint import run_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="C", help="use this checkpoint as the first network instead of training it"
     )
     parser.add_argument(
-        "--work-dir", metavar="D", help="where all is kept (default: runs/ablation/CONFIG's name)"
+        "--work-dir",
+        type=output_folder,
+        metavar="D",
+        help="where all is kept (default: runs/ablation/CONFIG's name)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="list the remaining work with a time estimate, and stop"
@@ -51,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     grid = load_grid(args.config, args.set)
     with joined_processes(args.device) as (processes, device):
         ablation = Ablation(grid, work_dir, args.checkpoint, device, processes)
+        check_outputs(_files(ablation), _read_files(ablation, args))
         if not args.dry_run:
             try:
                 ablation.run()
@@ -73,6 +78,24 @@ def run(args: argparse.Namespace) -> int:
     print(ablation_table(rows).to_text())
     print(f"report: {work_dir / 'report.html'}")
     return 0
+
+
+def _files(ablation: Ablation) -> list[Path]:
+    """What is written: tables, the report, and trainings that are yet to start."""
+    trained = [name for name in ablation.grid.networks if name not in ablation.given]
+    folders = [ablation.folder(name, seed) for name in trained for seed in ablation.grid.spec.seeds]
+    files = [file for folder in folders for file in run_files(folder)]
+    return [*(ablation.work_dir / name for name in ("results.json", *FILES)), *files]
+
+
+def _read_files(ablation: Ablation, args: argparse.Namespace) -> list[Path]:
+    """What is read: the grid, the networks' configs, and checkpoints."""
+    grid = ablation.grid
+    files = input_files(args.config, None, args.checkpoint)
+    for name, network in grid.networks.items():
+        own = None if network.config is None else Path(args.config).parent / network.config
+        files += input_files(own, grid.configs[name])
+    return files
 
 
 def _print_remaining(ablation: Ablation) -> None:

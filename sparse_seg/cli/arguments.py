@@ -1,8 +1,41 @@
-"""Argument types that several tools share; argparse turns their errors into usage errors (exit code 2)."""
+"""A parser that suggests what was meant, and argument types; their errors are usage errors (exit code 2)."""
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sparse_seg.errors import did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse's, with the nearest valid name for a misspelt option, choice or command."""
+
+    def parse_known_args(  # type: ignore[override]  # of its overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Names an unknown option first: argparse would name the required ones that are then missing."""
+        for text in args or ():
+            if text == "--":
+                break
+            name = text.partition("=")[0]
+            if _is_option(name) and name not in self._option_string_actions:
+                near = did_you_mean(name, self._option_string_actions)
+                self.error(f"unrecognized arguments: {name}{near}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Argparse's hook for `choices`."""
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            near = did_you_mean(str(value), names)
+            listed = ", ".join(names)
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{near} (choose from {listed})")
+
+
+def _is_option(text: str) -> bool:
+    """Whether argparse takes it for an option's name: not for a value, such as a negative number."""
+    return text[:1] == "-" and text[1:2].strip("0123456789. ") != "" and " " not in text
 
 
 def parse_size(text: str) -> tuple[int, int]:

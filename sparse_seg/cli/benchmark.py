@@ -25,13 +25,13 @@ from typing import Any
 import torch
 
 from sparse_seg.cli.arguments import parse_size, whole_number
-from sparse_seg.cli.options import add_config, add_device, fraction, output_file
+from sparse_seg.cli.options import add_config, add_device, fraction, input_files, output_file
 from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
-from sparse_seg.export.runtime import RUNTIMES
-from sparse_seg.files import atomic_write
+from sparse_seg.export.runtime import RUNTIMES, check_runtime
+from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.benchmark.measure import cases, check_training, engine_fault, measure
 from sparse_seg.lab.benchmark.peers import PEERS
 from sparse_seg.lab.benchmark.profile import profile_network
@@ -115,8 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.peer_onnx and not set(RUNTIMES) & set(args.runtimes or ()):
         args.usage_error(f"argument --peer-onnx: needs --runtimes with {' or '.join(RUNTIMES)}")
+    for runtime in set(RUNTIMES) & set(args.runtimes or ()):
+        check_runtime(runtime)
     config = load_config(args.config, args.set)
     config.model.num_classes = num_classes(config)
+    if args.json:
+        others = [*args.peer_onnx, *filter(None, [args.accuracy])]
+        check_outputs([args.json], [*input_files(args.config, config, args.checkpoint), *others])
     if args.device.type == "cuda":  # the baseline gets cuDNN's best algorithms, and all alike TF32
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")

@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 
 from sparse_seg.cli.arguments import whole_number
-from sparse_seg.cli.options import add_config, output_file
+from sparse_seg.cli.options import add_config, input_files, output_file
 from sparse_seg.config import load_config
 from sparse_seg.errors import DataError
+from sparse_seg.files import check_outputs
 from sparse_seg.lab.browse import write_page
 
 
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    faults = write_page(load_config(args.config, args.set), args.out, args.count)
+    config = load_config(args.config, args.set)
+    check_outputs([args.out], input_files(args.config, config))
+    faults = write_page(config, args.out, args.count)
     print(f"page: {args.out}")
     if faults:
         more = f" (faulty files in all: {len(faults)}, listed in {args.out})" if len(faults) > 1 else ""

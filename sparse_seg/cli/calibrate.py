@@ -18,10 +18,11 @@ from typing import Any
 
 from sparse_seg.checkpoint import build_network, load, save
 from sparse_seg.cli.arguments import fraction, whole_number
-from sparse_seg.cli.options import add_config, add_device, output_file, overrides
+from sparse_seg.cli.options import add_config, add_device, input_files, output_file, overrides
 from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.evaluation.calibrate import calibrate
+from sparse_seg.files import check_outputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(args.checkpoint)
     model = build_network(loaded, config).to(args.device)
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
+    if args.out:
+        check_outputs([args.out], [*input_files(args.config, config, args.checkpoint), *dataset.files()])
     dataset.check(args.limit)
     found = calibrate(model.for_inference(), dataset, config.data, args.limit, progress=True)
     cuts: dict[str, Any] = {"threshold": found.threshold, "middle_threshold": found.middle_threshold}

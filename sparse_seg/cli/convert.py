@@ -28,6 +28,7 @@ from sparse_seg.conversion.report import assumed_line, report
 from sparse_seg.conversion.verify import explain, verify
 from sparse_seg.data.class_sets import CLASS_SETS, read_classes
 from sparse_seg.errors import CheckpointError
+from sparse_seg.files import overwritten
 
 FORWARD_ONLY = (
     *("from", "arch", "num_classes", "output_stride", "set", "allow_missing", "trust", "verify"),
@@ -94,8 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if Path(args.dst).exists() and Path(args.src).exists() and Path(args.src).samefile(args.dst):
-        args.usage_error("argument DST: is SRC; name another file")
+    if overwritten([args.dst], [args.src, *filter(None, [args.classes])]):
+        args.usage_error("argument DST: is SRC or the file of --classes; name another file")
     if args.to_dense:
         return _to_dense(args)
     if (args.mean is None) != (args.std is None):

@@ -16,10 +16,12 @@ from pathlib import Path
 import sparse_seg
 from sparse_seg.cli.arguments import whole_number
 from sparse_seg.cli.evaluate import compare_and_report
-from sparse_seg.cli.options import add_device
+from sparse_seg.cli.options import add_device, input_files, output_folder
 from sparse_seg.config import Config, load_config
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import ConfigError, TrainingError
+from sparse_seg.files import check_outputs
+from sparse_seg.training.checkpoint import run_files
 from sparse_seg.training.finish import finish_training
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -28,7 +30,11 @@ POLICIES = ("edge", "oracle")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", default="runs/demo", metavar="D", help="folder to work in (default: runs/demo)"
+        "--out",
+        type=output_folder,
+        default="runs/demo",
+        metavar="D",
+        help="folder to work in (default: runs/demo)",
     )
     parser.add_argument("--config", metavar="CONFIG", help="default: configs/demo.yaml of the checkout")
     parser.add_argument("--count", type=whole_number(10), default=250, help="scenes to make (default: 250)")
@@ -41,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     config = load_config(args.config or _default_config(), args.set)
+    files = [out / name for name in ("comparison.json", "report.html", "report.png")]
+    check_outputs([*files, *run_files(out / "training")], input_files(args.config, config))
     config.data.root = str(out / "scenes")  # not by an override: a path need not be valid YAML
     try:
         _run(out, config, args)

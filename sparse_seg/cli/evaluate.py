@@ -39,6 +39,7 @@ from sparse_seg.cli.options import (
     add_network,
     add_runtime,
     add_views,
+    input_files,
     output_file,
     overrides,
     policy,
@@ -51,7 +52,7 @@ from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.views import ONCE
 from sparse_seg.export.runner import AUTO, Runner
-from sparse_seg.files import atomic_write
+from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.compare.report import comparison_table, write_comparison
 from sparse_seg.lab.compare.run import compare, comparison_ways, groups
 from sparse_seg.lab.provenance import provenance
@@ -119,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not args.json:
         args.usage_error("argument --resume: name the file to resume; add --json OUT")
     config = load_config(args.config, overrides(args))
+    check_outputs(_written(args.json, args.report), input_files(args.config, config, args.checkpoint))
     with joined_processes(args.device) as (processes, device):
         if args.compare is None:
             _evaluate(config, args, processes, device)
@@ -148,6 +150,7 @@ def _evaluate(config: Config, args: argparse.Namespace, processes: Processes, de
     check_classes(config)
     model = load_model(args.checkpoint, config).to(device)
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
+    check_outputs(_written(args.json), dataset.files())
     dataset.check(args.limit)
     way, looks = Way(args.dense), views(args)
     refusal = "processes share the images" if processes.count > 1 else None  # results must not depend on it
@@ -184,6 +187,7 @@ def compare_and_report(
     loaded = load(checkpoint)
     model = build_network(loaded, config).to(device)
     dataset = build_dataset(config.data.dataset, config.data.root, split)
+    check_outputs(_written(json_path, report_path), dataset.files())
     dataset.check(limit)
     ways = comparison_ways(model, policies, fractions, exchanges, merges)
     origin, rows = provenance(), list[dict[str, Any]]()
@@ -212,6 +216,12 @@ def compare_and_report(
             report_path, "Dense and selective", description, rows, model, dataset, config.data, ways, limit
         )
         print(f"report: {report_path}")
+
+
+def _written(json_path: str | Path | None, report_path: str | Path | None = None) -> list[Path]:
+    """The files asked for; a report has a picture beside it."""
+    pages = [Path(report_path), Path(report_path).with_suffix(".png")] if report_path else []
+    return [Path(json_path), *pages] if json_path else pages
 
 
 def _earlier(path: str | Path | None, subject: str) -> dict[str, Any]:

@@ -25,11 +25,12 @@ import dataclasses
 from sparse_seg.checkpoint import build_network, load
 from sparse_seg.checkpoint.loading import read_card
 from sparse_seg.cli.arguments import parse_size, whole_number
-from sparse_seg.cli.options import add_config, add_network, output_file, overrides
+from sparse_seg.cli.options import add_config, add_network, input_files, output_file, overrides
 from sparse_seg.config import ModelConfig, check_classes, load_config
 from sparse_seg.config.keys import choices
 from sparse_seg.export.network import INPUTS, ExportOptions
 from sparse_seg.export.write import export_onnx
+from sparse_seg.files import check_outputs
 
 POLICIES = ("confidence", "edge", "gain", "learned", "given")
 
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     policy = None if args.policy == "given" else args.policy
+    check_outputs([args.out], input_files(args.config, None, args.checkpoint))
     loaded, config = load(args.checkpoint), None
     if args.config is not None:
         chosen = [f"model.mask.policy={policy}"] if policy else []

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from sparse_seg.checkpoint import build_network, load, save
 from sparse_seg.cli.arguments import whole_number
-from sparse_seg.cli.options import add_config, add_device, output_file
+from sparse_seg.cli.options import add_config, add_device, input_files, output_file
 from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
+from sparse_seg.files import check_outputs
 from sparse_seg.models.way import Way
 from sparse_seg.training.gain import collect, fit
 
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
             "do not allow; choose other settings"
         )
     dataset = build_dataset(config.data.dataset, config.data.root, args.split)
+    check_outputs([args.out], [*input_files(args.config, config, args.checkpoint), *dataset.files()])
     dataset.check(args.limit)
     samples = collect(
         model.for_inference(), dataset, config.data, not args.without_labels, args.limit, args.seed

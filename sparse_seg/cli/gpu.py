@@ -23,7 +23,7 @@ import torch
 from sparse_seg.cli.arguments import number, whole_number
 from sparse_seg.cli.options import output_file
 from sparse_seg.config import load_config
-from sparse_seg.files import atomic_write
+from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.benchmark.gpu import PRECISIONS, measure_gpu, table
 from sparse_seg.lab.benchmark.subject import Setup
 from sparse_seg.lab.provenance import provenance
@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    tables = Path(args.json).with_suffix(".md")
+    check_outputs([args.json, tables], [Path(args.configs, name) for name, _, _ in NETWORKS.values()])
     cuda = torch.cuda.is_available()
     device, sizes = ("cuda", ((512, 1024), (1024, 2048))) if cuda else ("cpu", ((64, 96),))
     keys = list(itertools.product(NETWORKS, sizes, (1, 4), PRECISIONS))
@@ -71,5 +73,5 @@ def run(args: argparse.Namespace) -> int:
         print(table([cells[key]]), flush=True)
         rows = [row for cell in cells.values() for row in cell]
         atomic_write(args.json, json.dumps(provenance() | {"rows": rows}, indent=1) + "\n")
-        atomic_write(Path(args.json).with_suffix(".md"), table(list(cells.values())))
+        atomic_write(tables, table(list(cells.values())))
     return 0

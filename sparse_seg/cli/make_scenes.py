@@ -11,12 +11,15 @@ examples:
 import argparse
 
 from sparse_seg.cli.arguments import parse_size, whole_number
+from sparse_seg.cli.options import output_folder
 from sparse_seg.data.scenes import FRAMES, SMALLEST_SIDE, write_scenes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this tool's arguments."""
-    parser.add_argument("out", metavar="OUT", help="folder to make; must not exist or be empty")
+    parser.add_argument(
+        "out", type=output_folder, metavar="OUT", help="folder to make; must not exist or be empty"
+    )
     parser.add_argument(
         "--count",
         type=whole_number(2),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from sparse_seg.checkpoint import is_checkpoint
+from sparse_seg.checkpoint import find, is_checkpoint
 from sparse_seg.cli.arguments import fraction, number, whole_number
-from sparse_seg.config import MaskConfig
-from sparse_seg.errors import ConfigError
+from sparse_seg.config import Config, MaskConfig, config_files
+from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.evaluation.views import Views
 from sparse_seg.export.runner import AUTO, CHOICES, PATIENCE, PIXELS, SIZES
 from sparse_seg.masks import parse_policy
@@ -111,9 +112,35 @@ def policy(text: str) -> str:
 
 def output_file(text: str) -> str:
     """An argument type: a file to write, checked before the work that fills it."""
-    if Path(text).is_dir():
+    path = Path(output_folder(text))
+    if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # a rename would replace even /dev/null
+        raise argparse.ArgumentTypeError(f"{text} is no regular file but a pipe or device; name a file")
     return text
+
+
+def output_folder(text: str) -> str:
+    """An argument type: a folder to write to. An empty text, as of a variable that is not set, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a place to write to, such as . for this folder")
+    return text
+
+
+def input_files(
+    config_file: str | Path | None, config: Config | None, *checkpoints: str | Path | None
+) -> list[Path]:
+    """What a command reads: a config with its `_base_` files, checkpoints, and those the config names."""
+    files = [] if config_file is None else config_files(config_file)
+    named = list(checkpoints)
+    if config is not None:
+        named += [config.model.pretrained, config.train.init, config.train.distill.teacher]
+    for checkpoint in named:
+        if not checkpoint:
+            continue
+        with suppress(CheckpointError):  # said by the one who reads it
+            files.append(find(checkpoint))
+    return files
 
 
 def _config_file(text: str) -> str:

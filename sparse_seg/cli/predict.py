@@ -4,9 +4,10 @@ For each image NAME: D/NAME_overlay.png, D/NAME_classes.png (colours), D/NAME_id
 training labels where the checkpoint knows them, else 0, 1, ...) and, unless --dense, D/NAME_blocks.png. With
 --show-levels also D/NAME_levels.png, every block in the colour of its stride; with --steps D/NAME_steps.png,
 how the coarse prediction is refined step by step where it is least certain. D/legend.png and D/classes.yaml
-say which id and colour is which class. Folders are searched with their sub-folders, which D gets too. Photos
-are turned upright as their EXIF orientation says (training and evaluation read images as they are stored,
-like their labels). A file that cannot be read is named and skipped; the exit code is then 1.
+say which id and colour is which class; no input is written over, nor a classes.yaml of other classes. Folders
+are searched with their sub-folders, which D gets too. Photos are turned upright as their EXIF orientation
+says (training and evaluation read images as they are stored, like their labels). A file that cannot be read
+is named and skipped; the exit code is then 1.
 
 For a video NAME, or camera:N: D/NAME.mp4, overlays at the source's rate; with --policy previous each frame's
 fine blocks are those that the frame before left uncertain, which costs no coarse pass; with --fps N each
@@ -40,18 +41,28 @@ from sparse_seg.cli.options import (
     add_network,
     add_runtime,
     add_views,
+    input_files,
     output_file,
+    output_folder,
     policy,
     views,
 )
 from sparse_seg.config import check_classes, load_config
+from sparse_seg.data.folder import CLASS_FILE
 from sparse_seg.data.reading import read_image
 from sparse_seg.errors import DataError
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.files import atomic_write
 from sparse_seg.lab.predict.inputs import Source, find_sources
-from sparse_seg.lab.predict.pictures import write_legend, write_levels, write_pictures, write_steps
+from sparse_seg.lab.predict.outputs import Outputs
+from sparse_seg.lab.predict.pictures import (
+    check_legend,
+    write_legend,
+    write_levels,
+    write_pictures,
+    write_steps,
+)
 from sparse_seg.lab.predict.segment import Segmenter
 from sparse_seg.lab.predict.video import VideoOptions, write_video
 from sparse_seg.lab.provenance import provenance
@@ -71,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT INPUT",
         help="a checkpoint, a config before it if need be; then images, videos, folders of them, camera:N",
     )
-    parser.add_argument("--out", required=True, metavar="D", help="folder to write to")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="D", help="folder to write to")
     parser.add_argument("--ids-only", action="store_true", help="write NAME_ids.png and classes.yaml alone")
     parser.add_argument(
         "--json", type=output_file, metavar="OUT", help="write each image's share of each class to this file"
@@ -121,19 +132,23 @@ def run(args: argparse.Namespace) -> int:
     if config_file is not None:
         config = load_config(config_file, args.set)
         check_classes(config)
-    sources = find_sources(inputs, args.out)
+    sources = find_sources(inputs)
     for path in map(Path, inputs):
         if path.is_dir() and Path(args.out).resolve().is_relative_to(path.resolve()):
             args.usage_error(f"argument --out: {path} holds the images; name another folder than {args.out}")
+    outputs = _outputs(args)
+    outputs.check(sources, input_files(config_file, config, checkpoint))
     model = build_network(load(checkpoint), config).to(args.device)
     way, looks = Way(args.dense, args.policy, args.fine_fraction), views(args)
     refusal = "--fps refines" if args.fps else None
     runner = Runner(model, args.runtime, way, not looks.is_single, refusal)
     segmenter = Segmenter(model, way, looks, runner)
+    check_legend(segmenter.card, args.out)
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for source in bar(sources, "predict", len(sources), len(sources) > 1):
         try:
+            outputs.check_names(source)
             results[str(source)] = _predict(segmenter, source, args)
         except DataError as error:
             failed[str(source)] = str(error)
@@ -172,6 +187,22 @@ def _predict(segmenter: Segmenter, source: Source, args: argparse.Namespace) -> 
     fine = None if found.fine_blocks is None else float(found.fine_blocks.mean())
     windows = segmenter.views.count_windows(*image.shape[:2])
     return {"shares": found.shares(), "fine_fraction": fine, "windows": windows}
+
+
+def _outputs(args: argparse.Namespace) -> Outputs:
+    """What is to be written."""
+    selective = args.dense is None
+    kinds = {"ids": True, "overlay": not args.ids_only, "classes": not args.ids_only}
+    kinds |= {"blocks": not args.ids_only and selective, "levels": args.show_levels and selective}
+    kinds["steps"] = bool(args.steps)
+    others = [Path(args.out, CLASS_FILE), *([] if args.ids_only else [Path(args.out, "legend.png")])]
+    return Outputs(
+        Path(args.out),
+        [kind for kind, asked in kinds.items() if asked],
+        args.video_ids or args.ids_only,
+        args.video_blocks and selective,
+        [*others, *([Path(args.json)] if args.json else [])],
+    )
 
 
 def _parts(args: argparse.Namespace) -> tuple[str | None, str, list[str]]:

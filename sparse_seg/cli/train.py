@@ -12,17 +12,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparse_seg.cli.options import add_config, add_device
+from sparse_seg.cli.options import add_config, add_device, input_files, output_folder
 from sparse_seg.config import load_config
+from sparse_seg.files import check_outputs
 from sparse_seg.processes import joined_processes
-from sparse_seg.training.checkpoint import best_of
+from sparse_seg.training.checkpoint import best_of, run_files
 from sparse_seg.training.stopping import AlreadyTrained
 from sparse_seg.training.trainer import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--work-dir", metavar="D", help="where the run is kept (default: runs/CONFIG's name)")
+    parser.add_argument(
+        "--work-dir",
+        type=output_folder,
+        metavar="D",
+        help="where the run is kept (default: runs/CONFIG's name)",
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -40,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     work_dir = Path(args.work_dir or Path("runs") / Path(args.config).stem)
     with joined_processes(args.device) as (processes, device):
         config = load_config(args.config, overrides)
+        others = [args.resume] if isinstance(args.resume, str) else []
+        check_outputs(run_files(work_dir), input_files(args.config, config, *others))
         try:
             best = Trainer(config, work_dir, args.resume, device, processes).run()
             result = f"best validation mIoU {best:.4f}; weights in {best_of(work_dir)}"

@@ -10,7 +10,7 @@ from sparse_seg.config.load import (
     to_dict,
     to_yaml,
 )
-from sparse_seg.config.reading import parse_settings, read_yaml
+from sparse_seg.config.reading import config_files, parse_settings, parse_yaml, read_yaml
 from sparse_seg.config.rules import check_classes, check_config, check_model, check_training, num_classes
 from sparse_seg.config.schema import (
     Config,
@@ -36,6 +36,7 @@ __all__ = [
     "check_config",
     "check_model",
     "check_training",
+    "config_files",
     "config_from_dict",
     "function_keys",
     "key",
@@ -44,6 +45,7 @@ __all__ = [
     "num_classes",
     "parse_settings",
     "parse_tree",
+    "parse_yaml",
     "read_yaml",
     "section",
     "to_dict",

@@ -97,6 +97,13 @@ def read_yaml(path: str | Path) -> Tree:
     return _read(Path(path), (), {})
 
 
+def config_files(path: str | Path) -> list[Path]:
+    """A file and its `_base_` files, resolved. Raises as `read_yaml` does."""
+    done: dict[Path, Tree] = {}
+    _read(Path(path), (), done)
+    return list(done)
+
+
 def _read(path: Path, parents: tuple[Path, ...], done: dict[Path, Tree]) -> Tree:
     try:
         path = path.resolve()

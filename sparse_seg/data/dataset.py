@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +96,12 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
     def name(self, index: int) -> str:
         """The sample's name in reports and output files."""
         return self.samples[index][0].stem
+
+    def files(self) -> Iterator[Path]:
+        """Every file that the split is read from."""
+        yield from self._label_files
+        for pair in self.samples:
+            yield from pair
 
     def starts(self, index: int) -> bool:
         """Whether a video begins with this sample: what a mask policy knows of the one before is void."""

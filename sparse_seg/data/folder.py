@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,10 @@ class FolderDataset(SegmentationDataset):
         self._ids_of_colours = known.ids_of_colours
         self._images, self._labels = Path(root, split, "images"), Path(root, split, "labels")
         super().__init__(*pair_files(self._images, self._labels, IMAGE_SUFFIXES, needs_labels=False))
+
+    def files(self) -> Iterator[Path]:
+        yield self.class_file
+        yield from super().files()
 
     def check(self, limit: int | None = None) -> NDArray[np.int64]:
         if not self._labels.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -17,6 +18,7 @@ from sparse_seg.models.way import Way
 
 ALIGNMENT = 32  # px; windows start on sites of every stride
 LEAST_WINDOW = 256  # px
+LEAST_SIDE = 2 * ALIGNMENT  # px of the image in a window, for two to overlap
 STRIP = 256  # rows
 
 
@@ -67,7 +69,8 @@ class Views:
         scales: factors of the image's size to look at. Class probabilities are averaged over all looks.
 
     Raises:
-        ValueError: windows too small, or a scale that is not positive.
+        ValueError: windows too small, also for the largest scale, a scale that is not positive, or a negative
+            overlap.
     """
 
     window: int | None = None
@@ -78,8 +81,16 @@ class Views:
     def __post_init__(self) -> None:
         if self.window is not None and self.window < LEAST_WINDOW:
             raise ValueError(f"windows of {self.window} px are too small; use {LEAST_WINDOW} or more")
-        if not self.scales or min(self.scales) <= 0:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales must be positive, not {list(self.scales)}")
+        largest = max(self.scales)
+        if self.window is not None and self.window / largest < LEAST_SIDE:
+            raise ValueError(
+                f"windows of {self.window} px show {int(self.window / largest)} px of an image at a scale of "
+                f"{largest:g}; use {math.ceil(LEAST_SIDE * largest)} or more"
+            )
+        if self.overlap < 0:
+            raise ValueError(f"overlap must not be negative, not {self.overlap}")
 
     @property
     def is_single(self) -> bool:

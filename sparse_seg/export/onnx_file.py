@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparse_seg.checkpoint import digest_of
-from sparse_seg.errors import SparseSegError
+from sparse_seg.errors import import_package
 from sparse_seg.export.network import StaticNetwork
 from sparse_seg.version import __version__
 
@@ -62,12 +62,9 @@ def to_onnx(network: StaticNetwork) -> Any:
     tests/export.)
 
     Raises:
-        SparseSegError: onnx is not installed.
+        SparseSegError: onnx is not installed or broken.
     """
-    try:
-        import onnx
-    except ImportError:
-        raise SparseSegError(f"export needs the package onnx: {INSTALL}") from None
+    onnx = import_package("onnx", f"export needs the package onnx: {INSTALL}", "load_from_string", "checker")
     inputs, outputs = interface(network)
     buffer = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from sparse_seg.errors import SparseSegError
+from sparse_seg.errors import SparseSegError, choose_one, import_package
 from sparse_seg.export.onnx_file import INSTALL
 
 RUNTIMES = ("onnxruntime", "openvino")
+_NEEDS = {"onnxruntime": ("InferenceSession", "SessionOptions"), "openvino": ("Core",)}
 Session = Callable[..., dict[str, np.ndarray]]
 
 
@@ -24,25 +24,30 @@ def open_session(graph: bytes | str | os.PathLike[str], runtime: str, threads: i
         threads: of the processor; None leaves it to the runtime.
 
     Raises:
-        SparseSegError: an unknown runtime, or one that is not installed.
+        SparseSegError: an unknown runtime, or one that is not installed, is broken or does not take the
+            graph.
     """
-    check_runtime(runtime)
+    module = check_runtime(runtime)
     graph = graph if isinstance(graph, bytes) else os.fspath(graph)
-    return _onnxruntime(graph, threads) if runtime == "onnxruntime" else _openvino(graph, threads)
+    opened = _onnxruntime if runtime == "onnxruntime" else _openvino
+    try:
+        return opened(module, graph, threads)
+    except Exception as error:  # onnxruntime's errors share no base
+        raise SparseSegError(
+            f"{runtime} cannot run the graph: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
-def check_runtime(runtime: str) -> None:
-    """Raises a SparseSegError for an unknown runtime, or one that is not installed."""
+def check_runtime(runtime: str) -> Any:
+    """The package of a runtime. Raises a SparseSegError for an unknown one, or one that is not installed or
+    broken."""
     if runtime not in RUNTIMES:
-        raise SparseSegError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
-    if importlib.util.find_spec(runtime) is None:
-        extra = INSTALL if runtime == "onnxruntime" else "pip install openvino"
-        raise SparseSegError(f"{runtime} is not installed: {extra}")
+        raise SparseSegError(f"unknown runtime {choose_one(runtime, RUNTIMES)}")
+    extra = INSTALL if runtime == "onnxruntime" else "pip install openvino"
+    return import_package(runtime, f"{runtime} is not installed: {extra}", *_NEEDS[runtime])
 
 
-def _onnxruntime(graph: bytes | str, threads: int | None) -> Session:
-    import onnxruntime
-
+def _onnxruntime(onnxruntime: Any, graph: bytes | str, threads: int | None) -> Session:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
@@ -56,9 +61,7 @@ def _onnxruntime(graph: bytes | str, threads: int | None) -> Session:
     return lambda **arrays: dict(zip(names, session.run(names, arrays), strict=True))
 
 
-def _openvino(graph: bytes | str, threads: int | None) -> Session:
-    import openvino
-
+def _openvino(openvino: Any, graph: bytes | str, threads: int | None) -> Session:
     core = openvino.Core()
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads:

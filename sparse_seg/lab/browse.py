@@ -20,6 +20,7 @@ from sparse_seg.data.batches import training_batches
 from sparse_seg.data.dataset import Image
 from sparse_seg.data.reading import captured_stderr
 from sparse_seg.errors import DataError
+from sparse_seg.files import check_outputs
 from sparse_seg.lab.report.html import Picture, Section, photo, write_report
 from sparse_seg.lab.report.overlays import draw_legend, overlay, side_by_side
 from sparse_seg.lab.report.tables import Column, Table
@@ -60,9 +61,12 @@ def write_page(config: Config, out: str | Path, count: int = 12) -> list[str]:
 
     Raises:
         ConfigError, DataError: the dataset is missing.
+        OverwriteError: the page would replace a file of it.
     """
     data = config.data
-    splits = [_read(name, build_dataset(data.dataset, data.root, name)) for name in SPLITS]
+    datasets = {name: build_dataset(data.dataset, data.root, name) for name in SPLITS}
+    check_outputs([out], (file for dataset in datasets.values() for file in dataset.files()))
+    splits = [_read(name, dataset) for name, dataset in datasets.items()]
     classes = splits[0].dataset.classes
     faults = [fault for split in splits for fault in split.faults]
     sections = [_overview(splits), _histogram(splits, classes)]
@@ -164,9 +168,11 @@ def _examples(split: _Split, count: int) -> Section:
 
 def _odd(split: _Split) -> Section | None:
     """Frames that are unlike the others; most reasons first."""
-    pixels = np.array([frame.pixels[:-1] for frame in split.frames]).reshape(len(split.frames), -1)
+    if not split.frames:
+        return None
+    pixels = np.array([frame.pixels[:-1] for frame in split.frames])
     rare = [number for number, shown in enumerate((pixels > 0).mean(0)) if 0 < shown <= RARE]
-    few = FEW * np.median((pixels > 0).sum(1)) if split.frames else 0
+    few = FEW * np.median((pixels > 0).sum(1))
     usual = Counter(frame.size for frame in split.frames).most_common(1)
     found = [
         (frame, list(_reasons(frame, split.dataset.classes, rare, few, usual[0][0])))

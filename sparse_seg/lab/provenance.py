@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from sparse_seg.version import __version__
+
+NAME = "name = sparse_seg\n"  # in the checkout's setup.cfg
 
 
 def provenance() -> dict[str, Any]:
@@ -30,12 +33,19 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The repository's commit, with `+` if files differ from it; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    """The commit of the checkout that this package runs from, with `+` if files differ from it; None where it
+    is installed, though its environment may lie in some other repository."""
+    root = Path(__file__).parents[2]
+    settings = root / "setup.cfg"
+    if not (root / ".git").exists() or not settings.is_file() or NAME not in settings.read_text():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=own)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return done.stdout.strip()
 
 
 def _machine() -> str:

@@ -92,11 +92,13 @@ def _grid_size(images: Tensor, stride: int) -> tuple[int, int]:
 
 
 def check_images(images: Tensor) -> None:
-    """Raises a ValueError if images are not float `[B, 3, H, W]` of `MIN_SIZE` or more."""
+    """Raises a ValueError if images are not float `[B, 3, H, W]`, one or more, of `MIN_SIZE` or more."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"images must be float [B, 3, H, W], normalised; got {images.dtype} {list(images.shape)}"
         )
+    if not len(images):
+        raise ValueError(f"images must be one or more, not an empty batch {list(images.shape)}")
     if min(images.shape[2:]) < MIN_SIZE:
         raise ValueError(f"images must be at least {MIN_SIZE}x{MIN_SIZE} px, not {list(images.shape[2:])}")
 

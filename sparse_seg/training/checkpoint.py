@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,42 @@ from sparse_seg.checkpoint.content import Checkpoint
 from sparse_seg.checkpoint.digest import digest_of
 from sparse_seg.checkpoint.file import FORMAT, find, is_safetensors, load_pt, save
 from sparse_seg.checkpoint.loading import check_same, function_of
-from sparse_seg.config import Config, config_from_dict, model_config, num_classes, to_dict
+from sparse_seg.config import (
+    Config,
+    config_from_dict,
+    model_config,
+    num_classes,
+    read_yaml,
+    to_dict,
+    to_yaml,
+)
 from sparse_seg.data import dataset_classes, dataset_ids
-from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.errors import CheckpointError, ConfigError, TrainingError
 from sparse_seg.files import atomic_write
 from sparse_seg.version import __version__
 
 BEST, LAST = "best.safetensors", "last.pt"
+CONFIG, LOG = "config.yaml", "log.jsonl"  # beside them
 _STATE_KEYS = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
+
+
+def run_files(work_dir: Path) -> list[Path]:
+    """The files that a training which starts in a folder would write; none where its own are there, to be
+    resumed from."""
+    if (work_dir / LAST).exists():
+        return []
+    return [work_dir / name for name in (BEST, LAST, CONFIG, LOG)]
+
+
+def check_work_dir(work_dir: Path) -> None:
+    """Raises a TrainingError where a training would replace a `config.yaml` that no training wrote."""
+    file = work_dir / CONFIG
+    if (work_dir / LAST).exists() or not file.exists():
+        return
+    with suppress(ConfigError, UnicodeDecodeError):
+        if to_yaml(config_from_dict(read_yaml(file), CONFIG)) == file.read_text():
+            return
+    raise TrainingError(f"{file} is not of a run and would be overwritten; choose another --work-dir")
 
 
 def save_checkpoint(path: str | Path, config: Config, weights: Mapping[str, Tensor], **said: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_seg.errors import TrainingError
+from sparse_seg.errors import import_package
 from sparse_seg.files import atomic_write
 
 _LOG = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class TrainingLog:
         tensorboard: whether values also go to `tensorboard/`.
 
     Raises:
-        TrainingError: TensorBoard is asked for and missing.
+        SparseSegError: TensorBoard is asked for, and missing or broken.
     """
 
     def __init__(self, work_dir: Path, iteration: int, tensorboard: bool = False) -> None:
@@ -76,8 +76,8 @@ def _content(line: str) -> dict[str, Any] | None:
 
 
 def _tensorboard_writer(work_dir: Path, iteration: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise TrainingError("train.tensorboard needs: pip install 'sparse_seg[tensorboard]'") from None
+    missing = "train.tensorboard needs: pip install 'sparse_seg[tensorboard]'"
+    import_package("tensorboard.summary.writer.event_file_writer", missing)
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(work_dir / "tensorboard"), purge_step=iteration)

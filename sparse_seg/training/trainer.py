@@ -22,7 +22,15 @@ from sparse_seg.models.weights import load_weights
 from sparse_seg.processes import Processes, ProcessLost
 from sparse_seg.progress import say
 from sparse_seg.training.batch import check_batch
-from sparse_seg.training.checkpoint import LAST, best_of, load_state, save_best, save_state
+from sparse_seg.training.checkpoint import (
+    CONFIG,
+    LAST,
+    best_of,
+    check_work_dir,
+    load_state,
+    save_best,
+    save_state,
+)
 from sparse_seg.training.console import Console
 from sparse_seg.training.distillation import Teacher
 from sparse_seg.training.log import TrainingLog
@@ -84,6 +92,7 @@ class Trainer:
             raise TrainingError(
                 f"{self.work_dir} already holds a run; add --resume alone or choose another --work-dir"
             )
+        check_work_dir(self.work_dir)
         train, data = config.train, config.data
         check_batch(config, self.processes, self.device)
         if train.threads is not None:
@@ -124,7 +133,7 @@ class Trainer:
         self.processes.seed(train.seed, self.iteration)
         if self.processes.is_first:
             self.work_dir.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.work_dir / "config.yaml", to_yaml(config))
+            atomic_write(self.work_dir / CONFIG, to_yaml(config))
             self.log = TrainingLog(self.work_dir, self.iteration, train.tensorboard)
         self.resume_hint = f"resume with --work-dir {self.work_dir} --resume"
         self.resume_hint_changed = self.resume_hint

@@ -80,3 +80,14 @@ def test_faulty_files_are_listed(config, tmp_path, capsys):
     assert "2 faulty files: training will refuse them" in page
     assert "val/images/001.png: its label" in page
     assert "Augmentation" not in page
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_of_faulty_files_alone(config, tmp_path, capsys, split):
+    labels = sorted((tmp_path / f"data/{split}/labels").iterdir())
+    for label in labels:
+        label.write_bytes(b"no picture")
+    out = tmp_path / "page.html"
+    complaint = fails(capsys, "browse", config, "--out", out)
+    assert f"{labels[0]}: truncated, corrupt or not an image" in complaint
+    assert f"{len(labels)} faulty files: training will refuse them" in out.read_text()

@@ -1,10 +1,12 @@
 """The command lines as a user meets them: help, exit codes, messages, files."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,7 +16,7 @@ import torch
 
 from sparse_seg.cli import COMMANDS, evaluate, main
 from sparse_seg.data.dataset import read_image
-from sparse_seg.data.scenes import write_scenes
+from sparse_seg.data.scenes import ScenesDataset, write_scenes
 from sparse_seg.lab.report.overlays import GAP, LEGEND_HEIGHT
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +64,38 @@ def test_help_has_examples(command, capsys):
     text = capsys.readouterr().out
     assert re.search(r"examples?:\n", text)
     assert command in text
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("predikt a.png", "argument COMMAND: invalid choice: 'predikt'; did you mean 'predict'?"),
+        ("fitgain", "invalid choice: 'fitgain'; did you mean 'fit_gain'?"),
+        ("--versoin", "unrecognized arguments: --versoin; did you mean '--version'?"),
+        ("predict camvid-slim a.png --outt o", "unrecognized arguments: --outt; did you mean '--out'?"),
+        ("predict camvid-slim a.png -out o", "unrecognized arguments: -out; did you mean '--out'?"),
+        ("convert a b --mean -1 0 0 --std", "argument --std: expected 3 arguments"),
+        ("predict camvid-slim - --set a=-b", "required: --out"),
+        ("export camvid-slim x --siz=64x64", "unrecognized arguments: --siz; did you mean '--size'?"),
+        ("browse --nothing-like-it", "error: unrecognized arguments: --nothing-like-it"),
+        ("predict a b --out o --policy confidense", "'confidense'; did you mean 'confidence'? Choose one of"),
+        ("export a b --size 64x64 --policy confidense", "'confidense'; did you mean 'confidence'? (choose"),
+        ("evaluate a b --runtime torhc", "invalid choice: 'torhc'; did you mean 'torch'? (choose from auto"),
+        ("evaluate a b --dense 9", "argument --dense: invalid choice: 9 (choose from 4, 8, 16, 32)"),
+    ],
+)
+def test_what_is_misspelt(capsys, command, complaint):
+    line = fails(capsys, *command.split(), code=2)
+    assert complaint in line
+    if "nothing" in command:
+        assert line.endswith(complaint)
+
+
+def test_misspelt_weights(capsys, tmp_path):
+    line = fails(capsys, "export", "camvid-slimm", tmp_path / "x.onnx", "--size", "64x64")
+    assert line.endswith("name a file, or one of camvid-slim; did you mean 'camvid-slim'?")
+    line = fails(capsys, "convert", ROOT / "setup.cfg", tmp_path / "x.safetensors", "--classes", "cityscape")
+    assert line.endswith("did you mean 'cityscapes'?")
 
 
 def test_every_tool_is_a_command():
@@ -208,6 +242,29 @@ def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
     assert f"{label}: truncated" in complaint()
     label.unlink()
     assert "its label" in complaint()
+
+
+def test_class_names_on_a_terminal_without_their_letters(trained, monkeypatch):
+    config, checkpoint = trained
+    monkeypatch.setattr(ScenesDataset, "classes", replace(ScenesDataset.classes, names=("Straße",) * 19))
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main(["evaluate", str(config), str(checkpoint), "--dense", "16"]) == 0
+    terminal.seek(0)
+    assert "Stra?e " in terminal.read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(trained, tmp_path, closed):
+    """As some schedulers and service managers start a job."""
+    config, _ = trained
+    command = f"{sys.executable} -m sparse_seg train {config} --work-dir {tmp_path}/run {closed}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=environment, check=False, capture_output=True)
+    assert done.returncode == 0
+    assert (tmp_path / "run/best.safetensors").is_file()
+    assert not done.stderr
 
 
 def test_evaluate_prints_and_writes(capsys, trained, tmp_path):
@@ -404,8 +461,10 @@ def test_benchmark_errors(capsys, trained, tmp_path):
     assert "must be at least 32 px" in fails(capsys, "benchmark", config, "--size", "16x64", code=2)
     assert "invalid choice: 'cudnn'" in fails(capsys, "benchmark", config, "--engines", "cudnn", code=2)
     assert "does not exist" in fails(capsys, "benchmark", config, "--checkpoint", tmp_path / "no.pt", *tiny)
-    pooled = ["--train", "--set", "model.head=deeplabv3"]
-    assert "needs --batch 2 or more" in fails(capsys, "benchmark", config, *tiny, *pooled)
+    for head in ("deeplabv3", "deeplabv3plus"):
+        pooled = ["--train", "--set", f"model.head={head}"]
+        line = fails(capsys, "benchmark", config, *tiny, *pooled)
+        assert f"needs --batch 2 or more: {head} normalises one pooled vector per image" in line
 
 
 def test_predict_says_what_it_leaves_out(trained, tmp_path, caplog):

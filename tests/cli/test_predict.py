@@ -1,13 +1,18 @@
 """Pictures from a checkpoint alone: what is written, and what happens to files that are none."""
 
 import json
+import sys
+import types
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
+from torch.optim.swa_utils import AveragedModel
 
 import sparse_seg
 from sparse_seg.checkpoint import load, save
@@ -15,6 +20,8 @@ from sparse_seg.cli import main
 from sparse_seg.data.class_file import read_class_file
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.reading import read_label
+from sparse_seg.errors import DataError
+from sparse_seg.models.card import Card
 from sparse_seg.models.way import Way
 from tests.cli.test_cli import fails
 from tests.data.files import sideways_photo
@@ -117,6 +124,40 @@ def test_sub_folders_stay_apart_and_a_bad_file_is_skipped(checkpoint, photo, tmp
     assert f"{folder} holds the images" in fails(capsys, *inside, code=2)
 
 
+@pytest.mark.parametrize("length", [251, 240])  # letters: too many for all files, for the overlay alone
+def test_a_name_too_long_for_the_file_system_is_skipped(checkpoint, photo, tmp_path, capsys, length):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a" * length + ".png", "b.png"):
+        (folder / name).write_bytes(photo.read_bytes())
+    line = fails(capsys, "predict", checkpoint, folder, "--out", tmp_path / "out")
+    assert "its name is too long to write" in line
+    assert line.endswith("as the file system takes 255 bytes; rename it")
+    written = {path.name.partition("_")[0] for path in (tmp_path / "out").iterdir()}
+    assert written == {"b", "classes.yaml", "legend.png"}, "nothing of the first, all of the second"
+
+
+def test_a_broken_runtime_is_one_line(checkpoint, photo, tmp_path, capsys, monkeypatch):
+    predict = ["predict", checkpoint, photo, "--out", tmp_path / "out"]
+    monkeypatch.setitem(sys.modules, "openvino", types.ModuleType("openvino"))
+    line = fails(capsys, *predict, "--runtime", "openvino")
+    assert "the package openvino is broken (module 'openvino' has no attribute 'Core'); install" in line
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libonnx.so: no such file')")
+    (tmp_path / "onnx.py").write_text("raise TypeError('Descriptors cannot be created directly')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("onnx", "onnxruntime")]:
+        monkeypatch.delitem(sys.modules, name)
+    line = fails(capsys, *predict, "--runtime", "onnxruntime")
+    assert line == "error: the package onnxruntime is broken (libonnx.so: no such file); install it again"
+    line = fails(capsys, "export", checkpoint, tmp_path / "x.onnx", "--size", "64x64")
+    assert "the package onnx is broken (Descriptors cannot be created directly); install it again" in line
+    config = checkpoint.parents[1] / "own.yaml"
+    line = fails(capsys, "benchmark", config, "--runtimes", "onnxruntime", "--json", tmp_path / "b.json")
+    assert line == "error: the package onnxruntime is broken (libonnx.so: no such file); install it again"
+    assert main([*map(str, predict)]) == 0, "what is not asked for is not needed"
+    assert "torch (the package onnxruntime is broken (libonnx.so" in capsys.readouterr().out
+
+
 def test_a_photo_is_turned_upright(checkpoint, tmp_path):
     image = np.zeros((64, 96, 3), np.uint8)
     image[:, :48] = 200
@@ -159,6 +200,75 @@ def test_segment(checkpoint, photo):
         sparse_seg.segment(model, np.zeros((64, 64), np.uint8))
     with pytest.raises(ValueError, match="expected uint8"):
         sparse_seg.segment(model, np.zeros((64, 64, 3), np.float32))
+
+
+def test_segment_takes_a_network_in_a_wrapper(checkpoint, photo):
+    model = sparse_seg.load_model(checkpoint)
+    expected = sparse_seg.segment(model, photo)
+    compiled: Any = torch.compile(model, backend="eager")
+    for wrapped in (torch.nn.DataParallel(model), AveragedModel(model), compiled):
+        found = sparse_seg.segment(wrapped, photo)
+        assert (found.classes == expected.classes).all()
+        assert found.names == expected.names
+    others: list[Any] = [torch.nn.Linear(3, 3), torch.nn.DataParallel(torch.nn.Linear(3, 3)), None, 3]
+    for nothing in others:
+        with pytest.raises(ValueError, match=r"^model must be a checkpoint's path or a network of this pack"):
+            sparse_seg.segment(nothing, photo)
+
+
+def test_segment_runs_in_another_runtime(checkpoint, photo, monkeypatch):
+    pytest.importorskip("onnx", reason="needs the package onnx")
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    model = sparse_seg.load_model(checkpoint)
+    expected, fast = sparse_seg.segment(model, photo), sparse_seg.in_runtime(model, "onnxruntime")
+    found = sparse_seg.segment(fast, photo)
+    assert (found.classes == expected.classes).mean() > 0.99
+    assert found.fine_blocks is not None
+    assert (found.fine_blocks == expected.fine_blocks).all()
+    seconds = fast.seconds
+    assert seconds > 0
+    sparse_seg.segment(fast, photo)
+    assert fast.seconds == seconds, "its graph is kept"
+    dense = sparse_seg.segment(fast, photo, Way.dense(16))
+    assert dense.fine_blocks is None
+
+
+def test_segment_takes_a_pillow_image(checkpoint, photo, tmp_path):
+    pillow = pytest.importorskip("PIL.Image", reason="needs the package Pillow")
+    model, pixels = sparse_seg.load_model(checkpoint), read_image(photo)
+    (tmp_path / "sideways.jpg").write_bytes(sideways_photo(pixels))
+    files = {"grey": pixels[..., 0], "clear": np.dstack([pixels, pixels[..., :1]])}
+    for name, values in files.items():
+        assert cv2.imwrite(str(tmp_path / f"{name}.png"), values)
+    for file in (photo, tmp_path / "sideways.jpg", tmp_path / "grey.png", tmp_path / "clear.png"):
+        with pillow.open(file) as image:
+            opened, read = sparse_seg.segment(model, image), sparse_seg.segment(model, file)
+        assert opened.image.shape == read.image.shape
+        assert np.abs(opened.image.astype(int) - read.image).max() <= 2, "JPEG decoders round differently"
+    cv2.imwrite(str(tmp_path / "deep.png"), pixels[..., 0].astype(np.uint16) * 256)
+    deep = r"an image of mode I.* has over 8 bits per channel; give its path"
+    with pillow.open(tmp_path / "deep.png") as image, pytest.raises(ValueError, match=deep):
+        sparse_seg.segment(model, image)
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:9000])
+    cut = r"the image cannot be read: .*; restore it from the original"
+    with pillow.open(tmp_path / "cut.png") as image, pytest.raises(DataError, match=cut):
+        sparse_seg.segment(model, image)
+    for nothing in (torch.zeros(64, 64, 3), None, [[1]]):
+        with pytest.raises(ValueError, match=r"^image must be a path, a Pillow image or uint8 \[H, W, 3\]"):
+            sparse_seg.segment(model, nothing)
+
+
+def test_what_was_found_prints_short(checkpoint, photo):
+    found = sparse_seg.segment(checkpoint, photo, Way(fine_fraction=0.2))
+    shares = found.shares()
+    assert all(type(share) is float for share in shares.values())
+    assert sum(shares.values()) == pytest.approx(1)
+    first, share = next(iter(shares.items()))
+    assert repr(found).startswith(f"Segmentation(75x97 px: {first} {share:.0%}")
+    assert repr(found).endswith("; 20% of the blocks fine)")
+    dense = sparse_seg.segment(checkpoint, photo, Way.dense(8))
+    many = replace(dense, classes=np.arange(4, dtype=np.uint8)[None], card=Card.unnamed(4))
+    assert repr(many) == "Segmentation(1x4 px: class 0 25%, class 1 25%, class 2 25% and 1 more; dense)"
 
 
 def test_segment_uses_the_checkpoints_normalisation(checkpoint, photo, tmp_path):

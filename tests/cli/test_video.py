@@ -13,6 +13,7 @@ from sparse_seg.cli import main
 from sparse_seg.config import load_config
 from sparse_seg.data.reading import read_label
 from sparse_seg.lab.predict.segment import Segmenter
+from sparse_seg.lab.predict.video import writable_rate
 from sparse_seg.masks import ConfidencePolicy
 from sparse_seg.masks.previous import PreviousPolicy
 from sparse_seg.models.build import build_model
@@ -83,6 +84,63 @@ def test_the_overlay_lies_over_the_frame(checkpoint, video, tmp_path):
     for number, picture in enumerate(pictures):  # the bar's red shines through where it is
         red = picture[..., 2].astype(float).mean(0)
         assert red[8 * number + 2 : 8 * number + 10].mean() > red[8 * number + 20 :].mean() + 50
+
+
+@pytest.mark.parametrize(
+    ("rate", "written"),
+    [
+        (239.759, 239.76),
+        (105.611, 105.61),
+        (66.667, 66.67),
+        (30000 / 1001, 29.97),
+        (65.535, 65.535),
+        (90000, 65535),
+        (1 / 60, 0.017),
+        (1e-4, 0.002),
+    ],
+)
+def test_rates_that_mpeg4_cannot_tell_become_the_nearest(checkpoint, tmp_path, rate, written, monkeypatch):
+    assert writable_rate(rate) == written
+    source = tmp_path / "in.avi"
+    writer = cv2.VideoWriter(str(source), cv2.VideoWriter.fourcc(*"MJPG"), 25, SIZE)
+    writer.write(np.zeros((*SIZE[::-1], 3), np.uint8))
+    writer.release()
+    real = cv2.VideoCapture
+
+    class AtRate:  # files of such rates are hard to make
+        def __init__(self, path):
+            self.video = real(path)
+
+        def get(self, key):
+            return rate if key == cv2.CAP_PROP_FPS else self.video.get(key)
+
+        def __getattr__(self, name):
+            return getattr(self.video, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cv2, "VideoCapture", AtRate)
+        assert main(["predict", str(checkpoint), str(source), "--out", str(tmp_path / "o")]) == 0
+    assert properties(tmp_path / "o/in.mp4") == (1, pytest.approx(written), SIZE)
+
+
+def test_names_with_colons(checkpoint, video, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("10:20:30.avi", "file:drive.avi"):
+        shutil.copy(video, name)
+        more = ["--limit", "2", "--video-blocks"]
+        assert main(["predict", str(checkpoint), name, "--out", ".", *more]) == 0
+        assert properties(Path.cwd() / f"{name[:-4]}.mp4") == (2, RATE, SIZE)
+        assert properties(Path.cwd() / f"{name[:-4]}_blocks.mp4") == (2, RATE, SIZE)
+
+
+def test_a_video_that_cannot_be_written(checkpoint, video, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sparse_seg.lab.predict.video.CODEC", "none")
+    line = fails(capsys, "predict", checkpoint, video, "--out", tmp_path / "o")
+    assert f"{tmp_path}/o/drive.mp4: cannot be written: OpenCV's none encoder is missing, or does not" in line
+    assert not list((tmp_path / "o").iterdir())
+    (tmp_path / "file").write_text("")
+    assert "error: " in (line := fails(capsys, "predict", checkpoint, video, "--out", tmp_path / "file/o"))
+    assert "Not a directory" in line
 
 
 def test_a_policy_that_looks_back_forgets_the_video_before(checkpoint, video, tmp_path):

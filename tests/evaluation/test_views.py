@@ -131,3 +131,37 @@ def test_what_cannot_be():
     model = build_model({"width": 0.125, "head_channels": 16, "num_classes": 4}).eval()
     with pytest.raises(ValueError, match="at least 32 px at a scale"):
         predict(model, torch.zeros(1, 3, 64, 64), views=Views(scales=(0.25,)))
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        (
+            {"window": 256, "scales": (10,)},
+            "windows of 256 px show 25 px of an image at a scale of 10; use 640 or",
+        ),
+        (
+            {"window": 256, "scales": (0.5, 4.01)},
+            "show 63 px of an image at a scale of 4.01; use 257 or more",
+        ),
+        ({"scales": ()}, "scales must be positive"),
+        ({"scales": (1.0, float("nan"))}, "scales must be positive"),
+        ({"scales": (float("inf"),)}, "scales must be positive"),
+        ({"window": 512, "overlap": -32}, "overlap must not be negative, not -32"),
+    ],
+)
+def test_impossible_views_are_refused(views, message):
+    with pytest.raises(ValueError, match=message):
+        Views(**views)
+
+
+def test_the_smallest_windows_cover_an_axis():
+    for views in (Views(256, scales=(4.0,)), Views(640, scales=(10.0,))):
+        counted = [place for span in _spans(300, views) for place in range(span.first, span.last)]
+        assert counted == list(range(300))
+
+
+def test_no_image_is_refused(model):
+    for run in (model, model.dense, model.classify, lambda images: predict(model, images)):
+        with pytest.raises(ValueError, match=r"one or more, not an empty batch \[0, 3, 64, 64\]"):
+            run(torch.zeros(0, 3, 64, 64))

@@ -96,3 +96,47 @@ def test_run_onnx(tmp_path, kind):
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "missing.png is no picture" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """A folder with a network for two pictures at once, one that is told its blocks, and a picture."""
+    folder = tmp_path_factory.mktemp("exported")
+    model = kind_model("lite", "edge")
+    export_onnx(model, folder / "two.onnx", ExportOptions((64, 96), batch=2), NAMES, check=False)
+    export_onnx(model, folder / "given.onnx", ExportOptions((64, 96), given=True), NAMES, check=False)
+    _picture(folder / "street.png")
+    return folder
+
+
+def _run_example(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code of the example in a folder, and the one line that it prints, wherever."""
+    script = [sys.executable, str(EXAMPLES / "run_onnx.py"), *arguments]
+    done = subprocess.run(script, cwd=folder, capture_output=True, text=True, check=False)
+    (line,) = (done.stdout + done.stderr).strip().splitlines()
+    return done.returncode, line
+
+
+def test_run_onnx_takes_a_batch(exported):
+    code, line = _run_example(exported, "two.onnx", "street.png", "two.png")
+    assert code == 0, line
+    assert cv2.imread(str(exported / "two.png")) is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "usage: python run_onnx.py NETWORK.onnx PICTURE OVERLAY"),
+        (["two.onnx", "street.png", "missing/a.png"], 1, "missing/a.png cannot be written; name a .png"),
+        (["two.onnx", "street.png", "a.xyz"], 1, "a.xyz cannot be written; name a .png"),
+        (["two.onnx", "street.png", "./street.png"], 1, "./street.png is an input and would be overwritten"),
+        (["two.onnx", "two.onnx", "two.onnx"], 1, "two.onnx is an input and would be overwritten"),
+        (["street.png", "street.png", "a.png"], 1, "street.png is no network that sparse-seg export wrote"),
+        (["given.onnx", "street.png", "a.png"], 1, "given.onnx wants to be told its fine blocks"),
+    ],
+)
+def test_run_onnx_says_what_is_wrong(exported, arguments, code, message):
+    before = {path: path.read_bytes() for path in exported.iterdir()}
+    found, line = _run_example(exported, *arguments)
+    assert (found, line[: len(message)]) == (code, message)
+    assert {path: path.read_bytes() for path in exported.iterdir()} == before

@@ -237,7 +237,12 @@ def test_policy_specs(spec: str, settings: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("edges", "unknown mask policy 'edges'; choose one of uniform, random"),
+        ("edges", r"unknown mask policy 'edges'; did you mean 'edge'\? Choose one of uniform, random"),
+        ("horizon", "unknown mask policy 'horizon'; choose one of uniform, random"),
+        (
+            "edge:cat",
+            r"unknown option 'cat' in .*; did you mean 'cad'\? Choose of blur, sobel, cad",
+        ),
         ("edge:canny", "unknown option 'canny' in the mask policy 'edge:canny'; choose of blur, sobel, cad"),
         ("random:cad", "unknown option 'cad' in the mask policy 'random:cad'; choose of blur"),
     ],

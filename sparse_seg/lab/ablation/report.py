@@ -116,6 +116,10 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
 
 
 PLOTS = {"gmacs": "GMACs per image", "milliseconds": "ms per image"}
+FILES = (
+    *("report.html", "table.md", "table.csv", "classes.md", "seeds.md"),
+    *(f"pareto_{key}.png" for key in PLOTS),
+)
 
 
 def _pareto(rows: Rows, key: str, label: str) -> bytes:

@@ -12,6 +12,7 @@ from sparse_seg.lab.benchmark.subject import Case, Setup, Subject, prepare_case
 from sparse_seg.lab.latency import Latency, Run, interleaved, peak_memory
 from sparse_seg.models.way import Way
 from sparse_seg.progress import bar
+from sparse_seg.registry import POOLING_HEADS
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout
 
 
@@ -59,9 +60,10 @@ def engine_fault(engine: str, device: torch.device, dtype: torch.dtype, train: b
 
 def check_training(setup: Setup) -> None:
     """Raises ConfigError where a training step is impossible."""
-    if setup.config.model.head == "deeplabv3" and setup.batch < 2:
+    head = setup.config.model.head
+    if head in POOLING_HEADS and setup.batch < 2:
         raise ConfigError(
-            "a training step needs --batch 2 or more: deeplabv3 normalises one pooled vector per image"
+            f"a training step needs --batch 2 or more: {head} normalises one pooled vector per image"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_seg.errors import ConfigError, MeasurementError, SparseSegError
+from sparse_seg.errors import ConfigError, MeasurementError, import_package
 from sparse_seg.export.network import ExportOptions
 from sparse_seg.export.onnx_file import INSTALL
 from sparse_seg.export.runtime import RUNTIMES, open_session
@@ -187,10 +187,7 @@ def peer_graphs(paths: Sequence[str], runtimes: Sequence[str], shape: Sequence[i
 
 def _only_input(path: str, shape: Sequence[int]) -> str:
     """The name of a graph's input, which must take float32 images of a shape."""
-    try:
-        import onnx
-    except ImportError:
-        raise SparseSegError(f"reading ONNX files needs the package onnx: {INSTALL}") from None
+    onnx = import_package("onnx", f"reading ONNX files needs the package onnx: {INSTALL}", "load")
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file")
     try:

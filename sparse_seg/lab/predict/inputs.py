@@ -26,16 +26,18 @@ class Source(NamedTuple):
         return f"{CAMERA}{self.path}" if isinstance(self.path, int) else str(self.path)
 
 
-def find_sources(inputs: Sequence[str | Path], out: str | Path) -> list[Source]:
+def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     """Files, `camera:N`, and all images and videos of folders, whose sub-folders stay apart in names; of
     other files in folders, a warning is logged.
 
     Raises:
-        DataError: a path does not exist, a folder holds no image, two inputs would get one name, or a video
-            would be overwritten.
+        DataError: a path is empty or does not exist, a folder holds no image, or two inputs would get one
+            name.
     """
     sources: list[Source] = []
     for text in map(str, inputs):
+        if not text:
+            raise DataError("an input is an empty text; name a file or a folder, such as . for this one")
         path, number = Path(text), text.removeprefix(CAMERA)
         if text.startswith(CAMERA) and number.isdecimal():
             sources.append(Source(int(number), Path(f"camera{number}"), True))
@@ -55,8 +57,6 @@ def find_sources(inputs: Sequence[str | Path], out: str | Path) -> list[Source]:
         other = named.setdefault((source.name, source.is_video), source)
         if other != source:
             raise DataError(f"{source} and {other} would write to the same pictures; predict them one by one")
-        if source.is_video and source.path == Path(out, f"{source.name}.mp4"):
-            raise DataError(f"{source} would be overwritten; name another output folder")
     return list(named.values())
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import yaml
 
+from sparse_seg.config import parse_yaml
 from sparse_seg.data.dataset import Image
+from sparse_seg.data.folder import CLASS_FILE
+from sparse_seg.errors import ConfigError, DataError
 from sparse_seg.files import atomic_write
 from sparse_seg.lab.predict.segment import Segmentation, Segmenter
 from sparse_seg.lab.report.overlays import (
@@ -63,10 +67,33 @@ def write_steps(segmenter: Segmenter, image: Image, out: Path, fractions: Sequen
 
 def write_legend(card: Card, out: str | Path, ids_only: bool = False) -> None:
     """Write `classes.yaml`, which says what the values in `NAME_ids.png` mean, in the form that
-    `read_class_file` reads; unless `ids_only` also `legend.png`."""
-    colours = [list(colour) for colour in card.colours]
-    content = {"names": list(card.names), "ids": list(card.ids), "colours": colours}
-    text = yaml.safe_dump(content, default_flow_style=None, sort_keys=False, allow_unicode=True, width=100)
-    atomic_write(Path(out, "classes.yaml"), text)
+    `read_class_file` reads, unless it is there; unless `ids_only` also `legend.png`.
+
+    Raises:
+        DataError: a `classes.yaml` of other classes is there.
+    """
+    check_legend(card, out)
+    file = Path(out, CLASS_FILE)
+    if not file.exists():
+        atomic_write(file, _class_text(card))
     if not ids_only:
         write_image(Path(out, "legend.png"), draw_legend(card.names, card.ids, card.colours))
+
+
+def check_legend(card: Card, out: str | Path) -> None:
+    """Raises a DataError if `out` has a `classes.yaml` that says anything else: a data set's, perhaps, or of
+    another network's pictures."""
+    file = Path(out, CLASS_FILE)
+    if not file.exists():
+        return
+    with suppress(OSError, ConfigError):
+        found, own = file.read_bytes(), _class_text(card).encode()
+        if found == own or parse_yaml(found, CLASS_FILE) == parse_yaml(own, CLASS_FILE):
+            return
+    raise DataError(f"{file} is there and says other classes than the network's; name another --out folder")
+
+
+def _class_text(card: Card) -> str:
+    colours = [list(colour) for colour in card.colours]
+    content = {"names": list(card.names), "ids": list(card.ids), "colours": colours}
+    return yaml.safe_dump(content, default_flow_style=None, sort_keys=False, allow_unicode=True, width=100)

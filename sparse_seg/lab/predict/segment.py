@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from sparse_seg.checkpoint import load_model
 from sparse_seg.data.dataset import Image
 from sparse_seg.data.reading import read_image
 from sparse_seg.data.transforms import normalise
+from sparse_seg.errors import DataError, import_package
 from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
 from sparse_seg.export.runner import Runner
+from sparse_seg.export.segmentor import RuntimeSegmentor
 from sparse_seg.lab.report.overlays import overlay
 from sparse_seg.models.card import Card
 from sparse_seg.models.network import eval_mode
@@ -43,6 +49,12 @@ class Segmentation:
     block: int
     card: Card
 
+    def __repr__(self) -> str:
+        shares = [f"{name} {share:.0%}" for name, share in self.shares().items()]
+        text = ", ".join(shares[:3]) + (f" and {len(shares) - 3} more" if len(shares) > 3 else "")
+        blocks = "dense" if self.fine_blocks is None else f"{self.fine_blocks.mean():.0%} of the blocks fine"
+        return f"Segmentation({self.classes.shape[0]}x{self.classes.shape[1]} px: {text}; {blocks})"
+
     @property
     def names(self) -> tuple[str, ...]:
         return self.card.names
@@ -64,7 +76,8 @@ class Segmentation:
         """The share of the pixels that each class has, the largest first, without those that have none."""
         counts = np.bincount(self.classes.ravel(), minlength=len(self.names))
         order = np.argsort(-counts, kind="stable")
-        return {self.names[number]: counts[number] / counts.sum() for number in order if counts[number]}
+        total = counts.sum()
+        return {self.names[number]: float(counts[number] / total) for number in order if counts[number]}
 
 
 class Segmenter:
@@ -73,7 +86,7 @@ class Segmenter:
     Args:
         model: on its device; its card gives mean, std and what the classes are.
         views: whole or through windows, with or without test-time augmentation.
-        runner: runs the network elsewhere; by default it runs as it is.
+        runner: runs the network elsewhere: a `Runner`, or what `in_runtime` made of it.
     """
 
     def __init__(
@@ -81,13 +94,13 @@ class Segmenter:
         model: SelectiveSegmentor,
         way: Way | None = None,
         views: Views = ONCE,
-        runner: Runner | None = None,
+        runner: Runner | RuntimeSegmentor | None = None,
     ) -> None:
         self.model, self.way, self.views, self.runner = model, way or Way(), views, runner
-        if runner is not None:
+        if isinstance(runner, Runner):
             self.policy = runner.policy
         else:
-            self.policy = None if self.way.is_dense else model.policy_for(self.way)
+            self.policy = None if self.way.is_dense else (runner or model).policy_for(self.way)
         self.device = next(model.parameters()).device
         self.restart()
 
@@ -126,7 +139,7 @@ class Segmenter:
         if milliseconds is None:
             return self(image)
         with torch.inference_mode(), eval_mode(self.model):
-            model = self.runner.torch if self.runner else self.model
+            model = self.runner.torch if isinstance(self.runner, Runner) else self.model
             *_, last = refine(model, self.batch(image), milliseconds=milliseconds)
         return self.result(image, Prediction(last.logits.max(1).indices, last.levels))
 
@@ -140,23 +153,66 @@ class Segmenter:
 
 
 def segment(
-    model: SelectiveSegmentor | str | Path,
-    image: str | Path | Image,
+    model: SelectiveSegmentor | RuntimeSegmentor | nn.Module | str | Path,
+    image: str | Path | Image | Any,
     way: Way | None = None,
     views: Views = ONCE,
 ) -> Segmentation:
     """What a network sees in an image.
 
     Args:
-        model: a checkpoint's path, or for many images what `load_model` makes of it.
-        image: a photo's path, turned upright as its EXIF orientation says; or uint8 `[H, W, 3]` RGB.
+        model: a checkpoint's path, or for many images what `load_model` makes of it, also in a wrapper such
+            as `DataParallel`, or in another runtime by `in_runtime`.
+        image: a photo's path or the photo as Pillow opens it, turned upright as its EXIF orientation says; or
+            uint8 `[H, W, 3]` RGB.
         way: how to run; by default selective under the model's own policy.
         views: whole or through windows, with or without test-time augmentation.
 
     Raises:
         CheckpointError, DataError: a file is missing, damaged or foreign.
-        ValueError: an image of a wrong shape or dtype, or smaller than 32x32.
+        SparseSegError: a runtime cannot run this way.
+        ValueError: a model or image of a wrong type, or an image of a wrong shape or dtype, or smaller than
+            32x32.
     """
-    network = model if isinstance(model, SelectiveSegmentor) else load_model(model)
-    pixels = image if isinstance(image, np.ndarray) else read_image(Path(image), upright=True)
+    network, pixels = _network(model), _pixels(image)
+    if isinstance(network, RuntimeSegmentor):
+        return Segmenter(network.model, way, views, network)(pixels)
     return Segmenter(network, way, views)(pixels)
+
+
+def _network(model: Any) -> SelectiveSegmentor | RuntimeSegmentor:
+    """The network that is given, loaded or in a wrapper: for several GPUs, of averages, of torch.compile."""
+    if isinstance(model, str | os.PathLike):
+        return load_model(model if isinstance(model, str) else Path(model))
+    inner = model
+    while not isinstance(inner, SelectiveSegmentor | RuntimeSegmentor):
+        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            raise ValueError(
+                f"model must be a checkpoint's path or a network of this package, not {_kind(model)}"
+            )
+    return inner
+
+
+def _pixels(image: Any) -> Image:
+    """`[H, W, 3]` of what is given; arrays are checked by `Segmenter`."""
+    if isinstance(image, np.ndarray):
+        return image
+    if isinstance(image, str | os.PathLike):
+        return read_image(Path(image), upright=True)
+    pillow = sys.modules.get("PIL.Image")  # whoever opened the picture has imported it
+    if pillow is None or not isinstance(image, pillow.Image):
+        raise ValueError(f"image must be a path, a Pillow image or uint8 [H, W, 3] RGB, not {_kind(image)}")
+    if image.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
+        raise ValueError(
+            f"an image of mode {image.mode} has over 8 bits per channel; give its path, or RGB bytes"
+        )
+    try:
+        upright = import_package("PIL.ImageOps", "Pillow is not installed").exif_transpose(image)
+        return np.array(upright.convert("RGB"))
+    except OSError as error:
+        raise DataError(f"the image cannot be read: {error}; restore it from the original") from None
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__

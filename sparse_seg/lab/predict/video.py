@@ -23,6 +23,7 @@ from sparse_seg.timing import now
 
 CODEC = "mp4v"  # OpenCV's builds have no H.264 encoder; its VP9 takes a second a frame
 USUAL_RATE = 25.0  # frames/s of cameras that do not tell theirs
+SLOWEST, TIME_BASE = 0.002, 65535  # frames/s that OpenCV can tell; the finest clock that MPEG-4 has
 LEAST_READ = 0.95  # of the frames that a file promises; some promise a few too many
 
 
@@ -44,8 +45,8 @@ class VideoOptions:
 
 
 def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoOptions) -> dict[str, Any]:
-    """Write `NAME.mp4`, the frames with the classes' colours over them, at the source's rate and size (even
-    sizes, as the codec wants them). Ctrl-C ends a camera's video.
+    """Write `NAME.mp4`, the frames with the classes' colours over them, at the source's size (even, as the
+    codec wants it) and rate, see `writable_rate`. Ctrl-C ends a camera's video.
 
     Args:
         out: folder and `NAME`.
@@ -54,8 +55,10 @@ def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoO
         `frames`, mean `shares` and `fine_fraction`, and `milliseconds`: the median time in the network.
 
     Raises:
-        DataError: it cannot be opened, is damaged (what could be read is written), or has no frame.
+        DataError: it cannot be opened, is damaged (what could be read is written), has no frame, or no
+            encoder takes it.
         ValueError: frames too small for the network.
+        OSError: a file cannot be written.
     """
     segmenter.restart()
     times, fine, totals = list[float](), list[float](), dict[str, float]()
@@ -93,7 +96,7 @@ def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoO
 @contextmanager
 def _opened(source: Source) -> Iterator[tuple[Iterator[Image], float, int]]:
     """Frames uint8 `[H, W, 3]` RGB, turned upright where the file says how; rate; how many (0: unknown)."""
-    video = cv2.VideoCapture(source.path if isinstance(source.path, int) else str(source.path))
+    video = cv2.VideoCapture(source.path if isinstance(source.path, int) else str(source.path.absolute()))
     try:
         if not video.isOpened():
             what = "no such camera" if isinstance(source.path, int) else "damaged, or of an unknown format"
@@ -122,9 +125,14 @@ def _writers(out: Path, options: VideoOptions, rate: float) -> Iterator[Any]:
         if file not in writers:
             file.parent.mkdir(parents=True, exist_ok=True)
             size, code = (picture.shape[1], picture.shape[0]), cv2.VideoWriter.fourcc(*CODEC)
-            writers[file] = cv2.VideoWriter(str(_partial(file)), code, rate, size)
+            partial = _partial(file)
+            partial.touch()  # raises, with the reason that OpenCV does not tell
+            writers[file] = cv2.VideoWriter(str(partial), code, writable_rate(rate), size)
             if not writers[file].isOpened():
-                raise OSError(f"cannot write {file}: this build of OpenCV has no {CODEC} encoder")
+                raise DataError(
+                    f"{file}: cannot be written: OpenCV's {CODEC} encoder is missing, or does not take "
+                    f"{size[0]}x{size[1]} px at {rate:g} frames/s"
+                )
         writers[file].write(picture[..., ::-1])
 
     def write(found: Segmentation, number: int) -> None:
@@ -146,4 +154,13 @@ def _writers(out: Path, options: VideoOptions, rate: float) -> Iterator[Any]:
 
 
 def _partial(file: Path) -> Path:
-    return file.with_name(f".{file.stem}.tmp{file.suffix}")
+    """Absolute: in a relative name FFmpeg takes what stands before a colon for a protocol."""
+    return file.absolute().with_name(f".{file.stem}.tmp{file.suffix}")
+
+
+def writable_rate(rate: float) -> float:
+    """The nearest frames/s that can be written: three decimals, as OpenCV counts, or fewer for MPEG-4's
+    clock."""
+    rate = min(max(rate, SLOWEST), TIME_BASE)
+    scale = next(scale for scale in (1000, 100, 10, 1) if round(rate * scale) <= TIME_BASE)
+    return round(rate * scale) / scale

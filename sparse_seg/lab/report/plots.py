@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sparse_seg.errors import SparseSegError
+from sparse_seg.errors import import_package
 
 Point = tuple[float, float]
 
@@ -45,13 +45,9 @@ def cost_curve(
 
 def new_figure(size: tuple[float, float] = (7.2, 4.4)) -> Any:
     """A Figure of `size` inches with its own canvas: no pyplot, so no global state and no display."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SparseSegError("plots need matplotlib: pip install 'sparse_seg[plots]'") from None
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    missing = "plots need matplotlib: pip install 'sparse_seg[plots]'"
+    figure = import_package("matplotlib.figure", missing).Figure(figsize=size, dpi=150, layout="constrained")
+    import_package("matplotlib.backends.backend_agg", missing).FigureCanvasAgg(figure)
     return figure
 
 
