@@ -122,9 +122,9 @@ class Pass:
     def coarse_logits(self, every: int = 1, stored_dtype: torch.dtype | None = None) -> Tensor:
         """Logits of the dense network at the coarsest stride, at every `every`-th pixel.
 
-        In eval mode this pass then refines what was run here. With exchange `separate` it cannot: the coarse
-        pass then shares only the stages before the mask. In training mode a pass of its own is run, in eval
-        mode.
+        In eval mode this pass then refines what was run here. With exchange `separate`, or where gradients
+        are needed, it cannot: the coarse pass then shares only the stages before the mask. In training mode a
+        pass of its own is run, in eval mode.
 
         Args:
             stored_dtype: what activations are kept in (float16 takes half the memory); None: as they are.
@@ -138,7 +138,9 @@ class Pass:
         if self.model.training:
             with eval_mode(self.model):
                 return Pass(self.model, self.images).coarse_logits(every)
-        if self.memory is None and self.model.separates(self._way):
+        if self.memory is None and (self.model.separates(self._way) or self._needs_grad):
+            if not self.model.separates(self._way):
+                self._check_refines()
             self.features()
             run = self._beside(Way.dense(self.model.strides[-1]))
             logits, self._counts = run.grid_logits(), run._counts
@@ -260,6 +262,11 @@ class Pass:
                 neck = self.model.head.neck(rows[: layout.num_sites], step)
             self._coarse = self._merged(neck, step)
         return self._coarse
+
+    @property
+    def _needs_grad(self) -> bool:
+        tensors = (self.images, *self.model.parameters())
+        return self._with_grad and any(tensor.requires_grad for tensor in tensors)
 
     @property
     def _patches(self) -> bool:
