@@ -216,6 +216,7 @@ class Pass:
             head, rows, step = self.model.head, self._stages.rows[-1], self._steps[-1]
             with self._context():
                 self._neck = head.neck(rows, step)
+            self._count("neck", lambda: head.neck_macs(step))
         return self._neck
 
     def grid_logits(self) -> Tensor:
@@ -248,18 +249,25 @@ class Pass:
                 grid = head.patch(coarse, rows, layout, self._stages.low_level())
             else:
                 grid = head.decode(densify(rows, layout), layout.stride, self._stages.low_level())
-        self._count("neck", lambda: head.neck_macs(step))
         decoder = head.patch_macs if patches else head.decode_macs
         self._count("head", lambda: decoder(layout, low_level))
         return grid
 
     def _coarse_grid(self) -> Tensor:
-        """The head's logits of the coarse pass, on its lattice."""
+        """The head's logits of the coarse pass, on its lattice.
+
+        In training they are made of the neck's rows of all sites: a second run on the lattice alone would
+        pull its running statistics towards coarse.
+        """
         if self._coarse is None:
-            rows, layout = self._stages.rows[-1], self._stages.dense_step(self.model.strides[-1]).layout
+            head, layout = self.model.head, self._stages.dense_step(self.model.strides[-1]).layout
             step = Step(layout, exchange=self._way.exchange, engine=self._way.engine)
-            with self._context():
-                neck = self.model.head.neck(rows[: layout.num_sites], step)
+            if self.model.training:
+                neck = self.rows()[: layout.num_sites]
+            else:
+                with self._context():
+                    neck = head.neck(self._stages.rows[-1][: layout.num_sites], step)
+                self._count("neck", lambda: head.neck_macs(step))
             self._coarse = self._merged(neck, step)
         return self._coarse
 
