@@ -1,12 +1,15 @@
-"""Writing files: never over an input, and so that a reader sees the old content or the new, never half."""
+"""Writing files: never over an input, and so that a reader sees old content or new, never half; and locks."""
 
 import fcntl
 import os
+import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sparse_seg.errors import SparseSegError
+
+_HELD: set[int] = set()  # files of locks that this process holds
 
 
 class OverwriteError(SparseSegError):
@@ -87,14 +90,62 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def _locked(temporary: Path) -> int:
-    """Create or take over a temporary file; waits for another process that is writing to it."""
+@contextmanager
+def locked(path: str | Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock file inside the context; yields False if another holder has it, unless told to wait.
+
+    Its folder is created if need be. The file names the process that holds it (`holder_of`), and is removed
+    at the end. The lock ends with its process, however that ends: a file that a kill leaves behind locks
+    nothing. Raises OSError where the folder cannot be written, or its file system does not lock.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = _locked(path, wait)
+    except BlockingIOError:
+        yield False
+        return
+    except OSError as error:
+        raise _named(error, path) from None
+    _HELD.add(file)
+    try:
+        with suppress(OSError):  # a full disk: the lock holds without a name
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield True
+    finally:
+        if file in _HELD:  # not in a process that was forked meanwhile
+            path.unlink(missing_ok=True)
+            _HELD.remove(file)
+            os.close(file)
+
+
+def holder_of(path: str | Path) -> str:
+    """`process PID on HOST` of a lock file, whether it still runs or was killed; empty without one."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _leave_locks() -> None:
+    """In a forked process, a data worker for instance: it may outlive the one that holds the locks."""
+    for file in _HELD:
+        os.close(file)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
+def _locked(path: Path, wait: bool = True) -> int:
+    """Create or take over a file, and empty it; waits for another process that has it locked, or raises
+    BlockingIOError."""
     while True:
         # not tempfile.mkstemp: its files are readable by their owner alone, whatever the umask
-        file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if _is(temporary, file):
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if _is(path, file):
                 os.ftruncate(file, 0)
                 return file
         except BaseException:

@@ -1,15 +1,25 @@
-"""Atomic writes: whole files, parent folders, on disk before they are seen, and nothing left behind."""
+"""Atomic writes: whole files, parent folders, on disk before they are seen, nothing left; and locks."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from sparse_seg.files import OverwriteError, atomic_path, atomic_write, check_outputs, overwritten
+from sparse_seg.files import (
+    OverwriteError,
+    atomic_path,
+    atomic_write,
+    check_outputs,
+    holder_of,
+    locked,
+    overwritten,
+)
 
 
 @pytest.mark.parametrize(("data", "content"), [(b"\x00\xff", b"\x00\xff"), ("é\n", "é\n".encode())])
@@ -147,3 +157,61 @@ def test_outputs_and_inputs(tmp_path, monkeypatch):
         with pytest.raises(OverwriteError, match="two outputs would be written to folder"):
             check_outputs(names, [])
     check_outputs(["a", "b"], ["c"])
+
+
+HOLDER = """
+import os, sys, time
+from sparse_seg.files import locked
+with locked(sys.argv[1]):
+    gone = os.fork()
+    if gone == 0:
+        sys.exit()  # out of the context
+    os.waitpid(gone, 0)
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_ends_with_its_process_though_a_forked_one_lives_on(tmp_path: Path) -> None:
+    """As data workers do for some seconds; nor does one that ends take the lock away."""
+    path = tmp_path / "folder/lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        with locked(path) as free:
+            assert not free
+        assert holder_of(path) == f"process {holder.pid} on {socket.gethostname()}"
+        holder.kill()
+        holder.wait()
+        assert path.exists(), "what a kill leaves behind"
+        with locked(path) as free:
+            assert free
+            assert holder_of(path) == f"process {os.getpid()} on {socket.gethostname()}"
+            with locked(path) as second:
+                assert not second
+        assert list(path.parent.iterdir()) == []
+        assert holder_of(path) == ""
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
+        holder.stdout.close()
+
+
+def test_whoever_waits_for_a_lock_gets_it_when_it_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    order: list[object] = []
+
+    def second() -> None:
+        with locked(path, wait=True) as free:
+            order.append(free)
+
+    thread = threading.Thread(target=second)
+    with locked(path):
+        thread.start()
+        order.append("first")
+    thread.join(60)
+    assert order == ["first", True]
+    assert not path.exists()

@@ -167,6 +167,27 @@ def test_a_policy(name: str) -> None:
     assert type(model.policy_for(way)) is type(model.policy)
 
 
+@pytest.mark.parametrize("merge", ["whole", "patch"])
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_gradients_in_eval_mode(name: str, merge: str) -> None:
+    """Those under the mask that the policy chooses, of images and weights; without autograd it refines."""
+    fraction = 1.0 if name == "uniform" else 0.25
+    model = network(mask={"policy": name, "fine_fraction": fraction}, merge=merge)
+    images = images_of((64, 64))
+    inputs, labels = [images.requires_grad_(), *model.backbone.parameters()], (images[:, 0] > 0).long()
+    run = model.start(images, labels).follow()
+    assert run.mask is not None
+    own = torch.autograd.grad(run.logits().square().sum(), inputs)
+    given = torch.autograd.grad(model(images, run.mask).square().sum(), inputs)
+    assert all(relative_error(a, b) < 1e-9 for a, b in zip(own, given, strict=True))
+    if merge == "whole":
+        counted = count_modules(model, lambda: model.start(images, labels).follow().logits())["all"]
+        assert sum(run.macs().values()) == counted
+    if model.policy.ranks_refinement:
+        for fast in (model.requires_grad_(False), model.for_inference()):
+            assert fast.start(images.detach()).follow().memory is not None
+
+
 def test_options_of_parts_from_outside() -> None:
     shapes = {name: list(value.shape) for name, value in network("head", "toy").state_dict().items()}
     assert shapes["head.classifier.weight"] == [5, 10, 1, 1]

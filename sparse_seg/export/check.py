@@ -1,21 +1,26 @@
-"""Compare a graph in onnxruntime with the model that it was made from."""
+"""Compare a graph in a runtime with the model that it was made from."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export.network import StaticNetwork
+from sparse_seg.export.network import ExportOptions, StaticNetwork
 from sparse_seg.export.onnx_file import interface
 from sparse_seg.export.runtime import open_session
+from sparse_seg.masks import MaskPolicy, blur_scores
+from sparse_seg.models.passes import Pass
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 
 TOLERANCE = 1e-4  # of logits, relative to the largest; float32 in another order gives 1e-6 to 1e-5
+_Module = TypeVar("_Module", bound=torch.nn.Module)
 # Blocks whose scores are equal to rounding may be chosen otherwise: this share of all, or one for another
 MOST_BLOCKS = 0.01
 
@@ -30,24 +35,46 @@ def check_graph(graph: bytes, model: SelectiveSegmentor, network: StaticNetwork,
         SparseSegError: they differ, or onnxruntime is not installed.
     """
     session, generator = open_session(graph, "onnxruntime"), torch.Generator().manual_seed(0)
-    outside = copy.deepcopy(model).float().eval()
+    outside = _plain_copy(model)
     for _ in range(images):
         inputs, normalised = random_inputs(network, generator)
         names = interface(network)[0]
         found = session(**{name: value.numpy() for name, value in zip(names, inputs, strict=True)})
         logits, blocks = _expected(outside, network, inputs, normalised, found)
-        if blocks is not None:
-            wrong = int((blocks.numpy() != found["fine_blocks"]).sum())
-            _require(wrong <= max(2, MOST_BLOCKS * blocks.numel()), f"{wrong} blocks are chosen otherwise")
-        scale = logits.abs().max().item()
-        if "logits" in found:
-            error = np.abs(found["logits"] - logits.numpy()).max() / scale
-            _require(error <= TOLERANCE, f"logits differ by {error:.1e} of the largest")
-        top = logits.topk(2, 1).values
-        clear = ((top[:, 0] - top[:, 1]) > TOLERANCE * scale).numpy()
-        classes = logits.argmax(1).numpy()
-        differing = ((found["classes"] != classes) & clear).mean()
-        _require(differing == 0, f"{100 * differing:.2f} % of the classes differ")
+        wrong = 0 if blocks is None else int((blocks.numpy() != found["fine_blocks"]).sum())
+        if problem := _too_many(wrong, found) or _difference(found, logits):
+            raise SparseSegError(f"the exported graph differs from the model: {problem}; nothing is written")
+
+
+@torch.no_grad()
+def check_run(
+    model: SelectiveSegmentor, options: ExportOptions, images: Tensor, found: Mapping[str, np.ndarray]
+) -> None:
+    """Compare what a graph with these options gave with PyTorch, as `check_graph` does.
+
+    Scores that are equal to rounding may rank blocks otherwise, however many: an empty image has such.
+
+    Args:
+        images: normalised, float32 `[B, 3, H, W]`, on the CPU.
+        found: the graph's outputs by name.
+
+    Raises:
+        SparseSegError: they differ.
+    """
+    run, problem = _plain_copy(model).start(images), ""
+    if options.dense is not None:
+        run.follow(Way.dense(options.dense))
+    else:
+        mask = torch.from_numpy(found["fine_blocks"])
+        if not options.given:
+            policy = _plain_copy(options.policy or model.policy)
+            problem = _too_many(_clearly_otherwise(policy, run, mask), found)
+        run.take(mask, Way(merge=options.merge))
+    if problem := problem or _difference(found, run.logits()):
+        raise SparseSegError(
+            f"the graph gives other results than PyTorch: {problem}; run this network in PyTorch "
+            "(--runtime torch)"
+        )
 
 
 def random_inputs(network: StaticNetwork, generator: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -95,6 +122,38 @@ def _expected(
     return model.start(normalised).take(mask, Way(merge=network.merge)).logits(), blocks
 
 
-def _require(holds: bool | np.bool_, message: str) -> None:
-    if not holds:
-        raise SparseSegError(f"the exported graph differs from the model: {message}; nothing is written")
+def _plain_copy(module: _Module) -> _Module:
+    """On the CPU, in float32 and eval mode."""
+    return copy.deepcopy(module).cpu().float().eval()
+
+
+def _clearly_otherwise(policy: MaskPolicy, run: Pass, mask: Tensor) -> int:
+    """How many blocks of a mask, bool `[B, Hc, Wc]`, a policy chooses otherwise, but for ties."""
+    expected, scores = policy(run).flatten(1), policy.scores(run)
+    scores = (blur_scores(scores) if policy.blur else scores).flatten(1)
+    cut = scores.sort(1, descending=True).values[:, mask[0].sum() - 1, None]
+    clear = (scores - cut).abs() > TOLERANCE * max(1.0, scores.abs().max().item())
+    return int(((expected != mask.flatten(1)) & clear).sum())
+
+
+def _too_many(wrong: int, found: Mapping[str, np.ndarray]) -> str:
+    """What is wrong if so many blocks are chosen otherwise; nothing if they are few."""
+    few = "fine_blocks" not in found or wrong <= max(2, MOST_BLOCKS * found["fine_blocks"].size)
+    return "" if few else f"{wrong} blocks are chosen otherwise"
+
+
+def _difference(found: Mapping[str, np.ndarray], logits: Tensor) -> str:
+    """What is wrong with a graph's logits or classes by the model's logits; nothing if they are right.
+
+    Places where the model's are not finite are left out.
+    """
+    scale = logits.where(logits.isfinite(), 0).abs().max().item()
+    if "logits" in found:
+        error = (torch.from_numpy(found["logits"]) - logits).abs()[logits.isfinite()]
+        largest = error.max().item() if len(error) else 0.0
+        if not largest <= TOLERANCE * scale:
+            return f"logits differ by {largest / scale:.1e} of the largest"
+    top = logits.topk(min(2, logits.shape[1]), 1).values
+    clear = top[:, 0] - top[:, -1] > TOLERANCE * scale
+    differing = (torch.from_numpy(found["classes"]) != logits.argmax(1)) & clear
+    return f"{100 * differing.float().mean():.2f} % of the classes differ" if differing.any() else ""

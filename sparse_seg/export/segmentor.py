@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 import time
 from collections import OrderedDict
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
+from sparse_seg.export.check import check_run
 from sparse_seg.export.network import ExportOptions, StaticNetwork, check_options
 from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.runtime import Session, check_runtime, open_session
@@ -22,6 +25,7 @@ from sparse_seg.models.predicting import Predicting
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 
+_MAKING = threading.Lock()  # PyTorch's exporter keeps state outside the network: one graph at a time
 GRAPHS = 8  # kept: each holds the weights
 SIZE_TO_CHECK = (512, 512)  # px; which options fit does not depend on it
 
@@ -29,8 +33,10 @@ SIZE_TO_CHECK = (512, 512)  # px; which options fit does not depend on it
 def in_runtime(model: SelectiveSegmentor, runtime: str, threads: int | None = None) -> RuntimeSegmentor:
     """A model run by onnxruntime or OpenVINO, for prediction: the same classes but for ties.
 
+    Several threads may use it at once.
+
     Args:
-        model: in eval mode.
+        model: in eval mode; its device is where onnxruntime runs, if it is built for it.
         runtime: `onnxruntime` or `openvino`.
         threads: of the processor; None: as many as PyTorch uses.
 
@@ -42,7 +48,8 @@ def in_runtime(model: SelectiveSegmentor, runtime: str, threads: int | None = No
 
 class RuntimeSegmentor(Predicting):
     """What `in_runtime` makes. Graphs are made when they are needed, one for each size and batch of images,
-    each way to run and each number of given fine blocks; the latest `GRAPHS` are kept.
+    each way to run and each number of given fine blocks; the latest `GRAPHS` are kept. The first images of
+    each graph run in PyTorch, too: a SparseSegError says where the results differ.
 
     Attributes:
         model: whose weights they are; it must not change.
@@ -54,6 +61,7 @@ class RuntimeSegmentor(Predicting):
         self.model, self.runtime, self.threads = model, runtime, threads or torch.get_num_threads()
         self.strides, self.seconds = model.strides, 0.0
         self._sessions: OrderedDict[ExportOptions, Session] = OrderedDict()
+        self._lock = threading.Lock()  # of the dictionary: others run their graphs while one is made
         self._checked: set[tuple[Way, MaskPolicy | None]] = set()
         self._policies: dict[Way, MaskPolicy] = {}
 
@@ -73,9 +81,9 @@ class RuntimeSegmentor(Predicting):
 
     def policy_for(self, way: Way) -> MaskPolicy | None:
         """The policy of a way, the same object each time, since graphs are kept by it; None when dense."""
-        if not way.is_dense and way not in self._policies:
-            self._policies[way] = self.model.policy_for(way)
-        return self._policies.get(way)
+        if way.is_dense:
+            return None
+        return self._policies.get(way) or self._policies.setdefault(way, self.model.policy_for(way))
 
     def check(self, way: Way, policy: MaskPolicy | None = None) -> None:
         """Raises a SparseSegError, of one line, for a way that no graph can run."""
@@ -94,19 +102,37 @@ class RuntimeSegmentor(Predicting):
         if not way.is_dense and way.exchange not in (None, self.model.exchange):
             raise SparseSegError(f"a graph has the model's exchange rule, not {way.exchange}")
 
-    def session(self, options: ExportOptions) -> Session:
-        """The graph for these options, made if it is not there."""
-        if options not in self._sessions:
-            start = time.perf_counter()
-            try:
-                session = open_session(self._graph(options), self.runtime, self.threads)
-            finally:
-                self.seconds += time.perf_counter() - start
+    def session(self, options: ExportOptions, arrays: dict[str, np.ndarray]) -> Session:
+        """The graph for these options; made, and compared with PyTorch on these inputs, if it is not there.
+
+        Raises:
+            SparseSegError: it gives other results than PyTorch.
+        """
+        session = self._kept(options)
+        if session is not None:
+            return session
+        with _MAKING:
+            return self._kept(options) or self._made(options, arrays)
+
+    def _kept(self, options: ExportOptions) -> Session | None:
+        with self._lock:
+            if options in self._sessions:
+                self._sessions.move_to_end(options)
+            return self._sessions.get(options)
+
+    def _made(self, options: ExportOptions, arrays: dict[str, np.ndarray]) -> Session:
+        start, device = time.perf_counter(), next(self.model.parameters()).device
+        try:
+            with torch.autocast("cpu", enabled=False):
+                session = open_session(self._graph(options), self.runtime, self.threads, device)
+                check_run(self.model, options, torch.from_numpy(arrays["images"]), session(**arrays))
+        finally:
+            self.seconds += time.perf_counter() - start
+        with self._lock:
             while len(self._sessions) >= GRAPHS:
                 self._sessions.popitem(last=False)
             self._sessions[options] = session
-        self._sessions.move_to_end(options)
-        return self._sessions[options]
+        return session
 
     @cached_property
     def _folded(self) -> SelectiveSegmentor:
@@ -212,9 +238,18 @@ class RuntimeRun:
         return block_levels(self.mask, self.segmentor.strides)
 
     def prepare(self, logits: bool) -> None:
-        """Make the graph for `logits` or `classes`, and run nothing."""
+        """Make the graph for `logits` or `classes`.
+
+        Raises:
+            SparseSegError: it gives other results than PyTorch.
+        """
         assert self._options is not None
-        self.segmentor.session(dataclasses.replace(self._options, logits=logits))
+        self.segmentor.session(dataclasses.replace(self._options, logits=logits), self._arrays)
+
+    @property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        given = {"images": self.images} | self._blocks
+        return {name: value.detach().cpu().contiguous().numpy() for name, value in given.items()}
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -229,9 +264,8 @@ class RuntimeRun:
             self.follow()
         assert self._options is not None
         if not self._outputs or (logits and "logits" not in self._outputs):
-            session = self.segmentor.session(dataclasses.replace(self._options, logits=logits))
-            given = {"images": self.images} | self._blocks
-            arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in given.items()}
+            arrays = self._arrays
+            session = self.segmentor.session(dataclasses.replace(self._options, logits=logits), arrays)
             device = self.images.device
             self._outputs = {
                 name: torch.from_numpy(value).to(device) for name, value in session(**arrays).items()

@@ -122,9 +122,9 @@ class Pass:
     def coarse_logits(self, every: int = 1, stored_dtype: torch.dtype | None = None) -> Tensor:
         """Logits of the dense network at the coarsest stride, at every `every`-th pixel.
 
-        In eval mode this pass then refines what was run here. With exchange `separate` it cannot: the coarse
-        pass then shares only the stages before the mask. In training mode a pass of its own is run, in eval
-        mode.
+        In eval mode this pass then refines what was run here. With exchange `separate`, or where gradients
+        are needed, it cannot: the coarse pass then shares only the stages before the mask. In training mode a
+        pass of its own is run, in eval mode.
 
         Args:
             stored_dtype: what activations are kept in (float16 takes half the memory); None: as they are.
@@ -138,7 +138,9 @@ class Pass:
         if self.model.training:
             with eval_mode(self.model):
                 return Pass(self.model, self.images).coarse_logits(every)
-        if self.memory is None and self.model.separates(self._way):
+        if self.memory is None and (self.model.separates(self._way) or self._needs_grad):
+            if not self.model.separates(self._way):
+                self._check_refines()
             self.features()
             run = self._beside(Way.dense(self.model.strides[-1]))
             logits, self._counts = run.grid_logits(), run._counts
@@ -214,6 +216,7 @@ class Pass:
             head, rows, step = self.model.head, self._stages.rows[-1], self._steps[-1]
             with self._context():
                 self._neck = head.neck(rows, step)
+            self._count("neck", lambda: head.neck_macs(step))
         return self._neck
 
     def grid_logits(self) -> Tensor:
@@ -246,20 +249,32 @@ class Pass:
                 grid = head.patch(coarse, rows, layout, self._stages.low_level())
             else:
                 grid = head.decode(densify(rows, layout), layout.stride, self._stages.low_level())
-        self._count("neck", lambda: head.neck_macs(step))
         decoder = head.patch_macs if patches else head.decode_macs
         self._count("head", lambda: decoder(layout, low_level))
         return grid
 
     def _coarse_grid(self) -> Tensor:
-        """The head's logits of the coarse pass, on its lattice."""
+        """The head's logits of the coarse pass, on its lattice.
+
+        In training they are made of the neck's rows of all sites: a second run on the lattice alone would
+        pull its running statistics towards coarse.
+        """
         if self._coarse is None:
-            rows, layout = self._stages.rows[-1], self._stages.dense_step(self.model.strides[-1]).layout
+            head, layout = self.model.head, self._stages.dense_step(self.model.strides[-1]).layout
             step = Step(layout, exchange=self._way.exchange, engine=self._way.engine)
-            with self._context():
-                neck = self.model.head.neck(rows[: layout.num_sites], step)
+            if self.model.training:
+                neck = self.rows()[: layout.num_sites]
+            else:
+                with self._context():
+                    neck = head.neck(self._stages.rows[-1][: layout.num_sites], step)
+                self._count("neck", lambda: head.neck_macs(step))
             self._coarse = self._merged(neck, step)
         return self._coarse
+
+    @property
+    def _needs_grad(self) -> bool:
+        tensors = (self.images, *self.model.parameters())
+        return self._with_grad and any(tensor.requires_grad for tensor in tensors)
 
     @property
     def _patches(self) -> bool:

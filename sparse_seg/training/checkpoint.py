@@ -28,10 +28,11 @@ from sparse_seg.config import (
 from sparse_seg.data import dataset_classes, dataset_ids
 from sparse_seg.errors import CheckpointError, ConfigError, TrainingError
 from sparse_seg.files import atomic_write
+from sparse_seg.training.folder import CONFIG
 from sparse_seg.version import __version__
 
 BEST, LAST = "best.safetensors", "last.pt"
-CONFIG, LOG = "config.yaml", "log.jsonl"  # beside them
+LOG = "log.jsonl"  # beside them
 _STATE_KEYS = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
 
 

@@ -1,22 +1,50 @@
-"""Starting weights for training (`model.pretrained`), from any file that can be converted."""
+"""Starting weights for training: `model.pretrained`, any file that can be converted, and `train.init`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sparse_seg.checkpoint import find, load
 from sparse_seg.checkpoint.file import is_ours
-from sparse_seg.config import ModelConfig
+from sparse_seg.checkpoint.loading import initial_weights
+from sparse_seg.config import Config, ModelConfig
 from sparse_seg.conversion import convert
 from sparse_seg.errors import CheckpointError, printable
+from sparse_seg.models.build import build_model
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import load_weights, part_of
+from sparse_seg.processes import Processes
+from sparse_seg.progress import say
 
 # settings of the backbone that its tensors' shapes do not tell
 SAME = ("shortcut", "bn_eps")
+
+
+def initial_model(
+    config: Config, device: torch.device, processes: Processes, starts: bool
+) -> SelectiveSegmentor:
+    """The network to train, on its device; one that `starts`, in place of resuming, gets its first weights.
+
+    Raises:
+        CheckpointError: `model.pretrained` or `train.init` names a file that is missing, damaged or does not
+            fit.
+    """
+    model, train, pretrained = build_model(config), config.train, config.model.pretrained
+    if pretrained is not None and starts:
+        report = load_pretrained(model, config.model, pretrained)
+        if processes.is_first:
+            say(report)
+    model.to(device)
+    if train.init is not None and starts:
+        load_weights(model, initial_weights(load(train.init), model, config), train.init)
+    if train.freeze:
+        model.requires_grad_(False)
+        model.policy.requires_grad_(True)
+    return processes.share_norms(model, device)
 
 
 def load_pretrained(model: SelectiveSegmentor, settings: ModelConfig, path: str | Path) -> str:

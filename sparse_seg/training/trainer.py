@@ -9,21 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.checkpoint import load
-from sparse_seg.checkpoint.loading import initial_weights
 from sparse_seg.config import Config, changes, check_classes, check_training, to_yaml
 from sparse_seg.data import build_dataset
 from sparse_seg.data.batches import training_batches
 from sparse_seg.errors import DataError, SparseSegError, TrainingError
 from sparse_seg.files import atomic_write
-from sparse_seg.models.build import build_model
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.weights import load_weights
 from sparse_seg.processes import Processes, ProcessLost
 from sparse_seg.progress import say
 from sparse_seg.training.batch import check_batch
 from sparse_seg.training.checkpoint import (
-    CONFIG,
     LAST,
     best_of,
     check_work_dir,
@@ -33,10 +27,11 @@ from sparse_seg.training.checkpoint import (
 )
 from sparse_seg.training.console import Console
 from sparse_seg.training.distillation import Teacher
+from sparse_seg.training.folder import CONFIG, FolderLock
 from sparse_seg.training.log import TrainingLog
 from sparse_seg.training.losses import check_class_weights
 from sparse_seg.training.objective import Objective
-from sparse_seg.training.pretrained import load_pretrained
+from sparse_seg.training.pretrained import initial_model
 from sparse_seg.training.schedule import learning_rate
 from sparse_seg.training.step import Step
 from sparse_seg.training.stopping import (
@@ -60,7 +55,8 @@ class Trainer:
 
     Args:
         config: resolved config.
-        work_dir: created if need be; one that already holds a run is refused unless resuming.
+        work_dir: created if need be; one that already holds a run is refused unless resuming, and
+            so is one in which another training runs.
         resume: checkpoint to resume from, bit for bit on the CPU with one process; True takes the
             folder's `last.pt`.
         device: where to train.
@@ -69,7 +65,8 @@ class Trainer:
 
     Raises:
         AlreadyTrained: the folder's run, which is to be resumed, has come to its end.
-        TrainingError: the folder already holds a run, or a batch cannot be shared by the processes.
+        TrainingError: the folder already holds a run or one trains there, or a batch cannot be shared by the
+            processes.
         ConfigError: settings of a learned mask that exclude each other.
         CheckpointError: the checkpoint to start or resume from is missing, corrupt or of another model.
         DataError: the dataset is incomplete or inconsistent.
@@ -86,15 +83,17 @@ class Trainer:
         self.config, self.work_dir, self.device = config, Path(work_dir), torch.device(device)
         self.processes = processes or Processes()
         check_training(config)
-        self.last = self.work_dir / LAST
-        goes_on = resume is True or (resume and Path(resume).resolve() == self.last.resolve())
-        if self.last.exists() and not goes_on:
-            raise TrainingError(
-                f"{self.work_dir} already holds a run; add --resume alone or choose another --work-dir"
-            )
-        check_work_dir(self.work_dir)
-        train, data = config.train, config.data
         check_batch(config, self.processes, self.device)
+        self.last, self.lock = self.work_dir / LAST, FolderLock(self.work_dir, self.processes)
+        with self.lock:
+            self._prepare(resume)
+
+    def _prepare(self, resume: str | Path | bool) -> None:
+        """Check and build all that `run` needs; the work folder is written last."""
+        config, train, data = self.config, self.config.train, self.config.data
+        self.lock.take(create=False)
+        goes_on = bool(resume is True or (resume and Path(resume).resolve() == self.last.resolve()))
+        self._check_folder(goes_on)
         if train.threads is not None:
             torch.set_num_threads(train.threads)
         source = self.last if resume is True else Path(str(resume))
@@ -112,7 +111,7 @@ class Trainer:
         self.validation.check(train.eval_images)
 
         torch.manual_seed(train.seed)
-        self.model = self._initial_model(starts=state is None)
+        self.model = initial_model(config, self.device, self.processes, starts=state is None)
         distill = train.distill
         teacher = None
         if distill.teacher is not None:
@@ -131,28 +130,21 @@ class Trainer:
                     f"{resume} is already trained to iteration {self.iteration}; raise train.iterations"
                 )
         self.processes.seed(train.seed, self.iteration)
+        if self.lock.take(create=True):
+            self._check_folder(goes_on)  # once more: another training may have been in it meanwhile
         if self.processes.is_first:
-            self.work_dir.mkdir(parents=True, exist_ok=True)
             atomic_write(self.work_dir / CONFIG, to_yaml(config))
             self.log = TrainingLog(self.work_dir, self.iteration, train.tensorboard)
         self.resume_hint = f"resume with --work-dir {self.work_dir} --resume"
         self.resume_hint_changed = self.resume_hint
         self.stop = Stop(self.processes, self.device)
 
-    def _initial_model(self, starts: bool) -> SelectiveSegmentor:
-        """The network on its device; a run that starts gets its first weights."""
-        model, train, pretrained = build_model(self.config), self.config.train, self.config.model.pretrained
-        if pretrained is not None and starts:
-            report = load_pretrained(model, self.config.model, pretrained)
-            if self.processes.is_first:
-                say(report)
-        model.to(self.device)
-        if train.init is not None and starts:
-            load_weights(model, initial_weights(load(train.init), model, self.config), train.init)
-        if train.freeze:
-            model.requires_grad_(False)
-            model.policy.requires_grad_(True)
-        return self.processes.share_norms(model, self.device)
+    def _check_folder(self, goes_on: bool) -> None:
+        if self.last.exists() and not goes_on:
+            raise TrainingError(
+                f"{self.work_dir} already holds a run; add --resume alone or choose another --work-dir"
+            )
+        check_work_dir(self.work_dir)
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -167,6 +159,11 @@ class Trainer:
             DataError: an image cannot be read, or a worker that reads was killed.
             TrainingError: stopped for another reason.
         """
+        with self.lock:
+            self.lock.take(create=True)
+            return self._run()
+
+    def _run(self) -> float:
         train = self.config.train
         part = self.processes.rank, self.processes.count
         batches = iter(

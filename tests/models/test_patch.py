@@ -115,3 +115,20 @@ def test_the_second_head_costs_its_share(head: str) -> None:
         second = run.macs()["head"] - half.macs()["head"]
     share = mask.double().mean().item() if head != "deeplabv3plus" else 1.0
     assert second == pytest.approx(dense * share, rel=0.01)
+
+
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@pytest.mark.parametrize("head", HEADS.declared)
+def test_training_updates_the_necks_statistics_once_by_all_sites(head: str, strides: list[int]) -> None:
+    """As merge `whole` does, whose neck is the same."""
+    model, given = network(head, strides).train(), images(64, 96)
+    mask, after = levels(model, given), []
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for merge in ("patch", "whole"):
+        model.load_state_dict(before, strict=False)
+        model.start(given).take(mask, Way(merge=merge)).logits()
+        necks = [model.head.get_submodule(name) for name in model.head.NECK]
+        after.append([buffer.clone() for neck in necks for buffer in neck.buffers()])
+    assert len(after[0]) == len(after[1])
+    assert all(torch.equal(patch, whole) for patch, whole in zip(*after, strict=True))
+    assert len(after[0]) > 0 or head == "fcn"

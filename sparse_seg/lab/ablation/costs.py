@@ -14,9 +14,9 @@ from sparse_seg.config import Config, to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.data.loader import EvaluationView
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_parameters
-from sparse_seg.files import atomic_write
+from sparse_seg.files import atomic_write, locked
 from sparse_seg.lab.ablation.grid import Cell
-from sparse_seg.lab.ablation.runner import Ablation, locked
+from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.latency import Run, interleaved, peak_memory
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.models.build import build_model

@@ -6,12 +6,11 @@ Several processes may share a work folder, on as many GPUs: each takes what no o
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +22,7 @@ from sparse_seg.config import Config, to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError
 from sparse_seg.evaluation.evaluate import evaluate
-from sparse_seg.files import atomic_write
+from sparse_seg.files import atomic_write, locked
 from sparse_seg.lab.ablation.grid import Cell, Grid, slug
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.models.way import Way
@@ -239,16 +238,3 @@ def _take(
     if not (is_ready(job) and held.enter_context(locked(lock_of(job)))):
         return "busy"
     return "done" if is_done(job) else "to do"
-
-
-@contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a file's lock; yields False if another live process holds it, unless told to wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True

@@ -1,0 +1,181 @@
+"""A graph's first images are compared with PyTorch; threads share a network; the model says the device."""
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_seg.errors import SparseSegError
+from sparse_seg.export import in_runtime, open_session
+from sparse_seg.export import runner as rules
+from sparse_seg.export.runner import Runner
+from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.way import Way
+from tests.export.kinds import kind_model
+from tests.reference import relative_error
+
+pytest.importorskip("onnx", reason="needs the package onnx")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+
+
+def hardswish() -> SelectiveSegmentor:
+    model = copy.deepcopy(kind_model("lite", "edge"))
+    layers: Any = model.head.refine
+    place = next(number for number, layer in enumerate(layers) if isinstance(layer, nn.ReLU))
+    layers[place] = nn.Hardswish()
+    return model
+
+
+def own_decode() -> SelectiveSegmentor:
+    model = copy.deepcopy(kind_model("lite", "edge"))
+    head = type(model.head)
+
+    class Negated(head):  # type: ignore[misc, valid-type]
+        def decode(self, *arguments):
+            return -super().decode(*arguments)
+
+    model.head.__class__ = Negated
+    return model
+
+
+def own_cut() -> SelectiveSegmentor:
+    model = copy.deepcopy(kind_model("lite", "edge"))
+    policy = type(model.policy)
+
+    class Lowest(policy):  # type: ignore[misc, valid-type]
+        def cut(self, scores):
+            return super().cut(-scores)
+
+    model.policy.__class__ = Lowest
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "ways", "wrong"),
+    [
+        (hardswish, [Way(), Way.dense(8)], r"(logits|\d.* % of the classes) differ"),
+        (own_decode, [Way(), Way.dense(16)], r"(logits|\d.* % of the classes) differ"),
+        (own_cut, [Way()], r"\d blocks are chosen otherwise"),
+    ],
+)
+def test_a_part_without_a_right_static_form_is_noticed(make, ways, wrong, images, monkeypatch):
+    model = make()
+    fast = in_runtime(model, "onnxruntime", 1)
+    for way, result in zip(ways, ("classes", "logits"), strict=False):
+        with pytest.raises(SparseSegError, match=rf"than PyTorch: {wrong}.*\(--runtime torch\)$"):
+            getattr(fast.start(images).follow(way), result)()
+    monkeypatch.setattr(rules, "PATIENCE", 0)
+    runner = Runner(model, "auto", ways[0])
+    for _ in range(2):
+        assert torch.equal(
+            runner.start(images).follow(ways[0]).classes(),
+            model.for_inference().start(images).follow(ways[0]).classes(),
+        )
+    assert runner.runs == {"torch": 2}
+    assert runner.report().startswith("runtime: torch (the graph gives other results than PyTorch: ")
+
+
+@pytest.mark.parametrize("policy", ["edge", "edge, cad", "entropy", "boundary"])
+def test_an_empty_first_image_is_no_difference(policy, images):
+    """Its blocks have the same scores."""
+    fast = in_runtime(kind_model("lite", policy), "onnxruntime", 1)
+    assert fast.classify(torch.zeros(1, 3, 64, 96))[0].shape == (1, 64, 96)
+
+
+def test_autocast_outside_changes_nothing(images):
+    model = kind_model("lite", "edge")
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = in_runtime(model, "onnxruntime", 1)(images)
+    with torch.no_grad():
+        assert relative_error(logits, model(images)) < 1e-5
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_threads_get_their_own_results(runtime):
+    """The first ones find no graph."""
+    pytest.importorskip(runtime, reason=f"needs the package {runtime}")
+    model, count = kind_model("lite", "entropy"), 4
+    images = torch.randn(count, 1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    fast, alone = in_runtime(model, runtime, 1), in_runtime(model, runtime, 1)
+    expected = [alone.classify(one)[0] for one in images]
+    found: list[list[torch.Tensor]] = [[] for _ in range(count)]
+    together = threading.Barrier(count)
+
+    def work(number: int) -> None:
+        together.wait()
+        for _ in range(30):
+            found[number].append(fast.classify(images[number])[0])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(one) for one in found] == [30] * count
+    assert all(torch.equal(one, expected[number]) for number in range(count) for one in found[number])
+    assert len(fast._sessions) == 1
+
+
+def test_threads_share_the_dictionary_of_graphs(monkeypatch):
+    """A graph for each of more sizes than are kept, asked for by several threads."""
+    monkeypatch.setattr("sparse_seg.export.segmentor.GRAPHS", 1)
+    fast, found = in_runtime(kind_model("lite", "edge"), "onnxruntime", 1), []
+
+    def work(width: int) -> None:
+        for _ in range(3):
+            found.append(fast.classify(torch.zeros(1, 3, 32, width))[0].shape[2] == width)
+
+    threads = [threading.Thread(target=work, args=(width,)) for width in (32, 48)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 6
+
+
+@pytest.mark.parametrize(
+    ("device", "listed", "taken"),
+    [
+        ("cpu", ["CUDAExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"]),
+        ("cuda:1", ["CPUExecutionProvider"], ["CPUExecutionProvider"]),
+        (
+            "cuda:1",
+            ["CUDAExecutionProvider", "CPUExecutionProvider"],
+            [("CUDAExecutionProvider", {"device_id": 1, "use_tf32": 0}), "CPUExecutionProvider"],
+        ),
+    ],
+)
+def test_onnxruntime_runs_on_the_device_that_is_asked_for(device, listed, taken, monkeypatch):
+    opened = []
+
+    class Session:
+        def __init__(self, graph, options, providers):
+            opened.append(providers)
+
+        def get_outputs(self):
+            return []
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    open_session(b"", "onnxruntime", device=device)
+    assert opened == [taken]
+
+
+def test_the_device_is_the_models(images, monkeypatch):
+    asked = []
+
+    def opened(*arguments):
+        asked.append(arguments[-1])
+        return open_session(*arguments)
+
+    monkeypatch.setattr("sparse_seg.export.segmentor.open_session", opened)
+    in_runtime(kind_model("lite", "edge"), "onnxruntime", 1)(images)
+    assert asked == [torch.device("cpu")]
