@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     check_classes(config)
     loaded = load(args.checkpoint)
     model = build_network(loaded, config).to(args.device)
-    dataset = build_dataset(config.data.dataset, config.data.root, args.split)
+    dataset = build_dataset(config.data.dataset, config.data.root, args.split, config.data.bits)
     dataset.check(args.limit)
     found = calibrate(model.for_inference(), dataset, config.data, args.limit, progress=True)
     cuts: dict[str, Any] = {"threshold": found.threshold, "middle_threshold": found.middle_threshold}

@@ -147,7 +147,7 @@ def _evaluate(config: Config, args: argparse.Namespace, processes: Processes, de
     """Evaluate one way; processes share the frames, and the first one prints."""
     check_classes(config)
     model = load_model(args.checkpoint, config).to(device)
-    dataset = build_dataset(config.data.dataset, config.data.root, args.split)
+    dataset = build_dataset(config.data.dataset, config.data.root, args.split, config.data.bits)
     dataset.check(args.limit)
     way, looks = Way(args.dense), views(args)
     refusal = "processes share the images" if processes.count > 1 else None  # results must not depend on it
@@ -183,7 +183,7 @@ def compare_and_report(
     check_classes(config)
     loaded = load(checkpoint)
     model = build_network(loaded, config).to(device)
-    dataset = build_dataset(config.data.dataset, config.data.root, split)
+    dataset = build_dataset(config.data.dataset, config.data.root, split, config.data.bits)
     dataset.check(limit)
     ways = comparison_ways(model, policies, fractions, exchanges, merges)
     origin, rows = provenance(), list[dict[str, Any]]()

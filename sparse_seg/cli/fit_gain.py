@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             "policy gain refines a coarse pass, which model.dilate_second=false and model.exchange=separate "
             "do not allow; choose other settings"
         )
-    dataset = build_dataset(config.data.dataset, config.data.root, args.split)
+    dataset = build_dataset(config.data.dataset, config.data.root, args.split, config.data.bits)
     dataset.check(args.limit)
     samples = collect(
         model.for_inference(), dataset, config.data, not args.without_labels, args.limit, args.seed

@@ -13,6 +13,7 @@ from sparse_seg.registry import BACKBONES, DATASETS, HEADS, POLICIES
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 STRIDES = ([8, 16], [8, 16, 32], [4, 8, 16])
+BITS = (10, 12, 14, 16)  # of cameras whose files have 16 per channel
 SEPARABLE = ("none", "linear", "normed")
 RGB = ("red", "green", "blue")
 LOOKS_LIKE_BYTES = "these look like 0..255; divide by 255"
@@ -113,6 +114,9 @@ class DataConfig:
         "[0.001, 1]",
         items=RGB,
         above=LOOKS_LIKE_BYTES,
+    )
+    bits: int | None = key(
+        None, "bits per channel used in 16-bit images; null: 12 or 16, as all splits' values tell", BITS
     )
     workers: int = key(0, "processes that load data; 0: none but the main one", "[0, 256]")
     cache: bool = key(False, "keep decoded training frames in memory, in each worker")

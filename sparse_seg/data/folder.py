@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sparse_seg.data.class_file import ClassFile, read_class_file
 from sparse_seg.data.dataset import ClassList, SegmentationDataset, some
-from sparse_seg.data.listing import pair_files
+from sparse_seg.data.listing import pair_files, require_root
 from sparse_seg.data.palette import Colour
 from sparse_seg.data.reading import IMAGE_SUFFIXES, Image, read_label_palette
 from sparse_seg.errors import ConfigError, DataError
@@ -114,6 +114,7 @@ class FolderDataset(SegmentationDataset):
 
 def _known(root: str | Path) -> ClassFile:
     file = Path(root, CLASS_FILE)
+    require_root(root)
     if not file.exists():
         raise ConfigError(f"{file} does not exist; write it, with a line such as names: [road, sky]")
     return read_class_file(file)

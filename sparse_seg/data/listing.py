@@ -2,13 +2,34 @@
 
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sparse_seg.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 _LEFT_BY_SYSTEMS = frozenset(("Thumbs.db", "desktop.ini"))
+
+
+def require_root(root: str | Path) -> None:
+    """Raises a DataError where a dataset's folder is not there."""
+    if not Path(root).is_dir():
+        raise DataError(f"{root}: no such folder; set data.root to the dataset's folder")
+
+
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Without the warnings of `list_files`: for folders whose files are not what is asked for."""
+
+    def refuse(record: logging.LogRecord) -> bool:
+        return False
+
+    _LOG.addFilter(refuse)
+    try:
+        yield
+    finally:
+        _LOG.removeFilter(refuse)
 
 
 def list_files(folder: Path, wanted: Callable[[Path], bool], rule: str) -> list[Path]:

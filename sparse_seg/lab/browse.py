@@ -62,7 +62,7 @@ def write_page(config: Config, out: str | Path, count: int = 12) -> list[str]:
         ConfigError, DataError: the dataset is missing.
     """
     data = config.data
-    splits = [_read(name, build_dataset(data.dataset, data.root, name)) for name in SPLITS]
+    splits = [_read(name, build_dataset(data.dataset, data.root, name, data.bits)) for name in SPLITS]
     classes = splits[0].dataset.classes
     faults = [fault for split in splits for fault in split.faults]
     sections = [_overview(splits), _histogram(splits, classes)]

@@ -171,7 +171,7 @@ class Ablation:
         """Measure a cell's accuracy and write its file."""
         config = self.cell_config(cell)
         model = load_model(self.checkpoint(cell.network, cell.seed), config).to(self.device)
-        dataset = build_dataset(config.data.dataset, config.data.root, "val")
+        dataset = build_dataset(config.data.dataset, config.data.root, "val", config.data.bits)
         images = self.grid.spec.eval_images
         way = Way(cell.run.output_stride)
         result = evaluate(model, dataset, config.data, way, images, True, processes=self.processes)

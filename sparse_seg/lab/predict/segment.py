@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from sparse_seg.checkpoint import load_model
 from sparse_seg.data.dataset import Image
+from sparse_seg.data.depth import find_depth
 from sparse_seg.data.reading import read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
@@ -22,6 +24,8 @@ from sparse_seg.models.network import eval_mode
 from sparse_seg.models.refinement import refine
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +148,7 @@ def segment(
     image: str | Path | Image,
     way: Way | None = None,
     views: Views = ONCE,
+    bits: int | None = None,
 ) -> Segmentation:
     """What a network sees in an image.
 
@@ -152,11 +157,18 @@ def segment(
         image: a photo's path, turned upright as its EXIF orientation says; or uint8 `[H, W, 3]` RGB.
         way: how to run; by default selective under the model's own policy.
         views: whole or through windows, with or without test-time augmentation.
+        bits: of a file with 16 bits per channel, how many are used; None: 12 where no value is above 4095,
+            else 16, and a warning is logged. For several pictures of a camera, set it.
 
     Raises:
         CheckpointError, DataError: a file is missing, damaged or foreign.
         ValueError: an image of a wrong shape or dtype, or smaller than 32x32.
     """
     network = model if isinstance(model, SelectiveSegmentor) else load_model(model)
-    pixels = image if isinstance(image, np.ndarray) else read_image(Path(image), upright=True)
+    if isinstance(image, np.ndarray):
+        return Segmenter(network, way, views)(image)
+    depth = find_depth([Path(image)], bits, "set bits")
+    if depth.note:
+        _LOG.warning("warning: %s", depth.note)
+    pixels = read_image(Path(image), upright=True, bits=depth.bits)
     return Segmenter(network, way, views)(pixels)
