@@ -70,6 +70,9 @@ class ModelConfig:
     aspp_projection: bool = function_key(True, "1x1 over ASPP's branches; mmsegmentation has refine alone")
     refine: bool = function_key(True, "dense 3x3 after ASPP")
     separable: str = function_key("none", "as aspp_separable, for deeplab*'s dense 3x3", SEPARABLE)
+    refine_separable: str | None = function_key(
+        None, "as separable, for the dense 3x3 after ASPP; null: as separable says", SEPARABLE
+    )
     low_level_channels: int = function_key(48, "channels of deeplabv3plus's skip", CHANNELS)
     decoder_convs: int = function_key(1, "3x3 convolutions after deeplabv3plus's skip", "[1, 64]")
     align_corners: bool = function_key(False, "corner alignment of upsampling")

@@ -73,6 +73,7 @@ def build_model(
         trained_stride=settings.trained_stride,
         aspp_separable=settings.aspp_separable,
         separable=settings.separable,
+        refine_separable=settings.refine_separable,
         aspp_projection=settings.aspp_projection,
         refine=settings.refine,
         low_level_channels=settings.low_level_channels,
