@@ -55,7 +55,7 @@ class ModelConfig:
     )
     dilate_second: bool = function_key(True, "false: basic blocks' second 3x3 as mmsegmentation's (no P1)")
     bn_eps: float = function_key(1e-5, "epsilon of batch norm", "[1e-12, 1]")
-    pretrained: str | None = key(None, "checkpoint of any known source that training starts from")
+    pretrained: str | None = key(None, "checkpoint of any known source that training starts from", path=True)
     head: str = function_key("lite", "what turns the last stage into logits", HEADS)
     head_channels: int | None = key(
         None, "null: 128 for lite, 256 for deeplab*, a quarter of the input for fcn", CHANNELS
@@ -100,7 +100,7 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     dataset: str = key("scenes", "classes and file layout", DATASETS)
-    root: str = key("runs/scenes", "the dataset's folder")
+    root: str = key("runs/scenes", "the dataset's folder", path=True)
     crop: list[int] = key([256, 256], "size of training crops, px", "[32, 16384]", items=("height", "width"))
     scale_range: list[float] = key(
         [0.5, 2.0], "factors of random scaling in training", "[0.01, 100]", items=("low", "high")
@@ -151,8 +151,12 @@ class LossConfig:
 
 @dataclass
 class DistillConfig:
-    teacher: str | None = key(None, "checkpoint of a network trained before; null: no distillation")
-    cache: str | None = key(None, "folder to keep the teacher's outputs in; null: run it each time")
+    teacher: str | None = key(
+        None, "checkpoint of a network trained before; null: no distillation", path=True
+    )
+    cache: str | None = key(
+        None, "folder to keep the teacher's outputs in; null: run it each time", path=True
+    )
     logits_weight: float = key(1.0, "weight of the divergence from the teacher's classes", WEIGHT)
     temperature: float = key(2.0, "both networks' logits are divided by it", "[0.01, 1000]")
     features_weight: float = key(1.0, "weight of the difference in which sites are alike", WEIGHT)
@@ -161,7 +165,7 @@ class DistillConfig:
 
 @dataclass
 class TrainConfig:
-    init: str | None = key(None, "checkpoint of ours whose network training starts from")
+    init: str | None = key(None, "checkpoint of ours whose network training starts from", path=True)
     freeze: bool = key(False, "train the learned mask alone, and leave the network as it is")
     mask_loss: str = key(
         "straight_through", "how a learned mask is trained", ("straight_through", "supervised")

@@ -48,7 +48,7 @@ class FolderDataset(SegmentationDataset):
     def __init__(self, root: str | Path, split: str) -> None:
         self.class_file, known = Path(root, CLASS_FILE), _known(root)
         self.classes, self.train_ids = known.classes, known.train_ids
-        self._ids_of_colours = known.ids_of_colours
+        self._ids_of_colours, self._rgb_ids = known.ids_of_colours, known.rgb_ids
         self._images, self._labels = Path(root, split, "images"), Path(root, split, "labels")
         super().__init__(*pair_files(self._images, self._labels, IMAGE_SUFFIXES, needs_labels=False))
 
@@ -68,9 +68,7 @@ class FolderDataset(SegmentationDataset):
         if stored.ndim == 2:
             return stored
         if not self._ids_of_colours:
-            raise DataError(
-                f"{file}: the label holds colours, and {self.class_file} has none; add colours to it"
-            )
+            return self._repeated_ids(file, stored)
         packed = _packed(stored)
         ids = self._table[packed]
         if (ids < 0).any():
@@ -81,6 +79,20 @@ class FolderDataset(SegmentationDataset):
                 "them to colours or ignore_colours, or fix the file"
             )
         return ids.astype(np.uint8)
+
+    def _repeated_ids(self, file: Path, stored: Image) -> Image:
+        """Ids `[H, W]` that each stand in all channels of `[H, W, 3]`.
+
+        Raises:
+            DataError: they do not, or it is not said that they may.
+        """
+        is_grey = (stored == stored[..., :1]).all()
+        if is_grey and self._rgb_ids:
+            return np.ascontiguousarray(stored[..., 0])
+        reason = f"the label holds colours, and {self.class_file} has none; add colours to it"
+        if is_grey:
+            reason += ", or, as red, green and blue are the same, read them as ids: add rgb_ids: true"
+        raise DataError(f"{file}: {reason}")
 
     @functools.cached_property
     def _table(self) -> NDArray[np.int16]:

@@ -119,6 +119,7 @@ class Ablation:
             config.data.dataset,
             str(Path(config.data.root).resolve()),
             self.grid.spec.eval_images,
+            *filter(None, [config.data.bits]),
         ]
         text = self._digests[path] + json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
