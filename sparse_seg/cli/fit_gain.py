@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             "policy gain refines a coarse pass, which model.dilate_second=false and model.exchange=separate "
             "do not allow; choose other settings"
         )
-    dataset = build_dataset(config.data.dataset, config.data.root, args.split)
+    dataset = build_dataset(config.data.dataset, config.data.root, args.split, config.data.bits)
     check_outputs([args.out], [*input_files(args.config, config, args.checkpoint), *dataset.files()])
     dataset.check(args.limit)
     samples = collect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import nn
 
 from sparse_seg.checkpoint import load_model
 from sparse_seg.data.dataset import Image
+from sparse_seg.data.depth import find_depth
 from sparse_seg.data.reading import read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import DataError, import_package
@@ -23,11 +25,13 @@ from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.segmentor import RuntimeSegmentor
 from sparse_seg.lab.report.overlays import overlay
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.card import Card
 from sparse_seg.models.network import eval_mode
 from sparse_seg.models.refinement import refine
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +95,7 @@ class Segmenter:
 
     def __init__(
         self,
-        model: SelectiveSegmentor,
+        model: Segmentor,
         way: Way | None = None,
         views: Views = ONCE,
         runner: Runner | RuntimeSegmentor | None = None,
@@ -153,10 +157,11 @@ class Segmenter:
 
 
 def segment(
-    model: SelectiveSegmentor | RuntimeSegmentor | nn.Module | str | Path,
+    model: Segmentor | RuntimeSegmentor | nn.Module | str | Path,
     image: str | Path | Image | Any,
     way: Way | None = None,
     views: Views = ONCE,
+    bits: int | None = None,
 ) -> Segmentation:
     """What a network sees in an image.
 
@@ -167,6 +172,8 @@ def segment(
             uint8 `[H, W, 3]` RGB.
         way: how to run; by default selective under the model's own policy.
         views: whole or through windows, with or without test-time augmentation.
+        bits: of a file with 16 bits per channel, how many are used; None: 12 where no value is above 4095,
+            else 16, and a warning is logged. For several pictures of a camera, set it.
 
     Raises:
         CheckpointError, DataError: a file is missing, damaged or foreign.
@@ -174,18 +181,18 @@ def segment(
         ValueError: a model or image of a wrong type, or an image of a wrong shape or dtype, or smaller than
             32x32.
     """
-    network, pixels = _network(model), _pixels(image)
+    network, pixels = _network(model), _pixels(image, bits)
     if isinstance(network, RuntimeSegmentor):
         return Segmenter(network.model, way, views, network)(pixels)
     return Segmenter(network, way, views)(pixels)
 
 
-def _network(model: Any) -> SelectiveSegmentor | RuntimeSegmentor:
+def _network(model: Any) -> Segmentor | RuntimeSegmentor:
     """The network that is given, loaded or in a wrapper: for several GPUs, of averages, of torch.compile."""
     if isinstance(model, str | os.PathLike):
         return load_model(model if isinstance(model, str) else Path(model))
     inner = model
-    while not isinstance(inner, SelectiveSegmentor | RuntimeSegmentor):
+    while not isinstance(inner, Segmentor | RuntimeSegmentor):
         inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             raise ValueError(
@@ -194,12 +201,15 @@ def _network(model: Any) -> SelectiveSegmentor | RuntimeSegmentor:
     return inner
 
 
-def _pixels(image: Any) -> Image:
+def _pixels(image: Any, bits: int | None) -> Image:
     """`[H, W, 3]` of what is given; arrays are checked by `Segmenter`."""
     if isinstance(image, np.ndarray):
         return image
     if isinstance(image, str | os.PathLike):
-        return read_image(Path(image), upright=True)
+        depth = find_depth([Path(image)], bits, "set bits")
+        if depth.note:
+            _LOG.warning("warning: %s", depth.note)
+        return read_image(Path(image), upright=True, bits=depth.bits)
     pillow = sys.modules.get("PIL.Image")  # whoever opened the picture has imported it
     if pillow is None or not isinstance(image, pillow.Image):
         raise ValueError(f"image must be a path, a Pillow image or uint8 [H, W, 3] RGB, not {_kind(image)}")
