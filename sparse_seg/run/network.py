@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Self
 
@@ -97,7 +98,7 @@ class SelectiveNetwork(Segmentor):
             graph,
             Tensors({name: tensor.detach().clone() for name, tensor in tensors.items()}),
             {},
-            self.policy,
+            copy.deepcopy(self.policy),
             self.strides,
             self.mask,
             self.exchange,

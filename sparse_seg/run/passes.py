@@ -169,12 +169,9 @@ class GraphPass:
         self._with_grad = False
         coarsest = self.model.strides[-1]
         self._coarse = self._run.dense(coarsest, geometry.kept_lattices)
-        if stored_dtype is not None:
-            for name, value in self._coarse.items():
-                if isinstance(value, Grid) and geometry.kind[name] == "rows":
-                    self._coarse[name] = Grid(
-                        value.tensor.to(stored_dtype).to(value.tensor.dtype), value.stride
-                    )
+        for name, value in self._coarse.items():
+            if stored_dtype is not None and isinstance(value, Grid) and geometry.kind[name] == "rows":
+                self._coarse[name] = Grid(value.tensor.to(stored_dtype), value.stride)
         blocks = block_shape(self.images, coarsest)
         self.mask = torch.zeros(blocks, dtype=torch.bool, device=self.images.device)
         self._values, self._sites, self._stride = self._coarse, None, None
@@ -313,9 +310,8 @@ class GraphPass:
         return upsample_logits(logits, self._run.size, grid.stride, geometry.trained, align, every)
 
     def _count(self, node: Node, places: int) -> None:
-        operator = OPERATORS[node.op]
-        tensors = {role: self.model.tensors[name] for role, name in node.tensors.items()}
-        macs = operator.macs(node, tensors)
+        tensors = {role: self._run.tensors[name] for role, name in node.tensors.items()}
+        macs = OPERATORS[node.op].macs(node, tensors)
         if macs:
             self._add(self.model.geometry.part(node.name), places * macs)
 

@@ -63,10 +63,9 @@ class Run:
             kept: names of values that are wanted beside the output.
         """
         cells = self.geometry.cells(stride)
-        values = dict(self.early()) if stride >= self.geometry.strides[0] else Values()
-        return self._run(
-            self.geometry.graph.nodes, values, kept, lambda node, read: self._dense(node, read, cells)
-        )
+        shares = stride >= self.geometry.strides[0]  # early values stand where they do in each such run
+        nodes, values = (self._later, dict(self.early())) if shares else (self.geometry.graph.nodes, Values())
+        return self._run(nodes, values, kept, lambda node, read: self._dense(node, read, cells))
 
     def mixed(self, sites: Sites, coarse: Values | None = None, before: Values | None = None) -> Values:
         """Run under a mask: rows on mixed levels, what is late on grids at the finest stride.
@@ -82,13 +81,18 @@ class Run:
             kind, name = self.geometry.kind[node.name], node.name
             known = coarse is not None and name not in self.geometry.masked
             if kind == "rows":
-                lattice = (coarse or {}).get(name) if known else self._lattice(node, read, sites)
+                lattice = self._kept(coarse, name) if known else self._lattice(node, read, sites)
                 return self._mixed(node, read, sites, lattice, (before or {}).get(name))
             if kind == "vector":
                 return coarse[name] if known and coarse and name in coarse else self._vector(node, read)
             return self._dense(node, [_grid(one) for one in read], cells)
 
-        return self._run(self.geometry.graph.nodes, dict(self.early()), self.geometry.kept_rows, compute)
+        return self._run(self._later, dict(self.early()), self.geometry.kept_rows, compute)
+
+    @property
+    def _later(self) -> list[Node]:
+        """What is not early."""
+        return [node for node in self.geometry.graph.nodes if node.name not in self.geometry.first]
 
     def late(self, values: Mapping[str, Value]) -> Grid:
         """The output, from the values that late ones read: early, vectors, and rows; these may be others than
@@ -127,6 +131,8 @@ class Run:
                 left[name] -= 1
                 if not left[name] and name not in wanted:
                     values.pop(name, None)
+                elif not left[name] and isinstance(values.get(name), Mixed):
+                    values[name].settle()
         return values
 
     def _dense(self, node: Node, read: list[Value], cells: Mapping[str, int]) -> Value:
@@ -192,6 +198,13 @@ class Run:
         arrays = [one.tensor if isinstance(one, Grid) else one for one in read]
         self._count(node, self.batch)
         return operator.apply(node, self._tensors(node), arrays, self.training)
+
+    def _kept(self, coarse: Values | None, name: str) -> Grid | None:
+        """A lattice of the coarse pass, which may have been stored in a smaller dtype."""
+        grid = (coarse or {}).get(name)
+        if grid is None or grid.tensor.dtype == self.images.dtype:
+            return grid
+        return Grid(grid.tensor.to(self.images.dtype), grid.stride)
 
     def _lattice(self, node: Node, read: list[Value], sites: Sites) -> Grid | None:
         """A node's lattice in a mixed run; None where norms need all sites at once."""

@@ -117,6 +117,11 @@ class Mixed:
             self._complete[stride, exchange] = level.complete(source, self.extras(stride), exchange)
         return self._complete[stride, exchange]
 
+    def settle(self) -> None:
+        """Drop what is made of the value for those that read it: none does any more in this run."""
+        self._complete.clear()
+        self._tables.clear()
+
     def densify(self, exchange: str = "linear") -> Grid:
         """The finest grid, by the exchange rule where there is no site."""
         finest = min(self.rows, default=self.lattice.stride)
