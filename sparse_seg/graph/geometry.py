@@ -364,6 +364,19 @@ class Geometry:
                     kept.add(node.name)
         return kept | {name for name, kind in self.kind.items() if kind == "vector"}
 
+    @cached_property
+    def kept_late(self) -> set[str]:
+        """Late values of a coarse pass that late ones in fine blocks read, or that are the output."""
+        return {
+            node.name
+            for node in self.graph.nodes
+            if self.kind[node.name] == "late"
+            and (
+                node.name == self.graph.output
+                or any(user.op == "resize" or self.window(user) is not None for user in self.users[node.name])
+            )
+        }
+
     def _reads_sites(self, user: Node) -> bool:
         """Whether a node reads other rows than its own."""
         return self.kind[user.name] in ("late", "vector") or self.window(user) is not None

@@ -45,12 +45,13 @@ class SelectiveNetwork(Segmentor):
         mask: MaskConfig | None = None,
         exchange: str = "linear",
         card: Card | None = None,
+        merge: str = "whole",
     ) -> None:
-        super().__init__(policy, strides, mask, "whole", card)
+        super().__init__(policy, strides, mask, merge, card)
         self.geometry = Geometry(graph, strides)
         self.module, self.exchange = module, exchange
         self.constants = Tensors(constants)
-        check_way(Way(), exchange)
+        check_way(Way(merge=merge), exchange, self.geometry)
 
     @property
     def graph(self) -> Graph:
@@ -74,7 +75,7 @@ class SelectiveNetwork(Segmentor):
 
     def check_way(self, way: Way) -> None:
         """Raises a SparseSegError, of one line, where the network cannot run a way."""
-        check_way(way, self.exchange)
+        check_way(way, self.exchange, self.geometry)
 
     def start(self, images: Tensor, labels: Tensor | None = None) -> GraphPass:
         """Start a pass over images; nothing is computed yet.
@@ -103,6 +104,7 @@ class SelectiveNetwork(Segmentor):
             self.mask,
             self.exchange,
             self.card,
+            self.merge,
         )
         folded.is_folded = True
         return folded.eval()

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_seg.sites.plan import Taps
+from sparse_seg.sites.plan import HERE, Taps
 
 if TYPE_CHECKING:
     from sparse_seg.sites.level import Level
     from sparse_seg.sites.sites import Sites
-
-HERE = Taps((0,), (0,))
 
 
 class Grid:
