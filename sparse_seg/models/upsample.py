@@ -134,8 +134,8 @@ def _interpolation_matrix(
 def axis_shares(
     cells: int, length: int, stride: int, trained_stride: int, align_corners: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The two cells that each of `length` pixels of an axis lies between, int64 `[length]` each, and the share
-    of the second, float64; as `upsample_logits` takes them."""
+    """The two cells that each of `length` pixels of an axis lies between, int64 `[length]` each, and the
+    share of the second, float64; as `upsample_logits` takes them."""
     pixels = torch.arange(length, device="cpu")
     places = _places(pixels, length, stride, trained_stride, align_corners).clamp(0, cells - 1)
     first = places.floor().long()

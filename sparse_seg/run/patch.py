@@ -1,7 +1,7 @@
 """Merge `patch` of a captured network: late values are computed in fine blocks alone.
 
-Coarse blocks keep what the coarse pass gave, late values and logits, so a decoder at stride 4 is not run twice
-everywhere. In a fine block each late value has all its places; a window there reads those of fine blocks, and
+Coarse blocks keep what the coarse pass gave, late values and logits, so a decoder at stride 4 is not run
+twice everywhere. In a fine block each late value has all its places; a window there reads those of fine blocks, and
 outside them what the coarse pass gave. All coarse is the dense coarse network, all fine the dense fine one.
 """
 

@@ -121,12 +121,12 @@ class LevelPlan:
         return self._kept(("grid", taps, stride, first), build)
 
     def cells_at(self, stride: int) -> Tensor:
-        """`[cells, n]`: the n flat places at `stride` px of each cell; the number of all where one is outside."""
+        """`[cells, n]`: the n flat places at `stride` px of each cell; the number of all if one is outside."""
         return self.taps_at(HERE, stride, stride)[:, :, 0]
 
     def taps_at(self, taps: Taps, stride: int, source: int) -> Tensor:
-        """`[cells, n, T]`: what taps read in a complete grid at `source` px around the n places at `stride` px
-        of each cell; the number of its places is outside, and what places outside the image read."""
+        """`[cells, n, T]`: what taps read in a complete grid at `source` px around the n places at `stride`
+        px of each cell; the number of its places is outside, and what places outside the image read."""
 
         def build() -> Tensor:
             size, own = grid_size(self.image, source), grid_size(self.image, stride)
