@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparse_seg.data.headers import file_header
-from sparse_seg.data.reading import captured_stderr, decode_image, guessed_bits
+from sparse_seg.data.reading import decode_image, guessed_bits
 from sparse_seg.errors import DataError
 
 LOOKED_AT = 32
@@ -41,8 +41,7 @@ def find_depth(files: Sequence[Path], told: int | None, setting: str) -> Depth:
         return Depth(None)
     count = min(LOOKED_AT, len(deep))
     chosen = [deep[number * len(deep) // count] for number in range(count)]
-    with captured_stderr():
-        found = [value for value in map(_highest, chosen) if value is not None]
+    found = [value for value in map(_highest, chosen) if value is not None]
     if not found:
         return Depth(None)
     bits = guessed_bits(max(found))

@@ -69,7 +69,7 @@ def read_header(data: Data) -> Header | None:
         if data[: len(signature)] == signature:
             try:
                 return read(data)
-            except (struct.error, LookupError):
+            except (struct.error, LookupError, OverflowError):
                 return None
     return None
 

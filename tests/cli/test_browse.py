@@ -80,3 +80,15 @@ def test_faulty_files_are_listed(config, tmp_path, capsys):
     assert "2 faulty files: training will refuse them" in page
     assert "val/images/001.png: its label" in page
     assert "Augmentation" not in page
+
+
+@pytest.mark.timeout(60)
+def test_16_bit_images_are_looked_at_and_said(config, tmp_path, caplog):
+    """The files are read by threads while what libraries print is caught, which only one thread may do."""
+    for split, count in (("train", 60), ("val", 2)):
+        for number in range(count):
+            image = np.full((64, 96, 3), 3000, np.uint16)
+            assert cv2.imwrite(str(tmp_path / f"data/{split}/images/{number:03d}.png"), image)
+    assert main(["browse", str(config), "--out", str(tmp_path / "page.html"), "--count", "2"]) == 0
+    assert len(caplog.messages) == 2
+    assert "62 of 62 images have 16 bits per channel but no value above 4095" in caplog.messages[0]

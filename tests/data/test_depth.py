@@ -1,5 +1,6 @@
 """16-bit files of 10 to 16 used bits: one answer for a data set or a folder, said where it cannot be told."""
 
+import pickle
 from pathlib import Path
 
 import cv2
@@ -88,6 +89,8 @@ def test_the_unit_is_the_whole_data_set(tmp_path: Path, caplog: pytest.LogCaptur
     images = [dataset.load(index)[0].mean() for dataset in datasets for index in range(2)]
     assert max(images) < 1.1 * min(images)
     assert datasets[0].load_image(0).mean() == images[0]
+    alone = pickle.loads(pickle.dumps(build_dataset("camvid", root, "train")))  # as sent to a data worker
+    assert alone.depth == datasets[0].depth
 
 
 def test_a_data_sets_bits_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

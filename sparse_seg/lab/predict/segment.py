@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sparse_seg.checkpoint import load_model
 from sparse_seg.data.dataset import Image
 from sparse_seg.data.depth import find_depth
-from sparse_seg.data.reading import read_image
+from sparse_seg.data.reading import captured_stderr, read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
 from sparse_seg.export.runner import Runner
@@ -167,7 +167,8 @@ def segment(
     network = model if isinstance(model, SelectiveSegmentor) else load_model(model)
     if isinstance(image, np.ndarray):
         return Segmenter(network, way, views)(image)
-    depth = find_depth([Path(image)], bits, "set bits")
+    with captured_stderr():
+        depth = find_depth([Path(image)], bits, "set bits")
     if depth.note:
         _LOG.warning("warning: %s", depth.note)
     pixels = read_image(Path(image), upright=True, bits=depth.bits)
