@@ -43,7 +43,7 @@ def _images(name: str, root: str | Path, without: str) -> list[Path]:
     files = list[Path]()
     for split in SPLITS:
         if split != without:
-            with suppress(SparseSegError), unsaid():
+            with suppress(SparseSegError, OSError), unsaid():
                 files += [image for image, _ in DATASETS[name](root, split).samples]
     return files
 

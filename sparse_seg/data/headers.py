@@ -94,7 +94,8 @@ def without_orientation(data: bytes, place: slice) -> bytes:
 
 def is_heic(data: bytes) -> bool:
     """Whether it is a photo in HEIF's container coded by HEVC, as phones take them."""
-    return data[4:8] == b"ftyp" and data[8:12] in _HEIC
+    is_avif = b"avif" in data[8:64]  # its container may be HEIF's, too; OpenCV reads it
+    return data[4:8] == b"ftyp" and data[8:12] in _HEIC and not is_avif
 
 
 def other_format(data: bytes) -> str:
