@@ -48,10 +48,12 @@ def find_depth(files: Sequence[Path], told: int | None, setting: str) -> Depth:
     ceiling = (1 << bits) - 1 if bits < 16 else _CERTAIN - 1
     if max(found) > ceiling:
         return Depth(bits)
+    some = f" in {count} of them" if count < len(deep) else ""
     return Depth(
         bits,
-        f"{len(deep)} of {len(files)} images have 16 bits per channel but no value above {ceiling}, such as "
-        f"{deep[0].name}: all are read as {bits}-bit pictures; if they are of another depth, {setting}",
+        f"{len(deep)} of {len(files)} images have 16 bits per channel but no value above {ceiling}{some}, "
+        f"such as {deep[0].name}: all are read as {bits}-bit pictures; if they are of another depth, "
+        f"{setting}",
     )
 
 

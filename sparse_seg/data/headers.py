@@ -36,7 +36,7 @@ _OTHERS = (
     (0, b"<svg", "an SVG drawing"),
     (0, b"<!DOCTYPE", "a web page"),
     (0, b"<html", "a web page"),
-    (0, b"version https://git-lfs", "a pointer of Git LFS; run git lfs pull"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS (git lfs pull gets the file)"),
 )
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 

@@ -49,6 +49,11 @@ def test_one_answer_for_all_files(tmp_path: Path, highest, bits: int, ceiling: i
     assert find_depth(files, 14, "set it") == (14, "")
 
 
+def test_of_many_files_some_are_looked_at(tmp_path: Path) -> None:
+    files = write(tmp_path, *[DARK] * 40)
+    assert "but no value above 4095 in 32 of them, such as 0.png" in find_depth(files, None, "set it").note
+
+
 def test_values_above_the_bits_are_clipped(tmp_path: Path) -> None:
     (file,) = write(tmp_path, BRIGHT)
     pixels = read_image(file, bits=12)

@@ -217,7 +217,10 @@ def test_formats_that_are_not_read_are_named(tmp_path: Path, monkeypatch: pytest
         (b"8BPS\0\1" + bytes(100), "is a Photoshop document, which is not read here; save it as PNG"),
         (bytes(128) + b"DICM" + bytes(9), "is a DICOM file"),
         (b"\0\0\0\x20ftypisom" + bytes(100), "is a film"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS; run git lfs pull"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            r"is a pointer of Git LFS \(git lfs pull gets the file\)",
+        ),
     ):
         file.write_bytes(content)
         with pytest.raises(DataError, match=f"photo.png: {what}"):
