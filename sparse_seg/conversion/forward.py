@@ -78,10 +78,11 @@ class Conversion:
     @property
     def classes(self) -> list[str] | None:
         """Names of the classes, where the caller, the file or the source tells as many as there are."""
-        if self.told is not None:
-            return list(self.told.classes.names)
-        names = self.plan.classes or self.file.classes
-        return list(names) if names is not None and len(names) == self.config.num_classes else None
+        told = self.told.classes.names if self.told is not None else None
+        for names in (told, self.file.classes, self.plan.classes):
+            if names is not None and len(names) == self.config.num_classes:
+                return list(names)
+        return None
 
     def write(self, path: str | Path) -> None:
         """Write the checkpoint, with what the network does not need as the source has it.

@@ -1,5 +1,6 @@
 """Datasets by name."""
 
+import functools
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def build_dataset(name: str, root: str | Path, split: str, bits: int | None = No
     """
     dataset = DATASETS[name](root, split)
     dataset.bits = bits
-    dataset.other_images = lambda: _images(name, root, split)
+    dataset.other_images = functools.partial(_images, name, root, split)
     return dataset
 
 
@@ -42,7 +43,7 @@ def _images(name: str, root: str | Path, without: str) -> list[Path]:
     files = list[Path]()
     for split in SPLITS:
         if split != without:
-            with suppress(SparseSegError), unsaid():
+            with suppress(SparseSegError, OSError), unsaid():
                 files += [image for image, _ in DATASETS[name](root, split).samples]
     return files
 

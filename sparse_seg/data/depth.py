@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparse_seg.data.headers import file_header
-from sparse_seg.data.reading import captured_stderr, decode_image, guessed_bits
+from sparse_seg.data.reading import decode_image, guessed_bits
 from sparse_seg.errors import DataError
 
 LOOKED_AT = 32
@@ -41,18 +41,19 @@ def find_depth(files: Sequence[Path], told: int | None, setting: str) -> Depth:
         return Depth(None)
     count = min(LOOKED_AT, len(deep))
     chosen = [deep[number * len(deep) // count] for number in range(count)]
-    with captured_stderr():
-        found = [value for value in map(_highest, chosen) if value is not None]
+    found = [value for value in map(_highest, chosen) if value is not None]
     if not found:
         return Depth(None)
     bits = guessed_bits(max(found))
     ceiling = (1 << bits) - 1 if bits < 16 else _CERTAIN - 1
     if max(found) > ceiling:
         return Depth(bits)
+    some = f" in {count} of them" if count < len(deep) else ""
     return Depth(
         bits,
-        f"{len(deep)} of {len(files)} images have 16 bits per channel but no value above {ceiling}, such as "
-        f"{deep[0].name}: all are read as {bits}-bit pictures; if they are of another depth, {setting}",
+        f"{len(deep)} of {len(files)} images have 16 bits per channel but no value above {ceiling}{some}, "
+        f"such as {deep[0].name}: all are read as {bits}-bit pictures; if they are of another depth, "
+        f"{setting}",
     )
 
 

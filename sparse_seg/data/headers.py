@@ -36,7 +36,7 @@ _OTHERS = (
     (0, b"<svg", "an SVG drawing"),
     (0, b"<!DOCTYPE", "a web page"),
     (0, b"<html", "a web page"),
-    (0, b"version https://git-lfs", "a pointer of Git LFS; run git lfs pull"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS (git lfs pull gets the file)"),
 )
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
@@ -69,7 +69,7 @@ def read_header(data: Data) -> Header | None:
         if data[: len(signature)] == signature:
             try:
                 return read(data)
-            except (struct.error, LookupError):
+            except (struct.error, LookupError, OverflowError):
                 return None
     return None
 
@@ -94,7 +94,8 @@ def without_orientation(data: bytes, place: slice) -> bytes:
 
 def is_heic(data: bytes) -> bool:
     """Whether it is a photo in HEIF's container coded by HEVC, as phones take them."""
-    return data[4:8] == b"ftyp" and data[8:12] in _HEIC
+    is_avif = b"avif" in data[8:64]  # its container may be HEIF's, too; OpenCV reads it
+    return data[4:8] == b"ftyp" and data[8:12] in _HEIC and not is_avif
 
 
 def other_format(data: bytes) -> str:

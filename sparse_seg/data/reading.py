@@ -99,7 +99,7 @@ def decode_image(file: Path, upright: bool = False, bits: int | None = None) -> 
     if header is not None:
         _require_numbers(file, header)
         _require_size(file, header.width, header.height)
-        if header.place is not None:  # OpenCV would turn it, asked or not
+        if header.place is not None and header.orientation != 1:  # OpenCV would turn it, asked or not
             data, turn = without_orientation(data, header.place), _TURNS.get(header.orientation)
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
     image = _decode(file, data, flags if upright else flags | cv2.IMREAD_IGNORE_ORIENTATION)

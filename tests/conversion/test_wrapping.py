@@ -313,6 +313,14 @@ def test_one_logit_becomes_two_classes_of_the_same_function(name, told, tmp_path
     assert seen.names == ("background", "foreground")
 
 
+def test_names_in_a_file_of_one_logit_are_its_classes(tmp_path):
+    state = dict(state_of("mmseg deeplabv3 r18"))
+    state |= {key: value[:1].clone() for key, value in state.items() if "decode_head.conv_seg" in key}
+    names = ("ground", "building")
+    conversion = converted(tmp_path, {"state_dict": state, "meta": {"dataset_meta": {"classes": names}}})
+    assert conversion.classes == list(names)
+
+
 def test_a_threshold_is_for_one_logit(tmp_path):
     with pytest.raises(CheckpointError, match="--threshold is for networks of one logit, which it is not"):
         converted(tmp_path, torchvision(), threshold=0.4)

@@ -1,5 +1,6 @@
 """16-bit files of 10 to 16 used bits: one answer for a data set or a folder, said where it cannot be told."""
 
+import pickle
 from pathlib import Path
 
 import cv2
@@ -48,6 +49,11 @@ def test_one_answer_for_all_files(tmp_path: Path, highest, bits: int, ceiling: i
     assert find_depth(files, 14, "set it") == (14, "")
 
 
+def test_of_many_files_some_are_looked_at(tmp_path: Path) -> None:
+    files = write(tmp_path, *[DARK] * 40)
+    assert "but no value above 4095 in 32 of them, such as 0.png" in find_depth(files, None, "set it").note
+
+
 def test_values_above_the_bits_are_clipped(tmp_path: Path) -> None:
     (file,) = write(tmp_path, BRIGHT)
     pixels = read_image(file, bits=12)
@@ -88,6 +94,8 @@ def test_the_unit_is_the_whole_data_set(tmp_path: Path, caplog: pytest.LogCaptur
     images = [dataset.load(index)[0].mean() for dataset in datasets for index in range(2)]
     assert max(images) < 1.1 * min(images)
     assert datasets[0].load_image(0).mean() == images[0]
+    alone = pickle.loads(pickle.dumps(build_dataset("camvid", root, "train")))  # as sent to a data worker
+    assert alone.depth == datasets[0].depth
 
 
 def test_a_data_sets_bits_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

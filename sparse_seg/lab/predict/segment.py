@@ -18,7 +18,7 @@ from torch import nn
 from sparse_seg.checkpoint import load_model
 from sparse_seg.data.dataset import Image
 from sparse_seg.data.depth import find_depth
-from sparse_seg.data.reading import read_image
+from sparse_seg.data.reading import captured_stderr, read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import DataError, import_package
 from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
@@ -206,7 +206,8 @@ def _pixels(image: Any, bits: int | None) -> Image:
     if isinstance(image, np.ndarray):
         return image
     if isinstance(image, str | os.PathLike):
-        depth = find_depth([Path(image)], bits, "set bits")
+        with captured_stderr():
+            depth = find_depth([Path(image)], bits, "set bits")
         if depth.note:
             _LOG.warning("warning: %s", depth.note)
         return read_image(Path(image), upright=True, bits=depth.bits)
