@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     samples = collect(
         model.for_inference(), dataset, config.data, not args.without_labels, args.limit, args.seed
     )
-    net = fit(samples, args.seed)
+    net = fit(samples, args.seed, bn_eps=loaded.config.bn_eps)
     weights = {name: tensor for name, tensor in loaded.weights.items() if not name.startswith("policy.")}
     weights |= {f"policy.net.{name}": tensor for name, tensor in net.state_dict().items()}
     mask = dataclasses.replace(loaded.config.mask, policy="gain")
