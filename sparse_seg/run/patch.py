@@ -1,8 +1,9 @@
 """Merge `patch` of a captured network: late values are computed in fine blocks alone.
 
 Coarse blocks keep what the coarse pass gave, late values and logits, so a decoder at stride 4 is not run
-twice everywhere. In a fine block each late value has all its places; a window there reads those of fine blocks, and
-outside them what the coarse pass gave. All coarse is the dense coarse network, all fine the dense fine one.
+twice everywhere. In a fine block each late value has all its places. A window there reads those of fine
+blocks, and outside them what the coarse pass gave. All coarse is the dense coarse network, all fine the
+dense fine one.
 """
 
 from __future__ import annotations

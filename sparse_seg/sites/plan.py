@@ -121,7 +121,7 @@ class LevelPlan:
         return self._kept(("grid", taps, stride, first), build)
 
     def cells_at(self, stride: int) -> Tensor:
-        """`[cells, n]`: the n flat places at `stride` px of each cell; the number of all if one is outside."""
+        """`[cells, n]`: the n flat places at `stride` px of each cell; the number of all if outside."""
         return self.taps_at(HERE, stride, stride)[:, :, 0]
 
     def taps_at(self, taps: Taps, stride: int, source: int) -> Tensor:
