@@ -8,7 +8,7 @@ stride*: the largest at which all that reads it finds its taps. Values are
 - `rows`: those with a larger one: taps a multiple of it never mix phases. They have a lattice, at the natural
   stride but at most the coarsest, and extra sites where a mask asks for them.
 - `late`: from a resizing on, or from a window behind the rows whose taps mix phases. They are dense again.
-- `vector`: one of each image.
+- `vector`: one of each image; one that is made of late values is late, too.
 
 A window that mixes phases between windows on rows is *mixing*: it reads densified rows everywhere, so the
 lattice comes to depend on the mask, and P1 and P4 of docs/method.md do not hold.
@@ -72,10 +72,10 @@ class Geometry:
             operator, grids = OPERATORS[node.op], [name for name in node.inputs if strides[name]]
             if node.op == "image":
                 strides[node.name] = 1
+            elif node.op == "resize" and self.nodes[node.inputs[0]].size != (1, 1):
+                strides[node.name] = self._resized(node)
             elif operator.is_pool or not grids:
                 strides[node.name] = 0
-            elif node.op == "resize":
-                strides[node.name] = self._resized(node)
             elif isinstance(operator, Spatial):
                 down, across = operator.window(node).stride
                 if down != across:
@@ -100,7 +100,7 @@ class Geometry:
 
     def _own(self) -> int:
         for node in self.graph.nodes:
-            if node.op == "resize" and self.captured[node.name]:
+            if node.op == "resize" and self.captured[node.inputs[0]]:
                 before = self.captured[node.inputs[0]]
                 if before > self.captured[node.name] and before > 1:
                     return before
@@ -144,13 +144,22 @@ class Geometry:
         """Which values are late, and which windows mix phases."""
         finest, above, below = self.strides[0], set[str](), set[str]()
         behind = set[str]()  # a resizing
-        clean = set[str]()
+        clean, deep = set[str](), set[str]()  # deep: vectors of such
         for node in self.graph.nodes:
             grids = self._grids(node)
-            if not self.captured[node.name]:
+            operator = OPERATORS[node.op]
+            if not self.captured[node.name] and not (operator.is_pool and operator.needs_grid):
                 self.kind[node.name] = "vector"
+                if any(name in group for name in node.inputs for group in (above, clean, behind, deep)):
+                    deep.add(node.name)
                 continue
-            if OPERATORS[node.op].needs_grid or any(name in behind for name in grids):
+            on_grid = operator.needs_grid and (
+                node.op == "resize"
+                or operator.is_pool
+                or any(name in above or name in clean for name in grids)
+            )
+            early = not any(name in above or name in clean for name in grids)
+            if on_grid or any(name in behind or (early and name in deep) for name in node.inputs):
                 behind.add(node.name)
             elif self.window(node) is not None and _power_of_two(self.taps(node)) > finest:
                 clean.add(node.name)
@@ -165,15 +174,13 @@ class Geometry:
                 below.add(node.name)
         for node in self.graph.nodes:
             if self.kind.get(node.name) == "vector":
+                if any(self.kind.get(name) == "late" for name in node.inputs):
+                    self.kind[node.name] = "late"
                 continue
             mixes = self.window(node) is not None and node.name not in clean and node.name in above
             if mixes and node.name in below and node.name not in behind:
                 self.mixing.add(node.name)
-            elif (
-                mixes
-                or node.name in behind
-                or any(self.kind.get(name) == "late" for name in self._grids(node))
-            ):
+            elif mixes or node.name in behind or any(self.kind.get(name) == "late" for name in node.inputs):
                 self.kind[node.name] = "late"
 
     def _natural(self) -> dict[str, int]:
@@ -184,8 +191,11 @@ class Geometry:
                 continue
             bounds = [ANY]
             kept = captured if captured < self.own else ANY  # by who reads all places
+            if OPERATORS[node.op].needs_grid:
+                bounds.append(captured)
             for user in self.users[name]:
-                if OPERATORS[user.op].is_pool or self.kind.get(user.name) == "late":
+                operator = OPERATORS[user.op]
+                if operator.is_pool or operator.needs_grid or self.kind.get(user.name) == "late":
                     bounds.append(kept)
                 elif user.name in natural:
                     bounds.append(natural[user.name])
@@ -197,9 +207,9 @@ class Geometry:
         return natural
 
     def _require_windows(self) -> None:
-        windows = [node for node in self.graph.nodes if self.kind[node.name] == "rows" and self.window(node)]
-        if windows:
-            return
+        for node in self.graph.nodes:
+            if self.window(node) is not None and self.kind[node.inputs[0]] == self.kind[node.name] == "rows":
+                return
         finest, coarsest = self.strides[0], self.strides[-1]
         spacings = [
             self.spacing(node) for node in self.graph.nodes if self.window(node) and node.op == "conv2d"
@@ -289,7 +299,7 @@ class Geometry:
             name = node.name
             if name in self.natural:
                 cells[name] = min(self.natural[name], stride)
-            elif self.kind[name] == "vector":
+            elif not self.captured[name]:
                 cells[name] = 0
             elif node.op == "resize":
                 captured = self.captured[name]

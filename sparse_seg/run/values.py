@@ -148,7 +148,7 @@ class Run:
         """A node on grids and vectors."""
         if node.op == "image":
             return Grid(self.images, 1)
-        if self.geometry.kind[node.name] == "vector":
+        if not self.geometry.captured[node.name]:
             return self._vector(node, read)
         cell, operator = cells[node.name], OPERATORS[node.op]
         if node.op == "resize":
@@ -200,8 +200,15 @@ class Run:
 
     def _resize(self, node: Node, source: Value, cell: int) -> Value:
         """Bilinear, with the offset that the network was captured with, whatever the strides are now."""
-        if not isinstance(source, Grid):
-            return source
+        if not isinstance(source, Grid):  # a vector of several places
+            mode, align = (
+                ("nearest", None)
+                if node.options.get("nearest")
+                else ("bilinear", node.options["align_corners"])
+            )
+            return Grid(
+                F.interpolate(source, grid_size(self.size, cell), mode=mode, align_corners=align), cell
+            )
         captured, to = self.geometry.captured[node.inputs[0]], self.geometry.captured[node.name]
         size, align = grid_size(self.size, cell), node.options["align_corners"]
         if node.options.get("nearest"):
