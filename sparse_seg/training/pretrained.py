@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +15,17 @@ from sparse_seg.checkpoint.loading import initial_weights
 from sparse_seg.config import Config, ModelConfig
 from sparse_seg.conversion import convert
 from sparse_seg.errors import CheckpointError, printable
-from sparse_seg.models.build import build_model
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import load_weights, part_of
 from sparse_seg.processes import Processes
 from sparse_seg.progress import say
+from sparse_seg.run.build import build_model
 
 # settings of the backbone that its tensors' shapes do not tell
 SAME = ("shortcut", "bn_eps")
 
 
-def initial_model(
-    config: Config, device: torch.device, processes: Processes, starts: bool
-) -> SelectiveSegmentor:
+def initial_model(config: Config, device: torch.device, processes: Processes, starts: bool) -> Any:
     """The network to train, on its device; one that `starts`, in place of resuming, gets its first weights.
 
     Raises:
