@@ -143,7 +143,7 @@ def module_weights(
     """
     own, failed = module.state_dict(), list[tuple[int, str]]()
     for candidate in read_source(path, trust).candidates:
-        tensors = _renamed(candidate.tensors, own, prefix)
+        tensors = renamed(candidate.tensors, own, prefix)
         tensors = {name: one for name, one in tensors.items() if not name.startswith(tuple(drop))}
         counters = [name for name in own if name.endswith(COUNTER) and name not in tensors]
         tensors |= {name: torch.zeros_like(own[name]) for name in counters}  # older files lack them
@@ -156,7 +156,9 @@ def module_weights(
     )
 
 
-def _renamed(tensors: Mapping[str, Tensor], own: Mapping[str, Any], prefix: str | None) -> dict[str, Tensor]:
+def renamed(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Any], prefix: str | None = None
+) -> dict[str, Tensor]:
     """Without what wrappers put before all names; below `prefix` alone."""
     found = dict(tensors)
     for before in WRAPPED * 2:
