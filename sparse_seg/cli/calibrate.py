@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"run it with --set {settings}")
     if args.out:
         mask = dataclasses.replace(config.model.mask, **cuts)
-        network = dataclasses.replace(loaded.config, mask=mask, strides=config.model.strides)
+        network = dataclasses.replace(loaded.config, mask=mask, strides=list(model.strides))
         save(dataclasses.replace(loaded, path=Path(args.out), config=network))
         print(f"{args.out}: has these settings")
     return 0

@@ -191,7 +191,7 @@ def compare_and_report(
     dataset.check(limit)
     ways = comparison_ways(model, policies, fractions, exchanges, merges)
     origin, rows = provenance(), list[dict[str, Any]]()
-    subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, config.model.strides]
+    subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, list(model.strides)]
     subject += filter(None, [config.data.bits])
     digest = hashlib.blake2b(loaded.path.read_bytes() + json.dumps(subject).encode(), digest_size=16)
     origin["subject"] = digest.hexdigest()
@@ -208,7 +208,7 @@ def compare_and_report(
     if report_path:
         own = network_settings(loaded, config)
         description = (
-            f"{checkpoint}: {own.backbone} x{own.width:g}, {own.head} head, on "
+            f"{checkpoint}: {own.module or f'{own.backbone} x{own.width:g}, {own.head} head'}, on "
             f"{rows[0]['images']} images of {config.data.dataset} {split}. "
             "One set of weights, no retraining. "
             f"{origin['machine']}, {origin['threads']} threads; milliseconds are medians over the images."

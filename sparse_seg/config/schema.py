@@ -12,7 +12,8 @@ from sparse_seg.config.keys import function_key, key, section
 from sparse_seg.registry import BACKBONES, DATASETS, HEADS, POLICIES
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-STRIDES = ([8, 16], [8, 16, 32], [4, 8, 16])
+STRIDES = ([8, 16], [8, 16, 32], [4, 8, 16])  # of our networks; the first is the default
+MODULE_STRIDES = ([4, 8], [16, 32], [32, 64], [16, 32, 64])  # more, of others
 BITS = (10, 12, 14, 16)  # of cameras whose files have 16 per channel
 SEPARABLE = ("none", "linear", "normed")
 RGB = ("red", "green", "blue")
@@ -43,6 +44,10 @@ class MaskConfig:
 
 @dataclass
 class ModelConfig:
+    module: str | None = function_key(
+        None, "PACKAGE:CALLABLE that returns any network (an nn.Module), in place of backbone and head"
+    )
+    module_args: dict[str, Any] = function_key({}, "arguments of module")
     backbone: str = function_key("resnet18", "network up to the last stage", BACKBONES)
     width: float = function_key(1.0, "multiplier of the backbone's channels", "(0, 8]")
     depths: list[int] | None = function_key(
@@ -89,12 +94,22 @@ class ModelConfig:
         "whole: the head decodes densified rows; patch: coarse blocks keep the coarse pass's logits",
         ("whole", "patch"),
     )
-    strides: list[int] = key([8, 16], "output strides that the mask chooses from", STRIDES)
+    strides: list[int] | None = key(
+        None,
+        "output strides that the mask chooses from; null: those of the checkpoint's module, or module's own "
+        "output stride and twice it, else [8, 16]",
+        (*STRIDES, *MODULE_STRIDES),
+    )
     trained_stride: int = function_key(8, "output stride that the head is trained at", (8, 16, 32))
     auxiliary: bool = key(False, "FCN head on layer3, in training only")
     backbone_options: dict[str, Any] = function_key({}, "options of a backbone registered from outside")
     head_options: dict[str, Any] = function_key({}, "options of a head registered from outside")
     mask: MaskConfig = section(MaskConfig)
+
+    @property
+    def own_strides(self) -> list[int]:
+        """`strides` of a network of ours."""
+        return self.strides or STRIDES[0]
 
 
 @dataclass
@@ -174,7 +189,11 @@ class TrainConfig:
     iterations: int = key(1000, "training steps", COUNT)
     batch_size: int = key(8, "images a step, of all processes together", "[1, 65536]")
     network: str = key("dense", "what runs in training and validation", ("dense", "selective"))
-    output_stride: int = key(8, "output stride of the dense network", (8, 16, 32))
+    output_stride: int | None = key(
+        None,
+        "output stride of the dense network; null: 8, of a module the finest of its strides",
+        (4, 8, 16, 32),
+    )
     optimizer: str = key("sgd", "SGD with momentum, or AdamW", ("sgd", "adamw"))
     lr: float = key(0.01, "highest learning rate", "(0, 1000]")
     momentum: float = key(0.9, "momentum of sgd", "[0, 1)")

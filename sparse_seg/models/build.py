@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from sparse_seg.config import Config, ModelConfig, model_config
+from sparse_seg.config.schema import STRIDES
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import build_policy, mask_net
 from sparse_seg.models.card import Card
@@ -38,7 +39,10 @@ def build_model(
         ConfigError: unknown key, wrong type or impossible value, naming the key.
     """
     settings = model_config(config)
-    num_classes, strides = settings.num_classes or DEFAULT_NUM_CLASSES, tuple(settings.strides)
+    num_classes, strides = settings.num_classes or DEFAULT_NUM_CLASSES, tuple(settings.own_strides)
+    if list(strides) not in STRIDES:
+        choices = ", ".join(map(str, STRIDES))
+        raise ConfigError(f"model.strides is {list(strides)}; a network of ours has one of {choices}")
     architecture, head_class = BACKBONES[settings.backbone], HEADS[settings.head]
     more = settings.backbone_options
     key, taken = "model.backbone_options", {"pool": "model.shortcut"}

@@ -18,7 +18,7 @@ from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.masks import block_mean, blur_scores, gain_net, top_blocks
 from sparse_seg.masks.gain import GainPolicy
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.way import Way
 from sparse_seg.progress import bar
 
@@ -42,7 +42,7 @@ class Samples:
 
 @torch.inference_mode()
 def collect(
-    model: SelectiveSegmentor,
+    model: Segmentor,
     dataset: SegmentationDataset,
     data: DataConfig,
     labelled: bool = True,
@@ -59,7 +59,7 @@ def collect(
     """
     policy = GainPolicy(fine_fraction=0.0, net=nn.Identity(), block=model.strides[-1])
     generator, samples = torch.Generator().manual_seed(seed), Samples([], [], [])
-    device = next(model.parameters()).device
+    device = model.device
     count = len(dataset) if limit is None else min(limit, len(dataset))
     loader = evaluation_loader(dataset, data.mean, data.std, data.workers, range(count))
     for image, label, _ in bar(loader, "gains", count):

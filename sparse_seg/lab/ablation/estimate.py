@@ -11,7 +11,7 @@ from sparse_seg.lab.ablation.costs import first_frame, step_seconds
 from sparse_seg.lab.ablation.grid import Cell
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.latency import interleaved
-from sparse_seg.models.build import build_model
+from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import LAST, load_state
 from sparse_seg.training.statistics import BATCHES
 

@@ -105,7 +105,7 @@ class Segmenter:
             self.policy = runner.policy
         else:
             self.policy = None if self.way.is_dense else (runner or model).policy_for(self.way)
-        self.device = next(model.parameters()).device
+        self.device = model.device
         self.restart()
 
     def restart(self) -> None:
