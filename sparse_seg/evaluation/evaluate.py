@@ -15,8 +15,8 @@ from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
 from sparse_seg.evaluation.views import ONCE, Views, predict, single
 from sparse_seg.export.runner import Runner
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.network import eval_mode
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 from sparse_seg.processes import Processes
 from sparse_seg.progress import bar
@@ -60,7 +60,7 @@ class Part:
 
 
 def evaluate(
-    model: SelectiveSegmentor,
+    model: Segmentor,
     dataset: SegmentationDataset,
     data: DataConfig,
     way: Way | None = None,
@@ -96,7 +96,7 @@ def evaluate(
 
 
 def measure(
-    model: SelectiveSegmentor,
+    model: Segmentor,
     dataset: SegmentationDataset,
     data: DataConfig,
     way: Way,
@@ -114,7 +114,7 @@ def measure(
     policy = None if way.is_dense else model.policy_for(way)
     if policy is not None:
         policy.remember(None)
-    device = next(model.parameters()).device
+    device = model.device
     part = Part(SegmentationMetrics(len(dataset.classes), IGNORE_INDEX), images=len(frames))
     loader = evaluation_loader(dataset, data.mean, data.std, data.workers, frames)
     with torch.inference_mode(), eval_mode(model):

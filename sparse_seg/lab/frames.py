@@ -18,7 +18,7 @@ from sparse_seg.lab.benchmark.runtimes import lift
 from sparse_seg.lab.report.explorer import Explorer, Frame, Shot
 from sparse_seg.lab.report.html import Picture, photo
 from sparse_seg.lab.report.overlays import colourise, draw_levels, overlay
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.way import Way
 from sparse_seg.progress import bar
 
@@ -33,14 +33,14 @@ class Case:
 
     name: str
     row: _Row
-    model: SelectiveSegmentor
+    model: Segmentor
     way: Way
     data: DataConfig
 
     @torch.inference_mode()
     def classes(self, image: Image, label: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Classes `[H, W]` of a frame, and the level of every block unless dense."""
-        device = next(self.model.parameters()).device
+        device = self.model.device
         batch = normalise(image, self.data.mean, self.data.std)[None].to(device)
         target = torch.from_numpy(label.astype(np.int64))[None].to(device)
         run = self.model.start(batch, target).follow(self.way)

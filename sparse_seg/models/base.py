@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Self
@@ -48,6 +49,11 @@ class Segmentor(Predicting, nn.Module):
         self.merge, self.card = merge, card
         self.is_folded = False  # whether it was made by `for_inference`
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; a folded network may have no parameters."""
+        return next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0)).device
+
     def policy_for(self, way: Way) -> MaskPolicy:
         """The policy of a selective way: the model's own, or the one that the way names, in eval mode.
 
@@ -59,7 +65,7 @@ class Segmentor(Predicting, nn.Module):
         settings = way.mask_config(self.mask)
         net = getattr(self.policy, "net", None) if type(self.policy) is POLICIES[settings.policy] else None
         policy = build_policy(settings, self.strides, net)
-        return policy.to(next(self.parameters(), torch.empty(0)).device).eval()
+        return policy.to(self.device).eval()
 
     def separates(self, way: Way) -> bool:
         """Whether levels do not read each other."""

@@ -23,10 +23,10 @@ from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.segmentor import RuntimeSegmentor
 from sparse_seg.lab.report.overlays import overlay
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.card import Card
 from sparse_seg.models.network import eval_mode
 from sparse_seg.models.refinement import refine
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 
 
@@ -91,7 +91,7 @@ class Segmenter:
 
     def __init__(
         self,
-        model: SelectiveSegmentor,
+        model: Segmentor,
         way: Way | None = None,
         views: Views = ONCE,
         runner: Runner | RuntimeSegmentor | None = None,
@@ -101,7 +101,7 @@ class Segmenter:
             self.policy = runner.policy
         else:
             self.policy = None if self.way.is_dense else (runner or model).policy_for(self.way)
-        self.device = next(model.parameters()).device
+        self.device = model.device
         self.restart()
 
     def restart(self) -> None:
@@ -153,7 +153,7 @@ class Segmenter:
 
 
 def segment(
-    model: SelectiveSegmentor | RuntimeSegmentor | nn.Module | str | Path,
+    model: Segmentor | RuntimeSegmentor | nn.Module | str | Path,
     image: str | Path | Image | Any,
     way: Way | None = None,
     views: Views = ONCE,
@@ -180,12 +180,12 @@ def segment(
     return Segmenter(network, way, views)(pixels)
 
 
-def _network(model: Any) -> SelectiveSegmentor | RuntimeSegmentor:
+def _network(model: Any) -> Segmentor | RuntimeSegmentor:
     """The network that is given, loaded or in a wrapper: for several GPUs, of averages, of torch.compile."""
     if isinstance(model, str | os.PathLike):
         return load_model(model if isinstance(model, str) else Path(model))
     inner = model
-    while not isinstance(inner, SelectiveSegmentor | RuntimeSegmentor):
+    while not isinstance(inner, Segmentor | RuntimeSegmentor):
         inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             raise ValueError(
