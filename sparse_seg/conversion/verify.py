@@ -117,7 +117,7 @@ def explain(result: Verification, config: ModelConfig) -> list[str]:
     """Lines for the terminal: each difference, whether P1 holds, and what it means."""
     lines = [f"{'ok' if d.agrees else 'DIFFERS':<9} {d.value:8.1e}  {d.name}" for d in result.always]
     lines += [f"{'P1' if d.agrees else 'no P1':<9} {d.value:8.1e}  {d.name}" for d in result.p1]
-    finest, coarsest = config.strides[0], config.strides[-1]
+    finest, coarsest = config.own_strides[0], config.own_strides[-1]
     dense = f"the dense network of output stride {coarsest}"
     if result.p1_holds:
         meaning = (
