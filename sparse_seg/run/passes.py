@@ -95,26 +95,26 @@ class GraphPass:
 
         Raises:
             ValueError: a wrong shape or dtype, or a block that would become coarser than it is.
-            SparseSegError: an exchange rule, engine or merge that a captured network has not.
+            SparseSegError: an exchange rule, engine or merge that a captured network has not, or has not in
+                training.
         """
         self._way = way = way or Way()
-        exchange = way.exchange or self.model.exchange
         self.model.check_way(way)
-        levels = self._levels(fine_blocks)
-        near = self.model.geometry.near(self._run.size)
-        refines = self._coarse is not None and not self._with_grad and self.model.geometry.refines
+        levels, geometry = self._levels(fine_blocks), self.model.geometry
+        refines = self._coarse is not None and not self._with_grad and geometry.refines
         before = self._sites if refines else None
         if before is not None and bool((levels < self.levels).any()):
             raise ValueError("a step can only refine: some block has a lower level than before")
         plans = self.model.plans(len(self.images), self._run.size, self.images.device)
-        if self._patches and (self._coarse is None or self._patched is None):
-            self._start_patches()
-            refines, before = True, None
+        near, exchange = geometry.near(self._run.size), way.exchange or self.model.exchange
         sites = Sites.of_mask(levels, plans, exchange, near, before)
-        coarse, kept = (self._coarse, self._values) if refines else (None, None)
+        coarse = self._coarse if refines else None
         with self._context():
-            before_values = kept if before is not None else None
-            self._values = self._run.mixed(sites, coarse, before_values, not self._patches)
+            if self._patches and (coarse is None or self._patched is None):
+                coarse = self._coarse_to_patch()
+            known = self._values if before is not None else None
+            self._values = self._run.mixed(sites, coarse, known, not self._patches)
+            self._patched = None
             if self._patches:
                 level = sites.levels[self.model.strides[0]]
                 self._patched = patched(self._run, level, coarse or {}, self._values)
@@ -297,11 +297,12 @@ class GraphPass:
     def _patches(self) -> bool:
         return (self._way.merge or self.model.merge) == "patch"
 
-    def _start_patches(self) -> None:
-        """Run the coarse pass that coarse blocks keep their logits of."""
-        if self.model.training or self._with_grad:
-            raise SparseSegError("merge patch of a captured network has no gradients: train with merge whole")
-        self.start_coarse()
+    def _coarse_to_patch(self) -> Values:
+        """The coarse pass whose logits coarse blocks keep."""
+        if self.model.training:
+            raise SparseSegError("merge patch of a captured network is for eval mode: train with merge whole")
+        geometry = self.model.geometry
+        return self._run.dense(self.model.strides[-1], geometry.kept_lattices | geometry.kept_late)
 
     def _levels(self, fine_blocks: Tensor) -> Tensor:
         expected, count = block_shape(self.images, self.model.strides[-1]), len(self.model.strides) - 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 import sparse_seg
 from sparse_seg.errors import SparseSegError
+from sparse_seg.export import ExportOptions, export_onnx
 from sparse_seg.models.way import Way
 from sparse_seg.sparse.features import double
 from tests.reference import relative_error
@@ -126,11 +129,34 @@ def test_it_costs_the_share_of_fine_blocks() -> None:
     assert late[0] == coarse + dense // 4
 
 
+def test_a_pass_with_gradients_gives_the_same_and_they_reach_the_images() -> None:
+    net, images = network(), torch.randn(1, 3, 64, 96).double().requires_grad_()
+    logits = net.start(images).follow(PATCH).logits()
+    logits.square().sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
+    with torch.no_grad():
+        run = net.start(images.detach()).follow(PATCH)
+        assert relative_error(run.logits(), logits.detach()) < 1e-12
+        again = run.take(run.mask, Way())  # type: ignore[arg-type]
+        assert relative_error(again.logits(), net(images.detach())) < 1e-12, "whole again"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
+def test_it_is_exported(batch: int, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    net = network().float()
+    options = ExportOptions((75, 91), batch, merge="patch", tiles=False)
+    assert export_onnx(net, tmp_path / "a.onnx", options)["merge"] == "patch"  # checked against the model
+
+
 def test_what_it_cannot_do_is_refused() -> None:
     net, images = network(), torch.randn(1, 3, 64, 64).double()
     mask = torch.ones(1, 4, 4, dtype=torch.bool)
-    with pytest.raises(SparseSegError, match="no gradients: train with merge whole"):
-        net.start(images).take(mask, PATCH)
+    with pytest.raises(SparseSegError, match="is for eval mode: train with merge whole"):
+        net.train().start(images).take(mask, PATCH)
+    net.eval()
     three = sparse_seg.selective(net.module, strides=(8, 16, 32), size=(64, 128))
     with pytest.raises(SparseSegError, match="needs two strides; choose merge whole"):
         three.start(images).take(torch.ones(1, 2, 2, dtype=torch.bool), PATCH)
