@@ -134,10 +134,11 @@ def parse(description: Mapping[str, Any], weights: dict[str, Tensor], path: Path
 
 def _captured(tree: Any, path: Path) -> Captured:
     try:
-        parameters = frozenset(_texts(tree.get("parameters"))) if isinstance(tree, dict) else frozenset()
-        rest = {name: value for name, value in tree.items() if name != "parameters"}
-        return Captured(from_json(rest), parameters)
-    except (ValueError, TypeError, AttributeError) as error:
+        if not isinstance(tree, dict) or not isinstance(tree.get("parameters"), list):
+            raise ValueError("it does not say which parameters it has")
+        graph = from_json({name: value for name, value in tree.items() if name != "parameters"})
+        return Captured(graph, frozenset(map(str, tree["parameters"])))
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged: its graph cannot be: {printable(str(error))}") from None
 
 

@@ -66,8 +66,6 @@ def check_tensors(graph: Graph, tensors: Mapping[str, Tensor]) -> None:
         ValueError: a tensor that is missing, left over, no floating-point one, or does not fit its operator.
     """
     named = {name for node in graph.nodes for name in node.tensors.values()}
-    left = sorted(tensors.keys() - named)
-    _require(not left, f"nothing of the graph reads its tensor {left[:1]}")
     for node in graph.nodes:
         own = dict[str, Tensor]()
         for role, name in node.tensors.items():
@@ -80,6 +78,8 @@ def check_tensors(graph: Graph, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{node.where}: {error} is missing") from None
         except (ValueError, TypeError, IndexError) as error:
             raise ValueError(f"{node.where}: {error}") from None
+    left = sorted(tensors.keys() - named)
+    _require(not left, f"nothing of the graph reads its tensor {left[:1]}")
 
 
 def first_difference(graph: Graph, other: Graph) -> str | None:
