@@ -130,6 +130,23 @@ class Geometry:
             axes.append(tuple((tap * dilation - before) * unit for tap in range(kernel)))
         return Taps(*axes)
 
+    def kernel_inside(self, node: Node, size: tuple[int, int]) -> tuple[slice, slice] | None:
+        """The part of a kernel that ever reads inside images of `size` px; None of all of it.
+
+        Large atrous rates reach beyond small images: of torchvision's 36, at stride 16, one tap of nine reads
+        inside 512x512.
+        """
+        operator, taps = OPERATORS[node.op], self.taps(node, size)
+        if not isinstance(operator, Spatial) or not operator.skips_outside:
+            return None
+        parts = taps.inside(size)
+        return None if taps.part(parts) == taps else parts
+
+    def taps_inside(self, node: Node, size: tuple[int, int]) -> Taps:
+        """Where a window reads, without taps that are always outside images of `size` px and add nothing."""
+        parts, taps = self.kernel_inside(node, size), self.taps(node, size)
+        return taps if parts is None else taps.part(parts)
+
     def spacing(self, node: Node) -> int:
         """Px between a window's taps; 0 of a node without."""
         window = self.window(node)
@@ -257,17 +274,19 @@ class Geometry:
 
     @cached_property
     def final_pools(self) -> set[str]:
-        """Poolings of rows behind which no window on rows comes: they weigh all sites by area."""
+        """Poolings of rows behind which neither a window on rows nor another pooling comes, as a head's last.
+
+        They weigh all sites by area; the others, as a backbone's last squeeze-and-excite, read the lattice.
+        """
         reach, pools = set[str](), set[str]()
         for node in reversed(self.graph.nodes):
             on_rows = self.kind[node.name] == "rows" and self.window(node) is not None
-            users = self.users[node.name]
-            if on_rows or any(user.name in reach for user in users):
-                reach.add(node.name)
-        for node in self.graph.nodes:
             pools_rows = OPERATORS[node.op].is_pool and self.kind.get(node.inputs[0]) == "rows"
-            if pools_rows and not any(user.name in reach for user in self.users[node.name]):
+            behind = any(user.name in reach for user in self.users[node.name])
+            if pools_rows and not behind:
                 pools.add(node.name)
+            if on_rows or pools_rows or behind:
+                reach.add(node.name)
         return pools
 
     @cached_property
@@ -316,7 +335,7 @@ class Geometry:
         for node in self.graph.nodes:
             if self.kind[node.name] != "rows" or self.window(node) is None or node.name in self.mixing:
                 continue
-            source, taps = node.inputs[0], self.taps(node, size)
+            source, taps = node.inputs[0], self.taps_inside(node, size)
             for stride in near:
                 on_rows = self.kind[source] == "rows" and self.lattice(source) > stride
                 if on_rows and taps.reach <= NEAR * 2 * stride and taps not in near[stride]:
@@ -324,10 +343,8 @@ class Geometry:
         return near
 
     def all_taps(self, size: tuple[int, int]) -> dict[str, Taps]:
-        """Where each window reads, for images of `size` px."""
-        return {
-            node.name: self.taps(node, size) for node in self.graph.nodes if self.window(node) is not None
-        }
+        """Where each window reads, for images of `size` px, see `taps_inside`."""
+        return {node.name: self.taps_inside(node, size) for node in self.graph.nodes if self.window(node)}
 
     # -- what runs share -----------------------------------------------------------------------------------
 

@@ -45,6 +45,10 @@ class Run:
         self.training, self.count = training, count
         self.batch, self.size = int(images.shape[0]), (int(images.shape[2]), int(images.shape[3]))
         self.taps = geometry.all_taps(self.size)
+        windows = [node for node in geometry.graph.nodes if node.name in self.taps]
+        self.kernels = {  # the parts of kernels that ever read inside the images, where that is not all
+            node.name: part for node in windows if (part := geometry.kernel_inside(node, self.size))
+        }
         self._early: Values | None = None
 
     def early(self) -> Values:
@@ -307,7 +311,10 @@ class Run:
         return Mixed(Grid(first, stride), result, sites)
 
     def _tensors(self, node: Node) -> dict[str, Tensor]:
-        return {role: self.tensors[name] for role, name in node.tensors.items()}
+        tensors = {role: self.tensors[name] for role, name in node.tensors.items()}
+        if node.name in self.kernels:
+            tensors["weight"] = tensors["weight"][(slice(None), slice(None), *self.kernels[node.name])]
+        return tensors
 
     def counted(self, node: Node, places: int) -> None:
         """Tell that a node ran at so many places."""

@@ -34,6 +34,18 @@ class Taps(NamedTuple):
         """The largest distance along an axis, px."""
         return max(map(abs, self.y + self.x))
 
+    def inside(self, size: tuple[int, int]) -> tuple[slice, slice]:
+        """The rows and columns that some place of images of `size` px reads inside them; one at least."""
+        parts = []
+        for places, length in zip(self, size, strict=True):
+            near = [number for number, place in enumerate(places) if abs(place) < length] or [0]
+            parts.append(slice(near[0], near[-1] + 1))
+        return parts[0], parts[1]
+
+    def part(self, parts: tuple[slice, slice]) -> Taps:
+        """The taps of these rows and columns."""
+        return Taps(self.y[parts[0]], self.x[parts[1]])
+
     def fits(self, stride: int) -> bool:
         """Whether all fall on a grid of `stride` px around each of its cells."""
         return all(place % stride == 0 for place in self.y + self.x)
