@@ -40,7 +40,7 @@ def test_captured_is_the_same(name: str) -> None:
         "num_classes": 5,
         "depths": [1, 1, 2, 2],
     }
-    own = randomise(sparse_seg.build_model(settings)).double()
+    own: Any = randomise(sparse_seg.build_model(settings)).double()
     net = sparse_seg.selective(plain_network(own, 8).eval(), strides=(8, 16), size=(64, 128))
     size = (64, 96) if name == "deeplabv3plus" else (75, 98)
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).double()
@@ -63,7 +63,7 @@ def test_three_strides() -> None:
         "head_channels": 16,
         "num_classes": 5,
     }
-    own = randomise(sparse_seg.build_model(settings | {"strides": [8, 16, 32]})).double()
+    own: Any = randomise(sparse_seg.build_model(settings | {"strides": [8, 16, 32]})).double()
     net = sparse_seg.selective(plain_network(own, 8).eval(), strides=(8, 16, 32), size=(64, 128))
     images = torch.randn(2, 3, 96, 131, generator=torch.Generator().manual_seed(0)).double()
     levels = torch.randint(0, 3, (2, 3, 5), generator=torch.Generator().manual_seed(1))
