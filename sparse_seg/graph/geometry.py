@@ -16,7 +16,7 @@ lattice comes to depend on the mask, and P1 and P4 of docs/method.md do not hold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from sparse_seg.errors import SparseSegError
@@ -159,46 +159,41 @@ class Geometry:
 
     def _divide(self) -> None:
         """Which values are late, and which windows mix phases."""
-        finest, above, below = self.strides[0], set[str](), set[str]()
-        behind = set[str]()  # a resizing
-        clean, deep = set[str](), set[str]()  # deep: vectors of such
+        clean = set[str]()  # windows on rows: their phases never mix
+        deep = set[str]()  # what is made of such, grids and vectors
+        behind = set[str]()  # from a resizing or whole images on
+
+        def from_rows(names: Iterable[str]) -> bool:
+            return any(name in clean or name in deep for name in names)
+
         for node in self.graph.nodes:
-            grids = self._grids(node)
-            operator = OPERATORS[node.op]
-            if not self.captured[node.name] and not (operator.is_pool and operator.needs_grid):
-                self.kind[node.name] = "vector"
-                if any(name in group for name in node.inputs for group in (above, clean, behind, deep)):
-                    deep.add(node.name)
+            name, operator, grids = node.name, OPERATORS[node.op], self._grids(node)
+            if not self.captured[name] and not (operator.is_pool and operator.needs_grid):
+                self.kind[name] = "vector"
+                if from_rows(node.inputs) or not behind.isdisjoint(node.inputs):
+                    deep.add(name)
                 continue
-            on_grid = operator.needs_grid and (
-                node.op == "resize"
-                or operator.is_pool
-                or any(name in above or name in clean for name in grids)
-            )
-            early = not any(name in above or name in clean for name in grids)
-            if on_grid or any(name in behind or (early and name in deep) for name in node.inputs):
-                behind.add(node.name)
-            elif self.window(node) is not None and _power_of_two(self.taps(node)) > finest:
-                clean.add(node.name)
-            if any(name in above or name in clean for name in grids):
-                above.add(node.name)
+            ends = node.op == "resize" or operator.is_pool or (operator.needs_grid and from_rows(grids))
+            gated = from_rows(node.inputs) and not from_rows(grids)  # an early grid by a vector of rows
+            if ends or gated or not behind.isdisjoint(node.inputs):
+                behind.add(name)
+            elif self.window(node) is not None and _power_of_two(self.taps(node)) > self.strides[0]:
+                clean.add(name)
+            if from_rows(grids):
+                deep.add(name)
+        before_clean = set[str]()
         for node in reversed(self.graph.nodes):
-            if any(
-                user.name in below or user.name in clean
-                for user in self.users[node.name]
-                if self.captured[user.name]
-            ):
-                below.add(node.name)
+            users = [user.name for user in self.users[node.name] if self.captured[user.name]]
+            if any(user in before_clean or user in clean for user in users):
+                before_clean.add(node.name)
         for node in self.graph.nodes:
-            if self.kind.get(node.name) == "vector":
-                if any(self.kind.get(name) == "late" for name in node.inputs):
-                    self.kind[node.name] = "late"
-                continue
-            mixes = self.window(node) is not None and node.name not in clean and node.name in above
-            if mixes and node.name in below and node.name not in behind:
-                self.mixing.add(node.name)
-            elif mixes or node.name in behind or any(self.kind.get(name) == "late" for name in node.inputs):
-                self.kind[node.name] = "late"
+            name, reads_late = node.name, any(self.kind.get(one) == "late" for one in node.inputs)
+            is_vector = self.kind.get(name) == "vector"
+            mixes = not is_vector and self.window(node) is not None and name in deep and name not in clean
+            if mixes and name in before_clean and name not in behind:
+                self.mixing.add(name)
+            elif mixes or name in behind or reads_late:
+                self.kind[name] = "late"
 
     def _natural(self) -> dict[str, int]:
         natural: dict[str, int] = {}
