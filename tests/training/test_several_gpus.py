@@ -92,13 +92,17 @@ def test_a_process_that_waits_to_join_hears_that_another_one_has_ended() -> None
 
 def test_a_signal_does_not_replace_an_error_that_is_on_its_way_out() -> None:
     """torchrun sends it once a process has ended, when the others may be about to say what they saved."""
+
+    def stopped() -> None:
+        try:
+            raise TrainingError("what was saved")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     before = signal.signal(signal.SIGTERM, processes._end)
     try:
         with pytest.raises(TrainingError, match=r"^what was saved$"):
-            try:
-                raise TrainingError("what was saved")
-            finally:
-                os.kill(os.getpid(), signal.SIGTERM)
+            stopped()
         with pytest.raises(ProcessLost, match="start it again"):
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
