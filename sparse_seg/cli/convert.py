@@ -24,7 +24,7 @@ from typing import Any
 
 from sparse_seg.checkpoint import load_backbone, load_model
 from sparse_seg.checkpoint.file import SUFFIX
-from sparse_seg.cli.arguments import whole_number
+from sparse_seg.cli.arguments import number, whole_number
 from sparse_seg.cli.options import output_file
 from sparse_seg.config import parse_settings
 from sparse_seg.conversion import SOURCES, Conversion, convert, to_dense, write_dense
@@ -41,7 +41,7 @@ SOURCES_ONLY = ("from", "arch", "output_stride", "allow_missing")
 FORWARD_ONLY = (
     *("module", "args"),
     *("from", "arch", "num_classes", "output_stride", "set", "allow_missing", "trust", "verify"),
-    *("prefix", "drop", "mean", "std", "classes"),
+    *("prefix", "drop", "mean", "std", "classes", "threshold"),
 )
 
 
@@ -76,6 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(8, 16),
         help="that SRC was trained at, where tensors cannot tell (default: the source's own)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=number(1e-6, 1 - 1e-6),
+        metavar="P",
+        help="of a network of one logit: the probability above which a pixel is foreground (default: the "
+        "source's, 0.5 or mmsegmentation's 0.3)",
     )
     parser.add_argument(
         "--set",
@@ -166,6 +173,7 @@ def run(args: argparse.Namespace) -> int:
         args.mean,
         args.std,
         None if args.classes is None else read_classes(args.classes),
+        args.threshold,
     )
     conversion.write(args.dst)
     print(report(conversion))

@@ -52,14 +52,14 @@ def run(args: argparse.Namespace) -> int:
             "policy gain refines a coarse pass, which model.dilate_second=false, model.exchange=separate and "
             "layers of a module that mix phases do not allow; choose another policy"
         )
-    dataset = build_dataset(config.data.dataset, config.data.root, args.split)
+    dataset = build_dataset(config.data.dataset, config.data.root, args.split, config.data.bits)
     check_outputs([args.out], [*input_files(args.config, config, args.checkpoint), *dataset.files()])
     dataset.check(args.limit)
     merge = "patch" if loaded.captured is None else "whole"
     samples = collect(
         model.for_inference(), dataset, config.data, not args.without_labels, args.limit, args.seed, merge
     )
-    net = fit(samples, args.seed)
+    net = fit(samples, args.seed, bn_eps=loaded.config.bn_eps)
     weights = {name: tensor for name, tensor in loaded.weights.items() if not name.startswith("policy.")}
     weights |= {f"policy.net.{name}": tensor for name, tensor in net.state_dict().items()}
     mask = dataclasses.replace(loaded.config.mask, policy="gain")

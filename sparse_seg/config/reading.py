@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -125,7 +126,7 @@ def _read(path: Path, parents: tuple[Path, ...], done: dict[Path, Tree]) -> Tree
         raise ConfigError(f"config {path}: _base_ must be a file name or a list of them, not {shown(bases)}")
     result: Tree = {}
     for base in bases:
-        result = overlay(result, _read(path.parent / base, (*parents, path), done))
+        result = overlay(result, _read(path.parent / os.path.expanduser(base), (*parents, path), done))
     done[path] = overlay(result, tree)
     return done[path]
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export.network import ExportOptions, StaticNetwork
 from sparse_seg.export.onnx_file import interface
 from sparse_seg.export.runtime import open_session
+from sparse_seg.export.static import ExportOptions, StaticForm
 from sparse_seg.masks import MaskPolicy, blur_scores
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.passes import Pass
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 
 TOLERANCE = 1e-4  # of logits, relative to the largest; float32 in another order gives 1e-6 to 1e-5
@@ -26,7 +26,7 @@ MOST_BLOCKS = 0.01
 
 
 @torch.no_grad()
-def check_graph(graph: bytes, model: SelectiveSegmentor, network: StaticNetwork, images: int = 2) -> None:
+def check_graph(graph: bytes, model: Segmentor, network: StaticForm, images: int = 2) -> None:
     """Run random images through a graph, and compare blocks, classes and logits with the model's.
 
     Classes may differ where two logits are equal to rounding.
@@ -48,7 +48,7 @@ def check_graph(graph: bytes, model: SelectiveSegmentor, network: StaticNetwork,
 
 @torch.no_grad()
 def check_run(
-    model: SelectiveSegmentor, options: ExportOptions, images: Tensor, found: Mapping[str, np.ndarray]
+    model: Segmentor, options: ExportOptions, images: Tensor, found: Mapping[str, np.ndarray]
 ) -> None:
     """Compare what a graph with these options gave with PyTorch, as `check_graph` does.
 
@@ -77,7 +77,7 @@ def check_run(
         )
 
 
-def random_inputs(network: StaticNetwork, generator: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
+def random_inputs(network: StaticForm, generator: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
     """A network's inputs, of smooth noise, and the images normalised, as the model takes them."""
     options = network.options
     small = torch.rand(options.batch, 3, *(-(-length // 8) for length in options.size), generator=generator)
@@ -98,8 +98,8 @@ def random_inputs(network: StaticNetwork, generator: torch.Generator) -> tuple[t
 
 
 def _expected(
-    model: SelectiveSegmentor,
-    network: StaticNetwork,
+    model: Segmentor,
+    network: StaticForm,
     inputs: tuple[Tensor, ...],
     normalised: Tensor,
     found: dict[str, np.ndarray],

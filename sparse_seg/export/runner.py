@@ -10,8 +10,8 @@ from torch import Tensor
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.export.segmentor import RuntimeRun, RuntimeSegmentor, in_runtime
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.passes import Pass
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 
 TORCH, AUTO = "torch", "auto"
@@ -40,14 +40,14 @@ class Runner:
 
     def __init__(
         self,
-        model: SelectiveSegmentor,
+        model: Segmentor,
         asked: str,
         way: Way,
         logits: bool = False,
         refusal: str | None = None,
     ) -> None:
         self.way, self.logits, self.strides = way, logits, model.strides
-        device = next(model.parameters()).device.type
+        device = model.device.type
         self.torch = model.for_inference()
         self._auto = asked == AUTO
         self.policy = None if way.is_dense else model.policy_for(way)

@@ -82,9 +82,10 @@ class Tiles(nn.Module):
         self.register_buffer("corners", torch.cat(images, 1), persistent=False)
 
     @staticmethod
-    def fit(size: tuple[int, int], trained_stride: int, align_corners: bool) -> bool:
-        """Whether tiles are alike."""
-        return not align_corners and not any(length % trained_stride for length in size)
+    def fit(size: tuple[int, int], stride: int, trained_stride: int, align_corners: bool) -> bool:
+        """Whether tiles are alike, more than a pixel, and none starts inside the image."""
+        alike = not align_corners and not any(length % trained_stride for length in size)
+        return alike and stride > 1 and trained_stride <= 2 * stride
 
     def forward(self, logits: Tensor) -> Tensor:
         """Logits `[B, K, h, w]` to classes uint8 `[B, H, W]`."""

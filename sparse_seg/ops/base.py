@@ -6,7 +6,7 @@ are `[N, C]`, a vector of each image `[B, C, 1, 1]`. So what treats each place b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -61,9 +61,15 @@ class Window(NamedTuple):
 
 
 class Spatial(Operator):
-    """An operator that reads a window."""
+    """An operator that reads a window.
+
+    Attributes:
+        skips_outside: what lies outside the image adds nothing, so taps that always do are left out, with
+            their part of the `weight` `[O, I, kh, kw]`.
+    """
 
     is_spatial = True
+    skips_outside: ClassVar[bool] = False
 
     def window(self, node: Node) -> Window:
         raise NotImplementedError
@@ -92,6 +98,13 @@ class Reads:
         """`[M, T, I]`."""
         taken = self.table.index_select(0, self.index)
         return taken.reshape(-1, self.count, int(self.table.shape[1]))
+
+    def tiles(self, size: int) -> Iterator[Reads]:
+        """The same for parts of the sites, so many that a part's values take at most `size` bytes."""
+        each = self.count * int(self.table.shape[1]) * self.table.element_size()
+        at_once = max(1, size // each) * self.count
+        for first in range(0, max(1, int(self.index.shape[0])), at_once):
+            yield Reads(self.table, self.index[first : first + at_once], self.count)
 
     def inside(self) -> Tensor:
         """`[M, T]` bool."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -44,13 +45,14 @@ class SelectiveNetwork(Segmentor):
         mask: MaskConfig | None = None,
         exchange: str = "linear",
         card: Card | None = None,
+        merge: str = "whole",
     ) -> None:
-        super().__init__(policy, strides, mask, "whole", card)
+        super().__init__(policy, strides, mask, merge, card)
         self.geometry = Geometry(graph, strides)
         self.module, self.exchange = module, exchange
         self.constants = Tensors(constants)
         self.name, self.arguments = type(module).__qualname__, dict[str, Any]()  # of what made the module
-        check_way(Way(), exchange)
+        check_way(Way(merge=merge), exchange, self.geometry)
 
     @property
     def graph(self) -> Graph:
@@ -97,7 +99,7 @@ class SelectiveNetwork(Segmentor):
 
     def check_way(self, way: Way) -> None:
         """Raises a SparseSegError, of one line, where the network cannot run a way."""
-        check_way(way, self.exchange)
+        check_way(way, self.exchange, self.geometry)
 
     def start(self, images: Tensor, labels: Tensor | None = None) -> GraphPass:
         """Start a pass over images; nothing is computed yet.
@@ -121,11 +123,12 @@ class SelectiveNetwork(Segmentor):
             graph,
             Tensors({name: tensor.detach().clone() for name, tensor in tensors.items()}),
             {},
-            self.policy,
+            copy.deepcopy(self.policy),
             self.strides,
             self.mask,
             self.exchange,
             self.card,
+            self.merge,
         )
         folded.is_folded = True
         return folded.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -144,10 +144,14 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, 3, *small, generator=generator).to(reference)
     seen: dict[str, Tensor] = {}
-    hooks = [
-        layer.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, out))
-        for name, layer in module.named_modules()
-    ]
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:  # what it returns would replace the output
+            seen[name] = out
+
+        return hook
+
+    hooks = [layer.register_forward_hook(note(name)) for name, layer in module.named_modules()]
     try:
         expected = logits_of(module(images))
     finally:

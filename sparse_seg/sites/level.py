@@ -112,7 +112,8 @@ class Level:
         if batch == 1:
             return values.sum(0, keepdim=True)
         image = self.cells // (self.plan.cells // batch)
-        return values.new_zeros(batch, int(values.shape[1])).index_add(0, image, values)
+        sums = values.new_zeros(batch, int(values.shape[1]))
+        return sums.scatter_add(0, image[:, None].expand_as(values), values)  # ONNX has no index_add
 
     def image_of_row(self) -> Tensor:
         """`[3 * run]`: which image of the batch an extra site belongs to."""

@@ -126,4 +126,5 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], ModelConfig, str]:
         own = load(found)
         return own.weights, own.config, f"{own.origin.source} {own.origin.arch}".strip()
     conversion = convert(path, allow_missing=("head",))
-    return conversion.network(), conversion.config, f"{conversion.source} {conversion.plan.arch}"
+    origin = "; assumed ".join((f"{conversion.source} {conversion.plan.arch}", *conversion.plan.assumed))
+    return conversion.network(), conversion.config, origin

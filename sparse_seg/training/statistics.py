@@ -38,7 +38,7 @@ def recalibrate_batch_norm(model: Segmentor, config: Config, network: str, batch
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     device = model.device
-    dataset = build_dataset(config.data.dataset, config.data.root, "train")
+    dataset = build_dataset(config.data.dataset, config.data.root, "train", config.data.bits)
     loader = training_batches(dataset, config, 0, batches)
     for norm in norms:
         norm.reset_running_stats()

@@ -105,8 +105,8 @@ class Trainer:
                 "train.iterations to continue"
             )
 
-        self.dataset = build_dataset(data.dataset, data.root, "train")
-        self.validation = build_dataset(data.dataset, data.root, "val")
+        self.dataset = build_dataset(data.dataset, data.root, "train", data.bits)
+        self.validation = build_dataset(data.dataset, data.root, "val", data.bits)
         check_classes(config)
         check_class_weights(self.dataset.check(), train.loss.class_weights)
         self.validation.check(train.eval_images)

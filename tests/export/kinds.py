@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from sparse_seg import build_model
-from sparse_seg.export import StaticNetwork
+from sparse_seg.export import StaticForm
 from sparse_seg.export.check import random_inputs
 from sparse_seg.export.onnx_file import interface
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from tests.reference import randomise, relative_error
 
@@ -71,15 +72,15 @@ def kind_model(kind: str, policy: str = "edge", fraction: float = 0.3) -> Select
     return model
 
 
-def arrays(network: StaticNetwork, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
+def arrays(network: StaticForm, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
     """Inputs by name, as runtimes take them."""
     return {name: value.numpy() for name, value in zip(interface(network)[0], inputs, strict=True)}
 
 
 @torch.no_grad()
 def compare(
-    model: SelectiveSegmentor,
-    network: StaticNetwork,
+    model: Segmentor,
+    network: StaticForm,
     inputs: tuple[Tensor, ...],
     images: Tensor,
     found: Mapping[str, Tensor],
@@ -105,7 +106,7 @@ def compare(
     assert clear.float().mean() > 0.99
 
 
-def _levels(network: StaticNetwork, inputs: tuple[Tensor, ...], mask: Tensor) -> Tensor:
+def _levels(network: StaticForm, inputs: tuple[Tensor, ...], mask: Tensor) -> Tensor:
     if not network.ranking.middle:
         return mask
     chosen = network.grid_logits(*inputs)[1]
@@ -113,7 +114,7 @@ def _levels(network: StaticNetwork, inputs: tuple[Tensor, ...], mask: Tensor) ->
     return torch.zeros(mask.flatten(1).shape).scatter(1, chosen, 1).long().view_as(mask).where(~mask, 2)
 
 
-def cases(network: StaticNetwork, count: int) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+def cases(network: StaticForm, count: int) -> list[tuple[tuple[Tensor, ...], Tensor]]:
     """Random inputs, and their images as the model takes them."""
     generator = torch.Generator().manual_seed(1)
     return [random_inputs(network, generator) for _ in range(count)]

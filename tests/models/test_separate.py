@@ -14,7 +14,7 @@ from sparse_seg.config import load_config
 from sparse_seg.config.rules import check_training
 from sparse_seg.errors import ConfigError, SparseSegError
 from sparse_seg.evaluation.cost import count_macs
-from sparse_seg.export.network import ExportOptions, StaticNetwork
+from sparse_seg.export import ExportOptions, StaticNetwork
 from sparse_seg.lab.compare.run import comparison_ways
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way

@@ -64,5 +64,5 @@ class _Clock:
             image, label = first_frame(config, self.ablation.device)
             run = {"": lambda: model.classify(image, cell.run.output_stride, labels=label)}
             self._frames[key] = interleaved(run, 1, self.ablation.device)[""].median / 1000
-        count = len(build_dataset(config.data.dataset, config.data.root, "val"))
+        count = len(build_dataset(config.data.dataset, config.data.root, "val", config.data.bits))
         return min(count, self.ablation.grid.spec.eval_images or count) * self._frames[key]

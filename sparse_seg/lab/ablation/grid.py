@@ -24,7 +24,7 @@ from sparse_seg.training.checkpoint import check_same_function
 class NetworkSpec:
     """A network to train: from a config, or a copy of another one with recalibrated batch statistics."""
 
-    config: str | None = None  # training config, relative to the grid's file
+    config: str | None = key(None, "training config, relative to the grid's file", path=True)
     set: list[str] = field(default_factory=list)  # key=value, as --set
     teacher: str | None = None  # another network of the grid, with the same seed: train.distill.teacher
     init: str | None = None  # likewise, its weights to start from: train.init

@@ -119,6 +119,7 @@ class Ablation:
             config.data.dataset,
             str(Path(config.data.root).resolve()),
             self.grid.spec.eval_images,
+            *filter(None, [config.data.bits]),
         ]
         text = self._digests[path] + json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -171,7 +172,7 @@ class Ablation:
         """Measure a cell's accuracy and write its file."""
         config = self.cell_config(cell)
         model = load_model(self.checkpoint(cell.network, cell.seed), config).to(self.device)
-        dataset = build_dataset(config.data.dataset, config.data.root, "val")
+        dataset = build_dataset(config.data.dataset, config.data.root, "val", config.data.bits)
         images = self.grid.spec.eval_images
         way = Way(cell.run.output_stride)
         result = evaluate(model, dataset, config.data, way, images, True, processes=self.processes)

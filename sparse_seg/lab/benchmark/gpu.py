@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.export.network import ExportOptions, StaticNetwork
+from sparse_seg.export import ExportOptions, StaticNetwork
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
 from sparse_seg.lab.latency import Run, interleaved
 from sparse_seg.models.way import Way

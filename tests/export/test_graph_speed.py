@@ -1,0 +1,93 @@
+"""What makes exported graphs of captured networks fast, and that it changes no number."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparse_seg import selective
+from sparse_seg.export import ExportOptions, static_form, to_onnx
+from sparse_seg.ops import Reads, convolution
+from sparse_seg.run.values import Run
+from sparse_seg.sites import Taps
+from tests.export.networks import ASPP, Excite, captured, conv
+from tests.reference import block_mask, relative_error
+
+
+class Atrous(nn.Module):
+    """Output stride 8; an ASPP of which some taps or all but one lie outside small images."""
+
+    def __init__(self, rates: tuple[int, ...] = (2, 7, 40), head: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*(conv(a, b, 3, stride=2) for a, b in ((3, 6), (6, 8), (8, 12))))
+        self.body = nn.Sequential(conv(12, 12, 3, dilation=2), Excite(12))
+        self.aspp = ASPP(12, 8) if head else conv(12, 8)
+        if head:
+            self.aspp.atrous = nn.ModuleList(conv(12, 8, 3, dilation=rate) for rate in rates)
+            self.aspp.project = conv(8 * (len(rates) + 2), 8)
+        self.classifier = nn.Conv2d(8, 5, 1)
+
+    def forward(self, images):
+        logits = self.classifier(self.aspp(self.body(self.stem(images))))
+        return F.interpolate(logits, size=images.shape[2:], mode="bilinear")
+
+
+@pytest.mark.parametrize("size", [(64, 96), (47, 200)])
+@torch.no_grad()
+def test_taps_that_are_always_outside_are_left_out(size):
+    torch.manual_seed(0)
+    module = Atrous().double().eval()
+    network = selective(module, (8, 16), "edge", size=(64, 128)).eval()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    run = Run(network.geometry, network.tensors, images)
+    counts = [run.taps[node.name].number for node in network.graph.nodes if node.layer.endswith("atrous.2.0")]
+    assert counts == [1]  # 320 px
+    assert relative_error(network.dense(images, 8), module(images)) < 1e-12
+    blocks = torch.ones(2, -(-size[0] // 16), -(-size[1] // 16), dtype=torch.bool)
+    expected = network.dense(images, 8)
+    assert relative_error(network(images, fine_blocks=blocks), expected) < 0.1  # squeeze-and-excite
+    module.body[1] = nn.Identity()
+    network = selective(module, (8, 16), "edge", size=(64, 128)).eval()
+    assert relative_error(network(images, fine_blocks=blocks), network.dense(images, 8)) < 1e-12
+
+
+def test_which_taps_reach_an_image():
+    taps = Taps((-64, 0, 64), (-32, 0, 32))
+    assert taps.part(taps.inside((65, 33))) == taps
+    assert taps.part(taps.inside((64, 33))) == Taps((0,), (-32, 0, 32))
+    assert taps.part(taps.inside((64, 32))) == Taps((0,), (0,))
+    assert Taps((64, 128), (0,)).inside((64, 64)) == (slice(0, 1), slice(0, 1))
+
+
+@torch.no_grad()
+def test_grouped_taps_in_tiles(monkeypatch):
+    """Parts of the sites at a time give the same numbers, down to one site at a time."""
+    network = captured("depthwise spread")
+    images, blocks = torch.randn(2, 3, 64, 96), block_mask("random", (2, 4, 6))
+    whole = network(images, fine_blocks=blocks)
+    for size in (1, 3000):
+        monkeypatch.setattr(convolution, "GROUPED_BYTES", size)
+        assert relative_error(network(images, fine_blocks=blocks), whole) < 1e-6
+    reads = Reads(torch.randn(7, 2), torch.arange(12) % 7, 3)
+    parts = list(reads.tiles(2 * 3 * 2 * 4))
+    assert [len(part.index) for part in parts] == [6, 6]
+    assert torch.equal(torch.cat([part.values() for part in parts]), reads.values())
+    assert len(list(Reads(reads.table, reads.index[:0], 3).tiles(8))) == 1  # no site
+
+
+def test_only_a_heads_last_pooling_weighs_all_sites():
+    """A backbone's last squeeze-and-excite reads the lattice, which then is not computed twice."""
+    torch.manual_seed(0)
+    graph = selective(Atrous().eval(), (8, 16), "edge", size=(64, 128)).geometry
+    assert [graph.nodes[name].layer for name in graph.final_pools] == ["aspp"]
+    alone = selective(Atrous(head=False).eval(), (8, 16), "edge", size=(64, 128)).geometry
+    assert [alone.nodes[name].layer for name in alone.final_pools] == ["body.1"]
+
+
+def test_uneven_padding_is_part_of_the_convolution():
+    pytest.importorskip("onnx", reason="needs the package onnx")
+    form = static_form(captured("same padding"), ExportOptions((64, 96), given=True))
+    nodes = to_onnx(form).graph.node
+    pads = [list(one.ints) for node in nodes for one in node.attribute if one.name == "pads"]
+    assert [0, 0, 1, 1] in pads
+    assert not any(node.op_type == "Pad" for node in nodes)
