@@ -67,7 +67,9 @@ class Run:
             kept: names of values that are wanted beside the output.
         """
         cells = self.geometry.cells(stride)
-        shares = stride >= self.geometry.strides[0]  # early values stand where they do in each such run
+        hidden = self.geometry.first - self.geometry.entries
+        # early values stand where they do in each such run; of those, `early` keeps what others read
+        shares = stride >= self.geometry.strides[0] and hidden.isdisjoint(kept)
         nodes, values = (self._later, dict(self.early())) if shares else (self.geometry.graph.nodes, Values())
         return self._run(nodes, values, kept, lambda node, read: self._dense(node, read, cells))
 
