@@ -55,7 +55,8 @@ class Run:
         """The early values that others read."""
         if self._early is None:
             nodes = [node for node in self.geometry.graph.nodes if node.name in self.geometry.first]
-            cells, values = self.geometry.cells(self.geometry.strides[0]), Values()
+            cells = self.geometry.cells(self.geometry.strides[0])
+            values: Values = {}
             self._run(nodes, values, self.geometry.entries, lambda node, read: self._dense(node, read, cells))
             self._early = values
         return self._early
@@ -67,7 +68,7 @@ class Run:
             kept: names of values that are wanted beside the output.
         """
         cells = self.geometry.cells(stride)
-        values = dict(self.early()) if stride >= self.geometry.strides[0] else Values()
+        values: Values = dict(self.early()) if stride >= self.geometry.strides[0] else {}
         return self._run(
             self.geometry.graph.nodes, values, kept, lambda node, read: self._dense(node, read, cells)
         )
@@ -155,7 +156,8 @@ class Run:
         assert isinstance(operator, Spatial)
         assert window is not None
         step, unit = cell // source.stride, self.geometry.captured[node.inputs[0]]
-        pads, dilations = list[tuple[int, int]](), list[int]()
+        pads: list[tuple[int, int]] = []
+        dilations: list[int] = []
         for axis, places in enumerate(self.taps[node.name]):
             spacing = window.dilation[axis] * unit
             dilation = max(1, spacing // source.stride)
