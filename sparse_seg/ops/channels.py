@@ -17,7 +17,10 @@ class Cat(Operator):
     """Of values along the channels; vectors are repeated at every place."""
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        first = max(inputs, key=lambda x: math.prod(x.shape[2:]) * x.shape[0])
+        first = inputs[0]
+        for x in inputs[1:]:  # torch.compile has no max with a key
+            if math.prod(x.shape[2:]) * x.shape[0] > math.prod(first.shape[2:]) * first.shape[0]:
+                first = x
         parts = [
             x if x.shape[0] == first.shape[0] and x.shape[2:] == first.shape[2:]
             else x.expand(first.shape[0], -1, *first.shape[2:])
