@@ -14,6 +14,7 @@ from sparse_seg import build_model, load_model, save_model, selective
 from sparse_seg.config import Config, check_training, config_from_dict, to_yaml
 from sparse_seg.errors import CheckpointError, ConfigError, TrainingError
 from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.training.statistics import recalibrate_batch_norm
 from sparse_seg.training.trainer import Trainer
 from tests import captured
 from tests.training.test_distributed import torchrun
@@ -218,3 +219,10 @@ def test_several_processes_train_it(configured: Configured, tmp_path: Path) -> N
     done = torchrun(tmp_path / "config.yaml", "--work-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert isinstance(load_model(tmp_path / "run/best.safetensors"), SelectiveNetwork)
+
+
+def test_batch_norms_of_a_module_are_not_recalibrated(configured: Configured) -> None:
+    config = configured()
+    before = build_model(config)
+    with pytest.raises(ConfigError, match=r"of sparse_seg's own networks, not of model\.module"):
+        recalibrate_batch_norm(before, config, "dense", 1)
