@@ -149,7 +149,15 @@ def captured_network(
         _check(captured, own, constants)
         module = Tensors(own, captured.parameters)
         network = build_network(
-            captured.graph, module, constants, settings.strides, settings.mask, settings.exchange, card, net
+            captured.graph,
+            module,
+            constants,
+            settings.strides,
+            settings.mask,
+            settings.exchange,
+            card,
+            net,
+            settings.merge,
         )
         check_policy(network)
     except SparseSegError:

@@ -93,7 +93,6 @@ def _check_module(model: ModelConfig) -> None:
         )
     for key, value, choice in (
         ("auxiliary", True, "false"),
-        ("merge", "patch", "whole"),
         ("exchange", "separate", "linear, nearest or none"),
         ("engine", "spconv", "auto or gather"),
     ):
@@ -196,6 +195,10 @@ def check_training(config: Config) -> None:
         not is_module or not distilled or train.distill.features_weight == 0,
         "train.distill.features_weight compares rows of sparse_seg's own networks, which model.module has "
         "not: set it to 0",
+    )
+    _require(
+        not is_module or train.network == "dense" or config.model.merge == "whole",
+        "model.merge=patch of model.module is for prediction: with train.network=selective set it to whole",
     )
     _require(
         not is_module or not learned or supervised,

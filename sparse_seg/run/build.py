@@ -77,7 +77,14 @@ def capture_module(
     """The network of what `build_module` made, as settings say; see `build_model`."""
     with torch.device("cpu"):  # the graph is compared with the module, by values
         network = captured(
-            module, settings.strides, settings.mask, settings.exchange, SIZE, card, learned_net
+            module,
+            settings.strides,
+            settings.mask,
+            settings.exchange,
+            SIZE,
+            card,
+            learned_net,
+            settings.merge,
         )
     network.name, network.arguments = str(settings.module), dict(settings.module_args)
     check_policy(network)

@@ -85,6 +85,7 @@ class SelectiveNetwork(Segmentor):
             module_args=self.arguments,
             strides=list(self.strides),
             exchange=self.exchange,
+            merge=self.merge,
             num_classes=self.num_classes,
             mask=self.mask,
         )

@@ -75,6 +75,7 @@ def captured(
     size: tuple[int, int] = SIZE,
     card: Card | None = None,
     learned_net: Any = mask_net,
+    merge: str = "whole",
 ) -> SelectiveNetwork:
     """See `selective`; `learned_net` makes the net of a policy that is trained."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -85,7 +86,7 @@ def captured(
         graph, constants = capture(module, (size[0], size[1]))
         if graph.node(graph.output).shape[1] == 1:
             graph = _two_classes(graph)
-        network = build_network(graph, module, constants, strides, mask, exchange, card, learned_net)
+        network = build_network(graph, module, constants, strides, mask, exchange, card, learned_net, merge)
         check_graph(network, module, size)
     return network.train(module.training)
 
@@ -99,6 +100,7 @@ def build_network(
     exchange: str = "linear",
     card: Card | None = None,
     learned_net: Any = mask_net,
+    merge: str = "whole",
 ) -> SelectiveNetwork:
     """A network of a graph and its tensors.
 
@@ -117,7 +119,7 @@ def build_network(
         raise ConfigError(f"model: {error}") from None
     reference = next(module.parameters(), torch.zeros(1))
     policy = policy.to(reference.device)
-    return SelectiveNetwork(graph, module, constants, policy, chosen, mask, exchange, card)
+    return SelectiveNetwork(graph, module, constants, policy, chosen, mask, exchange, card, merge)
 
 
 def check_strides(strides: Sequence[int]) -> tuple[int, ...]:

@@ -157,7 +157,6 @@ def test_distils_classes_from_another_one(configured: Configured, tmp_path: Path
 
 REFUSED = {
     "auxiliary": ({"auxiliary": True}, r"model\.auxiliary=true is of sparse_seg's own networks"),
-    "merge": ({"merge": "patch"}, r"model\.merge=patch is of"),
     "exchange": ({"exchange": "separate"}, r"model\.exchange=separate is of"),
     "engine": ({"engine": "spconv"}, r"model\.engine=spconv is of"),
     "width": ({"width": 0.5}, r"model\.width is of sparse_seg's own networks, not of model\.module"),
@@ -172,6 +171,12 @@ def test_what_a_module_has_not_is_refused(configured: Configured, what: str) -> 
     model, message = REFUSED[what]
     with pytest.raises(ConfigError, match=message):
         configured(model=model)
+
+
+def test_merge_patch_is_not_trained(configured: Configured) -> None:
+    configured(model={"merge": "patch"})
+    with pytest.raises(ConfigError, match=r"model\.merge=patch of model\.module is for prediction"):
+        check_training(configured(model={"merge": "patch"}, train={"network": "selective"}))
 
 
 def test_a_mask_is_not_trained_through_a_module(configured: Configured) -> None:
