@@ -17,7 +17,7 @@ class Cat(Operator):
     """Of values along the channels; vectors are repeated at every place."""
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        first = max(inputs, key=lambda x: math.prod(x.shape[2:]) * x.shape[0])
+        first = max(inputs, key=lambda x: (math.prod(x.shape[2:]), x.shape[0] != 1))  # there may be no rows
         parts = [
             x if x.shape[0] == first.shape[0] and x.shape[2:] == first.shape[2:]
             else x.expand(first.shape[0], -1, *first.shape[2:])
