@@ -246,7 +246,7 @@ class _Reader:
         name = call.operator
         if name in SAME:
             return self.known[call.node.all_input_nodes[0]]
-        if name in SHAPES or name in ("permute", "transpose", "expand"):
+        if name in SHAPES or name in ("permute", "transpose", "expand", "expand_as"):
             return call.reshaped()
         read = READERS.get(name)
         if read is None:
@@ -385,7 +385,7 @@ class Call:
         if self.operator in ("permute", "transpose"):
             return self._permuted(found, shape)
         if found.name in self.reader.vectors:
-            tail = len(out) >= 4 and (out[-2:] == (1, 1) or self.operator == "expand")
+            tail = len(out) >= 4 and (out[-2:] == (1, 1) or self.operator in ("expand", "expand_as"))
             axes, form = (out[1:-2], "first") if tail else (out[1:], "flat")
         elif form == "first" and out[-2:] == shape[-2:]:
             axes = out[1:-2]
