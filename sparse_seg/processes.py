@@ -20,7 +20,7 @@ from datetime import timedelta
 from queue import SimpleQueue
 from threading import Thread
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -238,8 +238,9 @@ def _leave() -> None:
     os._exit(1)
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    raise ProcessLost("; start it again")
+def _end(number: int, frame: FrameType | None) -> None:
+    if not isinstance(sys.exc_info()[1], SparseSegError):  # an error on its way out says more
+        raise ProcessLost("; start it again")
 
 
 def _interruptible(work: Callable[[], object]) -> None:

@@ -328,3 +328,28 @@ def inplace_table() -> Table:
     columns = [Column(key, title, "{:.2f}") for key, title in titles.items()]
     columns.append(Column("share", "accuracy share", "{:.2f}"))
     return Table([Column("name", "inplace distillation"), *columns], rows)
+
+
+def _captured_table(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds: medians of processor time on one thread, least wall time on two."""
+    lines = []
+    for row in rows:
+        cells = [row["network"], f"({row['strides'][0]}, {row['strides'][1]})"]
+        for threads, key in ((1, "processor_median"), (2, "wall_least")):
+            if f"selective_{threads}" not in row:
+                cells += ["–"] * 5
+                continue
+            runs = ("dense_fine", "dense_coarse", "selective")
+            fine, coarse, ours = (row[f"{run}_{threads}"][key] for run in runs)
+            cells += [f"{fine:.0f}", f"{coarse:.0f}", f"{ours:.0f}", f"{ours / fine:.2f}"]
+            cells.append(f"{(ours - coarse) / (fine - coarse):.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_table_of_captured_networks_is_the_result_file():
+    result = json.loads((ROOT / "docs/results/runtimes_captured.json").read_text())
+    assert _captured_table(result["rows"]) in page("performance_export")
+    for row in result["own"]["rows"]:
+        pair = (f"{row[form]['processor_median']:.1f}" for form in ("static_1", "captured_1"))
+        assert f"| {row['network']} | {' | '.join(pair)} |" in page("performance_export")

@@ -17,7 +17,13 @@ class Cat(Operator):
     """Of values along the channels; vectors are repeated at every place."""
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        first = max(inputs, key=lambda x: (math.prod(x.shape[2:]), x.shape[0] != 1))  # there may be no rows
+        first = inputs[0]
+        for x in inputs[
+            1:
+        ]:  # torch.compile has no max with a key; there may be no rows, so [1, C] is no count
+            places, most = math.prod(x.shape[2:]), math.prod(first.shape[2:])
+            if places > most or (places == most and first.shape[0] == 1):
+                first = x
         parts = [
             x if x.shape[0] == first.shape[0] and x.shape[2:] == first.shape[2:]
             else x.expand(first.shape[0], -1, *first.shape[2:])

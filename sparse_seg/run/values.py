@@ -57,7 +57,8 @@ class Run:
         """The early values that others read."""
         if self._early is None:
             nodes = [node for node in self.geometry.graph.nodes if node.name in self.geometry.first]
-            cells, values = self.geometry.cells(self.geometry.strides[0]), Values()
+            cells = self.geometry.cells(self.geometry.strides[0])
+            values: Values = {}
             self._run(nodes, values, self.geometry.entries, lambda node, read: self._dense(node, read, cells))
             self._early = values
         return self._early
@@ -69,8 +70,10 @@ class Run:
             kept: names of values that are wanted beside the output.
         """
         cells = self.geometry.cells(stride)
-        shares = stride >= self.geometry.strides[0]  # early values stand where they do in each such run
-        nodes, values = (self._later, dict(self.early())) if shares else (self.geometry.graph.nodes, Values())
+        hidden = self.geometry.first - self.geometry.entries
+        # early values stand where they do in each such run; of those, `early` keeps what others read
+        shares = stride >= self.geometry.strides[0] and hidden.isdisjoint(kept)
+        nodes, values = (self._later, dict(self.early())) if shares else (self.geometry.graph.nodes, {})
         return self._run(nodes, values, kept, lambda node, read: self._dense(node, read, cells))
 
     def mixed(
@@ -170,7 +173,8 @@ class Run:
         """A window on a grid: its taps lie as many px apart as captured, but at least one cell."""
         operator, step = OPERATORS[node.op], cell // source.stride
         assert isinstance(operator, Spatial)
-        pads, dilations = list[tuple[int, int]](), list[int]()
+        pads: list[tuple[int, int]] = []
+        dilations: list[int] = []
         for axis, taps in enumerate(self.dilated(node, source.stride)):
             places = [tap // source.stride for tap in taps]
             end = (size[axis] - 1) * step + places[-1]

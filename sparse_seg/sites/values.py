@@ -128,7 +128,7 @@ class Mixed:
 
     def densify(self, exchange: str = "linear") -> Grid:
         """The finest grid, by the exchange rule where there is no site."""
-        finest = min(self.rows, default=self.lattice.stride)
+        finest = min([self.lattice.stride, *self.rows])
         if finest == self.lattice.stride:
             return self.lattice
         plan = self.sites.levels[finest].plan

@@ -84,6 +84,20 @@ def test_only_a_heads_last_pooling_weighs_all_sites():
     assert [alone.nodes[name].layer for name in alone.final_pools] == ["body.1"]
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_it_is_one_graph_of_fixed_shapes():
+    """torch.export and torch.compile take it whole: no branch and no shape depends on the data."""
+    form = static_form(captured("aspp", "entropy"), ExportOptions((64, 96), ghosts=False, tiles=False))
+    images = torch.rand(1, 3, 64, 96)
+    program = torch.export.export(form, form.example())
+    compiled = torch.compile(form, fullgraph=True, backend="eager")
+    for outputs in (program.module()(images), compiled(images)):
+        assert all(torch.equal(a, b) for a, b in zip(outputs, form(images), strict=True))
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    assert not [value for value in values if isinstance(value, torch.SymInt)]
+
+
 def test_uneven_padding_is_part_of_the_convolution():
     pytest.importorskip("onnx", reason="needs the package onnx")
     form = static_form(captured("same padding"), ExportOptions((64, 96), given=True))

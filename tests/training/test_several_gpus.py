@@ -13,6 +13,7 @@ import pytest
 from torch.distributed import HashStore
 
 from sparse_seg import processes
+from sparse_seg.errors import TrainingError
 from sparse_seg.processes import ProcessLost
 from tests.training.kills import ENVIRONMENT, LIGHT, ROOT, TORCHRUN, kill, make_checkout, start_job
 
@@ -86,6 +87,25 @@ def test_a_process_that_waits_to_join_hears_that_another_one_has_ended() -> None
         assert time.monotonic() - start < 120, "before the wait ends by itself"
     finally:
         store.set("never", "")  # the thread ends
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_does_not_replace_an_error_that_is_on_its_way_out() -> None:
+    """torchrun sends it once a process has ended, when the others may be about to say what they saved."""
+
+    def stopped() -> None:
+        try:
+            raise TrainingError("what was saved")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, processes._end)
+    try:
+        with pytest.raises(TrainingError, match=r"^what was saved$"):
+            stopped()
+        with pytest.raises(ProcessLost, match="start it again"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
         signal.signal(signal.SIGTERM, before)
 
 
