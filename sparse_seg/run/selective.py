@@ -163,7 +163,8 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
 
     def note(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, out: Any) -> None:  # what it returns would replace the output
-            seen[name] = out
+            if isinstance(out, Tensor):
+                seen[name] = out.clone()  # a later activation may change it in place
 
         return hook
 
