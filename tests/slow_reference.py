@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.reference import DenseBasicBlock, DenseBottleneck, DenseDeepLabV3, DenseLite, DenseSegmentor
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def once(method: Method) -> Method:
+    """A method that remembers its results, as long as its object lives."""
+
+    @functools.wraps(method)
+    def look_up(self: Any, *key: Any) -> Any:
+        memory = self.__dict__.setdefault(f"_{method.__name__}", {})
+        if key not in memory:
+            memory[key] = method(self, *key)
+        return memory[key]
+
+    return cast(Method, look_up)
 
 
 class SlowSites:
@@ -67,7 +83,7 @@ class SlowSites:
                 weights[row] = weights.get(row, 0.0) + weight / (len(ys) * len(xs))
         return weights
 
-    @functools.cache  # noqa: B019 (a handful of small objects per test)
+    @once
     def rebuild_matrix(self, exchange: str) -> Tensor:
         """`[B*H*W, N]` float64: rows to the whole grid, cells without a site by the exchange rule."""
         places = _all_cells(self.batch, self.size)

@@ -18,6 +18,7 @@ from sparse_seg.lab.benchmark.tables import COLUMNS, benchmark_table, profile_ta
 from sparse_seg.lab.compare.report import comparison_table, fraction_table
 from sparse_seg.lab.report.tables import Column, Table
 from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.network import SelectiveNetwork
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -164,11 +165,20 @@ def test_tools_are_not_called_as_programs(name: str):
 
 
 def test_names_in_the_readmes_example_exist():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    used = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Attribute)]
-    owners = {"sparse_seg": sparse_seg, "model": SelectiveSegmentor}
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    used = [node for node in ast.walk(ast.parse("\n".join(examples))) if isinstance(node, ast.Attribute)]
+    owners = {"sparse_seg": sparse_seg, "model": SelectiveSegmentor, "net": SelectiveNetwork}
     seen = {node.attr for node in used if isinstance(node.value, ast.Name) and node.value.id in owners}
-    assert {"build_model", "load_model", "dense", "refine", "classify", "for_inference"} <= seen
+    assert {
+        "selective",
+        "report",
+        "build_model",
+        "load_model",
+        "dense",
+        "refine",
+        "classify",
+        "for_inference",
+    } <= seen
     for node in used:
         if isinstance(node.value, ast.Name) and node.value.id in owners:
             assert hasattr(owners[node.value.id], node.attr), node.attr

@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from tests.conversion.cases import SMALL, randomise, state_of
 from tests.conversion.deeplabs import Smp
 from tests.conversion.networks import ResNet
 from tests.data.files import sideways_photo
+from tests.peers import package
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -89,14 +91,26 @@ def test_the_first_photo_with_the_weights_of_the_package() -> None:
     assert {"Road", "Car", "Pedestrian"} <= set(names)
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 @pytest.mark.slow
-@torch.no_grad()
-def test_the_readmes_python_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict[str, object] = {"images": torch.randn(1, 3, 64, 64), "mask": torch.rand(1, 4, 4) < 0.3}
-    exec(example, names)
-    (classes, logits) = names["classes"], names["logits"]
-    assert isinstance(classes, torch.Tensor)
-    assert isinstance(logits, torch.Tensor)
-    assert classes.shape == (1, 64, 64)
-    assert names["found"].classes.shape == (80, 112)  # type: ignore[attr-defined]
+@pytest.mark.filterwarnings("ignore")
+def test_the_readmes_first_example_runs_as_it_stands() -> None:
+    package("torchvision.models.segmentation")
+    names: dict[str, Any] = {}
+    exec(EXAMPLES[0], names)
+    assert names["classes"].shape == (1, 256, 512)
+    assert names["blocks"].shape == (1, 8, 16)
+    assert names["logits"].shape == (1, 21, 256, 512)
+    assert len(names["better"]) == 3
+
+
+@pytest.mark.slow
+def test_the_readmes_second_example_runs() -> None:
+    names: dict[str, Any] = {}
+    exec("import sparse_seg\n" + EXAMPLES[1], names)
+    assert names["found"].classes.shape == (80, 112)
+    with torch.inference_mode():
+        for run in ("model", "fast"):
+            assert names[run](torch.randn(1, 3, 64, 64)).shape[2:] == (64, 64)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import operator as python_operators
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from sparse_seg.errors import SparseSegError
 from sparse_seg.graph.rewrite import fold_pads
-from sparse_seg.ops import OPERATORS, READERS, Graph, Node, UnknownOperator
+from sparse_seg.ops import OPERATORS, READERS, Graph, Node, Spatial, UnknownOperator
 
 PREFIX = "module."
 # operators of PyTorch's that change nothing that matters here
@@ -76,16 +79,37 @@ def capture(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str, 
     """
     graph, constants = _captured(module, size)
     if any(node.op == "pad" for node in graph.nodes):
-        # pads that TensorFlow's SAME rule gives are others where lengths are odd
         try:
-            other, _ = _captured(module, (size[0] - 1, size[1] - 1))
+            other, _ = _captured(module, (size[0] + 1, size[1] + 1))  # odd at every stride
         except (CaptureFailed, UnknownOperator):
-            other = graph  # a module of even sizes alone
-        if len(other.nodes) == len(graph.nodes):
-            for node, again in zip(graph.nodes, other.nodes, strict=True):
-                if node.op == "pad" and node.options["pads"] != again.options["pads"]:
-                    node.options["pads"] = "same"
+            pass  # a module of even sizes alone
+        else:
+            _find_same(graph, other)
     return fold_pads(graph).pruned(), constants
+
+
+def _find_same(graph: Graph, other: Graph) -> None:
+    """Mark padding by TensorFlow's SAME rule, which is another where lengths are odd, as in the other graph.
+
+    Where a layer has it in that graph alone, its window takes it.
+    """
+    ours, theirs = ([node for node in one.nodes if node.op != "pad"] for one in (graph, other))
+    if [node.op for node in ours] != [node.op for node in theirs]:
+        return
+    for node, again in zip(ours, theirs, strict=True):
+        pads, others = _pads_before(graph, node), _pads_before(other, again)
+        if pads == others or not isinstance(OPERATORS[node.op], Spatial):
+            continue
+        before = graph.node(node.inputs[0])
+        if before.op == "pad":
+            before.options["pads"] = "same"
+        elif node.options["padding"] == [0, 0]:
+            node.options["padding"] = "same"
+
+
+def _pads_before(graph: Graph, node: Node) -> list[int] | None:
+    before = graph.node(node.inputs[0]) if node.inputs else node
+    return before.options["pads"] if before.op == "pad" else None
 
 
 def _captured(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str, Tensor]]:
@@ -98,20 +122,30 @@ def _captured(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str
     except CaptureFailed:
         raise
     except Exception as error:  # whatever the module's own code raises, too
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CaptureFailed(
-            f"torch.export cannot trace {type(module).__name__} at {size[0]}x{size[1]}: {first[:200]}"
+            f"torch.export cannot trace {type(module).__name__} at {size[0]}x{size[1]}: {_reason(error)}"
         ) from error
     return _Reader(program, size).read()
 
 
+def _reason(error: Exception) -> str:
+    """In one line, with the line of the module's code where PyTorch tells it."""
+    text = str(error).strip()
+    first = (text.splitlines() or [type(error).__name__])[0][:200]
+    if "data-dependent" in first:
+        first = "what it runs depends on the values of the images"
+    place = re.search(r'call raised this error:\n\s*File "([^"]+)", line (\d+), in \S+\n\s*(.+)', text)
+    return f"{first} ({Path(place[1]).name}:{place[2]}: {place[3].strip()})" if place else first
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No stack traces from PyTorch's log where a module does not take a size."""
+    """No stack traces and graphs from PyTorch where it cannot trace a module."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(level)
 
@@ -212,7 +246,7 @@ class _Reader:
         name = call.operator
         if name in SAME:
             return self.known[call.node.all_input_nodes[0]]
-        if name in SHAPES or name in ("permute", "transpose", "expand"):
+        if name in SHAPES or name in ("permute", "transpose", "expand", "expand_as"):
             return call.reshaped()
         read = READERS.get(name)
         if read is None:
@@ -272,6 +306,12 @@ class Call:
         if not isinstance(found, Constant):
             raise UnknownOperator(f"{self.where}: the {name} of {self.operator} is computed, not a parameter")
         return found.name
+
+    def beside(self, tensor: str | None, name: str) -> str | None:
+        """Another tensor of the same module, by its name there."""
+        wanted = f"{(tensor or '').rpartition('.')[0]}.{name}".lstrip(".")
+        known = (found.name for found in self.reader.known.values() if isinstance(found, Constant))
+        return wanted if wanted in known else None
 
     def shape_of(self, tensor: str | None) -> tuple[int, ...]:
         for argument in self._arguments.values():
@@ -345,7 +385,7 @@ class Call:
         if self.operator in ("permute", "transpose"):
             return self._permuted(found, shape)
         if found.name in self.reader.vectors:
-            tail = len(out) >= 4 and (out[-2:] == (1, 1) or self.operator == "expand")
+            tail = len(out) >= 4 and (out[-2:] == (1, 1) or self.operator in ("expand", "expand_as"))
             axes, form = (out[1:-2], "first") if tail else (out[1:], "flat")
         elif form == "first" and out[-2:] == shape[-2:]:
             axes = out[1:-2]

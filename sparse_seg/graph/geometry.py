@@ -207,7 +207,9 @@ class Geometry:
                 bounds.append(captured)
             for user in self.users[name]:
                 operator = OPERATORS[user.op]
-                if operator.is_pool or operator.needs_grid or self.kind.get(user.name) == "late":
+                if operator.is_pool and self._gated(user, natural) <= self.strides[0]:
+                    bounds.append(captured)  # a gate of early values is early
+                elif operator.is_pool or operator.needs_grid or self.kind.get(user.name) == "late":
                     bounds.append(kept)
                 elif user.name in natural:
                     bounds.append(natural[user.name])
@@ -217,6 +219,14 @@ class Geometry:
                 bounds.append(kept)
             natural[name] = min(bounds)
         return natural
+
+    def _gated(self, vector: Node, natural: dict[str, int]) -> int:
+        """The smallest natural stride of the values that a vector is part of."""
+        strides = [ANY]
+        for user in self.users[vector.name]:
+            is_vector = self.kind.get(user.name) == "vector"
+            strides.append(self._gated(user, natural) if is_vector else natural.get(user.name, ANY))
+        return min(strides)
 
     def _require_windows(self) -> None:
         for node in self.graph.nodes:
@@ -382,7 +392,8 @@ class Geometry:
         for node in self.graph.nodes:
             if self.kind[node.name] == "rows":
                 users = self.users[node.name]
-                if node.name == self.graph.output or any(self._reads_sites(user) for user in users):
+                read = any(self._reads_sites(user) or user.name in self.masked for user in users)
+                if read or node.name == self.graph.output:
                     kept.add(node.name)
         return kept | {name for name, kind in self.kind.items() if kind == "vector"}
 

@@ -18,8 +18,11 @@ class Cat(Operator):
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
         first = inputs[0]
-        for x in inputs[1:]:  # torch.compile has no max with a key
-            if math.prod(x.shape[2:]) * x.shape[0] > math.prod(first.shape[2:]) * first.shape[0]:
+        for x in inputs[
+            1:
+        ]:  # torch.compile has no max with a key; there may be no rows, so [1, C] is no count
+            places, most = math.prod(x.shape[2:]), math.prod(first.shape[2:])
+            if places > most or (places == most and first.shape[0] == 1):
                 first = x
         parts = [
             x if x.shape[0] == first.shape[0] and x.shape[2:] == first.shape[2:]

@@ -11,6 +11,7 @@ from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, operator, re
 from sparse_seg.ops.node import Node
 
 AFFINE = ("weight", "bias")
+COUNT = "num_batches_tracked"
 
 
 @reads("batch_norm")
@@ -18,6 +19,7 @@ def read_batch_norm(call: Any) -> Any:
     if call.argument("training"):
         raise UnknownOperator(f"{call.where}: a batch norm without running statistics")
     names = {name: call.tensor(name) for name in (*AFFINE, "running_mean", "running_var")}
+    names[COUNT] = call.beside(names["running_mean"], COUNT)
     return call.make(
         "batch_norm", ["input"], names, eps=call.argument("eps"), momentum=call.argument("momentum")
     )
@@ -25,9 +27,11 @@ def read_batch_norm(call: Any) -> Any:
 
 @operator("batch_norm")
 class BatchNorm(Operator):
-    """Tensors: running_mean, running_var, and, where it has them, weight and bias, `[C]` each.
+    """Tensors: running_mean, running_var, and, where it has them, weight and bias, `[C]` each, and
+    num_batches_tracked.
 
-    In training its statistics are those of all sites. Option `frozen`: always by running statistics.
+    In training its statistics are those of all sites; with momentum 0 (PyTorch's None, as captured) the
+    running ones are the mean of all batches. Option `frozen`: always by running statistics.
     """
 
     joins = True
@@ -36,8 +40,11 @@ class BatchNorm(Operator):
         weight, bias = (tensors.get(name) for name in AFFINE)
         training = training and not node.options.get("frozen", False)
         statistics = tensors["running_mean"], tensors["running_var"]
-        options = node.options["momentum"], node.options["eps"]
-        return F.batch_norm(inputs[0], *statistics, weight, bias, training, *options)
+        momentum = node.options["momentum"]
+        if training and COUNT in tensors:
+            tensors[COUNT].add_(1)
+            momentum = momentum or 1 / tensors[COUNT].item()
+        return F.batch_norm(inputs[0], *statistics, weight, bias, training, momentum, node.options["eps"])
 
     def check(self, node: Node, tensors: Tensors) -> None:
         _check_channels(node, tensors)
@@ -72,7 +79,7 @@ class GroupNorm(Operator):
 
 def _check_channels(node: Node, tensors: Tensors) -> None:
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != (node.shape[1],):
+        if name != COUNT and tuple(tensor.shape) != (node.shape[1],):
             raise ValueError(f"{name} is {list(tensor.shape)}, not [{node.shape[1]}]")
 
 

@@ -45,9 +45,7 @@ class MaxPool2d(Pool):
         self, node: Node, tensors: Tensors, grid: Tensor, stride: Pair, dilation: Pair, pads: Pads
     ) -> Tensor:
         kernel, (left, right, above, below) = pair(node.options["kernel"]), pads
-        fits = (
-            2 * left <= dilation[1] * (kernel[1] - 1) + 1 and 2 * above <= dilation[0] * (kernel[0] - 1) + 1
-        )
+        fits = 2 * left <= kernel[1] and 2 * above <= kernel[0]  # PyTorch's bound, whatever the dilation
         if left == right and above == below and min(left, above) >= 0 and fits:
             return F.max_pool2d(grid, kernel, stride, (above, left), dilation)
         return F.max_pool2d(F.pad(grid, pads, value=-torch.inf), kernel, stride, 0, dilation)

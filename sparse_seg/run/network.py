@@ -15,7 +15,7 @@ from sparse_seg.masks import MaskPolicy
 from sparse_seg.models.base import Segmentor
 from sparse_seg.models.card import Card
 from sparse_seg.models.way import Way
-from sparse_seg.ops import Graph
+from sparse_seg.ops import OPERATORS, Graph
 from sparse_seg.run.passes import GraphPass, check_way
 from sparse_seg.run.report import Report, report
 from sparse_seg.sites import LevelPlan, plan_of
@@ -97,6 +97,13 @@ class SelectiveNetwork(Segmentor):
         found.update(self.module.named_buffers(remove_duplicate=False))
         found.update(self.constants.named_buffers())
         return found
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Values of norms and dropout whose layers are in eval mode, though the network may train."""
+        layers = dict(self.module.named_modules())
+        joining = (node for node in self.graph.nodes if OPERATORS[node.op].joins and node.layer in layers)
+        return frozenset(node.name for node in joining if not layers[node.layer].training)
 
     def check_way(self, way: Way) -> None:
         """Raises a SparseSegError, of one line, where the network cannot run a way."""

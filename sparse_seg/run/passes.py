@@ -66,7 +66,8 @@ class GraphPass:
         self._patched: Grid | None = None  # the logits by merge `patch`
 
     def _new_run(self, training: bool) -> Run:
-        return Run(self.model.geometry, self.model.tensors, self.images, training, self._count)
+        frozen = self.model.frozen if training else ()
+        return Run(self.model.geometry, self.model.tensors, self.images, training, self._count, frozen)
 
     # -- how to run ----------------------------------------------------------------------------------------
 

@@ -78,8 +78,7 @@ def captured(
     merge: str = "whole",
 ) -> SelectiveNetwork:
     """See `selective`; `learned_net` makes the net of a policy that is trained."""
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        module = module.module
+    module = _unwrapped(module)
     if any(length % 64 or length < 64 for length in size):
         raise ConfigError(f"size must be multiples of 64 px, not {size[0]}x{size[1]}")
     with eval_mode(module):
@@ -88,7 +87,24 @@ def captured(
             graph = _two_classes(graph)
         network = build_network(graph, module, constants, strides, mask, exchange, card, learned_net, merge)
         check_graph(network, module, size)
-    return network.train(module.training)
+    network.training = module.training  # alone: parts of the module may be frozen
+    network.policy.train(module.training)
+    return network
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside what DataParallel and torch.compile add."""
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"selective() takes a torch.nn.Module, not {type(module).__name__}")
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _unwrapped(module.module)
+    original = getattr(module, "_orig_mod", None)
+    if isinstance(original, nn.Module):
+        return _unwrapped(original)
+    lost = next((name for name, one in module.state_dict().items() if one.is_meta), None)
+    if lost is not None:
+        raise ConfigError(f"{lost} is on the meta device and has no values: load the weights first")
+    return module
 
 
 def build_network(
@@ -149,7 +165,8 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
 
     def note(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, out: Any) -> None:  # what it returns would replace the output
-            seen[name] = out
+            if isinstance(out, Tensor):
+                seen[name] = out.clone()  # a later activation may change it in place
 
         return hook
 

@@ -29,7 +29,8 @@ class Run:
         geometry: of the graph.
         tensors: by the graph's names.
         images: `[B, 3, H, W]`.
-        training: how norms and dropout behave.
+        training: how norms and dropout behave, but for
+        frozen: names of those in eval mode.
         count: told of each node that ran, and at how many places.
     """
 
@@ -40,9 +41,10 @@ class Run:
         images: Tensor,
         training: bool = False,
         count: Callable[[Node, int], None] | None = None,
+        frozen: Collection[str] = (),
     ) -> None:
         self.geometry, self.tensors, self.images = geometry, tensors, images
-        self.training, self.count = training, count
+        self.training, self.count, self.frozen = training, count, frozen
         self.batch, self.size = int(images.shape[0]), (int(images.shape[2]), int(images.shape[3]))
         self.taps = geometry.all_taps(self.size)
         windows = [node for node in geometry.graph.nodes if node.name in self.taps]
@@ -165,7 +167,7 @@ class Run:
         if node.name in self.taps:
             return Grid(self._window(node, read[0], cell, size), cell)
         arrays = [one.thinned(cell) if isinstance(one, Grid) else one for one in read]
-        return Grid(operator.apply(node, self._tensors(node), arrays, self.training), cell)
+        return Grid(operator.apply(node, self._tensors(node), arrays, self._trains(node)), cell)
 
     def _window(self, node: Node, source: Grid, cell: int, size: tuple[int, int]) -> Tensor:
         """A window on a grid: its taps lie as many px apart as captured, but at least one cell."""
@@ -220,7 +222,8 @@ class Run:
         captured, to = self.geometry.captured[node.inputs[0]], self.geometry.captured[node.name]
         size, align = grid_size(self.size, cell), node.options["align_corners"]
         if node.options.get("nearest"):
-            return Grid(_nearest(source, size, cell, captured if captured >= to else source.stride), cell)
+            before = captured if captured >= to else source.stride
+            return Grid(_nearest(source, size, grid_size(self.size, before), before), cell)
         if captured < to or source.stride < cell:
             return Grid(F.interpolate(source.tensor, size, mode="bilinear", align_corners=align), cell)
         return Grid(upsample_logits(source.tensor, size, source.stride // cell, captured // to, align), cell)
@@ -236,8 +239,9 @@ class Run:
                 return read[0].mean_by_area()
             read = [read[0].lattice]
         arrays = [one.tensor if isinstance(one, Grid) else one for one in read]
-        self.counted(node, self.batch)
-        return operator.apply(node, self._tensors(node), arrays, self.training)
+        places = max((int(one.shape[0]) for one in arrays), default=0)  # one, of what depends on no image
+        self.counted(node, places)
+        return operator.apply(node, self._tensors(node), arrays, self._trains(node))
 
     def _kept(self, coarse: Values | None, name: str) -> Grid | None:
         """A lattice of the coarse pass, which may have been stored in a smaller dtype."""
@@ -248,7 +252,7 @@ class Run:
 
     def _lattice(self, node: Node, read: list[Value], sites: Sites) -> Grid | None:
         """A node's lattice in a mixed run; None where norms need all sites at once."""
-        if self.training and OPERATORS[node.op].joins:
+        if self._trains(node) and OPERATORS[node.op].joins:
             return None
         grids = [self._lattice_source(node, one, sites) for one in read]
         return self._dense(node, grids, {node.name: self.geometry.lattice(node.name)})
@@ -262,11 +266,13 @@ class Run:
         self, node: Node, read: list[Value], sites: Sites, lattice: Grid | None, before: Mixed | None
     ) -> Mixed:
         """A node on rows, given its lattice."""
+        if node.name in self.geometry.masked:  # a last pooling changes with each step, so all sites do
+            read, sites, before = [_whole(one) for one in read], sites.whole, None
         stride, operator = self.geometry.lattice(node.name), OPERATORS[node.op]
         levels = {one: level for one, level in sites.levels.items() if one < stride}
         for level in levels.values() if self.count is not None else ():
             self.counted(node, level.num_run)
-        if self.training and operator.joins:
+        if self._trains(node) and operator.joins:
             return self._joined(node, read[0], sites, levels, stride)
         if node.name in self.taps and isinstance(operator, Spatial):
             source = (
@@ -279,7 +285,7 @@ class Run:
         else:
             rows = {
                 one: operator.apply(
-                    node, self._tensors(node), [_rows(value, one, level) for value in read], self.training
+                    node, self._tensors(node), [_rows(value, one, level) for value in read], False
                 )
                 for one, level in levels.items()
             }
@@ -314,6 +320,9 @@ class Run:
             result[one] = part
         return Mixed(Grid(first, stride), result, sites)
 
+    def _trains(self, node: Node) -> bool:
+        return self.training and node.name not in self.frozen
+
     def _tensors(self, node: Node) -> dict[str, Tensor]:
         tensors = {role: self.tensors[name] for role, name in node.tensors.items()}
         if node.name in self.kernels:
@@ -326,13 +335,17 @@ class Run:
             self.count(node, places)
 
 
-def _nearest(source: Grid, size: tuple[int, int], cell: int, captured: int) -> Tensor:
-    """A grid at `cell` px: at each place the source's value where a grid at `captured` px had its own."""
+def _nearest(source: Grid, size: tuple[int, int], cells: tuple[int, int], stride: int) -> Tensor:
+    """A grid resized: at each place the source's value where a grid of `cells` at `stride` px had its own."""
     tensor = source.tensor
     for axis, length in enumerate(size):
-        places = torch.arange(length, device=tensor.device) * cell // captured * captured // source.stride
+        places = torch.arange(length, device=tensor.device) * cells[axis] // length * stride // source.stride
         tensor = tensor.index_select(2 + axis, places.clamp(max=int(tensor.shape[2 + axis]) - 1))
     return tensor
+
+
+def _whole(value: Value) -> Value:
+    return value.whole if isinstance(value, Mixed) else value
 
 
 def _grid(value: Value) -> Value:

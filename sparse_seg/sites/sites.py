@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -86,6 +87,15 @@ class Sites:
             levels[stride] = Level(plan, cells.reshape(-1), exchange, near.get(stride, ()))
             before = plan
         return cls(levels, exchange)
+
+    @cached_property
+    def whole(self) -> Sites:
+        """These sites, all of them to be run."""
+        levels = self.levels.items()
+        if all(level.run == level.count for _, level in levels):
+            return self
+        whole = {one: Level(level.plan, level.cells, level.exchange, level.near) for one, level in levels}
+        return Sites(whole, self.exchange)
 
     def run_rows(self) -> int:
         """How many extra sites are run, those outside the image at a border of odd size included."""

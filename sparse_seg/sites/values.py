@@ -80,11 +80,17 @@ class Mixed:
         """`[3 * K, C]`: rows of all extra sites at a stride, with those of the steps before."""
         if stride not in self._extras:
             assert self._before is not None
-            level = self.sites.levels[stride]
             parts = self._before.extras(stride), self.rows[stride]
-            both = [part.reshape(3, -1, int(part.shape[1])) for part in parts]
-            self._extras[stride] = torch.cat(both, 1).reshape(3 * level.count, -1)
+            both = [part.reshape(3, -1, *part.shape[1:]) for part in parts]
+            self._extras[stride] = torch.cat(both, 1).flatten(0, 1)
         return self._extras[stride]
+
+    @property
+    def whole(self) -> Mixed:
+        """The value, with all extra sites as those that are run."""
+        if self._before is None:
+            return self
+        return Mixed(self._lattice, {one: self.extras(one) for one in self.rows}, self.sites.whole)
 
     def reads(self, stride: int, taps: Taps) -> tuple[Tensor, Tensor]:
         """What taps read around the extra sites at `stride` that are run: a table, and its rows
@@ -145,8 +151,9 @@ class Mixed:
         for number, stride in enumerate(self.rows, start=1):
             level, weight = self.sites.levels[stride], 4 ** (levels - number)
             source = self.complete(2 * stride).index_select(0, level.cells)
-            inside = level.plan.inside.reshape(3, -1).index_select(1, level.cells).to(precise)
-            new = (self.extras(stride).reshape(3, level.count, channels) * inside[:, :, None]).sum(0)
+            there = level.plan.inside.reshape(3, -1).index_select(1, level.cells)
+            inside, extras = there.to(precise), self.extras(stride).reshape(3, level.count, channels)
+            new = extras.masked_fill(~there[:, :, None], 0).sum(0)  # beyond the border they may be infinite
             gain = level.by_image((new - 3 * source).to(precise))
             total = total + weight * gain
             count = count + weight * level.by_image(inside.sum(0)[:, None] - 3)

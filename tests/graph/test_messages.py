@@ -1,0 +1,202 @@
+"""What a user is told: one line that names the layer; and what capturing leaves as it was."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_seg import selective
+from sparse_seg.config import MaskConfig
+from sparse_seg.errors import SparseSegError
+from sparse_seg.run.selective import GraphDiffers, build_network, check_graph
+from tests.graph.toys import Toy
+from tests.peers import package
+from tests.reference import relative_error
+
+SIZE = (64, 64)
+
+
+class Cumulative(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
+class Unknown(Toy):
+    """An operator that no family knows, in a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running = Cumulative()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.running(self.body(images)))
+
+
+class Strange(Toy):
+    def forward(self, images: Tensor) -> Any:
+        return {"masks": super().forward(images)}
+
+
+class Branching(Toy):
+    def forward(self, images: Tensor) -> Any:
+        return super().forward(images if images.mean() > 0 else -images)
+
+
+class Reflecting(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Conv2d(8, 8, 3, 1, 2, 2, padding_mode="reflect")
+
+
+class Strided(Toy):
+    """Strides in place of dilation: output stride 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.d = nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+
+
+class Vector(Toy):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (Unknown, r"^running: the operator cumsum is not known to run on sites; replace the layer"),
+        (Strange, r"^the module returns a dict; it must return logits, or a dict with 'out' or 'logits'"),
+        (Branching, r"Branching at 64x64: what it runs depends on the values of the images \(test_messages"),
+        (Reflecting, r"^b: padding by reflect"),
+        (Strided, r"nothing of this network can run selectively .* build it with dilation in place"),
+        (Vector, r"the network gives \[1, 8, 1, 1\], not logits"),
+        (lambda: Toy(track_running_stats=False), r"^stem.1: a batch norm without running statistics"),
+        (lambda: Toy().to("meta"), r"stem.0.weight is on the meta device .* load the weights first"),
+        (lambda: nn.Sequential(nn.Conv2d(4, 8, 3)), r"cannot trace Sequential at 64x64: .* have 4 channels"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_networks_that_cannot(build: Callable[[], nn.Module], says: str, capfd: pytest.CaptureFixture[str]):
+    with pytest.raises(SparseSegError, match=says) as caught:
+        selective(build(), size=SIZE)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_no_module_or_size():
+    with pytest.raises(SparseSegError, match=r"takes a torch.nn.Module, not function"):
+        selective(lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(SparseSegError, match=r"multiples of 64 px, not 100x100"):
+        selective(Toy(), size=(100, 100))
+    with pytest.raises(SparseSegError, match=r"each twice the one before"):
+        selective(Toy(), strides=(8, 32), size=SIZE)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "encoder", "says"),
+    [
+        ("Unet", "resnet18", "nothing of this network can run selectively"),
+        ("Unet", "mit_b0", "encoder"),
+        ("PSPNet", "resnet18", "pooling to .* places depends on the image's size|nothing of this network"),
+    ],
+)
+def test_packages_that_cannot(kind: str, encoder: str, says: str):
+    network = getattr(package("segmentation_models_pytorch"), kind)(encoder, encoder_weights=None, classes=5)
+    with pytest.raises(SparseSegError, match=says) as caught:
+        selective(network, size=(128, 128))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_graph_that_differs_names_the_first_layer():
+    module = Toy().eval()
+    network = selective(module, size=SIZE)
+    wrong = copy.deepcopy(network.graph)
+    for node in wrong.nodes:
+        if node.layer == "b":
+            node.options["dilation"], node.options["padding"] = [4, 4], [4, 4]
+    with pytest.raises(GraphDiffers, match=r"of the logits, first in conv2d in b"):
+        check_graph(build_network(wrong, module, {}, (8, 16), MaskConfig()), module, SIZE)
+
+
+def test_what_it_tells():
+    network = selective(Toy().eval(), fine_fraction=0.25, size=SIZE)
+    report = network.report()
+    rows = {row.layer: row for row in report.rows}
+    assert [rows[name].part for name in ("stem.0", "stem.5", "a", "b", "head")] == ["early"] * 2 + [
+        "rows"
+    ] * 3
+    assert [rows[name].spacing for name in ("stem.0", "stem.5", "a", "b", "head")] == [1, 4, 8, 16, 0]
+    assert rows["b"].dense == 64 * 576
+    assert rows["b"].selective == round((1 + 3 * 0.25) * 16) * 576
+    assert "0.25 fine" in str(report)
+    assert "16 px" in str(report)
+    assert "convolutions: 3 early, 4 rows, 0 late" in repr(network)
+
+
+def test_the_module_stays_as_it_was():
+    module = Toy().train()
+    module.stem.eval()  # someone's frozen stem
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    network = selective(module, size=SIZE)
+    assert network.training
+    assert module.training
+    assert not module.stem.training
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(layer._forward_hooks for layer in module.modules())
+    assert {name.removeprefix("module.") for name in network.state_dict()} == set(before)
+    assert next(network.parameters()) is next(module.parameters())
+
+
+def test_wrappers_are_taken_off():
+    assert isinstance(selective(nn.DataParallel(Toy()), size=SIZE).module, Toy)
+
+
+def test_a_logit_is_two_classes():
+    module = Toy(1).eval()
+    network, images = selective(module, size=SIZE), torch.randn(1, 3, 64, 96)
+    assert network.num_classes == 2
+    assert torch.equal(network.dense(images, 8).argmax(1), (module(images)[:, 0] > 0).long())
+
+
+@torch.no_grad()
+def test_copies_and_threads():
+    network = selective(Toy().eval(), size=SIZE)
+    several = [torch.randn(1, 3, 64, 64 + 32 * number) for number in range(3)]
+    expected = [network(images) for images in several]
+    for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network)), network.for_inference()):
+        assert relative_error(copied(several[0]), expected[0]) < 1e-5
+    found: dict[int, float] = {}
+
+    def run(number: int) -> None:
+        with torch.no_grad():
+            found[number] = max(relative_error(network(several[number]), expected[number]) for _ in range(3))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(found[number] for number in range(3)) < 1e-5
+
+
+def test_any_size_from_32_px_up():
+    network = selective(Toy().eval(), size=SIZE)
+    with torch.no_grad():
+        for size in ((32, 32), (75, 53), (64, 130)):
+            assert network(torch.randn(1, 3, *size)).shape == (1, 5, *size)
+            images = torch.randn(1, 3, *size)
+            assert (
+                relative_error(network.dense(images, 8), F.interpolate(network.module(images), size)) < 1e-4
+            )

@@ -1,0 +1,195 @@
+"""Odd but real modules: what they give is what the graph gives, in evaluation and in training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_seg import selective
+from sparse_seg.models.way import Way
+from sparse_seg.run.selective import GraphDiffers
+from tests.graph.toys import Gated, Toy
+from tests.reference import relative_error
+
+SIZE = (64, 64)
+
+
+class Shared(Toy):
+    """Activations in place on what others read."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu_(self.a(self.stem(images)))
+        y = self.b(x).add_(x)
+        z = F.relu_(y)
+        return self.head(self.d(z) + y)
+
+
+class Alias(Toy):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.a(self.stem(images))
+        x.contiguous().relu_()
+        return self.head(self.d(self.b(x)))
+
+
+class Tied(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.d.weight = self.b.weight
+
+
+class Normalising(Toy):
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Any:
+        return super().forward(
+            (images - self.mean) / torch.tensor([0.2, 0.3, 0.4]).to(images).view(1, 3, 1, 1)
+        )
+
+
+class Summed(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Conv2d(8, 8, 3, 1, rate, rate) for rate in (2, 4, 6)])
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.a(self.stem(images))
+        return self.head(sum(branch(x) for branch in self.branches))
+
+
+class Scaled(Toy):
+    def forward(self, images: Tensor) -> Tensor:
+        return F.interpolate(
+            self.head(self.body(images)), scale_factor=8, mode="bilinear", align_corners=True
+        )
+
+
+class Padding(Toy):
+    """Pads images to multiples of 32 itself, and cuts the logits."""
+
+    def forward(self, images: Tensor) -> Any:
+        height, width = images.shape[2:]
+        padded = F.pad(images, (0, -width % 32, 0, -height % 32))
+        return super().forward(padded)[:, :, :height, :width]
+
+
+class First(Toy):
+    def forward(self, images: Tensor) -> Any:
+        return super().forward(images), self.stem(images)
+
+
+def sequential() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU6(), nn.Conv2d(8, 8, 3, 2, 1),
+        nn.Identity(), nn.Conv2d(8, 8, 3, 1, 2, 2), nn.Dropout(), nn.Conv2d(8, 5, 1),
+        nn.Upsample(scale_factor=8, mode="bilinear"),
+    )  # fmt: skip
+
+
+def sync_norms() -> nn.Module:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(Toy())
+
+
+@pytest.mark.parametrize(
+    "build",
+    [Shared, Alias, Gated, Tied, Normalising, Summed, Scaled, Padding, First, sequential, sync_norms,
+     lambda: Toy(affine=False), lambda: Toy(momentum=None), lambda: Toy().requires_grad_(False)],
+)  # fmt: skip
+@torch.no_grad()
+def test_modules(build: Any):
+    module = build().double().eval()
+    network, images = selective(module, size=SIZE), torch.randn(2, 3, 64, 96).double()
+    expected = module(images)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    run = network.start(images).follow(Way.dense(8))
+    found = run.logits() if expected.shape[2:] == images.shape[2:] else run.grid_logits()
+    assert relative_error(found, expected) < 1e-12
+    blocks = torch.ones(2, 4, 6, dtype=torch.bool)
+    assert relative_error(network(images, blocks), network.dense(images, 8)) < 1e-12
+
+
+def test_a_change_in_place_through_a_view_is_found():
+    class View(Toy):
+        def forward(self, images: Tensor) -> Tensor:
+            x = self.a(self.stem(images))
+            x.chunk(2, 1)[0].relu_()
+            return self.head(self.d(self.b(x)))
+
+    with pytest.raises(GraphDiffers, match="differs from the module"):
+        selective(View().eval(), size=SIZE)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}])
+def test_statistics_move_as_the_modules_do(options: dict[str, Any]):
+    module = Toy(**options).double().train()
+    module.norm.eval()  # a norm that someone has frozen stays as it is
+    twin = copy.deepcopy(module)
+    network = selective(module, size=SIZE)
+    for _ in range(3):
+        images = torch.randn(2, 3, 64, 64).double()
+        assert relative_error(network.dense(images, 8), twin(images)) < 1e-12
+    for (name, ours), theirs in zip(module.named_buffers(), twin.buffers(), strict=True):
+        assert relative_error(ours.double(), theirs.double()) < 1e-12, name
+    assert module.norm.num_batches_tracked == 0
+
+
+def test_dropout_drops_whole_channels_of_sites():
+    class Dropping(Toy):
+        def forward(self, images: Tensor) -> Tensor:
+            return F.dropout2d(self.body(images) + 1, 0.5, self.training)
+
+    module = Dropping().train()
+    network = selective(module, size=SIZE)
+    dense = network.start(torch.randn(2, 3, 64, 64)).follow(Way.dense(8)).grid_logits()
+    dropped = (dense == 0).flatten(2)
+    assert torch.equal(dropped.any(2), dropped.all(2))
+    mixed = network.start(torch.randn(2, 3, 64, 64)).take(torch.rand(2, 4, 4) < 0.5).grid_logits()
+    mixed.sum().backward()
+    gradient = module.b.weight.grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype):
+    module = Toy().eval()
+    images, blocks = torch.randn(1, 3, 64, 96), torch.rand(1, 4, 6) < 0.5
+    with torch.no_grad():
+        expected = selective(module, size=SIZE)(images, blocks)
+        network = selective(copy.deepcopy(module).to(dtype), size=SIZE)
+        for one in (network, network.for_inference()):
+            assert relative_error(one(images.to(dtype), blocks), expected) < 0.05
+
+
+def test_autocast_and_channels_last():
+    module: nn.Module = Toy().eval()
+    module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network, images = selective(module, size=SIZE), torch.randn(2, 3, 64, 96)
+    blocks = torch.rand(2, 4, 6) < 0.5
+    with torch.no_grad():
+        expected = network(images, blocks)
+        assert relative_error(network(images.to(memory_format=torch.channels_last), blocks), expected) < 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative_error(network(images, blocks), expected) < 0.05
+    network.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network.start(images).take(blocks).grid_logits()
+    logits.float().square().sum().backward()
+    assert all(one.grad is not None and one.grad.isfinite().all() for one in network.parameters())
+
+
+@torch.no_grad()
+def test_gates_of_what_comes_before_them_at_finer_strides():
+    module = Gated().double().eval()
+    network, images = selective(module, strides=(4, 8), size=SIZE), torch.randn(1, 3, 64, 96).double()
+    run = network.start(images).follow(Way.dense(8))
+    assert relative_error(run.grid_logits(), module(images)) < 1e-12
+    assert network(images).isfinite().all()

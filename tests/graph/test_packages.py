@@ -1,0 +1,148 @@
+"""Networks as they come from their packages: equal at their own stride, and P1, P2, P4 hold."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sparse_seg
+from sparse_seg.graph import logits_of
+from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.models.way import Way
+from tests.graph.layers import randomise
+from tests.peers import package
+from tests.reference import relative_error
+
+SIZE = (64, 96)
+
+
+def torchvision(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        models = package("torchvision.models.segmentation")
+        return getattr(models, name)(weights=None, weights_backbone=None, num_classes=5)
+
+    return build
+
+
+def smp(encoder: str, kind: str = "DeepLabV3Plus", stride: int = 16) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        options = {"encoder_weights": None, "encoder_output_stride": stride, "decoder_channels": 16}
+        network = getattr(package("segmentation_models_pytorch"), kind)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return network(encoder, classes=5, **options)
+
+    return build
+
+
+def hugging_face() -> nn.Module:
+    transformers = package("transformers")
+    config = transformers.MobileNetV2Config(num_labels=5, output_stride=16)
+    return transformers.MobileNetV2ForSemanticSegmentation(config)
+
+
+def mmsegmentation(backbone: dict[str, Any], channels: int, index: int = 3) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        norm, loss = {"type": "BN"}, {"type": "CrossEntropyLoss"}
+        head = {
+            "type": "FCNHead", "in_channels": channels, "in_index": index, "channels": 16, "num_convs": 1,
+            "concat_input": False, "num_classes": 5, "norm_cfg": norm, "align_corners": False,
+            "loss_decode": loss,
+        }  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return package("mmseg.models").build_segmentor(
+                {
+                    "type": "EncoderDecoder",
+                    "data_preprocessor": None,
+                    "pretrained": None,
+                    "backbone": {"norm_cfg": norm, **backbone},
+                    "decode_head": head,
+                    "train_cfg": {},
+                    "test_cfg": {"mode": "whole"},
+                }
+            )
+
+    return build
+
+
+MMSEG_R18 = {
+    "type": "ResNetV1c", "depth": 18, "num_stages": 4, "out_indices": (0, 1, 2, 3), "dilations": (1, 1, 2, 4),
+    "strides": (1, 2, 1, 1), "norm_eval": False, "style": "pytorch", "contract_dilation": True,
+}  # fmt: skip
+MMSEG_MOBILENET = {
+    "type": "MobileNetV2", "widen_factor": 1.0, "strides": (1, 2, 2, 1, 1, 1, 1),
+    "dilations": (1, 1, 1, 2, 2, 4, 4), "out_indices": (1, 2, 4, 6),
+}  # fmt: skip
+# each with whether its lattice depends on the mask (P1 and P4 do not hold)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "torchvision LR-ASPP": (torchvision("lraspp_mobilenet_v3_large"), False),
+    "torchvision DeepLabV3 MobileNetV3": (torchvision("deeplabv3_mobilenet_v3_large"), False),
+    "torchvision FCN ResNet-50": (torchvision("fcn_resnet50"), False),
+    "smp MobileNetV2": (smp("mobilenet_v2"), False),
+    "smp MobileNetV2 at stride 8": (smp("mobilenet_v2", "DeepLabV3", 8), False),
+    "smp EfficientNet-B0": (smp("efficientnet-b0"), False),
+    "timm EfficientNet-Lite0": (smp("tu-efficientnet_lite0"), False),
+    "smp RegNet": (smp("timm-regnetx_002"), False),
+    "smp SE-ResNet-50": (smp("se_resnet50"), False),
+    "smp MobileOne": (smp("mobileone_s0"), False),
+    "smp Res2Net-50": (smp("timm-res2net50_26w_4s"), False),
+    "smp ResNeSt-14": (smp("timm-resnest14d"), False),
+    "timm ResNet-18-D": (smp("tu-resnet18d"), False),
+    "timm ConvNeXt": (smp("tu-convnext_atto"), False),
+    "timm MobileNetV4": (smp("tu-mobilenetv4_conv_small"), False),
+    "Hugging Face MobileNetV2": (hugging_face, False),
+    "mmsegmentation ResNet-18": (mmsegmentation(MMSEG_R18, 512), True),
+    "mmsegmentation MobileNetV2": (mmsegmentation(MMSEG_MOBILENET, 320), True),
+}
+FAST = ("torchvision LR-ASPP",)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+)
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_network(name: str):
+    build, mixes = NETWORKS[name]
+    torch.manual_seed(0)
+    module = randomise(build()).double().eval()
+    network = sparse_seg.selective(module, size=(128, 128))
+    images = torch.randn(2, 3, *SIZE, dtype=torch.float64)
+    fine, coarse = network.strides
+    run = network.start(images).follow(Way.dense(network.geometry.own))
+    logits, expected = run.grid_logits(), logits_of(module(images))
+    if logits.shape != expected.shape:
+        grid = run._grid()
+        step, trained = SIZE[0] // expected.shape[2], network.geometry.trained
+        size = (int(expected.shape[2]), int(expected.shape[3]))
+        align = network.graph.align_corners
+        logits = upsample_logits(logits, size, grid.stride // step, trained // step, align)
+    assert relative_error(logits, expected) < 1e-10
+    blocks = torch.rand(2, -(-SIZE[0] // coarse), -(-SIZE[1] // coarse)) < 0.5
+    every = torch.ones_like(blocks)
+    assert network.has_undilated == mixes
+    # pooled vectors read the lattice: docs/method.md
+    assert relative_error(network(images, every), network.dense(images, fine)) < (1e-10 if mixes else 0.1)
+    if mixes:
+        with pytest.raises(ValueError, match="depend on the mask"):
+            network.start(images).start_coarse()
+        return
+    pass_ = network.start(images).start_coarse()
+    lattices = pass_._coarse
+    refined, once = pass_.take(blocks), network.start(images).take(blocks)
+    assert relative_error(refined.logits(), once.logits()) < 1e-10
+    assert lattices is not None
+    assert once._values is not None
+    for exit_ in network.geometry.exits:
+        if (
+            exit_ not in network.geometry.masked
+            and exit_ in lattices
+            and hasattr(once._values[exit_], "lattice")
+        ):
+            assert relative_error(once._values[exit_].lattice.tensor, lattices[exit_].tensor) < 1e-10

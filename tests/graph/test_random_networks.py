@@ -1,0 +1,191 @@
+"""P1 to P4 of docs/method.md, values, gradients and multiply-adds, on networks drawn at random."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sparse_seg.config import MaskConfig
+from sparse_seg.graph import capture
+from sparse_seg.models.way import Way
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.selective import build_network, check_graph
+from sparse_seg.sites import Mixed
+from tests.graph.drawn import FAMILIES, draw_network
+from tests.graph.layers import Drawn
+from tests.graph.reference import Reference
+from tests.reference import relative_error
+
+TOLERANCE = 1e-10
+SIZES = ((64, 96), (70, 53), (49, 64))
+# a network that fails is small as it is, and each try takes a second
+few = settings(max_examples=3, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+
+
+def networks(module: Drawn) -> Iterator[SelectiveNetwork]:
+    """At two choices of strides."""
+    graph, constants = capture(module, (64, 64))
+    own = max(layer.stride for layer in module.layers)
+    pairs, three = ((own // 2, own), (own, 2 * own)), (own // 2, own, 2 * own)
+    for strides in (pairs[int(torch.randint(2, ()))], three):
+        yield build_network(graph, module, constants, strides, MaskConfig()).eval()
+
+
+def draw_images(draw: st.DataObject) -> Tensor:
+    size, batch = draw.draw(st.sampled_from(SIZES)), draw.draw(st.sampled_from((1, 2)))
+    return torch.randn(batch, 3, *size, dtype=torch.float64)
+
+
+def draw_levels(network: SelectiveNetwork, images: Tensor) -> Tensor:
+    block = network.strides[-1]
+    shape = len(images), -(-images.shape[2] // block), -(-images.shape[3] // block)
+    return torch.randint(0, len(network.strides), shape)
+
+
+def check_dense(network: SelectiveNetwork, module: Drawn, images: Tensor) -> None:
+    """The module's own logits at its own stride; those of the reference at others; and multiply-adds."""
+    own = network.geometry.own
+    expected = module(images)
+    assert relative_error(
+        network.dense(images, own)[:, :, : expected.shape[2], : expected.shape[3]], expected
+    ) < (TOLERANCE if expected.shape[2:] == images.shape[2:] else torch.inf)
+    for stride in {own, *network.strides}:
+        reference = Reference(module, network.strides, images, stride=stride)
+        run = network.start(images).follow(Way.dense(stride))
+        assert relative_error(run.grid_logits(), reference.output) < TOLERANCE
+        assert sum(run.macs().values()) == reference.macs
+        if stride == own and expected.shape[2:] != images.shape[2:]:
+            assert relative_error(run.grid_logits(), expected) < TOLERANCE
+
+
+def check_mixed(network: SelectiveNetwork, module: Drawn, images: Tensor) -> None:
+    """P1, P2, values under any exchange rule, multiply-adds."""
+    levels, strides, geometry = draw_levels(network, images), network.strides, network.geometry
+    run = network.start(images)
+    coarse = run._run.dense(strides[-1], geometry.kept_lattices)
+    for exchange in ("linear", "nearest", "none"):
+        reference = Reference(module, strides, images, levels=levels, exchange=exchange)
+        run = network.start(images).take(levels, Way(exchange=exchange))
+        assert relative_error(run.grid_logits(), reference.output) < TOLERANCE
+        assert sum(run.macs().values()) == reference.macs
+        assert run._values is not None
+        for name, value in run._values.items():
+            if (
+                isinstance(value, Mixed)
+                and name in coarse
+                and name not in geometry.masked
+                and geometry.refines
+            ):
+                assert torch.equal(value.lattice.tensor, coarse[name].tensor)
+    fine = torch.full_like(levels, len(strides) - 1)
+    if not Reference(module, strides, images, stride=strides[0]).lattice_pools:
+        expected = network.start(images).follow(Way.dense(strides[0])).grid_logits()
+        assert relative_error(network.start(images).take(fine).grid_logits(), expected) < TOLERANCE
+    if geometry.refines:
+        none = network.start(images).take(torch.zeros_like(levels))
+        none.grid_logits()
+        for name in geometry.exits:
+            assert none._values is not None
+            value = none._values[name]
+            if isinstance(value, Mixed) and name in coarse:
+                assert relative_error(value.lattice.tensor, coarse[name].tensor) < TOLERANCE
+
+
+def check_refinement(network: SelectiveNetwork, module: Drawn, images: Tensor) -> None:
+    """P4: the first step is one pass with its mask; later ones keep what is there, and compute new sites."""
+    first = draw_levels(network, images)
+    second = torch.maximum(first, draw_levels(network, images))
+    with torch.no_grad():
+        run = network.start(images).start_coarse()
+        assert (
+            relative_error(run.take(first).grid_logits(), network.start(images).take(first).grid_logits())
+            < 1e-12
+        )
+        refined = run.take(second).grid_logits()
+    before = Reference(module, network.strides, images, levels=first)
+    after = Reference(module, network.strides, images, levels=second, before=before)
+    assert relative_error(refined, after.output) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "resizing", "all"])
+@few
+@given(st.data())
+def test_dense_and_mixed(family: str, data: st.DataObject):
+    module = draw_network(data.draw, family)
+    images = draw_images(data)
+    with torch.no_grad():
+        for network in networks(module):
+            check_dense(network, module, images)
+            check_mixed(network, module, images)
+            check_refinement(network, module, images)
+
+
+@pytest.mark.parametrize("family", ["convolution", "groups", "channels", "places", "all"])
+@few
+@given(st.data())
+def test_training_equals_autograd_through_the_reference(family: str, data: st.DataObject):
+    """Batch norm over all existing sites, with its running statistics."""
+    module = draw_network(data.draw, family, training=True)
+    images = draw_images(data)
+    target = torch.randn(5, dtype=torch.float64).view(1, 5, 1, 1)
+    for network in networks(module):
+        levels = draw_levels(network, images)
+        twin = copy.deepcopy(module)
+        network.train()
+        twin.train()
+        for norm in (
+            one for each in (module, twin) for one in each.modules() if isinstance(one, nn.BatchNorm2d)
+        ):
+            norm.reset_running_stats()
+        logits = network.start(images).take(levels).grid_logits()
+        expected = Reference(twin, network.strides, images, levels=levels).output
+        assert relative_error(logits, expected) < TOLERANCE
+        (logits * target).tanh().sum().backward()
+        (expected * target).tanh().sum().backward()
+        for (name, ours), theirs in zip(module.named_parameters(), twin.parameters(), strict=True):
+            if theirs.grad is not None:
+                assert ours.grad is not None, name
+                assert (ours.grad - theirs.grad).norm() < 1e-8 * (1 + theirs.grad.norm()), name
+        for (name, own), other in zip(module.named_buffers(), twin.buffers(), strict=True):
+            if "running" in name:
+                assert relative_error(own, other) < TOLERANCE, name
+        module.zero_grad()
+        network.eval()
+
+
+@few
+@given(st.data())
+def test_mixing(data: st.DataObject):
+    """A convolution on rows whose taps mix phases: values and P2 hold; P1 and P4 do not."""
+    module = draw_network(data.draw, "convolution", mixing=True)
+    images = draw_images(data)
+    graph, constants = capture(module, (64, 64))
+    own = max(layer.stride for layer in module.layers)
+    network = build_network(graph, module, constants, (own, 2 * own), MaskConfig()).eval()
+    assert network.has_undilated
+    with torch.no_grad():
+        check_dense(network, module, images)
+        check_mixed(network, module, images)
+        with pytest.raises(ValueError, match="depend on the mask"):
+            network.start(images).start_coarse()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "resizing"])
+@settings(few, max_examples=2)
+@given(st.data())
+def test_folded_networks_keep_values(family: str, data: st.DataObject):
+    module = draw_network(data.draw, family)
+    images = draw_images(data)
+    with torch.no_grad():
+        for network in networks(module):
+            folded, levels = network.for_inference(), draw_levels(network, images)
+            check_graph(folded, module, (64, 96))
+            for stride in network.strides:
+                assert relative_error(folded.dense(images, stride), network.dense(images, stride)) < 1e-9
+            assert relative_error(folded(images, levels), network(images, levels)) < 1e-9
