@@ -6,9 +6,12 @@ one reaches all of them, and a process that is gone is an error rather than an e
 
 from __future__ import annotations
 
+import atexit
 import gc
+import importlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +20,7 @@ from datetime import timedelta
 from queue import SimpleQueue
 from threading import Thread
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -175,7 +178,8 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
     Of an error, one process raises the one line, and the others exit with code 1.
 
     Raises:
-        TrainingError: a GPU is named, or there are fewer of them than processes on this machine.
+        TrainingError: a GPU is named, there are fewer of them than processes on this machine, or this process
+            cannot join the others.
     """
     if not dist.is_torchelastic_launched():
         yield Processes(), device
@@ -188,26 +192,55 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
             raise TrainingError(f"{found} GPUs are fewer than processes: lower --nproc_per_node")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
+    # It keeps the group that is there when it is first imported, as optimizers do: the group's threads would
+    # then outlive the interpreter, and one that asks for it aborts the process.
+    importlib.import_module("torch.distributed.nn")
     signal.signal(signal.SIGTERM, _end)
     store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "nccl" if device.type == "cuda" else "gloo"
     settings = {"store": store, "rank": rank, "world_size": count, "timeout": TIMEOUT}
     if rank == 0:
         store.set(_key("first"), str(os.getpid()))
+    ends = backend == "gloo"  # NCCL only where all went well: others may be inside a collective
     try:
-        _interruptible(lambda: dist.init_process_group(backend, **settings))
+        _interruptible(lambda: _join(backend, settings))
         yield Processes(rank, count), device
+        ends = True
     except (SparseSegError, OSError):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it once a process has ended
         gc.freeze()  # the last collection, of all that torch imports, takes a second while torchrun waits
+        if not dist.is_initialized():
+            atexit.register(_leave)  # a thread may still wait to join, and nothing can end it
         if not _speaks(store, rank):
             raise SystemExit(1) from None
         raise
-    dist.destroy_process_group()  # not on failure: others may be inside a collective; torchrun ends them
+    finally:
+        if ends and dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    raise ProcessLost("; start it again")
+def _join(backend: str, settings: dict[str, Any]) -> None:
+    try:
+        dist.init_process_group(backend, **settings)
+    except RuntimeError as error:
+        name = f"{backend.upper()}_SOCKET_IFNAME"
+        hint = f"; {name}={os.environ[name]} must be this machine's interface" if name in os.environ else ""
+        raise TrainingError(f"cannot join the processes of this job: {_first_line(error)}{hint}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if not isinstance(sys.exc_info()[1], SparseSegError):  # an error on its way out says more
+        raise ProcessLost("; start it again")
 
 
 def _interruptible(work: Callable[[], object]) -> None:
@@ -222,8 +255,11 @@ def _interruptible(work: Callable[[], object]) -> None:
         else:
             ended.put(None)
 
-    Thread(target=run, daemon=True).start()
-    if (error := ended.get()) is not None:
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    error = ended.get()
+    thread.join()
+    if error is not None:
         raise error
 
 

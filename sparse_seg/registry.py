@@ -9,9 +9,11 @@ import functools
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
-from sparse_seg.errors import ConfigError, choose_one, did_you_mean
+from sparse_seg.errors import ConfigError, choose_one, did_you_mean, shown
 
 
 class UnknownPart(ConfigError, KeyError):
@@ -45,27 +47,54 @@ class Registry(Mapping[str, Any]):
         self._parts[name] = part
         return part
 
-    def options(self, name: str, given: Mapping[str, Any], key: str, part: Any = None) -> dict[str, Any]:
+    def options(
+        self,
+        name: str,
+        given: Mapping[str, Any],
+        key: str,
+        part: Any = None,
+        taken: Mapping[str, str] = MappingProxyType({}),
+    ) -> dict[str, Any]:
         """The keyword arguments that a config gives to a part, if it has them all.
 
         Args:
             given: by name.
             key: of the config, for messages.
             part: what takes them; by default the part itself.
+            taken: arguments that keys of their own set, and these keys.
 
         Raises:
-            ConfigError: the part has no argument of a name.
+            ConfigError: the part has no argument of a name, or a key of its own sets it.
         """
         known = [
             argument.name
             for argument in inspect.signature(self[name] if part is None else part).parameters.values()
-            if argument.default is not argument.empty and argument.kind is not argument.VAR_KEYWORD
+            if argument.default is not argument.empty
+            and argument.kind is not argument.VAR_KEYWORD
+            and argument.name not in taken
         ]
         for option in given:
+            if option in taken:
+                raise ConfigError(f"{key}.{option}: {taken[option]} sets it; set that key in its place")
             if option not in known:
                 near = did_you_mean(option, known) or (f"; it has {', '.join(known)}" if known else "")
                 raise ConfigError(f"{key}.{option}: the {self.kind} {name!r} has no such option{near}")
         return dict(given)
+
+    @staticmethod
+    @contextmanager
+    def fitting(given: Mapping[str, Any], key: str) -> Iterator[None]:
+        """A part is made of options that a config gives.
+
+        Raises:
+            ConfigError: it refuses one. Where none is given, the error is a fault of the code and stays.
+        """
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            if not given:
+                raise
+            raise ConfigError(f"{key} is {shown(dict(given))}, which does not fit: {error}") from None
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:

@@ -60,6 +60,20 @@ def test_bases_then_file_then_overrides(tmp_path):
     assert (config.data.root, config.data.mean, config.model.mask.fine_fraction) == ("here", [0, 0.5, 1], 0.3)
 
 
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "data: {root: ~/frames}\ntrain: {distill: {cache: ~/kept, teacher: ~/t.pt}}", "base.yaml")
+    path = write(tmp_path, "_base_: ~/base.yaml\nmodel: {pretrained: ~/r18.pth}", "here.yaml")
+    config = load_config(path, ["train.init=~/init.pt"])
+    found = [config.data.root, config.train.distill.cache, config.train.distill.teacher, config.train.init]
+    names = ["frames", "kept", "t.pt", "init.pt", "r18.pth"]
+    assert [*found, config.model.pretrained] == [str(tmp_path / name) for name in names]
+    assert load_config(path, ["data.root=a~b"]).data.root == "a~b"
+    texts = {name: info for name, info, kind, _ in all_keys(Config) if kind in (str, str | None)}
+    others = [name for name, info in texts.items() if not info.choices and not info.path]
+    assert others == ["model.module"], "a text that names no path stands here"
+
+
 @pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("5E-4", 5e-4), ("1.e+1", 10), ("2", 2)])
 def test_numbers_with_an_exponent_are_numbers(tmp_path, text, value):
     path = write(tmp_path, f"train: {{lr: {text}}}")

@@ -203,6 +203,32 @@ def test_options_of_parts_from_outside() -> None:
             build_model(config)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"backbone_options": {"pool": 4}}, "model.backbone_options.pool: model.shortcut sets it; set that"),
+        (
+            {"mask": {"options": {"fine_fraction": 0.3}}},
+            "model.mask.options.fine_fraction: model.mask.fine_f",
+        ),
+        ({"mask": {"options": {"middle_threshold": 0.3}}}, "options.middle_threshold: model.mask.middle_thr"),
+        ({"mask": {"options": {"rule": "cad"}}}, "model.mask.options.rule: model.mask.edge sets it"),
+        ({"mask": {"options": {"block": 32}}}, "model.mask.options.block: model.strides sets it"),
+        ({"head_options": {"dropout": "x"}}, "model.head_options is {'dropout': 'x'}, which does not fit: "),
+        (
+            {"head_options": {"dropout": 2}},
+            "model.head_options is {'dropout': 2}, which does not fit: dropout",
+        ),
+        ({"backbone": "toy", "backbone_options": {"grow": "x"}}, "model.backbone_options is {'grow': 'x'}"),
+    ],
+)
+def test_options_that_cannot_be_are_named(config: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_model({"num_classes": 5} | config)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_toys_train_evaluate_refine_and_benchmark_by_command(tmp_path: Path, capsys: Any) -> None:
     """Without a change anywhere else, from a config alone."""

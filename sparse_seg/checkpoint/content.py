@@ -12,11 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from sparse_seg.config import ModelConfig, model_config, to_dict
-from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.errors import CheckpointError, ConfigError, printable
+from sparse_seg.graph.file import from_json, to_json
+from sparse_seg.ops import Graph
 from sparse_seg.version import __version__
 
 ASIDE = "source."  # our prefix of tensors that the network does not need, kept for the way back
-PARTS = ("backbone.", "head.", "auxiliary.", "policy.", ASIDE)
+MODULE, CONSTANTS, POLICY = "module.", "constants.", "policy."
+PARTS = ("backbone.", "head.", "auxiliary.", POLICY, ASIDE)
+CAPTURED_PARTS = (MODULE, CONSTANTS, POLICY, ASIDE)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -49,13 +53,25 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Captured:
+    """A network as a graph; parameters: those of the graph's tensors that training changes."""
+
+    graph: Graph
+    parameters: frozenset[str] = frozenset()
+
+    def description(self) -> dict[str, Any]:
+        return to_json(self.graph) | {"parameters": sorted(self.parameters)}
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A network's weights with all that is needed to run it on images.
 
     Args:
         path: the file.
         weights: by our names: `backbone.*`, `head.*` and, where there are such, `auxiliary.*` (training's),
-            `policy.*` (learned mask) and `source.*` (kept for the way back).
+            `policy.*` (learned mask) and `source.*` (kept for the way back). Of a captured network
+            `module.*`, by the module's own names, and `constants.*` in place of the first three.
         config: the network; `num_classes` is set.
         classes, colours: name and RGB (0..255) of each class; None where the source does not tell.
         mean, std: of the input, RGB in units of 0..1.
@@ -64,6 +80,7 @@ class Checkpoint:
             the values of the classes in labels, where they are known.
         digest: of the weights.
         version: of the package that wrote the file.
+        captured: the graph of a network that is none of ours.
     """
 
     path: Path
@@ -77,6 +94,7 @@ class Checkpoint:
     training: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
     version: str = __version__
+    captured: Captured | None = None
 
     def description(self) -> dict[str, Any]:
         """All but path, weights and digest, as JSON has it."""
@@ -89,7 +107,7 @@ class Checkpoint:
             "std": self.std,
             "origin": dataclasses.asdict(self.origin),
             "training": self.training,
-        }
+        } | ({} if self.captured is None else {"graph": self.captured.description()})
 
 
 def parse(description: Mapping[str, Any], weights: dict[str, Tensor], path: Path, digest: str) -> Checkpoint:
@@ -98,6 +116,10 @@ def parse(description: Mapping[str, Any], weights: dict[str, Tensor], path: Path
     Raises:
         CheckpointError: an entry that is missing, unknown or impossible.
     """
+    captured = None
+    if "graph" in description:
+        captured = _captured(description["graph"], path)
+        description = {name: value for name, value in description.items() if name != "graph"}
     found = _entries(description, _PARTS, path, "")
     origin = Origin(**_entries(found.pop("origin"), _ORIGIN, path, "origin."))
     model = found.pop("model")
@@ -105,19 +127,33 @@ def parse(description: Mapping[str, Any], weights: dict[str, Tensor], path: Path
         config = model_config(model)
     except ConfigError as error:
         raise CheckpointError(f"{path}: its model settings are damaged: {error}") from None
-    checkpoint = Checkpoint(path, weights, config, origin=origin, digest=digest, **found)
+    checkpoint = Checkpoint(path, weights, config, origin=origin, digest=digest, captured=captured, **found)
     _check_sizes(checkpoint)
     return checkpoint
+
+
+def _captured(tree: Any, path: Path) -> Captured:
+    try:
+        if not isinstance(tree, dict) or not isinstance(tree.get("parameters"), list):
+            raise ValueError("it does not say which parameters it has")
+        graph = from_json({name: value for name, value in tree.items() if name != "parameters"})
+        return Captured(graph, frozenset(map(str, tree["parameters"])))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its graph cannot be: {printable(str(error))}") from None
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
     """Settings that go together, before anything is built of them."""
     config, count = checkpoint.config, len(checkpoint.weights)
-    strange = [name for name in checkpoint.weights if not name.startswith(PARTS)]
-    classes = config.num_classes
+    parts_of = PARTS if checkpoint.captured is None else CAPTURED_PARTS
+    strange = [name for name in checkpoint.weights if not name.startswith(parts_of)]
+    classes, captured = config.num_classes, checkpoint.captured
+    given = classes if captured is None else captured.graph.node(captured.graph.output).shape[1]
     parts = sum(config.depths or []) + len(config.aspp_rates) + config.decoder_convs
     faults = {
         f"{strange[:1]} is of no part of a network": bool(strange),
+        "its graph and its settings do not go together": (captured is None) != (config.module is None),
+        f"its graph gives {given} logits for {classes} classes": given != classes,
         "it has no class count": classes is None and checkpoint.origin.has_head,
         "its class names are not as many as its classes": _differs(checkpoint.classes, classes),
         "its colours are not as many as its classes": _differs(checkpoint.colours, classes),

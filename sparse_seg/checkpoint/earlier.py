@@ -32,6 +32,8 @@ def from_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
     config = content.get("config")
     model, data = (_mapping(config, part) for part in ("model", "data"))
     classifier = weights.get("head.classifier.weight")
+    if model.get("module") is not None:
+        raise CheckpointError(f"{path} is to resume from; its network is in best.safetensors beside it")
     if not model or classifier is None or not classifier.ndim:
         raise CheckpointError(f"{path} is damaged: it holds no whole network with its config")
     classes = _class_list(data.get("dataset"), classifier.shape[0])

@@ -18,7 +18,8 @@ from sparse_seg.checkpoint.pickled import ZIP, first_line, load_pickled
 from sparse_seg.errors import CheckpointError, did_you_mean, shown
 from sparse_seg.files import atomic_write
 
-FORMAT, FORMAT_VERSION = "sparse_seg.checkpoint", 2
+FORMAT, FORMAT_VERSION = "sparse_seg.checkpoint", 3
+WITHOUT_GRAPHS = 2  # version of files that have none: earlier packages read these
 KEY = "sparse_seg"  # of the JSON text among the metadata
 SUFFIX = ".safetensors"
 SHIPPED = Path(__file__).parents[1] / "weights"  # by name; a card beside each says what it is
@@ -27,8 +28,15 @@ MOST_HEADER = 10**8  # bytes, by the format
 
 def save(checkpoint: Checkpoint) -> None:
     """Write a checkpoint to its `path`. Raises OSError where the folder cannot be written."""
-    weights = {name: _plain(tensor) for name, tensor in checkpoint.weights.items()}
-    content = {"format": FORMAT, "format_version": FORMAT_VERSION} | checkpoint.description()
+    weights, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in checkpoint.weights.items():
+        own = _plain(tensor)
+        if own.data_ptr() in seen:  # one parameter by two names
+            own = own.clone()
+        weights[name] = own
+        seen.add(own.data_ptr())
+    version = WITHOUT_GRAPHS if checkpoint.captured is None else FORMAT_VERSION
+    content = {"format": FORMAT, "format_version": version} | checkpoint.description()
     content["weights"] = digest_of(weights)
     content["digest"] = digest_of(content)
     atomic_write(checkpoint.path, safetensors.torch.save(weights, {KEY: json.dumps(content)}))
@@ -71,7 +79,7 @@ def _verified(content: dict[str, Any], weights: dict[str, Tensor], path: Path) -
     if content.pop("format", None) == FORMAT and isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(f"{path} is of a later sparse_seg (format {version}); update the package")
     digest, found = content.pop("digest", None), digest_of(weights)
-    signed = {"format": FORMAT, "format_version": FORMAT_VERSION} | content
+    signed = {"format": FORMAT, "format_version": version} | content
     if digest_of(signed) != digest or content.pop("weights", None) != found:
         raise CheckpointError(f"{path} is damaged: its digest is wrong; copy it again")
     return parse(content, weights, path, found)

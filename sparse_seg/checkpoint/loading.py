@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_seg.checkpoint.content import Checkpoint
+from sparse_seg.checkpoint.captured import captured_network, missing_net
+from sparse_seg.checkpoint.content import ASIDE, MODULE, POLICY, Checkpoint
 from sparse_seg.checkpoint.file import load
 from sparse_seg.config import (
     Config,
@@ -23,19 +24,21 @@ from sparse_seg.config import (
 )
 from sparse_seg.data import dataset_classes, dataset_ids
 from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.graph.file import first_difference
 from sparse_seg.masks import cad_mask_net, mask_net
 from sparse_seg.models.build import build_model
 from sparse_seg.models.card import Card
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import check_shapes, load_weights, meta_network, part_of
 from sparse_seg.registry import POLICIES, POOLING_HEADS
+from sparse_seg.run.network import SelectiveNetwork
 
 NETS: dict[str, Callable[[int, int], nn.Module]] = {"mask_net": mask_net, "cad_mask_net": cad_mask_net}
 # How a network runs, not what it computes dense
 RUN_SETTINGS = ("mask", "exchange", "engine", "merge", "strides")
 
 
-def load_model(path: str | Path, config: Config | None = None) -> SelectiveSegmentor:
+def load_model(path: str | Path, config: Config | None = None) -> Any:  # of a Segmentor, as `build_model`
     """The network of a checkpoint, in eval mode: of training (averaged weights where it kept them) or
     converted.
 
@@ -50,7 +53,7 @@ def load_model(path: str | Path, config: Config | None = None) -> SelectiveSegme
     return build_network(load(path), config)
 
 
-def build_network(checkpoint: Checkpoint, config: Config | None = None) -> SelectiveSegmentor:
+def build_network(checkpoint: Checkpoint, config: Config | None = None) -> Any:
     """See `load_model`."""
     path = checkpoint.path
     if not checkpoint.origin.has_head:
@@ -58,6 +61,8 @@ def build_network(checkpoint: Checkpoint, config: Config | None = None) -> Selec
             f"{path} holds a backbone without a head; train one from it: --set model.pretrained={path}"
         )
     chosen, net = network_settings(checkpoint, config), _net(checkpoint)
+    if checkpoint.captured is not None:
+        return captured_network(checkpoint, chosen, net, read_card(checkpoint, config))
     masked = MaskConfig(policy=chosen.mask.policy if POLICIES[chosen.mask.policy].needs_net else "edge")
     try:
         planned = meta_network(dataclasses.replace(chosen, mask=masked), net).state_dict()
@@ -95,11 +100,7 @@ def _weights_for(own: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str,
     if any(name.startswith("policy.") for name in own):
         needed = ("backbone.", "head.", "policy.")
         if not part_of(checkpoint.weights, "policy."):
-            raise CheckpointError(
-                f"{checkpoint.path} holds no net of a mask: train one with train.init={checkpoint.path} (see "
-                "configs/camvid_mask.yaml), fit one by sparse-seg fit-gain for policy gain, or choose "
-                "another model.mask.policy"
-            )
+            raise CheckpointError(missing_net(checkpoint.path))
     auxiliary = {name: tensor for name, tensor in own.items() if name.startswith("auxiliary.")}
     found = checkpoint.weights.items()
     return auxiliary | {
@@ -129,9 +130,12 @@ def network_settings(checkpoint: Checkpoint, config: Config | None = None) -> Mo
         return checkpoint.config
     check_fits(checkpoint, config)
     if checkpoint.origin.is_trained_here:
-        return model_config(config)
-    own = {key: getattr(config.model, key) for key in RUN_SETTINGS}
-    result = dataclasses.replace(checkpoint.config, **own)
+        result = model_config(config)
+    else:
+        own = {key: getattr(config.model, key) for key in RUN_SETTINGS}
+        result = dataclasses.replace(checkpoint.config, **own)
+    if checkpoint.captured is not None and result.strides is None:
+        result = dataclasses.replace(result, strides=checkpoint.config.strides)
     check_model(result)
     return result
 
@@ -145,14 +149,29 @@ def initial_weights(checkpoint: Checkpoint, model: nn.Module, config: Config) ->
     """
     check_fits(checkpoint, config, whole=True)
     own = model.state_dict()
-    extra = ("policy.", "auxiliary.")
+    extra = (POLICY, "auxiliary.")
     kept = {name: tensor for name, tensor in own.items() if name.startswith(extra)}
+    if isinstance(model, SelectiveNetwork) and checkpoint.captured is not None:
+        return kept | _captured_weights(checkpoint, model)
     found = {
         name: tensor
         for name, tensor in checkpoint.weights.items()
         if name in own or name.startswith(("backbone.", "head."))
     }
     return kept | found
+
+
+def _captured_weights(checkpoint: Checkpoint, model: SelectiveNetwork) -> dict[str, Tensor]:
+    """A captured network's weights, by the names of a network whose module is there."""
+    assert checkpoint.captured is not None
+    where = first_difference(checkpoint.captured.graph, model.graph)
+    if where is not None:
+        raise CheckpointError(
+            f"{checkpoint.path} holds another network than model.module makes: they differ first in {where}"
+        )
+    own, found = model.state_dict(), checkpoint.weights
+    aside = {MODULE + name: tensor for name, tensor in part_of(found, ASIDE).items()}
+    return {name: one for name, one in (aside | found).items() if name in own or name.startswith(MODULE)}
 
 
 def check_fits(checkpoint: Checkpoint, config: Config, whole: bool = False) -> None:
@@ -171,7 +190,8 @@ def check_fits(checkpoint: Checkpoint, config: Config, whole: bool = False) -> N
             f"{config.data.dataset}); choose the dataset that the network was trained on"
         )
     wanted, found = function_of(config.model), function_of(checkpoint.config)
-    if not (whole or checkpoint.origin.is_trained_here):
+    graphs = whole and checkpoint.captured is not None and config.model.module is not None
+    if graphs or not (whole or checkpoint.origin.is_trained_here):  # of graphs, all is compared
         wanted, found = {}, {}
     if checkpoint.origin.normalisation:
         for key in ("mean", "std"):

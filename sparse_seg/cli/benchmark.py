@@ -32,7 +32,7 @@ from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
 from sparse_seg.export.runtime import RUNTIMES, check_runtime
 from sparse_seg.files import atomic_write, check_outputs
-from sparse_seg.lab.benchmark.measure import cases, check_training, engine_fault, measure
+from sparse_seg.lab.benchmark.measure import captured_cases, cases, check_training, engine_fault, measure
 from sparse_seg.lab.benchmark.peers import PEERS
 from sparse_seg.lab.benchmark.profile import profile_network
 from sparse_seg.lab.benchmark.runtimes import COLUMNS, TORCH, Timed, peer_graphs, time_network
@@ -42,7 +42,9 @@ from sparse_seg.lab.benchmark.tables import benchmark_table, profile_table
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.tables import Table
 from sparse_seg.masks import POLICIES
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.base import Segmentor
+
+SCOPES = ("stages", "network")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,9 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scopes",
         nargs="*",
-        choices=("stages", "network"),
-        default=["stages", "network"],
-        help="default: both",
+        choices=SCOPES,
+        help="default: both; of a captured network the network alone",
     )
     parser.add_argument(
         "--policies",
@@ -130,9 +131,14 @@ def run(args: argparse.Namespace) -> int:
     if args.train:
         check_training(setup)
     subject, notes, rows = Subject(setup), list[str](), list[dict[str, Any]]()
-    for scope in [*args.scopes, *(["train"] if args.train else [])]:
-        engines = _engines(args, scope, subject, notes)
-        todo = cases(scope, args.fine_fraction, engines, folded=True, policies=args.policies)
+    _check_captured(args, subject)
+    scopes = args.scopes if args.scopes is not None else ["network"] if subject.is_captured else SCOPES
+    for scope in [*scopes, *(["train"] if args.train else [])]:
+        if subject.is_captured:
+            todo = captured_cases(scope, args.fine_fraction, subject.model.strides, args.policies)
+        else:
+            engines = _engines(args, scope, subject, notes)
+            todo = cases(scope, args.fine_fraction, engines, folded=True, policies=args.policies)
         if args.peers and scope != "train":
             todo += [Case(scope, "peer", peer=name) for name in PEERS]
         rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
@@ -157,6 +163,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_captured(args: argparse.Namespace, subject: Subject) -> None:
+    """Raises a ConfigError for what a captured network has not."""
+    if not subject.is_captured:
+        return
+    for option, asked in (
+        ("--scopes stages", "stages" in (args.scopes or ())),
+        ("--profile", args.profile),
+        ("--peers", args.peers),
+    ):
+        if asked:
+            raise ConfigError(f"{option} needs the stages of sparse_seg's own networks; leave it out")
+    if args.train and args.batch < 2 and subject.model.norms_vectors:
+        raise ConfigError("a training step needs --batch 2 or more: a norm sees one vector per image")
+
+
 def _engines(args: argparse.Namespace, scope: str, subject: Subject, notes: list[str]) -> list[str]:
     """The engines asked for that can run; the others go to the notes."""
     engines = []
@@ -172,7 +193,8 @@ def _engines(args: argparse.Namespace, scope: str, subject: Subject, notes: list
 def _runtimes(args: argparse.Namespace, subject: Subject, peers: dict[str, Timed]) -> list[dict[str, Any]]:
     """The network, and peers, in other runtimes, on the subject's first image."""
     model, image = subject.float_model.cpu(), subject.images[:1].cpu().float().contiguous()
-    merges = ("whole", "patch") if model.head.decodes_cells else ("whole",)
+    patches = not subject.is_captured and model.head.decodes_cells
+    merges = ("whole", "patch") if patches else ("whole",)
     accuracies = _accuracies(args.accuracy, model) if args.accuracy else None
     timed = time_network(model, image.numpy(), args.threads, args.runtimes, merges, args.repeats, peers=peers)
     rows = [{"threads": args.threads} | row for row in runtime_rows(timed, accuracies)]
@@ -182,7 +204,7 @@ def _runtimes(args: argparse.Namespace, subject: Subject, peers: dict[str, Timed
     return rows
 
 
-def _accuracies(path: str, model: SelectiveSegmentor) -> tuple[float, float, dict[str, float]]:
+def _accuracies(path: str, model: Segmentor) -> tuple[float, float, dict[str, float]]:
     """mIoU of dense OS16 and OS8, and of the selective network by merge, from a comparison's file."""
     try:
         found = json.loads(Path(path).read_text())["rows"]

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     check_classes(config)
     loaded = load(args.checkpoint)
     model = build_network(loaded, config).to(args.device)
-    dataset = build_dataset(config.data.dataset, config.data.root, args.split)
+    dataset = build_dataset(config.data.dataset, config.data.root, args.split, config.data.bits)
     if args.out:
         check_outputs([args.out], [*input_files(args.config, config, args.checkpoint), *dataset.files()])
     dataset.check(args.limit)
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"run it with --set {settings}")
     if args.out:
         mask = dataclasses.replace(config.model.mask, **cuts)
-        network = dataclasses.replace(loaded.config, mask=mask, strides=config.model.strides)
+        network = dataclasses.replace(loaded.config, mask=mask, strides=list(model.strides))
         save(dataclasses.replace(loaded, path=Path(args.out), config=network))
         print(f"{args.out}: has these settings")
     return 0

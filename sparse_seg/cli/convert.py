@@ -10,35 +10,52 @@ examples:
   sparse-seg convert deeplabv3_resnet101.pth r101.safetensors --verify --classes voc
   sparse-seg convert best_deeplabv3plus.pth v3plus.safetensors --from vainf --output-stride 16
   sparse-seg convert resnet50.pth backbone.safetensors --allow-missing head
+  sparse-seg convert lraspp.pth lraspp.safetensors --classes voc --verify \
+    --module torchvision.models.segmentation:lraspp_mobilenet_v3_large --args num_classes=21
   sparse-seg convert r101.safetensors back.pth --to-dense
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sparse_seg.checkpoint import load_backbone, load_model
 from sparse_seg.checkpoint.file import SUFFIX
-from sparse_seg.cli.arguments import whole_number
+from sparse_seg.cli.arguments import number, whole_number
 from sparse_seg.cli.options import output_file
 from sparse_seg.config import parse_settings
 from sparse_seg.conversion import SOURCES, Conversion, convert, to_dense, write_dense
+from sparse_seg.conversion.module import convert_module
 from sparse_seg.conversion.report import assumed_line, report
-from sparse_seg.conversion.verify import explain, verify
+from sparse_seg.conversion.verify import Verification, explain, verify
+from sparse_seg.conversion.verify_captured import explain_captured, verify_captured
 from sparse_seg.data.class_sets import CLASS_SETS, read_classes
 from sparse_seg.errors import CheckpointError
 from sparse_seg.files import overwritten
 
+MODULE_ONLY = ("args",)
+SOURCES_ONLY = ("from", "arch", "output_stride", "allow_missing")
 FORWARD_ONLY = (
+    *("module", "args"),
     *("from", "arch", "num_classes", "output_stride", "set", "allow_missing", "trust", "verify"),
-    *("prefix", "drop", "mean", "std", "classes"),
+    *("prefix", "drop", "mean", "std", "classes", "threshold"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", metavar="SRC", help="checkpoint to read")
-    parser.add_argument("dst", type=output_file, metavar="DST", help="file to write")
+    files = (
+        parser.add_argument("src", metavar="SRC", help="checkpoint to read"),
+        parser.add_argument("dst", type=output_file, metavar="DST", help="file to write"),
+    )
+    parser.add_argument(
+        "--module", metavar="PACKAGE:CALLABLE", help="what makes the network, where none of the sources did"
+    )
+    parser.add_argument(
+        "--args", nargs="+", action=_pairs(files), metavar="KEY=VALUE", help="with --module: its arguments"
+    )
     parser.add_argument(
         "--from",
         choices=("auto", *sorted(SOURCES)),
@@ -61,11 +78,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="that SRC was trained at, where tensors cannot tell (default: the source's own)",
     )
     parser.add_argument(
+        "--threshold",
+        type=number(1e-6, 1 - 1e-6),
+        metavar="P",
+        help="of a network of one logit: the probability above which a pixel is foreground (default: the "
+        "source's, 0.5 or mmsegmentation's 0.3)",
+    )
+    parser.add_argument(
         "--set",
         nargs="+",
         action="extend",
         metavar="KEY=VALUE",
-        help="model settings that tensors cannot tell, as bn_eps=0.001 or aspp_rates=[6,12,18]",
+        help="model settings that tensors cannot tell, as bn_eps=0.001 or aspp_rates=[6,12,18]; of a module "
+        "how it runs, as strides=[16,32] or mask.policy=edge",
     )
     parser.add_argument(
         "--allow-missing", nargs="+", choices=("head",), help="head: convert a backbone that has none"
@@ -94,6 +119,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(usage_error=parser.error)
 
 
+def _pairs(files: Sequence[argparse.Action]) -> type[argparse.Action]:
+    """An action that takes KEY=VALUE; what follows them without `=` is SRC and DST."""
+
+    class Pairs(argparse.Action):
+        def __call__(
+            self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+        ) -> None:
+            pairs = [text for text in values if "=" in text]
+            setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *pairs])
+            for text in values:
+                file = next((one for one in files if getattr(namespace, one.dest) is None), None)
+                if text not in pairs and file is None:
+                    parser.error(f"argument --args: {text!r} is no KEY=VALUE")
+                elif text not in pairs and file is not None:
+                    setattr(namespace, file.dest, file.type(text) if callable(file.type) else text)
+                    file.required = False
+
+    return Pairs
+
+
 def run(args: argparse.Namespace) -> int:
     if overwritten([args.dst], [args.src, *filter(None, [args.classes])]):
         args.usage_error("argument DST: is SRC or the file of --classes; name another file")
@@ -108,6 +153,12 @@ def run(args: argparse.Namespace) -> int:
     if Path(args.dst).suffix != SUFFIX:
         args.usage_error(f"argument DST: {args.dst} must end in .safetensors")
     options = vars(args)
+    for option in SOURCES_ONLY if args.module else MODULE_ONLY:
+        if options[option] is not None:
+            name = "--" + option.replace("_", "-")
+            args.usage_error(f"argument {name}: {'not' if args.module else 'only'} with --module")
+    if args.module:
+        return _module(args)
     conversion = convert(
         args.src,
         options["from"] or "auto",
@@ -122,6 +173,7 @@ def run(args: argparse.Namespace) -> int:
         args.mean,
         args.std,
         None if args.classes is None else read_classes(args.classes),
+        args.threshold,
     )
     conversion.write(args.dst)
     print(report(conversion))
@@ -130,6 +182,33 @@ def run(args: argparse.Namespace) -> int:
         _verify(args.dst, conversion)
     if conversion.plan.assumed:
         print(assumed_line(conversion.plan.assumed))
+    return 0
+
+
+def _module(args: argparse.Namespace) -> int:
+    conversion = convert_module(
+        args.src,
+        args.module,
+        parse_settings(args.args or [], "--args"),
+        parse_settings(args.set or []),
+        bool(args.trust),
+        args.prefix,
+        args.drop or (),
+        args.mean,
+        args.std,
+        None if args.classes is None else read_classes(args.classes),
+    )
+    found = conversion.network.num_classes
+    if args.num_classes not in (None, found):
+        raise CheckpointError(f"{args.module} has {found} classes, not {args.num_classes}; give it by --args")
+    conversion.write(args.dst)
+    print(conversion.report())
+    print(f"{'written':<10}{args.dst}, {Path(args.dst).stat().st_size / 1e6:.1f} MB")
+    if args.verify:
+        network = load_model(args.dst)
+        result = verify_captured(network)
+        print("\n".join(explain_captured(result, network)))
+        _require_agreement(args.dst, result)
     return 0
 
 
@@ -142,6 +221,10 @@ def _verify(path: str, conversion: Conversion) -> None:
     has_head = conversion.plan.has_head
     result = verify(load_model(path) if has_head else load_backbone(path), has_head)
     print("\n".join(explain(result, conversion.config)))
+    _require_agreement(path, result)
+
+
+def _require_agreement(path: str, result: Verification) -> None:
     if not result.always_agree:
         raise CheckpointError(f"{path} computes other numbers in some of its forms: do not use it")
 

@@ -149,7 +149,7 @@ def _evaluate(config: Config, args: argparse.Namespace, processes: Processes, de
     """Evaluate one way; processes share the frames, and the first one prints."""
     check_classes(config)
     model = load_model(args.checkpoint, config).to(device)
-    dataset = build_dataset(config.data.dataset, config.data.root, args.split)
+    dataset = build_dataset(config.data.dataset, config.data.root, args.split, config.data.bits)
     check_outputs(_written(args.json), dataset.files())
     dataset.check(args.limit)
     way, looks = Way(args.dense), views(args)
@@ -186,12 +186,13 @@ def compare_and_report(
     check_classes(config)
     loaded = load(checkpoint)
     model = build_network(loaded, config).to(device)
-    dataset = build_dataset(config.data.dataset, config.data.root, split)
+    dataset = build_dataset(config.data.dataset, config.data.root, split, config.data.bits)
     check_outputs(_written(json_path, report_path), dataset.files())
     dataset.check(limit)
     ways = comparison_ways(model, policies, fractions, exchanges, merges)
     origin, rows = provenance(), list[dict[str, Any]]()
-    subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, config.model.strides]
+    subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, list(model.strides)]
+    subject += filter(None, [config.data.bits])
     digest = hashlib.blake2b(loaded.path.read_bytes() + json.dumps(subject).encode(), digest_size=16)
     origin["subject"] = digest.hexdigest()
     if resume:
@@ -207,7 +208,7 @@ def compare_and_report(
     if report_path:
         own = network_settings(loaded, config)
         description = (
-            f"{checkpoint}: {own.backbone} x{own.width:g}, {own.head} head, on "
+            f"{checkpoint}: {own.module or f'{own.backbone} x{own.width:g}, {own.head} head'}, on "
             f"{rows[0]['images']} images of {config.data.dataset} {split}. "
             "One set of weights, no retraining. "
             f"{origin['machine']}, {origin['threads']} threads; milliseconds are medians over the images."

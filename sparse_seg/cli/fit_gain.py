@@ -2,7 +2,7 @@
 
 The network stays as it is: its coarse and selective predictions on the frames tell where a fine look helped,
 and a small net learns to expect it. The checkpoint that is written holds both, runs with policy gain and
-merge patch, and is otherwise the one given.
+merge patch (a captured network with merge whole), and is otherwise the one given.
 
 examples:
   sparse-seg fit-gain configs/camvid_light.yaml runs/camvid_light/best.safetensors light_gain.safetensors
@@ -49,20 +49,21 @@ def run(args: argparse.Namespace) -> int:
     model = build_network(loaded, config).to(args.device)
     if not model.refines(Way()):
         raise ConfigError(
-            "policy gain refines a coarse pass, which model.dilate_second=false and model.exchange=separate "
-            "do not allow; choose other settings"
+            "policy gain refines a coarse pass, which model.dilate_second=false, model.exchange=separate and "
+            "layers of a module that mix phases do not allow; choose another policy"
         )
-    dataset = build_dataset(config.data.dataset, config.data.root, args.split)
+    dataset = build_dataset(config.data.dataset, config.data.root, args.split, config.data.bits)
     check_outputs([args.out], [*input_files(args.config, config, args.checkpoint), *dataset.files()])
     dataset.check(args.limit)
+    merge = "patch" if loaded.captured is None else "whole"
     samples = collect(
-        model.for_inference(), dataset, config.data, not args.without_labels, args.limit, args.seed
+        model.for_inference(), dataset, config.data, not args.without_labels, args.limit, args.seed, merge
     )
-    net = fit(samples, args.seed)
+    net = fit(samples, args.seed, bn_eps=loaded.config.bn_eps)
     weights = {name: tensor for name, tensor in loaded.weights.items() if not name.startswith("policy.")}
     weights |= {f"policy.net.{name}": tensor for name, tensor in net.state_dict().items()}
     mask = dataclasses.replace(loaded.config.mask, policy="gain")
-    settings = dataclasses.replace(loaded.config, mask=mask, merge="patch")
+    settings = dataclasses.replace(loaded.config, mask=mask, merge=merge)
     save(dataclasses.replace(loaded, path=Path(args.out), weights=weights, config=settings))
-    print(f"{args.out}: run it with --set model.mask.policy=gain model.merge=patch")
+    print(f"{args.out}: run it with --set model.mask.policy=gain model.merge={merge}")
     return 0

@@ -5,8 +5,8 @@ training labels where the checkpoint knows them, else 0, 1, ...) and, unless --d
 --show-levels also D/NAME_levels.png, every block in the colour of its stride; with --steps D/NAME_steps.png,
 how the coarse prediction is refined step by step where it is least certain. D/legend.png and D/classes.yaml
 say which id and colour is which class; no input is written over, nor a classes.yaml of other classes. Folders
-are searched with their sub-folders, which D gets too. Photos are turned upright as their EXIF orientation
-says (training and evaluation read images as they are stored, like their labels). A file that cannot be read
+are searched with their sub-folders, which D gets too. Photos are turned upright as EXIF or a TIFF says
+(training and evaluation read images as they are stored, like their labels). A file that cannot be read
 is named and skipped; the exit code is then 1.
 
 For a video NAME, or camera:N: D/NAME.mp4, overlays at the source's rate; with --policy previous each frame's
@@ -48,8 +48,10 @@ from sparse_seg.cli.options import (
     views,
 )
 from sparse_seg.config import check_classes, load_config
+from sparse_seg.config.schema import BITS
+from sparse_seg.data.depth import find_depth
 from sparse_seg.data.folder import CLASS_FILE
-from sparse_seg.data.reading import read_image
+from sparse_seg.data.reading import captured_stderr, read_image
 from sparse_seg.errors import DataError
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.runtime import RUNTIMES
@@ -109,6 +111,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_views(parser, WINDOW)
     parser.add_argument(
+        "--bits",
+        type=int,
+        choices=BITS,
+        help="of images with 16 bits per channel: how many are used (default: 12 where no value of them all "
+        "is above 4095, else 16)",
+    )
+    parser.add_argument(
         "--fps", type=number(0.01, 1000), metavar="N", help="of videos: keep up with N frames per second"
     )
     parser.add_argument(
@@ -144,12 +153,18 @@ def run(args: argparse.Namespace) -> int:
     runner = Runner(model, args.runtime, way, not looks.is_single, refusal)
     segmenter = Segmenter(model, way, looks, runner)
     check_legend(segmenter.card, args.out)
+    told = config.data.bits if config is not None and args.bits is None else args.bits
+    images = [source.path for source in sources if isinstance(source.path, Path) and not source.is_video]
+    with captured_stderr():
+        depth = find_depth(images, told, "add --bits 10, 12, 14 or 16")
+    if depth.note:
+        print(f"warning: {depth.note}", file=sys.stderr)
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for source in bar(sources, "predict", len(sources), len(sources) > 1):
         try:
             outputs.check_names(source)
-            results[str(source)] = _predict(segmenter, source, args)
+            results[str(source)] = _predict(segmenter, source, args, depth.bits)
         except DataError as error:
             failed[str(source)] = str(error)
             tqdm.write(f"error: {error}", file=sys.stderr)
@@ -168,14 +183,16 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _predict(segmenter: Segmenter, source: Source, args: argparse.Namespace) -> dict[str, Any]:
+def _predict(
+    segmenter: Segmenter, source: Source, args: argparse.Namespace, bits: int | None
+) -> dict[str, Any]:
     """Segment one input and write its files; what --json says of it."""
     out = Path(args.out, source.name)
     try:
         if source.is_video or isinstance(source.path, int):
             options = VideoOptions(args.fps, args.limit, args.video_ids or args.ids_only, args.video_blocks)
             return write_video(segmenter, source, out, options)
-        image = read_image(source.path, upright=True)
+        image = read_image(source.path, upright=True, bits=bits)
         found = segmenter(image)
     except ValueError as error:
         raise DataError(f"{source}: {error}") from None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import typing
 import unicodedata
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from sparse_seg.config.keys import Key, all_keys, field_types, item_type, plain_type, type_name
+from sparse_seg.config.keys import Key, all_keys, field_types, item_type, path_keys, plain_type, type_name
 from sparse_seg.errors import ConfigError, choose_one, did_you_mean, shown
 
 MAX_TEXT = 4096  # characters
@@ -34,6 +35,7 @@ def build(schema: type[_T], tree: Any, where: str, prefix: str = "", root: type 
             raise ConfigError(f"{where} must hold keys and values, not {shown(tree)}")
         raise ConfigError(f"{where}: '{prefix[:-1]}' holds keys of its own, not the value {shown(tree)}")
     root, kinds, values = root or schema, field_types(schema), dict[str, Any]()
+    paths = path_keys(schema)
     for name, value in tree.items():
         full = f"{prefix}{name}"
         if name not in kinds:
@@ -43,6 +45,8 @@ def build(schema: type[_T], tree: Any, where: str, prefix: str = "", root: type 
             values[name] = build(kinds[name], value, where, f"{full}.", root)
         else:
             values[name] = _value(value, kinds[name], f"{where}: '{full}'")
+            if name in paths and value is not None:
+                values[name] = os.path.expanduser(value)
     return schema(**values)
 
 

@@ -13,6 +13,7 @@ INTRODUCTION = """\
 Made from `sparse_seg/config/schema.py` by `python -m sparse_seg.config.docs > docs/config.md`.
 
 A config is YAML; `_base_` names files whose settings it starts from, `--set model.width=0.5` overrides one.
+In paths, `~` stands for the home folder.
 Keys marked \\* are part of what a network computes: a checkpoint only fits the values it was trained with.
 """
 

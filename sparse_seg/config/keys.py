@@ -25,6 +25,7 @@ class Key:
         items: a list's length: the names of its items, or how many there may be at most.
         function: whether it is part of what the network computes, so that a checkpoint fits one value only.
         above: what to say of a number above its bounds.
+        path: whether it is a file or folder, in whose name `~` stands for the home folder.
     """
 
     meaning: str
@@ -33,6 +34,7 @@ class Key:
     items: tuple[str, ...] | int = MAX_ITEMS
     function: bool = False
     above: str = ""
+    path: bool = False
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -82,6 +84,15 @@ def all_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Key, Any, An
 def choices(schema: type, name: str) -> tuple[Any, ...]:
     """Valid values of a key; none where any, or any within bounds, is valid."""
     return next(tuple(info.choices) for key_name, info, _, _ in all_keys(schema) if key_name == name)
+
+
+def path_keys(schema: type) -> set[str]:
+    """Names of a dataclass's own fields that are files or folders."""
+    return {field.name for field in dataclasses.fields(schema) if _is_path(field)}
+
+
+def _is_path(field: dataclasses.Field[Any]) -> bool:
+    return "key" in field.metadata and field.metadata["key"].path
 
 
 def function_keys(schema: type) -> list[str]:

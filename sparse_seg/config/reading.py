@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -125,7 +126,7 @@ def _read(path: Path, parents: tuple[Path, ...], done: dict[Path, Tree]) -> Tree
         raise ConfigError(f"config {path}: _base_ must be a file name or a list of them, not {shown(bases)}")
     result: Tree = {}
     for base in bases:
-        result = overlay(result, _read(path.parent / base, (*parents, path), done))
+        result = overlay(result, _read(path.parent / os.path.expanduser(base), (*parents, path), done))
     done[path] = overlay(result, tree)
     return done[path]
 
@@ -155,7 +156,7 @@ def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
     return merged
 
 
-def parse_settings(settings: Sequence[str]) -> Tree:
+def parse_settings(settings: Sequence[str], option: str = "--set") -> Tree:
     """`key=value` texts, values in YAML, as one tree.
 
     Raises:
@@ -166,10 +167,10 @@ def parse_settings(settings: Sequence[str]) -> Tree:
         key, equals, text = setting.partition("=")
         parts = key.strip().split(".")
         if not equals or not key.strip():
-            raise ConfigError(f"--set {shown(setting)}: write key=value, for instance data.root=../camvid")
+            raise ConfigError(f"{option} {shown(setting)}: write key=value, for instance data.root=../camvid")
         if len(parts) > MAX_DEPTH or len(text) > MAX_BYTES:
-            raise ConfigError(f"--set {shown(setting)}: no setting is as long")
-        value = parse_yaml(text, f"--set {shown(setting)}: the value")
+            raise ConfigError(f"{option} {shown(setting)}: no setting is as long")
+        value = parse_yaml(text, f"{option} {shown(setting)}: the value")
         for part in reversed(parts):
             value = {part: value}
         tree = overlay(tree, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparse_seg.config.build import check_values
+from sparse_seg.config.keys import function_keys
 from sparse_seg.config.schema import Config, ModelConfig
 from sparse_seg.errors import ConfigError
 from sparse_seg.registry import DATASETS, POOLING_HEADS
@@ -45,7 +46,8 @@ def check_model(model: ModelConfig) -> None:
         ConfigError: an impossible value, with the key.
     """
     check_values(model, "model.")
-    mask = model.mask
+    _check_module(model)
+    mask, strides = model.mask, model.own_strides
     _require(
         model.dilate_second or (mask.policy not in READ_COARSE and model.merge != "patch"),
         f"model.mask.policy={mask.policy} with model.merge={model.merge} needs a coarse pass that does not "
@@ -67,14 +69,39 @@ def check_model(model: ModelConfig) -> None:
         "model.aspp_projection and model.refine cannot both be false for deeplabv3",
     )
     _require(
-        len(model.strides) == 2 or mask.threshold is None or mask.middle_threshold is not None,
+        len(strides) == 2 or mask.threshold is None or mask.middle_threshold is not None,
         "model.mask.threshold with three strides needs model.mask.middle_threshold too",
     )
-    spacings, coarsest = [rate * model.trained_stride for rate in model.aspp_rates], model.strides[-1]
+    spacings, coarsest = [rate * model.trained_stride for rate in model.aspp_rates], strides[-1]
     _require(
         model.head not in POOLING_HEADS or all(spacing % coarsest == 0 for spacing in spacings),
         f"model.aspp_rates x trained_stride is {spacings} px; run selective, each must divide by {coarsest}",
     )
+
+
+def _check_module(model: ModelConfig) -> None:
+    """What a network of others has not."""
+    if model.module is None:
+        _require(not model.module_args, "model.module_args are arguments of model.module: name one")
+        return
+    default = ModelConfig()
+    for key in function_keys(ModelConfig):
+        _require(
+            key in ("module", "module_args", "num_classes") or getattr(model, key) == getattr(default, key),
+            f"model.{key} is of sparse_seg's own networks, not of model.module: remove it; what the module "
+            "takes stands in model.module_args",
+        )
+    for key, value, choice in (
+        ("auxiliary", True, "false"),
+        ("merge", "patch", "whole"),
+        ("exchange", "separate", "linear, nearest or none"),
+        ("engine", "spconv", "auto or gather"),
+    ):
+        _require(
+            getattr(model, key) != value,
+            f"model.{key}={str(value).lower()} is of sparse_seg's own networks, not of model.module: set "
+            f"it to {choice}",
+        )
 
 
 def check_config(config: Config) -> None:
@@ -158,10 +185,22 @@ def check_training(config: Config) -> None:
         f"{named} needs a coarse lattice that does not depend on the mask: not with "
         "train.network=selective and model.exchange=separate",
     )
-    finest = config.model.strides[0]
+    is_module, strides = config.model.module is not None, config.model.own_strides
+    finest = None if is_module and config.model.strides is None else strides[0]
+    dense = train.output_stride or (None if is_module else 8)
     _require(
-        not coarse or train.network == "selective" or train.output_stride == finest,
-        f"{named} needs train.output_stride={finest}: the coarse lattice is part of it",
+        not coarse or train.network == "selective" or dense in (None, finest),
+        f"{named} needs train.output_stride={finest or 'null'}: the coarse lattice is part of it",
+    )
+    _require(
+        not is_module or not distilled or train.distill.features_weight == 0,
+        "train.distill.features_weight compares rows of sparse_seg's own networks, which model.module has "
+        "not: set it to 0",
+    )
+    _require(
+        not is_module or not learned or supervised,
+        "train.mask_loss=straight_through trains through the head of sparse_seg's own networks, which "
+        "model.module has not: set train.mask_loss=supervised with train.freeze=true",
     )
     if learned and supervised:
         _require(train.freeze, "train.mask_loss=supervised trains the mask alone: set train.freeze=true")
@@ -171,7 +210,7 @@ def check_training(config: Config) -> None:
             "train.mask_loss=straight_through cannot train through the skip of model.head=deeplabv3plus: set "
             "train.mask_loss=supervised with train.freeze=true",
         )
-        fits = len(config.model.strides) == 2 and mask.threshold is None
+        fits = len(strides) == 2 and mask.threshold is None
         _require(
             fits,
             "train.mask_loss=straight_through needs two strides and a budget: set model.mask.threshold=null "

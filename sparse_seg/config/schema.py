@@ -12,7 +12,9 @@ from sparse_seg.config.keys import function_key, key, section
 from sparse_seg.registry import BACKBONES, DATASETS, HEADS, POLICIES
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-STRIDES = ([8, 16], [8, 16, 32], [4, 8, 16])
+STRIDES = ([8, 16], [8, 16, 32], [4, 8, 16])  # of our networks; the first is the default
+MODULE_STRIDES = ([4, 8], [16, 32], [32, 64], [16, 32, 64])  # more, of others
+BITS = (10, 12, 14, 16)  # of cameras whose files have 16 per channel
 SEPARABLE = ("none", "linear", "normed")
 RGB = ("red", "green", "blue")
 LOOKS_LIKE_BYTES = "these look like 0..255; divide by 255"
@@ -42,6 +44,10 @@ class MaskConfig:
 
 @dataclass
 class ModelConfig:
+    module: str | None = function_key(
+        None, "PACKAGE:CALLABLE that returns any network (an nn.Module), in place of backbone and head"
+    )
+    module_args: dict[str, Any] = function_key({}, "arguments of module")
     backbone: str = function_key("resnet18", "network up to the last stage", BACKBONES)
     width: float = function_key(1.0, "multiplier of the backbone's channels", "(0, 8]")
     depths: list[int] | None = function_key(
@@ -54,7 +60,7 @@ class ModelConfig:
     )
     dilate_second: bool = function_key(True, "false: basic blocks' second 3x3 as mmsegmentation's (no P1)")
     bn_eps: float = function_key(1e-5, "epsilon of batch norm", "[1e-12, 1]")
-    pretrained: str | None = key(None, "checkpoint of any known source that training starts from")
+    pretrained: str | None = key(None, "checkpoint of any known source that training starts from", path=True)
     head: str = function_key("lite", "what turns the last stage into logits", HEADS)
     head_channels: int | None = key(
         None, "null: 128 for lite, 256 for deeplab*, a quarter of the input for fcn", CHANNELS
@@ -69,6 +75,9 @@ class ModelConfig:
     aspp_projection: bool = function_key(True, "1x1 over ASPP's branches; mmsegmentation has refine alone")
     refine: bool = function_key(True, "dense 3x3 after ASPP")
     separable: str = function_key("none", "as aspp_separable, for deeplab*'s dense 3x3", SEPARABLE)
+    refine_separable: str | None = function_key(
+        None, "as separable, for the dense 3x3 after ASPP; null: as separable says", SEPARABLE
+    )
     low_level_channels: int = function_key(48, "channels of deeplabv3plus's skip", CHANNELS)
     decoder_convs: int = function_key(1, "3x3 convolutions after deeplabv3plus's skip", "[1, 64]")
     align_corners: bool = function_key(False, "corner alignment of upsampling")
@@ -85,18 +94,28 @@ class ModelConfig:
         "whole: the head decodes densified rows; patch: coarse blocks keep the coarse pass's logits",
         ("whole", "patch"),
     )
-    strides: list[int] = key([8, 16], "output strides that the mask chooses from", STRIDES)
+    strides: list[int] | None = key(
+        None,
+        "output strides that the mask chooses from; null: those of the checkpoint's module, or module's own "
+        "output stride and twice it, else [8, 16]",
+        (*STRIDES, *MODULE_STRIDES),
+    )
     trained_stride: int = function_key(8, "output stride that the head is trained at", (8, 16, 32))
     auxiliary: bool = key(False, "FCN head on layer3, in training only")
     backbone_options: dict[str, Any] = function_key({}, "options of a backbone registered from outside")
     head_options: dict[str, Any] = function_key({}, "options of a head registered from outside")
     mask: MaskConfig = section(MaskConfig)
 
+    @property
+    def own_strides(self) -> list[int]:
+        """`strides` of a network of ours."""
+        return self.strides or STRIDES[0]
+
 
 @dataclass
 class DataConfig:
     dataset: str = key("scenes", "classes and file layout", DATASETS)
-    root: str = key("runs/scenes", "the dataset's folder")
+    root: str = key("runs/scenes", "the dataset's folder", path=True)
     crop: list[int] = key([256, 256], "size of training crops, px", "[32, 16384]", items=("height", "width"))
     scale_range: list[float] = key(
         [0.5, 2.0], "factors of random scaling in training", "[0.01, 100]", items=("low", "high")
@@ -113,6 +132,9 @@ class DataConfig:
         "[0.001, 1]",
         items=RGB,
         above=LOOKS_LIKE_BYTES,
+    )
+    bits: int | None = key(
+        None, "bits per channel used in 16-bit images; null: 12 or 16, as all splits' values tell", BITS
     )
     workers: int = key(0, "processes that load data; 0: none but the main one", "[0, 256]")
     cache: bool = key(False, "keep decoded training frames in memory, in each worker")
@@ -144,8 +166,12 @@ class LossConfig:
 
 @dataclass
 class DistillConfig:
-    teacher: str | None = key(None, "checkpoint of a network trained before; null: no distillation")
-    cache: str | None = key(None, "folder to keep the teacher's outputs in; null: run it each time")
+    teacher: str | None = key(
+        None, "checkpoint of a network trained before; null: no distillation", path=True
+    )
+    cache: str | None = key(
+        None, "folder to keep the teacher's outputs in; null: run it each time", path=True
+    )
     logits_weight: float = key(1.0, "weight of the divergence from the teacher's classes", WEIGHT)
     temperature: float = key(2.0, "both networks' logits are divided by it", "[0.01, 1000]")
     features_weight: float = key(1.0, "weight of the difference in which sites are alike", WEIGHT)
@@ -154,7 +180,7 @@ class DistillConfig:
 
 @dataclass
 class TrainConfig:
-    init: str | None = key(None, "checkpoint of ours whose network training starts from")
+    init: str | None = key(None, "checkpoint of ours whose network training starts from", path=True)
     freeze: bool = key(False, "train the learned mask alone, and leave the network as it is")
     mask_loss: str = key(
         "straight_through", "how a learned mask is trained", ("straight_through", "supervised")
@@ -163,7 +189,11 @@ class TrainConfig:
     iterations: int = key(1000, "training steps", COUNT)
     batch_size: int = key(8, "images a step, of all processes together", "[1, 65536]")
     network: str = key("dense", "what runs in training and validation", ("dense", "selective"))
-    output_stride: int = key(8, "output stride of the dense network", (8, 16, 32))
+    output_stride: int | None = key(
+        None,
+        "output stride of the dense network; null: 8, of a module the finest of its strides",
+        (4, 8, 16, 32),
+    )
     optimizer: str = key("sgd", "SGD with momentum, or AdamW", ("sgd", "adamw"))
     lr: float = key(0.01, "highest learning rate", "(0, 1000]")
     momentum: float = key(0.9, "momentum of sgd", "[0, 1)")

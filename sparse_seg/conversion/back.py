@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sparse_seg.checkpoint.content import ASIDE, Checkpoint
+from sparse_seg.checkpoint.content import ASIDE, MODULE, Checkpoint
 from sparse_seg.checkpoint.file import SUFFIX, load
 from sparse_seg.conversion.mapping import COUNTER, Entry
 from sparse_seg.errors import CheckpointError
@@ -68,7 +68,7 @@ def _read(checkpoint: Checkpoint) -> tuple[list[Entry], dict[str, str]]:
     if isinstance(entries, list) and isinstance(aliases, dict):
         found = [entry for entry in map(_entry, entries) if entry]
         names, stored = {entry.theirs for entry in found}, {entry.ours for entry in found}
-        owed = {name for name in weights if name.startswith(("backbone.", "head.", ASIDE))}
+        owed = {name for name in weights if name.startswith(("backbone.", "head.", MODULE, ASIDE))}
         if (
             len(found) == len(names) == len(stored) == len(entries) > 0
             and stored <= set(weights)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from sparse_seg.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, Origin, save
 from sparse_seg.config import ModelConfig
-from sparse_seg.conversion import cad, mmseg, smp, timm, torchvision, vainf
 from sparse_seg.conversion.mapping import (
     Entry,
     Expected,
@@ -24,20 +21,20 @@ from sparse_seg.conversion.mapping import (
     to_ours,
 )
 from sparse_seg.conversion.naming import Named, find_network
-from sparse_seg.conversion.plan import Options, Plan, Tensors
+from sparse_seg.conversion.plan import Options, Plan, as_two_classes
 from sparse_seg.conversion.reading import SourceFile, StateDict, read_source
+from sparse_seg.conversion.sources import (
+    SOURCES,
+    asked_source,
+    check_expected,
+    check_file_name,
+    find_source,
+    is_known,
+    unknown,
+)
 from sparse_seg.data.class_file import ClassFile
 from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
 
-# in the order in which `auto` tries them: a file goes to the first that knows its names
-SOURCES: dict[str, ModuleType] = {
-    "mmseg": mmseg,
-    "smp": smp,
-    "cad": cad,
-    "vainf": vainf,
-    "timm": timm,
-    "torchvision": torchvision,
-}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -74,15 +71,18 @@ class Conversion:
 
     def _tensor(self, entry: Entry) -> Tensor:
         tensor, target = self.named.tensors[entry.theirs], self.expected.get(entry.ours)
-        return tensor if target is None else to_ours(tensor, target, entry)
+        return (
+            tensor if target is None else to_ours(tensor, target, entry, self.plan.added.get(entry.ours, 0.0))
+        )
 
     @property
     def classes(self) -> list[str] | None:
         """Names of the classes, where the caller, the file or the source tells as many as there are."""
-        if self.told is not None:
-            return list(self.told.classes.names)
-        names = self.plan.classes or self.file.classes
-        return list(names) if names is not None and len(names) == self.config.num_classes else None
+        told = self.told.classes.names if self.told is not None else None
+        for names in (told, self.file.classes, self.plan.classes):
+            if names is not None and len(names) == self.config.num_classes:
+                return list(names)
+        return None
 
     def write(self, path: str | Path) -> None:
         """Write the checkpoint, with what the network does not need as the source has it.
@@ -134,6 +134,7 @@ def convert(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     classes: ClassFile | None = None,
+    threshold: float | None = None,
 ) -> Conversion:
     """Read a dense checkpoint and find each of its tensors a place.
 
@@ -152,6 +153,8 @@ def convert(
             source's convention.
         classes: what the classes are, as `read_classes` reads them; None takes what the file or its source
             tells.
+        threshold: of a network of one logit, the probability in (0, 1) above which a pixel is foreground;
+            None takes the source's, 0.5 or mmsegmentation's 0.3.
 
     Raises:
         CheckpointError: the file cannot be read, is of no known source, or a tensor of it has no place, is
@@ -159,12 +162,14 @@ def convert(
         ConfigError: overrides that are impossible.
     """
     file = read_source(path, trust)
-    wanted = _Wanted(source, arch, num_classes, output_stride, overrides or {}, "head" in allow_missing)
+    wanted = _Wanted(
+        source, arch, num_classes, output_stride, overrides or {}, "head" in allow_missing, threshold
+    )
     scaling = (mean, std) if mean is not None and std is not None else None
     failed: list[tuple[StateDict, SparseSegError]] = []
     for candidate in _with_buffers(file.candidates):
         try:
-            named = find_network(candidate.tensors, _is_known, prefix, drop)
+            named = find_network(candidate.tensors, is_known, prefix, drop)
             conversion = _convert(file, named, wanted, scaling)
         except (CheckpointError, ConfigError) as error:
             failed.append((candidate, error))
@@ -189,18 +194,23 @@ class _Wanted:
     output_stride: int | None
     overrides: Mapping[str, Any]
     headless: bool
+    threshold: float | None
 
 
 def _convert(
     file: SourceFile, named: Named, wanted: _Wanted, scaling: tuple[Sequence[float], Sequence[float]] | None
 ) -> Conversion:
     tensors = named.tensors
-    name = find_source(tensors) if wanted.source == "auto" else _asked_source(tensors, wanted.source)
+    name = find_source(tensors) if wanted.source == "auto" else asked_source(tensors, wanted.source)
     plan: Plan = SOURCES[name].plan(tensors, Options(wanted.output_stride))
-    _check_expected(plan, wanted.arch, wanted.num_classes)
-    _check_file_name(file.path.name, plan, wanted.output_stride)
+    if plan.config.get("num_classes") == 1:
+        as_two_classes(plan, wanted.threshold)
+    elif wanted.threshold is not None:
+        raise CheckpointError("--threshold is for networks of one logit, which it is not")
+    check_expected(plan, wanted.arch, wanted.num_classes)
+    check_file_name(file, plan, wanted.output_stride)
     if named.outside and not plan.has_head:
-        raise _unknown([*named.outside, *tensors])
+        raise unknown([*named.outside, *tensors])
     if not plan.has_head and not wanted.headless:
         raise CheckpointError(
             f"it is the classifier {plan.arch} and has no segmentation head; to convert its backbone "
@@ -249,58 +259,3 @@ def _notes(
     if taken.others:
         notes.append(f"left out, as no tensors: {', '.join(taken.others[:5])}")
     return notes
-
-
-def _is_known(tensors: Tensors) -> bool:
-    return any(module.detect(tensors) for module in SOURCES.values())
-
-
-def find_source(tensors: Tensors) -> str:
-    """The source whose names these are.
-
-    Raises:
-        CheckpointError: none that is known.
-    """
-    for name, module in SOURCES.items():
-        if module.detect(tensors):
-            return name
-    raise _unknown(list(tensors))
-
-
-def _unknown(names: Sequence[str]) -> CheckpointError:
-    first = ", ".join(names[:3])
-    return CheckpointError(
-        f"its names ({first}, ...) are of no network that can be converted; known are ResNets of {_listed()}"
-    )
-
-
-def _asked_source(tensors: Tensors, source: str) -> str:
-    if source not in SOURCES:
-        raise CheckpointError(f"unknown source {source!r}; choose auto or one of {_listed()}")
-    # names do not tell CAD's dense networks from VainF's, nor timm's plain ResNets from torchvision's
-    twins = {"cad": vainf, "timm": torchvision}
-    if SOURCES[source].detect(tensors) or (source in twins and twins[source].detect(tensors)):
-        return source
-    raise CheckpointError(f"its tensors are not named like {source}'s but like {find_source(tensors)}'s")
-
-
-def _listed() -> str:
-    return ", ".join(sorted(SOURCES))
-
-
-def _check_expected(plan: Plan, arch: str | None, num_classes: int | None) -> None:
-    if arch is not None and arch != plan.arch:
-        raise CheckpointError(f"it holds a {plan.arch}, not a {arch}")
-    found = plan.config.get("num_classes")
-    if num_classes is not None and found != num_classes:
-        raise CheckpointError(f"it has {found or 'no'} classes, not {num_classes}")
-
-
-def _check_file_name(name: str, plan: Plan, output_stride: int | None) -> None:
-    """A stride is assumed only where the file's name does not say another, as CAD's `..._os16_...` does."""
-    said = re.search(r"(?<![a-z])os(8|16)(?!\d)", name.lower())
-    if output_stride is None and plan.assumed and said and int(said[1]) != plan.config["trained_stride"]:
-        raise CheckpointError(
-            f"its tensors cannot tell the output stride, and its name says {said[1]}: add --output-stride "
-            "8 or 16"
-        )

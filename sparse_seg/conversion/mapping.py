@@ -1,6 +1,6 @@
 """A source's tensors as ours: names by a `Plan`, shapes by what kind of module ours is.
 
-Every step only moves values or adds zeros, so `back.py` can undo it bit for bit.
+Every step only moves values or adds rows, so `back.py` can undo it bit for bit.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def map_tensors(tensors: Tensors, plan: Plan, expected: Mapping[str, Expected]) 
             continue
         theirs = f"{plan.modules[module]}.{leaf}"
         if theirs in tensors:
-            shape, added = tensors[theirs].shape, plan.added.get(ours, 0)
+            shape, added = tensors[theirs].shape, int(ours in plan.added)
             shapes = source_shapes(target, added)
             if tuple(shape) not in shapes:
                 faults.append(f"{theirs} is {list(shape)}, a {plan.arch} has {list(shapes[0])}")
@@ -151,13 +151,13 @@ def source_shapes(target: Expected, added: int) -> list[tuple[int, ...]]:
     return [shape]
 
 
-def to_ours(tensor: Tensor, target: Expected, entry: Entry) -> Tensor:
-    """A source's tensor in our layout."""
+def to_ours(tensor: Tensor, target: Expected, entry: Entry, before: float = 0.0) -> Tensor:
+    """A source's tensor in our layout; `before` fills the rows that it lacks."""
     if entry.roll is not None:
         tensor = torch.roll(tensor, -entry.roll[1], entry.roll[0])
     if target.krsc:
         outside, _, _, inside = target.shape
         tensor = tensor.reshape(outside, inside, 3, 3).permute(0, 2, 3, 1)
     if entry.added:
-        tensor = torch.cat([tensor.new_zeros(entry.added, *tensor.shape[1:]), tensor])
+        tensor = torch.cat([tensor.new_full((entry.added, *tensor.shape[1:]), before), tensor])
     return tensor.reshape(target.shape).contiguous()

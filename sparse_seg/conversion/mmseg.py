@@ -1,7 +1,8 @@
 """mmsegmentation: `deeplabv3_*` and `deeplabv3plus_*` with ResNet and ResNetV1c.
 
-Its ASPP puts image pooling first and has a 3x3 instead of the 1x1 projection. Its basic blocks leave their
-second 3x3 undilated. The tensors do not tell D8 (output stride 8, rates 12, 24, 36) from D16 (6, 12, 18).
+Its ASPP puts image pooling first and has a 3x3, the bottleneck, instead of the 1x1 projection. Its basic
+blocks leave their second 3x3 undilated. The tensors do not tell D8 (output stride 8, rates 12, 24, 36) from
+D16 (6, 12, 18).
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from sparse_seg.conversion.plan import (
     output_channels,
 )
 from sparse_seg.errors import CheckpointError
+
+THRESHOLD = (
+    0.3  # of a network of one logit: foreground from this probability on, unless its config says another
+)
 
 
 def detect(tensors: Tensors) -> bool:
@@ -55,7 +60,10 @@ def plan(tensors: Tensors, options: Options) -> Plan:
         modules |= _conv_bn(f"head.aspp.{ours}.", theirs)
     result = Plan(f"{config['head']}_{backbone.name}", config, modules, assumed=assumed)
     result.dropped = {"auxiliary_head.": AUXILIARY}
-    (_add_separable if plus else _add_plain)(result, tensors, rates, channels)
+    result.modules |= _conv_bn("head.refine.", "bottleneck")
+    result.rolls["head.refine.0.weight"] = (1, channels)  # image pooling comes last in ours
+    result.threshold = THRESHOLD
+    (_add_separable if plus else _add_plain)(result, tensors, rates)
     return result
 
 
@@ -65,17 +73,15 @@ def _conv_bn(ours: str, theirs: str, first: int = 0) -> dict[str, str]:
     return {f"{ours}{first}": f"{theirs}.conv", f"{ours}{first + 1}": f"{theirs}.bn"}
 
 
-def _add_plain(result: Plan, tensors: Tensors, rates: int, channels: int) -> None:
+def _add_plain(result: Plan, tensors: Tensors, rates: int) -> None:
     for index in range(rates):
         theirs = f"decode_head.aspp_modules.{index + 1}"
         result.modules[f"head.aspp.atrous.{index}"] = f"{theirs}.conv"
         result.modules[f"head.aspp.atrous_bn.{index}"] = f"{theirs}.bn"
-    result.modules |= _conv_bn("head.refine.", "bottleneck")
-    result.rolls["head.refine.0.weight"] = (1, channels)  # image pooling comes last in ours
 
 
-def _add_separable(result: Plan, tensors: Tensors, rates: int, channels: int) -> None:
-    """deeplabv3plus: depthwise, norm, ReLU and 1x1 instead of each 3x3."""
+def _add_separable(result: Plan, tensors: Tensors, rates: int) -> None:
+    """deeplabv3plus: depthwise, norm, ReLU and 1x1 instead of each 3x3 but the bottleneck's."""
     for index in range(rates):
         theirs, ours = f"decode_head.aspp_modules.{index + 1}", f"head.aspp.atrous.{index}"
         result.modules |= {
@@ -85,17 +91,14 @@ def _add_separable(result: Plan, tensors: Tensors, rates: int, channels: int) ->
             f"head.aspp.atrous_bn.{index}": f"{theirs}.pointwise_conv.bn",
         }
     decoders = count_modules(tensors, "decode_head.sep_bottleneck.")
-    pairs = {f"head.decoder.{i}.": f"sep_bottleneck.{i}" for i in range(decoders)}
-    for ours, theirs in (pairs | {"head.refine.": "bottleneck"}).items():
-        result.modules |= _conv_bn(ours, f"{theirs}.depthwise_conv")
-        result.modules |= _conv_bn(ours, f"{theirs}.pointwise_conv", first=3)
-    for leaf in ("0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
-        result.rolls[f"head.refine.{leaf}"] = (0, channels)
-    result.rolls["head.refine.3.weight"] = (1, channels)
+    for index in range(decoders):
+        result.modules |= _conv_bn(f"head.decoder.{index}.", f"sep_bottleneck.{index}.depthwise_conv")
+        result.modules |= _conv_bn(f"head.decoder.{index}.", f"sep_bottleneck.{index}.pointwise_conv", 3)
     result.modules |= _conv_bn("head.low_level.", "c1_bottleneck")
     result.config |= {
         "aspp_separable": "normed",
         "separable": "normed",
+        "refine_separable": "none",
         "low_level_channels": output_channels(tensors, "decode_head.c1_bottleneck.conv.weight"),
         "decoder_convs": decoders,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,8 @@ class Plan:
         rolls: our tensors whose channels the source has in another order: (axis, how many of the source's
             first channels stand last in ours). Axes are those of the source's tensor.
         dropped: prefix of the source's names to the reason why the network needs no such tensors.
-        added: our tensors that begin with rows of zeros that the source lacks, and how many.
+        added: our tensors that begin with a row that the source lacks, and its value.
+        threshold: of a network of one logit, the probability above which a pixel is foreground.
         kept: prefix of the source's names to our prefix, for tensors that not every policy needs.
         fresh: our tensors that are made from the source's, which stay for the way back.
         learned_net: which net `kept` and `fresh` are of, see `checkpoint/loading.py`.
@@ -49,7 +51,8 @@ class Plan:
     modules: dict[str, str]
     rolls: dict[str, tuple[int, int]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
-    added: dict[str, int] = field(default_factory=dict)
+    added: dict[str, float] = field(default_factory=dict)
+    threshold: float = 0.5
     kept: dict[str, str] = field(default_factory=dict)
     fresh: dict[str, Tensor] = field(default_factory=dict)
     learned_net: str = "mask_net"
@@ -58,6 +61,22 @@ class Plan:
     assumed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     has_head: bool = True
+
+
+def as_two_classes(plan: Plan, told: float | None) -> None:
+    """Make two classes of a network of one logit, by a background whose logit is the same everywhere: its
+    value is the foreground's at the threshold, so the same pixels are foreground.
+
+    Args:
+        told: the threshold, by the user.
+    """
+    threshold = plan.threshold if told is None else told
+    level = math.log(threshold / (1 - threshold))
+    plan.added = {"head.classifier.weight": 0.0, "head.classifier.bias": level}
+    plan.config["num_classes"], plan.classes = 2, ["background", "foreground"]
+    plan.notes.append(f"its one logit is now class 1's (foreground); class 0's is always {level:.4g}")
+    if told is None:
+        plan.assumed.append(f"foreground above probability {threshold:g} (else use --threshold)")
 
 
 def prefixed(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:

@@ -56,6 +56,7 @@ class SourceFile:
         candidates: its state dicts, the preferred one first; at least one.
         nameless: wrappers that hold no tensors by name, passed over.
         classes, colours: of the classes, if the file tells.
+        arch: the network's name, where the file tells, as timm's training does.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class SourceFile:
     nameless: list[str] = field(default_factory=list)
     classes: list[str] | None = None
     colours: list[list[int]] | None = None
+    arch: str = ""
 
 
 def read_source(path: str | Path, trust: bool = False) -> SourceFile:
@@ -93,7 +95,9 @@ def read_source(path: str | Path, trust: bool = False) -> SourceFile:
     taken = {candidate.way.partition(" > ")[0] for candidate in candidates}
     wrappers = [key for key in WRAPPERS if isinstance(content, Mapping) and content.get(key) is not None]
     nameless = [key for key in wrappers if key not in taken]
-    return SourceFile(path, candidates, nameless, *_class_names(content))
+    arch = content.get("arch") if isinstance(content, Mapping) else None
+    told = arch if isinstance(arch, str) else ""
+    return SourceFile(path, candidates, nameless, *_class_names(content), told)
 
 
 def _refuse_own(path: Path, content: Any) -> None:

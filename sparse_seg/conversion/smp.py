@@ -3,9 +3,6 @@
 The tensors do not tell the output stride; smp's defaults are 8 for DeepLabV3, 16 for DeepLabV3Plus, with the
 rates 12, 24, 36 at either. A dilated stage of smp dilates all its convolutions, the first one too
 (`replace_strides_with_dilation`), so its entry has the stage's own spacing. Upsampling aligns corners.
-
-A network of one class has one logit, whose sign decides; a second one that is always 0, before it, makes the
-same decision of two classes.
 """
 
 from __future__ import annotations
@@ -67,7 +64,7 @@ def plan(tensors: Tensors, options: Options) -> Plan:
     config = backbone.config | {
         "head": "deeplabv3plus" if plus else "deeplabv3",
         "head_channels": output_channels(tensors, f"{prefix}convs.0.0.weight"),
-        "num_classes": max(2, output_channels(tensors, "segmentation_head.0.weight")),
+        "num_classes": output_channels(tensors, "segmentation_head.0.weight"),
         "aspp_rates": [12 * (index + 1) for index in range(rates)],
         "aspp_separable": aspp_separable,
         "separable": separable,
@@ -88,10 +85,6 @@ def plan(tensors: Tensors, options: Options) -> Plan:
     )
     result = Plan(f"{config['head']}_{backbone.name}", config, modules, assumed=assumed, notes=[note])
     result.dropped = {"classification_head.": CLASSIFIER}
-    if output_channels(tensors, "segmentation_head.0.weight") == 1:
-        result.added = {"head.classifier.weight": 1, "head.classifier.bias": 1}
-        result.classes = ["background", "foreground"]
-        result.notes.append("its one logit is now class 1's (foreground); class 0's is always 0")
     return result
 
 

@@ -64,6 +64,9 @@ def classifier_plan(tensors: Tensors, options: Options) -> Plan:
     backbone = find_backbone(tensors)
     result = Plan(backbone.name, backbone.config, backbone.modules, dropped={"fc.": CLASSIFIER})
     result.has_head = False
+    result.assumed.append(
+        "no anti-aliasing (timm's resnetaa and resnetblur have the same tensors, and are not supported)"
+    )
     if backbone.config.get("shortcut") == "avg_pool":
         result.notes.append(
             "the 2x2 means of its shortcuts keep their distance in pixels at every stride, as the trained "

@@ -57,28 +57,29 @@ def verify(model: SelectiveSegmentor, has_head: bool = True, seed: int = 0) -> V
     """
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(1, 3, *SIZE, generator=generator)
-    blocks = (1, -(-SIZE[0] // 16), -(-SIZE[1] // 16))
+    finest, coarsest = model.strides[0], model.strides[-1]
+    blocks = (1, -(-SIZE[0] // coarsest), -(-SIZE[1] // coarsest))
     some = torch.rand(blocks, generator=generator) < 0.3
     fine = torch.ones(blocks, dtype=torch.bool)
-    dense = {stride: _features(model, images, stride) for stride in (8, 16)}
-    always = [
-        Difference("features, dense OS8 against plain nn.Conv2d", _plain_error(model, images, dense[8]))
-    ]
+    dense = {stride: _features(model, images, stride) for stride in (finest, coarsest)}
+    plain = _plain_features(model, images, finest)
+    name = f"dense OS{finest}"
+    always = [Difference(f"features, {name} against plain nn.Conv2d", relative(dense[finest], plain))]
     if has_head:
-        logits = model.dense(images)
-        plain = plain_network(model)(images)
-        always.append(Difference("logits, dense OS8 against plain nn.Conv2d", relative(logits, plain)))
+        logits = model.dense(images, finest)
+        plain = plain_network(model, finest)(images)
+        always.append(Difference(f"logits, {name} against plain nn.Conv2d", relative(logits, plain)))
         all_fine = model(images, fine_blocks=fine)
-        always.append(Difference("logits, all-fine against dense OS8", relative(all_fine, logits)))
+        always.append(Difference(f"logits, all-fine against {name}", relative(all_fine, logits)))
     else:
         all_fine = _grid(model, images, fine)
-        always.append(Difference("features, all-fine against dense OS8", relative(all_fine, dense[8])))
-    lattice = _lattice(model, images, some)
+        always.append(Difference(f"features, all-fine against {name}", relative(all_fine, dense[finest])))
+    lattice, step = _lattice(model, images, some), coarsest // finest
+    coarse = f"coarse sites of a random mask against dense OS{coarsest}"
+    sampled = f"the same against {name} at every {'second' if step == 2 else 'fourth'} cell"
     p1 = [
-        Difference("coarse sites of a random mask against dense OS16", relative(lattice, dense[16])),
-        Difference(
-            "the same against dense OS8 at every second cell", relative(lattice, dense[8][:, :, ::2, ::2])
-        ),
+        Difference(coarse, relative(lattice, dense[coarsest])),
+        Difference(sampled, relative(lattice, dense[finest][:, :, ::step, ::step])),
     ]
     return Verification(always, p1)
 
@@ -88,9 +89,8 @@ def _features(model: SelectiveSegmentor, images: Tensor, stride: int) -> Tensor:
     return rows_to_grid(model.backbone(images, layouts)[3], images.shape[0], layouts[3].size)
 
 
-def _plain_error(model: SelectiveSegmentor, images: Tensor, features: Tensor) -> float:
-    stages = plain_stages(model.backbone, 8).eval()
-    return relative(features, stages(plain_stem(model.backbone).eval()(images)))
+def _plain_features(model: SelectiveSegmentor, images: Tensor, stride: int) -> Tensor:
+    return plain_stages(model.backbone, stride).eval()(plain_stem(model.backbone).eval()(images))
 
 
 def _grid(model: SelectiveSegmentor, images: Tensor, blocks: Tensor) -> Tensor:
@@ -117,16 +117,18 @@ def explain(result: Verification, config: ModelConfig) -> list[str]:
     """Lines for the terminal: each difference, whether P1 holds, and what it means."""
     lines = [f"{'ok' if d.agrees else 'DIFFERS':<9} {d.value:8.1e}  {d.name}" for d in result.always]
     lines += [f"{'P1' if d.agrees else 'no P1':<9} {d.value:8.1e}  {d.name}" for d in result.p1]
+    finest, coarsest = config.own_strides[0], config.own_strides[-1]
+    dense = f"the dense network of output stride {coarsest}"
     if result.p1_holds:
         meaning = (
-            "P1 holds: coarse sites compute what the dense network of output stride 16 does, whatever the "
-            "mask; sites can be refined later without recomputing them"
+            f"P1 holds: coarse sites compute what {dense} does, whatever the mask; sites can be refined "
+            "later without recomputing them"
         )
     else:
         meaning = (
-            "P1 does not hold: coarse sites depend on the mask and differ from the dense network of output "
-            "stride 16. All-fine still equals dense OS8; between the ends expect a larger loss, and "
-            "refinement after a coarse pass is not exact"
+            f"P1 does not hold: coarse sites depend on the mask and differ from {dense}. All-fine still "
+            f"equals dense OS{finest}; between the ends expect a larger loss, and refinement after a coarse "
+            "pass is not exact"
         )
         if not config.dilate_second:
             meaning += (

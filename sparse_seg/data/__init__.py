@@ -1,8 +1,12 @@
 """Datasets by name."""
 
+import functools
+from contextlib import suppress
 from pathlib import Path
 
 from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset, label_ids
+from sparse_seg.data.listing import unsaid
+from sparse_seg.errors import SparseSegError
 from sparse_seg.registry import DATASETS
 
 __all__ = [
@@ -15,15 +19,33 @@ __all__ = [
     "dataset_ids",
 ]
 
+SPLITS = ("train", "val", "test")  # that a data set usually has
 
-def build_dataset(name: str, root: str | Path, split: str) -> SegmentationDataset:
+
+def build_dataset(name: str, root: str | Path, split: str, bits: int | None = None) -> SegmentationDataset:
     """The dataset called `name` in folder `root`.
+
+    Args:
+        bits: how many of 16 bits per channel its images use; None: as all its splits together tell.
 
     Raises:
         ConfigError: no dataset has that name.
         DataError: the folder is missing or empty.
     """
-    return DATASETS[name](root, split)
+    dataset = DATASETS[name](root, split)
+    dataset.bits = bits
+    dataset.other_images = functools.partial(_images, name, root, split)
+    return dataset
+
+
+def _images(name: str, root: str | Path, without: str) -> list[Path]:
+    """Images of the splits that are there; what their folders lack is said to whoever uses them."""
+    files = list[Path]()
+    for split in SPLITS:
+        if split != without:
+            with suppress(SparseSegError, OSError), unsaid():
+                files += [image for image, _ in DATASETS[name](root, split).samples]
+    return files
 
 
 def dataset_classes(name: str, root: str | Path) -> ClassList:

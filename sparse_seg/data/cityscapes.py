@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset, ranges
-from sparse_seg.data.listing import list_files
+from sparse_seg.data.listing import composed, list_files
 from sparse_seg.errors import DataError
 
 # Train id order: (name, label id in *_labelIds.png, RGB colour), as in cityscapesScripts' labels.py.
@@ -83,7 +83,12 @@ class Cityscapes(SegmentationDataset):
             raise DataError(
                 f"{images}: no {{city}}/*{IMAGE_SUFFIX} in it; unpack leftImg8bit_trainvaltest.zip"
             )
-        samples = [(file, labels / file.parent.name / _label_name(file)) for file in image_files]
+        stored = {composed(file): file for file in label_files}
+        wanted = [labels / file.parent.name / _label_name(file) for file in image_files]
+        samples = [
+            (file, stored.get(composed(label), label))
+            for file, label in zip(image_files, wanted, strict=True)
+        ]
         super().__init__(samples, label_files)
 
     def _check_values(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:

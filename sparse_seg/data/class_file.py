@@ -13,7 +13,7 @@ from sparse_seg.data.palette import Colour, default_palette
 from sparse_seg.errors import ConfigError, did_you_mean, shown
 
 MOST_CLASSES = 254  # train ids below those of unknown and ignored labels
-_KEYS = ("names", "ids", "colours", "ignore", "ignore_colours")
+_KEYS = ("names", "ids", "colours", "ignore", "ignore_colours", "rgb_ids")
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,13 @@ class ClassFile:
     """The classes, the train id of each label value, and the label value of each colour.
 
     `ids_of_colours` is empty where the file gives no colours: labels then hold ids, and the classes have the
-    default palette.
+    default palette. With `rgb_ids` labels may also hold each id three times, as red, green and blue.
     """
 
     classes: ClassList
     train_ids: Mapping[int, int]
     ids_of_colours: Mapping[Colour, int]
+    rgb_ids: bool = False
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -41,7 +42,8 @@ def read_class_file(file: str | Path) -> ClassFile:
     - `ids`: the value in labels of each; default 0, 1, ...;
     - `colours`: RGB of each, `[r, g, b]` in 0..255, of pictures and of labels that hold colours;
     - `ignore`: values in labels that do not count; default [255], unless that is a class's;
-    - `ignore_colours`: colours in labels that do not count.
+    - `ignore_colours`: colours in labels that do not count;
+    - `rgb_ids`: true where labels saved as RGB hold ids, the same in all three channels.
 
     Raises:
         ConfigError: missing or no YAML, or a key's value cannot be; one line names it.
@@ -60,12 +62,17 @@ def read_class_file(file: str | Path) -> ClassFile:
     _differ(file, "colours and ignore_colours", [*colours, *ignored_colours])
     if ignored_colours and not ignored:
         raise ConfigError(f"{file}: ignore_colours needs a value in ignore; add one, such as 255")
+    rgb_ids = tree.get("rgb_ids", False)
+    if not isinstance(rgb_ids, bool) or (rgb_ids and colours):
+        raise ConfigError(
+            f"{file}: rgb_ids is {shown(rgb_ids)}; give true or false, true without colours only"
+        )
     train_ids = dict.fromkeys(ignored, IGNORE_INDEX) | {value: number for number, value in enumerate(ids)}
     ids_of_colours = dict(zip(colours, ids, strict=False)) | dict.fromkeys(
         ignored_colours, (ignored or [0])[0]
     )
     palette = tuple(colours) or default_palette(len(names))
-    return ClassFile(ClassList(tuple(names), palette), train_ids, ids_of_colours if colours else {})
+    return ClassFile(ClassList(tuple(names), palette), train_ids, ids_of_colours if colours else {}, rgb_ids)
 
 
 def _names(file: str | Path, given: Any) -> list[str]:

@@ -1,8 +1,9 @@
 """What every dataset gives: image and label pairs, a class list, and a check to run before step 1."""
 
+import functools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from sparse_seg.data.depth import Depth, find_depth
 from sparse_seg.data.reading import (
     Image,
     Picture,
@@ -33,7 +35,6 @@ SMALLEST_SIDE = 32
 """Pixels; on smaller images the coarsest stage of a network has no cell left."""
 
 _NO_SUCH_LABEL = 254  # a stored value outside the dataset's list; never leaves this module
-
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
     Attributes:
         classes: names and colours by train id.
         train_ids: the train id of each label value on disk; other values are errors.
+        bits: how many of 16 bits per channel the images use; None: `depth` finds out.
+        other_images: lists those of the data set's other splits, which `depth` looks at too.
 
     Args:
         samples: (image, label) paths; the label file need not exist before `check`.
@@ -67,6 +70,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
 
     classes: ClassList
     train_ids: Mapping[int, int]
+    bits: int | None = None
     hint = "choose the dataset it belongs to"  # where label values are unknown
 
     @classmethod
@@ -82,6 +86,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
     def __init__(self, samples: list[tuple[Path, Path]], label_files: Sequence[Path]) -> None:
         self.samples = samples
         self._label_files = label_files
+        self.other_images: Callable[[], Sequence[Path]] = tuple
         self._lookup = np.full(256, _NO_SUCH_LABEL, np.uint8)
         for value, train_id in self.train_ids.items():
             self._lookup[value] = train_id
@@ -151,14 +156,22 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         Raises:
             DataError: the file is missing or unreadable.
         """
-        return decode_image(self.samples[index][0]).pixels
+        return decode_image(self.samples[index][0], bits=self.depth.bits).pixels
+
+    @functools.cached_property
+    def depth(self) -> Depth:
+        """How many bits the images of all splits use; one answer for the whole data set."""
+        own, setting = {image for image, _ in self.samples}, "set data.bits"
+        found = find_depth(sorted(own), self.bits, setting)
+        unsure = self.bits is None and found.bits is not None
+        return find_depth(sorted({*own, *self.other_images()}), None, setting) if unsure else found
 
     def _read(self, index: int) -> tuple[Picture, Image]:
         """The picture and the label's stored values."""
         image_file, label_file = self.samples[index]
         if not os.path.lexists(label_file):
             raise DataError(f"{image_file}: its label {label_file} is missing; add it or remove the image")
-        picture, values = decode_image(image_file), self.stored_label(label_file)
+        picture, values = decode_image(image_file, bits=self.depth.bits), self.stored_label(label_file)
         if picture.pixels.shape[:2] != values.shape:
             raise DataError(
                 f"{label_file}: the label is {_size(values)} but its image {image_file} is "
@@ -185,6 +198,8 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
             for label in self._label_files
             if label not in paired
         ]
+        if self.depth.note:
+            self.warn(self.depth.note)
         with captured_stderr() as printed, ThreadPoolExecutor(os.cpu_count()) as pool:
             results = list(pool.map(self._inspect, range(len(self))))
             complaint = jpeg_complaint(printed())
@@ -196,14 +211,14 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
             raise DataError(f"{faults[0]} (faulty files in all: {len(faults)})")
         if faults:
             raise DataError(faults[0])
-        self._check_depths([bits for bits, _ in seen])
+        self._check_highest([highest for highest, _ in seen])
         counts = np.array([values for _, values in seen])
         if limit is not None and limit < len(self):
             self._class_counts(counts[:limit].sum(0), limit)
         return self._check_values(counts.sum(0))
 
     def _inspect(self, index: int) -> tuple[int, NDArray[np.int64]] | str:
-        """Bits of the image and pixels of each label value, or what is wrong."""
+        """The image's highest value if above its bits, else 0, and pixels of each label value; or a fault."""
         try:
             picture, values = self._read(index)
         except DataError as error:
@@ -212,13 +227,16 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
             file, size = self.samples[index][0], _size(values)
             return f"{file}: the image is {size}; use images of {SMALLEST_SIDE}x{SMALLEST_SIDE} or more"
         histogram = cv2.calcHist([values], [0], None, [256], [0, 256])
-        return picture.bits, histogram.ravel().astype(np.int64)
+        above = picture.highest if picture.highest and picture.highest >> picture.bits else 0
+        return above, histogram.ravel().astype(np.int64)
 
-    def _check_depths(self, bits: Sequence[int]) -> None:
-        if 12 in bits:
+    def _check_highest(self, above: Sequence[int]) -> None:
+        found = [index for index, value in enumerate(above) if value]
+        if found:
+            first, bits = self.samples[found[0]][0].name, self.depth.bits
             self.warn(
-                f"{bits.count(12)} of {len(bits)} images have 16 bits per channel but no value above 4095, "
-                f"such as {self.samples[bits.index(12)][0].name}: they are read as 12-bit pictures"
+                f"{len(found)} of {len(above)} images have values up to {max(above)}, such as {first}: read "
+                f"as {bits}-bit pictures, they are clipped; set data.bits"
             )
 
     def _check_values(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sparse_seg.data.class_file import ClassFile, read_class_file
 from sparse_seg.data.dataset import ClassList, SegmentationDataset, some
-from sparse_seg.data.listing import pair_files
+from sparse_seg.data.listing import pair_files, require_root
 from sparse_seg.data.palette import Colour
 from sparse_seg.data.reading import IMAGE_SUFFIXES, Image, read_label_palette
 from sparse_seg.errors import ConfigError, DataError
@@ -48,7 +48,7 @@ class FolderDataset(SegmentationDataset):
     def __init__(self, root: str | Path, split: str) -> None:
         self.class_file, known = Path(root, CLASS_FILE), _known(root)
         self.classes, self.train_ids = known.classes, known.train_ids
-        self._ids_of_colours = known.ids_of_colours
+        self._ids_of_colours, self._rgb_ids = known.ids_of_colours, known.rgb_ids
         self._images, self._labels = Path(root, split, "images"), Path(root, split, "labels")
         super().__init__(*pair_files(self._images, self._labels, IMAGE_SUFFIXES, needs_labels=False))
 
@@ -72,9 +72,7 @@ class FolderDataset(SegmentationDataset):
         if stored.ndim == 2:
             return stored
         if not self._ids_of_colours:
-            raise DataError(
-                f"{file}: the label holds colours, and {self.class_file} has none; add colours to it"
-            )
+            return self._repeated_ids(file, stored)
         packed = _packed(stored)
         ids = self._table[packed]
         if (ids < 0).any():
@@ -85,6 +83,20 @@ class FolderDataset(SegmentationDataset):
                 "them to colours or ignore_colours, or fix the file"
             )
         return ids.astype(np.uint8)
+
+    def _repeated_ids(self, file: Path, stored: Image) -> Image:
+        """Ids `[H, W]` that each stand in all channels of `[H, W, 3]`.
+
+        Raises:
+            DataError: they do not, or it is not said that they may.
+        """
+        is_grey = (stored == stored[..., :1]).all()
+        if is_grey and self._rgb_ids:
+            return np.ascontiguousarray(stored[..., 0])
+        reason = f"the label holds colours, and {self.class_file} has none; add colours to it"
+        if is_grey:
+            reason += ", or, as red, green and blue are the same, read them as ids: add rgb_ids: true"
+        raise DataError(f"{file}: {reason}")
 
     @functools.cached_property
     def _table(self) -> NDArray[np.int16]:
@@ -118,6 +130,7 @@ class FolderDataset(SegmentationDataset):
 
 def _known(root: str | Path) -> ClassFile:
     file = Path(root, CLASS_FILE)
+    require_root(root)
     if not file.exists():
         raise ConfigError(f"{file} does not exist; write it, with a line such as names: [road, sky]")
     return read_class_file(file)

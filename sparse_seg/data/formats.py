@@ -15,7 +15,7 @@ JPEG_SIGNATURE = b"\xff\xd8\xff"
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 _CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}
 _DEPTHS = {GREY: (1, 2, 4, 8, 16), PALETTE: (1, 2, 4, 8)}  # of the others: 8, 16
-_INFLATION = 1032  # zlib makes at most so many bytes of one
+INFLATION = 1032  # zlib makes at most so many bytes of one
 _PIXELS_PER_BYTE = 512  # a JPEG's 8x8 block takes a bit or more
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame
@@ -85,27 +85,27 @@ def read_png(data: bytes) -> Png:
         raise DamagedError("impossible header")
     row = (width * depth * _CHANNELS[colour] + 7) // 8
     packed = sum(end - start - 12 for kind, start, end in chunks if kind == b"IDAT")
-    if width == 0 or height == 0 or row * height > _INFLATION * packed:
+    if width == 0 or height == 0 or row * height > INFLATION * packed:
         raise DamagedError("impossible size")
     return Png(data[:position], width, height, depth, colour, interlaced, tuple(chunks))
 
 
-def jpeg_end(data: bytes) -> int:
-    """Where a JPEG ends; phones put a film behind it.
+def read_jpeg(data: bytes) -> tuple[bytes, int, int]:
+    """A JPEG up to its end, its width and its height, px; phones put a film behind it.
 
     Raises:
         DamagedError: cut off, without a frame, or of an impossible size.
     """
-    position, framed = 2, False
+    position, width, height = 2, 0, 0
     while True:
         marker = _NEXT_MARKER.search(data, position)
         if marker is None:
             raise DamagedError("cut off")
         code, position = data[marker.end() - 1], marker.end()
         if code == 0xD9:
-            if not framed:
+            if not width:
                 raise DamagedError("no frame")
-            return position
+            return data[:position], width, height
         if code == 0x01:  # the one other marker without a length
             continue
         if position + 2 > len(data):
@@ -114,5 +114,4 @@ def jpeg_end(data: bytes) -> int:
             height, width = struct.unpack_from(">HH", data, position + 3)
             if height * width > _PIXELS_PER_BYTE * len(data):
                 raise DamagedError("impossible size")
-            framed = True
         position += int.from_bytes(data[position : position + 2])

@@ -1,14 +1,40 @@
-"""The files of a folder: none of them left out without a word."""
+"""The files of a folder or a list: none of them left out without a word.
 
+A name may be stored in one of Unicode's forms and asked for in another: macOS writes `é` as two characters.
+"""
+
+import codecs
 import logging
 import os
-from collections.abc import Callable, Collection
+import unicodedata
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sparse_seg.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 _LEFT_BY_SYSTEMS = frozenset(("Thumbs.db", "desktop.ini"))
+
+
+def require_root(root: str | Path) -> None:
+    """Raises a DataError where a dataset's folder is not there."""
+    if not Path(root).is_dir():
+        raise DataError(f"{root}: no such folder; set data.root to the dataset's folder")
+
+
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Without the warnings of `list_files`: for folders whose files are not what is asked for."""
+
+    def refuse(record: logging.LogRecord) -> bool:
+        return False
+
+    _LOG.addFilter(refuse)
+    try:
+        yield
+    finally:
+        _LOG.removeFilter(refuse)
 
 
 def list_files(folder: Path, wanted: Callable[[Path], bool], rule: str) -> list[Path]:
@@ -36,7 +62,8 @@ def list_files(folder: Path, wanted: Callable[[Path], bool], rule: str) -> list[
 def pair_files(
     images: Path, labels: Path, suffixes: Collection[str], needs_labels: bool = True
 ) -> tuple[list[tuple[Path, Path]], list[Path]]:
-    """Images and PNG labels at the same place below two folders, apart from suffixes: pairs, and all labels.
+    """Images and PNG labels at the same place below two folders, apart from suffixes and from the form of
+    Unicode: pairs, and all labels.
 
     Raises:
         DataError: a folder is missing or may not be read, there is no image, or two images or labels differ
@@ -57,10 +84,49 @@ def pair_files(
 def _by_stem(folder: Path, files: list[Path]) -> dict[Path, Path]:
     stems: dict[Path, Path] = {}
     for file in files:
-        other = stems.setdefault(file.relative_to(folder).with_suffix(""), file)
+        other = stems.setdefault(composed(file.relative_to(folder).with_suffix("")), file)
         if other is not file:
-            raise DataError(f"{file}: {other.name} has the same stem; keep one of the two")
+            form = ", in another form of Unicode" if other.name != file.name and _is_same(other, file) else ""
+            raise DataError(f"{file}: {other.name} has the same stem{form}; keep one of the two")
     return stems
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return composed(one) == composed(other)
+
+
+def composed(path: Path) -> Path:
+    """A path in the composed form of Unicode (NFC): equal where two look the same."""
+    return Path(unicodedata.normalize("NFC", str(path)))
+
+
+def as_stored(path: Path) -> Path:
+    """The file of that name, in whatever form of Unicode it is stored; the path itself if there is none."""
+    if str(path).isascii() or path.exists() or not path.parent.is_dir():
+        return path
+    names = (
+        name for name in sorted(os.listdir(path.parent)) if composed(Path(name)).name == composed(path).name
+    )
+    return path.with_name(next(names, path.name))
+
+
+def read_list(file: Path) -> list[str]:
+    """The words of a text in UTF-8 or UTF-16, with or without a byte-order mark.
+
+    Raises:
+        DataError: it is missing or no such text.
+    """
+    try:
+        data = file.read_bytes()
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return data.decode("utf-16").split()
+        if b"\0" in data[:2]:  # no mark: of two ASCII characters, one byte in two is zero
+            return data.decode("utf-16-be" if data[:1] == b"\0" else "utf-16-le").split()
+        return data.decode("utf-8-sig").split()
+    except OSError:
+        raise DataError(f"{file}: no such list of images; check the dataset's root and split") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: is no text in UTF-8 or UTF-16; save it as UTF-8") from None
 
 
 def _walk(folder: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """Loaders whose samples depend on the seed and the position alone: not on workers, not on interruptions."""
 
-import functools
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ class TrainingView(Dataset[Sample]):
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
-        self._load = functools.cache(dataset.load) if cache else dataset.load
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -41,6 +40,13 @@ class TrainingView(Dataset[Sample]):
         """Image float32 `[3, h, w]` and label int64 `[h, w]`."""
         image, label = self._load(key % len(self.dataset))
         return self.transform(image, label, np.random.default_rng([self.seed, key]))
+
+    def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._kept is None:
+            return self.dataset.load(index)
+        if index not in self._kept:
+            self._kept[index] = self.dataset.load(index)
+        return self._kept[index]
 
 
 class ResumableSampler(Sampler[list[int]]):

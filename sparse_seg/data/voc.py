@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset
+from sparse_seg.data.listing import as_stored, read_list
 from sparse_seg.data.palette import default_palette
 from sparse_seg.errors import DataError
 
@@ -32,11 +33,9 @@ class VOC(SegmentationDataset):
 
     def __init__(self, root: str | Path, split: str) -> None:
         listed = Path(root, "ImageSets", "Segmentation", f"{split}.txt")
-        try:
-            names = listed.read_text().split()
-        except (OSError, UnicodeDecodeError):
-            raise DataError(f"{listed}: no such list of images; check the dataset's root and split") from None
+        names = read_list(listed)
         if not names:
             raise DataError(f"{listed}: names no image; restore it from the original dataset")
         images, labels = Path(root, "JPEGImages"), Path(root, "SegmentationClass")
-        super().__init__([(images / f"{name}.jpg", labels / f"{name}.png") for name in names], [])
+        pairs = ((images / f"{name}.jpg", labels / f"{name}.png") for name in names)
+        super().__init__([(as_stored(image), as_stored(label)) for image, label in pairs], [])

@@ -15,8 +15,8 @@ from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import blur_scores
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.network import eval_mode
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.progress import bar
 
 
@@ -36,7 +36,7 @@ class Calibration:
 
 @torch.inference_mode()
 def calibrate(
-    model: SelectiveSegmentor,
+    model: Segmentor,
     dataset: SegmentationDataset,
     data: DataConfig,
     limit: int | None = None,
@@ -53,7 +53,7 @@ def calibrate(
     policy, scores = model.policy, list[Tensor]()
     if policy.fine_fraction is None:
         raise ConfigError("calibration needs a fraction: set model.mask.threshold=null, or --fine-fraction F")
-    device = next(model.parameters()).device
+    device = model.device
     count = len(dataset) if limit is None else min(limit, len(dataset))
     loader = evaluation_loader(dataset, data.mean, data.std, data.workers, range(count))
     with eval_mode(model):

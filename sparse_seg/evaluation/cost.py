@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.masks import MaskPolicy
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.network import eval_mode
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 
 
 @torch.inference_mode()
 def count_macs(
-    model: SelectiveSegmentor,
+    model: Segmentor,
     images: Tensor,
     way: Way | None = None,
     labels: Tensor | None = None,

@@ -13,6 +13,7 @@ from sparse_seg.graph import Geometry
 from sparse_seg.models.way import Way
 from sparse_seg.ops import Graph
 from sparse_seg.run.network import SelectiveNetwork, Tensors
+from sparse_seg.run.patch import patched
 from sparse_seg.run.values import Run
 from sparse_seg.sites import LevelPlan, Sites
 
@@ -49,7 +50,9 @@ class GraphNetwork(StaticForm):
         run = Run(geometry, tensors, centred / self.std if self.has_std else centred)
         if self.options.dense is not None:
             return run.output(run.dense(self.options.dense)).tensor, None
-        coarse = run.dense(self.strides[-1], geometry.kept_lattices)
+        patches = self.merge == "patch"
+        kept = geometry.kept_lattices | (geometry.kept_late if patches else set())
+        coarse = run.dense(self.strides[-1], kept)
         features = run.early()[geometry.features].thinned(self.strides[0])
 
         def coarse_logits() -> Tensor:
@@ -63,7 +66,9 @@ class GraphNetwork(StaticForm):
         chosen = self._choose(centred / self.std, features, coarse_logits, blocks)
         near = geometry.near(self.options.size) if self.options.ghosts else {}
         sites = Sites.of_numbers(chosen, self.ranking.fine, self.plans, self.exchange, near)
-        values = run.mixed(sites, coarse if geometry.refines else None)
+        values = run.mixed(sites, coarse if geometry.refines else None, late=not patches)
+        if patches:
+            return patched(run, sites.levels[self.strides[0]], coarse, values).tensor, chosen
         return run.output(values).tensor, chosen
 
     def _output_stride(self, stride: int) -> int:

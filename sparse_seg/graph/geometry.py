@@ -8,7 +8,7 @@ stride*: the largest at which all that reads it finds its taps. Values are
 - `rows`: those with a larger one: taps a multiple of it never mix phases. They have a lattice, at the natural
   stride but at most the coarsest, and extra sites where a mask asks for them.
 - `late`: from a resizing on, or from a window behind the rows whose taps mix phases. They are dense again.
-- `vector`: one of each image.
+- `vector`: one of each image; one that is made of late values is late, too.
 
 A window that mixes phases between windows on rows is *mixing*: it reads densified rows everywhere, so the
 lattice comes to depend on the mask, and P1 and P4 of docs/method.md do not hold.
@@ -16,7 +16,7 @@ lattice comes to depend on the mask, and P1 and P4 of docs/method.md do not hold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from sparse_seg.errors import SparseSegError
@@ -72,10 +72,10 @@ class Geometry:
             operator, grids = OPERATORS[node.op], [name for name in node.inputs if strides[name]]
             if node.op == "image":
                 strides[node.name] = 1
+            elif node.op == "resize" and self.nodes[node.inputs[0]].size != (1, 1):
+                strides[node.name] = self._resized(node)
             elif operator.is_pool or not grids:
                 strides[node.name] = 0
-            elif node.op == "resize":
-                strides[node.name] = self._resized(node)
             elif isinstance(operator, Spatial):
                 down, across = operator.window(node).stride
                 if down != across:
@@ -100,7 +100,7 @@ class Geometry:
 
     def _own(self) -> int:
         for node in self.graph.nodes:
-            if node.op == "resize" and self.captured[node.name]:
+            if node.op == "resize" and self.captured[node.inputs[0]]:
                 before = self.captured[node.inputs[0]]
                 if before > self.captured[node.name] and before > 1:
                     return before
@@ -159,39 +159,41 @@ class Geometry:
 
     def _divide(self) -> None:
         """Which values are late, and which windows mix phases."""
-        finest, above, below = self.strides[0], set[str](), set[str]()
-        behind = set[str]()  # a resizing
-        clean = set[str]()
+        clean = set[str]()  # windows on rows: their phases never mix
+        deep = set[str]()  # what is made of such, grids and vectors
+        behind = set[str]()  # from a resizing or whole images on
+
+        def from_rows(names: Iterable[str]) -> bool:
+            return any(name in clean or name in deep for name in names)
+
         for node in self.graph.nodes:
-            grids = self._grids(node)
-            if not self.captured[node.name]:
-                self.kind[node.name] = "vector"
+            name, operator, grids = node.name, OPERATORS[node.op], self._grids(node)
+            if not self.captured[name] and not (operator.is_pool and operator.needs_grid):
+                self.kind[name] = "vector"
+                if from_rows(node.inputs) or not behind.isdisjoint(node.inputs):
+                    deep.add(name)
                 continue
-            if OPERATORS[node.op].needs_grid or any(name in behind for name in grids):
-                behind.add(node.name)
-            elif self.window(node) is not None and _power_of_two(self.taps(node)) > finest:
-                clean.add(node.name)
-            if any(name in above or name in clean for name in grids):
-                above.add(node.name)
+            ends = node.op == "resize" or operator.is_pool or (operator.needs_grid and from_rows(grids))
+            gated = from_rows(node.inputs) and not from_rows(grids)  # an early grid by a vector of rows
+            if ends or gated or not behind.isdisjoint(node.inputs):
+                behind.add(name)
+            elif self.window(node) is not None and _power_of_two(self.taps(node)) > self.strides[0]:
+                clean.add(name)
+            if from_rows(grids):
+                deep.add(name)
+        before_clean = set[str]()
         for node in reversed(self.graph.nodes):
-            if any(
-                user.name in below or user.name in clean
-                for user in self.users[node.name]
-                if self.captured[user.name]
-            ):
-                below.add(node.name)
+            users = [user.name for user in self.users[node.name] if self.captured[user.name]]
+            if any(user in before_clean or user in clean for user in users):
+                before_clean.add(node.name)
         for node in self.graph.nodes:
-            if self.kind.get(node.name) == "vector":
-                continue
-            mixes = self.window(node) is not None and node.name not in clean and node.name in above
-            if mixes and node.name in below and node.name not in behind:
-                self.mixing.add(node.name)
-            elif (
-                mixes
-                or node.name in behind
-                or any(self.kind.get(name) == "late" for name in self._grids(node))
-            ):
-                self.kind[node.name] = "late"
+            name, reads_late = node.name, any(self.kind.get(one) == "late" for one in node.inputs)
+            is_vector = self.kind.get(name) == "vector"
+            mixes = not is_vector and self.window(node) is not None and name in deep and name not in clean
+            if mixes and name in before_clean and name not in behind:
+                self.mixing.add(name)
+            elif mixes or name in behind or reads_late:
+                self.kind[name] = "late"
 
     def _natural(self) -> dict[str, int]:
         natural: dict[str, int] = {}
@@ -201,8 +203,11 @@ class Geometry:
                 continue
             bounds = [ANY]
             kept = captured if captured < self.own else ANY  # by who reads all places
+            if OPERATORS[node.op].needs_grid:
+                bounds.append(captured)
             for user in self.users[name]:
-                if OPERATORS[user.op].is_pool or self.kind.get(user.name) == "late":
+                operator = OPERATORS[user.op]
+                if operator.is_pool or operator.needs_grid or self.kind.get(user.name) == "late":
                     bounds.append(kept)
                 elif user.name in natural:
                     bounds.append(natural[user.name])
@@ -214,9 +219,9 @@ class Geometry:
         return natural
 
     def _require_windows(self) -> None:
-        windows = [node for node in self.graph.nodes if self.kind[node.name] == "rows" and self.window(node)]
-        if windows:
-            return
+        for node in self.graph.nodes:
+            if self.window(node) is not None and self.kind[node.inputs[0]] == self.kind[node.name] == "rows":
+                return
         finest, coarsest = self.strides[0], self.strides[-1]
         spacings = [
             self.spacing(node) for node in self.graph.nodes if self.window(node) and node.op == "conv2d"
@@ -308,7 +313,7 @@ class Geometry:
             name = node.name
             if name in self.natural:
                 cells[name] = min(self.natural[name], stride)
-            elif self.kind[name] == "vector":
+            elif not self.captured[name]:
                 cells[name] = 0
             elif node.op == "resize":
                 captured = self.captured[name]
@@ -380,6 +385,19 @@ class Geometry:
                 if node.name == self.graph.output or any(self._reads_sites(user) for user in users):
                     kept.add(node.name)
         return kept | {name for name, kind in self.kind.items() if kind == "vector"}
+
+    @cached_property
+    def kept_late(self) -> set[str]:
+        """Late values of a coarse pass that late ones in fine blocks read, or that are the output."""
+        return {
+            node.name
+            for node in self.graph.nodes
+            if self.kind[node.name] == "late"
+            and (
+                node.name == self.graph.output
+                or any(user.op == "resize" or self.window(user) is not None for user in self.users[node.name])
+            )
+        }
 
     def _reads_sites(self, user: Node) -> bool:
         """Whether a node reads other rows than its own."""

@@ -64,7 +64,7 @@ def write_page(config: Config, out: str | Path, count: int = 12) -> list[str]:
         OverwriteError: the page would replace a file of it.
     """
     data = config.data
-    datasets = {name: build_dataset(data.dataset, data.root, name) for name in SPLITS}
+    datasets = {name: build_dataset(data.dataset, data.root, name, data.bits) for name in SPLITS}
     check_outputs([out], (file for dataset in datasets.values() for file in dataset.files()))
     splits = [_read(name, dataset) for name, dataset in datasets.items()]
     classes = splits[0].dataset.classes

@@ -14,6 +14,8 @@ from sparse_seg.errors import ConfigError, choose_one, did_you_mean
 from sparse_seg.masks.base import MaskPolicy
 from sparse_seg.registry import POLICIES
 
+CUTS = ("fine_fraction", "threshold", "middle_fraction", "middle_threshold")
+
 
 def build_policy(
     mask: MaskConfig, strides: Sequence[int] = (8, 16), net: nn.Module | None = None
@@ -33,7 +35,10 @@ def build_policy(
         fine, middle = "fine_fraction", "middle_fraction"
     cut = {name: getattr(mask, name) for name in ((fine, middle) if len(strides) == 3 else (fine,))}
     own: dict[str, Any] = {argument: getattr(mask, key) for key, argument in policy.OPTIONS.items()}
-    own |= POLICIES.options(mask.policy, mask.options, "model.mask.options")
+    taken = dict.fromkeys((*CUTS, "blur"), "") | {argument: key for key, argument in policy.OPTIONS.items()}
+    keys = {argument: f"model.mask.{key or argument}" for argument, key in taken.items()}
+    keys["block"] = "model.strides"
+    own |= POLICIES.options(mask.policy, mask.options, "model.mask.options", taken=keys)
     if policy.needs_net:
         if net is None:
             raise ConfigError(
@@ -41,7 +46,8 @@ def build_policy(
                 "checkpoint has one, or make one (docs/masks.md)"
             )
         own["net"] = net
-    return policy(**cut, **own, block=strides[-1], blur=mask.blur)
+    with POLICIES.fitting(mask.options, "model.mask.options"):
+        return policy(**cut, **own, block=strides[-1], blur=mask.blur)
 
 
 def parse_policy(spec: str, mask: MaskConfig) -> MaskConfig:

@@ -35,6 +35,8 @@ class Segmentor(Predicting, nn.Module):
     exchange: str  # rule of what is read where there is no site
     has_undilated: bool  # whether some convolution's taps depend on the mask
     num_classes: int
+    dense_stride = 8  # output stride of a dense training, where none is set
+    norms_vectors = False  # whether a norm sees one value of each image
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from sparse_seg.config import Config, ModelConfig, model_config
+from sparse_seg.config.schema import STRIDES
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import build_policy, mask_net
 from sparse_seg.models.card import Card
@@ -38,23 +39,28 @@ def build_model(
         ConfigError: unknown key, wrong type or impossible value, naming the key.
     """
     settings = model_config(config)
-    num_classes, strides = settings.num_classes or DEFAULT_NUM_CLASSES, tuple(settings.strides)
+    num_classes, strides = settings.num_classes or DEFAULT_NUM_CLASSES, tuple(settings.own_strides)
+    if list(strides) not in STRIDES:
+        choices = ", ".join(map(str, STRIDES))
+        raise ConfigError(f"model.strides is {list(strides)}; a network of ours has one of {choices}")
     architecture, head_class = BACKBONES[settings.backbone], HEADS[settings.head]
     more = settings.backbone_options
-    more = BACKBONES.options(settings.backbone, more, "model.backbone_options", architecture.block)
+    key, taken = "model.backbone_options", {"pool": "model.shortcut"}
+    more = BACKBONES.options(settings.backbone, more, key, architecture.block, taken)
     try:
-        backbone = ResNet(
-            architecture,
-            settings.width,
-            settings.exchange,
-            settings.engine,
-            settings.stem,
-            settings.shortcut,
-            settings.entry_spacings,
-            settings.dilate_second,
-            settings.depths,
-            **more,
-        )
+        with BACKBONES.fitting(more, key):
+            backbone = ResNet(
+                architecture,
+                settings.width,
+                settings.exchange,
+                settings.engine,
+                settings.stem,
+                settings.shortcut,
+                settings.entry_spacings,
+                settings.dilate_second,
+                settings.depths,
+                **more,
+            )
         early = [stage for stage in backbone.stages if stage.stride <= strides[0]]
         factor = strides[-1] // strides[0]
         net = POLICIES[settings.mask.policy].make_net(early[-1].channels, factor, num_classes, learned_net)
@@ -73,6 +79,7 @@ def build_model(
         trained_stride=settings.trained_stride,
         aspp_separable=settings.aspp_separable,
         separable=settings.separable,
+        refine_separable=settings.refine_separable,
         aspp_projection=settings.aspp_projection,
         refine=settings.refine,
         low_level_channels=settings.low_level_channels,
@@ -80,7 +87,8 @@ def build_model(
         align_corners=settings.align_corners,
     )
     more = HEADS.options(settings.head, settings.head_options, "model.head_options")
-    head, auxiliary = head_class(options, **more), None
+    with HEADS.fitting(more, "model.head_options"):
+        head, auxiliary = head_class(options, **more), None
     if settings.auxiliary:
         auxiliary = FCNHead(HeadOptions(before_last.channels, num_classes))
     model = SelectiveSegmentor(

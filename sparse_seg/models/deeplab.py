@@ -84,4 +84,4 @@ def _aspp(options: HeadOptions, channels: int) -> ASPP:
 def _refine(options: HeadOptions, aspp: ASPP, channels: int) -> nn.Sequential:
     if not options.refine:
         return nn.Sequential()
-    return conv_norm_relu(aspp.out_channels, channels, options.separable)
+    return conv_norm_relu(aspp.out_channels, channels, options.refine_separable or options.separable)

@@ -31,6 +31,7 @@ class HeadOptions:
         exchange, engine: of 3x3 convolutions on rows, see `SelectiveConv2d`.
         trained_stride: output stride that the head was trained at, px.
         aspp_separable, separable: of ASPP's branches and of the dense 3x3 convolutions, see `ASPP`.
+        refine_separable: of the dense 3x3 after ASPP; None: as `separable`.
         aspp_projection: see `ASPP`.
         refine: whether a dense 3x3 follows ASPP.
         low_level_channels: of the low-level skip after its 1x1 projection.
@@ -48,6 +49,7 @@ class HeadOptions:
     trained_stride: int = 8
     aspp_separable: str = "none"
     separable: str = "none"
+    refine_separable: str | None = None
     aspp_projection: bool = True
     refine: bool = True
     low_level_channels: int = 48

@@ -84,7 +84,7 @@ class Pass:
             ValueError: a wrong shape or dtype, a block that would become coarser than it is, or merge `patch`
                 where no coarse pass can be refined.
         """
-        self._way = way or Way()
+        self._way, fine_blocks = way or Way(), fine_blocks.to(self.images.device)
         if self._patches:
             self._check_refines()
         layouts = selective_layouts(self.images, fine_blocks, self.model.strides)
@@ -329,7 +329,7 @@ class Pass:
 
     def _refine(self, layouts: Sequence[SiteLayout], fine_blocks: Tensor) -> None:
         assert self.memory is not None
-        old, new = self.levels, block_levels(fine_blocks, self.model.strides).to(self.images.device)
+        old, new = self.levels, block_levels(fine_blocks, self.model.strides)
         if bool((new < old).any()):
             raise ValueError("a step can only refine: some block has a lower level than before")
         self.rows()  # what is kept must be there

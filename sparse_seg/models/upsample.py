@@ -129,6 +129,20 @@ def _interpolation_matrix(
     return shares.to(device, dtype)
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def axis_shares(
+    cells: int, length: int, stride: int, trained_stride: int, align_corners: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two cells that each of `length` pixels of an axis lies between, int64 `[length]` each, and the
+    share of the second, float64; as `upsample_logits` takes them."""
+    pixels = torch.arange(length, device="cpu")
+    places = _places(pixels, length, stride, trained_stride, align_corners).clamp(0, cells - 1)
+    first = places.floor().long()
+    second = (first + 1).clamp_max(cells - 1)
+    return first.to(device), second.to(device), (places - first).to(device)
+
+
 def _places(pixels: Tensor, length: int, stride: int, trained_stride: int, align_corners: bool) -> Tensor:
     """Where pixels int64 `[N]` of an axis lie among its cells, float64, the first cell at 0."""
     trained_cells = -(-length // trained_stride)

@@ -58,17 +58,22 @@ def check_shapes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], sourc
     Raises:
         CheckpointError: a name that is missing or has no place, or another shape.
     """
-    faults = [f"{name} is missing" for name in own if name not in weights]
-    faults += [f"{name} has no place in this model" for name in weights if name not in own]
-    faults += [
-        f"{name} is {list(weights[name].shape)}, the model's is {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
+    faults = shape_faults(own, weights)
     if faults:
         raise CheckpointError(
             f"{source} does not fit the configured model: {_first(faults)}; check model.* keys"
         )
+
+
+def shape_faults(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """What does not fit, a phrase for each name: missing, without a place, or of another shape."""
+    faults = [f"{name} is missing" for name in own if name not in weights]
+    faults += [f"{name} has no place in this model" for name in weights if name not in own]
+    return faults + [
+        f"{name} is {list(weights[name].shape)}, the model's is {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
@@ -85,11 +90,19 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
         if not _same_kind(weights[name], tensor):
             kind = "a floating-point" if tensor.is_floating_point() else "a whole-number"
             faults.append(f"{name} is {weights[name].dtype}, where {kind} type is needed")
-        elif not torch.isfinite(weights[name].to(tensor.dtype)).all():
-            faults.append(f"{name} holds NaN or infinite values")
     if faults:
         raise CheckpointError(f"{source}: {_first(faults)}; take an earlier checkpoint")
+    check_finite({name: weights[name].to(tensor.dtype) for name, tensor in own.items()}, source)
     model.load_state_dict(dict(weights))
+
+
+def check_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raises a CheckpointError where a value is NaN or infinite."""
+    faults = [
+        f"{name} holds NaN or infinite values" for name, one in weights.items() if not one.isfinite().all()
+    ]
+    if faults:
+        raise CheckpointError(f"{source}: {_first(faults)}; take an earlier checkpoint")
 
 
 def _same_kind(tensor: Tensor, own: Tensor) -> bool:

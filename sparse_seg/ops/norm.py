@@ -40,11 +40,40 @@ class BatchNorm(Operator):
         return F.batch_norm(inputs[0], *statistics, weight, bias, training, *options)
 
     def check(self, node: Node, tensors: Tensors) -> None:
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != (node.shape[1],):
-                raise ValueError(f"{name} is {list(tensor.shape)}, not [{node.shape[1]}]")
+        _check_channels(node, tensors)
         if not 0 < node.options["eps"] <= 1:
             raise ValueError(f"eps is {node.options['eps']}")
+
+
+@reads("group_norm", "instance_norm")
+def read_group_norm(call: Any) -> Any:
+    if call.operator == "instance_norm" and not call.argument("use_input_stats"):
+        raise UnknownOperator(f"{call.where}: an instance norm by running statistics")
+    groups = call.argument("num_groups", call.value_shape("input")[1])
+    names = {name: call.tensor(name) for name in AFFINE}
+    return call.make("group_norm", ["input"], names, groups=groups, eps=call.argument("eps"))
+
+
+@operator("group_norm")
+class GroupNorm(Operator):
+    """Of groups of channels by their statistics over an image, so on complete grids alone."""
+
+    needs_grid = True
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        weight, bias = (tensors.get(name) for name in AFFINE)
+        return F.group_norm(inputs[0], node.options["groups"], weight, bias, node.options["eps"])
+
+    def check(self, node: Node, tensors: Tensors) -> None:
+        _check_channels(node, tensors)
+        if node.options["groups"] < 1 or node.shape[1] % node.options["groups"]:
+            raise ValueError(f"{node.shape[1]} channels are not {node.options['groups']} groups")
+
+
+def _check_channels(node: Node, tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != (node.shape[1],):
+            raise ValueError(f"{name} is {list(tensor.shape)}, not [{node.shape[1]}]")
 
 
 @reads("layer_norm")
@@ -66,6 +95,4 @@ class LayerNorm(Operator):
         return out.movedim(-1, 1)
 
     def check(self, node: Node, tensors: Tensors) -> None:
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != (node.shape[1],):
-                raise ValueError(f"{name} is {list(tensor.shape)}, not [{node.shape[1]}]")
+        _check_channels(node, tensors)

@@ -24,6 +24,8 @@ from sparse_seg.ops.base import (
 )
 from sparse_seg.ops.node import Node
 
+MOST_PLACES = 64  # along a side, that a pooling gives whatever the image
+
 
 class Pool(Spatial):
     """A window of one channel. Options: kernel, stride, dilation, padding."""
@@ -129,12 +131,16 @@ class GlobalMax(Operator):
 
 @operator("adaptive_avg_pool2d")
 class AdaptiveAvgPool2d(Operator):
-    """To `size` places, whatever the image: on complete grids alone."""
+    """To `size` places, whatever the image, on complete grids alone: a vector of so many places."""
 
-    needs_grid = True
+    is_pool = needs_grid = True
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
         return F.adaptive_avg_pool2d(inputs[0], pair(node.options["size"]))
+
+    def check(self, node: Node, tensors: Tensors) -> None:
+        if node.size != pair(node.options["size"]) or max(node.size) > MOST_PLACES:
+            raise ValueError(f"{node.options['size']} places are not {list(node.size)}, or too many")
 
 
 @reads("adaptive_avg_pool2d")
@@ -142,7 +148,7 @@ def read_adaptive(call: Any) -> Any:
     size = pair(call.argument("output_size"))
     if size == (1, 1):
         return call.make("global_mean", ["self"], {})
-    raise UnknownOperator(f"{call.where}: pooling to {size[0]}x{size[1]} places depends on the image's size")
+    return call.make("adaptive_avg_pool2d", ["self"], {}, size=list(size))
 
 
 @reads("adaptive_max_pool2d")

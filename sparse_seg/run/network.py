@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.config import MaskConfig
+from sparse_seg.config import MaskConfig, ModelConfig
 from sparse_seg.graph import Geometry, fold_norms
 from sparse_seg.masks import MaskPolicy
 from sparse_seg.models.base import Segmentor
@@ -44,12 +45,14 @@ class SelectiveNetwork(Segmentor):
         mask: MaskConfig | None = None,
         exchange: str = "linear",
         card: Card | None = None,
+        merge: str = "whole",
     ) -> None:
-        super().__init__(policy, strides, mask, "whole", card)
+        super().__init__(policy, strides, mask, merge, card)
         self.geometry = Geometry(graph, strides)
         self.module, self.exchange = module, exchange
         self.constants = Tensors(constants)
-        check_way(Way(), exchange)
+        self.name, self.arguments = type(module).__qualname__, dict[str, Any]()  # of what made the module
+        check_way(Way(merge=merge), exchange, self.geometry)
 
     @property
     def graph(self) -> Graph:
@@ -60,8 +63,31 @@ class SelectiveNetwork(Segmentor):
         return self.graph.node(self.graph.output).shape[1]
 
     @property
+    def dense_stride(self) -> int:  # type: ignore[override]
+        return self.strides[0]
+
+    @property
+    def norms_vectors(self) -> bool:  # type: ignore[override]
+        nodes = (node for node in self.graph.nodes if node.op == "batch_norm")
+        return any(
+            self.geometry.kind[node.name] == "vector" and "frozen" not in node.options for node in nodes
+        )
+
+    @property
     def has_undilated(self) -> bool:  # type: ignore[override]
         return not self.geometry.refines
+
+    @property
+    def settings(self) -> ModelConfig:
+        """As a config has them."""
+        return ModelConfig(
+            module=self.name,
+            module_args=self.arguments,
+            strides=list(self.strides),
+            exchange=self.exchange,
+            num_classes=self.num_classes,
+            mask=self.mask,
+        )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -73,7 +99,7 @@ class SelectiveNetwork(Segmentor):
 
     def check_way(self, way: Way) -> None:
         """Raises a SparseSegError, of one line, where the network cannot run a way."""
-        check_way(way, self.exchange)
+        check_way(way, self.exchange, self.geometry)
 
     def start(self, images: Tensor, labels: Tensor | None = None) -> GraphPass:
         """Start a pass over images; nothing is computed yet.
@@ -97,11 +123,12 @@ class SelectiveNetwork(Segmentor):
             graph,
             Tensors({name: tensor.detach().clone() for name, tensor in tensors.items()}),
             {},
-            self.policy,
+            copy.deepcopy(self.policy),
             self.strides,
             self.mask,
             self.exchange,
             self.card,
+            self.merge,
         )
         folded.is_folded = True
         return folded.eval()

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
+from sparse_seg.graph import Geometry
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
 from sparse_seg.models.layouts import check_images, warn_of_bytes
 from sparse_seg.models.network import eval_mode
 from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.models.way import Way
 from sparse_seg.ops import OPERATORS, Node
+from sparse_seg.run.patch import check_patch, patched
 from sparse_seg.run.values import Run, Values
 from sparse_seg.sites import Grid, Mixed, Sites, grid_size
 from sparse_seg.sparse import EXCHANGES, SEPARATE, SiteLayout
@@ -60,6 +62,8 @@ class GraphPass:
         self._sites: Sites | None = None
         self._values: Values | None = None
         self._stride: int | None = None  # of a dense run
+        self._way = Way()
+        self._patched: Grid | None = None  # the logits by merge `patch`
 
     def _new_run(self, training: bool) -> Run:
         return Run(self.model.geometry, self.model.tensors, self.images, training, self._count)
@@ -72,9 +76,9 @@ class GraphPass:
         Args:
             policy: overrides the way's.
         """
-        way = way or Way()
+        self._way = way = way or Way()
         if way.output_stride is not None:
-            self.mask, self._stride, self._values = None, way.output_stride, None
+            self.mask, self._stride, self._values, self._patched = None, way.output_stride, None, None
             return self
         policy = policy or self.model.policy_for(way)
         fine_blocks = policy(self)
@@ -91,23 +95,29 @@ class GraphPass:
 
         Raises:
             ValueError: a wrong shape or dtype, or a block that would become coarser than it is.
-            SparseSegError: an exchange rule, engine or merge that a captured network has not.
+            SparseSegError: an exchange rule, engine or merge that a captured network has not, or has not in
+                training.
         """
-        way = way or Way()
-        exchange = way.exchange or self.model.exchange
+        self._way = way = way or Way()
         self.model.check_way(way)
-        levels = self._levels(fine_blocks)
-        near = self.model.geometry.near(self._run.size)
-        refines = self._coarse is not None and not self._with_grad and self.model.geometry.refines
+        levels, geometry = self._levels(fine_blocks), self.model.geometry
+        refines = self._coarse is not None and not self._with_grad and geometry.refines
         before = self._sites if refines else None
         if before is not None and bool((levels < self.levels).any()):
             raise ValueError("a step can only refine: some block has a lower level than before")
         plans = self.model.plans(len(self.images), self._run.size, self.images.device)
+        near, exchange = geometry.near(self._run.size), way.exchange or self.model.exchange
         sites = Sites.of_mask(levels, plans, exchange, near, before)
+        coarse = self._coarse if refines else None
         with self._context():
-            self._values = self._run.mixed(
-                sites, self._coarse if refines else None, self._values if before is not None else None
-            )
+            if self._patches and (coarse is None or self._patched is None):
+                coarse = self._coarse_to_patch()
+            known = self._values if before is not None else None
+            self._values = self._run.mixed(sites, coarse, known, not self._patches)
+            self._patched = None
+            if self._patches:
+                level = sites.levels[self.model.strides[0]]
+                self._patched = patched(self._run, level, coarse or {}, self._values)
         self.mask, self._sites, self._stride = fine_blocks, sites, None
         return self
 
@@ -168,13 +178,12 @@ class GraphPass:
             )
         self._with_grad = False
         coarsest = self.model.strides[-1]
-        self._coarse = self._run.dense(coarsest, geometry.kept_lattices)
-        if stored_dtype is not None:
-            for name, value in self._coarse.items():
-                if isinstance(value, Grid) and geometry.kind[name] == "rows":
-                    self._coarse[name] = Grid(
-                        value.tensor.to(stored_dtype).to(value.tensor.dtype), value.stride
-                    )
+        kept = geometry.kept_lattices | (geometry.kept_late if self._patches else set())
+        self._coarse = self._run.dense(coarsest, kept)
+        self._patched = self._run.output(self._coarse) if self._patches else None
+        for name, value in self._coarse.items():
+            if stored_dtype is not None and isinstance(value, Grid) and geometry.kind[name] == "rows":
+                self._coarse[name] = Grid(value.tensor.to(stored_dtype), value.stride)
         blocks = block_shape(self.images, coarsest)
         self.mask = torch.zeros(blocks, dtype=torch.bool, device=self.images.device)
         self._values, self._sites, self._stride = self._coarse, None, None
@@ -282,7 +291,18 @@ class GraphPass:
             kept = [*geometry.exits, *geometry.entries, *geometry.vectors] if training else ()
             with self._context():
                 self._values = self._run.dense(self._stride, kept)
-        return self._run.output(self._values)
+        return self._patched if self._patched is not None else self._run.output(self._values)
+
+    @property
+    def _patches(self) -> bool:
+        return (self._way.merge or self.model.merge) == "patch"
+
+    def _coarse_to_patch(self) -> Values:
+        """The coarse pass whose logits coarse blocks keep."""
+        if self.model.training:
+            raise SparseSegError("merge patch of a captured network is for eval mode: train with merge whole")
+        geometry = self.model.geometry
+        return self._run.dense(self.model.strides[-1], geometry.kept_lattices | geometry.kept_late)
 
     def _levels(self, fine_blocks: Tensor) -> Tensor:
         expected, count = block_shape(self.images, self.model.strides[-1]), len(self.model.strides) - 1
@@ -313,9 +333,8 @@ class GraphPass:
         return upsample_logits(logits, self._run.size, grid.stride, geometry.trained, align, every)
 
     def _count(self, node: Node, places: int) -> None:
-        operator = OPERATORS[node.op]
-        tensors = {role: self.model.tensors[name] for role, name in node.tensors.items()}
-        macs = operator.macs(node, tensors)
+        tensors = {role: self._run.tensors[name] for role, name in node.tensors.items()}
+        macs = OPERATORS[node.op].macs(node, tensors)
         if macs:
             self._add(self.model.geometry.part(node.name), places * macs)
 
@@ -323,7 +342,7 @@ class GraphPass:
         self._counts[part] = self._counts.get(part, 0) + macs
 
 
-def check_way(way: Way, exchange: str) -> None:
+def check_way(way: Way, exchange: str, geometry: Geometry) -> None:
     """Raises a SparseSegError, of one line, where a captured network cannot run a way."""
     rule = way.exchange or exchange
     if rule not in EXCHANGES:
@@ -333,4 +352,4 @@ def check_way(way: Way, exchange: str) -> None:
     if way.engine == "spconv":
         raise SparseSegError("a captured network has no engine spconv; choose gather or auto")
     if way.merge == "patch":
-        raise SparseSegError("a captured network has no merge patch; choose whole")
+        check_patch(geometry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from sparse_seg.ops import Graph, Node
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.values import Run
 
+SIZE = (512, 1024)  # px, of the example image
 TOLERANCE = 1e-4  # of the check against the module, relative; float32 in another order gives 1e-6
 CHECK_SIZE = 256  # px; the module and its graph are compared on an image of at most that many along a side
 
@@ -34,7 +35,7 @@ def selective(
     strides: Sequence[int] | None = None,
     policy: str = "confidence",
     fine_fraction: float = 0.15,
-    size: tuple[int, int] = (512, 1024),
+    size: tuple[int, int] = SIZE,
     *,
     card: Card | None = None,
 ) -> SelectiveNetwork:
@@ -62,6 +63,20 @@ def selective(
         GraphDiffers: the graph does not give the module's output on an example; names the first layer.
         ConfigError: an unknown policy, or impossible settings.
     """
+    mask = parse_policy(policy, dataclasses.replace(MaskConfig(), fine_fraction=fine_fraction))
+    return captured(module, strides, mask, "linear", size, card)
+
+
+def captured(
+    module: nn.Module,
+    strides: Sequence[int] | None,
+    mask: MaskConfig,
+    exchange: str,
+    size: tuple[int, int] = SIZE,
+    card: Card | None = None,
+    learned_net: Any = mask_net,
+) -> SelectiveNetwork:
+    """See `selective`; `learned_net` makes the net of a policy that is trained."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         module = module.module
     if any(length % 64 or length < 64 for length in size):
@@ -70,8 +85,7 @@ def selective(
         graph, constants = capture(module, (size[0], size[1]))
         if graph.node(graph.output).shape[1] == 1:
             graph = _two_classes(graph)
-        mask = parse_policy(policy, dataclasses.replace(MaskConfig(), fine_fraction=fine_fraction))
-        network = build_network(graph, module, constants, strides, mask, card=card)
+        network = build_network(graph, module, constants, strides, mask, exchange, card, learned_net)
         check_graph(network, module, size)
     return network.train(module.training)
 
@@ -130,10 +144,14 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, 3, *small, generator=generator).to(reference)
     seen: dict[str, Tensor] = {}
-    hooks = [
-        layer.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, out))
-        for name, layer in module.named_modules()
-    ]
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:  # what it returns would replace the output
+            seen[name] = out
+
+        return hook
+
+    hooks = [layer.register_forward_hook(note(name)) for name, layer in module.named_modules()]
     try:
         expected = logits_of(module(images))
     finally:

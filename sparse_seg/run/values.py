@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.graph import Geometry
-from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.models.upsample import axis_shares, upsample_logits
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
-from sparse_seg.sites import Grid, Level, Mixed, Sites, grid_size
+from sparse_seg.sites import Grid, Level, Mixed, Sites, Taps, grid_size
 
 Value = Any  # a Grid, a Mixed, or a tensor: a vector of each image `[B, C, 1, 1]`
 Values = dict[str, Value]
@@ -68,15 +68,23 @@ class Run:
             kept: names of values that are wanted beside the output.
         """
         cells = self.geometry.cells(stride)
-        values: Values = dict(self.early()) if stride >= self.geometry.strides[0] else {}
-        return self._run(
-            self.geometry.graph.nodes, values, kept, lambda node, read: self._dense(node, read, cells)
-        )
+        hidden = self.geometry.first - self.geometry.entries
+        # early values stand where they do in each such run; of those, `early` keeps what others read
+        shares = stride >= self.geometry.strides[0] and hidden.isdisjoint(kept)
+        nodes, values = (self._later, dict(self.early())) if shares else (self.geometry.graph.nodes, {})
+        return self._run(nodes, values, kept, lambda node, read: self._dense(node, read, cells))
 
-    def mixed(self, sites: Sites, coarse: Values | None = None, before: Values | None = None) -> Values:
+    def mixed(
+        self,
+        sites: Sites,
+        coarse: Values | None = None,
+        before: Values | None = None,
+        late: bool = True,
+    ) -> Values:
         """Run under a mask: rows on mixed levels, what is late on grids at the finest stride.
 
         Args:
+            late: whether late values are computed.
             coarse: what `dense` gave at the coarsest stride, with `Geometry.kept_lattices`; no lattice in it
                 is computed again.
             before: what this method gave for the sites of the step before.
@@ -87,13 +95,20 @@ class Run:
             kind, name = self.geometry.kind[node.name], node.name
             known = coarse is not None and name not in self.geometry.masked
             if kind == "rows":
-                lattice = (coarse or {}).get(name) if known else self._lattice(node, read, sites)
+                lattice = self._kept(coarse, name) if known else self._lattice(node, read, sites)
                 return self._mixed(node, read, sites, lattice, (before or {}).get(name))
             if kind == "vector":
                 return coarse[name] if known and coarse and name in coarse else self._vector(node, read)
             return self._dense(node, [_grid(one) for one in read], cells)
 
-        return self._run(self.geometry.graph.nodes, dict(self.early()), self.geometry.kept_rows, compute)
+        nodes = [node for node in self._later if late or self.geometry.kind[node.name] != "late"]
+        kept = self.geometry.kept_rows if late else self.geometry.kept_rows | self.geometry.entries
+        return self._run(nodes, dict(self.early()), kept, compute)
+
+    @property
+    def _later(self) -> list[Node]:
+        """What is not early."""
+        return [node for node in self.geometry.graph.nodes if node.name not in self.geometry.first]
 
     def late(self, values: Mapping[str, Value]) -> Grid:
         """The output, from the values that late ones read: early, vectors, and rows; these may be others than
@@ -132,19 +147,21 @@ class Run:
                 left[name] -= 1
                 if not left[name] and name not in wanted:
                     values.pop(name, None)
+                elif not left[name] and isinstance(values.get(name), Mixed):
+                    values[name].settle()
         return values
 
     def _dense(self, node: Node, read: list[Value], cells: Mapping[str, int]) -> Value:
         """A node on grids and vectors."""
         if node.op == "image":
             return Grid(self.images, 1)
-        if self.geometry.kind[node.name] == "vector":
+        if not self.geometry.captured[node.name]:
             return self._vector(node, read)
         cell, operator = cells[node.name], OPERATORS[node.op]
         if node.op == "resize":
             return self._resize(node, read[0], cell)
         size = grid_size(self.size, cell)
-        self._count(node, self.batch * size[0] * size[1])
+        self.counted(node, self.batch * size[0] * size[1])
         if node.name in self.taps:
             return Grid(self._window(node, read[0], cell, size), cell)
         arrays = [one.thinned(cell) if isinstance(one, Grid) else one for one in read]
@@ -152,31 +169,54 @@ class Run:
 
     def _window(self, node: Node, source: Grid, cell: int, size: tuple[int, int]) -> Tensor:
         """A window on a grid: its taps lie as many px apart as captured, but at least one cell."""
-        operator, window = OPERATORS[node.op], self.geometry.window(node)
+        operator, step = OPERATORS[node.op], cell // source.stride
         assert isinstance(operator, Spatial)
-        assert window is not None
-        step, unit = cell // source.stride, self.geometry.captured[node.inputs[0]]
         pads: list[tuple[int, int]] = []
         dilations: list[int] = []
-        for axis, places in enumerate(self.taps[node.name]):
-            spacing = window.dilation[axis] * unit
-            dilation = max(1, spacing // source.stride)
-            before = -places[0] * dilation // spacing
-            end = (size[axis] - 1) * step - before + (len(places) - 1) * dilation
-            after = end + 1 - int(source.tensor.shape[2 + axis])
+        for axis, taps in enumerate(self.dilated(node, source.stride)):
+            places = [tap // source.stride for tap in taps]
+            end = (size[axis] - 1) * step + places[-1]
+            before, after = -places[0], end + 1 - int(source.tensor.shape[2 + axis])
             # a stride may leave some places at the end that no window reads
             pads.append((before, before if after <= before < after + step else after))
-            dilations.append(dilation)
+            dilations.append(places[1] - places[0] if len(places) > 1 else 1)
         (above, below), (left, right) = pads
         steps, apart = (step, step), (dilations[0], dilations[1])
         return operator.grid(
             node, self._tensors(node), source.tensor, steps, apart, (left, right, above, below)
         )
 
+    def shares(self, node: Node, source: int, cell: int) -> tuple[Any, ...]:
+        """For each axis the places at `source` px around those at `cell` px that a resizing reads, see
+        `models.upsample.axis_shares`."""
+        captured, to = self.geometry.captured[node.inputs[0]], self.geometry.captured[node.name]
+        ratios, align = (source // cell, captured // to), node.options["align_corners"]
+        sizes = zip(grid_size(self.size, source), grid_size(self.size, cell), strict=True)
+        return tuple(axis_shares(*axis, *ratios, align, self.images.device) for axis in sizes)
+
+    def dilated(self, node: Node, source: int) -> Taps:
+        """Where a window reads in a grid at `source` px: as captured, but at least one cell apart."""
+        window, unit = self.geometry.window(node), self.geometry.captured[node.inputs[0]]
+        assert window is not None
+        axes = []
+        for places, dilation in zip(self.taps[node.name], window.dilation, strict=True):
+            spacing = dilation * unit
+            step = max(1, spacing // source)
+            before = -places[0] * step // spacing
+            axes.append(tuple((tap * step - before) * source for tap in range(len(places))))
+        return Taps(*axes)
+
     def _resize(self, node: Node, source: Value, cell: int) -> Value:
         """Bilinear, with the offset that the network was captured with, whatever the strides are now."""
-        if not isinstance(source, Grid):
-            return source
+        if not isinstance(source, Grid):  # a vector of several places
+            mode, align = (
+                ("nearest", None)
+                if node.options.get("nearest")
+                else ("bilinear", node.options["align_corners"])
+            )
+            return Grid(
+                F.interpolate(source, grid_size(self.size, cell), mode=mode, align_corners=align), cell
+            )
         captured, to = self.geometry.captured[node.inputs[0]], self.geometry.captured[node.name]
         size, align = grid_size(self.size, cell), node.options["align_corners"]
         if node.options.get("nearest"):
@@ -196,8 +236,15 @@ class Run:
                 return read[0].mean_by_area()
             read = [read[0].lattice]
         arrays = [one.tensor if isinstance(one, Grid) else one for one in read]
-        self._count(node, self.batch)
+        self.counted(node, self.batch)
         return operator.apply(node, self._tensors(node), arrays, self.training)
+
+    def _kept(self, coarse: Values | None, name: str) -> Grid | None:
+        """A lattice of the coarse pass, which may have been stored in a smaller dtype."""
+        grid = (coarse or {}).get(name)
+        if grid is None or grid.tensor.dtype == self.images.dtype:
+            return grid
+        return Grid(grid.tensor.to(self.images.dtype), grid.stride)
 
     def _lattice(self, node: Node, read: list[Value], sites: Sites) -> Grid | None:
         """A node's lattice in a mixed run; None where norms need all sites at once."""
@@ -218,7 +265,7 @@ class Run:
         stride, operator = self.geometry.lattice(node.name), OPERATORS[node.op]
         levels = {one: level for one, level in sites.levels.items() if one < stride}
         for level in levels.values() if self.count is not None else ():
-            self._count(node, level.num_run)
+            self.counted(node, level.num_run)
         if self.training and operator.joins:
             return self._joined(node, read[0], sites, levels, stride)
         if node.name in self.taps and isinstance(operator, Spatial):
@@ -256,7 +303,7 @@ class Run:
             rows = _rows(source, one, level)
             parts.append(rows if level.valid is None else rows.index_select(0, level.valid))
         lengths = [part.shape[0] for part in parts]
-        self._count(node, lengths[0])
+        self.counted(node, lengths[0])
         out = OPERATORS[node.op].apply(node, self._tensors(node), [torch.cat(parts)], True).split(lengths)
         batch, _, height, width = lattice.tensor.shape
         first = out[0].reshape(batch, height, width, -1).permute(0, 3, 1, 2)
@@ -273,7 +320,8 @@ class Run:
             tensors["weight"] = tensors["weight"][(slice(None), slice(None), *self.kernels[node.name])]
         return tensors
 
-    def _count(self, node: Node, places: int) -> None:
+    def counted(self, node: Node, places: int) -> None:
+        """Tell that a node ran at so many places."""
         if self.count is not None:
             self.count(node, places)
 

@@ -1,8 +1,19 @@
 """Where a network's values stand: complete grids, and the extra sites that a mask adds to them."""
 
 from sparse_seg.sites.level import Level
-from sparse_seg.sites.plan import LevelPlan, Taps, grid_size, plan_of
+from sparse_seg.sites.plan import HERE, LevelPlan, Taps, grid_size, plan_of
 from sparse_seg.sites.sites import Sites
 from sparse_seg.sites.values import Grid, Mixed, rows_to_grid
 
-__all__ = ["Grid", "Level", "LevelPlan", "Mixed", "Sites", "Taps", "grid_size", "plan_of", "rows_to_grid"]
+__all__ = [
+    "HERE",
+    "Grid",
+    "Level",
+    "LevelPlan",
+    "Mixed",
+    "Sites",
+    "Taps",
+    "grid_size",
+    "plan_of",
+    "rows_to_grid",
+]

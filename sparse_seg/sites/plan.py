@@ -51,6 +51,9 @@ class Taps(NamedTuple):
         return all(place % stride == 0 for place in self.y + self.x)
 
 
+HERE = Taps((0,), (0,))  # the place itself
+
+
 def grid_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
     """Cells of images of `size` px at a stride."""
     return -(-size[0] // stride), -(-size[1] // stride)
@@ -129,6 +132,32 @@ class LevelPlan:
 
         return self._kept(("grid", taps, stride, first), build)
 
+    def cells_at(self, stride: int) -> Tensor:
+        """`[cells, n]`: the n flat places at `stride` px of each cell; the number of all if outside."""
+        return self.taps_at(HERE, stride, stride)[:, :, 0]
+
+    def taps_at(self, taps: Taps, stride: int, source: int) -> Tensor:
+        """`[cells, n, T]`: what taps read in a complete grid at `source` px around the n places at `stride`
+        px of each cell; the number of its places is outside, and what places outside the image read."""
+
+        def build() -> Tensor:
+            size, own = grid_size(self.image, source), grid_size(self.image, stride)
+            count = max(1, 2 * self.stride // stride)
+            tables = []
+            for down, right in ((y, x) for y in range(count) for x in range(count)):
+                here = self._places(self.coarse, HERE, 1, count, (down, right))
+                y, x = (place * stride for place in here)
+                rows = torch.tensor(taps.y, device=self.device).repeat_interleave(len(taps.x))
+                columns = torch.tensor(taps.x, device=self.device).repeat(len(taps.y))
+                read_y = torch.div(y + rows, source, rounding_mode="floor")
+                read_x = torch.div(x + columns, source, rounding_mode="floor")
+                inside = _inside(read_y, read_x, size) & _inside(*here, own)
+                numbers = self._number(read_y, read_x, size)
+                tables.append(numbers.where(self._each(inside), self.batch * size[0] * size[1]))
+            return torch.stack(tables, 1)
+
+        return self._kept(("places", taps, stride, source), build)
+
     @property
     def corners(self) -> Tensor:
         """`[4, cells]`: each cell and those right, below, and diagonal, clamped to the image."""
@@ -156,7 +185,7 @@ class LevelPlan:
     def fine_of_phases(self) -> Tensor:
         """`[4, cells]`: the place in the level's own grid of each cell's phases 0 to 3; `fine_cells` where it
         lies outside."""
-        return self.in_grid(Taps((0,), (0,)), self.stride, 0)[:, :, 0]
+        return self.in_grid(HERE, self.stride, 0)[:, :, 0]
 
     @property
     def inside(self) -> Tensor:

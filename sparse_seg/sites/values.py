@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_seg.sites.plan import Taps
+from sparse_seg.sites.plan import HERE, Taps
 
 if TYPE_CHECKING:
     from sparse_seg.sites.level import Level
     from sparse_seg.sites.sites import Sites
-
-HERE = Taps((0,), (0,))
 
 
 class Grid:
@@ -116,6 +114,11 @@ class Mixed:
             level, source = self.sites.levels[stride], self.complete(2 * stride, exchange)
             self._complete[stride, exchange] = level.complete(source, self.extras(stride), exchange)
         return self._complete[stride, exchange]
+
+    def settle(self) -> None:
+        """Drop what is made of the value for those that read it: none does any more in this run."""
+        self._complete.clear()
+        self._tables.clear()
 
     def densify(self, exchange: str = "linear") -> Grid:
         """The finest grid, by the exchange rule where there is no site."""

@@ -8,12 +8,18 @@ import torch
 
 from sparse_seg.config import Config
 from sparse_seg.errors import ConfigError, TrainingError
+from sparse_seg.models.base import Segmentor
 from sparse_seg.processes import Processes
 from sparse_seg.registry import POOLING_HEADS
 
 
-def check_batch(config: Config, processes: Processes, device: torch.device) -> None:
+def check_batch(
+    config: Config, processes: Processes, device: torch.device, model: Segmentor | None = None
+) -> None:
     """
+    Args:
+        model: the network, once it is built; what its norms see in a module is known only then.
+
     Raises:
         TrainingError: a batch cannot be shared equally.
         ConfigError: a batch norm would see one value per channel.
@@ -23,32 +29,38 @@ def check_batch(config: Config, processes: Processes, device: torch.device) -> N
         raise TrainingError(
             f"train.batch_size {batch_size} cannot be shared by {count} processes; use a multiple"
         )
-    synchronised = count > 1 and device.type == "cuda"
-    check_values_per_channel(config, batch_size if synchronised else batch_size // count)
+    if config.model.module is not None and model is None:
+        return
+    synchronised = count > 1 and device.type == "cuda" and config.model.module is None
+    check_values_per_channel(config, batch_size if synchronised else batch_size // count, model)
 
 
-def check_values_per_channel(config: Config, images: int) -> None:
+def check_values_per_channel(config: Config, images: int, model: Segmentor | None = None) -> None:
     """A batch norm in training needs two values per channel or more.
 
     Args:
         images: that a norm sees at once.
+        model: where the config's is a module.
 
     Raises:
         ConfigError: it gets one.
     """
-    train, model = config.train, config.model
-    strides = [train.output_stride if train.network == "dense" else model.strides[-1]]
+    train, settings = config.train, config.model
+    coarsest = settings.own_strides[-1] if model is None else model.strides[-1]
+    dense = train.output_stride or (8 if model is None else model.dense_stride)
+    strides = [dense if train.network == "dense" else coarsest]
     if train.freeze:
         strides = []
-    if model.mask.policy == "learned":  # its net has a value per block
-        strides.append(model.strides[-1])
-    pools = model.head in POOLING_HEADS and not train.freeze
+    if settings.mask.policy == "learned":  # its net has a value per block
+        strides.append(coarsest)
+    pools = settings.head in POOLING_HEADS if model is None else model.norms_vectors
+    pools = pools and not train.freeze
     deepest = max(strides)
     cells = math.prod(math.ceil(side / deepest) for side in config.data.crop)
     if images > 1 or (cells > 1 and not pools):
         return
     cause = (
-        f"{model.head} pools each image to one value"
+        f"{settings.module or settings.head} pools each image to one value"
         if pools
         else f"data.crop {config.data.crop} is one cell at stride {deepest}"
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.checkpoint.content import Checkpoint
+from sparse_seg.checkpoint.content import Captured, Checkpoint
 from sparse_seg.checkpoint.digest import digest_of
 from sparse_seg.checkpoint.file import FORMAT, find, is_safetensors, load_pt, save
 from sparse_seg.checkpoint.loading import check_same, function_of
@@ -55,9 +55,15 @@ def check_work_dir(work_dir: Path) -> None:
     raise TrainingError(f"{file} is not of a run and would be overwritten; choose another --work-dir")
 
 
-def save_checkpoint(path: str | Path, config: Config, weights: Mapping[str, Tensor], **said: Any) -> None:
-    """Write weights (a state dict) as a checkpoint; `said` stands in its `training`, beside the config and
-    the ids that the classes have in labels."""
+def save_checkpoint(
+    path: str | Path,
+    config: Config,
+    weights: Mapping[str, Tensor],
+    captured: Captured | None = None,
+    **said: Any,
+) -> None:
+    """Write weights, and a captured network's graph (`parts_of`), as a checkpoint; `said` stands in its
+    `training`, beside the config and the ids that the classes have in labels."""
     dataset, root = config.data.dataset, config.data.root
     classes = dataset_classes(dataset, root)
     known = len(classes) == num_classes(config)
@@ -72,13 +78,20 @@ def save_checkpoint(path: str | Path, config: Config, weights: Mapping[str, Tens
             tuple(config.data.mean),
             tuple(config.data.std),
             training={"config": to_dict(config)} | ids | said,
+            captured=captured,
         )
     )
 
 
-def save_best(work_dir: Path, config: Config, weights: Mapping[str, Tensor], **said: Any) -> None:
+def save_best(
+    work_dir: Path,
+    config: Config,
+    weights: Mapping[str, Tensor],
+    captured: Captured | None = None,
+    **said: Any,
+) -> None:
     """Write the folder's best weights, replacing a file of an earlier version."""
-    save_checkpoint(work_dir / BEST, config, weights, **said)
+    save_checkpoint(work_dir / BEST, config, weights, captured, **said)
     (work_dir / BEST).with_suffix(".pt").unlink(missing_ok=True)
 
 

@@ -54,7 +54,13 @@ class Teacher:
     ) -> None:
         checkpoint = load(path)
         self.model = build_network(checkpoint).requires_grad_(False).to(device)
-        if self.model.head.reads_low_level:
+        self._has_rows = checkpoint.captured is None
+        if not self._has_rows and config.train.distill.features_weight > 0:
+            raise ConfigError(
+                f"train.distill.teacher {path} is a captured network, which has no rows to compare: set "
+                "train.distill.features_weight=0"
+            )
+        if self._has_rows and self.model.head.reads_low_level:
             raise ConfigError(f"train.distill.teacher {path}: its head's logits are at another stride")
         _check_fits(checkpoint, config)
         self.cache = None if cache is None else Path(cache)
@@ -71,7 +77,10 @@ class Teacher:
     @torch.no_grad()
     def _run(self, images: Tensor, output_stride: int) -> TeacherOutputs:
         run = self.model.start(images).follow(Way.dense(output_stride))
-        return TeacherOutputs(run.grid_logits().half(), densify(run.rows(), run.layouts[-1]).half())
+        logits = run.grid_logits().half()
+        if not self._has_rows:
+            return TeacherOutputs(logits, logits[:, :0])
+        return TeacherOutputs(logits, densify(run.rows(), run.layouts[-1]).half())
 
     def _cached(self, images: Tensor, output_stride: int, cache: Path) -> TeacherOutputs:
         paths = [self._path(cache, image, output_stride) for image in images]
@@ -107,8 +116,9 @@ def _check_fits(teacher: Checkpoint, config: Config) -> None:
     own, path = teacher.config, teacher.path
     values: list[tuple[str, Any, Any]] = [
         ("classes", own.num_classes, num_classes(config)),
-        ("model.trained_stride", own.trained_stride, config.model.trained_stride),
     ]
+    if own.module is None and config.model.module is None:
+        values.append(("model.trained_stride", own.trained_stride, config.model.trained_stride))
     if teacher.origin.normalisation:
         values += [("data.mean", list(teacher.mean), config.data.mean)]
         values += [("data.std", list(teacher.std), config.data.std)]

@@ -18,7 +18,7 @@ from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.masks import block_mean, blur_scores, gain_net, top_blocks
 from sparse_seg.masks.gain import GainPolicy
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.way import Way
 from sparse_seg.progress import bar
 
@@ -42,7 +42,7 @@ class Samples:
 
 @torch.inference_mode()
 def collect(
-    model: SelectiveSegmentor,
+    model: Segmentor,
     dataset: SegmentationDataset,
     data: DataConfig,
     labelled: bool = True,
@@ -59,7 +59,7 @@ def collect(
     """
     policy = GainPolicy(fine_fraction=0.0, net=nn.Identity(), block=model.strides[-1])
     generator, samples = torch.Generator().manual_seed(seed), Samples([], [], [])
-    device = next(model.parameters()).device
+    device = model.device
     count = len(dataset) if limit is None else min(limit, len(dataset))
     loader = evaluation_loader(dataset, data.mean, data.std, data.workers, range(count))
     for image, label, _ in bar(loader, "gains", count):
@@ -88,8 +88,11 @@ def clusters(size: tuple[int, int], fraction: float, generator: torch.Generator)
 
 
 @torch.enable_grad()
-def fit(samples: Samples, seed: int = 0, epochs: int = EPOCHS) -> nn.Sequential:
-    """A net for `GainPolicy`, in eval mode, that predicts the gains of fine blocks (smooth L1, AdamW)."""
+def fit(samples: Samples, seed: int = 0, epochs: int = EPOCHS, bn_eps: float = 1e-5) -> nn.Sequential:
+    """A net for `GainPolicy`, in eval mode, that predicts the gains of fine blocks (smooth L1, AdamW).
+
+    bn_eps: of the network that it is for, which `build_model` gives the net, too.
+    """
     torch.manual_seed(seed)
     height, width = (max(read.shape[axis] for read in samples.reads) for axis in (1, 2))
 
@@ -102,6 +105,7 @@ def fit(samples: Samples, seed: int = 0, epochs: int = EPOCHS) -> nn.Sequential:
     scale = gains[fine > 0].std().clamp(min=1e-6)
     net = gain_net(reads.shape[1] - 2)
     norm: Any = net[0]
+    norm.eps = bn_eps
     last: Any = net[-1]
     values = torch.cat([read.flatten(1) for read in samples.reads], 1)
     norm.running_mean.copy_(values.mean(1))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.config import TrainConfig
+from sparse_seg.errors import TrainingError
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.passes import Pass
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 from sparse_seg.training.distillation import Teacher, likeness_difference, logits_divergence
 from sparse_seg.training.losses import Outputs, SegmentationLoss
@@ -33,14 +34,14 @@ class Objective(nn.Module):
         self.config, self.teacher = config, teacher
         self.loss = SegmentationLoss(config.loss)
 
-    def forward(self, model: SelectiveSegmentor, images: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, model: Segmentor, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of images `[B, 3, H, W]` and labels `[B, H, W]`."""
         config, run = self.config, model.start(images, labels)
         if model.policy.needs_net:
             return mask_loss(run, labels, self.loss, config.mask_loss, config.budget_weight)
         fine_blocks = model.policy(run) if self._needs_blocks else None
         if config.network == "dense":
-            run.follow(Way.dense(config.output_stride))
+            run.follow(Way.dense(config.output_stride or model.dense_stride))
         else:
             assert fine_blocks is not None
             run.take(fine_blocks)
@@ -62,6 +63,11 @@ class Objective(nn.Module):
         weights = torch.ones(layout.batch, *layout.size, device=run.images.device)
         if fine is not None:  # a cell lies in the block of the pixel at its place
             weights = weights + config.fine_weight * fine[:, :: layout.stride, :: layout.stride]
+        if taught.logits.shape != run.grid_logits().shape:
+            raise TrainingError(
+                f"train.distill.teacher gives logits {list(taught.logits.shape[1:])}, and the network "
+                f"{list(run.grid_logits().shape[1:])}: choose a teacher whose logits have the same stride"
+            )
         logits = logits_divergence(run.grid_logits(), taught.logits, weights, config.temperature)
         loss = config.logits_weight * logits
         if config.features_weight > 0:  # it waits for the GPU at each image

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_seg.checkpoint import find, load
+from sparse_seg.checkpoint.content import ASIDE, MODULE
 from sparse_seg.checkpoint.file import is_ours
 from sparse_seg.checkpoint.loading import initial_weights
 from sparse_seg.config import Config, ModelConfig
-from sparse_seg.conversion import convert
+from sparse_seg.conversion import convert, read_source
+from sparse_seg.conversion.mapping import COUNTER
+from sparse_seg.conversion.module import renamed
 from sparse_seg.errors import CheckpointError, printable
-from sparse_seg.models.build import build_model
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.weights import load_weights, part_of
 from sparse_seg.processes import Processes
 from sparse_seg.progress import say
+from sparse_seg.run.build import build_model
+from sparse_seg.run.network import SelectiveNetwork
 
 # settings of the backbone that its tensors' shapes do not tell
 SAME = ("shortcut", "bn_eps")
 
 
-def initial_model(
-    config: Config, device: torch.device, processes: Processes, starts: bool
-) -> SelectiveSegmentor:
+def initial_model(config: Config, device: torch.device, processes: Processes, starts: bool) -> Any:
     """The network to train, on its device; one that `starts`, in place of resuming, gets its first weights.
 
     Raises:
@@ -35,7 +38,10 @@ def initial_model(
     """
     model, train, pretrained = build_model(config), config.train, config.model.pretrained
     if pretrained is not None and starts:
-        report = load_pretrained(model, config.model, pretrained)
+        if isinstance(model, SelectiveNetwork):
+            report = load_module(model, pretrained)
+        else:
+            report = load_pretrained(model, config.model, pretrained)
         if processes.is_first:
             say(report)
     model.to(device)
@@ -45,6 +51,38 @@ def initial_model(
         model.requires_grad_(False)
         model.policy.requires_grad_(True)
     return processes.share_norms(model, device)
+
+
+def load_module(network: SelectiveNetwork, path: str | Path) -> str:
+    """Copy a file's tensors into a captured module: those that it has by the same name and shape.
+
+    Args:
+        path: a state dict of the module's, or a checkpoint of such a network.
+
+    Returns:
+        A line that says what was taken, and what starts fresh.
+
+    Raises:
+        CheckpointError: the file cannot be read, or nothing of it fits.
+    """
+    module, found = network.module, find(path)
+    own = module.state_dict()
+    if is_ours(found):
+        weights = load(found).weights
+        candidates = [part_of(weights, MODULE) | part_of(weights, ASIDE)]
+    else:
+        candidates = [renamed(one.tensors, own) for one in read_source(found).candidates]
+    taken = max((_fitting(one, own) for one in candidates), key=len)
+    if not taken:
+        raise CheckpointError(f"{path} holds no tensor with name and shape of one of model.module's")
+    load_weights(module, own | taken, path)
+    fresh = [name for name in own if name not in taken and not name.endswith(COUNTER)]
+    rest = f"; fresh: {fresh[0]}" + (f" (and {len(fresh) - 1} more)" if fresh[1:] else "") if fresh else ""
+    return printable(f"pretrained: {len(taken)} of {len(own)} tensors from {path}{rest}")
+
+
+def _fitting(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: one for name, one in tensors.items() if name in own and one.shape == own[name].shape}
 
 
 def load_pretrained(model: SelectiveSegmentor, settings: ModelConfig, path: str | Path) -> str:
@@ -88,4 +126,5 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], ModelConfig, str]:
         own = load(found)
         return own.weights, own.config, f"{own.origin.source} {own.origin.arch}".strip()
     conversion = convert(path, allow_missing=("head",))
-    return conversion.network(), conversion.config, f"{conversion.source} {conversion.plan.arch}"
+    origin = "; assumed ".join((f"{conversion.source} {conversion.plan.arch}", *conversion.plan.assumed))
+    return conversion.network(), conversion.config, origin

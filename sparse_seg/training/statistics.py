@@ -8,6 +8,8 @@ from torch import nn
 from sparse_seg.config import Config
 from sparse_seg.data import build_dataset
 from sparse_seg.data.batches import training_batches
+from sparse_seg.errors import ConfigError
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.progress import bar
 from sparse_seg.training.batch import check_values_per_channel
@@ -16,9 +18,7 @@ BATCHES = 50  # enough for means of thousands of sites
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(
-    model: SelectiveSegmentor, config: Config, network: str, batches: int = BATCHES
-) -> None:
+def recalibrate_batch_norm(model: Segmentor, config: Config, network: str, batches: int = BATCHES) -> None:
     """Recompute the running statistics of every batch norm from training batches, in place.
 
     Means over whole batches instead of a moving average ("Precise BN": Wu and Johnson, "Rethinking Batch in
@@ -30,13 +30,15 @@ def recalibrate_batch_norm(
 
     Raises:
         DataError: the dataset is incomplete.
-        ConfigError: a norm would see one value per channel.
+        ConfigError: a norm would see one value per channel, or a network that was captured.
     """
+    if not isinstance(model, SelectiveSegmentor):
+        raise ConfigError("batch norms are recalibrated of sparse_seg's own networks, not of model.module")
     check_values_per_channel(config, config.train.batch_size)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    device = next(model.parameters()).device
-    dataset = build_dataset(config.data.dataset, config.data.root, "train")
+    device = model.device
+    dataset = build_dataset(config.data.dataset, config.data.root, "train", config.data.bits)
     loader = training_batches(dataset, config, 0, batches)
     for norm in norms:
         norm.reset_running_stats()
@@ -49,7 +51,7 @@ def recalibrate_batch_norm(
         for norm in norms:
             norm.train()
         if fine_blocks is None:
-            model.dense(images, config.train.output_stride)
+            model.dense(images, config.train.output_stride or model.dense_stride)
         else:
             model(images, fine_blocks)
         for norm in norms:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_seg.config import TrainConfig
 from sparse_seg.errors import CheckpointError, SparseSegError
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.weights import load_weights
 from sparse_seg.processes import Processes
 from sparse_seg.training.checkpoint import restore_optimizer
@@ -30,7 +30,7 @@ class Step:
 
     def __init__(
         self,
-        model: SelectiveSegmentor,
+        model: Segmentor,
         objective: Objective,
         config: TrainConfig,
         device: torch.device,

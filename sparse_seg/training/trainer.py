@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_seg.checkpoint.captured import parts_of
 from sparse_seg.config import Config, changes, check_classes, check_training, to_yaml
 from sparse_seg.data import build_dataset
 from sparse_seg.data.batches import training_batches
@@ -104,14 +105,15 @@ class Trainer:
                 "train.iterations to continue"
             )
 
-        self.dataset = build_dataset(data.dataset, data.root, "train")
-        self.validation = build_dataset(data.dataset, data.root, "val")
+        self.dataset = build_dataset(data.dataset, data.root, "train", data.bits)
+        self.validation = build_dataset(data.dataset, data.root, "val", data.bits)
         check_classes(config)
         check_class_weights(self.dataset.check(), train.loss.class_weights)
         self.validation.check(train.eval_images)
 
         torch.manual_seed(train.seed)
         self.model = initial_model(config, self.device, self.processes, starts=state is None)
+        check_batch(config, self.processes, self.device, self.model if config.model.module else None)
         distill = train.distill
         teacher = None
         if distill.teacher is not None:
@@ -247,8 +249,8 @@ class Trainer:
         is_best = metrics.miou > self.best
         if self.processes.is_first:
             if is_best:
-                state = {"iteration": self.iteration, "miou": metrics.miou}
-                save_best(self.work_dir, self.config, model.state_dict(), **state)
+                state: dict[str, Any] = {"iteration": self.iteration, "miou": metrics.miou}
+                save_best(self.work_dir, self.config, *parts_of(model), **state)
             self.log.write(self.iteration, **logged(result, self.validation.classes))
         self.best, self.validated = max(self.best, metrics.miou), self.iteration
         self.console.validated(self.iteration, result, self.best)

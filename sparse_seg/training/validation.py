@@ -8,21 +8,19 @@ from typing import Any
 from sparse_seg.config import Config
 from sparse_seg.data.dataset import ClassList, SegmentationDataset
 from sparse_seg.evaluation.evaluate import Evaluation, Part, combined, measure
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.way import Way
 from sparse_seg.training.stopping import Stop, ValidationStopped
 
 
-def validate(
-    model: SelectiveSegmentor, dataset: SegmentationDataset, config: Config, stop: Stop
-) -> Evaluation | None:
+def validate(model: Segmentor, dataset: SegmentationDataset, config: Config, stop: Stop) -> Evaluation | None:
     """Measure a model as its training runs it; None where a request to stop ends it in any process.
 
     Raises:
         DataError: an image cannot be read, in any process.
     """
     train, total = config.train, len(dataset)
-    way = Way.dense(train.output_stride) if train.network == "dense" else Way()
+    way = Way.dense(train.output_stride or model.dense_stride) if train.network == "dense" else Way()
     frames = stop.processes.share(total if train.eval_images is None else min(total, train.eval_images))
 
     def work() -> Part | None:

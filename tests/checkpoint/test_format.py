@@ -195,10 +195,10 @@ def test_all_that_a_file_says_is_checked_before_anything_is_built(
 
 
 def test_a_later_format_is_named(config, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparse_seg.checkpoint.file.FORMAT_VERSION", 3)
+    monkeypatch.setattr("sparse_seg.checkpoint.file.WITHOUT_GRAPHS", 4)
     save_checkpoint(tmp_path / "a.safetensors", config, weights)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"of a later sparse_seg \(format 3\); update the package"):
+    with pytest.raises(CheckpointError, match=r"of a later sparse_seg \(format 4\); update the package"):
         load(tmp_path / "a.safetensors")
 
 

@@ -91,3 +91,15 @@ def test_a_split_of_faulty_files_alone(config, tmp_path, capsys, split):
     complaint = fails(capsys, "browse", config, "--out", out)
     assert f"{labels[0]}: truncated, corrupt or not an image" in complaint
     assert f"{len(labels)} faulty files: training will refuse them" in out.read_text()
+
+
+@pytest.mark.timeout(60)
+def test_16_bit_images_are_looked_at_and_said(config, tmp_path, caplog):
+    """The files are read by threads while what libraries print is caught, which only one thread may do."""
+    for split, count in (("train", 60), ("val", 2)):
+        for number in range(count):
+            image = np.full((64, 96, 3), 3000, np.uint16)
+            assert cv2.imwrite(str(tmp_path / f"data/{split}/images/{number:03d}.png"), image)
+    assert main(["browse", str(config), "--out", str(tmp_path / "page.html"), "--count", "2"]) == 0
+    assert len(caplog.messages) == 2
+    assert "62 of 62 images have 16 bits per channel but no value above 4095" in caplog.messages[0]

@@ -332,3 +332,38 @@ def test_evaluation_in_another_runtime(checkpoint, tmp_path, capsys):
         main([*arguments, "--runtime", "onnxruntime", "--compare", "0.1"])
     assert stop.value.code == 2
     assert "--runtime: not with --compare" in capsys.readouterr().err
+
+
+def test_16_bit_frames_of_a_folder_are_read_alike(checkpoint, tmp_path, capsys):
+    """The second has one pixel that 12 bits do not hold; what was taken is said, or told by --bits."""
+    frame = np.random.default_rng(0).integers(500, 4000, (64, 64, 3)).astype(np.uint16)
+    for name, highest in (("0", 3999), ("1", 4200)):
+        frame[0, 0] = highest
+        (tmp_path / "in").mkdir(exist_ok=True)
+        assert cv2.imwrite(str(tmp_path / f"in/{name}.png"), frame)
+
+    def brightness(*options) -> tuple[list[float], str]:
+        arguments = [str(checkpoint), str(tmp_path / "in"), "--out", str(tmp_path / "out"), *options]
+        assert main(["predict", *arguments]) == 0
+        return [
+            read_image(tmp_path / f"out/{name}_blocks.png").mean() for name in "01"
+        ], capsys.readouterr().err
+
+    guessed, said = brightness()
+    assert abs(guessed[0] - guessed[1]) < 10
+    assert "2 of 2 images have 16 bits per channel but no value above 16383, such as 0.png" in said
+    assert "read as 16-bit pictures; if they are of another depth, add --bits 10, 12, 14 or 16" in said
+    told, said = brightness("--bits", "12")
+    assert abs(told[0] - told[1]) < 10
+    assert min(told) > max(guessed) + 50
+    assert said == ""
+
+
+def test_segment_says_how_it_read_a_16_bit_file(checkpoint, tmp_path, caplog):
+    assert cv2.imwrite(str(tmp_path / "a.png"), np.full((64, 64, 3), 3000, np.uint16))
+    assert sparse_seg.segment(checkpoint, tmp_path / "a.png").image.mean() == 3000 >> 4
+    (message,) = caplog.messages
+    assert "read as 12-bit pictures; if they are of another depth, set bits" in message
+    caplog.clear()
+    assert sparse_seg.segment(checkpoint, tmp_path / "a.png", bits=16).image.mean() == 3000 >> 8
+    assert not caplog.messages

@@ -131,23 +131,32 @@ CASES = {
     "torchvision deeplabv3": _case(
         "torchvision", _torchvision, "deeplabv3", 50, peer="torchvision_deeplabv3_resnet50"
     ),
-    "torchvision fcn": _case("torchvision", _torchvision, "fcn", 50),
+    "torchvision fcn": _case(
+        "torchvision", _torchvision, "fcn", 50, peer="torchvision_fcn_resnet50"
+    ),
     "vainf deeplabv3": _case("vainf", _vainf, "deeplabv3", "plain", 50, peer="vainf_deeplabv3_resnet50"),
     "vainf deeplabv3 16": _case("vainf", _vainf, "deeplabv3", "plain", 50, **OS16),
-    "vainf deeplabv3 separable": _case("vainf", _vainf, "deeplabv3", "body", 50),
+    "vainf deeplabv3 separable": _case(
+        "vainf", _vainf, "deeplabv3", "body", 50, peer="vainf_deeplabv3_separable_resnet50"
+    ),
     "vainf deeplabv3plus": _case(
         "vainf", _vainf, "deeplabv3plus", "plain", 50, peer="vainf_deeplabv3plus_resnet50"
     ),
     "vainf deeplabv3plus 16": _case("vainf", _vainf, "deeplabv3plus", "plain", 50, **OS16),
-    "vainf deeplabv3plus separable": _case("vainf", _vainf, "deeplabv3plus", "body", 50),
+    "vainf deeplabv3plus separable": _case(
+        "vainf", _vainf, "deeplabv3plus", "body", 50, peer="vainf_deeplabv3plus_separable_resnet50"
+    ),
     "smp deeplabv3": _case("smp", _smp, "deeplabv3", "plain", 50, peer="smp_deeplabv3_resnet50"),
     "smp deeplabv3 old": _case("smp", _smp, "deeplabv3", "plain", 50, rename=old_smp_names),
-    "smp deeplabv3 separable": _case("smp", _smp, "deeplabv3", "smp", 18),
+    "smp deeplabv3 separable": _case(
+        "smp", _smp, "deeplabv3", "smp", 18, peer="smp_deeplabv3_separable_resnet18"
+    ),
     "smp deeplabv3plus": _case(
         "smp", _smp, "deeplabv3plus", "smp", 50, stride=16, peer="smp_deeplabv3plus_resnet50"
     ),
     "smp deeplabv3plus 8": _case(
-        "smp", _smp, "deeplabv3plus", "plain", 18, options={"output_stride": 8}
+        "smp", _smp, "deeplabv3plus", "plain", 18, options={"output_stride": 8},
+        peer="smp_deeplabv3plus_plain_resnet18",
     ),
     "mmseg deeplabv3 r18": _case(
         "mmseg", _mmseg, "deeplabv3", 18, "mmseg", peer="mmseg_deeplabv3_r18-d8", p1=False
@@ -155,10 +164,16 @@ CASES = {
     "mmseg deeplabv3 r50": _case(
         "mmseg", _mmseg, "deeplabv3", 50, "mmseg", peer="mmseg_deeplabv3_r50-d8"
     ),
-    "mmseg deeplabv3 16": _case("mmseg", _mmseg, "deeplabv3", 50, "conv7", **OS16),
-    "mmseg deeplabv3plus r18": _case("mmseg", _mmseg, "deeplabv3plus", 18, "mmseg", p1=False),
-    "mmseg deeplabv3plus r50": _case("mmseg", _mmseg, "deeplabv3plus", 50, "mmseg"),
-    "cad fcn": _case("cad", _vainf, "fcn", "plain", 50),
+    "mmseg deeplabv3 16": _case(
+        "mmseg", _mmseg, "deeplabv3", 50, "conv7", peer="mmseg_deeplabv3_resnet50-d16", **OS16
+    ),
+    "mmseg deeplabv3plus r18": _case(
+        "mmseg", _mmseg, "deeplabv3plus", 18, "mmseg", peer="mmseg_deeplabv3plus_r18-d8", p1=False
+    ),
+    "mmseg deeplabv3plus r50": _case(
+        "mmseg", _mmseg, "deeplabv3plus", 50, "mmseg", peer="mmseg_deeplabv3plus_r50-d8"
+    ),
+    "cad fcn": _case("cad", _vainf, "fcn", "plain", 50, peer="cad_fcn_resnet50"),
     "cad edge mask": _case(
         "cad", _vainf, "deeplabv3", "plain", 101, rename=edge_mask_names,
         peer="cad_deeplabv3_batch_ap_resnet101",
@@ -180,7 +195,7 @@ BACKBONES = {
         "torchvision", _classifier, 50, "conv7", False, peer="torchvision_resnet50"
     ),
     "timm resnet50d": _case("timm", _classifier, 50, "timm", True, peer="timm_resnet50d"),
-    "timm resnet18d": _case("timm", _classifier, 18, "timm", True),
+    "timm resnet18d": _case("timm", _classifier, 18, "timm", True, peer="timm_resnet18d"),
 }
 
 

@@ -190,11 +190,8 @@ class MmsegHead(nn.Module):
             plain = ConvModule(inside, channels, 3, rate)
             branches.append(plain if skip is None else SeparableConvModule(inside, channels, rate))
         self.aspp_modules = nn.ModuleList(branches)
-        total, self.plus = 5 * channels, skip is not None
-        if skip is None:
-            self.bottleneck: nn.Module = ConvModule(total, channels, 3)
-        else:
-            self.bottleneck = SeparableConvModule(total, channels)
+        self.bottleneck, self.plus = ConvModule(5 * channels, channels, 3), skip is not None
+        if skip is not None:
             self.c1_bottleneck = ConvModule(low, skip, 1)
             self.sep_bottleneck = nn.Sequential(
                 SeparableConvModule(channels + skip, channels), SeparableConvModule(channels, channels)

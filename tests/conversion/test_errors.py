@@ -124,6 +124,19 @@ def test_a_stride_is_not_assumed_against_the_name_of_the_file(tmp_path):
     assert convert(tmp_path / "os8_modeedges_os16till8.pth").config.trained_stride == 8
 
 
+def test_backbones_that_pool_before_strides_are_refused_by_name_and_said(tmp_path):
+    """timm's resnetaa and resnetblur have the tensors of plain ResNets."""
+    state = state_of("torchvision resnet18")
+    torch.save(state, tmp_path / "resnetblur18-0f21a2c3.pth")
+    torch.save({"arch": "resnetaa18", "state_dict": state}, tmp_path / "model_best.pth.tar")
+    torch.save({"arch": "resnet18", "state_dict": state}, tmp_path / "resnet18.pth")
+    for file, name in (("resnetblur18-0f21a2c3.pth", "resnetblur18"), ("model_best.pth.tar", "resnetaa18")):
+        with pytest.raises(CheckpointError, match=f"{file}: it is timm's {name} by its name: that it pools"):
+            convert(tmp_path / file, allow_missing=["head"])
+    (assumed,) = convert(tmp_path / "resnet18.pth", allow_missing=["head"]).plan.assumed
+    assert "no anti-aliasing (timm's resnetaa and resnetblur have the same tensors" in assumed
+
+
 def test_tensors_that_do_not_fit(capsys, tmp_path):
     state, name = torchvision(), "backbone.layer3.1.conv2.weight"
     grouped = state | {name: state[name][:, :4]}

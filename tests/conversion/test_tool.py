@@ -75,6 +75,19 @@ def test_verification_says_where_p1_does_not_hold(capsys, tmp_path):
     assert "P1 holds" in text
 
 
+@pytest.mark.parametrize("strides", [[8, 16, 32], [4, 8, 16]], ids=str)
+def test_verification_runs_at_the_strides_that_are_set(strides, capsys, tmp_path):
+    for name, missing in (("torchvision fcn", []), ("torchvision resnet18", ["--allow-missing", "head"])):
+        torch.save(state_of(name), tmp_path / "a.pth")
+        options = [*missing, "--set", f"strides={strides}", "--verify"]
+        text = run(capsys, "convert", tmp_path / "a.pth", tmp_path / "a.safetensors", *options)
+        assert f"all-fine against dense OS{strides[0]}" in text
+        assert f"coarse sites of a random mask against dense OS{strides[-1]}" in text
+        assert f"against dense OS{strides[0]} at every fourth cell" in text
+        assert f"P1 holds: coarse sites compute what the dense network of output stride {strides[-1]}" in text
+        assert "DIFFERS" not in text
+
+
 def test_the_file(folder):
     with safe_open(folder / "net.safetensors", framework="pt") as file:
         assert list(file.metadata()) == ["sparse_seg"]

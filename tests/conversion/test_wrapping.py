@@ -15,9 +15,7 @@ from sparse_seg.cli import main
 from sparse_seg.config import load_config
 from sparse_seg.conversion import convert, to_dense
 from sparse_seg.errors import CheckpointError
-from tests.conversion.cases import randomise, state_of
-from tests.conversion.deeplabs import Smp
-from tests.conversion.networks import ResNet
+from tests.conversion.cases import network_of, state_of
 from tests.reference import relative_error
 
 
@@ -197,7 +195,8 @@ def test_a_training_checkpoint_of_mmengine_without_mmengine(tmp_path, monkeypatc
     }
     torch.save(content | {"meta": meta | {"iter": 3}}, tmp_path / "iter_3.pth")
     monkeypatch.undo()
-    assert "mmengine" not in sys.modules
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     conversion = convert(tmp_path / "iter_3.pth")
     assert same(conversion.named.tensors, state)
     conversion.write(tmp_path / "a.safetensors")
@@ -277,25 +276,57 @@ def test_files_without_checksums_are_read(tmp_path):
     assert same(convert(tmp_path / "old.pth").named.tensors, torchvision())
 
 
-# -- networks of smp
+# -- networks of one logit
 
 
-def test_smp_of_one_class_is_the_same_function(tmp_path):
-    encoder = ResNet(18, 8, "smp", width=8, depths=(2, 1, 2, 2))
-    network = randomise(Smp("deeplabv3", encoder, [12, 24, 36], channels=6, classes=1))
-    conversion = converted(tmp_path, network.state_dict())
-    assert conversion.classes == ["background", "foreground"]
+ONE_LOGIT = {  # the classifier, and the probability above which the source takes a pixel for foreground
+    "torchvision deeplabv3": ("classifier.4.", 0.5),
+    "torchvision fcn": ("classifier.4.", 0.5),
+    "vainf deeplabv3plus": ("classifier.classifier.3.", 0.5),
+    "smp deeplabv3": ("segmentation_head.0.", 0.5),
+    "mmseg deeplabv3 r18": ("decode_head.conv_seg.", 0.3),
+    "cad fcn": ("classifier.classifier.4.", 0.5),
+}
+
+
+@pytest.mark.parametrize("told", [None, 0.8])
+@pytest.mark.parametrize("name", ONE_LOGIT)
+@torch.no_grad()
+def test_one_logit_becomes_two_classes_of_the_same_function(name, told, tmp_path):
+    (classifier, usual), state = ONE_LOGIT[name], dict(state_of(name))
+    state |= {key: value[:1].clone() for key, value in state.items() if key.startswith(classifier)}
+    source = "cad" if name.startswith("cad") else "auto"
+    conversion = converted(tmp_path, state, threshold=told, source=source)
     conversion.write(tmp_path / "a.safetensors")
+    threshold = told or usual
+    assert conversion.classes == ["background", "foreground"]
+    said = f"foreground above probability {threshold:g} (else use --threshold)"
+    assert (said in conversion.plan.assumed) == (told is None)
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        logit, logits = network(images), load_model(tmp_path / "a.safetensors").dense(images)
-    assert logits.shape[1] == 2
-    assert not logits[:, 0].any()
+    logit, logits = network_of(name)(images)[:, :1], load_model(tmp_path / "a.safetensors").dense(images)
     assert relative_error(logits[:, 1:], logit) < 1e-5
-    assert torch.equal(logits.argmax(1), (logits[:, 1] > 0).long())
-    assert same(to_dense(tmp_path / "a.safetensors"), network.state_dict())
-    found = segment(tmp_path / "a.safetensors", np.full((64, 96, 3), 90, np.uint8))
-    assert found.names == ("background", "foreground")
+    share = logit[:, 0].sigmoid()
+    decided = (share - threshold).abs() > 1e-5
+    assert torch.equal((logits.argmax(1) == 1)[decided], (share > threshold)[decided])
+    assert same(to_dense(tmp_path / "a.safetensors"), state)
+    seen = segment(tmp_path / "a.safetensors", np.full((64, 96, 3), 90, np.uint8))
+    assert seen.names == ("background", "foreground")
+
+
+def test_names_in_a_file_of_one_logit_are_its_classes(tmp_path):
+    state = dict(state_of("mmseg deeplabv3 r18"))
+    state |= {key: value[:1].clone() for key, value in state.items() if "decode_head.conv_seg" in key}
+    names = ("ground", "building")
+    conversion = converted(tmp_path, {"state_dict": state, "meta": {"dataset_meta": {"classes": names}}})
+    assert conversion.classes == list(names)
+
+
+def test_a_threshold_is_for_one_logit(tmp_path):
+    with pytest.raises(CheckpointError, match="--threshold is for networks of one logit, which it is not"):
+        converted(tmp_path, torchvision(), threshold=0.4)
+
+
+# -- networks of smp
 
 
 DECODERS = {

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -34,3 +35,45 @@ def sideways_photo(image: np.ndarray) -> bytes:
     jpeg = cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()
     exif = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+
+
+_TURNS: dict[int, Any] = {
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].T,
+    8: np.rot90,
+}
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Stored pixels `[H, W]` as a viewer shows them."""
+    return _TURNS[orientation](pixels)
+
+
+def tiff(pixels: np.ndarray, orientation: int = 1, order: Literal["<", ">"] = "<") -> bytes:
+    """An uncompressed grey TIFF of pixels `[H, W]` in their own dtype; `order` is `<` or `>`."""
+    height, width = pixels.shape
+    data, kind = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes(), "uif".index(pixels.dtype.kind)
+    entries = (
+        *((256, 4, width), (257, 4, height), (258, 3, 8 * pixels.itemsize), (259, 3, 1), (262, 3, 1)),
+        *((273, 4, 8), (274, 3, orientation), (277, 3, 1), (278, 4, height), (279, 4, len(data))),
+        (339, 3, kind + 1),
+    )
+    table = struct.pack(f"{order}H", len(entries))
+    for tag, form, value in entries:
+        table += struct.pack(f"{order}HHI", tag, form, 1)
+        table += struct.pack(f"{order}{'HH' if form == 3 else 'I'}", *((value, 0) if form == 3 else (value,)))
+    mark = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    return mark + struct.pack(f"{order}I", 8 + len(data)) + data + table + bytes(4)
+
+
+def huge_png(height: int, width: int) -> bytes:
+    """A whole 1-bit PNG, all black."""
+    packer, row = zlib.compressobj(1), bytes(1 + (width + 7) // 8)
+    pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return PNG_SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")

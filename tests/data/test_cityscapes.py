@@ -37,6 +37,15 @@ def test_every_label_id(tmp_path: Path) -> None:
     assert label[0].tolist() == [*_TRAIN_ID_OF.values(), *[255] * len(_IGNORED)]
 
 
+def test_a_citys_label_in_another_form_of_unicode(tmp_path: Path) -> None:
+    composed, apart = "n\u00fcrnberg", "nu\u0308rnberg"
+    write_pair(tmp_path, composed, f"{composed}_000000_000019", np.full((32, 32), 7, np.uint8))
+    (tmp_path / "gtFine/val" / composed).rename(tmp_path / "gtFine/val" / apart)
+    dataset = build_dataset("cityscapes", tmp_path, "val")
+    assert dataset.check()[0] == 32 * 32
+    assert dataset.samples[0][1].parent.name == apart
+
+
 @pytest.mark.parametrize("value", [34, 200, 254])
 def test_other_label_ids_are_errors(tmp_path: Path, value: int) -> None:
     write_pair(tmp_path, "ulm", "ulm_000000_000019", np.full((4, 4), value, np.uint8))

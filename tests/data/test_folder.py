@@ -128,6 +128,51 @@ def test_a_colour_label_without_colours_says_what_to_add(root: Path) -> None:
         label(root, RGB).check()
 
 
+def test_ids_three_times_are_read_where_that_is_said(root: Path) -> None:
+    """Labels saved as RGB, red, green and blue being the id."""
+    dataset = label(root, np.dstack([STORED] * 3))
+    with pytest.raises(DataError, match=r"colours \[\[3, 3, 3\], .* are not in .*classes\.yaml"):
+        dataset.check()
+    known = {"names": NAMES, "ids": IDS}
+    (root / "classes.yaml").write_text(yaml.safe_dump(known))
+    with pytest.raises(
+        DataError, match=r"red, green and blue are the same, read them as ids: add rgb_ids: tr"
+    ):
+        build_dataset("folder", root, "train").check()
+    (root / "classes.yaml").write_text(yaml.safe_dump(known | {"rgb_ids": True}))
+    dataset = build_dataset("folder", root, "train")
+    assert dataset.check().tolist() == [640, 640, 640]
+    np.testing.assert_array_equal(dataset.load(0)[1], TRAIN_IDS)
+    with pytest.raises(
+        DataError, match=r"x\.png: the label holds colours, and .*classes\.yaml has none; add"
+    ):
+        label(root, RGB).check()
+    (root / "classes.yaml").write_text(yaml.safe_dump(CLASSES | {"rgb_ids": True}))
+    with pytest.raises(ConfigError, match=r"rgb_ids is True; give true or false, true without colours only"):
+        build_dataset("folder", root, "train")
+
+
+def test_names_in_other_forms_of_unicode_are_pairs(root: Path) -> None:
+    """macOS stores an accent as a character of its own."""
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    (root / "train/images/a/x.jpg").rename(root / f"train/images/a/{composed}.jpg")
+    dataset = label(root, STORED, f"a/{apart}.png")
+    assert dataset.check().tolist() == [640, 640, 640]
+    assert dataset.samples[0][1].name == f"{apart}.png"
+    assert cv2.imwrite(str(root / f"train/images/a/{apart}.jpg"), scene(40, 64))
+    with pytest.raises(DataError, match="has the same stem, in another form of Unicode; keep one of the two"):
+        build_dataset("folder", root, "train")
+
+
+def test_a_root_that_is_not_there_is_said_first(tmp_path: Path) -> None:
+    for ask in (
+        lambda: build_dataset("folder", tmp_path / "no", "train"),
+        lambda: dataset_classes("folder", "no"),
+    ):
+        with pytest.raises(DataError, match=r"no: no such folder; set data\.root to the dataset's folder"):
+            ask()
+
+
 def test_a_split_without_labels_is_for_prediction(root: Path) -> None:
     for file in (root / "train" / "labels" / "a", root / "train" / "labels"):
         file.rmdir()
@@ -235,6 +280,21 @@ def test_voc(tmp_path: Path) -> None:
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("2007_000034")
     with pytest.raises(DataError, match=r"2007_000034\.jpg: its label .* is missing"):
         build_dataset("voc", tmp_path, "train").check()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_voc_list_as_editors_save_it(tmp_path: Path, encoding: str) -> None:
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    file = tmp_path / "ImageSets/Segmentation/val.txt"
+    file.write_bytes("2007_000033\r\n2007_caf\u00e9\r\n".encode(encoding))
+    apart = tmp_path / "JPEGImages/2007_cafe\u0301.jpg"
+    apart.write_bytes(b"")
+    samples = build_dataset("voc", tmp_path, "val").samples
+    assert [image.name for image, _ in samples] == ["2007_000033.jpg", apart.name]
+    file.write_bytes(b"2007\xff\xfe\xfa")
+    with pytest.raises(DataError, match=r"val\.txt: is no text in UTF-8 or UTF-16; save it as UTF-8"):
+        build_dataset("voc", tmp_path, "val")
 
 
 def test_ade20k(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Samples depend on the seed and the position alone."""
 
 import itertools
+import pickle
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -155,3 +156,16 @@ def test_a_damaged_file_is_one_line_with_workers_and_without(tmp_path: Path, kin
     assert str(caught.value).startswith(f"{damaged}: truncated, corrupt")
     assert "\n" not in str(caught.value)
     assert signal.getsignal(signal.SIGCHLD) == handler, "torch's raises in the middle of whatever runs"
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_loaders_can_be_sent_to_spawned_workers(dataset: SegmentationDataset, cache: bool) -> None:
+    """Python 3.14 no longer forks them."""
+    sampler = keys()
+    for loader in (
+        training_loader(dataset, _TRANSFORM, sampler, 7, 1, cache),
+        evaluation_loader(dataset, IMAGENET_MEAN, IMAGENET_STD, 1),
+    ):
+        sent = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn)))
+        own, other = (map(torch.as_tensor, view[3]) for view in (loader.dataset, sent[0]))
+        assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True))

@@ -2,7 +2,9 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from sparse_seg.data.formats import PALETTE
 from sparse_seg.data.reading import captured_stderr, decode_image, read_image, read_label, read_label_palette
 from sparse_seg.errors import DataError
-from tests.data.files import chunk, palette, png
+from tests.data.files import chunk, huge_png, palette, png, tiff, turned
 
 
 def scene(height: int = 48, width: int = 64) -> np.ndarray:
@@ -155,3 +157,94 @@ def test_others_words_on_stderr_are_not_lost(capfd: pytest.CaptureFixture[str]) 
         os.write(2, b"libpng error: x\nsomething else\n")
         assert "something else" in printed()
     assert capfd.readouterr().err == "something else\n"
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiffs_are_turned_only_when_asked(tmp_path: Path, orientation: int, order) -> None:
+    for dtype in (np.uint8, np.uint16):
+        deep = dtype == np.uint16
+        pixels = (np.arange(24).reshape(4, 6) * (2730 if deep else 10)).astype(dtype)
+        shown = np.asarray(pixels // (256 if deep else 1), np.uint8)
+        (tmp_path / "image.tif").write_bytes(tiff(pixels, orientation, order))
+        stored, upright = (read_image(tmp_path / "image.tif", upright=ask)[..., 1] for ask in (False, True))
+        np.testing.assert_array_equal(stored, shown)
+        np.testing.assert_array_equal(upright, turned(shown, orientation))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (np.float32, "32-bit float"),
+        (np.float64, "64-bit float"),
+        (np.int32, "32-bit signed"),
+        (np.uint32, "32-bit unsigned"),
+        (np.int16, "16-bit signed"),
+    ],
+)
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_numbers_that_are_no_pixels_are_said(tmp_path: Path, dtype, said: str, order) -> None:
+    (tmp_path / "depth.tif").write_bytes(tiff(np.ones((40, 60), dtype), order=order))
+    with pytest.raises(DataError, match=rf"depth\.tif: is a TIFF of {said} numbers, as tifffile or rasterio"):
+        read_image(tmp_path / "depth.tif")
+
+
+def test_a_cut_tiff_is_truncated(tmp_path: Path) -> None:
+    whole = tiff(np.ones((40, 60), np.uint8))
+    beyond = b"II+\0\x08\0\0\0" + b"\xff" * 60  # a BigTIFF whose directory lies beyond all files
+    for content in (whole[:5], whole[:9], whole[:100], whole[:-60], beyond):
+        (tmp_path / "image.tif").write_bytes(content)
+        with captured_stderr(), pytest.raises(DataError, match=r"image\.tif: truncated, corrupt"):
+            read_image(tmp_path / "image.tif")
+
+
+@pytest.mark.parametrize("read", [read_image, read_label])
+def test_pictures_larger_than_opencv_reads_are_not_called_corrupt(
+    tmp_path: Path, read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wide.png").write_bytes(huge_png(2, 1_100_000))
+    with pytest.raises(DataError, match=r"wide\.png: is 2x1100000 px, larger than OpenCV reads .* tiles"):
+        read(tmp_path / "wide.png")
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", "3000")
+    (tmp_path / "many.png").write_bytes(huge_png(50, 61))
+    with pytest.raises(DataError, match=r"many\.png: is 50x61 px, larger"):
+        read(tmp_path / "many.png")
+
+
+def test_formats_that_are_not_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "photo.png"
+    for content, what in (
+        (b"8BPS\0\1" + bytes(100), "is a Photoshop document, which is not read here; save it as PNG"),
+        (bytes(128) + b"DICM" + bytes(9), "is a DICOM file"),
+        (b"\0\0\0\x20ftypisom" + bytes(100), "is a film"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            r"is a pointer of Git LFS \(git lfs pull gets the file\)",
+        ),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=f"photo.png: {what}"):
+            read_image(file)
+    file.write_bytes(tiff(np.ones((8, 8), np.uint8)))
+    with pytest.raises(DataError, match=r"photo\.png: the label is a TIFF; save it as an 8-bit PNG"):
+        read_label(file)
+
+
+def test_heic_is_read_by_pillows_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "IMG_1.HEIC"
+    file.write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(DataError, match=r"IMG_1\.HEIC: is a HEIC photo; to read it, pip install pillow-heif"):
+        read_image(file)
+    image_module = pytest.importorskip("PIL.Image")
+    photo = image_module.fromarray(scene())
+    registered: list[bool] = []
+    plugin = SimpleNamespace(register_heif_opener=lambda: registered.append(True))
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    monkeypatch.setattr(image_module, "open", lambda data: photo)
+    np.testing.assert_array_equal(read_image(file), scene())
+    assert registered == [True]
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    with pytest.raises(DataError, match=r"IMG_1\.HEIC: truncated, corrupt"):
+        read_image(file)

@@ -68,7 +68,7 @@ def test_batches_under_policies(name, runtime):
     ("name", "change", "message"),
     [
         ("aspp", {"size": (31, 64)}, "size 31x64 is too small"),
-        ("aspp", {"merge": "patch"}, "a captured network has no merge patch; choose whole"),
+        ("8 16 32", {"merge": "patch"}, "merge patch of a captured network needs two strides"),
         ("aspp", {"dense": 12}, "dense output stride must be a power of two, not 12"),
         ("aspp", {"fine_fraction": 0.01}, "a fine fraction of 0.01 gives none of 24 blocks"),
         ("8 16 32", {"size": (64, 80)}, "size 64x80 with three strides: .* multiples of 32 px"),

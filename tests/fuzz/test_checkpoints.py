@@ -26,7 +26,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sparse_seg.checkpoint import digest_of, load_model
+from sparse_seg import selective
+from sparse_seg.checkpoint import digest_of, load_model, save_model
 from sparse_seg.config import Config, config_from_dict
 from sparse_seg.conversion import convert, to_dense
 from sparse_seg.errors import SparseSegError
@@ -36,6 +37,7 @@ from sparse_seg.training.checkpoint import load_state, save_checkpoint, save_sta
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.step import Step
 from sparse_seg.training.trainer import Trainer
+from tests import captured
 from tests.checkpoint.earlier import write_converted, write_training
 from tests.conversion.cases import randomise
 from tests.conversion.networks import ResNet, Torchvision
@@ -150,6 +152,36 @@ def use_state(path: Path) -> bool:
     )
 
 
+def use_captured(path: Path) -> bool:
+    network = load_model(path)
+    return same(network.state_dict(), captured_weights()) and torch.equal(logits(network), captured_logits())
+
+
+def use_hostile_graph(path: Path) -> bool:
+    """A graph that is taken runs, dense and selectively, with the weights in the file."""
+    network = load_model(path)
+    logits(network)
+    with safe_open(path, framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return all(torch.equal(tensor, stored[name]) for name, tensor in network.state_dict().items())
+
+
+@torch.inference_mode()
+def logits(network: Any) -> Tensor:
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return torch.cat([network(images), network.dense(images, network.strides[-1])])
+
+
+@functools.cache
+def captured_weights() -> dict[str, Tensor]:
+    return load_model(write("captured")).state_dict()
+
+
+@functools.cache
+def captured_logits() -> Tensor:
+    return logits(load_model(write("captured")))
+
+
 def use_hostile(path: Path) -> bool:
     """Weights must be those in the file, whatever the rest of it says; the way back must not fall over."""
     with safe_open(path, framework="pt") as file:
@@ -187,6 +219,8 @@ def write(kind: str) -> Path:
         write_training(path, config(), trained())
     elif kind == "last.pt":
         save_state(path, config(), trained(), **state())
+    elif kind == "captured":
+        save_model(selective(captured.trained(), size=(64, 64)), path)
     elif kind == "new .safetensors, trained":
         save_checkpoint(path, config(), trained())
     else:
@@ -236,6 +270,42 @@ def hostile(kind: str) -> Callable[[random.Random], bytes]:
     return spoil
 
 
+def hostile_graph(rng: random.Random) -> bytes:
+    """A file whose graph says something else in one to three places, with a right digest."""
+    with safe_open(write("captured"), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = json.loads(file.metadata()["sparse_seg"])
+    for _ in range(rng.randint(1, 3)):
+        content["graph"] = _changed_graph(content["graph"], rng)
+    del content["digest"]
+    content["digest"] = digest_of(content)
+    text = json.dumps(content).encode("utf-8", "replace").decode()
+    return safetensors.torch.save(tensors, {"sparse_seg": text})
+
+
+OPTIONS = (0, 1, 2, 3, 127, 1000, [1, 2], [2, 1], [3, 3], [64, 64], True, "same", None)
+
+
+def _changed_graph(graph: Any, rng: random.Random) -> Any:
+    """Anything anywhere, or a node with an option, shape, operator, input or tensor of another one."""
+    entries = graph.get("nodes") if isinstance(graph, dict) else None
+    nodes = [node for node in entries if isinstance(node, dict)] if isinstance(entries, list) else []
+    if not nodes or rng.random() < 0.4:
+        return change_tree(graph, rng)
+    graph = copy.deepcopy(graph)
+    nodes = [node for node in graph["nodes"] if isinstance(node, dict)]
+    one, other = rng.choice(nodes), rng.choice(nodes)
+    key = rng.choice(["op", "inputs", "tensors", "options", "shape", "name"])
+    if isinstance(one.get("options"), dict) and one["options"] and rng.random() < 0.5:
+        option = rng.choice(list(one["options"]))
+        one["options"][option] = rng.choice(
+            [0, 1, 2, 3, 127, 1000, [1, 2], [2, 1], [3, 3], True, "same", None]
+        )
+    elif key in other:
+        one[key] = copy.deepcopy(other[key])
+    return graph
+
+
 def spoilt_state(rng: random.Random) -> bytes:
     """A state whose content is another, without a digest."""
     content = torch.load(write("last.pt"), weights_only=True)
@@ -278,6 +348,8 @@ KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path], bool],
     "hostile metadata, converted": (hostile("new .safetensors, converted"), use_hostile, 200),
     "hostile metadata, trained": (hostile("new .safetensors, trained"), use_hostile, 100),
     "hostile metadata, version 0.1": (hostile("old .safetensors, converted"), use_hostile, 200),
+    "damaged file with a graph": (damaged("captured", ANY), use_captured, 300),
+    "hostile graph": (hostile_graph, use_hostile_graph, 600),
     "state with other content": (spoilt_state, use_any_state, 300),
 }
 
@@ -337,6 +409,8 @@ def test_whole_files_are_right(kind: str, tmp_path: Path) -> None:
         "damaged `best.safetensors`": "new .safetensors, trained",
         "hostile metadata, trained": "new .safetensors, trained",
         "hostile metadata, version 0.1": "old .safetensors, converted",
+        "damaged file with a graph": "captured",
+        "hostile graph": "captured",
         "state with other content": "last.pt",
     }
     whole = source_file("") if ".pth" in kind else write(names.get(kind, "new .safetensors, converted"))

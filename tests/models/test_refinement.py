@@ -17,7 +17,7 @@ from sparse_seg.models.upsample import upsample_logits
 from sparse_seg.sparse import Memory, SiteLayout, Step
 from tests.counting import count_modules
 from tests.models.test_levels import block_levels, random_images
-from tests.reference import dense_reference, random_model, randomise, relative_error
+from tests.reference import block_mask, dense_reference, random_model, randomise, relative_error
 from tests.slow_reference import SlowSelective
 
 STRIDES = [(8, 16), (8, 16, 32), (4, 8, 16)]
@@ -314,7 +314,7 @@ def test_training_under_a_confidence_mask() -> None:
     reference(images, chosen).sum().backward()
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None), name
-        assert ours.grad is None or torch.allclose(ours.grad, theirs.grad), name  # type: ignore[arg-type]
+        assert ours.grad is None or torch.allclose(ours.grad, theirs.grad), name
     for buffer, expected in zip(model.buffers(), reference.buffers(), strict=True):
         assert torch.equal(buffer, expected)
 
@@ -326,3 +326,15 @@ def test_upsampling_to_every_fourth_pixel(size: tuple[int, int], stride: int) ->
     full = upsample_logits(logits, size, stride, 8)
     ys, xs = ([min(4 * i + 2, length - 1) for i in range(-(-length // 4))] for length in size)
     assert torch.allclose(upsample_logits(logits, size, stride, 8, every=4), full[:, :, ys][:, :, :, xs])
+
+
+@torch.no_grad()
+def test_masks_may_lie_on_the_cpu(device: str) -> None:
+    model = build_model({"backbone": "resnet18", "width": 0.125, "num_classes": 5}).eval().to(device)
+    mask = block_mask("random", (1, 4, 6))
+    run = model.start(torch.randn(1, 3, 64, 96, device=device)).start_coarse()
+    once = run.take(mask).logits()
+    assert run.mask is not None
+    assert run.mask.device == once.device
+    again = run.take(mask | block_mask("full", (1, 4, 6))).logits()
+    assert again.shape == once.shape

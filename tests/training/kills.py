@@ -33,7 +33,8 @@ LONGEST = 15.0  # seconds
 
 @dataclass
 class Kill:
-    """What a kill did: seconds from it to the job's end, our lines, what the job says when it resumes."""
+    """What a kill did: seconds from it to the job's end, our lines and torchrun's of kills of its own, what
+    the job says when it resumes."""
 
     seconds: float
     code: int
@@ -70,14 +71,15 @@ def kill(checkout: Path, job: subprocess.Popen[str], rank: int) -> Kill:
     """Kill a process of a job that saves in `run`, and resume it for one more step."""
     os.kill(processes_of(job)[rank], signal.SIGKILL)
     killed = time.monotonic()
-    _, errors = job.communicate(timeout=120)
+    _, errors = job.communicate(timeout=600)
     seconds = time.monotonic() - killed
     last = checkout / "run/last.pt"
     reached = load_state(last)["progress"]["iteration"] if last.exists() else 0
     again = start_job(checkout, f"train.iterations={reached + 1}", resume=last.exists())
-    said, problem = again.communicate(timeout=120)
+    said, problem = again.communicate(timeout=600)
     assert again.returncode == 0, problem
-    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    told = "error: ", "forcefully exiting"
+    lines = [line for line in errors.splitlines() if line.startswith(told[0]) or told[1] in line]
     return Kill(seconds, job.returncode, lines, said)
 
 

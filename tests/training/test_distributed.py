@@ -1,17 +1,25 @@
 """Several processes against one: the same gradients, the same evaluation, the same end."""
 
 import copy
+import gc
+import importlib
 import json
+import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed import HashStore
 
+from sparse_seg import processes as processes_module
 from sparse_seg.config import Config, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.data.batches import training_batches
@@ -20,7 +28,7 @@ from sparse_seg.errors import DataError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.models.build import build_model
 from sparse_seg.models.way import Way
-from sparse_seg.processes import FailedElsewhere, Processes
+from sparse_seg.processes import FailedElsewhere, Processes, ProcessLost, joined_processes
 from sparse_seg.training.checkpoint import load_state
 from sparse_seg.training.schedule import learning_rate
 from sparse_seg.training.trainer import Trainer
@@ -221,3 +229,46 @@ def test_a_batch_that_cannot_be_shared_is_refused(config_file: Path, tmp_path: P
     with pytest.raises(TrainingError, match=r"train\.batch_size 4 cannot be shared by 3 processes"):
         Trainer(load_config(config_file), tmp_path / "run", processes=Processes(0, 3))
     assert not (tmp_path / "run").exists()
+
+
+def gloo_threads() -> list[str]:
+    found = [Path(f"/proc/self/task/{number}/comm").read_text() for number in os.listdir("/proc/self/task")]
+    return [name.strip() for name in found if "gloo" in name]
+
+
+@pytest.mark.parametrize("ending", [None, DataError("x"), ZeroDivisionError(), ProcessLost()], ids=repr)
+def test_no_thread_of_the_group_is_left_on_any_way_out(
+    ending: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that asks for the interpreter after its end aborts the process. Optimizers import what keeps it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(HashStore(), 0, 1)]))
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    for name in [name for name in sys.modules if name.startswith("torch.distributed.nn")]:
+        monkeypatch.delitem(sys.modules, name)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with (
+            suppress(DataError, ZeroDivisionError, ProcessLost),
+            joined_processes(torch.device("cpu")) as (processes, device),
+        ):
+            importlib.import_module("torch.distributed.nn")
+            assert processes.count == 1
+            torch.distributed.all_reduce(torch.zeros(1, device=device))
+            assert gloo_threads()
+            if ending is not None:
+                raise ending
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert gloo_threads() == []
+
+
+def test_an_interface_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nope0")
+    settings = {"store": HashStore(), "rank": 0, "world_size": 1}
+    with pytest.raises(TrainingError) as error:
+        processes_module._join("gloo", settings)
+    start = "cannot join the processes of this job: "
+    end = "; GLOO_SOCKET_IFNAME=nope0 must be this machine's interface"
+    assert re.fullmatch(f"{start}.*{end}", str(error.value)), "one line"
+    assert not torch.distributed.is_initialized()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from sparse_seg import build_model, load_model
 from sparse_seg.checkpoint import load
-from sparse_seg.cli import main
+from sparse_seg.cli import fit_gain, main
 from sparse_seg.config import DataConfig
 from sparse_seg.data import build_dataset
 from sparse_seg.data.transforms import normalise
@@ -78,8 +79,31 @@ def test_from_frames_to_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
     assert main([*command, "--without-labels", "--seed", "1"]) == 0
 
 
+def test_the_net_that_runs_is_the_net_that_was_fitted(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another epsilon of batch norm than PyTorch's, as networks converted from TensorFlow have."""
+    settings = ["--set", "model.bn_eps=0.01", "train.iterations=1"]
+    assert main(["train", str(tiny), "--work-dir", str(tmp_path / "work"), *settings]) == 0
+    fitted = []
+
+    def kept(*arguments: Any, **options: Any) -> torch.nn.Sequential:
+        fitted.append(fit(*arguments, **options))
+        return fitted[-1]
+
+    monkeypatch.setattr(fit_gain, "fit", kept)
+    out = tmp_path / "gain.safetensors"
+    command = ["fit_gain", str(tiny), str(tmp_path / "work/best.pt"), str(out), "--limit", "1"]
+    assert main([*command, *settings]) == 0
+    reads = torch.rand(1, 21, 4, 6)
+    with torch.no_grad():
+        policy: Any = load_model(out).policy
+        assert torch.equal(policy.net(reads), fitted[0](reads))
+
+
 def test_collected_gains(scenes: Path) -> None:
     """Against the classes of a pass with and without a mask, block by block."""
+    torch.manual_seed(0)
     model = build_model({"backbone": "resnet18", "width": 0.125, "num_classes": 19})
     randomise(model)
     dataset, data = build_dataset("scenes", scenes, "train"), DataConfig()

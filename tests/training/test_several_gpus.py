@@ -13,6 +13,7 @@ import pytest
 from torch.distributed import HashStore
 
 from sparse_seg import processes
+from sparse_seg.errors import TrainingError
 from sparse_seg.processes import ProcessLost
 from tests.training.kills import ENVIRONMENT, LIGHT, ROOT, TORCHRUN, kill, make_checkout, start_job
 
@@ -66,9 +67,8 @@ def test_a_killed_process_ends_the_job_with_one_line_and_it_resumes(checkout: Pa
         assert job.poll() is None, job.communicate()[1]
         time.sleep(0.1)
     found = kill(checkout, job, rank)
-    assert found.seconds < 25, "15 s where nothing else runs; torchrun kills after 30 s"
     assert found.code == 1
-    (line,) = found.lines
+    (line,) = found.lines  # and none of torchrun, which after 30 s kills what does not end
     assert line.startswith("error: another process of this job has ended; ")
     assert "run/last.pt" in line
     assert "resume with --work-dir run --resume" in line
@@ -83,10 +83,29 @@ def test_a_process_that_waits_to_join_hears_that_another_one_has_ended() -> None
         Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         start = time.monotonic()
         with pytest.raises(ProcessLost, match="another process of this job has ended; start it again"):
-            processes._interruptible(lambda: store.wait(["never"], timedelta(seconds=5)))
-        assert time.monotonic() - start < 3
+            processes._interruptible(lambda: store.wait(["never"], timedelta(minutes=4)))
+        assert time.monotonic() - start < 120, "before the wait ends by itself"
     finally:
         store.set("never", "")  # the thread ends
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_does_not_replace_an_error_that_is_on_its_way_out() -> None:
+    """torchrun sends it once a process has ended, when the others may be about to say what they saved."""
+
+    def stopped() -> None:
+        try:
+            raise TrainingError("what was saved")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, processes._end)
+    try:
+        with pytest.raises(TrainingError, match=r"^what was saved$"):
+            stopped()
+        with pytest.raises(ProcessLost, match="start it again"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
         signal.signal(signal.SIGTERM, before)
 
 
@@ -100,11 +119,13 @@ def test_another_process_speaks_at_once_where_the_first_is_gone(monkeypatch: pyt
     gone = subprocess.Popen(["true"])
     gone.wait()
     monkeypatch.setenv("GROUP_RANK", "0")
-    monkeypatch.setattr(processes, "PATIENCE", 1.0)
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    naps: list[float] = []
+    monkeypatch.setattr(time, "sleep", naps.append)
     for pid, at_once in ((gone.pid, True), (os.getpid(), False)):
         store = HashStore()
         store.set(processes._key("first"), str(pid))
-        start = time.monotonic()
+        naps.clear()
         assert processes._speaks(store, 1)
-        assert (time.monotonic() - start < 0.5) == at_once
+        assert (naps == []) == at_once
         assert not processes._speaks(store, 2), "one speaks"

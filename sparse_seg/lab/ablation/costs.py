@@ -19,8 +19,8 @@ from sparse_seg.lab.ablation.grid import Cell
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.latency import Run, interleaved, peak_memory
 from sparse_seg.lab.provenance import provenance
-from sparse_seg.models.build import build_model
 from sparse_seg.models.way import Way
+from sparse_seg.run.build import build_model
 from sparse_seg.training.distillation import Teacher
 from sparse_seg.training.objective import Objective
 
@@ -84,7 +84,7 @@ def _measure(ablation: Ablation, distinct: dict[str, Cell]) -> dict[str, dict[st
 
 def first_frame(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """The first validation frame: image float `[1, 3, H, W]` and label int64 `[1, H, W]`."""
-    dataset = build_dataset(config.data.dataset, config.data.root, "val")
+    dataset = build_dataset(config.data.dataset, config.data.root, "val", config.data.bits)
     image, label, _ = EvaluationView(dataset, config.data.mean, config.data.std)[0]
     return image.to(device), label.to(device)
 

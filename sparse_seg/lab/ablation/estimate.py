@@ -11,7 +11,7 @@ from sparse_seg.lab.ablation.costs import first_frame, step_seconds
 from sparse_seg.lab.ablation.grid import Cell
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.latency import interleaved
-from sparse_seg.models.build import build_model
+from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import LAST, load_state
 from sparse_seg.training.statistics import BATCHES
 
@@ -64,5 +64,5 @@ class _Clock:
             image, label = first_frame(config, self.ablation.device)
             run = {"": lambda: model.classify(image, cell.run.output_stride, labels=label)}
             self._frames[key] = interleaved(run, 1, self.ablation.device)[""].median / 1000
-        count = len(build_dataset(config.data.dataset, config.data.root, "val"))
+        count = len(build_dataset(config.data.dataset, config.data.root, "val", config.data.bits))
         return min(count, self.ablation.grid.spec.eval_images or count) * self._frames[key]

@@ -16,7 +16,7 @@ from sparse_seg.config import Config, check_config, key, load_config, parse_tree
 from sparse_seg.config.schema import COUNT, SEED
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.masks import build_policy, parse_policy
-from sparse_seg.models.build import build_model
+from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import check_same_function
 
 
@@ -24,7 +24,7 @@ from sparse_seg.training.checkpoint import check_same_function
 class NetworkSpec:
     """A network to train: from a config, or a copy of another one with recalibrated batch statistics."""
 
-    config: str | None = None  # training config, relative to the grid's file
+    config: str | None = key(None, "training config, relative to the grid's file", path=True)
     set: list[str] = field(default_factory=list)  # key=value, as --set
     teacher: str | None = None  # another network of the grid, with the same seed: train.distill.teacher
     init: str | None = None  # likewise, its weights to start from: train.init
@@ -243,7 +243,7 @@ def _expand(spec: RunsSpec, configs: Mapping[str, Config], where: str) -> list[t
             raise ConfigError(f"{where}: 'dense' must be of 4, 8, 16, 32, not {way.output_stride}")
         try:
             model = way.applied(configs[name]).model
-            build_policy(model.mask, model.strides, nn.Identity())
+            build_policy(model.mask, model.own_strides, nn.Identity())
         except (ConfigError, ValueError) as error:
             raise ConfigError(f"{where}: {error}") from None
         if way.output_stride is None:  # spell out the rule: a run is the same whatever the default is

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from sparse_seg.checkpoint import find, load_model
+from sparse_seg.checkpoint.captured import parts_of
 from sparse_seg.config import Config, to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError
@@ -118,6 +119,7 @@ class Ablation:
             config.data.dataset,
             str(Path(config.data.root).resolve()),
             self.grid.spec.eval_images,
+            *filter(None, [config.data.bits]),
         ]
         text = self._digests[path] + json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -164,13 +166,13 @@ class Ablation:
         model = load_model(self.checkpoint(network.source, seed), config).to(self.device)
         recalibrate_batch_norm(model, config, network.statistics)
         if self.processes.is_first:
-            save_checkpoint(self.checkpoint(name, seed), config, model.state_dict())
+            save_checkpoint(self.checkpoint(name, seed), config, *parts_of(model))
 
     def evaluate(self, cell: Cell) -> None:
         """Measure a cell's accuracy and write its file."""
         config = self.cell_config(cell)
         model = load_model(self.checkpoint(cell.network, cell.seed), config).to(self.device)
-        dataset = build_dataset(config.data.dataset, config.data.root, "val")
+        dataset = build_dataset(config.data.dataset, config.data.root, "val", config.data.bits)
         images = self.grid.spec.eval_images
         way = Way(cell.run.output_stride)
         result = evaluate(model, dataset, config.data, way, images, True, processes=self.processes)

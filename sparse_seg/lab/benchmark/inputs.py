@@ -11,7 +11,7 @@ from sparse_seg.data.cityscapes import Cityscapes
 from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.data.scenes import render_scene
 from sparse_seg.data.transforms import normalise
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.base import Segmentor
 
 
 def scenes(config: Config, size: tuple[int, int], batch: int) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def scenes(config: Config, size: tuple[int, int], batch: int) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def randomise_norms(model: SelectiveSegmentor, seed: int = 0) -> None:
+def randomise_norms(model: Segmentor, seed: int = 0) -> None:
     """Statistics of every batch norm near those of its activations, so that these keep order one."""
     generator = torch.Generator().manual_seed(seed)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,24 @@ def cases(
             rows.append(selective(fraction, "gather", folded=True))
         if scope == "network":  # the other scope starts behind the mask
             rows += [selective(fraction, "gather", folded, policy) for policy in policies]
+    return rows
+
+
+def captured_cases(
+    scope: str, fractions: Sequence[float], strides: Sequence[int], policies: Sequence[str] = ()
+) -> list[Case]:
+    """As `cases`, of a captured network, which has no plain twin and one engine: dense at its finest stride
+    is the baseline."""
+    masks = [None, *policies] if scope == "network" else [None]
+    forms = (False, True) if scope == "network" else (False,)
+    ends = (strides[0], strides[-1]) if scope == "network" else strides[:1]
+    rows = [Case(scope, "dense", Way(stride), form) for stride in ends for form in forms]
+    for fraction, policy in itertools.product(fractions, masks):
+        way = Way(None, None if policy == "given" else policy, fraction)
+        given = policy == "given"
+        rows += [
+            Case(scope, "selective", way, form, given) for form in (forms if policy is None else forms[1:])
+        ]
     return rows
 
 
@@ -93,7 +112,8 @@ def measure(
         runs[case] = run
     named = {f"{number}": run for number, run in enumerate(runs.values())}
     layouts = {case.way.fine_fraction: case.way for case in runs if not case.way.is_dense}
-    named |= {f"layout {fraction}": subject.layout_run(way) for fraction, way in layouts.items()}
+    if not subject.is_captured:
+        named |= {f"layout {fraction}": subject.layout_run(way) for fraction, way in layouts.items()}
     times = interleaved(named, repeats, subject.device, warmup=1)
     results: list[dict[str, Any]] = []
     for number, case in enumerate(bar(runs, "memory", len(runs), progress and memory, "run")):

@@ -21,12 +21,13 @@ from sparse_seg.lab.benchmark.inputs import randomise_norms, scenes
 from sparse_seg.lab.benchmark.peers import peer_run
 from sparse_seg.lab.latency import Run
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.models.build import build_model
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.forms import channels_last
 from sparse_seg.models.passes import Pass
 from sparse_seg.models.plain import plain_network, plain_stages
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
+from sparse_seg.run.build import build_model
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.sparse import SiteLayout, Step, rows_to_grid
 from sparse_seg.training.schedule import build_optimizer
 
@@ -116,27 +117,29 @@ class Subject:
             randomise_norms(model)
         else:
             model = load_model(setup.checkpoint, setup.config)
-        model.auxiliary = None
-        self.float_model = model.eval().to(self.device)
+        self.is_captured = isinstance(model, SelectiveNetwork)
+        if not self.is_captured:
+            model.auxiliary = None
+        self.float_model: Any = model.eval().to(self.device)  # a Segmentor
         images, labels = scenes(setup.config, setup.size, setup.batch)
         self.images, self.labels = images.to(self.device, self.dtype), labels.to(self.device)
         self._plain: dict[tuple[str, int], nn.Module] = {}
         self._costs: dict[tuple[Way, bool], dict[str, int]] = {}
 
     @cached_property
-    def model(self) -> SelectiveSegmentor:
+    def model(self) -> Any:
         """Ours, in eval mode, in the dtype asked for."""
         if self.dtype == torch.float32:
             return self.float_model
         return copy.deepcopy(self.float_model).to(self.dtype)
 
     @cached_property
-    def folded_model(self) -> SelectiveSegmentor:
+    def folded_model(self) -> Any:
         """Its form for inference."""
         return self.model.for_inference()
 
     @cached_property
-    def training_copy(self) -> SelectiveSegmentor:
+    def training_copy(self) -> Any:
         return copy.deepcopy(self.float_model).train()
 
     @cached_property
@@ -154,7 +157,7 @@ class Subject:
         with torch.inference_mode():
             return policy(self.model.start(self.images, self.labels)).clone()
 
-    def start(self, model: SelectiveSegmentor, case: Case) -> Pass:
+    def start(self, model: Segmentor, case: Case) -> Pass:
         """A pass of a case, with the mask chosen, or given."""
         run = model.start(self.images, self.labels)
         if case.given:
@@ -246,7 +249,7 @@ class Subject:
     def _training_step(self, case: Case) -> Run:
         """Forward, cross-entropy, backward, SGD; half precision by autocast."""
         way = case.way
-        network = plain_network(self.training_copy) if case.kind == "plain" else self.training_copy
+        network: Any = plain_network(self.training_copy) if case.kind == "plain" else self.training_copy
         optimizer = build_optimizer(network, dataclasses.replace(self.setup.config.train, optimizer="sgd"))
         images, half = self.images.float(), self.dtype != torch.float32
         policy = None if way.is_dense else self.policy(way)
@@ -254,7 +257,9 @@ class Subject:
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(self.device.type, self.dtype, enabled=half):
-                if policy is None:
+                if case.kind == "dense":
+                    logits = network.dense(images, way.output_stride)
+                elif policy is None:
                     logits = network(images)
                 else:
                     logits = self.training_copy.start(images, self.labels).follow(way, policy).logits()

@@ -14,7 +14,7 @@ from sparse_seg.lab.report.html import Part, Picture, Section, plot, write_repor
 from sparse_seg.lab.report.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
 from sparse_seg.lab.report.plots import cost_curve
 from sparse_seg.lab.report.tables import Column, Table
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.way import Way
 
 Rows = Sequence[dict[str, Any]]
@@ -48,7 +48,7 @@ def write_comparison(
     title: str,
     description: str,
     rows: Rows,
-    model: SelectiveSegmentor,
+    model: Segmentor,
     dataset: SegmentationDataset,
     data: DataConfig,
     ways: Sequence[Way],
@@ -116,7 +116,7 @@ def _curves(rows: Rows, dense: Sequence[Way]) -> list[Picture]:
 
 
 def runs_on_image(
-    model: SelectiveSegmentor,
+    model: Segmentor,
     dataset: SegmentationDataset,
     data: DataConfig,
     index: int,

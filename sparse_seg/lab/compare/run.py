@@ -18,15 +18,15 @@ from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.evaluation.metrics import SegmentationMetrics
 from sparse_seg.masks import MaskPolicy
+from sparse_seg.models.base import Segmentor
 from sparse_seg.models.passes import Pass
-from sparse_seg.models.segmentor import SelectiveSegmentor
 from sparse_seg.models.way import Way
 from sparse_seg.progress import bar
 from sparse_seg.timing import now
 
 
 def comparison_ways(
-    model: SelectiveSegmentor,
+    model: Segmentor,
     policies: Sequence[str],
     fractions: Sequence[float],
     exchanges: Sequence[str] = (),
@@ -96,7 +96,7 @@ class _Result:
 
 @torch.inference_mode()
 def compare(
-    model: SelectiveSegmentor,
+    model: Segmentor,
     dataset: SegmentationDataset,
     data: DataConfig,
     ways: Sequence[Way],
@@ -110,7 +110,7 @@ def compare(
     masks refine one coarse pass, which gives the same numbers to rounding (P4 of docs/method.md) several
     times faster. The oracles that run the dense network do so off the clock and the count.
     """
-    device = next(model.parameters()).device
+    device = model.device
     model.eval()
     count = len(dataset) if limit is None else min(limit, len(dataset))
     results = [
@@ -148,7 +148,7 @@ def _timed(run: Pass, result: _Result) -> tuple[Tensor, float]:
     device, policy, bound = run.images.device, result.policy, None
     if policy is not None and policy.is_bound:
         bound = policy(run)
-        run = Pass(run.model, run.images)
+        run = run.model.start(run.images)
     start = now(device)
     if bound is None:
         run.follow(result.way, policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from torch import nn
 
 from sparse_seg.checkpoint import load_model
 from sparse_seg.data.dataset import Image
-from sparse_seg.data.reading import read_image
+from sparse_seg.data.depth import find_depth
+from sparse_seg.data.reading import captured_stderr, read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import DataError, import_package
 from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
@@ -28,6 +30,8 @@ from sparse_seg.models.card import Card
 from sparse_seg.models.network import eval_mode
 from sparse_seg.models.refinement import refine
 from sparse_seg.models.way import Way
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +161,7 @@ def segment(
     image: str | Path | Image | Any,
     way: Way | None = None,
     views: Views = ONCE,
+    bits: int | None = None,
 ) -> Segmentation:
     """What a network sees in an image.
 
@@ -167,6 +172,8 @@ def segment(
             uint8 `[H, W, 3]` RGB.
         way: how to run; by default selective under the model's own policy.
         views: whole or through windows, with or without test-time augmentation.
+        bits: of a file with 16 bits per channel, how many are used; None: 12 where no value is above 4095,
+            else 16, and a warning is logged. For several pictures of a camera, set it.
 
     Raises:
         CheckpointError, DataError: a file is missing, damaged or foreign.
@@ -174,7 +181,7 @@ def segment(
         ValueError: a model or image of a wrong type, or an image of a wrong shape or dtype, or smaller than
             32x32.
     """
-    network, pixels = _network(model), _pixels(image)
+    network, pixels = _network(model), _pixels(image, bits)
     if isinstance(network, RuntimeSegmentor):
         return Segmenter(network.model, way, views, network)(pixels)
     return Segmenter(network, way, views)(pixels)
@@ -194,12 +201,16 @@ def _network(model: Any) -> Segmentor | RuntimeSegmentor:
     return inner
 
 
-def _pixels(image: Any) -> Image:
+def _pixels(image: Any, bits: int | None) -> Image:
     """`[H, W, 3]` of what is given; arrays are checked by `Segmenter`."""
     if isinstance(image, np.ndarray):
         return image
     if isinstance(image, str | os.PathLike):
-        return read_image(Path(image), upright=True)
+        with captured_stderr():
+            depth = find_depth([Path(image)], bits, "set bits")
+        if depth.note:
+            _LOG.warning("warning: %s", depth.note)
+        return read_image(Path(image), upright=True, bits=depth.bits)
     pillow = sys.modules.get("PIL.Image")  # whoever opened the picture has imported it
     if pillow is None or not isinstance(image, pillow.Image):
         raise ValueError(f"image must be a path, a Pillow image or uint8 [H, W, 3] RGB, not {_kind(image)}")

@@ -1,0 +1,122 @@
+"""From config to network: one of ours, or any module that can be imported, captured."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_seg.config import Config, ModelConfig, model_config
+from sparse_seg.config.rules import READ_COARSE
+from sparse_seg.errors import ConfigError, SparseSegError, did_you_mean
+from sparse_seg.masks import mask_net
+from sparse_seg.models import build
+from sparse_seg.models.card import Card
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.selective import SIZE, captured
+
+
+def build_model(
+    config: str | Path | Mapping[str, Any] | Config | ModelConfig,
+    learned_net: Callable[[int, int], nn.Module] = mask_net,
+    card: Card | None = None,
+) -> Any:  # of a Segmentor, whose kinds differ in their parts
+    """Build a network: of ours with fresh weights, or what `module` makes, with the weights that it has.
+
+    Args:
+        config: path of a YAML config, or a plain dict of model settings such as
+            `{"backbone": "resnet50", "head": "lite", "num_classes": 19}` or
+            `{"module": "my_package.nets:build", "module_args": {"classes": 19}}`, with defaults for the rest.
+        learned_net: makes the net of a policy that is trained, of the channels that it reads and of how many
+            cells a block is wide.
+        card: what input and output mean, where it is known.
+
+    Raises:
+        ConfigError: unknown key, wrong type or impossible value, naming the key; a module that cannot be
+            imported or made.
+        NotSelective, UnknownOperator, CaptureFailed, GraphDiffers: see `selective`.
+    """
+    settings = model_config(config)
+    if settings.module is None:
+        return build.build_model(settings, learned_net, card)
+    module = build_module(settings.module, settings.module_args)
+    return capture_module(module, settings, learned_net, card)
+
+
+def build_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """What `PACKAGE:CALLABLE` makes of arguments, on the CPU; packages in the working directory are found.
+
+    Raises:
+        ConfigError: it cannot be imported or called, or gives no `nn.Module`.
+    """
+    found = _imported(name)
+    try:
+        with torch.device("cpu"):
+            module = found(**arguments)
+    except SparseSegError:
+        raise
+    except Exception as error:  # whatever the package's own code raises, too
+        raise ConfigError(f"{name} cannot be made with {dict(arguments)}: {_first_line(error)}") from None
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{name} gives a {type(module).__name__}, not an nn.Module")
+    return module
+
+
+def capture_module(
+    module: nn.Module,
+    settings: ModelConfig,
+    learned_net: Callable[[int, int], nn.Module] = mask_net,
+    card: Card | None = None,
+) -> SelectiveNetwork:
+    """The network of what `build_module` made, as settings say; see `build_model`."""
+    with torch.device("cpu"):  # the graph is compared with the module, by values
+        network = captured(
+            module, settings.strides, settings.mask, settings.exchange, SIZE, card, learned_net
+        )
+    network.name, network.arguments = str(settings.module), dict(settings.module_args)
+    check_policy(network)
+    found, asked = network.num_classes, settings.num_classes
+    if asked is not None and found != asked:
+        raise ConfigError(
+            f"model.module {settings.module} gives {found} classes, but {asked} are asked for (by "
+            "model.num_classes or the dataset); tell it by model.module_args, as num_classes"
+        )
+    return network
+
+
+def check_policy(network: SelectiveNetwork) -> None:
+    """Raises a ConfigError for a policy that reads a coarse pass which the mask changes."""
+    policy, geometry = network.mask.policy, network.geometry
+    if policy in READ_COARSE and not geometry.refines:
+        raise ConfigError(
+            f"model.mask.policy={policy} needs a coarse pass that does not depend on the mask, which "
+            f"{geometry.where_mixing} makes it do: choose another policy, as edge"
+        )
+
+
+def _imported(name: str) -> Any:
+    package, colon, path = name.partition(":")
+    if not (package and colon and path):
+        raise ConfigError(f"{name!r} must be PACKAGE:CALLABLE, as my_package.nets:build")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = importlib.import_module(package)
+    except Exception as error:  # whatever the package's own code raises, too
+        raise ConfigError(f"{name}: {package} cannot be imported ({_first_line(error)})") from None
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"{name}: {package} has no {path}{did_you_mean(part, dir(found))}")
+        found = getattr(found, part)
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

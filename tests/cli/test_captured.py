@@ -1,0 +1,78 @@
+"""Every command that takes a model takes a file with a graph; what makes no sense for one is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from sparse_seg import load_model, save_model, selective
+from sparse_seg.cli import main
+from sparse_seg.data.scenes import write_scenes
+from tests import captured
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("captured")
+    write_scenes(root / "scenes", 4, (64, 96), val_fraction=0.5)
+    save_model(selective(captured.trained(19), size=(64, 64)), root / "net.safetensors")
+    settings = f"data: {{root: {root / 'scenes'}, crop: [64, 64]}}\nmodel: {{mask: {{policy: confidence}}}}"
+    (root / "data.yaml").write_text(settings)
+    picture = np.random.default_rng(0).integers(0, 255, (64, 96, 3)).astype(np.uint8)
+    cv2.imwrite(str(root / "photo.png"), picture)
+    return root
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    found = capsys.readouterr()
+    return found.out if code == 0 else found.err
+
+
+def test_predict_refines(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--steps", 0, 0.3, "--runtime", "torch", "--out", tmp_path)
+    run(capsys, "predict", folder / "net.safetensors", folder / "photo.png", *options)
+    assert (tmp_path / "photo_ids.png").exists()
+    assert list(tmp_path.glob("photo_step*"))
+
+
+def test_evaluate_compares(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = folder / "data.yaml", folder / "net.safetensors"
+    out = ("--json", tmp_path / "rows.json", "--report", tmp_path / "report.html")
+    run(capsys, "evaluate", *files, "--compare", 0.2, "--policies", "confidence", "oracle:change", *out)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["network"] for row in rows] == [
+        *("dense OS8", "dense OS16"),
+        *("selective, confidence, f=0.2", "selective, oracle:change, f=0.2"),
+    ]
+    assert rows[1]["gmacs"] < rows[0]["gmacs"]
+    assert "Net, on 2 images" in (tmp_path / "report.html").read_text()
+
+
+def test_calibrate_and_fit_gain(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = folder / "data.yaml", folder / "net.safetensors"
+    run(capsys, "calibrate", *files, "--fine-fraction", 0.3, "--out", tmp_path / "budget.safetensors")
+    assert load_model(tmp_path / "budget.safetensors").policy.threshold is not None
+    run(capsys, "fit-gain", *files, tmp_path / "gain.safetensors", "--limit", 1)
+    found = load_model(tmp_path / "gain.safetensors")
+    assert (found.policy.name, found.merge) == ("gain", load_model(folder / "net.safetensors").merge)
+
+
+def test_benchmark(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("benchmark", folder / "data.yaml", "--checkpoint", folder / "net.safetensors")
+    sizes = ("--size", "64x96", "--repeats", 1, "--fine-fraction", 0.2, "--no-memory")
+    run(capsys, *common, *sizes, "--train", "--json", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["network"] for row in rows if row["form"] == "gather, folded"] == [
+        *("dense OS8", "dense OS16", "selective f=0.2"),
+    ]
+    assert [row["network"] for row in rows if row["scope"] == "train"] == ["dense OS8", "selective f=0.2"]
+    for option in (("--profile",), ("--peers",), ("--scopes", "stages")):
+        error = run(capsys, *common, *sizes, *option, code=1)
+        assert f"{' '.join(option)} needs the stages of sparse_seg's own networks" in error
+        assert error.count("\n") == 1

@@ -1,0 +1,173 @@
+"""`convert --module`: any module and its weights to a file with its graph; strict, and told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_seg import load_model
+from sparse_seg.checkpoint import load
+from sparse_seg.cli import main
+from sparse_seg.conversion import to_dense
+from sparse_seg.conversion.module import convert_module
+from sparse_seg.conversion.verify_captured import verify_captured
+from sparse_seg.errors import CheckpointError
+from tests import captured
+from tests.peers import package
+from tests.reference import relative_error
+
+Weights = dict[str, Tensor]
+
+
+def weights(classes: int = 3) -> Weights:
+    return captured.trained(classes).state_dict()
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    found = capsys.readouterr()
+    return found.out if code == 0 else found.err
+
+
+def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SRC and DST may stand behind --args, as in docs/converting.md."""
+    (tmp_path / "classes.yaml").write_text("names: [road, sky, tree]")
+    torch.save(weights(), tmp_path / "net.pth")
+    files, module = (tmp_path / "net.pth", tmp_path / "net.safetensors"), ("--module", captured.NAME)
+    classes = ("--classes", tmp_path / "classes.yaml", "--verify")
+    text = run(capsys, "convert", *classes, *module, "--args", "classes=3", "width=4", *files)
+    assert (
+        "3 classes, trained at output stride 8, strides [8, 16], convolutions: 2 early, 4 rows, 0 late"
+        in text
+    )
+    assert "of dense OS8's multiply-adds are on rows" in text
+    assert text.count("\nok ") == 3
+    assert "P1: coarse sites" in text
+    assert "P2: logits, all-fine" in text
+    assert "P4: a refined" in text
+    found, images = load_model(tmp_path / "net.safetensors"), torch.randn(1, 3, 65, 97)
+    assert relative_error(found.dense(images, 8), captured.trained()(images)["out"]) < 1e-5
+    assert found.card is not None
+    assert found.card.names == ("road", "sky", "tree")
+    assert (found.policy.name, found.name) == ("confidence", captured.NAME)
+    back = to_dense(tmp_path / "net.safetensors")
+    assert all(torch.equal(tensor, back[name]) for name, tensor in weights().items())
+    run(capsys, "convert", *files, *module, "--set", "model.strides=[16,32]", "mask.policy=edge")
+    changed = load_model(tmp_path / "net.safetensors")
+    assert (changed.strides, changed.policy.name) == ((16, 32), "edge")
+
+
+def renamed(change: Callable[[str], str]) -> Weights:
+    return {change(name): tensor for name, tensor in weights().items()}
+
+
+WRAPPED: dict[str, Callable[[], Any]] = {
+    "plain": weights,
+    "state_dict": lambda: {"state_dict": weights(), "epoch": 3},
+    "model": lambda: {"model": weights()},
+    "model_state_dict": lambda: {"model_state_dict": weights(), "optimizer": {}},
+    "DataParallel": lambda: {"state_dict": renamed("module.{}".format)},
+    "compiled": lambda: renamed("module._orig_mod.{}".format),
+    "Lightning": lambda: {"state_dict": renamed("net.{}".format)},
+    "without counters": lambda: {name: one for name, one in weights().items() if "num_batches" not in name},
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_weights_are_found_in_what_they_are_wrapped(tmp_path: Path, how: str) -> None:
+    torch.save(WRAPPED[how](), tmp_path / "net.pth")
+    network = convert_module(tmp_path / "net.pth", captured.NAME, {}).network
+    found = network.module.state_dict()
+    assert all(torch.equal(found[name], one) for name, one in weights().items() if "num_batches" not in name)
+
+
+def without(name: str) -> Weights:
+    return {key: tensor for key, tensor in weights().items() if key != name}
+
+
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "missing": (lambda: without("head.bias"), r"head\.bias is missing; check --args"),
+    "left over": (lambda: {**weights(), "loss.weight": torch.ones(3)}, r"loss\.weight has no place"),
+    "two left over": (lambda: weights() | {"a": torch.ones(1), "b": torch.ones(1)}, r"\(and 1 more\)"),
+    "beside it": (lambda: renamed("net.{}".format) | {"loss.x": torch.ones(3)}, "is missing"),
+    "another shape": (lambda: weights(5), r"head\.weight is \[5, 8, 1, 1\], the model's is \[3, 8, 1, 1\]"),
+    "no numbers": (
+        lambda: weights() | {"head.bias": torch.full((3,), float("nan"))},
+        r"head\.bias holds NaN",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_does_not_fit_is_named(tmp_path: Path, what: str) -> None:
+    make, message = WRONG[what]
+    torch.save(make(), tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match=message):
+        convert_module(tmp_path / "net.pth", captured.NAME, {})
+
+
+def test_a_part_of_a_file_is_asked_for(tmp_path: Path) -> None:
+    torch.save(renamed("net.{}".format) | {"loss.x": torch.ones(3)}, tmp_path / "net.pth")
+    assert convert_module(tmp_path / "net.pth", captured.NAME, {}, prefix="net")
+    torch.save(weights() | {"loss.x": torch.ones(3)}, tmp_path / "net.pth")
+    assert convert_module(tmp_path / "net.pth", captured.NAME, {}, drop=["loss."])
+
+
+def test_errors_are_one_line_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(weights(), tmp_path / "net.pth")
+    files = tmp_path / "net.pth", tmp_path / "net.safetensors"
+    for arguments, code, message in (
+        (("--module", "nothing:at_all"), 1, "nothing cannot be imported"),
+        (("--module", captured.NAME, "--num-classes", 4), 1, "has 3 classes, not 4"),
+        (("--module", captured.NAME, "--args", "classes=4"), 1, "head.weight is [3, 8, 1, 1]"),
+        (("--module", captured.NAME, "--set", "width=2"), 1, "model.width is of sparse_seg's own networks"),
+        (("--module", captured.NAME, "--set", "mask.policy=most"), 1, "mask.policy is 'most'"),
+        (("--module", captured.NAME, "--args", "classes=[3"), 1, "--args 'classes=[3'"),
+    ):
+        error = run(capsys, "convert", *files, *arguments, code=code)
+        assert message in error
+        assert error.count("\n") == 1
+    for arguments, message in (
+        (("--module", captured.NAME, "--from", "timm"), "argument --from: not with --module"),
+        (("--args", "classes=3"), "argument --args: only with --module"),
+        (("--module", captured.NAME, "--args", "classes"), "'classes' is no KEY=VALUE"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(one) for one in ("convert", *files, *arguments)])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not files[1].exists()
+
+
+def test_what_mixes_phases_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(captured.trained(mixing=True).state_dict(), tmp_path / "net.pth")
+    files = tmp_path / "net.pth", tmp_path / "net.safetensors"
+    module = ("--module", captured.NAME, "--verify", "--args", "mixing=true")
+    assert "makes it do: choose another policy" in run(capsys, "convert", *files, *module, code=1)
+    text = run(capsys, "convert", *files, "--set", "mask.policy=edge", *module)
+    assert "conv2d in late.1.0 mixes phases: P1 and P4 do not hold" in text
+
+
+def test_a_real_network(tmp_path: Path) -> None:
+    """torchvision's LR-ASPP, which pools inside the rows: P1 and P4 hold, P2 but for the pooled vectors."""
+    segmentation = package("torchvision.models.segmentation")
+    arguments = {"num_classes": 5, "weights": None, "weights_backbone": None}
+    torch.manual_seed(0)
+    module = segmentation.lraspp_mobilenet_v3_large(**arguments)
+    torch.save(module.state_dict(), tmp_path / "net.pth")
+    name = "torchvision.models.segmentation:lraspp_mobilenet_v3_large"
+    conversion = convert_module(tmp_path / "net.pth", name, arguments)
+    conversion.write(tmp_path / "net.safetensors")
+    network = load_model(tmp_path / "net.safetensors")
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert relative_error(network.dense(images, 16), module.eval()(images)["out"]) < 1e-5
+    result = verify_captured(network)
+    assert result.always_agree
+    assert load(tmp_path / "net.safetensors").config.module == name

@@ -1,0 +1,220 @@
+"""Train any network that can be imported, from a config to a file that loads without its code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_seg import build_model, load_model, save_model, selective
+from sparse_seg.config import Config, check_training, config_from_dict, to_yaml
+from sparse_seg.errors import CheckpointError, ConfigError, TrainingError
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.training.trainer import Trainer
+from tests import captured
+from tests.training.test_distributed import torchrun
+
+Configured = Callable[..., Config]
+
+
+@pytest.fixture
+def configured(scenes: Path) -> Configured:
+    """The config of a tiny run, with `model`, `train` and `data` keys over it."""
+
+    def make(model: Any = None, train: Any = None, data: Any = None) -> Config:
+        tree = {
+            "model": {
+                "module": captured.NAME,
+                "module_args": {"classes": 19},
+                "mask": {"policy": "confidence"},
+                **(model or {}),
+            },
+            "data": {"root": str(scenes), "crop": [64, 64], **(data or {})},
+            "train": {
+                **{"iterations": 4, "batch_size": 2, "lr": 0.01, "log_every": 1, "eval_every": 2},
+                **{"save_every": 2, "ema_decay": 0.9, "eval_images": 1, **(train or {})},
+            },
+        }
+        return config_from_dict(tree, "test")
+
+    return make
+
+
+def trained_at(config: Config, folder: Path) -> Trainer:
+    trainer = Trainer(config, folder)
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("network", ["dense", "selective"])
+def test_training_writes_a_file_that_needs_no_code(
+    configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
+) -> None:
+    trainer = trained_at(configured(train={"network": network}), tmp_path)
+    after = trainer.model
+    torch.manual_seed(trainer.config.train.seed)
+    changed = [
+        name
+        for name, tensor in build_model(trainer.config).module.named_parameters()
+        if not torch.equal(tensor, after.module.get_parameter(name))
+    ]
+    assert "early.0.0.weight" in changed
+    assert "head.weight" in changed
+    monkeypatch.setattr("sparse_seg.run.build._imported", lambda name: pytest.fail(f"imports {name}"))
+    found, images = load_model(tmp_path / "best.safetensors"), torch.randn(1, 3, 64, 96)
+    assert isinstance(found, SelectiveNetwork)
+    assert found.card is not None
+    assert found.card.names[0] == "road"
+    again = load_model(tmp_path / "best.safetensors", trainer.config)
+    assert torch.equal(found(images), again(images))
+    assert (found.name, found.arguments) == (captured.NAME, {"classes": 19})
+
+
+def test_resumes_bit_for_bit(configured: Configured, tmp_path: Path) -> None:
+    config = configured(train={"network": "selective"})
+    whole = trained_at(config, tmp_path / "whole")
+    first = Trainer(config, tmp_path / "parts")
+
+    def advance(batch: Any, own: Any = first._advance) -> None:
+        own(batch)
+        if first.iteration == 2:
+            raise TrainingError("enough")
+
+    first._advance = advance  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="enough"):
+        first.run()
+    second = Trainer(config, tmp_path / "parts", resume=True)
+    assert second.iteration == 2
+    second.run()
+    for own, other in ((whole.model, second.model), (whole.ema, second.ema)):
+        assert own is not None
+        assert other is not None
+        expected = other.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in own.state_dict().items())
+
+
+def test_starts_from_a_file_with_a_graph(configured: Configured, tmp_path: Path) -> None:
+    source = captured.trained(19)
+    save_model(selective(source, size=(64, 64)), tmp_path / "net.safetensors")
+    config = configured(train={"init": str(tmp_path / "net.safetensors")})
+    found = Trainer(config, tmp_path / "run").model.module.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in source.state_dict().items())
+    other = configured(model={"module_args": {"classes": 19, "mixing": True}, "mask": {"policy": "edge"}})
+    other.train.init = config.train.init
+    with pytest.raises(CheckpointError, match=r"another network than model\.module makes.* first in"):
+        Trainer(other, tmp_path / "other")
+
+
+def test_starts_from_a_plain_state_dict(
+    configured: Configured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(3)
+    source = captured.build(5)
+    wrapped = {"state_dict": {f"module.{name}": one for name, one in source.state_dict().items()}}
+    torch.save(wrapped, tmp_path / "five.pth")
+    config = configured(model={"pretrained": str(tmp_path / "five.pth")})
+    found = Trainer(config, tmp_path / "run").model.module
+    assert torch.equal(found.get_parameter("late.1.0.weight"), source.get_parameter("late.1.0.weight"))
+    count = len(source.state_dict())
+    said = capsys.readouterr().out
+    assert f"pretrained: {count - 4} of {count} tensors" in said
+    assert "fresh: head.weight (and 3 more)" in said
+    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="holds no tensor with name and shape"):
+        Trainer(configured(model={"pretrained": str(tmp_path / "other.pth")}), tmp_path / "none")
+
+
+def test_a_learned_mask_is_trained_supervised(configured: Configured, tmp_path: Path) -> None:
+    trained_at(configured(), tmp_path / "network")
+    init = str(tmp_path / "network/best.safetensors")
+    frozen = {"init": init, "freeze": True, "mask_loss": "supervised", "ema_decay": None, "eval_every": 4}
+    trainer = trained_at(configured({"mask": {"policy": "learned"}}, frozen), tmp_path / "mask")
+    found, before = load_model(tmp_path / "mask/best.safetensors"), load_model(init)
+    net = trainer.model.policy.net.state_dict()
+    assert all(torch.equal(one, net[name]) for name, one in found.policy.net.state_dict().items())
+    frozen_weights = found.module.state_dict()
+    assert all(torch.equal(one, frozen_weights[name]) for name, one in before.module.state_dict().items())
+
+
+def test_losses_on_detail_work(configured: Configured, tmp_path: Path) -> None:
+    loss = {"coarse_weight": 0.5, "fine_weight": 1.0, "boundary_weight": 1.0}
+    trained_at(configured(train={"loss": loss, "iterations": 1}), tmp_path)
+
+
+def test_distils_classes_from_another_one(configured: Configured, tmp_path: Path) -> None:
+    save_model(selective(captured.trained(19), size=(64, 64)), tmp_path / "teacher.safetensors")
+    distill = {"teacher": str(tmp_path / "teacher.safetensors"), "features_weight": 0.0}
+    trained_at(configured(train={"distill": distill, "iterations": 1}), tmp_path / "run")
+    own = configured(train={"distill": distill | {"features_weight": 1.0}})
+    with pytest.raises(ConfigError, match=r"train\.distill\.features_weight compares rows"):
+        check_training(own)
+
+
+REFUSED = {
+    "auxiliary": ({"auxiliary": True}, r"model\.auxiliary=true is of sparse_seg's own networks"),
+    "merge": ({"merge": "patch"}, r"model\.merge=patch is of"),
+    "exchange": ({"exchange": "separate"}, r"model\.exchange=separate is of"),
+    "engine": ({"engine": "spconv"}, r"model\.engine=spconv is of"),
+    "width": ({"width": 0.5}, r"model\.width is of sparse_seg's own networks, not of model\.module"),
+    "head": ({"head": "fcn"}, r"model\.head is of"),
+    "strides": ({"strides": [8, 32]}, r"model\.strides is \[8, 32\]; did you mean"),
+    "arguments": ({"module": None}, r"model\.module_args are arguments of model\.module"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_module_has_not_is_refused(configured: Configured, what: str) -> None:
+    model, message = REFUSED[what]
+    with pytest.raises(ConfigError, match=message):
+        configured(model=model)
+
+
+def test_a_mask_is_not_trained_through_a_module(configured: Configured) -> None:
+    with pytest.raises(ConfigError, match=r"train\.mask_loss=straight_through .* model\.module has not"):
+        check_training(configured(model={"mask": {"policy": "learned"}}))
+
+
+def not_a_module() -> int:
+    return 1
+
+
+def fails() -> nn.Module:
+    raise RuntimeError("no such weights\nsecond line")
+
+
+MODULES = {
+    "no callable": ("tests.captured", r"must be PACKAGE:CALLABLE, as my_package\.nets:build"),
+    "no package": ("tests.capturd:build", r"tests\.capturd cannot be imported"),
+    "a misspelt one": ("tests.captured:biuld", r"tests\.captured has no biuld; did you mean 'build'"),
+    "no module": (f"{__name__}:not_a_module", r"gives a int, not an nn\.Module"),
+    "an error": (f"{__name__}:fails", r"cannot be made with \{\}: RuntimeError: no such weights$"),
+    "other classes": ("tests.captured:build", r"gives 3 classes, but 19 are asked for"),
+}
+
+
+@pytest.mark.parametrize("what", MODULES)
+def test_a_module_that_cannot_be_made_is_one_line(what: str) -> None:
+    name, message = MODULES[what]
+    with pytest.raises(ConfigError, match=message):
+        build_model({"module": name, "num_classes": 19})
+
+
+def test_strides_are_the_modules_own_or_chosen(configured: Configured) -> None:
+    assert build_model(configured()).strides == (8, 16)
+    assert build_model(configured(model={"strides": [16, 32]})).strides == (16, 32)
+    assert build_model(configured(model={"strides": [4, 8, 16]})).strides == (4, 8, 16)
+    with pytest.raises(ConfigError, match=r"a network of ours has one of \[8, 16\]"):
+        build_model({"strides": [16, 32]})
+
+
+@pytest.mark.slow
+def test_several_processes_train_it(configured: Configured, tmp_path: Path) -> None:
+    config = configured(train={"network": "selective", "threads": 1})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    done = torchrun(tmp_path / "config.yaml", "--work-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert isinstance(load_model(tmp_path / "run/best.safetensors"), SelectiveNetwork)
