@@ -165,7 +165,7 @@ class Run:
         if node.name in self.taps:
             return Grid(self._window(node, read[0], cell, size), cell)
         arrays = [one.thinned(cell) if isinstance(one, Grid) else one for one in read]
-        return Grid(operator.apply(node, self._tensors(node), arrays, self.training), cell)
+        return Grid(operator.apply(node, self.tensors_of(node), arrays, self.training), cell)
 
     def _window(self, node: Node, source: Grid, cell: int, size: tuple[int, int]) -> Tensor:
         """A window on a grid: its taps lie as many px apart as captured, but at least one cell."""
@@ -183,7 +183,7 @@ class Run:
         (above, below), (left, right) = pads
         steps, apart = (step, step), (dilations[0], dilations[1])
         return operator.grid(
-            node, self._tensors(node), source.tensor, steps, apart, (left, right, above, below)
+            node, self.tensors_of(node), source.tensor, steps, apart, (left, right, above, below)
         )
 
     def shares(self, node: Node, source: int, cell: int) -> tuple[Any, ...]:
@@ -237,7 +237,7 @@ class Run:
             read = [read[0].lattice]
         arrays = [one.tensor if isinstance(one, Grid) else one for one in read]
         self.counted(node, self.batch)
-        return operator.apply(node, self._tensors(node), arrays, self.training)
+        return operator.apply(node, self.tensors_of(node), arrays, self.training)
 
     def _kept(self, coarse: Values | None, name: str) -> Grid | None:
         """A lattice of the coarse pass, which may have been stored in a smaller dtype."""
@@ -273,13 +273,13 @@ class Run:
                 self._lattice_source(node, read[0], sites) if node.name in self.geometry.mixing else read[0]
             )
             rows = {
-                one: operator.rows(node, self._tensors(node), self._reads(node, source, one, level))
+                one: operator.rows(node, self.tensors_of(node), self._reads(node, source, one, level))
                 for one, level in levels.items()
             }
         else:
             rows = {
                 one: operator.apply(
-                    node, self._tensors(node), [_rows(value, one, level) for value in read], self.training
+                    node, self.tensors_of(node), [_rows(value, one, level) for value in read], self.training
                 )
                 for one, level in levels.items()
             }
@@ -304,7 +304,7 @@ class Run:
             parts.append(rows if level.valid is None else rows.index_select(0, level.valid))
         lengths = [part.shape[0] for part in parts]
         self.counted(node, lengths[0])
-        out = OPERATORS[node.op].apply(node, self._tensors(node), [torch.cat(parts)], True).split(lengths)
+        out = OPERATORS[node.op].apply(node, self.tensors_of(node), [torch.cat(parts)], True).split(lengths)
         batch, _, height, width = lattice.tensor.shape
         first = out[0].reshape(batch, height, width, -1).permute(0, 3, 1, 2)
         result: dict[int, Tensor] = {}
@@ -314,7 +314,8 @@ class Run:
             result[one] = part
         return Mixed(Grid(first, stride), result, sites)
 
-    def _tensors(self, node: Node) -> dict[str, Tensor]:
+    def tensors_of(self, node: Node) -> dict[str, Tensor]:
+        """A node's tensors by role; of a kernel the part that ever reads inside the images."""
         tensors = {role: self.tensors[name] for role, name in node.tensors.items()}
         if node.name in self.kernels:
             tensors["weight"] = tensors["weight"][(slice(None), slice(None), *self.kernels[node.name])]
