@@ -138,7 +138,7 @@ def patched(run: Run, level: Level, coarse: Mapping[str, Any], values: Mapping[s
 
 def _late(run: Run, fine: Fine, node: Node, read: list[Any], stride: int, coarse: Grid | None) -> Patches:
     operator = OPERATORS[node.op]
-    tensors = {role: run.tensors[name] for role, name in node.tensors.items()}
+    tensors = run.tensors_of(node)
     if node.op == "resize":
         rows = _resized(run, fine, node, read[0], stride)
     elif node.name in run.taps and isinstance(operator, Spatial):

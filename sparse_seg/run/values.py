@@ -167,7 +167,7 @@ class Run:
         if node.name in self.taps:
             return Grid(self._window(node, read[0], cell, size), cell)
         arrays = [one.thinned(cell) if isinstance(one, Grid) else one for one in read]
-        return Grid(operator.apply(node, self._tensors(node), arrays, self._trains(node)), cell)
+        return Grid(operator.apply(node, self.tensors_of(node), arrays, self._trains(node)), cell)
 
     def _window(self, node: Node, source: Grid, cell: int, size: tuple[int, int]) -> Tensor:
         """A window on a grid: its taps lie as many px apart as captured, but at least one cell."""
@@ -185,7 +185,7 @@ class Run:
         (above, below), (left, right) = pads
         steps, apart = (step, step), (dilations[0], dilations[1])
         return operator.grid(
-            node, self._tensors(node), source.tensor, steps, apart, (left, right, above, below)
+            node, self.tensors_of(node), source.tensor, steps, apart, (left, right, above, below)
         )
 
     def shares(self, node: Node, source: int, cell: int) -> tuple[Any, ...]:
@@ -241,7 +241,7 @@ class Run:
         arrays = [one.tensor if isinstance(one, Grid) else one for one in read]
         places = max((int(one.shape[0]) for one in arrays), default=0)  # one, of what depends on no image
         self.counted(node, places)
-        return operator.apply(node, self._tensors(node), arrays, self._trains(node))
+        return operator.apply(node, self.tensors_of(node), arrays, self._trains(node))
 
     def _kept(self, coarse: Values | None, name: str) -> Grid | None:
         """A lattice of the coarse pass, which may have been stored in a smaller dtype."""
@@ -279,13 +279,13 @@ class Run:
                 self._lattice_source(node, read[0], sites) if node.name in self.geometry.mixing else read[0]
             )
             rows = {
-                one: operator.rows(node, self._tensors(node), self._reads(node, source, one, level))
+                one: operator.rows(node, self.tensors_of(node), self._reads(node, source, one, level))
                 for one, level in levels.items()
             }
         else:
             rows = {
                 one: operator.apply(
-                    node, self._tensors(node), [_rows(value, one, level) for value in read], False
+                    node, self.tensors_of(node), [_rows(value, one, level) for value in read], False
                 )
                 for one, level in levels.items()
             }
@@ -310,7 +310,7 @@ class Run:
             parts.append(rows if level.valid is None else rows.index_select(0, level.valid))
         lengths = [part.shape[0] for part in parts]
         self.counted(node, lengths[0])
-        out = OPERATORS[node.op].apply(node, self._tensors(node), [torch.cat(parts)], True).split(lengths)
+        out = OPERATORS[node.op].apply(node, self.tensors_of(node), [torch.cat(parts)], True).split(lengths)
         batch, _, height, width = lattice.tensor.shape
         first = out[0].reshape(batch, height, width, -1).permute(0, 3, 1, 2)
         result: dict[int, Tensor] = {}
@@ -323,7 +323,8 @@ class Run:
     def _trains(self, node: Node) -> bool:
         return self.training and node.name not in self.frozen
 
-    def _tensors(self, node: Node) -> dict[str, Tensor]:
+    def tensors_of(self, node: Node) -> dict[str, Tensor]:
+        """A node's tensors by role; of a kernel the part that ever reads inside the images."""
         tensors = {role: self.tensors[name] for role, name in node.tensors.items()}
         if node.name in self.kernels:
             tensors["weight"] = tensors["weight"][(slice(None), slice(None), *self.kernels[node.name])]

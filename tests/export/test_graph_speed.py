@@ -7,6 +7,7 @@ from torch import nn
 
 from sparse_seg import selective
 from sparse_seg.export import ExportOptions, static_form, to_onnx
+from sparse_seg.models.way import Way
 from sparse_seg.ops import Reads, convolution
 from sparse_seg.run.values import Run
 from sparse_seg.sites import Taps
@@ -49,6 +50,18 @@ def test_taps_that_are_always_outside_are_left_out(size):
     module.body[1] = nn.Identity()
     network = selective(module, (8, 16), "edge", size=(64, 128)).eval()
     assert relative_error(network(images, fine_blocks=blocks), network.dense(images, 8)) < 1e-12
+
+
+@torch.no_grad()
+def test_taps_left_out_of_what_is_patched():
+    """Behind the rows, too: 328 px mix phases, so that the window is late."""
+    torch.manual_seed(0)
+    module = Atrous(head=False).double().eval()
+    module.body[1], module.aspp = nn.Identity(), conv(12, 8, 3, dilation=41).double().eval()
+    network = selective(module, (8, 16), "edge", size=(64, 128)).eval()
+    images, blocks = torch.randn(1, 3, 64, 96).double(), torch.ones(1, 4, 6, dtype=torch.bool)
+    found = network.start(images).take(blocks, Way(merge="patch")).logits()
+    assert relative_error(found, network.dense(images, 8)) < 1e-12
 
 
 def test_which_taps_reach_an_image():

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
+from sparse_seg import segment
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export import ExportOptions, export_onnx, in_runtime, open_session, static_form, to_onnx
 from tests.export.kinds import arrays, cases, compare
@@ -122,3 +124,16 @@ def test_segmentor_in_a_runtime():
     assert found is not None
     assert expected is not None
     assert torch.equal(found, expected)
+
+
+def test_segment_takes_captured_networks_folded_and_in_a_runtime():
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    model = captured("aspp", "entropy")
+    image = torch.randint(0, 256, (64, 96, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    expected = segment(model, image)
+    for other in (model.for_inference(), in_runtime(model, "onnxruntime", threads=1)):
+        found = segment(other, image)
+        assert (found.classes != expected.classes).mean() < 1e-3
+        assert found.levels is not None
+        assert expected.levels is not None
+        assert np.array_equal(found.levels, expected.levels)
