@@ -32,7 +32,8 @@ from sparse_seg.models.base import Segmentor
 from sparse_seg.models.card import Card
 from sparse_seg.models.weights import check_finite, load_weights, part_of
 from sparse_seg.run.build import check_policy
-from sparse_seg.run.network import SelectiveNetwork, Tensors
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.segmentor import Tensors
 from sparse_seg.run.selective import build_network
 from sparse_seg.run.values import Run
 from sparse_seg.sites import Grid

@@ -12,8 +12,9 @@ from sparse_seg.export.static import ExportOptions, StaticForm, check_policy, ch
 from sparse_seg.graph import Geometry
 from sparse_seg.models.way import Way
 from sparse_seg.ops import Graph
-from sparse_seg.run.network import SelectiveNetwork, Tensors
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.patch import patched
+from sparse_seg.run.segmentor import Tensors
 from sparse_seg.run.values import Run
 from sparse_seg.sites import LevelPlan, Sites
 

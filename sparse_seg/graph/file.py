@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparse_seg.errors import shown
 from sparse_seg.ops import OPERATORS, Graph, Node
+from sparse_seg.ops.norm import COUNT
 from sparse_seg.ops.pointwise import BINARY
 
 MOST_NODES, MOST_TEXT, MOST_AXES = 20_000, 500, 8
@@ -70,7 +72,10 @@ def check_tensors(graph: Graph, tensors: Mapping[str, Tensor]) -> None:
         own = dict[str, Tensor]()
         for role, name in node.tensors.items():
             _require(name in tensors, f"{node.where}: the tensor {name} is missing")
-            _require(tensors[name].is_floating_point(), f"{node.where}: {name} has no floating-point numbers")
+            whole = role == COUNT  # of batches; all else is computed with
+            fits = tensors[name].dtype == torch.int64 if whole else tensors[name].is_floating_point()
+            kind = "int64" if whole else "floating-point"
+            _require(fits, f"{node.where}: {name} has no {kind} numbers")
             own[role] = tensors[name]
         try:
             OPERATORS[node.op].check(node, own)

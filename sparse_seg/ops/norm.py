@@ -47,7 +47,9 @@ class BatchNorm(Operator):
         return F.batch_norm(inputs[0], *statistics, weight, bias, training, momentum, node.options["eps"])
 
     def check(self, node: Node, tensors: Tensors) -> None:
-        _check_channels(node, tensors)
+        _check_channels(node, {role: tensor for role, tensor in tensors.items() if role != COUNT})
+        if COUNT in tensors and tensors[COUNT].shape != ():
+            raise ValueError(f"{COUNT} is {list(tensors[COUNT].shape)}, not one number")
         if not 0 < node.options["eps"] <= 1:
             raise ValueError(f"eps is {node.options['eps']}")
 

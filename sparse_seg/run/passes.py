@@ -9,26 +9,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.graph import Geometry
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
 from sparse_seg.models.layouts import check_images, warn_of_bytes
 from sparse_seg.models.network import eval_mode
 from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.models.way import Way
 from sparse_seg.ops import OPERATORS, Node
-from sparse_seg.run.patch import check_patch, patched
+from sparse_seg.run.patch import patched
+from sparse_seg.run.segmentor import GraphSegmentor
 from sparse_seg.run.values import Run, Values
 from sparse_seg.sites import Grid, Mixed, Sites, grid_size
-from sparse_seg.sparse import EXCHANGES, SEPARATE, SiteLayout
-
-if TYPE_CHECKING:
-    from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.sparse import SiteLayout
 
 
 class Kept(NamedTuple):
@@ -49,7 +46,7 @@ class GraphPass:
         ValueError: images of a wrong shape or dtype.
     """
 
-    def __init__(self, model: SelectiveNetwork, images: Tensor, labels: Tensor | None = None) -> None:
+    def __init__(self, model: GraphSegmentor, images: Tensor, labels: Tensor | None = None) -> None:
         check_images(images)
         warn_of_bytes(images)
         self.model, self.labels = model, labels
@@ -341,16 +338,3 @@ class GraphPass:
 
     def _add(self, part: str, macs: int) -> None:
         self._counts[part] = self._counts.get(part, 0) + macs
-
-
-def check_way(way: Way, exchange: str, geometry: Geometry) -> None:
-    """Raises a SparseSegError, of one line, where a captured network cannot run a way."""
-    rule = way.exchange or exchange
-    if rule not in EXCHANGES:
-        raise ValueError(f"unknown exchange {rule!r}; choose one of {', '.join(EXCHANGES)}")
-    if rule == SEPARATE:
-        raise SparseSegError("a captured network has no exchange separate; choose linear, nearest or none")
-    if way.engine == "spconv":
-        raise SparseSegError("a captured network has no engine spconv; choose gather or auto")
-    if way.merge == "patch":
-        check_patch(geometry)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparse_seg import selective
 from sparse_seg.config import MaskConfig
 from sparse_seg.graph import rewrite
-from sparse_seg.run.network import Tensors
+from sparse_seg.run.segmentor import Tensors
 from sparse_seg.run.selective import build_network
 from tests.graph.layers import randomise
 from tests.graph.toys import Toy

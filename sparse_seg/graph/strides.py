@@ -1,0 +1,119 @@
+"""Where a graph's values and taps lie as it was captured, in pixels."""
+
+from __future__ import annotations
+
+from sparse_seg.ops import OPERATORS, Graph, Node, Spatial, UnknownOperator, Window
+from sparse_seg.sites import Taps
+
+
+class Strides:
+    """Strides and taps of a graph.
+
+    Args:
+        graph: without padding layers.
+
+    Attributes:
+        captured: each value's stride as captured, px; 0 of vectors.
+        own: output stride of the network as captured.
+
+    Raises:
+        UnknownOperator: a geometry that cannot be.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.nodes = graph, graph.by_name
+        self.users = graph.users()
+        self.captured = self._captured()
+        self.own = self._own()
+
+    def _captured(self) -> dict[str, int]:
+        strides: dict[str, int] = {}
+        for node in self.graph.nodes:
+            operator, grids = OPERATORS[node.op], [name for name in node.inputs if strides[name]]
+            if node.op == "image":
+                strides[node.name] = 1
+            elif node.op == "resize" and self.nodes[node.inputs[0]].size != (1, 1):
+                strides[node.name] = self._resized(node)
+            elif operator.is_pool or not grids:
+                strides[node.name] = 0
+            elif isinstance(operator, Spatial):
+                down, across = operator.window(node).stride
+                if down != across:
+                    raise UnknownOperator(f"{node.where}: strides {down} and {across} along the two axes")
+                strides[node.name] = strides[grids[0]] * down
+            else:
+                found = {strides[name] for name in grids}
+                if len(found) > 1:
+                    raise UnknownOperator(f"{node.where}: joins values at strides {sorted(found)} px")
+                strides[node.name] = found.pop()
+        return strides
+
+    def _resized(self, node: Node) -> int:
+        (height, width), size = node.size, self.graph.size
+        stride = round(size[0] / height)
+        if (-(-size[0] // stride), -(-size[1] // stride)) != (height, width) or stride & (stride - 1):
+            raise UnknownOperator(
+                f"{node.where}: resizes to {height}x{width} for images of {size[0]}x{size[1]}, which is no "
+                "stride; capture the network with images whose sides are multiples of 64"
+            )
+        return stride
+
+    def _own(self) -> int:
+        for node in self.graph.nodes:
+            if node.op == "resize" and self.captured[node.inputs[0]]:
+                before = self.captured[node.inputs[0]]
+                if before > self.captured[node.name] and before > 1:
+                    return before
+        return self.captured[self.graph.output]
+
+    def window(self, node: Node) -> Window | None:
+        """A node's window, if it reads more than one place of a grid."""
+        operator = OPERATORS[node.op]
+        if not isinstance(operator, Spatial) or not self.captured[node.name]:
+            return None
+        window = operator.window(node)
+        return None if window.kernel == (1, 1) else window
+
+    def taps(self, node: Node, size: tuple[int, int] | None = None) -> Taps:
+        """Where a window reads, for images of `size` px."""
+        window, unit = self.window(node), self.captured[node.inputs[0]]
+        assert window is not None
+        axes = []
+        for axis in range(2):
+            kernel, stride, dilation = window.kernel[axis], window.stride[axis], window.dilation[axis]
+            if window.padding is not None:
+                before = window.padding[axis]
+            else:
+                length = -(-(size or self.graph.size)[axis] // unit)
+                missing = (-(-length // stride) - 1) * stride + (kernel - 1) * dilation + 1 - length
+                before = max(missing, 0) // 2
+            axes.append(tuple((tap * dilation - before) * unit for tap in range(kernel)))
+        return Taps(*axes)
+
+    def kernel_inside(self, node: Node, size: tuple[int, int]) -> tuple[slice, slice] | None:
+        """The part of a kernel that ever reads inside images of `size` px; None of all of it.
+
+        Large atrous rates reach beyond small images: of torchvision's 36, at stride 16, one tap of nine reads
+        inside 512x512.
+        """
+        operator, taps = OPERATORS[node.op], self.taps(node, size)
+        if not isinstance(operator, Spatial) or not operator.skips_outside:
+            return None
+        parts = taps.inside(size)
+        return None if taps.part(parts) == taps else parts
+
+    def taps_inside(self, node: Node, size: tuple[int, int]) -> Taps:
+        """Where a window reads, without taps that are always outside images of `size` px and add nothing."""
+        parts, taps = self.kernel_inside(node, size), self.taps(node, size)
+        return taps if parts is None else taps.part(parts)
+
+    def spacing(self, node: Node) -> int:
+        """Px between a window's taps; 0 of a node without."""
+        window = self.window(node)
+        if window is None:
+            return 0
+        far = [d for d, k in zip(window.dilation, window.kernel, strict=True) if k > 1]
+        return min(far) * self.captured[node.inputs[0]]
+
+    def _grids(self, node: Node) -> list[str]:
+        return [name for name in node.inputs if self.captured[name]]
