@@ -53,7 +53,7 @@ def write_foreign_files() -> None:
 def test_foreign_checkpoints_to_pictures(capsys: pytest.CaptureFixture) -> None:
     write_foreign_files()
     write_scenes("data/cityscapes", 4, (64, 96), val_fraction=0.5)
-    (block,) = re.findall(r"```bash\n(.*?)```", CONVERTING, re.DOTALL)
+    block, _any_module = re.findall(r"```bash\n(.*?)```", CONVERTING, re.DOTALL)
     for line in block.strip().splitlines():
         python, tool, *arguments = shlex.split(line, comments=True)
         assert python == "python"
