@@ -25,16 +25,19 @@ def package(name: str) -> Any:
     return outcome
 
 
+_REGISTER = torch.library.register_fake
+
+
 @cache
 def _imported(name: str) -> types.ModuleType | str:
-    register = torch.library.register_fake
+    register = _REGISTER
 
     def register_own(op: Any, *args: Any, **options: Any) -> Any:
         if isinstance(op, str) and op.startswith("torchvision::"):
             return lambda function: function
         return register(op, *args, **options)
 
-    torch.library.register_fake = register_own
+    torch.library.register_fake = register_own  # and stays: transformers imports torchvision when it needs it
     if name.startswith("mmseg"):
         sys.modules.setdefault("mmcv.ops", _Anything("mmcv.ops"))  # mmcv-lite comes without them
     try:
@@ -43,8 +46,6 @@ def _imported(name: str) -> types.ModuleType | str:
             return importlib.import_module(name)
     except Exception as error:  # a mismatched build fails in many ways
         return f"{name} cannot be imported: {error}"
-    finally:
-        torch.library.register_fake = register
 
 
 class _Anything(types.ModuleType):

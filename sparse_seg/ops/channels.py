@@ -18,9 +18,7 @@ class Cat(Operator):
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
         first = inputs[0]
-        for x in inputs[
-            1:
-        ]:  # torch.compile has no max with a key; there may be no rows, so [1, C] is no count
+        for x in inputs[1:]:  # torch.compile has no max by a key; there may be no rows beside a vector
             places, most = math.prod(x.shape[2:]), math.prod(first.shape[2:])
             if places > most or (places == most and first.shape[0] == 1):
                 first = x

@@ -239,7 +239,7 @@ class Run:
                 return read[0].mean_by_area()
             read = [read[0].lattice]
         arrays = [one.tensor if isinstance(one, Grid) else one for one in read]
-        places = max((int(one.shape[0]) for one in arrays), default=0)  # one, of what depends on no image
+        places = max([0, *[int(one.shape[0]) for one in arrays]])  # one, of what depends on no image
         self.counted(node, places)
         return operator.apply(node, self.tensors_of(node), arrays, self._trains(node))
 

@@ -40,7 +40,8 @@ ROOT = Path(__file__).parents[2]
 def torchrun(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "tools/train.py"), *map(str, arguments), "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}  # for networks that tests define
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
 
 @pytest.fixture(scope="session")
