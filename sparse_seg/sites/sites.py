@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ class Sites:
 
     def __init__(self, levels: dict[int, Level], exchange: str) -> None:
         self.levels, self.exchange = levels, exchange
+        self._whole: Sites | None = None
 
     @classmethod
     def of_mask(
@@ -88,14 +88,16 @@ class Sites:
             before = plan
         return cls(levels, exchange)
 
-    @cached_property
+    @property
     def whole(self) -> Sites:
         """These sites, all of them to be run."""
         levels = self.levels.items()
         if all(level.run == level.count for _, level in levels):
             return self
-        whole = {one: Level(level.plan, level.cells, level.exchange, level.near) for one, level in levels}
-        return Sites(whole, self.exchange)
+        if self._whole is None:  # not functools.cached_property: its lock is beyond torch.compile
+            whole = {one: Level(level.plan, level.cells, level.exchange, level.near) for one, level in levels}
+            self._whole = Sites(whole, self.exchange)
+        return self._whole
 
     def run_rows(self) -> int:
         """How many extra sites are run, those outside the image at a border of odd size included."""
