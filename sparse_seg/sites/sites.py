@@ -71,7 +71,7 @@ class Sites:
             fine: how many of the k blocks are at the finest stride; with two strides all.
         """
         levels, before = {}, None
-        for number, (stride, plan) in enumerate(plans.items()):
+        for stride, plan in plans.items():
             batch = plan.batch
             if before is None:
                 cells = chosen
@@ -83,7 +83,6 @@ class Sites:
                 children = before.fine_of_phases.index_select(1, blocks.reshape(-1))
                 cells = children.reshape(4, batch, -1).permute(1, 0, 2).reshape(batch, -1)
                 blocks = cells
-            del number
             levels[stride] = Level(plan, cells.reshape(-1), exchange, near.get(stride, ()))
             before = plan
         return cls(levels, exchange)
@@ -98,7 +97,3 @@ class Sites:
             whole = {one: Level(level.plan, level.cells, level.exchange, level.near) for one, level in levels}
             self._whole = Sites(whole, self.exchange)
         return self._whole
-
-    def run_rows(self) -> int:
-        """How many extra sites are run, those outside the image at a border of odd size included."""
-        return sum(3 * level.run for level in self.levels.values())
