@@ -118,19 +118,19 @@ class Registry(Mapping[str, Any]):
 BACKBONES = Registry(
     "backbone",
     {
-        "resnet18": "sparse_seg.models.resnet:RESNET18",
-        "resnet34": "sparse_seg.models.resnet:RESNET34",
-        "resnet50": "sparse_seg.models.resnet:RESNET50",
-        "resnet101": "sparse_seg.models.resnet:RESNET101",
+        "resnet18": "sparse_seg.networks.resnet:resnet18",
+        "resnet34": "sparse_seg.networks.resnet:resnet34",
+        "resnet50": "sparse_seg.networks.resnet:resnet50",
+        "resnet101": "sparse_seg.networks.resnet:resnet101",
     },
 )
 HEADS = Registry(
     "head",
     {
-        "lite": "sparse_seg.models.heads:LiteHead",
-        "deeplabv3": "sparse_seg.models.deeplab:DeepLabV3Head",
-        "deeplabv3plus": "sparse_seg.models.deeplab:DeepLabV3PlusHead",
-        "fcn": "sparse_seg.models.heads:FCNHead",
+        "lite": "sparse_seg.networks.heads:LiteHead",
+        "deeplabv3": "sparse_seg.networks.heads:DeepLabV3Head",
+        "deeplabv3plus": "sparse_seg.networks.heads:DeepLabV3PlusHead",
+        "fcn": "sparse_seg.networks.heads:FCNHead",
     },
 )
 POOLING_HEADS = ("deeplabv3", "deeplabv3plus")  # those with ASPP, which pools each image

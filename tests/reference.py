@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg import build_model
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout, rows_to_grid
 
 DEPTHS = {
@@ -188,7 +188,7 @@ def reference_name(name: str) -> str:
     return name
 
 
-def as_reference(model: SelectiveSegmentor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_reference(model: SelectiveNetwork, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Values by our parameter names (weights or their gradients) as the reference names and shapes them."""
     krsc = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, SelectiveConv2d)}
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -203,7 +203,7 @@ def as_reference(model: SelectiveSegmentor, values: dict[str, Tensor]) -> dict[s
     return result
 
 
-def copy_weights(model: SelectiveSegmentor, reference: DenseSegmentor) -> None:
+def copy_weights(model: SelectiveNetwork, reference: DenseSegmentor) -> None:
     """Weights and statistics of our model into the reference: no key missing, none left over."""
     converted = as_reference(model, model.state_dict())
     expected = reference.state_dict()
@@ -214,7 +214,7 @@ def copy_weights(model: SelectiveSegmentor, reference: DenseSegmentor) -> None:
 
 
 @torch.no_grad()
-def randomise(model: SelectiveSegmentor, seed: int = 0) -> None:
+def randomise(model: SelectiveNetwork, seed: int = 0) -> None:
     """Random statistics and affine of every batch norm, near what keeps activations of order one."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -248,7 +248,7 @@ def random_model(
     exchange: str = "linear",
     trained_stride: int = 8,
     strides: tuple[int, ...] = (8, 16),
-) -> SelectiveSegmentor:
+) -> SelectiveNetwork:
     """A network with random weights and statistics, in eval mode. Shared between tests: do not change it."""
     torch.manual_seed(0)
     config = {"backbone": backbone, "head": head, "width": width, "exchange": exchange, "head_channels": 16}
@@ -284,7 +284,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def variant_model(name: str, dtype: torch.dtype = torch.float64) -> SelectiveSegmentor:
+def variant_model(name: str, dtype: torch.dtype = torch.float64) -> SelectiveNetwork:
     """A network of `VARIANTS` with random weights and statistics, in eval mode. Shared: do not change it."""
     torch.manual_seed(0)
     common = {"width": 0.125, "head_channels": 16, "low_level_channels": 6, "num_classes": NUM_CLASSES}
@@ -294,7 +294,7 @@ def variant_model(name: str, dtype: torch.dtype = torch.float64) -> SelectiveSeg
 
 
 def dense_reference(
-    model: SelectiveSegmentor, output_stride: int, backbone: str, head: str = "lite", width: float = 0.125
+    model: SelectiveNetwork, output_stride: int, backbone: str, head: str = "lite", width: float = 0.125
 ) -> DenseSegmentor:
     """The `nn.Conv2d` network of the same weights at an output stride."""
     rates = [rate * 8 // output_stride for rate in (4, 8, 12)]
@@ -342,7 +342,7 @@ def block_mask(kind: str, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
 MASKS = ("empty", "full", "random", "checkerboard", "one", "corner")
 
 
-def grid_logits(model: SelectiveSegmentor, images: Tensor, layouts: Sequence[SiteLayout]) -> Tensor:
+def grid_logits(model: SelectiveNetwork, images: Tensor, layouts: Sequence[SiteLayout]) -> Tensor:
     """The head's logits on given layouts, by the modules alone."""
     rows, first = model.backbone(images, layouts), layouts[0]
     return model.head(rows[-1], layouts[-1], rows_to_grid(rows[0], first.batch, first.size))

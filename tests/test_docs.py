@@ -17,7 +17,7 @@ from sparse_seg.lab.ablation.report import ablation_table, class_table, seed_tab
 from sparse_seg.lab.benchmark.tables import COLUMNS, benchmark_table, profile_table
 from sparse_seg.lab.compare.report import comparison_table, fraction_table
 from sparse_seg.lab.report.tables import Column, Table
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.network import SelectiveNetwork
 
 ROOT = Path(__file__).parents[1]
@@ -167,7 +167,7 @@ def test_tools_are_not_called_as_programs(name: str):
 def test_names_in_the_readmes_example_exist():
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     used = [node for node in ast.walk(ast.parse("\n".join(examples))) if isinstance(node, ast.Attribute)]
-    owners = {"sparse_seg": sparse_seg, "model": SelectiveSegmentor, "net": SelectiveNetwork}
+    owners = {"sparse_seg": sparse_seg, "model": SelectiveNetwork, "net": SelectiveNetwork}
     seen = {node.attr for node in used if isinstance(node.value, ast.Name) and node.value.id in owners}
     assert {
         "selective",

@@ -137,7 +137,7 @@ if TYPE_CHECKING:
     from sparse_seg.training import trainer
 class Segmentor:
     def start(self):
-        from sparse_seg.models.way import Way
+        from sparse_seg.run.way import Way
 """
     assert set(imports_of("models.segmentor", source)) == {
         Import("models.segmentor", "errors", "module"),

@@ -19,8 +19,8 @@ from sparse_seg.models.blocks import Residual
 from sparse_seg.models.heads import Head, HeadOptions
 from sparse_seg.models.plain import plain_network
 from sparse_seg.models.resnet import Architecture
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from sparse_seg.registry import BACKBONES, HEADS, POLICIES
 from sparse_seg.sparse import SelectiveDepthwiseConv2d, SelectiveLinear, Step
 from tests.counting import count_modules
@@ -96,7 +96,7 @@ POLICIES.register("toy", Surprise)
 OPTIONS = {"backbone": {"backbone_options": {"grow": 3}}, "head": {"head_options": {"inner": 10}}}
 
 
-def network(part: str = "", name: str = "", **settings: Any) -> SelectiveSegmentor:
+def network(part: str = "", name: str = "", **settings: Any) -> SelectiveNetwork:
     """A small network with one part of a name, the toy's with an option of its own."""
     torch.manual_seed(0)
     small = {} if (part, name) == ("backbone", "toy") else {"width": 0.125}

@@ -28,9 +28,9 @@ from sparse_seg.config import ModelConfig, check_model
 from sparse_seg.errors import CheckpointError, SparseSegError
 from sparse_seg.graph import Geometry
 from sparse_seg.graph.file import check_tensors
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.card import Card
-from sparse_seg.models.weights import check_finite, load_weights, part_of
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.card import Card
+from sparse_seg.run.weights import check_finite, load_weights, part_of
 from sparse_seg.run.build import check_policy
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.segmentor import Tensors

@@ -26,16 +26,14 @@ from sparse_seg.data import dataset_classes, dataset_ids
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.graph.file import first_difference
 from sparse_seg.masks import cad_mask_net, mask_net
-from sparse_seg.models.build import build_model
-from sparse_seg.models.card import Card
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.weights import check_shapes, load_weights, meta_network, part_of
+from sparse_seg.run.build import build_model
+from sparse_seg.run.card import Card
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.weights import check_shapes, load_weights, meta_module, part_of
 from sparse_seg.registry import POLICIES, POOLING_HEADS
 from sparse_seg.run.network import SelectiveNetwork
 
 NETS: dict[str, Callable[[int, int], nn.Module]] = {"mask_net": mask_net, "cad_mask_net": cad_mask_net}
-# How a network runs, not what it computes dense
-RUN_SETTINGS = ("mask", "exchange", "engine", "merge", "strides")
 
 
 def load_model(path: str | Path, config: Config | None = None) -> Any:  # of a Segmentor, as `build_model`
@@ -108,7 +106,7 @@ def _weights_for(own: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str,
     }
 
 
-def load_backbone(path: str | Path) -> SelectiveSegmentor:
+def load_backbone(path: str | Path) -> SelectiveNetwork:
     """A network with the backbone of a checkpoint and a fresh head, in eval mode.
 
     Raises:

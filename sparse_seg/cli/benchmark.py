@@ -42,7 +42,7 @@ from sparse_seg.lab.benchmark.tables import benchmark_table, profile_table
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.tables import Table
 from sparse_seg.masks import POLICIES
-from sparse_seg.models.base import Segmentor
+from sparse_seg.run.segmentor import Segmentor
 
 SCOPES = ("stages", "network")
 

@@ -23,7 +23,7 @@ from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
 from sparse_seg.files import check_outputs
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from sparse_seg.training.gain import collect, fit
 
 

@@ -69,7 +69,7 @@ from sparse_seg.lab.predict.segment import Segmenter
 from sparse_seg.lab.predict.video import VideoOptions, write_video
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.masks import POLICIES
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from sparse_seg.progress import bar
 
 CONFIG_SUFFIXES = (".yaml", ".yml")

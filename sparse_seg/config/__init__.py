@@ -13,6 +13,7 @@ from sparse_seg.config.load import (
 from sparse_seg.config.reading import config_files, parse_settings, parse_yaml, read_yaml
 from sparse_seg.config.rules import check_classes, check_config, check_model, check_training, num_classes
 from sparse_seg.config.schema import (
+    RUN_SETTINGS,
     Config,
     DataConfig,
     DistillConfig,
@@ -23,6 +24,7 @@ from sparse_seg.config.schema import (
 )
 
 __all__ = [
+    "RUN_SETTINGS",
     "Config",
     "DataConfig",
     "DistillConfig",

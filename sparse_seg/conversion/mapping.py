@@ -16,7 +16,7 @@ from sparse_seg.checkpoint.content import ASIDE
 from sparse_seg.config import ModelConfig, model_config
 from sparse_seg.conversion.plan import Plan, Tensors
 from sparse_seg.errors import CheckpointError
-from sparse_seg.models.weights import meta_network
+from sparse_seg.run.weights import meta_network
 from sparse_seg.sparse import SelectiveConv2d, SelectiveDepthwiseConv2d
 
 COUNTER = "num_batches_tracked"  # older files lack it; it counts, and computes nothing

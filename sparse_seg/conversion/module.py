@@ -20,7 +20,7 @@ from sparse_seg.conversion.mapping import COUNTER
 from sparse_seg.conversion.reading import read_source
 from sparse_seg.data.class_file import ClassFile
 from sparse_seg.errors import CheckpointError
-from sparse_seg.models.weights import load_weights, shape_faults
+from sparse_seg.run.weights import load_weights, shape_faults
 from sparse_seg.run.build import build_module, capture_module
 from sparse_seg.run.network import SelectiveNetwork
 

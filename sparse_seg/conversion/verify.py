@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_seg.config import ModelConfig
 from sparse_seg.models.plain import plain_network, plain_stages, plain_stem
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.sparse import rows_to_grid
 
 SIZE = (129, 161)  # height, width in px: odd, so that borders are checked too
@@ -49,7 +49,7 @@ class Verification:
 
 
 @torch.no_grad()
-def verify(model: SelectiveSegmentor, has_head: bool = True, seed: int = 0) -> Verification:
+def verify(model: SelectiveNetwork, has_head: bool = True, seed: int = 0) -> Verification:
     """Compare dense, all-fine and selective runs of a network in eval mode on one random image.
 
     Args:
@@ -84,16 +84,16 @@ def verify(model: SelectiveSegmentor, has_head: bool = True, seed: int = 0) -> V
     return Verification(always, p1)
 
 
-def _features(model: SelectiveSegmentor, images: Tensor, stride: int) -> Tensor:
+def _features(model: SelectiveNetwork, images: Tensor, stride: int) -> Tensor:
     layouts = model.dense_layouts(images, stride)
     return rows_to_grid(model.backbone(images, layouts)[3], images.shape[0], layouts[3].size)
 
 
-def _plain_features(model: SelectiveSegmentor, images: Tensor, stride: int) -> Tensor:
+def _plain_features(model: SelectiveNetwork, images: Tensor, stride: int) -> Tensor:
     return plain_stages(model.backbone, stride).eval()(plain_stem(model.backbone).eval()(images))
 
 
-def _grid(model: SelectiveSegmentor, images: Tensor, blocks: Tensor) -> Tensor:
+def _grid(model: SelectiveNetwork, images: Tensor, blocks: Tensor) -> Tensor:
     """layer4 of an all-fine run as a grid."""
     layouts = model.selective_layouts(images, blocks)
     rows = model.backbone(images, layouts)[3]
@@ -101,7 +101,7 @@ def _grid(model: SelectiveSegmentor, images: Tensor, blocks: Tensor) -> Tensor:
     return rows_to_grid(grid, images.shape[0], layouts[3].size)
 
 
-def _lattice(model: SelectiveSegmentor, images: Tensor, blocks: Tensor) -> Tensor:
+def _lattice(model: SelectiveNetwork, images: Tensor, blocks: Tensor) -> Tensor:
     """layer4 of the coarse sites as a grid."""
     layouts = model.selective_layouts(images, blocks)
     rows = model.backbone(images, layouts)[3][: layouts[3].num_lattice]

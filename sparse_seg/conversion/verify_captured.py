@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_seg.conversion.verify import SIZE, Difference, Verification, relative
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.values import Run, Values
 from sparse_seg.sites import Grid, Mixed, Sites

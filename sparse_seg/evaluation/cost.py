@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.network import eval_mode
-from sparse_seg.models.way import Way
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.modes import eval_mode
+from sparse_seg.run.way import Way
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_seg.data.dataset import SMALLEST_SIDE
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 
 ALIGNMENT = 32  # px; windows start on sites of every stride
 LEAST_WINDOW = 256  # px

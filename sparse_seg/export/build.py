@@ -6,7 +6,7 @@ from typing import Any
 
 from sparse_seg.export import graph_network, network
 from sparse_seg.export.static import ExportOptions, StaticForm
-from sparse_seg.models.base import Segmentor
+from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.network import SelectiveNetwork
 
 

@@ -15,9 +15,9 @@ from sparse_seg.export.onnx_file import interface
 from sparse_seg.export.runtime import open_session
 from sparse_seg.export.static import ExportOptions, StaticForm
 from sparse_seg.masks import MaskPolicy, blur_scores
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.passes import Pass
-from sparse_seg.models.way import Way
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.passes import Pass
+from sparse_seg.run.way import Way
 
 TOLERANCE = 1e-4  # of logits, relative to the largest; float32 in another order gives 1e-6 to 1e-5
 _Module = TypeVar("_Module", bound=torch.nn.Module)

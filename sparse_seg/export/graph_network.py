@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export.static import ExportOptions, StaticForm, check_policy, check_size
 from sparse_seg.graph import Geometry
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from sparse_seg.ops import Graph
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.patch import patched
@@ -37,7 +37,7 @@ class GraphNetwork(StaticForm):
         self.has_std = not _fold_std(graph, tensors, self.std)
         self.weights = Tensors({name: tensor.float() for name, tensor in tensors.items()})
         self.geometry = geometry = Geometry(graph, self.strides)
-        last = geometry.trained, graph.align_corners
+        last = geometry.trained(geometry.graph.output), graph.align_corners
         if options.dense is None:
             self._prepare_choice(model, self._output_stride(self.strides[-1]), *last)
             self.plans = {

@@ -17,7 +17,7 @@ from sparse_seg.export.sites import Lattice, Sites, rows_to_grid
 from sparse_seg.export.upsample import Upsample, grid_size
 from sparse_seg.models.aspp import SelectiveSeparableConv2d
 from sparse_seg.models.heads import FINEST_DENSE_STRIDE, LOW_LEVEL_STRIDE
-from sparse_seg.models.upsample import at_least_float32
+from sparse_seg.ops.upsample import at_least_float32
 
 
 class Layers(nn.Module):

@@ -17,8 +17,8 @@ from sparse_seg.export.upsample import grid_size
 from sparse_seg.models.heads import Head
 from sparse_seg.models.patch import layers, reads_neighbours
 from sparse_seg.models.resnet import STAGE_STRIDES
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 
 
 class StaticNetwork(StaticForm):
@@ -31,7 +31,7 @@ class StaticNetwork(StaticForm):
         SparseSegError: options that do not fit the model, or a part that has no static form.
     """
 
-    def __init__(self, model: SelectiveSegmentor, options: ExportOptions) -> None:
+    def __init__(self, model: SelectiveNetwork, options: ExportOptions) -> None:
         check_options(model, options)
         model = model.for_inference()
         super().__init__(model, options)
@@ -96,7 +96,7 @@ class StaticNetwork(StaticForm):
         return splits
 
 
-def check_options(model: SelectiveSegmentor, options: ExportOptions) -> None:
+def check_options(model: SelectiveNetwork, options: ExportOptions) -> None:
     """Raises a SparseSegError, of one line, where a static network cannot be made."""
     check_size(options)
     if options.dense is not None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.export.segmentor import RuntimeRun, RuntimeSegmentor, in_runtime
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.passes import Pass
-from sparse_seg.models.way import Way
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.passes import Pass
+from sparse_seg.run.way import Way
 
 TORCH, AUTO = "torch", "auto"
 CHOICES = (AUTO, TORCH, *RUNTIMES)

@@ -21,10 +21,10 @@ from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.runtime import Session, check_runtime, open_session
 from sparse_seg.export.static import ExportOptions
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.layouts import check_images
-from sparse_seg.models.predicting import Predicting
-from sparse_seg.models.way import Way
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.images import check_images
+from sparse_seg.run.predicting import Predicting
+from sparse_seg.run.way import Way
 
 _MAKING = threading.Lock()  # PyTorch's exporter keeps state outside the network: one graph at a time
 GRAPHS = 8  # kept: each holds the weights

@@ -12,8 +12,8 @@ from sparse_seg.errors import SparseSegError
 from sparse_seg.export.policies import Choice, Ranking
 from sparse_seg.export.upsample import Tiles, Upsample, grid_size
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.layouts import MIN_SIZE
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.images import MIN_SIZE
 
 INPUTS = ("float", "uint8")
 
@@ -27,7 +27,7 @@ class ExportOptions:
         dense: output stride of a dense network; None for a selective one.
         fine_fraction: share of fine blocks; None for the policy's own.
         given: whether the fine blocks are an input, in place of the policy.
-        merge: `whole` or `patch`, see `SelectiveSegmentor`; None for the model's own.
+        merge: `whole` or `patch`, see `SelectiveNetwork`; None for the model's own.
         input: `float`, `[B, 3, H, W]` in 0..1; or `uint8`, `[B, H, W, 3]`.
         mean, std: of the normalisation, which the network does itself.
         logits: whether the logits `[B, K, H, W]` are an output, too.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.models.upsample import _interpolation_matrix
+from sparse_seg.ops.upsample import _interpolation_matrix
 
 
 def grid_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -18,7 +18,7 @@ def grid_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
 
 
 class Upsample(nn.Module):
-    """As `models.upsample.upsample_logits` from one grid to one size, by two matrix products.
+    """As `ops.upsample.upsample_logits` from one grid to one size, by two matrix products.
 
     Args:
         cells: `(h, w)` of the grid; size: `(H, W)` of the images.

@@ -12,7 +12,7 @@ from sparse_seg.export.check import check_graph
 from sparse_seg.export.onnx_file import METADATA, describe, to_onnx
 from sparse_seg.export.static import ExportOptions
 from sparse_seg.files import atomic_write
-from sparse_seg.models.base import Segmentor
+from sparse_seg.run.segmentor import Segmentor
 
 
 def export_onnx(

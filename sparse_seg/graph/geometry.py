@@ -39,6 +39,8 @@ class Geometry(Strides):
         graph: without padding layers.
         strides: px, finest first, each twice the one before; None: the network's own output stride, and twice
             that.
+        trained: output stride, px, whose offset the first upsampling behind the rows keeps; None: as
+            captured.
 
     Attributes:
         kind: `early`, `rows`, `late` or `vector` of each value.
@@ -49,8 +51,11 @@ class Geometry(Strides):
         UnknownOperator: a geometry that cannot be.
     """
 
-    def __init__(self, graph: Graph, strides: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, graph: Graph, strides: Sequence[int] | None = None, trained: int | None = None
+    ) -> None:
         super().__init__(graph)
+        self._trained = trained
         self.strides = tuple(strides) if strides is not None else (self.own, 2 * self.own)
         self.mixing: set[str] = set()
         self.kind: dict[str, str] = {}
@@ -86,19 +91,38 @@ class Geometry(Strides):
                 clean.add(name)
             if from_rows(grids):
                 deep.add(name)
-        before_clean = set[str]()
-        for node in reversed(self.graph.nodes):
-            users = [user.name for user in self.users[node.name] if self.captured[user.name]]
-            if any(user in before_clean or user in clean for user in users):
-                before_clean.add(node.name)
+        clean = self._without_last_cells(clean)
+        before_clean = self._before(clean)
         for node in self.graph.nodes:
             name, reads_late = node.name, any(self.kind.get(one) == "late" for one in node.inputs)
             is_vector = self.kind.get(name) == "vector"
             mixes = not is_vector and self.window(node) is not None and name in deep and name not in clean
-            if mixes and name in before_clean and name not in behind:
+            if node.options.get("cell") or (mixes and name in before_clean and name not in behind):
                 self.mixing.add(name)
             elif mixes or name in behind or reads_late:
                 self.kind[name] = "late"
+
+    def _without_last_cells(self, clean: set[str]) -> set[str]:
+        """Without the last windows whose taps lie one cell apart as captured, less than the coarsest stride:
+        dense at that stride, they read the next cells there, as a head's dense 3x3 does."""
+        left = set(clean)
+        for node in reversed(self.graph.nodes):
+            if node.name not in clean or node.name in self._before(left):
+                continue
+            window = self.window(node)
+            at_own = self.captured[node.inputs[0]] == self.own
+            if window and window.dilation == (1, 1) and at_own and self.own < self.strides[-1]:
+                left.discard(node.name)
+        return left
+
+    def _before(self, windows: set[str]) -> set[str]:
+        """Values that lead to some of these windows."""
+        found = set[str]()
+        for node in reversed(self.graph.nodes):
+            users = [user.name for user in self.users[node.name] if self.captured[user.name]]
+            if any(user in found or user in windows for user in users):
+                found.add(node.name)
+        return found
 
     def _natural(self) -> dict[str, int]:
         natural: dict[str, int] = {}
@@ -106,7 +130,7 @@ class Geometry(Strides):
             name, captured = node.name, self.captured[node.name]
             if self.kind.get(name) in ("vector", "late"):
                 continue
-            bounds = [ANY]
+            bounds = [node.options.get("natural", ANY)]
             kept = captured if captured < self.own else ANY  # by who reads all places
             if OPERATORS[node.op].needs_grid:
                 bounds.append(captured)
@@ -149,10 +173,19 @@ class Geometry(Strides):
             "build it with dilation in place of strides (output stride 8 or 16), or give smaller strides"
         )
 
-    @property
-    def trained(self) -> int:
-        """Stride of the logits as captured, px: the last upsampling keeps the offset that it has there."""
-        return self.captured[self.graph.output]
+    def trained(self, name: str) -> int:
+        """Stride, px, whose offset an upsampling of a value keeps: that at which the network was trained."""
+        captured = self.captured[name]
+        first = captured == self.own and name not in self._behind_resizing
+        return self._trained if first and self._trained is not None else captured
+
+    @cached_property
+    def _behind_resizing(self) -> set[str]:
+        found = set[str]()
+        for node in self.graph.nodes:
+            if node.op == "resize" or not found.isdisjoint(node.inputs):
+                found.add(node.name)
+        return found
 
     @property
     def vectors(self) -> list[str]:
@@ -207,7 +240,11 @@ class Geometry(Strides):
 
     @cached_property
     def features(self) -> str:
-        """The last early value that rows read: what a policy looks at."""
+        """What a policy looks at: a backbone's last feature that is early, else the last early value that rows
+        read."""
+        marked = [n.name for n in self.graph.nodes if "natural" in n.options and self.kind[n.name] == "early"]
+        if marked:
+            return marked[-1]
         read = [
             name
             for node in self.graph.nodes

@@ -97,6 +97,47 @@ def read_avg_pool(call: Any) -> Any:
     return _read_pool(call, "avg_pool2d", 1, count_outside=bool(outside))
 
 
+@torch.library.custom_op("sparse_seg::dilated_mean", mutates_args=())
+def dilated_mean(grid: Tensor, stride: int, dilation: int) -> Tensor:
+    """Mean of each place and those `dilation` cells right, below, and diagonal, as far as they are inside:
+    `nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)`, which PyTorch has not dilated."""
+    return _window_sum(grid, stride, dilation) / _window_sum(
+        grid.new_ones(1, 1, *grid.shape[2:]), stride, dilation
+    )
+
+
+def _window_sum(grid: Tensor, stride: int, dilation: int) -> Tensor:
+    height, width = grid.shape[2:]
+    padded, places = F.pad(grid, (0, dilation, 0, dilation)), (0, dilation)
+    parts = [padded[:, :, y : y + height : stride, x : x + width : stride] for y in places for x in places]
+    return parts[0] + parts[1] + parts[2] + parts[3]
+
+
+@dilated_mean.register_fake
+def _(grid: Tensor, stride: int, dilation: int) -> Tensor:
+    return grid.new_empty(*grid.shape[:2], -(-grid.shape[2] // stride), -(-grid.shape[3] // stride))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.shape, ctx.sides = inputs[0].shape, inputs[1:]
+
+
+def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    with torch.enable_grad():
+        grid = grad.new_zeros(ctx.shape, requires_grad=True)
+        mean = _window_sum(grid, *ctx.sides) / _window_sum(grad.new_ones(1, 1, *ctx.shape[2:]), *ctx.sides)
+    return torch.autograd.grad(mean, grid, grad)[0], None, None
+
+
+dilated_mean.register_autograd(_mean_backward, setup_context=_remember)
+
+
+@reads("dilated_mean")
+def read_dilated_mean(call: Any) -> Any:
+    sides = {"stride": [call.argument("stride")] * 2, "dilation": [call.argument("dilation")] * 2}
+    return call.make("avg_pool2d", ["grid"], {}, kernel=[2, 2], **sides, padding=[0, 0], count_outside=False)
+
+
 def _read_pool(call: Any, name: str, dilation: Any, **options: Any) -> Any:
     kernel = pair(call.argument("kernel_size"))
     stride = kernel if not call.argument("stride") else pair(call.argument("stride"))

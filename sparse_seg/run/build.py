@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,14 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_seg.config import Config, ModelConfig, model_config
+from sparse_seg.config import RUN_SETTINGS, Config, ModelConfig, model_config
 from sparse_seg.config.rules import READ_COARSE
+from sparse_seg.config.schema import STRIDES
 from sparse_seg.errors import ConfigError, SparseSegError, did_you_mean
+from sparse_seg.graph import capture
 from sparse_seg.masks import mask_net
-from sparse_seg.models import build
-from sparse_seg.models.card import Card
+from sparse_seg.networks.segmenter import build_module, captured_stride
+from sparse_seg.ops import Graph
+from sparse_seg.run.card import Card
+from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.selective import SIZE, captured
+from sparse_seg.run.selective import SIZE, build_network, captured
+
+CAPTURE_SIZE = (64, 128)  # px, of the example that a network of ours is captured with
+MOST_GRAPHS = 64
+_GRAPHS: dict[str, Graph] = {}  # by settings: a capture takes half a second
 
 
 def build_model(
@@ -44,12 +54,52 @@ def build_model(
     """
     settings = model_config(config)
     if settings.module is None:
-        return build.build_model(settings, learned_net, card)
-    module = build_module(settings.module, settings.module_args)
+        return own_network(settings, learned_net, card)
+    module = import_module(settings.module, settings.module_args)
     return capture_module(module, settings, learned_net, card)
 
 
-def build_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def own_network(
+    settings: ModelConfig,
+    learned_net: Callable[[int, int], nn.Module] = mask_net,
+    card: Card | None = None,
+) -> SelectiveNetwork:
+    """A network of ours, see `build_model`."""
+    if settings.own_strides not in STRIDES:
+        choices = ", ".join(map(str, STRIDES))
+        raise ConfigError(f"model.strides is {settings.own_strides}; a network of ours has one of {choices}")
+    settings = dataclasses.replace(settings, strides=list(settings.own_strides))
+    stride = captured_stride(settings)
+    module = build_module(settings, stride, stride)  # nothing but PyTorch's own upsampling
+    return build_network(own_graph(settings, module), module, {}, settings, card, learned_net)
+
+
+def own_graph(settings: ModelConfig, module: nn.Module) -> Graph:
+    """The graph of a network of ours, kept for the next one of the same settings."""
+    runs = {name: getattr(ModelConfig(), name) for name in RUN_SETTINGS}
+    key = repr(dataclasses.replace(settings, **runs | {"strides": [captured_stride(settings)]}))
+    if key not in _GRAPHS:
+        while len(_GRAPHS) >= MOST_GRAPHS:
+            del _GRAPHS[next(iter(_GRAPHS))]
+        with torch.device("cpu"), eval_mode(module):
+            graph, _ = capture(module, CAPTURE_SIZE)
+        _annotate(graph, module, settings.dilate_second)
+        _GRAPHS[key] = graph
+    return _GRAPHS[key]
+
+
+def _annotate(graph: Graph, module: Any, dilate_second: bool) -> None:
+    """What a graph at one output stride cannot tell: where a backbone's features end, and their natural
+    strides; and which windows read the next cells at any stride."""
+    for name, stride in module.backbone.stages.items():
+        last = [node for node in graph.nodes if f"{node.layer}.".startswith(f"backbone.{name}.")][-1]
+        last.options["natural"] = stride
+    for node in graph.nodes if not dilate_second else ():
+        if re.search(r"layer[34]\.\d+\.conv2$", node.layer):
+            node.options["cell"] = True
+
+
+def import_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """What `PACKAGE:CALLABLE` makes of arguments, on the CPU; packages in the working directory are found.
 
     Raises:
@@ -74,19 +124,9 @@ def capture_module(
     learned_net: Callable[[int, int], nn.Module] = mask_net,
     card: Card | None = None,
 ) -> SelectiveNetwork:
-    """The network of what `build_module` made, as settings say; see `build_model`."""
+    """The network of what `import_module` made, as settings say; see `build_model`."""
     with torch.device("cpu"):  # the graph is compared with the module, by values
-        network = captured(
-            module,
-            settings.strides,
-            settings.mask,
-            settings.exchange,
-            SIZE,
-            card,
-            learned_net,
-            settings.merge,
-        )
-    network.name, network.arguments = str(settings.module), dict(settings.module_args)
+        network = captured(module, settings, SIZE, card, learned_net)
     check_policy(network)
     found, asked = network.num_classes, settings.num_classes
     if asked is not None and found != asked:

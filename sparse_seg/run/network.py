@@ -1,4 +1,4 @@
-"""A network that a graph describes, with the interface of `build_model`'s."""
+"""A network that runs dense or selectively, as a graph describes it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,36 @@ import torch
 from torch import Tensor
 
 from sparse_seg.graph import fold_norms
-from sparse_seg.run.passes import GraphPass
+from sparse_seg.run.passes import Pass
 from sparse_seg.run.report import Report, report
-from sparse_seg.run.segmentor import GraphSegmentor, Tensors
+from sparse_seg.run.segmentor import Segmentor, Tensors
 
 
-class SelectiveNetwork(GraphSegmentor):
-    """A captured network, run dense at any stride or selectively between its strides."""
+class SelectiveNetwork(Segmentor):
+    """A segmentation network that runs coarse everywhere and fine where a mask asks for it.
 
-    def start(self, images: Tensor, labels: Tensor | None = None) -> GraphPass:
+    One set of weights serves `net(images)` (mask by the policy), `net(images, fine_blocks=mask)` and
+    `net.dense(images, output_stride=8)`; `net.start(images)` gives the pass behind them, and `net.module` is
+    the dense network that it was made of.
+    """
+
+    def start(self, images: Tensor, labels: Tensor | None = None) -> Pass:
         """Start a pass over images; nothing is computed yet.
 
         Args:
             labels: int64 `[B, H, W]`, for policies that read them (oracle).
         """
-        return GraphPass(self, images, labels)
+        return Pass(self, images, labels)
 
     def for_inference(self) -> Self:
+        """A copy for prediction only: batch norm folded into weights, no autograd, no auxiliary head.
+
+        The same interface and numbers (to 1e-5). Of such a network, itself. An exported network is faster
+        (`sparse_seg.export`).
+
+        Raises:
+            ValueError: the model is in training mode (its batch statistics cannot be folded).
+        """
         if self.is_folded:
             return self
         self.require_eval()
@@ -36,11 +49,8 @@ class SelectiveNetwork(GraphSegmentor):
             Tensors({name: tensor.detach().clone() for name, tensor in tensors.items()}),
             {},
             copy.deepcopy(self.policy),
-            self.strides,
-            self.mask,
-            self.exchange,
+            self.settings,
             self.card,
-            self.merge,
         )
         folded.is_folded = True
         return folded.eval()

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
-from sparse_seg.models.layouts import check_images, warn_of_bytes
-from sparse_seg.models.network import eval_mode
-from sparse_seg.models.upsample import at_least_float32, upsample_classes, upsample_logits
-from sparse_seg.models.way import Way
+from sparse_seg.run.images import check_images, warn_of_bytes
+from sparse_seg.run.modes import eval_mode
+from sparse_seg.ops.upsample import at_least_float32, upsample_classes, upsample_logits
+from sparse_seg.run.way import Way
 from sparse_seg.ops import OPERATORS, Node
 from sparse_seg.run.patch import patched
-from sparse_seg.run.segmentor import GraphSegmentor
+from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.values import Run, Values
 from sparse_seg.sites import Grid, Mixed, Sites, grid_size
 from sparse_seg.sparse import SiteLayout
@@ -34,7 +34,7 @@ class Kept(NamedTuple):
     num_bytes: int
 
 
-class GraphPass:
+class Pass:
     """One pass of a network over images, with the interface of `models.passes.Pass`.
 
     Args:
@@ -46,7 +46,7 @@ class GraphPass:
         ValueError: images of a wrong shape or dtype.
     """
 
-    def __init__(self, model: GraphSegmentor, images: Tensor, labels: Tensor | None = None) -> None:
+    def __init__(self, model: Segmentor, images: Tensor, labels: Tensor | None = None) -> None:
         check_images(images)
         warn_of_bytes(images)
         self.model, self.labels = model, labels
@@ -68,7 +68,7 @@ class GraphPass:
 
     # -- how to run ----------------------------------------------------------------------------------------
 
-    def follow(self, way: Way | None = None, policy: MaskPolicy | None = None) -> GraphPass:
+    def follow(self, way: Way | None = None, policy: MaskPolicy | None = None) -> Pass:
         """Run this way; a policy chooses the mask now. Returns the pass itself.
 
         Args:
@@ -85,7 +85,7 @@ class GraphPass:
         self._add("mask", policy.macs(size, finest, len(self.images)))
         return self.take(fine_blocks, way)
 
-    def take(self, fine_blocks: Tensor, way: Way | None = None) -> GraphPass:
+    def take(self, fine_blocks: Tensor, way: Way | None = None) -> Pass:
         """Run under this mask, see `Predicting.forward`. After a coarse pass, refine it.
 
         Args:
@@ -119,7 +119,7 @@ class GraphPass:
         self.mask, self._sites, self._stride = fine_blocks, sites, None
         return self
 
-    def fork(self) -> GraphPass:
+    def fork(self) -> Pass:
         """An independent copy of the pass from here on."""
         other = copy.copy(self)
         other._run = copy.copy(self._run)
@@ -150,14 +150,14 @@ class GraphPass:
         """
         if self.model.training or self._with_grad:
             with eval_mode(self.model):
-                return GraphPass(self.model, self.images).coarse_logits(every, stored_dtype)
+                return Pass(self.model, self.images).coarse_logits(every, stored_dtype)
         if self._coarse is None:
             self.start_coarse(stored_dtype)
         assert self._coarse is not None
         return self._upsample(self._run.output(self._coarse), every)
 
     @torch.no_grad()
-    def start_coarse(self, stored_dtype: torch.dtype | None = None) -> GraphPass:
+    def start_coarse(self, stored_dtype: torch.dtype | None = None) -> Pass:
         """Run the coarsest stride so that `take` can refine it.
 
         Args:
@@ -191,7 +191,7 @@ class GraphPass:
         """Classes int64 `[B, H, W]` of the dense network at the finest and at the coarsest stride, without
         gradients and in eval mode."""
         with torch.no_grad(), eval_mode(self.model):
-            one = GraphPass(self.model, self.images)
+            one = Pass(self.model, self.images)
             fine, coarse = (one.follow(Way.dense(self.model.strides[place])).classes() for place in (0, -1))
         return fine, coarse
 
@@ -244,7 +244,7 @@ class GraphPass:
         grid, geometry = self._grid(), self.model.geometry
         align = geometry.graph.align_corners
         logits = at_least_float32(grid.tensor)
-        return upsample_classes(logits, self._run.size, grid.stride, geometry.trained, align)
+        return upsample_classes(logits, self._run.size, grid.stride, geometry.trained(geometry.graph.output), align)
 
     def lattice_logits(self) -> Tensor:
         """Logits `[B, K, H, W]` of the coarse lattice alone: what late values give if no block is fine."""
@@ -328,7 +328,7 @@ class GraphPass:
     def _upsample(self, grid: Grid, every: int = 1) -> Tensor:
         geometry = self.model.geometry
         logits, align = at_least_float32(grid.tensor), geometry.graph.align_corners
-        return upsample_logits(logits, self._run.size, grid.stride, geometry.trained, align, every)
+        return upsample_logits(logits, self._run.size, grid.stride, geometry.trained(geometry.graph.output), align, every)
 
     def _count(self, node: Node, places: int) -> None:
         tensors = {role: self._run.tensors[name] for role, name in node.tensors.items()}

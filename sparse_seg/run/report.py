@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparse_seg.ops import OPERATORS
-from sparse_seg.run.segmentor import GraphSegmentor
+from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.sites import grid_size
 
 
@@ -70,7 +70,7 @@ class Report:
         return "\n".join([*lines, self.limit])
 
 
-def report(network: GraphSegmentor) -> Report:
+def report(network: Segmentor) -> Report:
     """The report of a network for images of the size that it was captured with, under its policy's share."""
     geometry, tensors = network.geometry, network.tensors
     size, fraction = geometry.graph.size, network.policy.fine_fraction

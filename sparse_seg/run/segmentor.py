@@ -1,35 +1,40 @@
-"""What a captured network is made of, and what a pass over images reads of it."""
+"""What a network that runs selectively is made of, and what a pass over images reads of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from sparse_seg.config import MaskConfig, ModelConfig
-from sparse_seg.errors import SparseSegError
 from sparse_seg.graph import Geometry
-from sparse_seg.masks import MaskPolicy
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.card import Card
-from sparse_seg.models.way import Way
+from sparse_seg.masks import POLICIES, MaskPolicy, block_levels, build_policy
 from sparse_seg.ops import OPERATORS, Graph
+from sparse_seg.run.card import Card
 from sparse_seg.run.patch import check_patch
+from sparse_seg.run.predicting import Predicting
+from sparse_seg.run.refinement import refine
+from sparse_seg.run.way import Way
 from sparse_seg.sites import LevelPlan, plan_of
 from sparse_seg.sparse import EXCHANGES, SEPARATE
 
 
-class GraphSegmentor(Segmentor):
-    """Graph, tensors and policy; `SelectiveNetwork` runs them.
+class Segmentor(Predicting, nn.Module):
+    """A network as a graph, that runs coarse everywhere and fine where a mask asks for it.
 
     Args:
         graph: its operators.
         module: holds the tensors that the graph names: the module that was captured, or `Tensors`.
         constants: tensors of the graph that the module has not.
-        policy, strides, mask, card: see `Segmentor`.
-        exchange: what an extra site reads where its level has no site: `linear`, `nearest` or `none`.
+        policy: chooses the fine blocks.
+        settings: as a config has them: what made the module, and how it runs. `strides`, in pixels, are those
+            between which the mask chooses, finest first, each twice the one before; a block is one cell of
+            the coarsest grid.
+        card: what input and output mean; of a checkpoint's network.
 
     Raises:
         NotSelective: nothing of it can run selectively at these strides.
@@ -41,54 +46,56 @@ class GraphSegmentor(Segmentor):
         module: nn.Module,
         constants: Mapping[str, Tensor],
         policy: MaskPolicy,
-        strides: tuple[int, ...],
-        mask: MaskConfig | None = None,
-        exchange: str = "linear",
+        settings: ModelConfig,
         card: Card | None = None,
-        merge: str = "whole",
     ) -> None:
-        super().__init__(policy, strides, mask, merge, card)
-        self.geometry = Geometry(graph, strides)
-        self.module, self.exchange = module, exchange
-        self.constants = Tensors(constants)
-        self.name, self.arguments = type(module).__qualname__, dict[str, Any]()  # of what made the module
-        self.check_way(Way(merge=merge))
+        super().__init__()
+        trained = settings.trained_stride if settings.module is None else None
+        self.geometry = Geometry(graph, settings.strides, trained)
+        self.module, self.constants = module, Tensors(constants)
+        self.policy, self.card = policy, card
+        self.settings = dataclasses.replace(settings, num_classes=graph.node(graph.output).shape[1])
+        self.is_folded = False  # whether it was made by `for_inference`
+        self.check_way(Way())
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self.geometry.strides
+
+    @property
+    def mask(self) -> MaskConfig:
+        """Settings of the policies that a `Way` names."""
+        return self.settings.mask
+
+    @property
+    def exchange(self) -> str:
+        """Rule of what is read where there is no site."""
+        return self.settings.exchange
+
+    @property
+    def merge(self) -> str:
+        """What pixels of coarse blocks get: `whole`, late values are computed everywhere from densified
+        rows; or `patch`, see `run/patch.py`."""
+        return self.settings.merge
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.graph.node(self.graph.output).shape[1]
+
+    @property
+    def dense_stride(self) -> int:
+        """Output stride of a dense training, where none is set."""
+        return self.strides[0] if self.settings.module is not None else 8
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; a folded network may have no parameters."""
+        return next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0)).device
 
     @property
     def graph(self) -> Graph:
         return self.geometry.graph
-
-    @property
-    def num_classes(self) -> int:  # type: ignore[override]
-        return self.graph.node(self.graph.output).shape[1]
-
-    @property
-    def dense_stride(self) -> int:  # type: ignore[override]
-        return self.strides[0]
-
-    @property
-    def norms_vectors(self) -> bool:  # type: ignore[override]
-        nodes = (node for node in self.graph.nodes if node.op == "batch_norm")
-        return any(
-            self.geometry.kind[node.name] == "vector" and "frozen" not in node.options for node in nodes
-        )
-
-    @property
-    def has_undilated(self) -> bool:  # type: ignore[override]
-        return not self.geometry.refines
-
-    @property
-    def settings(self) -> ModelConfig:
-        """As a config has them."""
-        return ModelConfig(
-            module=self.name,
-            module_args=self.arguments,
-            strides=list(self.strides),
-            exchange=self.exchange,
-            merge=self.merge,
-            num_classes=self.num_classes,
-            mask=self.mask,
-        )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -99,29 +106,99 @@ class GraphSegmentor(Segmentor):
         return found
 
     @property
+    def norms_vectors(self) -> bool:
+        """Whether a norm sees one value of each image."""
+        nodes = (node for node in self.graph.nodes if node.op == "batch_norm")
+        return any(
+            self.geometry.kind[node.name] == "vector" and "frozen" not in node.options for node in nodes
+        )
+
+    @property
     def frozen(self) -> frozenset[str]:
         """Values of norms and dropout whose layers are in eval mode, though the network may train."""
         layers = dict(self.module.named_modules())
         joining = (node for node in self.graph.nodes if OPERATORS[node.op].joins and node.layer in layers)
         return frozenset(node.name for node in joining if not layers[node.layer].training)
 
+    # -- ways ----------------------------------------------------------------------------------------------
+
+    def policy_for(self, way: Way) -> MaskPolicy:
+        """The policy of a selective way: the model's own, or the one that the way names, in eval mode.
+
+        Raises:
+            ConfigError: an unknown policy or option, or a learned one where the network has none.
+        """
+        if way.mask is None and way.fine_fraction is None and way.middle_fraction is None:
+            return self.policy
+        settings = way.mask_config(self.mask)
+        net = getattr(self.policy, "net", None) if type(self.policy) is POLICIES[settings.policy] else None
+        policy = build_policy(settings, self.strides, net)
+        return policy.to(self.device).eval()
+
+    def separates(self, way: Way) -> bool:
+        """Whether levels do not read each other."""
+        return (way.exchange or self.exchange) == SEPARATE
+
+    def refines(self, way: Way) -> bool:
+        """Whether a coarse pass can be refined (P4): it stays as it is when blocks become fine (P1)."""
+        return self.geometry.refines and not self.separates(way)
+
     def check_way(self, way: Way) -> None:
         """Raises a SparseSegError, of one line, where the network cannot run a way."""
         rule = way.exchange or self.exchange
         if rule not in EXCHANGES:
             raise ValueError(f"unknown exchange {rule!r}; choose one of {', '.join(EXCHANGES)}")
-        if rule == SEPARATE:
-            raise SparseSegError(
-                "a captured network has no exchange separate; choose linear, nearest or none"
-            )
-        if way.engine == "spconv":
-            raise SparseSegError("a captured network has no engine spconv; choose gather or auto")
-        if way.merge == "patch":
+        if (way.merge or self.merge) == "patch":
             check_patch(self.geometry)
 
     def plans(self, batch: int, size: tuple[int, int], device: torch.device) -> dict[int, LevelPlan]:
         """The levels' plans by stride, coarsest first."""
         return {stride: plan_of(batch, size, stride, device) for stride in self.strides[-2::-1]}
+
+    def refine(
+        self,
+        images: Tensor,
+        fractions: Sequence[float] | None = None,
+        milliseconds: float | None = None,
+    ) -> Iterator[Tensor]:
+        """Anytime prediction: ever better logits `[B, K, H, W]`; each step computes its new sites only.
+
+        Args:
+            fractions: rising shares of fine blocks, a result for each; 0 is the dense network at the coarsest
+                stride. With three strides the policy's `middle_fraction` follows in rank.
+            milliseconds: the time to spend, instead of fractions. The first result is the coarse network's,
+                later ones come as long as a further step fits, by the cost measured so far.
+
+        Blocks are ranked once, by the coarse pass (the model's policy if it reads that, else confidence with
+        its defaults). Results after the first differ from one-shot ones only where new sites lie next to
+        those of an earlier step.
+
+        Raises:
+            ValueError: both or neither given, fractions that do not rise, a time that is no number, or a
+                model in training mode.
+        """
+        return (step.logits for step in refine(self, images, fractions, milliseconds))
+
+    def require_eval(self) -> None:
+        """Raises a ValueError in training mode, in which no norm can be folded."""
+        if self.training:
+            raise ValueError("call model.eval() before for_inference(): batch statistics cannot be folded")
+
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`; a folded network refuses to train.
+
+        Raises:
+            ValueError: the network is a folded one.
+        """
+        if mode and self.is_folded:
+            raise ValueError("a network made by for_inference() cannot train: train the one it was made of")
+        return super().train(mode)
+
+    def fine_pixels(self, fine_blocks: Tensor, images: Tensor) -> Tensor:
+        """The pixels of the blocks `[B, Hc, Wc]` that are at the finest stride, bool `[B, H, W]`."""
+        fine, block = block_levels(fine_blocks, self.strides) == len(self.strides) - 1, self.strides[-1]
+        height, width = images.shape[2:]
+        return fine.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :height, :width]
 
     def extra_repr(self) -> str:
         convolutions = [node for node in self.graph.nodes if node.op == "conv2d"]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.config import MaskConfig
+from sparse_seg.config import MaskConfig, ModelConfig
 from sparse_seg.errors import ConfigError, SparseSegError
 from sparse_seg.graph import Geometry, capture, logits_of
 from sparse_seg.masks import POLICIES, build_policy, mask_net, parse_policy
-from sparse_seg.models.card import Card
-from sparse_seg.models.network import eval_mode
-from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.run.card import Card
+from sparse_seg.run.modes import eval_mode
+from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.ops import Graph, Node
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.values import Run
@@ -64,18 +64,16 @@ def selective(
         ConfigError: an unknown policy, or impossible settings.
     """
     mask = parse_policy(policy, dataclasses.replace(MaskConfig(), fine_fraction=fine_fraction))
-    return captured(module, strides, mask, "linear", size, card)
+    chosen = None if strides is None else list(check_strides(strides))
+    return captured(module, ModelConfig(module=type(module).__qualname__, strides=chosen, mask=mask), size, card)
 
 
 def captured(
     module: nn.Module,
-    strides: Sequence[int] | None,
-    mask: MaskConfig,
-    exchange: str,
+    settings: ModelConfig,
     size: tuple[int, int] = SIZE,
     card: Card | None = None,
     learned_net: Any = mask_net,
-    merge: str = "whole",
 ) -> SelectiveNetwork:
     """See `selective`; `learned_net` makes the net of a policy that is trained."""
     module = _unwrapped(module)
@@ -85,7 +83,7 @@ def captured(
         graph, constants = capture(module, (size[0], size[1]))
         if graph.node(graph.output).shape[1] == 1:
             graph = _two_classes(graph)
-        network = build_network(graph, module, constants, strides, mask, exchange, card, learned_net, merge)
+        network = build_network(graph, module, constants, settings, card, learned_net)
         check_graph(network, module, size)
     network.training = module.training  # alone: parts of the module may be frozen
     network.policy.train(module.training)
@@ -110,13 +108,10 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 def build_network(
     graph: Graph,
     module: nn.Module,
-    constants: dict[str, Tensor],
-    strides: Sequence[int] | None,
-    mask: MaskConfig,
-    exchange: str = "linear",
+    constants: Mapping[str, Tensor],
+    settings: ModelConfig,
     card: Card | None = None,
     learned_net: Any = mask_net,
-    merge: str = "whole",
 ) -> SelectiveNetwork:
     """A network of a graph and its tensors.
 
@@ -124,8 +119,8 @@ def build_network(
         NotSelective: nothing of it can run selectively at these strides.
         ConfigError: impossible settings.
     """
-    chosen = Geometry(graph).strides if strides is None else check_strides(strides)
-    geometry = Geometry(graph, chosen)
+    geometry = Geometry(graph, None if settings.strides is None else check_strides(settings.strides))
+    chosen, mask = geometry.strides, settings.mask
     features = graph.node(geometry.features).shape[1]
     classes = graph.node(graph.output).shape[1]
     net = POLICIES[mask.policy].make_net(features, chosen[-1] // chosen[0], classes, learned_net)
@@ -134,8 +129,8 @@ def build_network(
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
     reference = next(module.parameters(), torch.zeros(1))
-    policy = policy.to(reference.device)
-    return SelectiveNetwork(graph, module, constants, policy, chosen, mask, exchange, card, merge)
+    settings = dataclasses.replace(settings, strides=list(chosen))
+    return SelectiveNetwork(graph, module, constants, policy.to(reference.device), settings, card)
 
 
 def check_strides(strides: Sequence[int]) -> tuple[int, ...]:
@@ -185,7 +180,7 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
     found = grid.tensor
     if found.shape[2:] != expected.shape[2:]:
         full = (int(expected.shape[2]), int(expected.shape[3]))
-        found = upsample_logits(found, full, grid.stride, geometry.trained, geometry.graph.align_corners)
+        found = upsample_logits(found, full, grid.stride, geometry.trained(geometry.graph.output), geometry.graph.align_corners)
     error = _relative(found, expected)
     if error <= TOLERANCE:
         return

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.graph import Geometry
-from sparse_seg.models.upsample import axis_shares, upsample_logits
+from sparse_seg.ops.upsample import axis_shares, upsample_logits
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
 from sparse_seg.sites import Grid, Level, Mixed, Sites, Taps, grid_size
 
@@ -190,8 +190,8 @@ class Run:
 
     def shares(self, node: Node, source: int, cell: int) -> tuple[Any, ...]:
         """For each axis the places at `source` px around those at `cell` px that a resizing reads, see
-        `models.upsample.axis_shares`."""
-        captured, to = self.geometry.captured[node.inputs[0]], self.geometry.captured[node.name]
+        `ops.upsample.axis_shares`."""
+        captured, to = self.geometry.trained(node.inputs[0]), self.geometry.captured[node.name]
         ratios, align = (source // cell, captured // to), node.options["align_corners"]
         sizes = zip(grid_size(self.size, source), grid_size(self.size, cell), strict=True)
         return tuple(axis_shares(*axis, *ratios, align, self.images.device) for axis in sizes)
@@ -203,7 +203,7 @@ class Run:
         axes = []
         for places, dilation in zip(self.taps[node.name], window.dilation, strict=True):
             spacing = dilation * unit
-            step = max(1, spacing // source)
+            step = 1 if node.options.get("cell") else max(1, spacing // source)
             before = -places[0] * step // spacing
             axes.append(tuple((tap * step - before) * source for tap in range(len(places))))
         return Taps(*axes)
@@ -219,7 +219,7 @@ class Run:
             return Grid(
                 F.interpolate(source, grid_size(self.size, cell), mode=mode, align_corners=align), cell
             )
-        captured, to = self.geometry.captured[node.inputs[0]], self.geometry.captured[node.name]
+        captured, to = self.geometry.trained(node.inputs[0]), self.geometry.captured[node.name]
         size, align = grid_size(self.size, cell), node.options["align_corners"]
         if node.options.get("nearest"):
             before = captured if captured >= to else source.stride

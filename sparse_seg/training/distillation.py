@@ -16,7 +16,7 @@ from sparse_seg.checkpoint.pickled import load_pickled
 from sparse_seg.config import Config, num_classes
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.files import atomic_write
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from sparse_seg.sparse import SiteLayout, densify, grid_to_rows
 
 MOST_SITES = 1024  # per image whose likeness is compared: pairs grow with the square

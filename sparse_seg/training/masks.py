@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.masks import block_mean, straight_through
-from sparse_seg.models.layouts import selective_layouts
-from sparse_seg.models.passes import Pass
-from sparse_seg.models.way import Way
+from sparse_seg.run.images import selective_layouts
+from sparse_seg.run.passes import Pass
+from sparse_seg.run.way import Way
 from sparse_seg.sparse import densify, grid_to_rows
 from sparse_seg.training.losses import Outputs
 

@@ -18,8 +18,8 @@ from sparse_seg.conversion import convert, read_source
 from sparse_seg.conversion.mapping import COUNTER
 from sparse_seg.conversion.module import renamed
 from sparse_seg.errors import CheckpointError, printable
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.weights import load_weights, part_of
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.weights import load_weights, part_of
 from sparse_seg.processes import Processes
 from sparse_seg.progress import say
 from sparse_seg.run.build import build_model
@@ -85,7 +85,7 @@ def _fitting(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
     return {name: one for name, one in tensors.items() if name in own and one.shape == own[name].shape}
 
 
-def load_pretrained(model: SelectiveSegmentor, settings: ModelConfig, path: str | Path) -> str:
+def load_pretrained(model: SelectiveNetwork, settings: ModelConfig, path: str | Path) -> str:
     """Copy the weights of a file into `model`: the backbone, and the head where it is the very same.
 
     Args:

@@ -9,8 +9,8 @@ from sparse_seg.config import Config
 from sparse_seg.data import build_dataset
 from sparse_seg.data.batches import training_batches
 from sparse_seg.errors import ConfigError
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.progress import bar
 from sparse_seg.training.batch import check_values_per_channel
 
@@ -32,7 +32,7 @@ def recalibrate_batch_norm(model: Segmentor, config: Config, network: str, batch
         DataError: the dataset is incomplete.
         ConfigError: a norm would see one value per channel, or a network that was captured.
     """
-    if not isinstance(model, SelectiveSegmentor):
+    if not isinstance(model, SelectiveNetwork):
         raise ConfigError("batch norms are recalibrated of sparse_seg's own networks, not of model.module")
     check_values_per_channel(config, config.train.batch_size)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sparse_seg.config import TrainConfig
 from sparse_seg.errors import CheckpointError, SparseSegError
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.weights import load_weights
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.weights import load_weights
 from sparse_seg.processes import Processes
 from sparse_seg.training.checkpoint import restore_optimizer
 from sparse_seg.training.objective import Objective

@@ -8,8 +8,8 @@ from typing import Any
 from sparse_seg.config import Config
 from sparse_seg.data.dataset import ClassList, SegmentationDataset
 from sparse_seg.evaluation.evaluate import Evaluation, Part, combined, measure
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.way import Way
 from sparse_seg.training.stopping import Stop, ValidationStopped
 
 

@@ -25,7 +25,7 @@ from sparse_seg.lab.ablation.grid import Cell, Run, load_grid
 from sparse_seg.lab.ablation.report import class_table, seed_table
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.ablation.summary import summarise
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from sparse_seg.processes import Processes
 from tests.cli.test_cli import fails
 

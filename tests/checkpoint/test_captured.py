@@ -23,7 +23,7 @@ from sparse_seg.conversion import to_dense
 from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
 from sparse_seg.graph import capture
 from sparse_seg.graph.file import first_difference, from_json, to_json
-from sparse_seg.models.card import Card
+from sparse_seg.run.card import Card
 from sparse_seg.run.network import SelectiveNetwork
 from tests import captured
 from tests.reference import relative_error
@@ -133,7 +133,7 @@ def test_what_is_not_saved(tmp_path: Path) -> None:
     ours = sparse_seg.build_model({"width": 0.0625, "num_classes": 3}).eval()
     for wrong, message in (
         (network().for_inference(), "save the one it was made of"),
-        (ours, "not a SelectiveSegmentor"),
+        (ours, "not a SelectiveNetwork"),
         (network(card=Card.unnamed(4)), "4 class names are given, and the network has 3 classes"),
     ):
         with pytest.raises(CheckpointError, match=message):

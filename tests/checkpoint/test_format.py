@@ -15,8 +15,8 @@ from sparse_seg.config import config_from_dict, load_config, to_dict
 from sparse_seg.conversion import convert, to_dense
 from sparse_seg.data.cityscapes import CITYSCAPES_CLASSES, CITYSCAPES_IDS
 from sparse_seg.errors import CheckpointError, ConfigError
-from sparse_seg.models.build import build_model
-from sparse_seg.models.weights import load_weights
+from sparse_seg.run.build import build_model
+from sparse_seg.run.weights import load_weights
 from sparse_seg.training.checkpoint import best_of, save_best, save_checkpoint
 from tests.checkpoint.earlier import write_converted, write_training
 from tests.conversion.cases import state_of

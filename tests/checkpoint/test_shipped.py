@@ -13,7 +13,7 @@ from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError
 from sparse_seg.evaluation.cost import count_macs, count_parameters
 from sparse_seg.evaluation.evaluate import evaluate
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from tests.shared import SHARED, needs_shared
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.safetensors"))

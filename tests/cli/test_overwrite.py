@@ -14,7 +14,7 @@ from sparse_seg.config import load_config
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.lab.predict.inputs import find_sources
 from sparse_seg.lab.predict.outputs import Outputs
-from sparse_seg.models.build import build_model
+from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import save_checkpoint
 from tests.cli.test_cli import fails
 from tests.reference import randomise

@@ -21,8 +21,8 @@ from sparse_seg.data.class_file import read_class_file
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.reading import read_label
 from sparse_seg.errors import DataError
-from sparse_seg.models.card import Card
-from sparse_seg.models.way import Way
+from sparse_seg.run.card import Card
+from sparse_seg.run.way import Way
 from tests.cli.test_cli import fails
 from tests.data.files import sideways_photo
 

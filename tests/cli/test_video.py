@@ -16,8 +16,8 @@ from sparse_seg.lab.predict.segment import Segmenter
 from sparse_seg.lab.predict.video import writable_rate
 from sparse_seg.masks import ConfidencePolicy
 from sparse_seg.masks.previous import PreviousPolicy
-from sparse_seg.models.build import build_model
-from sparse_seg.models.way import Way
+from sparse_seg.run.build import build_model
+from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import save_checkpoint
 from tests.cli.test_cli import fails
 from tests.reference import randomise

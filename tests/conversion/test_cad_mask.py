@@ -12,8 +12,8 @@ from sparse_seg.config import load_config
 from sparse_seg.conversion import convert
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.masks import LearnedPolicy
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from tests.conversion.cases import network_of, state_of
 from tests.reference import relative_error
 
@@ -40,7 +40,7 @@ def write(root, name: str, state: dict[str, Tensor]) -> None:
     convert(root / f"{name}.pth").write(root / f"{name}.safetensors")
 
 
-def learned(folder, *settings: str, name: str = "net") -> SelectiveSegmentor:
+def learned(folder, *settings: str, name: str = "net") -> SelectiveNetwork:
     config = load_config(folder / "data.yaml", ["model.mask.policy=learned", *settings])
     return load_model(folder / f"{name}.safetensors", config).double()
 

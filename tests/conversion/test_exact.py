@@ -9,7 +9,7 @@ from torch import Tensor
 from sparse_seg import load_model
 from sparse_seg.checkpoint import load_backbone
 from sparse_seg.conversion import convert, find_source, to_dense, write_dense
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.sparse import rows_to_grid
 from tests.conversion.cases import BACKBONES, CASES, at_stride, network_of, state_of
 from tests.reference import block_mask, grid_logits, relative_error
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 
 @functools.cache
-def converted(name: str, folder) -> SelectiveSegmentor:
+def converted(name: str, folder) -> SelectiveNetwork:
     case = (CASES | BACKBONES)[name]
     source = folder / f"{name}.pth"
     torch.save(state_of(name), source)
@@ -75,7 +75,7 @@ def test_logits_before_upsampling_at_the_other_stride(name, size, folder):
         assert relative_error(found, expected) < TOLERANCE
 
 
-def features(model: SelectiveSegmentor, images: Tensor, stride: int) -> Tensor:
+def features(model: SelectiveNetwork, images: Tensor, stride: int) -> Tensor:
     layouts = model.dense_layouts(images, stride)
     return rows_to_grid(model.backbone(images, layouts)[3], images.shape[0], layouts[3].size)
 

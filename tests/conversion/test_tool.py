@@ -21,7 +21,7 @@ from sparse_seg.data.class_file import read_class_file
 from sparse_seg.data.class_sets import read_classes
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import CheckpointError
-from sparse_seg.models.build import build_model
+from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import save_checkpoint
 from sparse_seg.training.pretrained import load_pretrained
 from sparse_seg.version import __version__

@@ -16,8 +16,8 @@ from sparse_seg.lab.benchmark.peers import peer_run
 from sparse_seg.lab.benchmark.profile import profile_network
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
 from sparse_seg.lab.benchmark.tables import benchmark_table, profile_table
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from sparse_seg.sparse import grid_to_rows
 from sparse_seg.sparse.engines import spconv
 from sparse_seg.training.checkpoint import save_checkpoint
@@ -145,7 +145,7 @@ def test_layout_run_builds_the_tables_of_a_forward(subject):
 
 @pytest.mark.slow
 def test_the_fast_form_is_measured_where_there_is_one(monkeypatch):
-    monkeypatch.setattr(SelectiveSegmentor, "for_inference", lambda self: self, raising=False)
+    monkeypatch.setattr(SelectiveNetwork, "for_inference", lambda self: self, raising=False)
     subject = Subject(SETUP)
     assert subject.folded_model is subject.model
     rows = measure(subject, cases("stages", [0.1], ["gather"], folded=True), repeats=1, memory=False)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparse_seg import build_model
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_parameters
 from sparse_seg.models.plain import PlainSegmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from tests.counting import count_modules
 from tests.reference import VARIANTS, grid_logits, random_model, variant_model
 

@@ -14,8 +14,8 @@ from sparse_seg.lab.compare import run as comparison
 from sparse_seg.lab.compare.run import compare, comparison_ways, groups
 from sparse_seg.masks import Frames, OraclePolicy
 from sparse_seg.masks.previous import PreviousPolicy
-from sparse_seg.models.passes import Pass
-from sparse_seg.models.way import Way
+from sparse_seg.run.passes import Pass
+from sparse_seg.run.way import Way
 
 DATA = DataConfig()
 

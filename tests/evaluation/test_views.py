@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from sparse_seg.evaluation.views import ONCE, Views, _spans, predict
-from sparse_seg.models.build import build_model
-from sparse_seg.models.way import Way
+from sparse_seg.run.build import build_model
+from sparse_seg.run.way import Way
 from tests.reference import randomise
 
 

@@ -14,8 +14,8 @@ from sparse_seg import build_model
 from sparse_seg.export import StaticForm
 from sparse_seg.export.check import random_inputs
 from sparse_seg.export.onnx_file import interface
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from tests.reference import randomise, relative_error
 
 DEEP = {"backbone": "resnet50", "depths": [1, 1, 2, 2]}
@@ -61,7 +61,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def kind_model(kind: str, policy: str = "edge", fraction: float = 0.3) -> SelectiveSegmentor:
+def kind_model(kind: str, policy: str = "edge", fraction: float = 0.3) -> SelectiveNetwork:
     """A network with random weights and statistics, in eval mode. Shared: do not change it."""
     torch.manual_seed(0)
     common = {"width": 0.125, "head_channels": 16, "low_level_channels": 6, "num_classes": 5}

@@ -115,7 +115,7 @@ def test_command_line(tmp_path, capsys):
     config = tmp_path / "net.yaml"
     config.write_text("model: {width: 0.125, head_channels: 16, mask: {policy: edge}}\n")
     from sparse_seg.config import load_config
-    from sparse_seg.models.build import build_model
+    from sparse_seg.run.build import build_model
     from sparse_seg.training.checkpoint import save_checkpoint
 
     loaded = load_config(config)

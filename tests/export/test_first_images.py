@@ -12,8 +12,8 @@ from sparse_seg.errors import SparseSegError
 from sparse_seg.export import in_runtime, open_session
 from sparse_seg.export import runner as rules
 from sparse_seg.export.runner import Runner
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from tests.export.kinds import kind_model
 from tests.reference import relative_error
 
@@ -26,7 +26,7 @@ def images() -> torch.Tensor:
     return torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 
 
-def hardswish() -> SelectiveSegmentor:
+def hardswish() -> SelectiveNetwork:
     model = copy.deepcopy(kind_model("lite", "edge"))
     layers: Any = model.head.refine
     place = next(number for number, layer in enumerate(layers) if isinstance(layer, nn.ReLU))
@@ -34,7 +34,7 @@ def hardswish() -> SelectiveSegmentor:
     return model
 
 
-def own_decode() -> SelectiveSegmentor:
+def own_decode() -> SelectiveNetwork:
     model = copy.deepcopy(kind_model("lite", "edge"))
     head = type(model.head)
 
@@ -46,7 +46,7 @@ def own_decode() -> SelectiveSegmentor:
     return model
 
 
-def own_cut() -> SelectiveSegmentor:
+def own_cut() -> SelectiveNetwork:
     model = copy.deepcopy(kind_model("lite", "edge"))
     policy = type(model.policy)
 

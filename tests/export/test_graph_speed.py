@@ -7,7 +7,7 @@ from torch import nn
 
 from sparse_seg import selective
 from sparse_seg.export import ExportOptions, static_form, to_onnx
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from sparse_seg.ops import Reads, convolution
 from sparse_seg.run.values import Run
 from sparse_seg.sites import Taps

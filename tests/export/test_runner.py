@@ -12,7 +12,7 @@ from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.segmentor import in_runtime
 from sparse_seg.lab.predict.segment import Segmenter
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from tests.export.kinds import kind_model
 
 pytest.importorskip("onnx", reason="needs the package onnx")

@@ -7,7 +7,7 @@ import torch
 
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export import ExportOptions, StaticNetwork, in_runtime, open_session, segmentor, to_onnx
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from tests.export.kinds import KINDS, arrays, cases, compare, kind_model
 from tests.reference import block_mask, relative_error
 

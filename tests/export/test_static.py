@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_seg.export import ExportOptions, StaticNetwork
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from tests.export.kinds import KINDS, POLICIES, cases, compare, kind_model
 from tests.reference import relative_error
 

@@ -26,7 +26,7 @@ from sparse_seg.config import Config, all_keys, config_from_dict, load_config, t
 from sparse_seg.config.keys import Key, item_type, plain_type
 from sparse_seg.data.transforms import TrainTransform
 from sparse_seg.errors import SparseSegError
-from sparse_seg.models.build import build_model
+from sparse_seg.run.build import build_model
 from sparse_seg.training.losses import SegmentationLoss
 from sparse_seg.training.schedule import build_optimizer, learning_rate
 

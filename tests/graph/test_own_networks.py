@@ -13,7 +13,7 @@ import torch
 
 import sparse_seg
 from sparse_seg.models.plain import plain_network
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from tests.conversion.cases import randomise
 from tests.reference import block_mask, relative_error
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import sparse_seg
 from sparse_seg.graph import logits_of
-from sparse_seg.models.upsample import upsample_logits
-from sparse_seg.models.way import Way
+from sparse_seg.ops.upsample import upsample_logits
+from sparse_seg.run.way import Way
 from tests.graph.layers import randomise
 from tests.peers import package
 from tests.reference import relative_error

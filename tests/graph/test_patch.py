@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sparse_seg
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export import ExportOptions, export_onnx
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from sparse_seg.sparse.features import double
 from tests.reference import relative_error
 

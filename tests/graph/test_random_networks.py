@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.graph import capture
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.selective import build_network, check_graph
 from sparse_seg.sites import Mixed

@@ -11,14 +11,14 @@ from sparse_seg import build_model
 from sparse_seg.config import MaskConfig
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import Frames, OraclePolicy, block_shape, parse_policy, top_blocks
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from tests.reference import randomise, relative_error
 
 STRIDES = [[8, 16], [8, 16, 32], [4, 8, 16]]
 
 
-def bounded_model(rule: str, **settings: Any) -> SelectiveSegmentor:
+def bounded_model(rule: str, **settings: Any) -> SelectiveNetwork:
     torch.manual_seed(0)
     mask = {"policy": "oracle", "oracle": rule, "fine_fraction": 0.25, "middle_fraction": 0.3}
     model = build_model({"width": 0.125, "num_classes": 5, "head_channels": 16, "mask": mask} | settings)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.network import SelectiveNetwork
 from tests.reference import MASKS, block_mask, dense_reference, random_model, relative_error
 from tests.slow_reference import SlowSites
 
@@ -19,7 +19,7 @@ BACKBONES = [("resnet18", "lite"), ("resnet50", "deeplabv3")]
 class Case(NamedTuple):
     """A network, images, and what the dense networks of output stride 8, 16 and 32 make of them."""
 
-    model: SelectiveSegmentor
+    model: SelectiveNetwork
     images: Tensor
     features: dict[int, list[Tensor]]
     grid_logits: dict[int, Tensor]

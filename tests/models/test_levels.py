@@ -8,7 +8,7 @@ from sparse_seg import build_model
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import Frames
 from sparse_seg.models.plain import plain_network
-from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.ops.upsample import upsample_logits
 from tests.reference import dense_reference, random_model, relative_error
 from tests.slow_reference import SlowSelective, SlowSites
 

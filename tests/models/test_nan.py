@@ -5,20 +5,20 @@ import torch
 from torch import Tensor
 
 from sparse_seg import build_model
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.network import SelectiveNetwork
 from tests.reference import randomise
 
 MASK = torch.rand(1, 6, 8, generator=torch.Generator().manual_seed(0)) < 0.3
 
 
-def network(backbone: str, head: str) -> SelectiveSegmentor:
+def network(backbone: str, head: str) -> SelectiveNetwork:
     torch.manual_seed(0)
     model = build_model({"backbone": backbone, "head": head, "width": 0.125, "num_classes": 5})
     randomise(model)
     return model.eval()
 
 
-def all_ways(model: SelectiveSegmentor, images: Tensor) -> list[Tensor]:
+def all_ways(model: SelectiveNetwork, images: Tensor) -> list[Tensor]:
     refined = model.start(images).start_coarse().take(MASK)
     return [model.dense(images, 8), model(images, MASK), refined.logits(), *model.refine(images, [0, 0.2])]
 

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg import build_model
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from sparse_seg.registry import HEADS
 from tests.reference import randomise, relative_error
 
 STRIDES = ([8, 16], [8, 16, 32], [4, 8, 16])
 
 
-def network(head: str, strides: list[int], **more: Any) -> SelectiveSegmentor:
+def network(head: str, strides: list[int], **more: Any) -> SelectiveNetwork:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"backbone": "resnet18", "width": 0.125, "head_channels": 12, "num_classes": 5}
     model = build_model(settings | {"head": head, "strides": strides, "merge": "patch"} | more)
@@ -30,7 +30,7 @@ def images(height: int = 75, width: int = 101) -> Tensor:
     return torch.randn(2, 3, height, width, dtype=torch.float64)
 
 
-def levels(model: SelectiveSegmentor, given: Tensor, seed: int = 0) -> Tensor:
+def levels(model: SelectiveNetwork, given: Tensor, seed: int = 0) -> Tensor:
     block, highest = model.strides[-1], len(model.strides)
     size = (given.shape[0], *(-(-length // block) for length in given.shape[2:]))
     return torch.randint(0, highest, size, generator=torch.Generator().manual_seed(seed))

@@ -12,8 +12,8 @@ from torch import Tensor
 from sparse_seg import build_model
 from sparse_seg.masks import ConfidencePolicy, top_blocks
 from sparse_seg.models import refinement
-from sparse_seg.models.passes import Pass
-from sparse_seg.models.upsample import upsample_logits
+from sparse_seg.run.passes import Pass
+from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.sparse import Memory, SiteLayout, Step
 from tests.counting import count_modules
 from tests.models.test_levels import block_levels, random_images

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.sparse import EXCHANGES
 from tests.reference import (
     DenseSegmentor,
@@ -69,7 +69,7 @@ def test_exchange_rules_differ() -> None:
 
 def _training_pair(
     backbone: str, head: str, exchange: str, train: bool
-) -> tuple[SelectiveSegmentor, DenseSegmentor]:
+) -> tuple[SelectiveNetwork, DenseSegmentor]:
     model = copy.deepcopy(random_model(backbone, head, dtype=torch.float64, exchange=exchange))
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):

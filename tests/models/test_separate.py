@@ -16,14 +16,14 @@ from sparse_seg.errors import ConfigError, SparseSegError
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.export import ExportOptions, StaticNetwork
 from sparse_seg.lab.compare.run import comparison_ways
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from tests.reference import randomise, relative_error
 
 SIZE = (75, 101)
 
 
-def network(**settings: object) -> SelectiveSegmentor:
+def network(**settings: object) -> SelectiveNetwork:
     torch.manual_seed(0)
     small = {"width": 0.125, "num_classes": 5, "head_channels": 16, "exchange": "separate"}
     model = build_model(small | settings)
@@ -35,7 +35,7 @@ def images(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def levels(model: SelectiveSegmentor, level: int | None = None) -> Tensor:
+def levels(model: SelectiveNetwork, level: int | None = None) -> Tensor:
     """Of the blocks of `images()`, random ones by default."""
     shape = (2, *(-(-length // model.strides[-1]) for length in SIZE))
     random = torch.randint(0, len(model.strides), shape, generator=torch.Generator().manual_seed(2))

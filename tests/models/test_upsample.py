@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from sparse_seg import build_model
-from sparse_seg.models.upsample import upsample_classes, upsample_logits
-from sparse_seg.models.way import Way
+from sparse_seg.ops.upsample import upsample_classes, upsample_logits
+from sparse_seg.run.way import Way
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.sparse import EXCHANGES, EngineError, SelectiveConv2d, SiteLayout
 from sparse_seg.sparse.engines import gather, spconv
 from tests.reference import MASKS, block_mask, random_model, relative_error
@@ -102,7 +102,7 @@ def test_wrong_number_of_rows() -> None:
         spconv.selective_conv2d(rows[1:], weight, layout, layout, 16, "linear")
 
 
-def with_engine(model: SelectiveSegmentor, engine: str) -> SelectiveSegmentor:
+def with_engine(model: SelectiveNetwork, engine: str) -> SelectiveNetwork:
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, SelectiveConv2d):

@@ -18,7 +18,7 @@ from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.calibrate import _cut, calibrate
 from sparse_seg.evaluation.evaluate import evaluate
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.network import SelectiveNetwork
 from tests.reference import randomise
 
 DATA = DataConfig()
@@ -29,7 +29,7 @@ def dataset(scenes: Path) -> SegmentationDataset:
     return build_dataset("scenes", scenes, "train")
 
 
-def network(**mask: object) -> SelectiveSegmentor:
+def network(**mask: object) -> SelectiveNetwork:
     torch.manual_seed(0)
     strides = [8, 16, 32] if "middle_fraction" in mask or "middle_threshold" in mask else [8, 16]
     settings: dict[str, Any] = {"width": 0.125, "head_channels": 16, "num_classes": 19, "strides": strides}

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sparse_seg.config import Config, load_config
 from sparse_seg.errors import CheckpointError, ConfigError
-from sparse_seg.models.build import build_model
-from sparse_seg.models.way import Way
+from sparse_seg.run.build import build_model
+from sparse_seg.run.way import Way
 from sparse_seg.sparse import SiteLayout
 from sparse_seg.training import distillation
 from sparse_seg.training.checkpoint import save_checkpoint

@@ -10,8 +10,8 @@ from sparse_seg.config import LossConfig, MaskConfig, load_config
 from sparse_seg.errors import CheckpointError, ConfigError, TrainingError
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.masks import LearnedPolicy, block_mean, parse_policy, straight_through
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from sparse_seg.training import masks
 from sparse_seg.training.losses import SegmentationLoss
 from sparse_seg.training.masks import mask_loss
@@ -19,7 +19,7 @@ from sparse_seg.training.trainer import Trainer
 from tests.reference import randomise, relative_error
 
 
-def learned_model(**settings: object) -> SelectiveSegmentor:
+def learned_model(**settings: object) -> SelectiveNetwork:
     torch.manual_seed(0)
     mask = {"policy": "learned", "fine_fraction": 0.25}
     model = build_model({"width": 0.125, "num_classes": 5, "head_channels": 16, "mask": mask} | settings)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sparse_seg.config import DistillConfig, LossConfig, TrainConfig, load_config
 from sparse_seg.errors import ConfigError
-from sparse_seg.models.build import build_model
-from sparse_seg.models.segmentor import SelectiveSegmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.build import build_model
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import save_checkpoint
 from sparse_seg.training.distillation import Teacher
 from sparse_seg.training.losses import Outputs, SegmentationLoss, boundary_band
@@ -116,7 +116,7 @@ def test_coarse_logits_are_those_of_an_all_coarse_mask(strides: tuple[int, ...],
         assert relative_error(run.lattice_logits(), model(images, torch.zeros_like(mask))) < 1e-12
 
 
-def student(**mask: object) -> SelectiveSegmentor:
+def student(**mask: object) -> SelectiveNetwork:
     torch.manual_seed(0)
     settings = {"width": 0.125, "num_classes": 5, "head_channels": 16}
     model = build_model(settings | {"mask": {"policy": "edge", "fine_fraction": 0.3} | mask})

@@ -17,7 +17,7 @@ from sparse_seg import load_model
 from sparse_seg.checkpoint import load
 from sparse_seg.config import load_config
 from sparse_seg.errors import CheckpointError, ConfigError, DataError, TrainingError
-from sparse_seg.models.build import build_model
+from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import best_of, load_state, save_checkpoint
 from sparse_seg.training.finish import finish_training
 from sparse_seg.training.trainer import Trainer

@@ -16,7 +16,7 @@ from sparse_seg.lab.report.explorer import SCRIPT, STYLE, Explorer
 from sparse_seg.lab.report.html import Part, Section, plot, write_report
 from sparse_seg.lab.report.plots import cost_curve
 from sparse_seg.lab.report.tables import Column, Table
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 
 Rows = Sequence[dict[str, Any]]
 _MARK = {True: "x", False: ""}

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_seg.export import ExportOptions, StaticNetwork
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
 from sparse_seg.lab.latency import Run, interleaved
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 
 PRECISIONS = {"fp32": (torch.float32, False), "tf32": (torch.float32, True), "fp16": (torch.float16, True)}
 

@@ -11,7 +11,7 @@ from sparse_seg.data.cityscapes import Cityscapes
 from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.data.scenes import render_scene
 from sparse_seg.data.transforms import normalise
-from sparse_seg.models.base import Segmentor
+from sparse_seg.run.segmentor import Segmentor
 
 
 def scenes(config: Config, size: tuple[int, int], batch: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from sparse_seg.errors import ConfigError, SparseSegError
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject, prepare_case
 from sparse_seg.lab.latency import Latency, Run, interleaved, peak_memory
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from sparse_seg.progress import bar
 from sparse_seg.registry import POOLING_HEADS
 from sparse_seg.sparse import SelectiveConv2d, SiteLayout

@@ -17,7 +17,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sparse_seg.lab.benchmark.subject import Case, Subject
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.run.network import SelectiveNetwork
 
 PREFIX = "sparse_seg:"
 KINDS = {  # the first whose word is in the operator's name
@@ -96,7 +96,7 @@ def profile_network(subject: Subject, case: Case, repeats: int) -> list[dict[str
 
 
 @contextlib.contextmanager
-def _ranges(model: SelectiveSegmentor) -> Iterator[None]:
+def _ranges(model: SelectiveNetwork) -> Iterator[None]:
     """Named ranges around the parts of a network's forward."""
     open_ranges: list[record_function] = []
 

@@ -25,8 +25,8 @@ from sparse_seg.export.static import ExportOptions
 from sparse_seg.export.write import export_onnx
 from sparse_seg.lab.latency import Latency
 from sparse_seg.lab.report.tables import Column
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.way import Way
 
 TORCH = "torch"  # in place of a runtime: the network itself
 

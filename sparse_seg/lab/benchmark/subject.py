@@ -21,11 +21,11 @@ from sparse_seg.lab.benchmark.inputs import randomise_norms, scenes
 from sparse_seg.lab.benchmark.peers import peer_run
 from sparse_seg.lab.latency import Run
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.models.base import Segmentor
+from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.models.forms import channels_last
-from sparse_seg.models.passes import Pass
+from sparse_seg.run.passes import Pass
 from sparse_seg.models.plain import plain_network, plain_stages
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 from sparse_seg.run.build import build_model
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.sparse import SiteLayout, Step, rows_to_grid

@@ -14,8 +14,8 @@ from sparse_seg.lab.report.html import Part, Picture, Section, plot, write_repor
 from sparse_seg.lab.report.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
 from sparse_seg.lab.report.plots import cost_curve
 from sparse_seg.lab.report.tables import Column, Table
-from sparse_seg.models.base import Segmentor
-from sparse_seg.models.way import Way
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.way import Way
 
 Rows = Sequence[dict[str, Any]]
 

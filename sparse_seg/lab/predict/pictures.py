@@ -24,8 +24,8 @@ from sparse_seg.lab.report.overlays import (
     overlay,
     write_image,
 )
-from sparse_seg.models.card import Card
-from sparse_seg.models.refinement import refine
+from sparse_seg.run.card import Card
+from sparse_seg.run.refinement import refine
 
 
 def write_pictures(found: Segmentation, out: Path, ids_only: bool = False) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.models.way import Way
+from sparse_seg.run.way import Way
 
 
 class Predicting(ABC):

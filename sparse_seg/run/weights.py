@@ -12,9 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_seg.config import ModelConfig
 from sparse_seg.errors import CheckpointError, ConfigError
-from sparse_seg.masks import mask_net
-from sparse_seg.models.build import build_model
-from sparse_seg.models.segmentor import SelectiveSegmentor
+from sparse_seg.networks.segmenter import Segmenter, build_module, captured_stride
 
 
 def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -22,20 +20,15 @@ def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-def meta_network(
-    settings: ModelConfig, learned_net: Callable[[int, int], nn.Module] = mask_net
-) -> SelectiveSegmentor:
-    """The network of a config on the meta device: names and shapes, without memory or time for values.
-
-    Args:
-        learned_net: see `build_model`.
+def meta_module(settings: ModelConfig) -> Segmenter:
+    """The module of a config on the meta device: names and shapes, without memory or time for values.
 
     Raises:
         ConfigError: an impossible config, or one of impossible size.
     """
     try:
         with torch.device("meta"), _NoRandomValues():
-            return build_model(settings, learned_net)
+            return build_module(settings, captured_stride(settings))
     except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
         raise ConfigError(f"model: no such network can be built ({str(error).splitlines()[0]})") from None
 

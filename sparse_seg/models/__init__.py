@@ -1,1 +1,0 @@
-"""Networks: ResNet stages on rows, heads, and the segmentor that joins them."""

@@ -1,0 +1,194 @@
+"""Heads: a backbone's features to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sparse_seg.networks.aspp import ASPP, conv_norm_relu
+from sparse_seg.ops.upsample import upsample_logits
+
+DENSE_SPACING = 8  # px between the taps of dense 3x3 convolutions, at least: one cell at output stride 8
+LOW_LEVEL_STRIDE = 4  # of the first feature, px
+
+
+class Head(nn.Module):
+    """The base of all: by default `decode` of the last feature, then the classifier.
+
+    Args of all heads:
+        channels: of the features, finest first.
+        num_classes: K.
+        output_stride: of the last feature, px.
+        trained_stride: output stride that the head was trained at, px.
+        head_channels: None for a head's own default.
+
+    Attributes:
+        pools: whether it pools each image.
+        reads_low_level: whether it reads the first feature and gives logits at its stride.
+    """
+
+    classifier: nn.Conv2d
+    pools: ClassVar[bool] = False
+    reads_low_level: ClassVar[bool] = False
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Features `[B, C, h, w]` to logits `[B, K, h, w]`."""
+        return self.classifier(self.decode(features[-1]))
+
+    def decode(self, grid: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class LiteHead(Head):
+    """1x1 reduction, depthwise 3x3 and 1x1, classifier; 128 channels by default."""
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        output_stride: int = 8,
+        head_channels: int | None = None,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        width, dilation = head_channels or 128, dense_dilation(output_stride)
+        self.reduce = conv_norm_relu(channels[-1], width, 1)
+        self.refine = nn.Sequential(
+            nn.Conv2d(width, width, 3, 1, dilation, dilation, groups=width, bias=False),
+            nn.BatchNorm2d(width),
+            nn.Conv2d(width, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(dropout),
+        )
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def decode(self, grid: Tensor) -> Tensor:
+        return self.refine(self.reduce(grid))
+
+
+class FCNHead(Head):
+    """3x3, classifier (Long et al., CVPR 2015); by default with a quarter of the input's channels."""
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        output_stride: int = 8,
+        head_channels: int | None = None,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        width = head_channels or max(channels[-1] // 4, 1)
+        self.refine = conv_norm_relu(channels[-1], width, 3, dense_dilation(output_stride))
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def decode(self, grid: Tensor) -> Tensor:
+        return self.dropout(self.refine(grid))
+
+
+class DeepLabV3Head(Head):
+    """ASPP, 3x3, classifier (torchvision's DeepLabHead); 256 channels by default.
+
+    Args:
+        aspp_rates: dilations at `trained_stride`.
+        aspp_separable, aspp_projection: see `ASPP`.
+        refine: whether a 3x3 follows ASPP; separable, refine_separable: how it is made, the second first.
+    """
+
+    pools = True
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        output_stride: int = 8,
+        trained_stride: int = 8,
+        head_channels: int | None = None,
+        aspp_rates: Sequence[int] = (12, 24, 36),
+        aspp_separable: str = "none",
+        aspp_projection: bool = True,
+        refine: bool = True,
+        separable: str = "none",
+        refine_separable: str | None = None,
+    ) -> None:
+        super().__init__()
+        width = head_channels or 256
+        dilations = [rate * trained_stride // output_stride for rate in aspp_rates]
+        self.aspp = ASPP(channels[-1], width, dilations, aspp_separable, aspp_projection)
+        self.refine = nn.Sequential()
+        if refine:
+            kind, dilation = refine_separable or separable, dense_dilation(output_stride)
+            self.refine = conv_norm_relu(self.aspp.out_channels, width, 3, dilation, kind)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def decode(self, grid: Tensor) -> Tensor:
+        return self.refine(self.aspp(grid))
+
+
+class DeepLabV3PlusHead(DeepLabV3Head):
+    """ASPP, upsampling to stride 4, low-level skip, 3x3 decoder (Chen et al., ECCV 2018).
+
+    Args:
+        low_level_channels: of the skip after its 1x1; decoder_convs: 3x3 convolutions after it.
+        align_corners: of the upsampling.
+    """
+
+    reads_low_level = True
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        output_stride: int = 8,
+        trained_stride: int = 8,
+        head_channels: int | None = None,
+        aspp_rates: Sequence[int] = (12, 24, 36),
+        aspp_separable: str = "none",
+        aspp_projection: bool = True,
+        refine: bool = True,
+        separable: str = "none",
+        refine_separable: str | None = None,
+        low_level_channels: int = 48,
+        decoder_convs: int = 1,
+        align_corners: bool = False,
+    ) -> None:
+        width = head_channels or 256
+        super().__init__(
+            channels,
+            num_classes,
+            output_stride,
+            trained_stride,
+            width,
+            aspp_rates,
+            aspp_separable,
+            aspp_projection,
+            refine,
+            separable,
+            refine_separable,
+        )
+        self.output_stride, self.trained_stride = output_stride, trained_stride
+        self.align_corners = align_corners
+        self.low_level = conv_norm_relu(channels[0], low_level_channels, 1)
+        widths = [width + low_level_channels] + [width] * decoder_convs
+        self.decoder = nn.Sequential(
+            *(conv_norm_relu(inside, width, 3, 1, separable) for inside in widths[:-1])
+        )
+        self.classifier = nn.Conv2d(widths[-1], num_classes, 1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        low_level, grid = features[0], self.decode(features[-1])
+        size = (low_level.shape[2], low_level.shape[3])
+        stride, trained = (one // LOW_LEVEL_STRIDE for one in (self.output_stride, self.trained_stride))
+        grid = upsample_logits(grid, size, stride, trained, self.align_corners)
+        return self.classifier(self.decoder(torch.cat([grid, self.low_level(low_level)], 1)))
+
+
+def dense_dilation(output_stride: int) -> int:
+    """Of a 3x3 that was trained one cell apart at output stride 8 or more: the same distance on finer
+    grids."""
+    return max(1, DENSE_SPACING // output_stride)

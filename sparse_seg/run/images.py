@@ -1,0 +1,34 @@
+"""What is asked of images before a network runs."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+LIKE_BYTES = 50  # value of an image that none has whose mean and std are of 0..1
+MIN_SIZE = 32  # pixels; below it the coarsest stage has no cell left
+
+
+def check_images(images: Tensor) -> None:
+    """Raises a ValueError if images are not float `[B, 3, H, W]`, one or more, of `MIN_SIZE` or more."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"images must be float [B, 3, H, W], normalised; got {images.dtype} {list(images.shape)}"
+        )
+    if not len(images):
+        raise ValueError(f"images must be one or more, not an empty batch {list(images.shape)}")
+    if min(images.shape[2:]) < MIN_SIZE:
+        raise ValueError(f"images must be at least {MIN_SIZE}x{MIN_SIZE} px, not {list(images.shape[2:])}")
+
+
+def warn_of_bytes(images: Tensor) -> None:
+    """On the CPU, warn of values that look like bytes: none negative, some far above a normalised image's."""
+    if images.device.type == "cpu":  # elsewhere a look at the values would wait for the device
+        low, high = (value.item() for value in images.detach().aminmax())
+        if low >= 0 and high > LIKE_BYTES:
+            warnings.warn(
+                f"images reach {high:g} and are nowhere negative: they look like 0..255; normalise them: "
+                "(images / 255 - mean) / std",
+                stacklevel=2,
+            )
