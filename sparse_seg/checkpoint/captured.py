@@ -6,6 +6,7 @@ graph says is checked before anything is built of it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -28,7 +29,6 @@ from sparse_seg.config import ModelConfig, check_model
 from sparse_seg.errors import CheckpointError, SparseSegError
 from sparse_seg.graph import Geometry
 from sparse_seg.graph.file import check_tensors
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.card import Card
 from sparse_seg.run.weights import check_finite, load_weights, part_of
 from sparse_seg.run.build import check_policy
@@ -110,11 +110,6 @@ def origin_of(settings: ModelConfig, weights: Mapping[str, Tensor], normalisatio
     return Origin("module", settings.module or "", normalisation=normalisation, back=back)
 
 
-def parts_of(model: Segmentor) -> tuple[dict[str, Tensor], Captured | None]:
-    """Weights by a file's names, and the graph of a captured network."""
-    return content_of(model) if isinstance(model, SelectiveNetwork) else (model.state_dict(), None)
-
-
 def content_of(network: SelectiveNetwork) -> tuple[dict[str, Tensor], Captured]:
     """A network's tensors by a file's names, and its graph.
 
@@ -149,39 +144,37 @@ def captured_network(
     try:
         _check(captured, own, constants)
         module = Tensors(own, captured.parameters)
-        network = build_network(
-            captured.graph,
-            module,
-            constants,
-            settings.strides,
-            settings.mask,
-            settings.exchange,
-            card,
-            net,
-            settings.merge,
+        settings = dataclasses.replace(
+            settings, module=checkpoint.config.module, module_args=checkpoint.config.module_args
         )
+        network = build_network(captured.graph, module, constants, settings, card, net)
         check_policy(network)
     except SparseSegError:
         raise
     except Exception as error:  # a graph that cannot be fails in many ways
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{path} is damaged: its graph cannot be: {first}") from None
-    network.name, network.arguments = checkpoint.config.module or "", checkpoint.config.module_args
     check_finite(own | constants, path)
-    if network.policy.state_dict():
-        found = part_of(checkpoint.weights, POLICY)
-        if not found:
-            raise CheckpointError(missing_net(path))
-        load_weights(network.policy, found, path)
+    load_policy(network, checkpoint)
     return network.eval()
 
 
-def missing_net(path: Path) -> str:
-    """The message where a policy needs a net that a file has not."""
-    return (
-        f"{path} holds no net of a mask: train one with train.init={path} (see configs/camvid_mask.yaml), "
-        "fit one by sparse-seg fit-gain for policy gain, or choose another model.mask.policy"
-    )
+def load_policy(network: SelectiveNetwork, checkpoint: Checkpoint) -> None:
+    """Copy a file's mask net into a network whose policy has one.
+
+    Raises:
+        CheckpointError: there is none, or it does not fit.
+    """
+    if not network.policy.state_dict():
+        return
+    found, path = part_of(checkpoint.weights, POLICY), checkpoint.path
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no net of a mask: train one with train.init={path} (see "
+            "configs/camvid_mask.yaml), fit one by sparse-seg fit-gain for policy gain, or choose another "
+            "model.mask.policy"
+        )
+    load_weights(network.policy, found, path)
 
 
 def _check(captured: Captured, own: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:

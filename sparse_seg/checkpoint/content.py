@@ -19,8 +19,8 @@ from sparse_seg.version import __version__
 
 ASIDE = "source."  # our prefix of tensors that the network does not need, kept for the way back
 MODULE, CONSTANTS, POLICY = "module.", "constants.", "policy."
-PARTS = ("backbone.", "head.", "auxiliary.", POLICY, ASIDE)
-CAPTURED_PARTS = (MODULE, CONSTANTS, POLICY, ASIDE)
+PARTS = (MODULE, CONSTANTS, POLICY, ASIDE)
+EARLIER_PARTS = ("backbone.", "head.", "auxiliary.")  # of a module, up to format 2
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -69,9 +69,8 @@ class Checkpoint:
 
     Args:
         path: the file.
-        weights: by our names: `backbone.*`, `head.*` and, where there are such, `auxiliary.*` (training's),
-            `policy.*` (learned mask) and `source.*` (kept for the way back). Of a captured network
-            `module.*`, by the module's own names, and `constants.*` in place of the first three.
+        weights: `module.*`, by the module's own names, `constants.*` (of its graph), and, where there are
+            such, `policy.*` (learned mask) and `source.*` (kept for the way back).
         config: the network; `num_classes` is set.
         classes, colours: name and RGB (0..255) of each class; None where the source does not tell.
         mean, std: of the input, RGB in units of 0..1.
@@ -80,7 +79,7 @@ class Checkpoint:
             the values of the classes in labels, where they are known.
         digest: of the weights.
         version: of the package that wrote the file.
-        captured: the graph of a network that is none of ours.
+        captured: its graph; None of a backbone alone, and in files of earlier formats.
     """
 
     path: Path
@@ -145,14 +144,13 @@ def _captured(tree: Any, path: Path) -> Captured:
 def _check_sizes(checkpoint: Checkpoint) -> None:
     """Settings that go together, before anything is built of them."""
     config, count = checkpoint.config, len(checkpoint.weights)
-    parts_of = PARTS if checkpoint.captured is None else CAPTURED_PARTS
-    strange = [name for name in checkpoint.weights if not name.startswith(parts_of)]
+    strange = [name for name in checkpoint.weights if not name.startswith(PARTS + EARLIER_PARTS)]
     classes, captured = config.num_classes, checkpoint.captured
     given = classes if captured is None else captured.graph.node(captured.graph.output).shape[1]
     parts = sum(config.depths or []) + len(config.aspp_rates) + config.decoder_convs
     faults = {
         f"{strange[:1]} is of no part of a network": bool(strange),
-        "its graph and its settings do not go together": (captured is None) != (config.module is None),
+        "it has no graph": captured is None and config.module is not None,
         f"its graph gives {given} logits for {classes} classes": given != classes,
         "it has no class count": classes is None and checkpoint.origin.has_head,
         "its class names are not as many as its classes": _differs(checkpoint.classes, classes),

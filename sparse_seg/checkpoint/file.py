@@ -14,12 +14,12 @@ from torch import Tensor
 from sparse_seg.checkpoint import earlier
 from sparse_seg.checkpoint.content import Checkpoint, parse
 from sparse_seg.checkpoint.digest import digest_of
+from sparse_seg.checkpoint.names import as_today
 from sparse_seg.checkpoint.pickled import ZIP, first_line, load_pickled
 from sparse_seg.errors import CheckpointError, did_you_mean, shown
 from sparse_seg.files import atomic_write
 
-FORMAT, FORMAT_VERSION = "sparse_seg.checkpoint", 3
-WITHOUT_GRAPHS = 2  # version of files that have none: earlier packages read these
+FORMAT, FORMAT_VERSION = "sparse_seg.checkpoint", 4
 KEY = "sparse_seg"  # of the JSON text among the metadata
 SUFFIX = ".safetensors"
 SHIPPED = Path(__file__).parents[1] / "weights"  # by name; a card beside each says what it is
@@ -35,8 +35,7 @@ def save(checkpoint: Checkpoint) -> None:
             own = own.clone()
         weights[name] = own
         seen.add(own.data_ptr())
-    version = WITHOUT_GRAPHS if checkpoint.captured is None else FORMAT_VERSION
-    content = {"format": FORMAT, "format_version": version} | checkpoint.description()
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION} | checkpoint.description()
     content["weights"] = digest_of(weights)
     content["digest"] = digest_of(content)
     atomic_write(checkpoint.path, safetensors.torch.save(weights, {KEY: json.dumps(content)}))
@@ -57,7 +56,10 @@ def load(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: missing, damaged or foreign file.
     """
-    path = find(path)
+    return as_today(_load(find(path)))
+
+
+def _load(path: Path) -> Checkpoint:
     if not is_safetensors(path):
         return earlier.from_training(load_pt(path), path)
     weights, metadata = read_safetensors(path)

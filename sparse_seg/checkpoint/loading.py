@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_seg.checkpoint.captured import captured_network, missing_net
+from sparse_seg.checkpoint.captured import captured_network, load_policy
 from sparse_seg.checkpoint.content import ASIDE, MODULE, POLICY, Checkpoint
 from sparse_seg.checkpoint.file import load
 from sparse_seg.config import (
     Config,
-    MaskConfig,
     ModelConfig,
     check_model,
     function_keys,
@@ -30,9 +29,11 @@ from sparse_seg.run.build import build_model
 from sparse_seg.run.card import Card
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.weights import check_shapes, load_weights, meta_module, part_of
-from sparse_seg.registry import POLICIES, POOLING_HEADS
+from sparse_seg.networks.segmenter import captured_stride
+from sparse_seg.registry import POOLING_HEADS
 from sparse_seg.run.network import SelectiveNetwork
 
+AUXILIARY = "auxiliary."
 NETS: dict[str, Callable[[int, int], nn.Module]] = {"mask_net": mask_net, "cad_mask_net": cad_mask_net}
 
 
@@ -59,16 +60,19 @@ def build_network(checkpoint: Checkpoint, config: Config | None = None) -> Any:
             f"{path} holds a backbone without a head; train one from it: --set model.pretrained={path}"
         )
     chosen, net = network_settings(checkpoint, config), _net(checkpoint)
-    if checkpoint.captured is not None:
-        return captured_network(checkpoint, chosen, net, read_card(checkpoint, config))
-    masked = MaskConfig(policy=chosen.mask.policy if POLICIES[chosen.mask.policy].needs_net else "edge")
+    card, own = read_card(checkpoint, config), part_of(checkpoint.weights, MODULE)
+    captured, ours = checkpoint.captured, checkpoint.config.module is None
+    if captured is not None and not (ours and captured_stride(chosen) != captured_stride(checkpoint.config)):
+        return captured_network(checkpoint, chosen, net, card)
     try:
-        planned = meta_network(dataclasses.replace(chosen, mask=masked), net).state_dict()
+        planned = meta_module(chosen).state_dict()
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    check_shapes(planned, _weights_for(planned, checkpoint), path)
-    model = build_model(chosen, net, read_card(checkpoint, config))
-    load_weights(model, _weights_for(model.state_dict(), checkpoint), path)
+    extra = {name: one for name, one in planned.items() if name.startswith(AUXILIARY)}
+    check_shapes(planned, extra | own, path)
+    model = build_model(chosen, net, card)
+    load_weights(model.module, _with_auxiliary(model.module, own), path)
+    load_policy(model, checkpoint)
     return model.eval()
 
 
@@ -87,23 +91,11 @@ def read_card(checkpoint: Checkpoint, config: Config | None = None) -> Card:
     return Card(names or unnamed.names, colours or unnamed.colours, tuple(ids), scaling.mean, scaling.std)
 
 
-def _weights_for(own: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Weights to predict with. An auxiliary head, which only training uses, may be missing on either side; a
-    learned mask is left out where another is asked for.
-
-    Raises:
-        CheckpointError: a learned mask is asked for, and there is none.
-    """
-    needed: tuple[str, ...] = ("backbone.", "head.")
-    if any(name.startswith("policy.") for name in own):
-        needed = ("backbone.", "head.", "policy.")
-        if not part_of(checkpoint.weights, "policy."):
-            raise CheckpointError(missing_net(checkpoint.path))
-    auxiliary = {name: tensor for name, tensor in own.items() if name.startswith("auxiliary.")}
-    found = checkpoint.weights.items()
-    return auxiliary | {
-        name: tensor for name, tensor in found if name.startswith(needed) or name in auxiliary
-    }
+def _with_auxiliary(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights to predict with: an auxiliary head, which only training uses, may be missing on either side."""
+    own = {name: one for name, one in module.state_dict().items() if name.startswith(AUXILIARY)}
+    found = {name: one for name, one in weights.items() if name in own or not name.startswith(AUXILIARY)}
+    return own | found
 
 
 def load_backbone(path: str | Path) -> SelectiveNetwork:
@@ -114,7 +106,7 @@ def load_backbone(path: str | Path) -> SelectiveNetwork:
     """
     checkpoint = load(path)
     model = build_model(checkpoint.config)
-    load_weights(model.backbone, part_of(checkpoint.weights, "backbone."), path)
+    load_weights(model.module.backbone, part_of(checkpoint.weights, f"{MODULE}backbone."), path)
     return model.eval()
 
 
@@ -132,13 +124,13 @@ def network_settings(checkpoint: Checkpoint, config: Config | None = None) -> Mo
     else:
         own = {key: getattr(config.model, key) for key in RUN_SETTINGS}
         result = dataclasses.replace(checkpoint.config, **own)
-    if checkpoint.captured is not None and result.strides is None:
+    if checkpoint.config.module is not None and result.strides is None:
         result = dataclasses.replace(result, strides=checkpoint.config.strides)
     check_model(result)
     return result
 
 
-def initial_weights(checkpoint: Checkpoint, model: nn.Module, config: Config) -> dict[str, Tensor]:
+def initial_weights(checkpoint: Checkpoint, model: SelectiveNetwork, config: Config) -> dict[str, Tensor]:
     """Weights for training that starts from a checkpoint; a mask net and an auxiliary head stay as they are
     in `model` where the checkpoint has none.
 
@@ -146,30 +138,17 @@ def initial_weights(checkpoint: Checkpoint, model: nn.Module, config: Config) ->
         CheckpointError: it is another network than the config's.
     """
     check_fits(checkpoint, config, whole=True)
-    own = model.state_dict()
-    extra = (POLICY, "auxiliary.")
-    kept = {name: tensor for name, tensor in own.items() if name.startswith(extra)}
-    if isinstance(model, SelectiveNetwork) and checkpoint.captured is not None:
-        return kept | _captured_weights(checkpoint, model)
-    found = {
-        name: tensor
-        for name, tensor in checkpoint.weights.items()
-        if name in own or name.startswith(("backbone.", "head."))
-    }
-    return kept | found
-
-
-def _captured_weights(checkpoint: Checkpoint, model: SelectiveNetwork) -> dict[str, Tensor]:
-    """A captured network's weights, by the names of a network whose module is there."""
-    assert checkpoint.captured is not None
-    where = first_difference(checkpoint.captured.graph, model.graph)
-    if where is not None:
-        raise CheckpointError(
-            f"{checkpoint.path} holds another network than model.module makes: they differ first in {where}"
-        )
-    own, found = model.state_dict(), checkpoint.weights
+    captured, own, found = checkpoint.captured, model.state_dict(), checkpoint.weights
+    if captured is not None and config.model.module is not None:
+        where = first_difference(captured.graph, model.graph)
+        if where is not None:
+            raise CheckpointError(
+                f"{checkpoint.path} holds another network than model.module makes: they differ first in {where}"
+            )
+    kept = {name: one for name, one in own.items() if name.startswith((POLICY, MODULE + AUXILIARY))}
     aside = {MODULE + name: tensor for name, tensor in part_of(found, ASIDE).items()}
-    return {name: one for name, one in (aside | found).items() if name in own or name.startswith(MODULE)}
+    network = {name: one for name, one in found.items() if name in own or name.startswith(MODULE)}
+    return kept | {name: one for name, one in aside.items() if name in own} | network
 
 
 def check_fits(checkpoint: Checkpoint, config: Config, whole: bool = False) -> None:

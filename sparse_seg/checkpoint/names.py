@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from sparse_seg.checkpoint.content import ASIDE, MODULE, POLICY
+from sparse_seg.checkpoint.content import ASIDE, CONSTANTS, MODULE, POLICY, Checkpoint
 from sparse_seg.config import ModelConfig
 
 ROWS = re.compile(r"backbone\.layer\d\.\d+\.conv\d\.weight|head\.aspp\.atrous\.\d+\.(depthwise\.)?weight")
+
+
+def as_today(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint of any format, as this version writes it."""
+    entries = checkpoint.origin.back.get("entries")
+    if isinstance(entries, list):
+        entries = [_entry(entry, checkpoint.config) for entry in entries]
+        origin = replace(checkpoint.origin, back=checkpoint.origin.back | {"entries": entries})
+        checkpoint = replace(checkpoint, origin=origin)
+    return replace(checkpoint, weights=todays(checkpoint.weights, checkpoint.config))
+
+
+def _entry(entry: Any, config: ModelConfig) -> Any:
+    """An entry of the way back, without the word on its layout."""
+    if not isinstance(entry, list) or len(entry) != 6 or not isinstance(entry[0], str):
+        return entry
+    return [todays_name(entry[0], config), *entry[1:3], *entry[4:]]
 
 
 def todays(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -19,7 +38,7 @@ def todays(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
 
 
 def todays_name(name: str, config: ModelConfig) -> str:
-    if name.startswith((MODULE, POLICY, ASIDE)):
+    if name.startswith((MODULE, CONSTANTS, POLICY, ASIDE)):
         return name
     if config.shortcut == "avg_pool":  # the mean has a place of its own
         name = re.sub(r"(layer[234]\.0\.downsample\.)(\d)", lambda m: f"{m[1]}{int(m[2]) + 1}", name)

@@ -91,8 +91,7 @@ class Geometry(Strides):
                 clean.add(name)
             if from_rows(grids):
                 deep.add(name)
-        clean = self._without_last_cells(clean)
-        before_clean = self._before(clean)
+        clean, before_clean = self._without_last_cells(clean)
         for node in self.graph.nodes:
             name, reads_late = node.name, any(self.kind.get(one) == "late" for one in node.inputs)
             is_vector = self.kind.get(name) == "vector"
@@ -102,27 +101,20 @@ class Geometry(Strides):
             elif mixes or name in behind or reads_late:
                 self.kind[name] = "late"
 
-    def _without_last_cells(self, clean: set[str]) -> set[str]:
+    def _without_last_cells(self, clean: set[str]) -> tuple[set[str], set[str]]:
         """Without the last windows whose taps lie one cell apart as captured, less than the coarsest stride:
-        dense at that stride, they read the next cells there, as a head's dense 3x3 does."""
-        left = set(clean)
-        for node in reversed(self.graph.nodes):
-            if node.name not in clean or node.name in self._before(left):
-                continue
-            window = self.window(node)
-            at_own = self.captured[node.inputs[0]] == self.own
-            if window and window.dilation == (1, 1) and at_own and self.own < self.strides[-1]:
-                left.discard(node.name)
-        return left
-
-    def _before(self, windows: set[str]) -> set[str]:
-        """Values that lead to some of these windows."""
-        found = set[str]()
+        dense at that stride, they read the next cells there, as a head's dense 3x3 does. And what leads to
+        the others."""
+        left, leading = set(clean), set[str]()
         for node in reversed(self.graph.nodes):
             users = [user.name for user in self.users[node.name] if self.captured[user.name]]
-            if any(user in found or user in windows for user in users):
-                found.add(node.name)
-        return found
+            if any(user in leading or user in left for user in users):
+                leading.add(node.name)
+            elif node.name in clean and self.own < self.strides[-1]:
+                window, at_own = self.window(node), self.captured[node.inputs[0]] == self.own
+                if window and window.dilation == (1, 1) and at_own:
+                    left.discard(node.name)
+        return left, leading
 
     def _natural(self) -> dict[str, int]:
         natural: dict[str, int] = {}
