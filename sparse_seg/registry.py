@@ -122,6 +122,9 @@ BACKBONES = Registry(
         "resnet34": "sparse_seg.networks.resnet:resnet34",
         "resnet50": "sparse_seg.networks.resnet:resnet50",
         "resnet101": "sparse_seg.networks.resnet:resnet101",
+        "efficientnet_lite0": "sparse_seg.networks.efficientnet_lite:efficientnet_lite0",
+        "efficientnet_lite1": "sparse_seg.networks.efficientnet_lite:efficientnet_lite1",
+        "efficientnet_lite2": "sparse_seg.networks.efficientnet_lite:efficientnet_lite2",
     },
 )
 HEADS = Registry(
@@ -130,6 +133,7 @@ HEADS = Registry(
         "lite": "sparse_seg.networks.heads:LiteHead",
         "deeplabv3": "sparse_seg.networks.heads:DeepLabV3Head",
         "deeplabv3plus": "sparse_seg.networks.heads:DeepLabV3PlusHead",
+        "lraspp": "sparse_seg.networks.heads:LRASPPHead",
         "fcn": "sparse_seg.networks.heads:FCNHead",
     },
 )

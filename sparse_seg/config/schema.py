@@ -12,8 +12,8 @@ from sparse_seg.config.keys import function_key, key, section
 from sparse_seg.registry import BACKBONES, DATASETS, HEADS, POLICIES
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-STRIDES = ([8, 16], [8, 16, 32], [4, 8, 16])  # of our networks; the first is the default
-MODULE_STRIDES = ([4, 8], [16, 32], [32, 64], [16, 32, 64])  # more, of others
+STRIDES = ([8, 16], [8, 16, 32], [4, 8, 16], [16, 32])  # of our networks; the first is the default
+MODULE_STRIDES = ([4, 8], [32, 64], [16, 32, 64])  # more, of others
 # of a model: how a network runs, not what it computes dense
 RUN_SETTINGS = ("mask", "exchange", "engine", "merge", "strides")
 BITS = (10, 12, 14, 16)  # of cameras whose files have 16 per channel

@@ -91,6 +91,40 @@ class FCNHead(Head):
         return self.dropout(self.refine(grid))
 
 
+class LRASPPHead(Head):
+    """1x1 gated by the image's mean, and a 1x1 of the first feature (MobileNetV3's; Howard et al., ICCV 2019).
+
+    As upsampling and 1x1 commute, logits are upsampled in place of channels: the same values.
+    """
+
+    pools = True
+    reads_low_level = True
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        output_stride: int = 8,
+        trained_stride: int = 8,
+        head_channels: int | None = None,
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__()
+        width = head_channels or 128
+        self.upsample = ToLowLevel(output_stride, trained_stride, align_corners)
+        self.cbr = conv_norm_relu(channels[-1], width, 1)
+        self.scale = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels[-1], width, 1, bias=False), nn.Sigmoid()
+        )
+        self.low_classifier = nn.Conv2d(channels[0], num_classes, 1, bias=False)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        low_level, grid = features[0], features[-1]
+        logits = self.classifier(self.cbr(grid) * self.scale(grid))
+        return self.upsample(logits, low_level) + self.low_classifier(low_level)
+
+
 class DeepLabV3Head(Head):
     """ASPP, 3x3, classifier (torchvision's DeepLabHead); 256 channels by default.
 
@@ -171,8 +205,7 @@ class DeepLabV3PlusHead(DeepLabV3Head):
             separable,
             refine_separable,
         )
-        self.output_stride, self.trained_stride = output_stride, trained_stride
-        self.align_corners = align_corners
+        self.upsample = ToLowLevel(output_stride, trained_stride, align_corners)
         self.low_level = conv_norm_relu(channels[0], low_level_channels, 1)
         widths = [width + low_level_channels] + [width] * decoder_convs
         self.decoder = nn.Sequential(
@@ -181,11 +214,24 @@ class DeepLabV3PlusHead(DeepLabV3Head):
         self.classifier = nn.Conv2d(widths[-1], num_classes, 1)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        low_level, grid = features[0], self.decode(features[-1])
+        low_level = features[0]
+        grid = self.upsample(self.decode(features[-1]), low_level)
+        return self.classifier(self.decoder(torch.cat([grid, self.low_level(low_level)], 1)))
+
+
+class ToLowLevel(nn.Module):
+    """Bilinear upsampling to the first feature's grid, with the offset that it was trained with."""
+
+    def __init__(self, output_stride: int, trained_stride: int, align_corners: bool) -> None:
+        super().__init__()
+        self.output_stride, self.trained_stride = output_stride, trained_stride
+        self.align_corners = align_corners
+
+    def forward(self, grid: Tensor, low_level: Tensor) -> Tensor:
+        """`[B, C, h, w]` to `[B, C, H, W]` of the feature `[B, I, H, W]`."""
         size = (low_level.shape[2], low_level.shape[3])
         stride, trained = (one // LOW_LEVEL_STRIDE for one in (self.output_stride, self.trained_stride))
-        grid = upsample_logits(grid, size, stride, trained, self.align_corners)
-        return self.classifier(self.decoder(torch.cat([grid, self.low_level(low_level)], 1)))
+        return upsample_logits(grid, size, stride, trained, self.align_corners)
 
 
 def dense_dilation(output_stride: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_seg.config import ModelConfig
 from sparse_seg.errors import ConfigError
-from sparse_seg.networks.heads import DENSE_SPACING, LOW_LEVEL_STRIDE, FCNHead
+from sparse_seg.networks.heads import DENSE_SPACING, LOW_LEVEL_STRIDE, FCNHead, ToLowLevel
 from sparse_seg.ops.upsample import at_least_float32, upsample_logits
 from sparse_seg.registry import BACKBONES, HEADS, Registry
 
@@ -68,8 +68,9 @@ def build_module(settings: ModelConfig, output_stride: int, trained_stride: int 
     head = _made(HEADS, settings.head, given, settings.head_options)
     auxiliary = FCNHead(backbone.channels[:-1], count, output_stride) if settings.auxiliary else None
     trained = settings.trained_stride if trained_stride is None else trained_stride
-    if hasattr(head, "trained_stride"):
-        head.trained_stride = trained
+    for layer in head.modules():
+        if isinstance(layer, ToLowLevel):
+            layer.trained_stride = trained
     module = Segmenter(backbone, head, output_stride, trained, settings.align_corners, auxiliary)
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
