@@ -159,6 +159,7 @@ def captured_network(
             card,
             net,
             settings.merge,
+            settings.engine,
         )
         check_policy(network)
     except SparseSegError:

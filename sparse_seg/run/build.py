@@ -85,6 +85,7 @@ def capture_module(
             card,
             learned_net,
             settings.merge,
+            settings.engine,
         )
     network.name, network.arguments = str(settings.module), dict(settings.module_args)
     check_policy(network)

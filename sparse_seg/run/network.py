@@ -41,6 +41,7 @@ class SelectiveNetwork(GraphSegmentor):
             self.exchange,
             self.card,
             self.merge,
+            self.engine,
         )
         folded.is_folded = True
         return folded.eval()

@@ -17,8 +17,7 @@ from sparse_seg.models.card import Card
 from sparse_seg.models.way import Way
 from sparse_seg.ops import OPERATORS, Graph
 from sparse_seg.run.patch import check_patch
-from sparse_seg.sites import LevelPlan, plan_of
-from sparse_seg.sparse import EXCHANGES, SEPARATE
+from sparse_seg.sites import ENGINES, EXCHANGES, LevelPlan, plan_of
 
 
 class GraphSegmentor(Segmentor):
@@ -29,7 +28,9 @@ class GraphSegmentor(Segmentor):
         module: holds the tensors that the graph names: the module that was captured, or `Tensors`.
         constants: tensors of the graph that the module has not.
         policy, strides, mask, card: see `Segmentor`.
-        exchange: what an extra site reads where its level has no site: `linear`, `nearest` or `none`.
+        exchange: what an extra site reads where its level has no site: `linear`, `nearest` or `none`; or
+            `separate`: no site reads one of another level.
+        engine: of 3x3 convolutions at extra sites: `gather`, `spconv`, or `auto`, see `Sites`.
 
     Raises:
         NotSelective: nothing of it can run selectively at these strides.
@@ -46,10 +47,11 @@ class GraphSegmentor(Segmentor):
         exchange: str = "linear",
         card: Card | None = None,
         merge: str = "whole",
+        engine: str = "auto",
     ) -> None:
         super().__init__(policy, strides, mask, merge, card)
         self.geometry = Geometry(graph, strides)
-        self.module, self.exchange = module, exchange
+        self.module, self.exchange, self.engine = module, exchange, engine
         self.constants = Tensors(constants)
         self.name, self.arguments = type(module).__qualname__, dict[str, Any]()  # of what made the module
         self.check_way(Way(merge=merge))
@@ -85,6 +87,7 @@ class GraphSegmentor(Segmentor):
             module_args=self.arguments,
             strides=list(self.strides),
             exchange=self.exchange,
+            engine=self.engine,
             merge=self.merge,
             num_classes=self.num_classes,
             mask=self.mask,
@@ -106,18 +109,20 @@ class GraphSegmentor(Segmentor):
         return frozenset(node.name for node in joining if not layers[node.layer].training)
 
     def check_way(self, way: Way) -> None:
-        """Raises a SparseSegError, of one line, where the network cannot run a way."""
-        rule = way.exchange or self.exchange
+        """Raises a SparseSegError, of one line, where the network cannot run a way; a ValueError where it has
+        a rule or engine that is none."""
+        rule, engine = way.exchange or self.exchange, way.engine or self.engine
         if rule not in EXCHANGES:
             raise ValueError(f"unknown exchange {rule!r}; choose one of {', '.join(EXCHANGES)}")
-        if rule == SEPARATE:
-            raise SparseSegError(
-                "a captured network has no exchange separate; choose linear, nearest or none"
-            )
-        if way.engine == "spconv":
-            raise SparseSegError("a captured network has no engine spconv; choose gather or auto")
+        if engine not in ENGINES:
+            raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
         if way.merge == "patch":
             check_patch(self.geometry)
+        if self.separates(way) and (way.merge or self.merge) == "patch":
+            raise SparseSegError(
+                "exchange separate makes coarse sites depend on the mask: there is no coarse pass for merge "
+                "patch; choose merge whole"
+            )
 
     def plans(self, batch: int, size: tuple[int, int], device: torch.device) -> dict[int, LevelPlan]:
         """The levels' plans by stride, coarsest first."""

@@ -76,6 +76,7 @@ def captured(
     card: Card | None = None,
     learned_net: Any = mask_net,
     merge: str = "whole",
+    engine: str = "auto",
 ) -> SelectiveNetwork:
     """See `selective`; `learned_net` makes the net of a policy that is trained."""
     module = _unwrapped(module)
@@ -85,7 +86,9 @@ def captured(
         graph, constants = capture(module, (size[0], size[1]))
         if graph.node(graph.output).shape[1] == 1:
             graph = _two_classes(graph)
-        network = build_network(graph, module, constants, strides, mask, exchange, card, learned_net, merge)
+        network = build_network(
+            graph, module, constants, strides, mask, exchange, card, learned_net, merge, engine
+        )
         check_graph(network, module, size)
     network.training = module.training  # alone: parts of the module may be frozen
     network.policy.train(module.training)
@@ -117,6 +120,7 @@ def build_network(
     card: Card | None = None,
     learned_net: Any = mask_net,
     merge: str = "whole",
+    engine: str = "auto",
 ) -> SelectiveNetwork:
     """A network of a graph and its tensors.
 
@@ -135,7 +139,7 @@ def build_network(
         raise ConfigError(f"model: {error}") from None
     reference = next(module.parameters(), torch.zeros(1))
     policy = policy.to(reference.device)
-    return SelectiveNetwork(graph, module, constants, policy, chosen, mask, exchange, card, merge)
+    return SelectiveNetwork(graph, module, constants, policy, chosen, mask, exchange, card, merge, engine)
 
 
 def check_strides(strides: Sequence[int]) -> tuple[int, ...]:
