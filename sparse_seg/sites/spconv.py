@@ -79,10 +79,11 @@ def level_conv2d(
     Raises:
         EngineError: spconv is missing, broken, or cannot run this dtype or this backward.
     """
-    key = "spconv", taps, blocks is not None
-    places, rim = level.cached(key, lambda: _level_places(level, taps, blocks))
-    ghosts = extras[:0] if rim is None else level.ghosts(source, rim, level.exchange)
-    features = torch.cat([extras, ghosts])
+    places, rim = level.cached(("spconv", taps), lambda: _level_places(level, taps, blocks))
+    source, extras, weight = (one.to(computing_dtype(one)) for one in (source, extras, weight))
+    with torch.autocast(extras.device.type, enabled=False):
+        ghosts = extras[:0] if rim is None else level.ghosts(source, rim, level.exchange)
+        features = torch.cat([extras, ghosts])
     out = _conv2d(features, weight, bias, places, taps.reach // (2 * level.plan.stride))[: level.num_run]
     if level.valid is None:
         return out
