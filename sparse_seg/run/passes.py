@@ -179,9 +179,10 @@ class GraphPass:
         if self.model.training:
             raise ValueError("call model.eval() before refining: batch statistics would depend on the step")
         if not self.model.refines(self._way):
-            what = f"{geometry.where_mixing} makes the lattice"
             if self.model.separates(self._way):
                 what = "exchange separate makes coarse sites"
+            else:
+                what = f"{geometry.where_mixing} makes the lattice"
             raise ValueError(f"{what} depend on the mask: a coarse pass cannot be refined")
         self._with_grad = False
         coarsest = self.model.strides[-1]

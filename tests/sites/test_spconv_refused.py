@@ -1,4 +1,4 @@
-"""When the spconv engine refuses: a library that is missing, broken or wrong, in one line that says what to do."""
+"""When the spconv engine refuses: a library that is missing, broken or wrong; one line says what to do."""
 
 from __future__ import annotations
 
