@@ -91,16 +91,10 @@ def _check_module(model: ModelConfig) -> None:
             f"model.{key} is of sparse_seg's own networks, not of model.module: remove it; what the module "
             "takes stands in model.module_args",
         )
-    for key, value, choice in (
-        ("auxiliary", True, "false"),
-        ("exchange", "separate", "linear, nearest or none"),
-        ("engine", "spconv", "auto or gather"),
-    ):
-        _require(
-            getattr(model, key) != value,
-            f"model.{key}={str(value).lower()} is of sparse_seg's own networks, not of model.module: set "
-            f"it to {choice}",
-        )
+    _require(
+        not model.auxiliary,
+        "model.auxiliary=true is of sparse_seg's own networks, not of model.module: set it to false",
+    )
 
 
 def check_config(config: Config) -> None:

@@ -44,7 +44,7 @@ def verify_captured(model: SelectiveNetwork, seed: int = 0) -> Verification:
     if lattices:
         name = f"P1: coarse sites of a random mask against dense OS{strides[-1]}"
         depends.append(Difference(name, max(lattices)))
-    if geometry.refines:
+    if model.refines(Way()):
         refined = model.start(images).start_coarse().take(some).logits()
         one = model.start(images).take(some, Way()).logits()
         always.append(Difference("P4: a refined coarse pass against a single one", relative(refined, one)))

@@ -86,6 +86,11 @@ def check_options(model: SelectiveNetwork, options: ExportOptions) -> None:
         return
     coarsest, (height, width) = model.strides[-1], options.size
     model.check_way(Way(merge=options.merge))
+    if model.separates(Way()):
+        raise SparseSegError(
+            "exchange separate makes the coarse lattice depend on the mask; such a network can be exported "
+            "with --dense only, or with another rule (--set model.exchange=linear)"
+        )
     if len(model.strides) == 3 and (height % coarsest or width % coarsest):
         raise SparseSegError(
             f"size {height}x{width} with three strides: export a captured network for multiples of "

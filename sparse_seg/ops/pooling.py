@@ -51,8 +51,10 @@ class MaxPool2d(Pool):
         return F.max_pool2d(F.pad(grid, pads, value=-torch.inf), kernel, stride, 0, dilation)
 
     def rows(self, node: Node, tensors: Tensors, reads: Reads) -> Tensor:
-        values = reads.values()
-        return values.masked_fill(~reads.inside()[:, :, None], -torch.inf).amax(1)
+        values, inside = reads.values(), reads.inside()
+        most = values.masked_fill(~inside[:, :, None], -torch.inf).amax(1)
+        # a site beyond the border may read nothing: of infinity an activation's gradient is no number
+        return most.masked_fill(~inside.any(1, keepdim=True), 0)
 
 
 @operator("avg_pool2d")

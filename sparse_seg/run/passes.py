@@ -89,23 +89,27 @@ class Pass:
         """Run under this mask, see `Predicting.forward`. After a coarse pass, refine it.
 
         Args:
-            way: gives the exchange rule; its policy is not asked.
+            way: gives exchange rule, engine and merge; its policy is not asked.
 
         Raises:
-            ValueError: a wrong shape or dtype, or a block that would become coarser than it is.
-            SparseSegError: an exchange rule, engine or merge that a captured network has not, or has not in
-                training.
+            ValueError: a wrong shape or dtype, a block that would become coarser than it is, or exchange
+                `separate` after a coarse pass.
+            SparseSegError: a merge that the network has not, with this exchange rule, or in training.
+            EngineError: the engine is spconv, which is missing, broken, or cannot run this dtype or backward.
         """
         self._way = way = way or Way()
         self.model.check_way(way)
         levels, geometry = self._levels(fine_blocks), self.model.geometry
-        refines = self._coarse is not None and not self._with_grad and geometry.refines
+        refines = self._coarse is not None and not self._with_grad
+        if refines and self.model.separates(way):
+            raise ValueError("exchange separate makes all sites depend on the mask: none can be kept")
         before = self._sites if refines else None
         if before is not None and bool((levels < self.levels).any()):
             raise ValueError("a step can only refine: some block has a lower level than before")
         plans = self.model.plans(len(self.images), self._run.size, self.images.device)
         near, exchange = geometry.near(self._run.size), way.exchange or self.model.exchange
-        sites = Sites.of_mask(levels, plans, exchange, near, before)
+        engine = way.engine or self.model.engine
+        sites = Sites.of_mask(levels, plans, exchange, near, before, engine)
         coarse = self._coarse if refines else None
         with self._context():
             if self._patches and (coarse is None or self._patched is None):
@@ -140,7 +144,8 @@ class Pass:
     def coarse_logits(self, every: int = 1, stored_dtype: torch.dtype | None = None) -> Tensor:
         """Logits of the dense network at the coarsest stride, at every `every`-th pixel.
 
-        In eval mode without gradients this pass then refines what was run here.
+        In eval mode without gradients this pass then refines what was run here. With exchange `separate` it
+        cannot: the coarse pass then shares early values alone.
 
         Returns:
             Float32 or more, `[B, K, ceil(H/every), ceil(W/every)]`.
@@ -151,6 +156,10 @@ class Pass:
         if self.model.training or self._with_grad:
             with eval_mode(self.model):
                 return Pass(self.model, self.images).coarse_logits(every, stored_dtype)
+        if self._coarse is None and self.model.separates(self._way):
+            with self._context():
+                beside = self._run.dense(self.model.strides[-1])
+            return self._upsample(self._run.output(beside), every)
         if self._coarse is None:
             self.start_coarse(stored_dtype)
         assert self._coarse is not None
@@ -169,11 +178,12 @@ class Pass:
         geometry = self.model.geometry
         if self.model.training:
             raise ValueError("call model.eval() before refining: batch statistics would depend on the step")
-        if not geometry.refines:
-            raise ValueError(
-                f"{geometry.where_mixing} makes the lattice depend on the mask: a coarse pass cannot be "
-                "refined"
-            )
+        if not self.model.refines(self._way):
+            if self.model.separates(self._way):
+                what = "exchange separate makes coarse sites"
+            else:
+                what = f"{geometry.where_mixing} makes the lattice"
+            raise ValueError(f"{what} depend on the mask: a coarse pass cannot be refined")
         self._with_grad = False
         coarsest = self.model.strides[-1]
         kept = geometry.kept_lattices | (geometry.kept_late if self._patches else set())

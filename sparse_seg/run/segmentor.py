@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.config import MaskConfig, ModelConfig
+from sparse_seg.errors import SparseSegError
 from sparse_seg.graph import Geometry
 from sparse_seg.masks import POLICIES, MaskPolicy, block_levels, build_policy
 from sparse_seg.ops import OPERATORS, Graph
@@ -19,8 +20,7 @@ from sparse_seg.run.patch import check_patch
 from sparse_seg.run.predicting import Predicting
 from sparse_seg.run.refinement import refine
 from sparse_seg.run.way import Way
-from sparse_seg.sites import LevelPlan, plan_of
-from sparse_seg.sparse import EXCHANGES, SEPARATE
+from sparse_seg.sites import ENGINES, EXCHANGES, SEPARATE, LevelPlan, plan_of
 
 
 class Segmentor(Predicting, nn.Module):
@@ -71,6 +71,11 @@ class Segmentor(Predicting, nn.Module):
     def exchange(self) -> str:
         """Rule of what is read where there is no site."""
         return self.settings.exchange
+
+    @property
+    def engine(self) -> str:
+        """Of 3x3 convolutions at extra sites: `gather`, `spconv`, or `auto`, see `Sites`."""
+        return self.settings.engine
 
     @property
     def merge(self) -> str:
@@ -144,12 +149,20 @@ class Segmentor(Predicting, nn.Module):
         return self.geometry.refines and not self.separates(way)
 
     def check_way(self, way: Way) -> None:
-        """Raises a SparseSegError, of one line, where the network cannot run a way."""
-        rule = way.exchange or self.exchange
+        """Raises a SparseSegError, of one line, where the network cannot run a way; a ValueError where it has
+        a rule or engine that is none."""
+        rule, engine = way.exchange or self.exchange, way.engine or self.engine
         if rule not in EXCHANGES:
             raise ValueError(f"unknown exchange {rule!r}; choose one of {', '.join(EXCHANGES)}")
+        if engine not in ENGINES:
+            raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
         if (way.merge or self.merge) == "patch":
             check_patch(self.geometry)
+        if self.separates(way) and (way.merge or self.merge) == "patch":
+            raise SparseSegError(
+                "exchange separate makes coarse sites depend on the mask: there is no coarse pass for merge "
+                "patch; choose merge whole"
+            )
 
     def plans(self, batch: int, size: tuple[int, int], device: torch.device) -> dict[int, LevelPlan]:
         """The levels' plans by stride, coarsest first."""

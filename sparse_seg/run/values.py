@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.graph import Geometry
+from sparse_seg.ops import OPERATORS, Node, Spatial
 from sparse_seg.ops.upsample import axis_shares, upsample_logits
-from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
+from sparse_seg.run.windows import apart_lattice, extra_rows
 from sparse_seg.sites import Grid, Level, Mixed, Sites, Taps, grid_size
 
 Value = Any  # a Grid, a Mixed, or a tensor: a vector of each image `[B, C, 1, 1]`
@@ -254,6 +255,8 @@ class Run:
         """A node's lattice in a mixed run; None where norms need all sites at once."""
         if self._trains(node) and OPERATORS[node.op].joins:
             return None
+        if sites.apart is not None and node.name in self.taps and isinstance(read[0], Mixed):
+            return apart_lattice(self, node, read[0], sites)
         grids = [self._lattice_source(node, one, sites) for one in read]
         return self._dense(node, grids, {node.name: self.geometry.lattice(node.name)})
 
@@ -274,14 +277,8 @@ class Run:
             self.counted(node, level.num_run)
         if self._trains(node) and operator.joins:
             return self._joined(node, read[0], sites, levels, stride)
-        if node.name in self.taps and isinstance(operator, Spatial):
-            source = (
-                self._lattice_source(node, read[0], sites) if node.name in self.geometry.mixing else read[0]
-            )
-            rows = {
-                one: operator.rows(node, self.tensors_of(node), self._reads(node, source, one, level))
-                for one, level in levels.items()
-            }
+        if node.name in self.taps:
+            rows = extra_rows(self, node, read[0], sites, levels)
         else:
             rows = {
                 one: operator.apply(
@@ -290,13 +287,6 @@ class Run:
                 for one, level in levels.items()
             }
         return Mixed(lattice, rows, sites, before)
-
-    def _reads(self, node: Node, source: Value, stride: int, level: Level) -> Reads:
-        taps = self.taps[node.name]
-        if isinstance(source, Grid):
-            return Reads(source.padded_rows, level.grid_rows(taps, source.stride), taps.number)
-        table, index = source.reads(stride, taps)
-        return Reads(table, index, taps.number)
 
     def _joined(
         self, node: Node, source: Value, sites: Sites, levels: Mapping[int, Level], stride: int

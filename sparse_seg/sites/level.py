@@ -7,12 +7,18 @@ those of the cells that some extra site reads, far taps those of all cells.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparse_seg.sites.plan import LevelPlan, Taps
+
+SEPARATE = "separate"  # `none`, and levels do not read each other, see `apart.py`
+EXCHANGES = ("linear", "nearest", "none", SEPARATE)
+
+T = TypeVar("T")
 
 
 class Level:
@@ -40,7 +46,7 @@ class Level:
         self.run = self.count if new is None else new
         self.run_cells = cells if new is None else cells[self.count - new :]
         self.near = tuple(near) if exchange != "none" else ()
-        self._kept: dict[Hashable, Tensor] = {}
+        self._kept: dict[Hashable, Any] = {}
         self._numberings: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def kind(self, taps: Taps) -> str:
@@ -49,19 +55,20 @@ class Level:
 
     def tap_rows(self, taps: Taps) -> Tensor:
         """`[3 * run * T]`: the rows of `table` that taps read around the extra sites that are run."""
-        key = "table", taps
-        if key not in self._kept:
+
+        def build() -> Tensor:
             read = self.plan.around_sites(taps).index_select(1, self.run_cells).reshape(-1)
-            self._kept[key] = self._numbering(self.kind(taps))[0].index_select(0, read)
-        return self._kept[key]
+            return self._numbering(self.kind(taps))[0].index_select(0, read)
+
+        return self.cached(("table", taps), build)
 
     def grid_rows(self, taps: Taps, stride: int, first: int = 1) -> Tensor:
         """`[(4 - first) * run * T]`: what taps read in a complete grid, as `LevelPlan.in_grid`."""
-        key = "grid", taps, stride, first
-        if key not in self._kept:
-            table = self.plan.in_grid(taps, stride, first)
-            self._kept[key] = table.index_select(1, self.run_cells).reshape(-1)
-        return self._kept[key]
+
+        def build() -> Tensor:
+            return self.plan.in_grid(taps, stride, first).index_select(1, self.run_cells).reshape(-1)
+
+        return self.cached(("grid", taps, stride, first), build)
 
     def table(self, source: Tensor, extras: Tensor, kind: str, exchange: str | None = None) -> Tensor:
         """`[3 * K + 3 * n + 1, C]`: sites, n ghosts for each phase, and zero for outside.
@@ -121,6 +128,12 @@ class Level:
             self._kept["image"] = (self.run_cells // (self.plan.cells // self.plan.batch)).repeat(3)
         return self._kept["image"]
 
+    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What is derived from the level, built at the first call with `key` and kept with it."""
+        if key not in self._kept:
+            self._kept[key] = build()
+        return self._kept[key]
+
     def _places(self) -> Tensor:
         """`[fine cells]`: the row of each place among those of the source, the extra sites, all ghosts."""
         if "places" not in self._kept:
@@ -149,7 +162,7 @@ class Level:
         elif kind == "none":
             rows, ghosts = torch.full((every,), sites, device=device), None
         else:
-            ghosts = self._near_cells()
+            ghosts = self.rim(self.near)
             count = 3 * ghosts.shape[0]
             rows = torch.zeros(every, dtype=torch.int64, device=device) + (sites + count)
             numbers = self._numbers(ghosts)
@@ -162,9 +175,9 @@ class Level:
         first = torch.arange(3, device=cells.device)[:, None] * self.plan.cells
         return (first + cells).reshape(-1)
 
-    def _near_cells(self) -> Tensor:
-        """`[n]`: cells without extra sites that near taps read; n is known at run time only."""
-        tables = [self.plan.around_cells(taps).index_select(0, self.run_cells) for taps in self.near]
+    def rim(self, windows: Sequence[Taps]) -> Tensor:
+        """`[n]`: cells without extra sites that windows' taps read; n is known at run time only."""
+        tables = [self.plan.around_cells(taps).index_select(0, self.run_cells) for taps in windows]
         read = torch.cat(tables, 1).reshape(-1)
         near = torch.zeros(self.plan.cells + 1, device=read.device).scatter(0, read, 1.0)
         near = near.scatter(0, self.cells, 0.0)

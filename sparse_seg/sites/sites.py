@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparse_seg.sites.level import Level
+from sparse_seg.sites.apart import Apart
+from sparse_seg.sites.level import SEPARATE, Level
 from sparse_seg.sites.plan import LevelPlan, Taps
 
 
@@ -17,10 +18,15 @@ class Sites:
     Args:
         levels: by stride, coarsest first.
         exchange: see `Level`.
+        apart: of exchange rule `separate`, which is `none` without what `Apart` leaves out.
+        engine: what computes 3x3 convolutions at extra sites: `gather`, `spconv`, or `auto`: spconv on CUDA
+            where it works and runs the dtype, else gather.
     """
 
-    def __init__(self, levels: dict[int, Level], exchange: str) -> None:
-        self.levels, self.exchange = levels, exchange
+    def __init__(
+        self, levels: dict[int, Level], exchange: str, apart: Apart | None = None, engine: str = "gather"
+    ) -> None:
+        self.levels, self.exchange, self.apart, self.engine = levels, exchange, apart, engine
         self._whole: Sites | None = None
 
     @classmethod
@@ -31,15 +37,19 @@ class Sites:
         exchange: str,
         near: Mapping[int, Sequence[Taps]],
         before: Sites | None = None,
+        engine: str = "gather",
     ) -> Sites:
         """From block levels int64 `[B, Hc, Wc]`: 0 keeps a block coarse, each more halves its stride.
 
         Args:
             plans: of the levels, by stride, coarsest first.
+            exchange: see `Level`; or `separate`, see `Apart`.
             near: see `Level`, by stride.
-            before: the sites of the step before, all of them sites of this one; only new ones are run.
+            before: the sites of the step before, all of them sites of this one; only new ones are run. Not
+                under `separate`.
         """
-        levels = {}
+        levels, separates = {}, exchange == SEPARATE
+        exchange = "none" if separates else exchange
         for number, (stride, plan) in enumerate(plans.items()):
             split = fine_blocks > number
             if number:
@@ -53,7 +63,7 @@ class Sites:
                 added = fresh.nonzero().squeeze(1)
                 cells, new = torch.cat([known, added]), added.shape[0]
             levels[stride] = Level(plan, cells, exchange, near.get(stride, ()), new)
-        return cls(levels, exchange)
+        return cls(levels, exchange, Apart(levels) if separates else None, engine)
 
     @classmethod
     def of_numbers(
@@ -95,5 +105,5 @@ class Sites:
             return self
         if self._whole is None:  # not functools.cached_property: its lock is beyond torch.compile
             whole = {one: Level(level.plan, level.cells, level.exchange, level.near) for one, level in levels}
-            self._whole = Sites(whole, self.exchange)
+            self._whole = Sites(whole, self.exchange, engine=self.engine)
         return self._whole

@@ -95,14 +95,16 @@ class Mixed:
     def reads(self, stride: int, taps: Taps) -> tuple[Tensor, Tensor]:
         """What taps read around the extra sites at `stride` that are run: a table, and its rows
         `[3 * run * T]`."""
-        level = self.sites.levels[stride]
-        if self.lattice.stride <= stride:
-            return self.lattice.padded_rows, level.grid_rows(taps, self.lattice.stride)
+        level, base, apart = self.sites.levels[stride], self.lattice.stride, self.sites.apart
+        if base <= stride:
+            rows = apart.in_grid(taps, stride, base, base) if apart else level.grid_rows(taps, base)
+            return self.lattice.padded_rows, rows
         kind = level.kind(taps)
         if (stride, kind) not in self._tables:
-            source = self.complete(2 * stride)
+            source = self.lattice.rows if kind == "none" else self.complete(2 * stride)
             self._tables[stride, kind] = level.table(source, self.extras(stride), kind)
-        return self._tables[stride, kind], level.tap_rows(taps)
+        rows = apart.in_table(taps, stride) if apart else level.tap_rows(taps)
+        return self._tables[stride, kind], rows
 
     def own(self, stride: int) -> Tensor:
         """`[3 * run, C]`: the values at the extra sites at `stride` that are run."""

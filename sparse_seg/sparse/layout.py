@@ -17,11 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from sparse_seg.sites import EXCHANGES, SEPARATE
 from sparse_seg.sparse.grids import cells_apart, check_split, children, parents, repeat, spread, unflatten
 from sparse_seg.sparse.neighbours import NeighbourTable
-
-SEPARATE = "separate"
-EXCHANGES = ("linear", "nearest", "none", SEPARATE)
 
 _T = TypeVar("_T")
 

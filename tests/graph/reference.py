@@ -2,7 +2,8 @@
 
 What runs before the sites end is computed at every pixel (a strided layer as a dilated one), so that any
 output stride is a choice of places. On mixed levels a value stands on the whole grid at the finest stride,
-where places without a site hold what the exchange rule gives (`tests/slow_reference.py`).
+where places without a site hold what the exchange rule gives (`tests/slow_reference.py`). Under `separate` a
+window runs once for each level, on a grid of its sites alone.
 """
 
 from __future__ import annotations
@@ -165,13 +166,46 @@ class Reference(Definitions):
             spacing = dilation * captured
             cells = max(1, spacing // unit)  # taps closer than a cell move a cell apart
             steps.append([place * cells // spacing for place in places])
+        outside, there = x.new_zeros(1, x.shape[1], 1, 1), self._there(layer.inputs[0], x)
+        if layer.before is not None:
+            x, outside = layer.before(x), layer.before(outside)
+            self.macs += _weights(layer.before)  # once, of what stands outside
+            x = self._held_between(layer, x - outside, unit) + outside
+        level = self._levels_of_source(layer)
+        if level is None:
+            return self._taps(layer, x, there, outside, steps)
+        parts = [
+            self._taps(layer, x.where(level == n, outside), there & (level == n), outside, steps).where(
+                level == n, 0.0
+            )
+            for n in range(len(self.strides))
+        ]
+        return torch.stack(parts).sum(0)
+
+    def _levels_of_source(self, layer: Layer) -> Tensor | None:
+        """`[B, 1, H, W]` on the finest grid, under `separate`: the level of each place's block, of a value on
+        rows."""
+        source = layer.inputs[0]
+        lattice = self._between(layer) if layer.before is not None else self.cell(source)
+        on_rows = layer.before is not None or self.kind(source) == "rows"
+        late = self.kind(layer.name) == "late"
+        if self.exchange != "separate" or self.stride is not None or not on_rows or late:
+            return None
+        return self._levels(lattice) if lattice > self.finest else None
+
+    @once
+    def _levels(self, lattice: int) -> Tensor:
+        sites, (height, width) = self.sites(lattice), self.sites(lattice).size
+        cells = [(b, y, x) for b in range(sites.batch) for y in range(height) for x in range(width)]
+        levels = torch.tensor([sites.level(cell) for cell in cells])
+        return levels.view(sites.batch, 1, height, width)
+
+    def _taps(
+        self, layer: Layer, x: Tensor, there: Tensor, outside: Tensor, steps: list[list[int]]
+    ) -> Tensor:
+        """A window over a grid, its taps `steps` cells apart."""
         if layer.kind == "conv":
             assert isinstance(layer.module, nn.Conv2d)
-            outside = x.new_zeros(1, x.shape[1], 1, 1)
-            if layer.before is not None:
-                x, outside = layer.before(x), layer.before(outside)
-                self.macs += _weights(layer.before)  # once, of what stands outside
-                x = self._held_between(layer, x - outside, unit) + outside
             weight, total = layer.module.weight, x.new_zeros(())
             for row, y in enumerate(steps[0]):
                 for column, z in enumerate(steps[1]):
@@ -180,7 +214,6 @@ class Reference(Definitions):
             bias = layer.module.bias
             return total if bias is None else total + bias.view(1, -1, 1, 1)
         fill = x.new_full((1, 1, 1, 1), -math.inf if layer.kind == "max" else 0.0)
-        there = self._there(layer.inputs[0], x)
         x = torch.where(there, x, fill)
         taps = torch.stack([_shifted(x, y, z, fill) for y in steps[0] for z in steps[1]])
         if layer.kind == "max":
@@ -192,10 +225,10 @@ class Reference(Definitions):
         return taps.sum(0) / count.clamp_min(1)
 
     def _there(self, name: str, x: Tensor) -> Tensor:
-        """`[B, 1, h, w]` bool: under `none`, places without a site are as those outside the image."""
+        """`[B, 1, h, w]` bool: under `none` and `separate` places without a site are as those outside."""
         ones = torch.ones_like(x[:, :1])
         mixed = self.stride is None and self.kind(name) == "rows" and self.cell(name) > self.finest
-        if mixed and self.exchange == "none":
+        if mixed and self.exchange in ("none", "separate"):
             sites = self.sites(self.cell(name))
             ones = sites.rebuild(sites.read(ones), "none")
         return ones > 0

@@ -16,7 +16,7 @@ from sparse_seg.graph import capture
 from sparse_seg.run.way import Way
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.selective import build_network, check_graph
-from sparse_seg.sites import Mixed
+from sparse_seg.sites import EXCHANGES, Mixed
 from tests.graph.drawn import FAMILIES, draw_network
 from tests.graph.layers import Drawn
 from tests.graph.reference import Reference
@@ -69,7 +69,7 @@ def check_mixed(network: SelectiveNetwork, module: Drawn, images: Tensor) -> Non
     levels, strides, geometry = draw_levels(network, images), network.strides, network.geometry
     run = network.start(images)
     coarse = run._run.dense(strides[-1], geometry.kept_lattices)
-    for exchange in ("linear", "nearest", "none"):
+    for exchange in EXCHANGES:
         reference = Reference(module, strides, images, levels=levels, exchange=exchange)
         run = network.start(images).take(levels, Way(exchange=exchange))
         assert relative_error(run.grid_logits(), reference.output) < TOLERANCE
@@ -80,13 +80,15 @@ def check_mixed(network: SelectiveNetwork, module: Drawn, images: Tensor) -> Non
                 isinstance(value, Mixed)
                 and name in coarse
                 and name not in geometry.masked
-                and geometry.refines
+                and network.refines(Way(exchange=exchange))
             ):
                 assert torch.equal(value.lattice.tensor, coarse[name].tensor)
     fine = torch.full_like(levels, len(strides) - 1)
     if not Reference(module, strides, images, stride=strides[0]).lattice_pools:
         expected = network.start(images).follow(Way.dense(strides[0])).grid_logits()
-        assert relative_error(network.start(images).take(fine).grid_logits(), expected) < TOLERANCE
+        for exchange in ("linear", "separate"):
+            found = network.start(images).take(fine, Way(exchange=exchange)).grid_logits()
+            assert relative_error(found, expected) < TOLERANCE
     if geometry.refines:
         none = network.start(images).take(torch.zeros_like(levels))
         none.grid_logits()
@@ -126,10 +128,11 @@ def test_dense_and_mixed(family: str, data: st.DataObject):
             check_refinement(network, module, images)
 
 
+@pytest.mark.parametrize("exchange", ["linear", "separate"])
 @pytest.mark.parametrize("family", ["convolution", "groups", "channels", "places", "all"])
 @few
 @given(st.data())
-def test_training_equals_autograd_through_the_reference(family: str, data: st.DataObject):
+def test_training_equals_autograd_through_the_reference(family: str, exchange: str, data: st.DataObject):
     """Batch norm over all existing sites, with its running statistics."""
     module = draw_network(data.draw, family, training=True)
     images = draw_images(data)
@@ -143,8 +146,8 @@ def test_training_equals_autograd_through_the_reference(family: str, data: st.Da
             one for each in (module, twin) for one in each.modules() if isinstance(one, nn.BatchNorm2d)
         ):
             norm.reset_running_stats()
-        logits = network.start(images).take(levels).grid_logits()
-        expected = Reference(twin, network.strides, images, levels=levels).output
+        logits = network.start(images).take(levels, Way(exchange=exchange)).grid_logits()
+        expected = Reference(twin, network.strides, images, levels=levels, exchange=exchange).output
         assert relative_error(logits, expected) < TOLERANCE
         (logits * target).tanh().sum().backward()
         (expected * target).tanh().sum().backward()

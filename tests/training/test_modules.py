@@ -157,8 +157,6 @@ def test_distils_classes_from_another_one(configured: Configured, tmp_path: Path
 
 REFUSED = {
     "auxiliary": ({"auxiliary": True}, r"model\.auxiliary=true is of sparse_seg's own networks"),
-    "exchange": ({"exchange": "separate"}, r"model\.exchange=separate is of"),
-    "engine": ({"engine": "spconv"}, r"model\.engine=spconv is of"),
     "width": ({"width": 0.5}, r"model\.width is of sparse_seg's own networks, not of model\.module"),
     "head": ({"head": "fcn"}, r"model\.head is of"),
     "strides": ({"strides": [8, 32]}, r"model\.strides is \[8, 32\]; did you mean"),
