@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_seg
-from sparse_seg.errors import SparseSegError
 from sparse_seg.export import ExportOptions, export_onnx
 from sparse_seg.models.way import Way
 from sparse_seg.sparse.features import double
@@ -149,14 +148,3 @@ def test_it_is_exported(batch: int, tmp_path: Path) -> None:
     net = network().float()
     options = ExportOptions((75, 91), batch, merge="patch", tiles=False)
     assert export_onnx(net, tmp_path / "a.onnx", options)["merge"] == "patch"  # checked against the model
-
-
-def test_what_it_cannot_do_is_refused() -> None:
-    net, images = network(), torch.randn(1, 3, 64, 64).double()
-    mask = torch.ones(1, 4, 4, dtype=torch.bool)
-    with pytest.raises(SparseSegError, match="is for eval mode: train with merge whole"):
-        net.train().start(images).take(mask, PATCH)
-    net.eval()
-    three = sparse_seg.selective(net.module, strides=(8, 16, 32), size=(64, 128))
-    with pytest.raises(SparseSegError, match="needs two strides; choose merge whole"):
-        three.start(images).take(torch.ones(1, 2, 2, dtype=torch.bool), PATCH)
