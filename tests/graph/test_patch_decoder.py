@@ -26,9 +26,12 @@ class Decoder(nn.Module):
 
     Args:
         nearest: how the decoder resizes.
+        dip: whether another branch goes down to stride 16 behind the rows.
     """
 
-    def __init__(self, align_corners: bool, skip: bool = True, nearest: bool = False) -> None:
+    def __init__(
+        self, align_corners: bool, skip: bool = True, nearest: bool = False, dip: bool = False
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 6, 3, 4, 1)
         self.down = nn.Conv2d(6, 8, 3, 2, 1)
@@ -37,6 +40,7 @@ class Decoder(nn.Module):
         )
         self.refine = nn.Conv2d(8, 8, 3, 1, 1)
         self.skip = nn.Conv2d(6, 3, 1) if skip else None
+        self.dip = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 11, 3, 2, 1)) if dip else None
         self.decode = nn.Sequential(
             nn.Conv2d(11, 8, 3, 1, 1, bias=False),
             nn.BatchNorm2d(8),
@@ -49,13 +53,17 @@ class Decoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         low = self.stem(images)
-        x = self.refine(self.wide(self.down(low)))
+        rows = self.wide(self.down(low))
+        x = self.refine(rows)
         if self.skip is not None:
             if self.nearest:
                 x = F.interpolate(x, low.shape[2:])
             else:
                 x = F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=self.align_corners)
-            x = self.decode(torch.cat([x, self.skip(low)], 1))
+            x = torch.cat([x, self.skip(low)], 1)
+            if self.dip is not None:
+                x = x + F.interpolate(self.dip(rows), low.shape[2:], mode="bilinear")
+            x = self.decode(x)
         x = self.classify(x)
         return F.interpolate(x, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
 
@@ -73,7 +81,7 @@ def network(strides: tuple[int, ...] = (8, 16), **settings: bool) -> sparse_seg.
 @pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32)], ids=str)
 @pytest.mark.parametrize("size", [(64, 96), (75, 91)], ids=str)
 @pytest.mark.parametrize(
-    "settings", [{}, {"align_corners": True}, {"skip": False}, {"nearest": True}], ids=str
+    "settings", [{}, {"align_corners": True}, {"skip": False}, {"nearest": True}, {"dip": True}], ids=str
 )
 @torch.no_grad()
 def test_each_level_everywhere_is_the_dense_network(
@@ -210,14 +218,13 @@ class Pooled(nn.Module):
 
 
 class Down(nn.Module):
-    """Two steps down behind the rows, as a U-Net's."""
+    """Three steps down behind the rows, to stride 32."""
 
     def __init__(self) -> None:
         super().__init__()
         self.decoder = Decoder(False)
-        self.decoder.refine = nn.Sequential(  # type: ignore[assignment]
-            nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.UpsamplingBilinear2d(scale_factor=4)
-        )
+        steps = [nn.Conv2d(8, 8, 3, 2, 1) for _ in range(3)]
+        self.decoder.decode.extend([*steps, nn.UpsamplingBilinear2d(scale_factor=8)])
 
     def forward(self, images: Tensor) -> Tensor:
         return self.decoder(images)
