@@ -7,9 +7,9 @@ stride*: the largest at which all that reads it finds its taps. Values are
 - `early`: those whose natural stride is at most the finest of the strides. They are dense.
 - `rows`: those with a larger one: taps a multiple of it never mix phases. They have a lattice, at the natural
   stride but at most the coarsest, and extra sites where a mask asks for them.
-- `late`: from a resizing on, or from a window behind the rows whose taps mix phases; or, where the finest
-  stride is smaller than the captured one, from a head's window of neighbouring cells, which mixes those of the
-  coarser strides. They are dense again.
+- `late`: from a resizing on, or from a window behind the rows whose taps mix phases, be it those of coarser
+  strides alone: a head's window of neighbouring cells, where the finest stride is smaller than the captured
+  one. They are dense again.
 - `vector`: one of each image; one that is made of late values is late, too.
 
 A window that mixes phases between windows on rows is *mixing*: it reads densified rows everywhere, so the
@@ -69,7 +69,7 @@ class Geometry(Strides):
         clean = set[str]()  # windows on rows: their phases never mix
         deep = set[str]()  # what is made of such, grids and vectors
         behind = set[str]()  # from a resizing or whole images on
-        apart: dict[str, int] = {}  # how far the taps of the windows on rows lie apart that a value is made of
+        apart: dict[str, int] = {}  # px; how far the taps of windows on rows that it is made of are
 
         def from_rows(names: Iterable[str]) -> bool:
             return any(name in clean or name in deep for name in names)
