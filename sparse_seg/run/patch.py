@@ -14,6 +14,7 @@ the running statistics towards coarse. Dropout drops each of these values by its
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -154,10 +155,15 @@ def patched(run: Run, sites: Sites, coarse: Mapping[str, Any] | None, values: Ma
             known[name] = [value.densify(stride=one) if is_mixed else value for one in strides]
         return known[name]
 
-    for node in geometry.graph.nodes:
-        if geometry.kind[node.name] == "late":
-            read = list(zip(*map(forms, node.inputs), strict=True))
-            known[node.name] = _late(run, levels, node, read, coarse)
+    late = [node for node in geometry.graph.nodes if geometry.kind[node.name] == "late"]
+    left = Counter([geometry.graph.output, *(name for node in late for name in node.inputs)])
+    for node in late:
+        read = list(zip(*map(forms, node.inputs), strict=True))
+        known[node.name] = _late(run, levels, node, read, coarse)
+        left.subtract(node.inputs)
+        for name in node.inputs:
+            if not left[name]:  # grids at stride 4 are large
+                known.pop(name, None)
     output = forms(geometry.graph.output)[-1]
     return output.complete() if isinstance(output, Patches) else output
 
