@@ -191,10 +191,6 @@ def check_training(config: Config) -> None:
         "not: set it to 0",
     )
     _require(
-        not is_module or train.network == "dense" or config.model.merge == "whole",
-        "model.merge=patch of model.module is for prediction: with train.network=selective set it to whole",
-    )
-    _require(
         not is_module or not learned or supervised,
         "train.mask_loss=straight_through trains through the head of sparse_seg's own networks, which "
         "model.module has not: set train.mask_loss=supervised with train.freeze=true",

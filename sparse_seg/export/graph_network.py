@@ -69,7 +69,7 @@ class GraphNetwork(StaticForm):
         sites = Sites.of_numbers(chosen, self.ranking.fine, self.plans, self.exchange, near)
         values = run.mixed(sites, coarse if geometry.refines else None, late=not patches)
         if patches:
-            return patched(run, sites.levels[self.strides[0]], coarse, values).tensor, chosen
+            return patched(run, sites, coarse, values).tensor, chosen
         return run.output(values).tensor, chosen
 
     def _output_stride(self, stride: int) -> int:

@@ -7,7 +7,9 @@ stride*: the largest at which all that reads it finds its taps. Values are
 - `early`: those whose natural stride is at most the finest of the strides. They are dense.
 - `rows`: those with a larger one: taps a multiple of it never mix phases. They have a lattice, at the natural
   stride but at most the coarsest, and extra sites where a mask asks for them.
-- `late`: from a resizing on, or from a window behind the rows whose taps mix phases. They are dense again.
+- `late`: from a resizing on, or from a window behind the rows whose taps mix phases, be it those of coarser
+  strides alone: a head's window of neighbouring cells, where the finest stride is smaller than the captured
+  one. They are dense again.
 - `vector`: one of each image; one that is made of late values is late, too.
 
 A window that mixes phases between windows on rows is *mixing*: it reads densified rows everywhere, so the
@@ -72,12 +74,14 @@ class Geometry(Strides):
         clean = set[str]()  # windows on rows: their phases never mix
         deep = set[str]()  # what is made of such, grids and vectors
         behind = set[str]()  # from a resizing or whole images on
+        apart: dict[str, int] = {}  # px; how far the taps of windows on rows that it is made of are
 
         def from_rows(names: Iterable[str]) -> bool:
             return any(name in clean or name in deep for name in names)
 
         for node in self.graph.nodes:
             name, operator, grids = node.name, OPERATORS[node.op], self._grids(node)
+            apart[name] = max((apart[one] for one in grids), default=0)
             if not self.captured[name] and not (operator.is_pool and operator.needs_grid):
                 self.kind[name] = "vector"
                 if from_rows(node.inputs) or not behind.isdisjoint(node.inputs):
@@ -89,9 +93,18 @@ class Geometry(Strides):
                 behind.add(name)
             elif self.window(node) is not None and _power_of_two(self.taps(node)) > self.strides[0]:
                 clean.add(name)
+                apart[name] = max(apart[name], min(_power_of_two(self.taps(node)), self.strides[-1]))
             if from_rows(grids):
                 deep.add(name)
-        clean, before_clean = self._without_last_cells(clean)
+        before_clean = set[str]()
+        for node in reversed(self.graph.nodes):
+            users = [user.name for user in self.users[node.name] if self.captured[user.name]]
+            if any(user in before_clean or user in clean for user in users):
+                before_clean.add(node.name)
+            elif node.name in clean:
+                distance = _power_of_two(self.taps(node))
+                if distance <= self.own and distance < apart[node.name]:
+                    clean.remove(node.name)  # on rows it would bound the lattices of all that it is made of
         for node in self.graph.nodes:
             name, reads_late = node.name, any(self.kind.get(one) == "late" for one in node.inputs)
             is_vector = self.kind.get(name) == "vector"
@@ -100,21 +113,6 @@ class Geometry(Strides):
                 self.mixing.add(name)
             elif mixes or name in behind or reads_late:
                 self.kind[name] = "late"
-
-    def _without_last_cells(self, clean: set[str]) -> tuple[set[str], set[str]]:
-        """Without the last windows whose taps lie one cell apart as captured, less than the coarsest stride:
-        dense at that stride, they read the next cells there, as a head's dense 3x3 does. And what leads to
-        the others."""
-        left, leading = set(clean), set[str]()
-        for node in reversed(self.graph.nodes):
-            users = [user.name for user in self.users[node.name] if self.captured[user.name]]
-            if any(user in leading or user in left for user in users):
-                leading.add(node.name)
-            elif node.name in clean and self.own < self.strides[-1]:
-                window, at_own = self.window(node), self.captured[node.inputs[0]] == self.own
-                if window and window.dilation == (1, 1) and at_own:
-                    left.discard(node.name)
-        return left, leading
 
     def _natural(self) -> dict[str, int]:
         natural: dict[str, int] = {}

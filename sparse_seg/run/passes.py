@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_seg.errors import SparseSegError
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
 from sparse_seg.run.images import check_images, warn_of_bytes
 from sparse_seg.run.modes import eval_mode
@@ -86,7 +85,8 @@ class Pass:
         return self.take(fine_blocks, way)
 
     def take(self, fine_blocks: Tensor, way: Way | None = None) -> Pass:
-        """Run under this mask, see `Predicting.forward`. After a coarse pass, refine it.
+        """Run under this mask, see `Predicting.forward`. After a coarse pass, refine it; merge `patch` starts
+        one where no gradients are needed.
 
         Args:
             way: gives exchange rule, engine and merge; its policy is not asked.
@@ -94,13 +94,15 @@ class Pass:
         Raises:
             ValueError: a wrong shape or dtype, a block that would become coarser than it is, or exchange
                 `separate` after a coarse pass.
-            SparseSegError: a merge that the network has not, with this exchange rule, or in training.
+            SparseSegError: a merge that the network has not, with this exchange rule.
             EngineError: the engine is spconv, which is missing, broken, or cannot run this dtype or backward.
         """
         self._way = way = way or Way()
         self.model.check_way(way)
         levels, geometry = self._levels(fine_blocks), self.model.geometry
-        refines = self._coarse is not None and not self._with_grad
+        if self._patches and self._coarse is None and not (self._with_grad or self._run.training):
+            self.start_coarse()  # its lattices serve the fine sites, too
+        refines = self._coarse is not None and not self._with_grad and geometry.refines
         if refines and self.model.separates(way):
             raise ValueError("exchange separate makes all sites depend on the mask: none can be kept")
         before = self._sites if refines else None
@@ -112,14 +114,11 @@ class Pass:
         sites = Sites.of_mask(levels, plans, exchange, near, before, engine)
         coarse = self._coarse if refines else None
         with self._context():
-            if self._patches and (coarse is None or self._patched is None):
-                coarse = self._coarse_to_patch()
+            if self._patches and not self._run.training:
+                coarse = self._with_late(coarse)
             known = self._values if before is not None else None
             self._values = self._run.mixed(sites, coarse, known, not self._patches)
-            self._patched = None
-            if self._patches:
-                level = sites.levels[self.model.strides[0]]
-                self._patched = patched(self._run, level, coarse or {}, self._values)
+            self._patched = patched(self._run, sites, coarse, self._values) if self._patches else None
         self.mask, self._sites, self._stride = fine_blocks, sites, None
         return self
 
@@ -187,14 +186,14 @@ class Pass:
         self._with_grad = False
         coarsest = self.model.strides[-1]
         kept = geometry.kept_lattices | (geometry.kept_late if self._patches else set())
-        self._coarse = self._run.dense(coarsest, kept)
-        self._patched = self._run.output(self._coarse) if self._patches else None
+        with self._context():
+            self._coarse = self._run.dense(coarsest, kept)
         for name, value in self._coarse.items():
             if stored_dtype is not None and isinstance(value, Grid) and geometry.kind[name] == "rows":
                 self._coarse[name] = Grid(value.tensor.to(stored_dtype), value.stride)
         blocks = block_shape(self.images, coarsest)
         self.mask = torch.zeros(blocks, dtype=torch.bool, device=self.images.device)
-        self._values, self._sites, self._stride = self._coarse, None, None
+        self._values, self._sites, self._stride, self._patched = self._coarse, None, None, None
         return self
 
     def dense_classes(self) -> tuple[Tensor, Tensor]:
@@ -305,12 +304,16 @@ class Pass:
     def _patches(self) -> bool:
         return (self._way.merge or self.model.merge) == "patch"
 
-    def _coarse_to_patch(self) -> Values:
-        """The coarse pass whose logits coarse blocks keep."""
-        if self.model.training:
-            raise SparseSegError("merge patch of a captured network is for eval mode: train with merge whole")
-        geometry = self.model.geometry
-        return self._run.dense(self.model.strides[-1], geometry.kept_lattices | geometry.kept_late)
+    def _with_late(self, coarse: Values | None) -> Values:
+        """The coarse pass with the late values that coarse blocks keep; run anew where it has them not."""
+        kept = self.model.geometry.kept_late
+        if coarse is not None and kept <= coarse.keys():
+            return coarse
+        anew = self._run.dense(self.model.strides[-1], self.model.geometry.kept_lattices | kept)
+        if coarse is None:
+            return anew
+        self._coarse = anew | coarse
+        return self._coarse
 
     def _levels(self, fine_blocks: Tensor) -> Tensor:
         expected, count = block_shape(self.images, self.model.strides[-1]), len(self.model.strides) - 1

@@ -1,14 +1,21 @@
-"""Merge `patch` of a captured network: late values are computed in fine blocks alone.
+"""Merge `patch` of a captured network: late values are computed in split blocks alone.
 
 Coarse blocks keep what the coarse pass gave, late values and logits, so a decoder at stride 4 is not run
-twice everywhere. In a fine block each late value has all its places. A window there reads those of fine
-blocks, and outside them what the coarse pass gave. All coarse is the dense coarse network, all fine the
-dense fine one.
+twice everywhere. Level by level, from the coarsest: in the blocks that a level splits, each late value has
+all the places that it has where the network runs dense at the level's stride. A window there reads those
+of split blocks, and outside them what the level before gave. So all coarse is the dense coarse network, all
+fine the dense fine one, and all blocks in the middle the dense one there.
+
+In training, norms behind the rows take their statistics of all values that are computed at once, those of
+the coarse grid and of each level's places, and update the running ones once; as norms on rows do of all
+sites. The coarse values are then made of the lattices of the same run: a coarse pass of its own would pull
+the running statistics towards coarse. Dropout drops each of these values by itself, as it does on rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,47 +24,50 @@ from torch import Tensor
 from sparse_seg.errors import SparseSegError
 from sparse_seg.graph import Geometry
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
-from sparse_seg.run.values import Run, Values
-from sparse_seg.sites import HERE, Grid, Level, Mixed, Taps, grid_size, rows_to_grid
+from sparse_seg.run.values import Run
+from sparse_seg.sites import HERE, Grid, Level, LevelPlan, Mixed, Sites, Taps, grid_size, rows_to_grid
 
 
 def check_patch(geometry: Geometry) -> None:
-    """Raises a SparseSegError, of one line, where late values cannot be computed in fine blocks alone."""
-    if len(geometry.strides) != 2:
-        raise SparseSegError("merge patch of a captured network needs two strides; choose merge whole")
+    """Raises a SparseSegError, of one line, where late values cannot be computed in split blocks alone."""
     if not geometry.refines:
         raise SparseSegError(
             f"{geometry.where_mixing} makes the coarse pass depend on the mask; choose merge whole"
         )
+    cells, block = geometry.cells(geometry.strides[0]), 2 * geometry.strides[0]
     for node in geometry.graph.nodes:
         on_late = any(geometry.kind[name] == "late" for name in node.inputs)
         pools = OPERATORS[node.op].is_pool and on_late
-        if pools or (
-            geometry.kind[node.name] == "late" and OPERATORS[node.op].needs_grid and node.op != "resize"
-        ):
+        late = geometry.kind[node.name] == "late"
+        if pools or (late and OPERATORS[node.op].needs_grid and node.op != "resize"):
             raise SparseSegError(f"{node.where} reads whole images behind the rows; choose merge whole")
+        if late and cells[node.name] > block:
+            raise SparseSegError(
+                f"{node.where} writes places {cells[node.name]} px apart behind the rows, more than a block "
+                f"of {block} px; choose merge whole"
+            )
 
 
 class Patches:
-    """A late value: a grid of the coarse pass, and rows of all places in fine blocks.
+    """A late value: a grid of the level before, and rows of all places in split blocks.
 
     Args:
-        coarse: the grid, at `stride` or twice that; None where nothing reads it.
-        rows: `[K * n, C]`, of the n places of each fine block.
+        before: the value at the level before, at `stride` or twice that; None where nothing reads it.
+        rows: `[K * n, C]`, of the n places of each split cell.
         stride: of those places, px.
     """
 
-    def __init__(self, coarse: Grid | None, rows: Tensor, stride: int, fine: Fine) -> None:
+    def __init__(self, before: Grid | Patches | None, rows: Tensor, stride: int, fine: Fine) -> None:
         self.rows, self.stride, self.fine = rows, stride, fine
-        self._base = coarse
+        self._before = before
         self._table: Tensor | None = None
 
     @property
     def table(self) -> Tensor:
-        """Rows of the grid at `stride`, those of the fine blocks' places, and zero."""
+        """Rows of the grid at `stride`, those of the split blocks' places, and zero."""
         if self._table is None:
-            base = self._base
-            assert base is not None
+            assert self._before is not None
+            base = self._before.complete() if isinstance(self._before, Patches) else self._before
             if base.stride != self.stride:
                 base = self.fine.doubled(base, self.stride)
             self._table = torch.cat([base.rows, self.rows, self.rows.new_zeros(1, int(self.rows.shape[1]))])
@@ -71,19 +81,30 @@ class Patches:
 
 
 class Fine:
-    """The places of the fine blocks of a run.
+    """The places of a level's split blocks in a run.
 
     Args:
-        level: whose cells are the fine blocks.
+        level: whose cells are the blocks.
     """
 
     def __init__(self, run: Run, level: Level) -> None:
         self.run, self.level, self.plan = run, level, level.plan
+        self.strides = run.geometry.cells(level.plan.stride)  # of each value's places
         self._kept: dict[Any, Tensor] = {}
 
     def cells(self, stride: int) -> Tensor:
         """`[K * n]`: flat places at a stride; the number of all places where one lies outside the image."""
         return self._chosen(("cells", stride), self.plan.cells_at(stride))
+
+    def inside(self, stride: int) -> Tensor | None:
+        """`[m]`: which of `cells` lie inside the image; None where all do."""
+        if all(length % (2 * self.plan.stride) == 0 for length in self.run.size):
+            return None
+        if ("inside", stride) not in self._kept:
+            height, width = grid_size(self.run.size, stride)
+            inside = self.cells(stride) < self.run.batch * height * width
+            self._kept["inside", stride] = inside.nonzero().squeeze(1)
+        return self._kept["inside", stride]
 
     def reads(self, taps: Taps, stride: int, source: int) -> Tensor:
         """`[K * n * T]`: the flat places at `source` px that taps read around those at `stride` px."""
@@ -103,10 +124,12 @@ class Fine:
 
     def doubled(self, grid: Grid, stride: int) -> Grid:
         """A grid interpolated to half its stride, as densify does."""
+        plan = self.plan
+        if stride != plan.stride:
+            plan = LevelPlan(plan.batch, plan.image, stride, plan.device)
         none = grid.tensor.new_zeros(0, int(grid.tensor.shape[1]))
-        empty = Level(self.plan, self.level.cells[:0])
-        rows = empty.complete(grid.rows, none)
-        return Grid(rows_to_grid(rows, self.plan.batch, self.plan.fine), stride)
+        rows = Level(plan, self.level.cells[:0]).complete(grid.rows, none)
+        return Grid(rows_to_grid(rows, plan.batch, plan.fine), stride)
 
     def _chosen(self, key: Any, table: Tensor) -> Tensor:
         if key not in self._kept:
@@ -114,40 +137,84 @@ class Fine:
         return self._kept[key]
 
 
-def patched(run: Run, level: Level, coarse: Mapping[str, Any], values: Mapping[str, Any]) -> Grid:
+def patched(run: Run, sites: Sites, coarse: Mapping[str, Any] | None, values: Mapping[str, Any]) -> Grid:
     """The grid of logits at the finest stride.
 
     Args:
-        level: whose cells are the fine blocks.
-        coarse: of the coarse pass, with `Geometry.kept_late`.
+        coarse: of the coarse pass, with `Geometry.kept_late`; None in training: made of `values`.
         values: early values, vectors and rows of the mixed run.
     """
-    geometry, fine = run.geometry, Fine(run, level)
-    cells, known = geometry.cells(geometry.strides[0]), Values(values)
-    for node in geometry.graph.nodes:
-        if geometry.kind[node.name] != "late":
-            continue
-        read = [known[name] for name in node.inputs]
-        read = [one.densify() if isinstance(one, Mixed) else one for one in read]
-        known[node.name] = _late(run, fine, node, read, cells[node.name], coarse.get(node.name))
-    output = known[geometry.graph.output]
-    if isinstance(output, Patches):
-        return output.complete()
-    return output.densify() if isinstance(output, Mixed) else output  # nothing is late
+    geometry = run.geometry
+    levels = [Fine(run, level) for level in sites.levels.values()]
+    known: dict[str, list[Any]] = {}  # the forms of a value, one for each stride, coarsest first
+
+    def forms(name: str) -> list[Any]:
+        if name not in known:
+            value, strides = values[name], geometry.strides[::-1]
+            is_mixed = isinstance(value, Mixed)
+            known[name] = [value.densify(stride=one) if is_mixed else value for one in strides]
+        return known[name]
+
+    late = [node for node in geometry.graph.nodes if geometry.kind[node.name] == "late"]
+    left = Counter([geometry.graph.output, *(name for node in late for name in node.inputs)])
+    for node in late:
+        read = list(zip(*map(forms, node.inputs), strict=True))
+        known[node.name] = _late(run, levels, node, read, coarse)
+        left.subtract(node.inputs)
+        for name in node.inputs:
+            if not left[name]:  # grids at stride 4 are large
+                known.pop(name, None)
+    output = forms(geometry.graph.output)[-1]
+    return output.complete() if isinstance(output, Patches) else output
 
 
-def _late(run: Run, fine: Fine, node: Node, read: list[Any], stride: int, coarse: Grid | None) -> Patches:
-    operator = OPERATORS[node.op]
-    tensors = run.tensors_of(node)
+def _late(
+    run: Run, levels: Sequence[Fine], node: Node, read: Sequence[Any], coarse: Mapping[str, Any] | None
+) -> list[Any]:
+    """A node's value: its grid at the coarsest stride, if known, and its patches at each level."""
+    if run.trains(node) and OPERATORS[node.op].joins:
+        return _joined(run, levels, node, [value for (value,) in read])
+    forms: list[Any] = [run.dense_node(node, read[0]) if coarse is None else coarse.get(node.name)]
+    for fine, inputs in zip(levels, read[1:], strict=True):
+        rows, stride = _computed(run, fine, node, inputs), fine.strides[node.name]
+        _count(run, fine, node, rows)
+        forms.append(Patches(forms[-1], rows, stride, fine))
+    return forms
+
+
+def _joined(run: Run, levels: Sequence[Fine], node: Node, read: Sequence[Any]) -> list[Any]:
+    """A node whose statistics are those of all values at once, see above."""
+    grid, *patches = read
+    parts, inside = [grid.rows], [fine.inside(one.stride) for fine, one in zip(levels, patches, strict=True)]
+    for one, places in zip(patches, inside, strict=True):
+        parts.append(one.rows if places is None else one.rows.index_select(0, places))
+    lengths = [part.shape[0] for part in parts]
+    run.counted(node, sum(lengths))
+    out = OPERATORS[node.op].apply(node, run.tensors_of(node), [torch.cat(parts)], True).split(lengths)
+    size = grid_size(run.size, grid.stride)
+    forms: list[Any] = [Grid(rows_to_grid(out[0], run.batch, size), grid.stride)]
+    for fine, one, rows, places in zip(levels, patches, out[1:], inside, strict=True):
+        if places is not None:
+            rows = rows.new_zeros(one.rows.shape[0], rows.shape[1]).index_copy(0, places, rows)
+        forms.append(Patches(forms[-1], rows, one.stride, fine))
+    return forms
+
+
+def _computed(run: Run, fine: Fine, node: Node, read: Sequence[Any]) -> Tensor:
+    """`[K * n, C]`: a node at the places of split blocks."""
+    operator, stride, tensors = OPERATORS[node.op], fine.strides[node.name], run.tensors_of(node)
     if node.op == "resize":
-        rows = _resized(run, fine, node, read[0], stride)
-    elif node.name in run.taps and isinstance(operator, Spatial):
+        return _resized(run, fine, node, read[0], stride)
+    if node.name in run.taps and isinstance(operator, Spatial):
         table, index, taps = _window(run, fine, node, read[0], stride)
-        rows = operator.rows(node, tensors, Reads(table, index, taps.number))
-    else:
-        rows = operator.apply(node, tensors, [_rows(fine, one, stride) for one in read], False)
-    run.counted(node, int(rows.shape[0]))
-    return Patches(coarse, rows, stride, fine)
+        return operator.rows(node, tensors, Reads(table, index, taps.number))
+    return operator.apply(node, tensors, [_rows(fine, one, stride) for one in read], False)
+
+
+def _count(run: Run, fine: Fine, node: Node, rows: Tensor) -> None:
+    if run.count is not None:
+        inside = fine.inside(fine.strides[node.name])
+        run.counted(node, int(rows.shape[0] if inside is None else inside.shape[0]))
 
 
 def _source(fine: Fine, value: Any) -> tuple[Tensor, int, Tensor | None]:
@@ -165,7 +232,7 @@ def _window(run: Run, fine: Fine, node: Node, value: Any, stride: int) -> tuple[
 
 
 def _rows(fine: Fine, value: Any, stride: int) -> Tensor:
-    """A value at the fine blocks' places."""
+    """A value at the split blocks' places."""
     if isinstance(value, Patches) and value.stride == stride:
         return value.rows
     if not isinstance(value, Tensor):
@@ -181,9 +248,12 @@ def _rows(fine: Fine, value: Any, stride: int) -> Tensor:
 
 
 def _resized(run: Run, fine: Fine, node: Node, value: Any, stride: int) -> Tensor:
-    """Bilinear, from the four places around each."""
+    """Bilinear, from the four places around each; others, which compute little, on the whole grid."""
     if isinstance(value, Tensor):
         return _rows(fine, value, stride)
+    if not run.lies_between(node, value.stride, stride):
+        whole = value.complete() if isinstance(value, Patches) else value
+        return _rows(fine, run.resize(node, whole, stride), stride)
     table, source, numbers = _source(fine, value)
     down, across = run.shares(node, source, stride)
     (height, width), (rows, columns) = grid_size(run.size, stride), grid_size(run.size, source)

@@ -6,7 +6,7 @@ docs/method.md); a mixed run adds the rows of extra sites, and what depends on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +129,10 @@ class Run:
 
     # -- one node ------------------------------------------------------------------------------------------
 
+    def dense_node(self, node: Node, read: Sequence[Value]) -> Value:
+        """A node's grid at the coarsest stride, from what it reads there."""
+        return self._dense(node, list(read), self.geometry.cells(self.geometry.strides[-1]))
+
     def _run(
         self,
         nodes: Iterable[Node],
@@ -162,13 +166,13 @@ class Run:
             return self._vector(node, read)
         cell, operator = cells[node.name], OPERATORS[node.op]
         if node.op == "resize":
-            return self._resize(node, read[0], cell)
+            return self.resize(node, read[0], cell)
         size = grid_size(self.size, cell)
         self.counted(node, self.batch * size[0] * size[1])
         if node.name in self.taps:
             return Grid(self._window(node, read[0], cell, size), cell)
         arrays = [one.thinned(cell) if isinstance(one, Grid) else one for one in read]
-        return Grid(operator.apply(node, self.tensors_of(node), arrays, self._trains(node)), cell)
+        return Grid(operator.apply(node, self.tensors_of(node), arrays, self.trains(node)), cell)
 
     def _window(self, node: Node, source: Grid, cell: int, size: tuple[int, int]) -> Tensor:
         """A window on a grid: its taps lie as many px apart as captured, but at least one cell."""
@@ -197,6 +201,11 @@ class Run:
         sizes = zip(grid_size(self.size, source), grid_size(self.size, cell), strict=True)
         return tuple(axis_shares(*axis, *ratios, align, self.images.device) for axis in sizes)
 
+    def lies_between(self, node: Node, source: int, cell: int) -> bool:
+        """Whether a resizing from `source` to `cell` px reads as `shares` says: bilinear, no fewer places."""
+        captured, to = self.geometry.captured[node.inputs[0]], self.geometry.captured[node.name]
+        return not node.options.get("nearest") and captured >= to and source >= cell
+
     def dilated(self, node: Node, source: int) -> Taps:
         """Where a window reads in a grid at `source` px: as captured, but at least one cell apart."""
         window, unit = self.geometry.window(node), self.geometry.captured[node.inputs[0]]
@@ -209,7 +218,7 @@ class Run:
             axes.append(tuple((tap * step - before) * source for tap in range(len(places))))
         return Taps(*axes)
 
-    def _resize(self, node: Node, source: Value, cell: int) -> Value:
+    def resize(self, node: Node, source: Value, cell: int) -> Value:
         """Bilinear, with the offset that the network was captured with, whatever the strides are now."""
         if not isinstance(source, Grid):  # a vector of several places
             mode, align = (
@@ -225,7 +234,7 @@ class Run:
         if node.options.get("nearest"):
             before = captured if captured >= to else source.stride
             return Grid(_nearest(source, size, grid_size(self.size, before), before), cell)
-        if captured < to or source.stride < cell:
+        if not self.lies_between(node, source.stride, cell):
             return Grid(F.interpolate(source.tensor, size, mode="bilinear", align_corners=align), cell)
         return Grid(upsample_logits(source.tensor, size, source.stride // cell, captured // to, align), cell)
 
@@ -242,7 +251,7 @@ class Run:
         arrays = [one.tensor if isinstance(one, Grid) else one for one in read]
         places = max([0, *[int(one.shape[0]) for one in arrays]])  # one, of what depends on no image
         self.counted(node, places)
-        return operator.apply(node, self.tensors_of(node), arrays, self._trains(node))
+        return operator.apply(node, self.tensors_of(node), arrays, self.trains(node))
 
     def _kept(self, coarse: Values | None, name: str) -> Grid | None:
         """A lattice of the coarse pass, which may have been stored in a smaller dtype."""
@@ -253,7 +262,7 @@ class Run:
 
     def _lattice(self, node: Node, read: list[Value], sites: Sites) -> Grid | None:
         """A node's lattice in a mixed run; None where norms need all sites at once."""
-        if self._trains(node) and OPERATORS[node.op].joins:
+        if self.trains(node) and OPERATORS[node.op].joins:
             return None
         if sites.apart is not None and node.name in self.taps and isinstance(read[0], Mixed):
             return apart_lattice(self, node, read[0], sites)
@@ -275,7 +284,7 @@ class Run:
         levels = {one: level for one, level in sites.levels.items() if one < stride}
         for level in levels.values() if self.count is not None else ():
             self.counted(node, level.num_run)
-        if self._trains(node) and operator.joins:
+        if self.trains(node) and operator.joins:
             return self._joined(node, read[0], sites, levels, stride)
         if node.name in self.taps:
             rows = extra_rows(self, node, read[0], sites, levels)
@@ -310,7 +319,8 @@ class Run:
             result[one] = part
         return Mixed(Grid(first, stride), result, sites)
 
-    def _trains(self, node: Node) -> bool:
+    def trains(self, node: Node) -> bool:
+        """Whether a node behaves as in training."""
         return self.training and node.name not in self.frozen
 
     def tensors_of(self, node: Node) -> dict[str, Tensor]:

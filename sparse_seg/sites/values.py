@@ -128,10 +128,10 @@ class Mixed:
         self._complete.clear()
         self._tables.clear()
 
-    def densify(self, exchange: str = "linear") -> Grid:
-        """The finest grid, by the exchange rule where there is no site."""
-        finest = min([self.lattice.stride, *self.rows])
-        if finest == self.lattice.stride:
+    def densify(self, exchange: str = "linear", stride: int = 0) -> Grid:
+        """The finest grid, by the exchange rule where there is no site; none finer than `stride` px."""
+        finest = max(stride, min([self.lattice.stride, *self.rows]))
+        if finest >= self.lattice.stride:
             return self.lattice
         plan = self.sites.levels[finest].plan
         return Grid(rows_to_grid(self.complete(finest, exchange), plan.batch, plan.fine), finest)

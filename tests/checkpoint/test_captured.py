@@ -20,7 +20,7 @@ from sparse_seg import load_model, save_model, selective
 from sparse_seg.checkpoint import digest_of, load
 from sparse_seg.config import config_from_dict
 from sparse_seg.conversion import to_dense
-from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
+from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.graph import capture
 from sparse_seg.graph.file import first_difference, from_json, to_json
 from sparse_seg.run.card import Card
@@ -113,9 +113,7 @@ def test_a_config_says_how_it_runs(saved: Path) -> None:
     assert loaded(strides=[16, 32]).strides == (16, 32)
     assert loaded(exchange="none").exchange == "none"
     assert loaded(mask={"policy": "edge", "fine_fraction": 0.3}).policy.fine_fraction == 0.3
-    assert loaded(merge="patch").merge == "patch"
-    with pytest.raises(SparseSegError, match="merge patch of a captured network needs two strides"):
-        loaded(merge="patch", strides=[8, 16, 32])
+    assert loaded(merge="patch", strides=[8, 16, 32]).merge == "patch"
     with pytest.raises(CheckpointError, match="holds no net of a mask"):
         loaded(mask={"policy": "learned"})
 

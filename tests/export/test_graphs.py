@@ -52,6 +52,11 @@ def test_static_shapes(name):
     _check(name, "entropy", ExportOptions((64, 96), logits=True, ghosts=False, tiles=False))
 
 
+@pytest.mark.parametrize("name", ["aspp", "8 16 32"])
+def test_merge_patch(name):
+    _check(name, "entropy", ExportOptions((64, 96), 2, merge="patch", logits=True))
+
+
 @pytest.mark.parametrize("name", ["low level", "mixing"])
 @pytest.mark.parametrize("stride", [4, 8, 32])
 def test_dense(name, stride):
@@ -69,7 +74,6 @@ def test_batches_under_policies(name, runtime):
     ("name", "change", "message"),
     [
         ("aspp", {"size": (31, 64)}, "size 31x64 is too small"),
-        ("8 16 32", {"merge": "patch"}, "merge patch of a captured network needs two strides"),
         ("aspp", {"dense": 12}, "dense output stride must be a power of two, not 12"),
         ("aspp", {"fine_fraction": 0.01}, "a fine fraction of 0.01 gives none of 24 blocks"),
         ("8 16 32", {"size": (64, 80)}, "size 64x80 with three strides: .* multiples of 32 px"),

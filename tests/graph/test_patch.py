@@ -1,8 +1,11 @@
-"""Merge `patch` of captured networks: coarse blocks keep the coarse logits, fine ones are decoded alone."""
+"""Merge `patch` of our heads: P2 on logits at all levels, P4, gradients, costs, training."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,153 +13,230 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_seg
-from sparse_seg.errors import SparseSegError
-from sparse_seg.export import ExportOptions, export_onnx
+from sparse_seg.registry import HEADS
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.selective import build_network
 from sparse_seg.run.way import Way
-from sparse_seg.sparse.features import double
+from tests.conversion.cases import randomise
 from tests.reference import relative_error
 
 PATCH = Way(merge="patch")
+STRIDES = ((8, 16), (8, 16, 32), (4, 8, 16))
+SIZE = (64, 128)  # px, of the images that networks are captured with
 
 
-class Decoder(nn.Module):
-    """Output stride 8 by dilation, and a decoder at stride 4 that reads a skip, as DeepLabV3+'s."""
-
-    def __init__(self, align_corners: bool, skip: bool = True) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, 4, 1)
-        self.down = nn.Conv2d(6, 8, 3, 2, 1)
-        self.wide = nn.Sequential(
-            nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 2, 2), nn.ReLU()
-        )
-        self.refine = nn.Conv2d(8, 8, 3, 1, 1)
-        self.skip = nn.Conv2d(6, 3, 1) if skip else None
-        self.decode = nn.Sequential(
-            nn.Conv2d(11, 8, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, 1, 1),
-            nn.ReLU(),
-        )
-        self.classify = nn.Conv2d(8, 5, 1)
-        self.align_corners = align_corners
-
-    def forward(self, images: Tensor) -> Tensor:
-        low = self.stem(images)
-        x = self.refine(self.wide(self.down(low)))
-        if self.skip is not None:
-            x = F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=self.align_corners)
-            x = self.decode(torch.cat([x, self.skip(low)], 1))
-        x = self.classify(x)
-        return F.interpolate(x, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
-
-
-def network(align_corners: bool = False, skip: bool = True) -> sparse_seg.SelectiveNetwork:
+def network(head: str, strides: Sequence[int], **settings: Any) -> SelectiveNetwork:
+    """With random weights and statistics, in eval mode and float64."""
     torch.manual_seed(0)
-    module = Decoder(align_corners, skip).double()
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
-            norm.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
-    return sparse_seg.selective(module.eval(), size=(64, 128))
+    return copy.deepcopy(_network(head, tuple(strides), **settings))
 
 
-@pytest.mark.parametrize("size", [(64, 96), (75, 91)])
-@pytest.mark.parametrize(("align_corners", "skip"), [(False, True), (True, True), (False, False)])
+@functools.cache  # capturing takes longer than what is tested
+def _network(head: str, strides: tuple[int, ...], **settings: Any) -> SelectiveNetwork:
+    small = {"backbone": "resnet18", "depths": [1, 1, 2, 2], "width": 0.125, "head_channels": 12}
+    torch.manual_seed(0)
+    chosen = {"head": head, "num_classes": 5, "strides": list(strides)} | settings
+    return randomise(sparse_seg.build_model(small | chosen)).double().eval()
+
+
+def images(height: int = 75, width: int = 101) -> Tensor:
+    return torch.randn(2, 3, height, width, dtype=torch.float64)
+
+
+def levels(net: SelectiveNetwork, given: Tensor, seed: int = 0) -> Tensor:
+    block, highest = net.strides[-1], len(net.strides)
+    size = (given.shape[0], *(-(-length // block) for length in given.shape[2:]))
+    return torch.randint(0, highest, size, generator=torch.Generator().manual_seed(seed))
+
+
+def norms(net: SelectiveNetwork, kind: str) -> Iterator[str]:
+    """Names of the statistics of norms on values of a kind."""
+    for node in net.graph.nodes:
+        if node.op == "batch_norm" and net.geometry.kind[node.name] == kind:
+            yield from (name for role, name in node.tensors.items() if role.startswith(("running", "num")))
+
+
+def without_dropout(net: SelectiveNetwork) -> SelectiveNetwork:
+    """In training mode, but for dropout."""
+    net.train()
+    for module in net.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout2d):
+            module.eval()
+    return net
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["refined", "autograd"])
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@pytest.mark.parametrize("head", HEADS.declared)
+def test_all_blocks_at_one_level_are_the_dense_network(
+    head: str, strides: tuple[int, ...], grad: bool
+) -> None:
+    net, given = network(head, strides), images()
+    mask = levels(net, given)
+    for level, stride in enumerate(reversed(strides)):
+        with torch.set_grad_enabled(grad):
+            found = net.start(given).take(torch.full_like(mask, level), PATCH).logits()
+        assert relative_error(found, net.dense(given, stride)) < 1e-12, stride
+
+
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@pytest.mark.parametrize("head", HEADS.declared)
+def test_one_step_equals_two(head: str, strides: tuple[int, ...]) -> None:
+    """P4, and the same logits with autograd, where nothing is kept, and in the fast form."""
+    net, given = network(head, strides), images(64, 96)
+    mask = levels(net, given)
+    with torch.inference_mode():
+        once = net.start(given).take(mask, PATCH).logits()
+        assert relative_error(net.start(given).start_coarse().take(mask, PATCH).logits(), once) < 1e-12
+    assert relative_error(net.start(given).take(mask, PATCH).logits(), once) < 1e-12
+    forms = net.float(), net.for_inference()
+    single, fast = (one.start(given.float()).take(mask, PATCH).logits() for one in forms)
+    assert relative_error(fast, single) < 1e-5
+
+
+@pytest.mark.parametrize("head", ["lite", "deeplabv3", "fcn"])
+def test_each_cell_has_the_logits_of_its_own_level(head: str) -> None:
+    """On the logits' grid, of heads with one window behind the rows: in fine blocks as decoded whole,
+    elsewhere the coarse logits, bilinear."""
+    net, given = network(head, [8, 16]), images(90, 106)
+    mask = levels(net, given).bool()
+    found = net.start(given).take(mask, PATCH).grid_logits()
+    fine = net.start(given).take(mask).grid_logits()
+    coarse = net.start(given).follow(Way.dense(16)).grid_logits()
+    assert relative_error(found, torch.where(_enlarged(mask, fine), fine, _doubled(coarse, fine))) < 1e-12
+
+
+@pytest.mark.parametrize("head", ["lite", "fcn"])
 @torch.no_grad()
-def test_both_ends_are_the_dense_networks(align_corners: bool, skip: bool, size: tuple[int, int]) -> None:
-    net = network(align_corners, skip)
-    for model in (net, net.for_inference()):
-        images = torch.randn(2, 3, *size).double()
-        every = torch.ones(2, -(-size[0] // 16), -(-size[1] // 16), dtype=torch.bool)
-        fine, coarse = (model.start(images).take(mask, PATCH).logits() for mask in (every, ~every))
-        assert relative_error(fine, net.dense(images, 8)) < 1e-12
-        assert relative_error(coarse, net.dense(images, 16)) < 1e-12
+def test_three_levels_are_merged_one_by_one(head: str) -> None:
+    """At the middle stride that is the merge of a network with two strides; deeplabv3 pools all sites."""
+    net, given = network(head, [8, 16, 32]), images(90, 106)
+    mask = levels(net, given)
+    two = build_network(net.graph, net.module, {}, (16, 32), net.mask).eval()
+    found = net.start(given).take(mask, PATCH).grid_logits()
+    fine = net.start(given).take(mask).grid_logits()
+    middle = two.start(given).take(mask > 0, PATCH).grid_logits()
+    expected = torch.where(_enlarged(mask == 2, fine), fine, _doubled(middle, fine))
+    assert relative_error(found, expected) < 1e-12
 
 
-@torch.no_grad()
-def test_coarse_blocks_keep_the_coarse_pass_and_fine_ones_read_it() -> None:
-    """Against the decoder on whole grids, layer by layer, in which coarse blocks keep the coarse values."""
-    net = network()
-    module, images = net.module, torch.randn(1, 3, 64, 96).double()
-    assert isinstance(module, Decoder)
-    mask = torch.rand(1, 4, 6, generator=torch.Generator().manual_seed(1)) < 0.4
-    at_4 = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
-    found = net.start(images).take(mask, PATCH).grid_logits()
-
-    run = net.start(images).take(mask)  # late values of it see the densified rows
-    assert run._values is not None
-    (name,) = net.geometry.exits
-    rows = run._values[name].densify().tensor
-    lattice = run._values[name].lattice.tensor
-    low = module.stem(images)
-
-    fine, coarse = module.refine(rows), module.refine(lattice)  # taps 8 px apart, or a cell of 16
-    at_8 = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
-    fine = fine.where(at_8, double(coarse, (8, 12)))
-    values = [_up(grid, stride, low.shape[2:]) for grid, stride in ((fine, 8), (coarse, 16))]
-    joined = [torch.cat([value, module.skip(low)], 1) for value in values]  # type: ignore[misc]
-    coarse_values, mixed = joined[1], joined[0].where(at_4, joined[1])
-    for layer in [*module.decode, module.classify]:
-        coarse_values, mixed = layer(coarse_values), layer(mixed)
-        mixed = mixed.where(at_4, coarse_values)
-    assert relative_error(found, mixed) < 1e-12
-    assert 0.2 < mask.float().mean() < 0.8
+def _enlarged(mask: Tensor, grid: Tensor) -> Tensor:
+    """A mask of blocks on a grid of a power of two times their resolution."""
+    factor = 1
+    while factor * mask.shape[1] < grid.shape[2]:
+        factor *= 2
+    wide = mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return wide[:, None, : grid.shape[2], : grid.shape[3]]
 
 
-def _up(grid: Tensor, stride: int, size: torch.Size) -> Tensor:
-    """To stride 4, at the places that an upsampling from stride 8 reads: (q + 1/2) / 2 - 1/2 cells of it."""
-    for axis, length in enumerate(size):
-        places = ((torch.arange(length).double() + 0.5) / 2 - 0.5) * 8 / stride
-        count = grid.shape[2 + axis]
-        places = places.clamp(0, count - 1)
-        first = places.floor().long()
-        share = (places - first).reshape([-1 if place == axis else 1 for place in range(2)])
-        second = (first + 1).clamp(max=count - 1)
-        grid = grid.index_select(2 + axis, first) * (1 - share) + grid.index_select(2 + axis, second) * share
-    return grid
+def _doubled(coarse: Tensor, fine: Tensor) -> Tensor:
+    """At the size of `fine`, whose cell 2i is cell i of `coarse`."""
+    padded = F.pad(coarse, (0, 1, 0, 1), mode="replicate")
+    full = (2 * padded.shape[2] - 1, 2 * padded.shape[3] - 1)
+    padded = F.interpolate(padded, full, mode="bilinear", align_corners=True)
+    return padded[:, :, : fine.shape[2], : fine.shape[3]]
 
 
-@torch.no_grad()
-def test_it_costs_the_share_of_fine_blocks() -> None:
-    net, images = network(), torch.randn(1, 3, 128, 128).double()
-    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
-    mask[0, :2] = True
-    late = [net.start(images).take(mask, way).macs()["late"] for way in (PATCH, Way())]
-    dense = net.start(images).follow(Way.dense(8)).macs()["late"]
-    coarse = net.start(images).follow(Way.dense(16)).macs()["late"]
-    assert late[1] == dense
-    assert late[0] == coarse + dense // 4
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("strides", STRIDES[:2], ids=str)
+@pytest.mark.parametrize("head", HEADS.declared)
+def test_gradients_are_those_of_finite_differences(
+    head: str, strides: tuple[int, ...], training: bool
+) -> None:
+    net, given = network(head, strides), images(53, 64)
+    if training:
+        without_dropout(net)
+    mask = levels(net, given)
+    target = torch.randn_like(net.start(given).take(mask, PATCH).logits())
 
+    def loss() -> Tensor:
+        return (net.start(given).take(mask, PATCH).logits() * target).sum()
 
-def test_a_pass_with_gradients_gives_the_same_and_they_reach_the_images() -> None:
-    net, images = network(), torch.randn(1, 3, 64, 96).double().requires_grad_()
-    logits = net.start(images).follow(PATCH).logits()
-    logits.square().sum().backward()
-    assert images.grad is not None
-    assert images.grad.abs().sum() > 0
+    loss().backward()  # the step below crosses hardly any of the ReLUs' kinks
     with torch.no_grad():
-        run = net.start(images.detach()).follow(PATCH)
-        assert relative_error(run.logits(), logits.detach()) < 1e-12
-        again = run.take(run.mask, Way())  # type: ignore[arg-type]
-        assert relative_error(again.logits(), net(images.detach())) < 1e-12, "whole again"
+        steps = [(weight, 1e-8 * torch.randn_like(weight)) for weight in net.parameters()]
+        expected = sum((weight.grad * step).sum().item() for weight, step in steps if weight.grad is not None)
+        values = []
+        for sign in (1, -1):
+            for weight, step in steps:
+                weight.add_(sign * step)
+            values.append(loss().item())
+            for weight, step in steps:
+                weight.sub_(sign * step)
+    assert (values[0] - values[1]) / 2 == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("head", HEADS.declared)
+@torch.no_grad()
+def test_the_second_head_costs_its_share(head: str) -> None:
+    """That of the fine blocks."""
+    net, given = network(head, [8, 16]), images(96, 128)
+    mask = levels(net, given).bool()
+    run, half = net.start(given).take(mask, PATCH), net.start(given).start_coarse()
+    dense = net.start(given).follow(Way.dense(8)).macs()["late"]
+    assert run.macs()["late"] - half.macs()["late"] == dense * mask.double().mean().item()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch", [1, 2])
-def test_it_is_exported(batch: int, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    net = network().float()
-    options = ExportOptions((75, 91), batch, merge="patch", tiles=False)
-    assert export_onnx(net, tmp_path / "a.onnx", options)["merge"] == "patch"  # checked against the model
+def test_places_outside_the_image_cost_nothing() -> None:
+    net, given = network("lite", [8, 16, 32]), images(75, 101)
+    run = net.start(given).take(torch.full_like(levels(net, given), 2), PATCH)
+    each = [net.start(given).follow(Way.dense(stride)).macs()["late"] for stride in net.strides]
+    assert run.macs()["late"] == sum(each)
 
 
-def test_what_it_cannot_do_is_refused() -> None:
-    net, images = network(), torch.randn(1, 3, 64, 64).double()
-    mask = torch.ones(1, 4, 4, dtype=torch.bool)
-    with pytest.raises(SparseSegError, match="is for eval mode: train with merge whole"):
-        net.train().start(images).take(mask, PATCH)
-    net.eval()
-    three = sparse_seg.selective(net.module, strides=(8, 16, 32), size=(64, 128))
-    with pytest.raises(SparseSegError, match="needs two strides; choose merge whole"):
-        three.start(images).take(torch.ones(1, 2, 2, dtype=torch.bool), PATCH)
+@torch.no_grad()
+def test_a_pass_starts_the_coarse_one_and_refines_it() -> None:
+    net, given = network("deeplabv3plus", [8, 16]), images(64, 96)
+    more = levels(net, given).bool()
+    some = more & levels(net, given, 1).bool()
+    run = net.start(given).take(some, PATCH)
+    rows = run.macs()["rows"]
+    run.take(more, PATCH)
+    assert run.memory is not None
+    assert rows < run.macs()["rows"] < 1.1 * net.start(given).take(more, PATCH).macs()["rows"]
+    with pytest.raises(ValueError, match="a step can only refine"):
+        run.take(some, PATCH)
+    begun = net.start(given).start_coarse().take(more)  # a coarse pass without late values
+    assert (
+        relative_error(begun.take(more, PATCH).logits(), net.start(given).take(more, PATCH).logits()) < 1e-12
+    )
+
+
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@pytest.mark.parametrize("head", HEADS.declared)
+def test_training_updates_statistics_once_those_of_rows_by_all_sites(
+    head: str, strides: tuple[int, ...]
+) -> None:
+    """As merge `whole` does, whose rows are the same."""
+    net, given = network(head, strides).train(), images(64, 96)
+    mask, after = levels(net, given), []
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    for merge in ("patch", "whole"):
+        net.load_state_dict(before, strict=False)
+        net.start(given).take(mask, Way(merge=merge)).logits()
+        after.append({name: tensor.clone() for name, tensor in net.tensors.items()})
+    rows = list(norms(net, "rows"))
+    assert all(torch.equal(after[0][name], after[1][name]) for name in rows)
+    assert len(rows) > 10
+    for name in norms(net, "late"):
+        if name.endswith("num_batches_tracked"):
+            assert after[0][name] == after[1][name], name
+        else:
+            assert not torch.equal(after[0][name], before[f"module.{name}"]), name
+
+
+@pytest.mark.parametrize("strides", STRIDES[:2], ids=str)
+@pytest.mark.parametrize("head", HEADS.declared)
+def test_training_with_coarse_blocks_alone_is_that_of_the_dense_network(
+    head: str, strides: tuple[int, ...]
+) -> None:
+    net, given = without_dropout(network(head, strides)), images()
+    mask, found = torch.zeros_like(levels(net, given)), []
+    for run in (net.start(given).take(mask, PATCH), net.start(given).follow(Way.dense(strides[-1]))):
+        net.zero_grad()
+        run.logits().square().mean().backward()
+        gradients = [weight.grad.flatten() for weight in net.parameters() if weight.grad is not None]
+        found.append((run.logits(), torch.cat(gradients)))
+    for ours, dense in zip(*found, strict=True):
+        assert relative_error(ours, dense) < 1e-10

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparse_seg.config import MaskConfig
+from sparse_seg.errors import SparseSegError
 from sparse_seg.graph import capture
 from sparse_seg.run.way import Way
 from sparse_seg.run.network import SelectiveNetwork
@@ -99,6 +100,24 @@ def check_mixed(network: SelectiveNetwork, module: Drawn, images: Tensor) -> Non
                 assert relative_error(value.lattice.tensor, coarse[name].tensor) < TOLERANCE
 
 
+def check_patch(network: SelectiveNetwork, module: Drawn, images: Tensor) -> None:
+    """P2 and P4 by merge `patch`, where late values can be computed in blocks alone."""
+    patch, strides = Way(merge="patch"), network.strides
+    try:
+        network.check_way(patch)
+    except SparseSegError:
+        return
+    levels = draw_levels(network, images)
+    pools = Reference(module, strides, images, stride=strides[0]).lattice_pools
+    for level, stride in enumerate(reversed(strides)):
+        if not level or not pools:
+            found = network.start(images).take(torch.full_like(levels, level), patch).logits()
+            assert relative_error(found, network.dense(images, stride)) < TOLERANCE, stride
+    once = network.start(images).take(levels, patch).logits()
+    with torch.enable_grad():
+        assert relative_error(network.start(images).take(levels, patch).logits(), once) < TOLERANCE
+
+
 def check_refinement(network: SelectiveNetwork, module: Drawn, images: Tensor) -> None:
     """P4: the first step is one pass with its mask; later ones keep what is there, and compute new sites."""
     first = draw_levels(network, images)
@@ -126,6 +145,7 @@ def test_dense_and_mixed(family: str, data: st.DataObject):
             check_dense(network, module, images)
             check_mixed(network, module, images)
             check_refinement(network, module, images)
+            check_patch(network, module, images)
 
 
 @pytest.mark.parametrize("exchange", ["linear", "separate"])

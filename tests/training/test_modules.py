@@ -51,11 +51,13 @@ def trained_at(config: Config, folder: Path) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("network", ["dense", "selective"])
+@pytest.mark.parametrize(
+    ("network", "merge"), [("dense", "whole"), ("selective", "whole"), ("selective", "patch")]
+)
 def test_training_writes_a_file_that_needs_no_code(
-    configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
+    configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, merge: str
 ) -> None:
-    trainer = trained_at(configured(train={"network": network}), tmp_path)
+    trainer = trained_at(configured(model={"merge": merge}, train={"network": network}), tmp_path)
     after = trainer.model
     torch.manual_seed(trainer.config.train.seed)
     changed = [
@@ -169,12 +171,6 @@ def test_what_a_module_has_not_is_refused(configured: Configured, what: str) -> 
     model, message = REFUSED[what]
     with pytest.raises(ConfigError, match=message):
         configured(model=model)
-
-
-def test_merge_patch_is_not_trained(configured: Configured) -> None:
-    configured(model={"merge": "patch"})
-    with pytest.raises(ConfigError, match=r"model\.merge=patch of model\.module is for prediction"):
-        check_training(configured(model={"merge": "patch"}, train={"network": "selective"}))
 
 
 def test_a_mask_is_not_trained_through_a_module(configured: Configured) -> None:

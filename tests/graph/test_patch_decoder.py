@@ -1,0 +1,241 @@
+"""Merge `patch` of a network with a decoder at stride 4 behind the rows, and what the merge refuses."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sparse_seg
+from sparse_seg.errors import SparseSegError
+from sparse_seg.export import ExportOptions, export_onnx
+from sparse_seg.run.way import Way
+from sparse_seg.sparse.features import double
+from tests.reference import relative_error
+
+PATCH = Way(merge="patch")
+
+
+class Decoder(nn.Module):
+    """Output stride 8 by dilation, and a decoder at stride 4 that reads a skip, as DeepLabV3+'s.
+
+    Args:
+        nearest: how the decoder resizes.
+        dip: whether another branch goes down to stride 16 behind the rows.
+    """
+
+    def __init__(
+        self, align_corners: bool, skip: bool = True, nearest: bool = False, dip: bool = False
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, 4, 1)
+        self.down = nn.Conv2d(6, 8, 3, 2, 1)
+        self.wide = nn.Sequential(
+            nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 4, 4), nn.ReLU()
+        )
+        self.refine = nn.Conv2d(8, 8, 3, 1, 1)
+        self.skip = nn.Conv2d(6, 3, 1) if skip else None
+        self.dip = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 11, 3, 2, 1)) if dip else None
+        self.decode = nn.Sequential(
+            nn.Conv2d(11, 8, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, 1, 1),
+            nn.ReLU(),
+        )
+        self.classify = nn.Conv2d(8, 5, 1)
+        self.align_corners, self.nearest = align_corners, nearest
+
+    def forward(self, images: Tensor) -> Tensor:
+        low = self.stem(images)
+        rows = self.wide(self.down(low))
+        x = self.refine(rows)
+        if self.skip is not None:
+            if self.nearest:
+                x = F.interpolate(x, low.shape[2:])
+            else:
+                x = F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=self.align_corners)
+            x = torch.cat([x, self.skip(low)], 1)
+            if self.dip is not None:
+                x = x + F.interpolate(self.dip(rows), low.shape[2:], mode="bilinear")
+            x = self.decode(x)
+        x = self.classify(x)
+        return F.interpolate(x, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
+
+
+def network(strides: tuple[int, ...] = (8, 16), **settings: bool) -> sparse_seg.SelectiveNetwork:
+    torch.manual_seed(0)
+    module = Decoder(**{"align_corners": False} | settings).double()
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
+            norm.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+    return sparse_seg.selective(module.eval(), strides=strides, size=(64, 128))
+
+
+@pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32)], ids=str)
+@pytest.mark.parametrize("size", [(64, 96), (75, 91)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"align_corners": True}, {"skip": False}, {"nearest": True}, {"dip": True}], ids=str
+)
+@torch.no_grad()
+def test_each_level_everywhere_is_the_dense_network(
+    settings: dict[str, bool], size: tuple[int, int], strides: tuple[int, ...]
+) -> None:
+    net, block = network(strides, **settings), strides[-1]
+    for model in (net, net.for_inference()):
+        images = torch.randn(2, 3, *size).double()
+        shape = 2, -(-size[0] // block), -(-size[1] // block)
+        for level, stride in enumerate(reversed(strides)):
+            found = model.start(images).take(torch.full(shape, level), PATCH).logits()
+            assert relative_error(found, net.dense(images, stride)) < 1e-12
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32)], ids=str)
+@torch.no_grad()
+def test_blocks_keep_the_level_before_and_finer_ones_read_it(
+    strides: tuple[int, ...], training: bool
+) -> None:
+    """Against the decoder on whole grids, layer by layer, in which other blocks keep the level before."""
+    net = network(strides).train(training)
+    module, images, block = net.module, torch.randn(2, 3, 64, 96).double(), strides[-1]
+    assert isinstance(module, Decoder)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.randint(0, len(strides), (2, 64 // block, 96 // block), generator=generator)
+    before = copy.deepcopy(module)
+    found = net.start(images).take(mask, PATCH).grid_logits()
+    updated: Any = copy.deepcopy(module.decode[1])
+    run = net.start(images).take(mask)  # late values of it see the densified rows
+    assert run._values is not None
+    (name,) = net.geometry.exits
+    rows, low = run._values[name], module.stem(images)
+
+    values: list[Tensor] = []
+    for level, stride in enumerate(reversed(strides)):  # taps 8 px apart, or a cell
+        grid = module.refine(rows.densify(stride=stride).tensor)
+        size = (grid.shape[2], grid.shape[3])
+        values.append(grid.where(_inside(mask, level, size), double(values[-1], size)) if level else grid)
+    values = [_up(grid, stride, low.shape[2:]) for grid, stride in zip(values, strides[::-1], strict=True)]
+    values = [torch.cat([value, module.skip(low)], 1) for value in values]  # type: ignore[misc]
+    inside = [_inside(mask, level, (16, 24)) for level in range(len(strides))]
+    values = _kept(values, inside)
+    norm: Any = before.decode[1]
+    for layer in [*before.decode, before.classify]:
+        if training and layer is norm:
+            at = [value.movedim(1, -1)[there[:, 0]] for value, there in zip(values, inside, strict=True)]
+            variance, mean = torch.var_mean(torch.cat(at), 0)
+            assert relative_error(updated.running_mean, 0.9 * norm.running_mean + 0.1 * mean) < 1e-12
+            assert relative_error(updated.running_var, 0.9 * norm.running_var + 0.1 * variance) < 1e-12
+            count = sum(len(one) for one in at)
+            biased = variance * (count - 1) / count
+            values = [F.batch_norm(one, mean, biased, norm.weight, norm.bias) for one in values]
+        else:
+            values = _kept([layer(value) for value in values], inside)
+    assert relative_error(found, values[-1]) < 1e-12
+    assert 0.2 < (mask > 0).float().mean() < 0.9
+
+
+def _inside(mask: Tensor, level: int, size: tuple[int, int]) -> Tensor:
+    """`[B, 1, *size]`: what lies in blocks of a level or a finer one."""
+    factor = size[0] // mask.shape[1]
+    return (mask >= level).repeat_interleave(factor, 1).repeat_interleave(factor, 2)[:, None]
+
+
+def _kept(values: list[Tensor], inside: list[Tensor]) -> list[Tensor]:
+    """Each level's values inside its blocks, and those of the level before elsewhere."""
+    kept = values[:1]
+    for value, there in zip(values[1:], inside[1:], strict=True):
+        kept.append(value.where(there, kept[-1]))
+    return kept
+
+
+def _up(grid: Tensor, stride: int, size: torch.Size) -> Tensor:
+    """To stride 4, at the places that an upsampling from stride 8 reads: (q + 1/2) / 2 - 1/2 cells of it."""
+    for axis, length in enumerate(size):
+        places = ((torch.arange(length).double() + 0.5) / 2 - 0.5) * 8 / stride
+        count = grid.shape[2 + axis]
+        places = places.clamp(0, count - 1)
+        first = places.floor().long()
+        share = (places - first).reshape([-1 if place == axis else 1 for place in range(2)])
+        second = (first + 1).clamp(max=count - 1)
+        grid = grid.index_select(2 + axis, first) * (1 - share) + grid.index_select(2 + axis, second) * share
+    return grid
+
+
+@torch.no_grad()
+def test_it_costs_the_share_of_fine_blocks() -> None:
+    net, images = network(), torch.randn(1, 3, 128, 128).double()
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[0, :2] = True
+    late = [net.start(images).take(mask, way).macs()["late"] for way in (PATCH, Way())]
+    dense = net.start(images).follow(Way.dense(8)).macs()["late"]
+    coarse = net.start(images).follow(Way.dense(16)).macs()["late"]
+    assert late[1] == dense
+    assert late[0] == coarse + dense // 4
+
+
+def test_a_pass_with_gradients_gives_the_same_and_they_reach_the_images() -> None:
+    net, images = network(), torch.randn(1, 3, 64, 96).double().requires_grad_()
+    logits = net.start(images).follow(PATCH).logits()
+    logits.square().sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
+    with torch.no_grad():
+        run = net.start(images.detach()).follow(PATCH)
+        assert relative_error(run.logits(), logits.detach()) < 1e-12
+        again = run.take(run.mask, Way())  # type: ignore[arg-type]
+        assert relative_error(again.logits(), net(images.detach())) < 1e-12, "whole again"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("strides", "size"), [((8, 16), (75, 91)), ((8, 16, 32), (64, 96))], ids=str)
+def test_it_is_exported(strides: tuple[int, ...], size: tuple[int, int], batch: int, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    net = network(strides).float()
+    options = ExportOptions(size, batch, merge="patch", tiles=False)
+    assert export_onnx(net, tmp_path / "a.onnx", options)["merge"] == "patch"  # checked against the model
+
+
+class Pooled(nn.Module):
+    """A gate of late values behind the decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Decoder(False)
+        self.decoder.classify = nn.Conv2d(8, 8, 1)
+        self.last = nn.Conv2d(8, 5, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.decoder(images)
+        return self.last(x * x.mean((2, 3), keepdim=True).sigmoid())
+
+
+class Down(nn.Module):
+    """Three steps down behind the rows, to stride 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Decoder(False)
+        steps = [nn.Conv2d(8, 8, 3, 2, 1) for _ in range(3)]
+        self.decoder.decode.extend([*steps, nn.UpsamplingBilinear2d(scale_factor=8)])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decoder(images)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"), [(Pooled(), "reads whole images behind"), (Down(), "32 px apart behind the rows")]
+)
+def test_what_it_cannot_do_is_refused(module: nn.Module, message: str) -> None:
+    net = sparse_seg.selective(module.double().eval(), size=(64, 128))
+    images, mask = torch.randn(1, 3, 64, 64).double(), torch.ones(1, 4, 4, dtype=torch.bool)
+    with pytest.raises(SparseSegError, match=f"{message}.*; choose merge whole") as error:
+        net.start(images).take(mask, PATCH)
+    assert "\n" not in str(error.value)
