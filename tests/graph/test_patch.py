@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,7 +23,6 @@ from tests.reference import relative_error
 
 PATCH = Way(merge="patch")
 STRIDES = ((8, 16), (8, 16, 32), (4, 8, 16))
-SIZE = (64, 128)  # px, of the images that networks are captured with
 
 
 def network(head: str, strides: Sequence[int], **settings: Any) -> SelectiveNetwork:
@@ -112,7 +112,7 @@ def test_three_levels_are_merged_one_by_one(head: str) -> None:
     """At the middle stride that is the merge of a network with two strides; deeplabv3 pools all sites."""
     net, given = network(head, [8, 16, 32]), images(90, 106)
     mask = levels(net, given)
-    two = build_network(net.graph, net.module, {}, (16, 32), net.mask).eval()
+    two = build_network(net.graph, net.module, {}, dataclasses.replace(net.settings, strides=[16, 32])).eval()
     found = net.start(given).take(mask, PATCH).grid_logits()
     fine = net.start(given).take(mask).grid_logits()
     middle = two.start(given).take(mask > 0, PATCH).grid_logits()
@@ -173,8 +173,9 @@ def test_the_second_head_costs_its_share(head: str) -> None:
     net, given = network(head, [8, 16]), images(96, 128)
     mask = levels(net, given).bool()
     run, half = net.start(given).take(mask, PATCH), net.start(given).start_coarse()
-    dense = net.start(given).follow(Way.dense(8)).macs()["late"]
-    assert run.macs()["late"] - half.macs()["late"] == dense * mask.double().mean().item()
+    dense = net.start(given).follow(Way.dense(8)).macs().get("late", 0)
+    run_late, half_late = (one.macs().get("late", 0) for one in (run, half))
+    assert run_late - half_late == dense * mask.double().mean().item()
 
 
 @torch.no_grad()
