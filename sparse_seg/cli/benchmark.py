@@ -160,7 +160,9 @@ def _runtimes(args: argparse.Namespace, subject: Subject, peers: dict[str, Timed
     """The network, and peers, in other runtimes, on the subject's first image."""
     model, image = subject.float_model.cpu(), subject.images[:1].cpu().float().contiguous()
     accuracies = _accuracies(args.accuracy, model) if args.accuracy else None
-    timed = time_network(model, image.numpy(), args.threads, args.runtimes, merges(model), args.repeats, peers=peers)
+    timed = time_network(
+        model, image.numpy(), args.threads, args.runtimes, merges(model), args.repeats, peers=peers
+    )
     rows = [{"threads": args.threads} | row for row in runtime_rows(timed, accuracies)]
     print(f"{args.threads} threads, a process each; shares are of the way from dense OS16 to OS8")
     columns = [column for column in COLUMNS if any(column.key in row for row in rows)]

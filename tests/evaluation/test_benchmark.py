@@ -74,8 +74,9 @@ def test_all_runs_compute_the_same_network(subject):
     """The baseline is the plain module's numbers, and all fine is the baseline's."""
     module = build_module(subject.model.settings, 8)
     module.load_state_dict(subject.model.module.state_dict())
+    module.eval().to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        plain = module.eval()(subject.images)
+        plain = module(subject.images.contiguous(memory_format=torch.channels_last))
         blocks = subject.fine_blocks(selective("network", 0.3).way)
         expected = subject.folded_model(subject.images, fine_blocks=blocks)
     assert relative_error(subject.model.dense(subject.images, 8), plain) < 1e-5

@@ -1,5 +1,7 @@
 """Multiply-adds against PyTorch's own counter, sites counted by hand, published figures; a file's bytes."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +19,7 @@ PARTS = ["early", "rows", "late"]
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dense_count_is_pytorchs(variant, output_stride):
-    """Exactly its count of the plain module at that stride; of its upsampling as a matrix product, nothing."""
+    """Exactly its count of the plain module at that stride; its upsampling by matrix products is not counted."""
     model, images = variant_model(variant), torch.randn(2, 3, 75, 98, dtype=torch.float64)
     module = build_module(model.settings, output_stride).eval().double()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -32,7 +34,7 @@ def test_dense_count_is_pytorchs(variant, output_stride):
 @torch.no_grad()
 def test_rows_cost_their_sites(variant):
     """Early and late parts cost what the dense network's do, rows by the number of sites, which is counted
-    here by hand, but for ASPP's pooled vector; folded, the same."""
+    here by hand, but for ASPP's pooled vector. Folded, the projection multiplies that once an image."""
     model, images = variant_model(variant), torch.randn(2, 3, 75, 98, dtype=torch.float64)
     dense = count_macs(model, images, Way.dense(8))
     mask = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.3
@@ -43,13 +45,15 @@ def test_rows_cost_their_sites(variant):
     pooled = 2 * weights["head.aspp.convs.4.1.weight"].numel() if variant != "fcn" else 0
     assert (counts["rows"] - pooled) * fine.numel() == (dense["rows"] - pooled) * int(fine.sum())
     assert (counts["early"], counts["late"]) == (dense["early"], dense["late"])
-    assert counts == model.for_inference().start(images).take(mask).macs()
+    saved = (int(fine.sum()) - 2) * 16 * 16 if pooled and model.settings.aspp_projection else 0
+    folded = model.for_inference().start(images).take(mask).macs()
+    assert folded == counts | {"rows": counts["rows"] - saved}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("output_stride", "backbone", "whole"), [(8, 1417.98, 1929.24), (16, 414.57, None)])
 @torch.no_grad()
-def test_published_figures_of_deeplabv3_resnet101(output_stride, backbone, whole):
+def test_published_figures_of_deeplabv3_resnet101(output_stride, backbone, whole, monkeypatch):
     """1024x2048, 19 classes: convolutions alone, padding counted. On meta tensors: only shapes."""
     settings = {"backbone": "resnet101", "head": "deeplabv3", "num_classes": 19}
     model = build_model(settings).eval().to("meta")
@@ -59,10 +63,12 @@ def test_published_figures_of_deeplabv3_resnet101(output_stride, backbone, whole
     with FlopCounterMode(display=False) as counter:
         module(images)
     flops = counter.get_flop_counts()
-    counts = {name: flops[name][torch.ops.aten.convolution] // 2 for name in ("Segmenter", "Segmenter.backbone")}
+    parts = "Segmenter", "Segmenter.backbone"
+    counts = {part: flops[part][torch.ops.aten.convolution] // 2 for part in parts}
     assert round(counts["Segmenter.backbone"] / 1e9, 2) == backbone
     if whole:
         assert round(counts["Segmenter"] / 1e9, 2) == whole
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta tensors
     assert sum(count_macs(model, images, Way.dense(output_stride)).values()) == counts["Segmenter"]
 
 

@@ -16,7 +16,9 @@ HEIGHT, WIDTH = figures.SIZE
 def test_rows_stand_at_their_cells() -> None:
     """The lattice row by row, then each fine block's further cells, as far as they are inside."""
     lattice = [(x, y) for y in range(0, HEIGHT, 2) for x in range(0, WIDTH, 2)]
-    extras = [(2 * x + right, 2 * y + down) for y, x in figures.FINE for down, right in ((0, 1), (1, 0), (1, 1))]
+    extras = [
+        (2 * x + right, 2 * y + down) for y, x in figures.FINE for down, right in ((0, 1), (1, 0), (1, 1))
+    ]
     assert places(example_level()) == lattice + [(x, y) for x, y in extras if x < WIDTH and y < HEIGHT]
 
 
@@ -64,7 +66,7 @@ def test_the_example_shows_every_case() -> None:
     """Sites at the rim of a fine region, fine blocks cut to two cells and to one, and all `linear` ghosts."""
     level = example_level()
     at = places(level)
-    assert len(at) - level.plan.cells == 3 * 3 + 1  # of a block of two cells one is new, of a single cell none
+    assert len(at) - level.plan.cells == 3 * 3 + 1  # of a block of two cells one is new, of one cell none
     for row in range(len(at)):
         for (x, y), is_ghost, rows in taps(level, row):
             if is_ghost:  # of odd size, the grid has sites on both sides of every ghost
