@@ -24,8 +24,8 @@ def count_macs(
     labels: Tensor | None = None,
     policy: MaskPolicy | None = None,
 ) -> dict[str, int]:
-    """Multiply-adds of one forward, for the whole batch, of all passes that it takes, by part: `early`, `rows`,
-    `late` and `mask`, see `Pass.macs`.
+    """Multiply-adds of one forward, for the whole batch, of all passes that it takes, by part: `early`,
+    `rows`, `late` and `mask`, see `Pass.macs`.
 
     The mask of a bound (an oracle) costs nothing, even one that takes whole dense passes: no one runs it.
 

@@ -19,7 +19,7 @@ PARTS = ["early", "rows", "late"]
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dense_count_is_pytorchs(variant, output_stride):
-    """Exactly its count of the plain module at that stride; its upsampling by matrix products is not counted."""
+    """Exactly its count of the plain module at that stride, whose upsampling is not counted."""
     model, images = variant_model(variant), torch.randn(2, 3, 75, 98, dtype=torch.float64)
     module = build_module(model.settings, output_stride).eval().double()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
