@@ -122,8 +122,8 @@ class Subject:
 
     @cached_property
     def folded_model(self) -> Any:
-        """Its form for inference."""
-        return self.model.for_inference()
+        """Its form for inference, its kernels in channels_last memory, as its grids are."""
+        return self.model.for_inference().to(memory_format=torch.channels_last)
 
     @cached_property
     def training_copy(self) -> Any:
