@@ -14,10 +14,9 @@ from sparse_seg.config import load_config
 from sparse_seg.config.docs import render
 from sparse_seg.data.camvid import CamVid
 from sparse_seg.lab.ablation.report import ablation_table, class_table, seed_table
-from sparse_seg.lab.benchmark.tables import COLUMNS, benchmark_table, profile_table
+from sparse_seg.lab.benchmark.tables import COLUMNS, benchmark_table
 from sparse_seg.lab.compare.report import comparison_table, fraction_table
 from sparse_seg.lab.report.tables import Column, Table
-from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.network import SelectiveNetwork
 
 ROOT = Path(__file__).parents[1]
@@ -62,12 +61,6 @@ def test_short_speed_tables_are_the_result_files(name: str):
 @pytest.mark.parametrize("name", ["bench_r50", "bench_r50_train"])
 def test_whole_speed_tables_are_the_result_files(name: str):
     assert benchmark_table(measured(name)["rows"]).to_markdown().strip() in page("performance")
-
-
-def test_profile_table_is_the_result_file():
-    profile = measured("profile_r50")["profile"]
-    rows = [row for row in profile if row["network"] == "selective f=0.1" and row["form"] != "gather"]
-    assert profile_table(rows).to_markdown().strip() in page("performance")
 
 
 @pytest.mark.parametrize("exchange", ["linear", "nearest"])

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 from sparse_seg.cli.arguments import Parser
 from sparse_seg.errors import SparseSegError, printable
-from sparse_seg.sparse import EngineError
 from sparse_seg.version import __version__
 
 COMMANDS = (
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     try:
         return module.run(parser.parse_args(arguments[1:]))
-    except (SparseSegError, EngineError) as error:
+    except SparseSegError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

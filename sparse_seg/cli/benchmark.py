@@ -1,16 +1,16 @@
 """Time, multiply-adds and memory of one network run dense and selective, on one rendered scene.
 
-The baseline is the same network as plain nn.Conv2d in channels_last memory, dense at output stride 8. Scopes:
-stages (layer3 and layer4, from the features before them on; the mask is given) and network (images to
-logits, mask included); --train adds a training step. The ways to run take turns, so that drift of the
-machine falls on all alike. The mask is the config's policy; weights are random unless --checkpoint gives
-them. Memory is what a run needs beyond weights and input.
+The baseline is the same network dense at the finest of its strides, plain convolutions in channels_last
+memory. Scopes: network (images to logits, mask included, batch norm folded into the weights, of the baseline
+too) and train (a training step). The ways to run take turns, so that drift of the machine falls on all alike.
+The mask is the config's policy; weights are random unless --checkpoint gives them. Memory is what a run needs
+beyond weights and input.
 
 examples:
   sparse-seg benchmark configs/bench_r50.yaml --json bench_r50.json
   sparse-seg benchmark configs/bench_r101.yaml --size 1024x2048 --device cuda --dtype float16
-  sparse-seg benchmark configs/bench_r50.yaml --fine-fraction 0.15 --batch 2 --scopes --train
-  sparse-seg benchmark configs/bench_r50.yaml --fine-fraction 0.1 --scopes network --policies given confidence
+  sparse-seg benchmark configs/bench_r50.yaml --fine-fraction 0.15 --batch 2 --scopes train
+  sparse-seg benchmark configs/bench_r50.yaml --fine-fraction 0.1 --policies given confidence
   sparse-seg benchmark configs/camvid_light.yaml --checkpoint camvid-slim --size 360x480 --scopes \\
     --runtimes onnxruntime --peer-onnx pidnet_s.onnx ddrnet.onnx
 """
@@ -25,26 +25,26 @@ from typing import Any
 import torch
 
 from sparse_seg.cli.arguments import parse_size, whole_number
-from sparse_seg.cli.options import add_config, add_device, fraction, input_files, output_file
+from sparse_seg.cli.options import add_config, add_device, fraction, input_files, merges, output_file
 from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
 from sparse_seg.export.runtime import RUNTIMES, check_runtime
 from sparse_seg.files import atomic_write, check_outputs
-from sparse_seg.lab.benchmark.measure import captured_cases, cases, check_training, engine_fault, measure
+from sparse_seg.lab.benchmark.measure import cases, measure
 from sparse_seg.lab.benchmark.peers import PEERS
-from sparse_seg.lab.benchmark.profile import profile_network
 from sparse_seg.lab.benchmark.runtimes import COLUMNS, TORCH, Timed, peer_graphs, time_network
 from sparse_seg.lab.benchmark.runtimes import rows as runtime_rows
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
-from sparse_seg.lab.benchmark.tables import benchmark_table, profile_table
+from sparse_seg.lab.benchmark.tables import benchmark_table
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.tables import Table
 from sparse_seg.masks import POLICIES
 from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.way import Way
 
-SCOPES = ("stages", "network")
+SCOPES = ("network", "train")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scopes",
         nargs="*",
         choices=SCOPES,
-        help="default: both; of a captured network the network alone",
+        default=["network"],
+        help="network, train, or nothing at all (default: network)",
     )
     parser.add_argument(
         "--policies",
@@ -79,10 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["given", *sorted(set(POLICIES) - {"uniform"})],
         default=[],
         metavar="P",
-        help="also these mask policies, by the network's fastest form; given: the config's mask, ready made",
+        help="also these mask policies; given: the config's mask, ready made",
     )
-    parser.add_argument("--train", action="store_true", help="also a training step")
-    parser.add_argument("--profile", action="store_true", help="also where the time goes")
     parser.add_argument("--peers", action="store_true", help=f"also {', '.join(PEERS)}, where installed")
     parser.add_argument(
         "--runtimes",
@@ -128,75 +127,42 @@ def run(args: argparse.Namespace) -> int:
         torch.set_float32_matmul_precision("high")
     peers = peer_graphs(args.peer_onnx, args.runtimes or (), (1, 3, *args.size))
     setup = Setup(config, args.checkpoint, args.size, args.batch, str(args.device), args.dtype)
-    if args.train:
-        check_training(setup)
     subject, notes, rows = Subject(setup), list[str](), list[dict[str, Any]]()
-    _check_captured(args, subject)
-    scopes = args.scopes if args.scopes is not None else ["network"] if subject.is_captured else SCOPES
-    for scope in [*scopes, *(["train"] if args.train else [])]:
-        if subject.is_captured:
-            todo = captured_cases(scope, args.fine_fraction, subject.model.strides, args.policies)
-        else:
-            engines = _engines(args, scope, subject, notes)
-            todo = cases(scope, args.fine_fraction, engines, folded=True, policies=args.policies)
+    strides = subject.model.strides
+    if "train" in args.scopes and args.batch < 2 and subject.model.norms_vectors:
+        raise ConfigError("a training step needs --batch 2 or more: a norm sees one vector of each image")
+    for scope in dict.fromkeys(args.scopes):
+        todo = cases(scope, args.fine_fraction, list(dict.fromkeys(args.engines)), strides, args.policies)
         if args.peers and scope != "train":
-            todo += [Case(scope, "peer", peer=name) for name in PEERS]
+            todo += [Case(scope, "peer", Way.dense(strides[0]), peer=name) for name in PEERS]
         rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
     for row in (row for row in rows if row["stored_mib"] is not None):
         notes.append(f"{row['network']}, {row['form']}: {row['stored_mib']:.1f} MiB of activations kept")
     if rows:
         print(benchmark_table(rows).to_text())
     timed = _runtimes(args, subject, peers) if args.runtimes else []
-    profiles = _profiles(args, subject) if args.profile else []
     origin = provenance() | {
         "setup": {"size": args.size, "batch": args.batch, "device": str(args.device), "dtype": args.dtype},
         "policy": config.model.mask.policy,
         "repeats": args.repeats,
         "parameters": count_parameters(subject.model),
         "checkpoint_bytes": checkpoint_bytes(subject.model),
-        "notes": notes,
+        "notes": list(dict.fromkeys(notes)),
     }
     print(_footer(origin))
     if args.json:
-        content = origin | {"rows": rows, "profile": profiles, "runtimes": timed}
+        content = origin | {"rows": rows, "runtimes": timed}
         atomic_write(args.json, json.dumps(content, indent=1) + "\n")
     return 0
-
-
-def _check_captured(args: argparse.Namespace, subject: Subject) -> None:
-    """Raises a ConfigError for what a captured network has not."""
-    if not subject.is_captured:
-        return
-    for option, asked in (
-        ("--scopes stages", "stages" in (args.scopes or ())),
-        ("--profile", args.profile),
-        ("--peers", args.peers),
-    ):
-        if asked:
-            raise ConfigError(f"{option} needs the stages of sparse_seg's own networks; leave it out")
-    if args.train and args.batch < 2 and subject.model.norms_vectors:
-        raise ConfigError("a training step needs --batch 2 or more: a norm sees one vector per image")
-
-
-def _engines(args: argparse.Namespace, scope: str, subject: Subject, notes: list[str]) -> list[str]:
-    """The engines asked for that can run; the others go to the notes."""
-    engines = []
-    for engine in dict.fromkeys(args.engines):
-        fault = engine_fault(engine, subject.device, subject.dtype, scope == "train")
-        if fault is None:
-            engines.append(engine)
-        else:
-            notes.append(f"{scope}: {engine} not measured: {fault}")
-    return engines
 
 
 def _runtimes(args: argparse.Namespace, subject: Subject, peers: dict[str, Timed]) -> list[dict[str, Any]]:
     """The network, and peers, in other runtimes, on the subject's first image."""
     model, image = subject.float_model.cpu(), subject.images[:1].cpu().float().contiguous()
-    patches = not subject.is_captured and model.head.decodes_cells
-    merges = ("whole", "patch") if patches else ("whole",)
     accuracies = _accuracies(args.accuracy, model) if args.accuracy else None
-    timed = time_network(model, image.numpy(), args.threads, args.runtimes, merges, args.repeats, peers=peers)
+    timed = time_network(
+        model, image.numpy(), args.threads, args.runtimes, merges(model), args.repeats, peers=peers
+    )
     rows = [{"threads": args.threads} | row for row in runtime_rows(timed, accuracies)]
     print(f"{args.threads} threads, a process each; shares are of the way from dense OS16 to OS8")
     columns = [column for column in COLUMNS if any(column.key in row for row in rows)]
@@ -215,17 +181,6 @@ def _accuracies(path: str, model: Segmentor) -> tuple[float, float, dict[str, fl
         return *ends, {row.get("merge") or model.merge: row["miou"] for row in own}
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{path} is no JSON file of evaluate --compare with both dense runs") from None
-
-
-def _profiles(args: argparse.Namespace, subject: Subject) -> list[dict[str, Any]]:
-    profiles = []
-    candidates = cases("network", args.fine_fraction, ["gather"], folded=True)
-    for case in (case for case in candidates if case.kind != "plain"):
-        rows = profile_network(subject, case, args.repeats)
-        print(f"\nwhere the time goes: {case.name}, {case.form}, ms by part and kind of work")
-        print(profile_table(rows).to_text())
-        profiles += rows
-    return profiles
 
 
 def _footer(origin: dict[str, Any]) -> str:

@@ -58,8 +58,8 @@ from sparse_seg.lab.compare.run import compare, comparison_ways, groups
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.summary import class_table, summary
 from sparse_seg.masks import POLICIES
-from sparse_seg.run.way import Way
 from sparse_seg.processes import Processes, joined_processes
+from sparse_seg.run.way import Way
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

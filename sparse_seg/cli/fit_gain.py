@@ -2,7 +2,7 @@
 
 The network stays as it is: its coarse and selective predictions on the frames tell where a fine look helped,
 and a small net learns to expect it. The checkpoint that is written holds both, runs with policy gain and
-merge patch (a captured network with merge whole), and is otherwise the one given.
+merge patch (merge whole where the network cannot), and is otherwise the one given.
 
 examples:
   sparse-seg fit-gain configs/camvid_light.yaml runs/camvid_light/best.safetensors light_gain.safetensors
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sparse_seg.checkpoint import build_network, load, save
 from sparse_seg.cli.arguments import whole_number
-from sparse_seg.cli.options import add_config, add_device, input_files, output_file
+from sparse_seg.cli.options import add_config, add_device, input_files, merges, output_file
 from sparse_seg.config import check_classes, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import ConfigError
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = build_dataset(config.data.dataset, config.data.root, args.split, config.data.bits)
     check_outputs([args.out], [*input_files(args.config, config, args.checkpoint), *dataset.files()])
     dataset.check(args.limit)
-    merge = "patch" if loaded.captured is None else "whole"
+    merge = merges(model)[-1]
     samples = collect(
         model.for_inference(), dataset, config.data, not args.without_labels, args.limit, args.seed, merge
     )

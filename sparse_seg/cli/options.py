@@ -11,10 +11,12 @@ import torch
 from sparse_seg.checkpoint import find, is_checkpoint
 from sparse_seg.cli.arguments import fraction, number, whole_number
 from sparse_seg.config import Config, MaskConfig, config_files
-from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
 from sparse_seg.evaluation.views import Views
 from sparse_seg.export.runner import AUTO, CHOICES, PATIENCE, PIXELS, SIZES
 from sparse_seg.masks import parse_policy
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.way import Way
 
 
 def add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
@@ -108,6 +110,15 @@ def policy(text: str) -> str:
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     raise argparse.ArgumentTypeError("uniform takes no fraction between 0 and 1; choose another policy")
+
+
+def merges(model: Segmentor) -> tuple[str, ...]:
+    """The merges that a network can run with, its fastest last."""
+    try:
+        model.check_way(Way(merge="patch"))
+    except SparseSegError:
+        return ("whole",)
+    return "whole", "patch"
 
 
 def output_file(text: str) -> str:

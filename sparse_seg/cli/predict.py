@@ -69,8 +69,8 @@ from sparse_seg.lab.predict.segment import Segmenter
 from sparse_seg.lab.predict.video import VideoOptions, write_video
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.masks import POLICIES
-from sparse_seg.run.way import Way
 from sparse_seg.progress import bar
+from sparse_seg.run.way import Way
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 WINDOW = 2048  # px

@@ -15,9 +15,9 @@ from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import blur_scores
-from sparse_seg.run.segmentor import Segmentor
-from sparse_seg.run.modes import eval_mode
 from sparse_seg.progress import bar
+from sparse_seg.run.modes import eval_mode
+from sparse_seg.run.segmentor import Segmentor
 
 
 @dataclass(frozen=True)

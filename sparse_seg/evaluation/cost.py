@@ -8,11 +8,11 @@ from __future__ import annotations
 import io
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.modes import eval_mode
+from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
 
@@ -24,7 +24,8 @@ def count_macs(
     labels: Tensor | None = None,
     policy: MaskPolicy | None = None,
 ) -> dict[str, int]:
-    """Multiply-adds of one forward by part, for the whole batch, see `Pass.macs`: of all passes it takes.
+    """Multiply-adds of one forward, for the whole batch, of all passes that it takes, by part: `early`,
+    `rows`, `late` and `mask`, see `Pass.macs`.
 
     The mask of a bound (an oracle) costs nothing, even one that takes whole dense passes: no one runs it.
 
@@ -42,14 +43,22 @@ def count_macs(
         return run.follow(way, policy).macs()
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters that inference needs: without the auxiliary head."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("auxiliary."))
+def count_parameters(model: Segmentor) -> int:
+    """Parameters that inference needs: without an auxiliary head."""
+    needed = _needed(model)
+    return sum(one.numel() for name, one in model.named_parameters() if name in needed)
 
 
-def checkpoint_bytes(model: nn.Module) -> int:
-    """Bytes of the state dict that inference needs, saved as a plain dict: written to memory and measured."""
-    state = {n: tensor for n, tensor in model.state_dict().items() if not n.startswith("auxiliary.")}
+def checkpoint_bytes(model: Segmentor) -> int:
+    """Bytes of the tensors that inference needs, saved as a plain dict: written to memory and measured."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_needed(model), buffer)
     return buffer.tell()
+
+
+def _needed(model: Segmentor) -> dict[str, Tensor]:
+    """Of the state dict, what the graph names, and the policy's."""
+    named = {name for node in model.graph.nodes for name in node.tensors.values()}
+    owners = {f"{owner}.{name}" for owner in ("module", "constants") for name in named}
+    state = model.state_dict().items()
+    return {name: tensor for name, tensor in state if name in owners or name.startswith("policy.")}

@@ -15,11 +15,11 @@ from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
 from sparse_seg.evaluation.views import ONCE, Views, predict, single
 from sparse_seg.export.runner import Runner
-from sparse_seg.run.segmentor import Segmentor
-from sparse_seg.run.modes import eval_mode
-from sparse_seg.run.way import Way
 from sparse_seg.processes import Processes
 from sparse_seg.progress import bar
+from sparse_seg.run.modes import eval_mode
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.way import Way
 from sparse_seg.timing import now
 
 LOSS_STEP = 4  # a sixteenth of the pixels estimates the loss well, and costs little beside the network

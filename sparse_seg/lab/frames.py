@@ -18,9 +18,9 @@ from sparse_seg.lab.benchmark.runtimes import lift
 from sparse_seg.lab.report.explorer import Explorer, Frame, Shot
 from sparse_seg.lab.report.html import Picture, photo
 from sparse_seg.lab.report.overlays import colourise, draw_levels, overlay
+from sparse_seg.progress import bar
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
-from sparse_seg.progress import bar
 
 SHOWN = 4  # frames
 WIDTH = 720  # px of a picture, at most

@@ -436,7 +436,7 @@ def test_demo_says_resume_hint(capsys, tmp_path, monkeypatch):
 def test_benchmark_prints_and_writes(capsys, trained, tmp_path):
     config, checkpoint = trained
     arguments = ["--size", "64x96", "--repeats", "1", "--fine-fraction", "0.1", "0.5", "--batch", "2"]
-    arguments += ["--train", "--profile", "--no-memory", "--engines", "gather", "--device", "cpu"]
+    arguments += ["--scopes", "network", "train", "--no-memory", "--engines", "gather", "--device", "cpu"]
     files = ["--checkpoint", str(checkpoint), "--json", str(tmp_path / "b.json")]
     assert main(["benchmark", str(config), *arguments, *files]) == 0
     out, errors = capsys.readouterr()
@@ -447,12 +447,10 @@ def test_benchmark_prints_and_writes(capsys, trained, tmp_path):
     assert {"command", "commit", "machine", "threads", "date", "notes", "parameters"} <= set(written)
     assert written["checkpoint_bytes"] > 4 * written["parameters"]
     for scope, names in (
-        ("stages", {"plain OS8", "plain OS16", "dense OS8", "selective f=0.1", "selective f=0.5"}),
-        ("network", {"plain OS8", "plain OS16", "dense OS8", "selective f=0.1", "selective f=0.5"}),
-        ("train", {"plain OS8", "selective f=0.1", "selective f=0.5"}),
+        ("network", {"dense OS8", "dense OS16", "selective f=0.1", "selective f=0.5"}),
+        ("train", {"dense OS8", "selective f=0.1", "selective f=0.5"}),
     ):
         assert {row["network"] for row in written["rows"] if row["scope"] == scope} == names
-    assert {row["part"] for row in written["profile"]} >= {"layout", "stem", "layer3", "densify"}
 
 
 def test_benchmark_errors(capsys, trained, tmp_path):
@@ -462,9 +460,9 @@ def test_benchmark_errors(capsys, trained, tmp_path):
     assert "invalid choice: 'cudnn'" in fails(capsys, "benchmark", config, "--engines", "cudnn", code=2)
     assert "does not exist" in fails(capsys, "benchmark", config, "--checkpoint", tmp_path / "no.pt", *tiny)
     for head in ("deeplabv3", "deeplabv3plus"):
-        pooled = ["--train", "--set", f"model.head={head}"]
+        pooled = ["--scopes", "train", "--set", f"model.head={head}"]
         line = fails(capsys, "benchmark", config, *tiny, *pooled)
-        assert f"needs --batch 2 or more: {head} normalises one pooled vector per image" in line
+        assert "needs --batch 2 or more: a norm sees one vector of each image" in line
 
 
 def test_predict_says_what_it_leaves_out(trained, tmp_path, caplog):

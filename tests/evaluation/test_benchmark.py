@@ -1,6 +1,5 @@
 """Benchmark rows: all runs compute the same, ratios are sane, what cannot run is told."""
 
-import dataclasses
 import json
 
 import pytest
@@ -9,22 +8,22 @@ import torch
 from sparse_seg import build_model
 from sparse_seg.cli import main
 from sparse_seg.config import config_from_dict
-from sparse_seg.errors import ConfigError
+from sparse_seg.errors import SparseSegError
 from sparse_seg.lab.benchmark import peers
-from sparse_seg.lab.benchmark.measure import cases, check_training, engine_fault, measure
+from sparse_seg.lab.benchmark.measure import cases, measure
 from sparse_seg.lab.benchmark.peers import peer_run
-from sparse_seg.lab.benchmark.profile import profile_network
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
-from sparse_seg.lab.benchmark.tables import benchmark_table, profile_table
-from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.lab.benchmark.tables import benchmark_table
+from sparse_seg.networks.segmenter import build_module
+from sparse_seg.run.passes import Pass
 from sparse_seg.run.way import Way
-from sparse_seg.sparse import grid_to_rows
-from sparse_seg.sparse.engines import spconv
 from sparse_seg.training.checkpoint import save_checkpoint
 from tests.reference import relative_error
 
 TREE = {"model": {"backbone": "resnet50", "width": 0.125, "head": "deeplabv3", "num_classes": 19}}
 SETUP = Setup(config_from_dict(TREE, "test"), size=(70, 100), batch=2)
+STRIDES = (8, 16)
+BASELINE = Case("network", "dense", Way.dense(8))
 FRACTIONS = [0.1, 0.5, 1.0]
 
 
@@ -38,18 +37,17 @@ def subject():
 
 
 def test_cases_start_with_the_baseline():
-    rows = cases("network", [0.1], ["gather", "spconv"], folded=True)
+    rows = cases("network", [0.1], ["gather", "spconv"], STRIDES, ["given", "confidence"])
     assert [f"{case.name}, {case.form}" for case in rows] == [
-        "plain OS8, nn.Conv2d",
-        "plain OS16, nn.Conv2d",
-        "dense OS8, gather",
-        "dense OS8, gather, folded",
+        "dense OS8, conv2d",
+        "dense OS16, conv2d",
         "selective f=0.1, gather",
         "selective f=0.1, spconv",
-        "selective f=0.1, gather, folded",
+        "given f=0.1, gather",
+        "confidence f=0.1, gather",
     ]
-    assert [case.name for case in cases("train", [0.1, 0.2], ["gather"], folded=True)] == [
-        "plain OS8",
+    assert [case.name for case in cases("train", [0.1, 0.2], ["gather"], STRIDES, ["given"])] == [
+        "dense OS8",
         "selective f=0.1",
         "selective f=0.2",
     ]
@@ -58,12 +56,7 @@ def test_cases_start_with_the_baseline():
 @pytest.mark.slow
 def test_cases_of_further_policies(subject):
     """A mask made beforehand, and a coarse pass that is refined: other costs, the network's numbers."""
-    rows = cases("network", [0.3], ["gather"], True, ["given", "confidence"])[-2:]
-    assert [f"{case.name}, {case.form}" for case in rows] == [
-        "given f=0.3, gather, folded",
-        "confidence f=0.3, gather, folded",
-    ]
-    assert not cases("stages", [0.3], ["gather"], True, ["given"])[-1].given
+    rows = cases("network", [0.3], ["gather"], STRIDES, ["given", "confidence"])[-2:]
     given, confidence = (subject.run(case)() for case in rows)
     with torch.inference_mode():
         assert relative_error(given, subject.model(subject.images, subject.fine_blocks(rows[0].way))) < 1e-4
@@ -71,28 +64,38 @@ def test_cases_of_further_policies(subject):
         assert relative_error(confidence, run.logits()) < 1e-4
     assert run.mask is not None
     assert run.mask.float().mean() == pytest.approx(0.3, abs=0.02)
-    results = measure(subject, [Case("network", "plain"), *rows], repeats=1, memory=False)
+    results = measure(subject, [BASELINE, *rows], repeats=1, memory=False)
     assert results[1]["stored_mib"] is None
     assert 0.1 < results[2]["stored_mib"] < 10
     assert results[2]["gmacs"] == pytest.approx(results[1]["gmacs"], rel=0.2), "other blocks, one more head"
 
 
 def test_all_runs_compute_the_same_network(subject):
-    for scope in ("stages", "network"):
-        plain, dense, fine = (
-            subject.run(case)()
-            for case in (Case(scope, "plain"), Case(scope, "dense"), selective(scope, 1.0))
-        )
-        plain = grid_to_rows(plain) if scope == "stages" else plain
-        assert relative_error(dense, plain) < 1e-5
-        if scope == "stages":  # the same sites in another order
-            fine, dense = fine.sort(0).values, dense.sort(0).values
-        assert relative_error(fine, dense) < 1e-5
+    """The baseline is the plain module's numbers, and all fine is the baseline's."""
+    module = build_module(subject.model.settings, 8)
+    module.load_state_dict(subject.model.module.state_dict())
+    module.eval().to(memory_format=torch.channels_last)
     with torch.inference_mode():
+        plain = module(subject.images.contiguous(memory_format=torch.channels_last))
         blocks = subject.fine_blocks(selective("network", 0.3).way)
-        expected = subject.model(subject.images, fine_blocks=blocks)
+        expected = subject.folded_model(subject.images, fine_blocks=blocks)
+    assert relative_error(subject.model.dense(subject.images, 8), plain) < 1e-5
+    dense = subject.run(BASELINE)()
+    assert relative_error(dense, plain) < 1e-4, "folded"
+    assert relative_error(subject.run(selective("network", 1.0))(), dense) < 1e-5
     assert torch.equal(subject.run(selective("network", 0.3))(), expected)
     assert blocks.float().mean() == pytest.approx(0.3, abs=0.02)
+
+
+def test_random_weights_keep_activations_in_order(subject):
+    with torch.inference_mode():
+        last = subject.model.start(subject.images).features()
+    assert 0.1 < last.std() < 10
+    assert all(0.01 < one.running_var.mean() < 100 for one in _norms(subject.model.module))
+
+
+def _norms(module):
+    return [one for one in module.modules() if isinstance(one, torch.nn.BatchNorm2d)]
 
 
 def test_a_child_would_measure_the_same_network(subject):
@@ -104,11 +107,11 @@ def test_a_child_would_measure_the_same_network(subject):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scope", ["stages", "network", "train"])
+@pytest.mark.parametrize("scope", ["network", "train"])
 def test_rows_are_sane(subject, scope):
-    rows = measure(subject, cases(scope, FRACTIONS, ["gather"], folded=False), repeats=2, memory=False)
+    rows = measure(subject, cases(scope, FRACTIONS, ["gather"], STRIDES), repeats=2, memory=False)
     baseline, selective = rows[0], [row for row in rows if row["kind"] == "selective"]
-    assert (baseline["network"], baseline["speedup"], baseline["mac_ratio"]) == ("plain OS8", 1, 1)
+    assert (baseline["network"], baseline["speedup"], baseline["mac_ratio"]) == ("dense OS8", 1, 1)
     gmacs = [row["gmacs"] for row in selective]
     assert gmacs == sorted(gmacs)
     assert [row["fine_fraction"] for row in selective] == FRACTIONS
@@ -116,49 +119,25 @@ def test_rows_are_sane(subject, scope):
     for row in rows:
         assert row["milliseconds"] > 0
         assert row["speedup_per_mac_ratio"] == pytest.approx(row["speedup"] / row["mac_ratio"])
-        assert (row["layout_share"] is not None) == (row["kind"] == "selective")
         assert len(row["samples"]) == 2
     coarse = [row for row in rows if row["output_stride"] == 16]
+    assert len(coarse) == (scope == "network")
     assert all(row["gmacs"] < gmacs[0] for row in coarse)
     assert rows[-1]["network"] in benchmark_table(rows).to_text()
 
 
 @pytest.mark.slow
 def test_peak_memory_of_rows(subject):
-    rows = measure(subject, [Case("stages", "plain"), Case("stages", "dense")], repeats=1)
+    rows = measure(subject, [BASELINE], repeats=1)
     assert all(0 < row["peak_mib"] < 500 for row in rows)
-
-
-def test_layout_run_builds_the_tables_of_a_forward(subject):
-    way = selective("network", 0.3).way
-    tables, blocks = subject.tables(way), subject.fine_blocks(way)
-    prepared = subject.prepare(blocks, tables)
-    with torch.inference_mode():
-        run = subject.model.start(subject.images).take(blocks)
-        run.logits()
-    for number in (1, 2):
-        built = run.layouts[number].known_tables(run.layouts[2])
-        assert prepared[number].known_tables(prepared[2]) == built
-        assert built
-    assert len(tables) == 6, "ASPP has three spacings of its own"
-
-
-@pytest.mark.slow
-def test_the_fast_form_is_measured_where_there_is_one(monkeypatch):
-    monkeypatch.setattr(SelectiveNetwork, "for_inference", lambda self: self, raising=False)
-    subject = Subject(SETUP)
-    assert subject.folded_model is subject.model
-    rows = measure(subject, cases("stages", [0.1], ["gather"], folded=True), repeats=1, memory=False)
-    assert [row["form"] for row in rows if row["folded"]] == ["gather, folded"] * 2
 
 
 def test_training_steps_train_copies(subject):
     before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
     subject.run(selective("train", 0.3))()
     assert all(torch.equal(tensor, before[name]) for name, tensor in subject.model.state_dict().items())
-    assert not torch.equal(subject.training_copy.backbone.conv1.weight, before["backbone.conv1.weight"])
-    with pytest.raises(ConfigError, match="needs --batch 2 or more"):
-        check_training(dataclasses.replace(SETUP, batch=1))
+    first = "module.backbone.conv1.weight"
+    assert not torch.equal(subject.training_copy.state_dict()[first], before[first])
 
 
 def test_peers_that_cannot_run_are_noted(subject, monkeypatch):
@@ -173,64 +152,48 @@ def test_peers_that_cannot_run_are_noted(subject, monkeypatch):
 
     monkeypatch.setattr(peers, "PEERS", {"missing": missing, "wrong": wrong, "right": right})
     names = ["missing", "wrong", "right"]
-    todo = [Case("network", "plain"), *(Case("network", "peer", peer=name) for name in names)]
+    todo = [BASELINE, *(Case("network", "peer", Way.dense(8), peer=name) for name in names)]
     notes: list[str] = []
     rows = measure(subject, todo, repeats=1, memory=False, notes=notes.append)
-    assert [row["form"] for row in rows] == ["nn.Conv2d", "right"]
+    assert [row["form"] for row in rows] == ["conv2d", "right"]
     assert notes[0] == "network: missing not measured: ModuleNotFoundError: No module named 'fastest'"
     assert "wrong computes other numbers (relative error" in notes[1]
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_peers(subject, name):
+    """A runtime takes the dense network, whatever it is made of."""
     pytest.importorskip(name)
-    grid = torch.randn(1, 3, 64, 64)
-    assert peer_run(name, torch.nn.Conv2d(3, 4, 3), grid)().shape == (1, 4, 62, 62)
-
-
-def test_engines_that_cannot_run_say_why(monkeypatch):
-    """The real ones: spconv has no gradients on the CPU, and here it is missing, or of another kind."""
-    cpu = torch.device("cpu")
-    assert engine_fault("gather", cpu, torch.float32, train=True) is None
-    monkeypatch.setattr(spconv, "_outcome", lambda device: spconv._Fails("spconv is not installed"))
-    assert engine_fault("spconv", cpu, torch.float32, train=False) == "spconv is not installed"
-    assert "no gradients on the CPU" in str(engine_fault("spconv", cpu, torch.float32, train=True))
-    assert "cannot run torch.float64" in str(engine_fault("spconv", cpu, torch.float64, train=False))
+    with torch.inference_mode():
+        expected = subject.folded_model.dense(subject.images, 8)
+    found = torch.as_tensor(peer_run(name, *subject.dense_module(Way.dense(8)))())
+    assert relative_error(found, expected) < 1e-3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", [False, True])
-def test_the_tool_notes_an_engine_that_cannot_run(train, monkeypatch, capsys, tmp_path):
-    """With the default engines, where spconv is missing, and for a training step on the CPU."""
-    monkeypatch.setattr(spconv, "_outcome", lambda device: spconv._Fails("spconv is not installed"))
+@pytest.mark.parametrize("scope", ["network", "train"])
+def test_the_tool_notes_an_engine_that_cannot_run(scope, monkeypatch, capsys, tmp_path):
+    """Once for all fractions, and the others are measured."""
+    take = Pass.take
+
+    def refuse(self, fine_blocks, way=None):
+        if way is not None and way.engine == "spconv":
+            raise SparseSegError("spconv is not installed")
+        return take(self, fine_blocks, way)
+
+    monkeypatch.setattr(Pass, "take", refuse)
     config = tmp_path / "small.yaml"
     config.write_text(json.dumps(TREE))
-    scopes = ["--scopes", "--train"] if train else ["--scopes", "network"]
-    sizes = ["--size", "64x96", "--batch", "2", "--fine-fraction", "0.2", "--repeats", "1", "--no-memory"]
-    assert main(["benchmark", str(config), *sizes, *scopes]) == 0
+    sizes = ["--size", "64x96", "--batch", "2", "--fine-fraction", "0.2", "0.4", "--repeats", "1"]
+    assert main(["benchmark", str(config), *sizes, "--no-memory", "--scopes", scope]) == 0
     out = capsys.readouterr().out
-    assert "spconv not measured: spconv" in out
+    assert out.count(f"{scope}: spconv not measured: spconv is not installed") == 1
     assert "selective f=0.2" in out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", ["lite", "deeplabv3"])
-def test_profile(head):
-    tree = {"model": TREE["model"] | {"head": head}}
-    subject = Subject(dataclasses.replace(SETUP, config=config_from_dict(tree, "test")))
-    parts = ["layout", "stem", "layer1", "layer2", "layer3", "layer4", "neck", "densify", "head", "upsample"]
-    for case in (Case("network", "dense"), selective("network", 0.3)):
-        rows = profile_network(subject, case, repeats=1)
-        assert [row["part"] for row in rows] == (["mask", *parts] if case.kind == "selective" else parts)
-        layer3 = next(row for row in rows if row["part"] == "layer3")
-        assert {"conv", "GEMM", "norm"} <= layer3["kinds"].keys()
-        assert ("gather" in layer3["kinds"]) == (case.kind == "selective")
-        assert "100.0" in profile_table(rows).to_text()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in subject.model.modules())
 
 
 def test_checkpoints(tmp_path):
     model = build_model(SETUP.config)
     save_checkpoint(tmp_path / "weights.pt", SETUP.config, model.state_dict())
-    subject = Subject(dataclasses.replace(SETUP, checkpoint=str(tmp_path / "weights.pt")))
-    assert torch.equal(subject.model.backbone.conv1.weight, model.backbone.conv1.weight)
+    subject = Subject(Setup(SETUP.config, str(tmp_path / "weights.pt"), SETUP.size, 2))
+    first = "module.backbone.conv1.weight"
+    assert torch.equal(subject.model.state_dict()[first], model.state_dict()[first])

@@ -1,102 +1,87 @@
-"""Multiply-adds against PyTorch's own counter, layers one by one, published figures; a file's bytes."""
+"""Multiply-adds against PyTorch's own counter, sites counted by hand, published figures; a file's bytes."""
 
-import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_seg import build_model
+from sparse_seg import build_model, selective
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_parameters
-from sparse_seg.models.plain import PlainSegmentor
+from sparse_seg.networks.segmenter import build_module
 from sparse_seg.run.way import Way
-from tests.counting import count_modules
-from tests.reference import VARIANTS, grid_logits, random_model, variant_model
+from tests import captured
+from tests.reference import VARIANTS, random_model, variant_model
 
-PARTS = ["stem", "layer1", "layer2", "layer3", "layer4", "neck", "head"]
+PARTS = ["early", "rows", "late"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("backbone", "head"), [("resnet18", "lite"), ("resnet50", "lite"), ("resnet50", "deeplabv3")]
-)
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
-def test_dense_count_is_pytorchs(backbone, head, output_stride):
-    """Exactly its count for backbone and head, but for image pooling's bmm; upsampling is not counted."""
-    model = build_model({"backbone": backbone, "head": head, "width": 0.25, "num_classes": 7}).eval()
-    images = torch.randn(2, 3, 75, 98)
-    layouts = model.dense_layouts(images, output_stride)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dense_count_is_pytorchs(variant, output_stride):
+    """Exactly its count of the plain module at that stride, whose upsampling is not counted."""
+    model, images = variant_model(variant), torch.randn(2, 3, 75, 98, dtype=torch.float64)
+    module = build_module(model.settings, output_stride).eval().double()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.head(model.backbone(images, layouts)[3], layouts[3])
-    flops = counter.get_flop_counts()["Global"]
-    layers = sum(count for op, count in flops.items() if op is not torch.ops.aten.bmm)
+        module(images)
+    flops = counter.get_flop_counts()["Segmenter"]
     counts = count_macs(model, images, Way.dense(output_stride))
-    if head == "deeplabv3":  # the pooled vector is multiplied once an image, and counted once a row
-        layers += 2 * (layouts[3].num_sites - len(images)) * 256**2
-    assert 2 * sum(counts.values()) == layers
+    assert 2 * sum(counts.values()) == flops[torch.ops.aten.convolution]
     assert list(counts) == PARTS
-
-    plain = PlainSegmentor(model, output_stride)
-    with torch.no_grad():
-        assert count_modules(plain, lambda: plain(images))["all"] == sum(counts.values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_counts_of_variants_are_those_of_their_layers(variant):
-    """Dense and selective, layer by layer and in the plain and the folded form."""
+def test_rows_cost_their_sites(variant):
+    """Early and late parts cost what the dense network's do, rows by the number of sites, which is counted
+    here by hand, but for ASPP's pooled vector. Folded, the projection multiplies that once an image."""
     model, images = variant_model(variant), torch.randn(2, 3, 75, 98, dtype=torch.float64)
-    for output_stride in (8, 16):
-        counts = count_macs(model, images, Way.dense(output_stride))
-        layouts = model.dense_layouts(images, output_stride)
-        layers = count_modules(model, functools.partial(grid_logits, model, images, layouts))["all"]
-        assert sum(counts.values()) == layers
-        plain = PlainSegmentor(model, output_stride)
-        assert count_modules(plain, functools.partial(plain, images))["all"] == layers
-    mask = torch.rand(2, 5, 7) < 0.3
-    run = model.start(images).take(mask)
-    assert sum(run.macs().values()) == count_modules(model, lambda: model(images, mask))["all"]
-    assert run.macs() == model.for_inference().start(images).take(mask).macs()
+    dense = count_macs(model, images, Way.dense(8))
+    mask = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.3
+    fine = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, : -(-75 // 8), : -(-98 // 8)].clone()
+    fine[:, ::2, ::2] = True  # the lattice
+    counts = model.start(images).take(mask).macs()
+    weights = dict(model.module.named_parameters())
+    pooled = 2 * weights["head.aspp.convs.4.1.weight"].numel() if variant != "fcn" else 0
+    assert (counts["rows"] - pooled) * fine.numel() == (dense["rows"] - pooled) * int(fine.sum())
+    assert (counts["early"], counts["late"]) == (dense["early"], dense["late"])
+    saved = (int(fine.sum()) - 2) * 16 * 16 if pooled and model.settings.aspp_projection else 0
+    folded = model.for_inference().start(images).take(mask).macs()
+    assert folded == counts | {"rows": counts["rows"] - saved}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("output_stride", "backbone", "whole"), [(8, 1417.98, 1929.24), (16, 414.57, None)])
-def test_published_figures_of_deeplabv3_resnet101(output_stride, backbone, whole):
+@torch.no_grad()
+def test_published_figures_of_deeplabv3_resnet101(output_stride, backbone, whole, monkeypatch):
     """1024x2048, 19 classes: convolutions alone, padding counted. On meta tensors: only shapes."""
+    settings = {"backbone": "resnet101", "head": "deeplabv3", "num_classes": 19}
+    model = build_model(settings).eval().to("meta")
+    images = torch.empty(1, 3, 1024, 2048, device="meta")
     with torch.device("meta"):
-        model = build_model({"backbone": "resnet101", "head": "deeplabv3", "num_classes": 19})
-        plain, images = PlainSegmentor(model, output_stride).eval(), torch.empty(1, 3, 1024, 2048)
-        with torch.no_grad():
-            counts = count_modules(plain, lambda: plain(images), lambda name: name.split(".")[0])
-    assert round(sum(counts[part] for part in ("stem", "layer1", "later")) / 1e9, 2) == backbone
+        module = build_module(model.settings, output_stride).eval()
+    with FlopCounterMode(display=False) as counter:
+        module(images)
+    flops = counter.get_flop_counts()
+    parts = "Segmenter", "Segmenter.backbone"
+    counts = {part: flops[part][torch.ops.aten.convolution] // 2 for part in parts}
+    assert round(counts["Segmenter.backbone"] / 1e9, 2) == backbone
     if whole:
-        assert round(sum(counts.values()) / 1e9, 2) == whole
-
-
-def test_selective_count_lies_on_the_line_between_all_coarse_and_all_fine():
-    model = build_model({"backbone": "resnet50", "width": 0.25, "head": "deeplabv3"}).eval()
-    images = torch.randn(1, 3, 64, 128)
-
-    def layer4(fine: int) -> int:
-        blocks = torch.zeros(32, dtype=torch.bool)
-        blocks[torch.randperm(32)[:fine]] = True
-        with torch.no_grad():
-            return model.start(images).take(blocks.view(1, 4, 8)).macs()["layer4"]
-
-    ends = layer4(0), layer4(32)
-    assert layer4(8) - ends[0] == (ends[1] - ends[0]) / 4
+        assert round(counts["Segmenter"] / 1e9, 2) == whole
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta tensors
+    assert sum(count_macs(model, images, Way.dense(output_stride)).values()) == counts["Segmenter"]
 
 
 def test_a_policy_counts_with_the_passes_it_asks_for():
     model, images = random_model(), torch.randn(1, 3, 64, 64)
     given = count_macs(model, images)
-    assert list(given) == ["mask", *PARTS]
+    assert sorted(given) == sorted(["mask", *PARTS])
     assert given["mask"] == 0, "an edge policy multiplies nothing that counts"
     coarse = count_macs(model, images, Way.dense(16))
     counts = count_macs(model, images, Way.policy("confidence", 0.25))
-    assert counts["stem"] == coarse["stem"], "run once"
-    assert coarse["layer4"] < counts["layer4"] < count_macs(model, images, Way.dense(8))["layer4"]
-    assert counts["head"] == coarse["head"] + given["head"], "on the coarse and on the fine grid"
+    assert counts["early"] == coarse["early"], "run once"
+    assert coarse["rows"] < counts["rows"] < count_macs(model, images, Way.dense(8))["rows"]
+    assert counts["late"] == coarse["late"] + given["late"], "on the coarse and on the fine grid"
 
 
 def test_counting_keeps_the_mode():
@@ -109,6 +94,9 @@ def test_parameters_are_those_of_inference():
     plain = build_model({"width": 0.125})
     assert count_parameters(plain) == sum(p.numel() for p in plain.parameters())
     assert count_parameters(build_model({"width": 0.125, "auxiliary": True})) == count_parameters(plain)
+    module = captured.trained()
+    without = sum(p.numel() for name, p in module.named_parameters() if not name.startswith("auxiliary."))
+    assert count_parameters(selective(module, size=(64, 64))) == without
 
 
 def test_checkpoint_bytes_are_those_of_a_file(tmp_path):

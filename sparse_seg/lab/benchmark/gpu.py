@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.export import ExportOptions, StaticNetwork
+from sparse_seg.export import ExportOptions, static_form
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
 from sparse_seg.lab.latency import Run, interleaved
 from sparse_seg.run.way import Way
@@ -83,10 +83,10 @@ def ways(
 ) -> Iterator[tuple[str, str, Callable[[], Callable[[], Tensor]]]]:
     """Name, the network it is (runs of one are to agree), and what makes the run."""
     images = subject.images.contiguous(memory_format=torch.channels_last)
-    dense = {stride: subject.plain_module(Case("network", "plain", Way(stride)))[0] for stride in (8, 16)}
+    dense = {stride: subject.dense_module(Way.dense(stride))[0] for stride in (8, 16)}
 
-    def selective(engine: str, folded: bool = False) -> Run:
-        return subject.run(Case("network", "selective", Way(None, None, fraction, engine=engine), folded))
+    def selective(engine: str) -> Run:
+        return subject.run(Case("network", "selective", Way(None, None, fraction, engine=engine)))
 
     def static() -> Callable[[Tensor], Tensor]:
         setup = subject.setup
@@ -101,7 +101,7 @@ def ways(
             ghosts=False,
             tiles=False,
         )
-        network = StaticNetwork(copy.deepcopy(subject.float_model).cpu(), options)
+        network = static_form(copy.deepcopy(subject.float_model).cpu(), options)
         network.to(subject.device, subject.dtype)
         return lambda given: network(given)[-1]
 
@@ -109,7 +109,6 @@ def ways(
         yield f"dense OS{stride}, cuDNN", f"OS{stride}", partial(calling, network, images)
         yield f"dense OS{stride}, CUDA graph", f"OS{stride}", partial(graphed, network, images)
     yield "selective, gather", "selective", lambda: selective("gather")
-    yield "selective, gather, folded", "selective", lambda: selective("gather", True)
     yield "selective, spconv", "selective", lambda: selective("spconv")
     yield "selective, static", "selective", lambda: calling(static(), images)
     yield "selective, static, CUDA graph", "selective", lambda: graphed(static(), images)

@@ -30,10 +30,11 @@ def scenes(config: Config, size: tuple[int, int], batch: int) -> tuple[Tensor, T
 def randomise_norms(model: Segmentor, seed: int = 0) -> None:
     """Statistics of every batch norm near those of its activations, so that these keep order one."""
     generator = torch.Generator().manual_seed(seed)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    module = model.module.train()  # the dense network that was captured
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.momentum = 1.0
-    model.train().dense(torch.randn(2, 3, 64, 96, generator=generator))
+    module(torch.randn(2, 3, *model.graph.size, generator=generator))
     for norm in norms:
         assert norm.running_var is not None
         norm.running_var.mul_(torch.rand(norm.num_features, generator=generator) + 0.5).add_(0.05)

@@ -18,10 +18,10 @@ from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.evaluation.metrics import SegmentationMetrics
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.run.segmentor import Segmentor
-from sparse_seg.run.passes import Pass
-from sparse_seg.run.way import Way
 from sparse_seg.progress import bar
+from sparse_seg.run.passes import Pass
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.way import Way
 from sparse_seg.timing import now
 
 

@@ -25,10 +25,10 @@ from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.segmentor import RuntimeSegmentor
 from sparse_seg.lab.report.overlays import overlay
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.card import Card
 from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.refinement import refine
+from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
 _LOG = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The figures of docs/method.md, drawn from the layouts that the networks run on.
+"""The figures of docs/method.md, drawn from the tables that the networks run on.
 
 python -m sparse_seg.lab.report.figures docs/figures
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,14 @@ import torch
 
 from sparse_seg.files import atomic_write
 from sparse_seg.lab.report.plots import COLOURS, REFERENCE_COLOUR, new_figure, picture
-from sparse_seg.models.resnet import STAGE_STRIDES
-from sparse_seg.sparse import SiteLayout, densify
+from sparse_seg.networks.resnet import STRIDES
+from sparse_seg.sites import Level, LevelPlan, Taps
 
 SITE, EXTRA, GHOST = COLOURS[:3]
 GREY = REFERENCE_COLOUR
+STRIDE, SPACING = 8, 16  # px: of the fine grid; between taps
 SIZE, FINE = (7, 9), ((0, 1), (1, 1), (1, 2), (2, 4), (3, 4))  # cells of the fine grid; fine blocks (y, x)
+ALL = tuple(product(range(-(-SIZE[0] // 2)), range(-(-SIZE[1] // 2))))  # blocks
 
 Place = tuple[int, int]
 
@@ -34,44 +36,56 @@ class Tap(NamedTuple):
     rows: tuple[int, ...]
 
 
-def example_layout() -> SiteLayout:
-    """One image of odd size with a few fine blocks, some of them cut by the border."""
-    blocks = torch.zeros(1, (SIZE[0] + 1) // 2, (SIZE[1] + 1) // 2, dtype=torch.bool)
-    for y, x in FINE:
-        blocks[0, y, x] = True
-    return SiteLayout.from_fine_blocks(blocks, SIZE)
+def example_level(fine: Sequence[Place] = FINE, exchange: str = "linear") -> Level:
+    """One image of odd size with a few fine blocks (y, x), some of them cut by the border."""
+    plan = LevelPlan(1, (SIZE[0] * STRIDE, SIZE[1] * STRIDE), STRIDE)
+    cells = [y * plan.coarse[1] + x for y, x in fine]
+    return Level(plan, torch.tensor(cells, dtype=torch.int64), exchange)
 
 
-def places(layout: SiteLayout) -> list[Place]:
-    """(x, y) of each row on the finest grid."""
-    return [_place(layout, cell) for cell in layout.cells.tolist()]
+def places(level: Level) -> list[Place]:
+    """(x, y) on the finest grid of each site: those of the lattice, then extra ones, block by block."""
+    return [(cell % SIZE[1], cell // SIZE[1]) for cell, _ in _sites_of(level)]
 
 
-def taps(layout: SiteLayout, row: int, exchange: str = "linear", spacing: int = 16) -> list[Tap]:
-    """The taps inside the image of a 3x3 at the site of `row`, from the layout's own neighbour tables."""
-    table = layout.neighbours(layout, spacing, exchange, lattice=True)
-    known = layout.neighbours(layout, spacing, "linear", lattice=True)  # has a place for every tap
-    found = []
-    for entry, at, inside in zip(table.index[row], known.index[row], known.inside[row], strict=True):
-        if not inside:
-            continue
-        ghost = int(at) - layout.num_sites
-        cell = layout.cells[at] if ghost < 0 else known.ghost_cells[ghost]
-        rows = [int(entry)] if ghost < 0 else []
-        if ghost >= 0 and table.num_ghosts:
-            rows = table.ghosts[int(entry) - layout.num_sites].unique().tolist()
-        found.append(Tap(_place(layout, int(cell)), ghost >= 0, tuple(rows)))
+def taps(level: Level, row: int) -> list[Tap]:
+    """The taps inside the image of a 3x3 at the site of `row`: what the level's tables read."""
+    window, plan = Taps((-SPACING, 0, SPACING), (-SPACING, 0, SPACING)), level.plan
+    at, columns = places(level), [column for _, column in _sites_of(level)]
+    one_hot = torch.eye(plan.cells + 3 * level.count)  # a site's value tells which site it is
+    source, extras = one_hot[: plan.cells], one_hot[plan.cells :]
+    if row < plan.cells:
+        read = torch.cat([source, 0 * source[:1]])[plan.around_cells(window)[row]]
+    else:
+        table = level.table(source, extras, level.kind(window))
+        read = table[level.tap_rows(window)].unflatten(0, (-1, window.number))[columns[row] - plan.cells]
+    (x, y), step, found = at[row], SPACING // STRIDE, []
+    for values, (down, right) in zip(read, product((-step, 0, step), repeat=2), strict=True):
+        place = x + right, y + down
+        if 0 <= place[0] < SIZE[1] and 0 <= place[1] < SIZE[0]:
+            rows = sorted(columns.index(column) for column in values.nonzero()[:, 0].tolist())
+            found.append(Tap(place, place not in at, tuple(rows)))
     return found
+
+
+def _sites_of(level: Level) -> list[tuple[int, int]]:
+    """The cell of the finest grid of each site, and its number among those of the lattice and the level."""
+    plan = level.plan
+    lattice = [(cell, number) for number, cell in enumerate(plan.fine_of_phases[0].tolist())]
+    extras = plan.fine_of_phases[1:, level.cells]
+    numbers = plan.cells + torch.arange(extras.numel()).view_as(extras)
+    pairs = zip(extras.T.flatten().tolist(), numbers.T.flatten().tolist(), strict=True)
+    return lattice + [(cell, number) for cell, number in pairs if cell < plan.fine_cells]
 
 
 def lattice_figure() -> bytes:
     """Coarse and fine blocks, and the sites' rows in lattice order."""
-    layout = example_layout()
+    level = example_level()
     figure = new_figure((7.2, 5.2))
     axes = figure.add_subplot()
-    _grid(axes, layout)
-    _sites(axes, layout, labels=True)
-    last = layout.num_lattice - 1
+    _grid(axes, FINE)
+    _sites(axes, level, labels=True)
+    last = level.plan.cells - 1
     title = f"rows 0 to {last}: the coarse lattice, complete (blue); from {last + 1} on: extra sites (orange)"
     axes.set_title(title, fontsize=10)
     return picture(figure)
@@ -79,30 +93,25 @@ def lattice_figure() -> bytes:
 
 def phases_figure() -> bytes:
     """Taps of a 3x3: dilation 1 at stride 16 and dilation 2 at stride 8 read the same places."""
-    fine = SiteLayout(1, SIZE, 8)
-    coarse = SiteLayout(1, example_layout().lattice_size, 16)
     figure = new_figure((7.2, 3.4))
     panels = (
-        (coarse, "stride 16, dilation 1", [(2, 1)]),
-        (fine, "stride 8, dilation 2: four phases", [(4, 2), (3, 3)]),
+        (example_level(()), "stride 16, dilation 1", [(4, 2)]),
+        (example_level(ALL), "stride 8, dilation 2: four phases", [(4, 2), (3, 3)]),
     )
-    for number, (layout, title, centres) in enumerate(panels):
+    for number, (level, title, centres) in enumerate(panels):
         axes = figure.add_subplot(1, 2, number + 1)
-        step, at = layout.stride // fine.stride, places(layout)
-        _grid(axes, fine, blocks=False)
-        for x, y in at:
-            _dot(axes, x * step, y * step, _phase(x * step, y * step))
+        at = places(level)
+        _grid(axes)
+        for place in at:
+            _dot(axes, *place, _phase(*place))
         for centre in centres:
-            read = [(x * step, y * step) for (x, y), *_ in taps(layout, at.index(centre))]
-            _rings(axes, (centre[0] * step, centre[1] * step), read)
+            _rings(axes, centre, [tap.place for tap in taps(level, at.index(centre))])
         axes.set_title(title, fontsize=10)
     return picture(figure)
 
 
 def exchange_figure() -> bytes:
     """What extra sites at the rim of a fine region read under each rule."""
-    layout = example_layout()
-    at = places(layout)
     figure = new_figure((7.2, 5.8))
     panels = (
         ("linear", (5, 2), "linear, phase 1: means of 2 rows"),
@@ -111,10 +120,11 @@ def exchange_figure() -> bytes:
         ("none", (5, 3), "none: zero"),
     )
     for number, (exchange, centre, title) in enumerate(panels):
-        axes = figure.add_subplot(2, 2, number + 1)
-        _grid(axes, layout)
-        _sites(axes, layout)
-        read = taps(layout, at.index(centre), exchange)
+        axes, level = figure.add_subplot(2, 2, number + 1), example_level(exchange=exchange)
+        at = places(level)
+        _grid(axes, FINE)
+        _sites(axes, level)
+        read = taps(level, at.index(centre))
         for tap in read:
             if tap.ghost:
                 _ghost(axes, tap, [at[row] for row in tap.rows])
@@ -127,27 +137,29 @@ def densify_figure() -> bytes:
     """Values of the sites, and the grid that densify makes of them."""
     from matplotlib import colormaps
 
-    layout = example_layout()
-    at = torch.tensor(places(layout), dtype=torch.float32)
-    rows = torch.sin(0.7 * at[:, :1]) + torch.cos(0.9 * at[:, 1:])
-    sparse = torch.full((1, 1, *layout.size), float("nan"))
-    sparse.view(-1)[layout.cells] = rows[:, 0]
+    level = example_level()
+    cells, numbers = torch.tensor(_sites_of(level)).T
+    x, y = cells % SIZE[1], cells // SIZE[1]
+    values = torch.sin(0.7 * x) + torch.cos(0.9 * y)
+    sparse = torch.full((SIZE[0] * SIZE[1],), float("nan")).index_copy(0, cells, values)
+    rows = torch.zeros(level.plan.cells + 3 * level.count, 1).index_copy(0, numbers, values[:, None])
+    dense = level.complete(rows[: level.plan.cells], rows[level.plan.cells :])
     figure = new_figure((7.2, 3.4))
-    panels = {"values of the sites": sparse, "densified: interpolated where no dot is": densify(rows, layout)}
+    panels = {"values of the sites": sparse, "densified: interpolated where no dot is": dense}
     for number, (title, grid) in enumerate(panels.items()):
         axes = figure.add_subplot(1, 2, number + 1)
         colours = colormaps["Greys"].with_extremes(bad="white")
-        axes.imshow(grid[0, 0].numpy(), cmap=colours, vmin=-2.5, vmax=3, zorder=0.5)
-        _grid(axes, layout, shade=False)
-        _sites(axes, layout)
+        axes.imshow(grid.view(SIZE).numpy(), cmap=colours, vmin=-2.5, vmax=3, zorder=0.5)
+        _grid(axes, ())
+        _sites(axes, level)
         axes.set_title(title, fontsize=10)
     return picture(figure)
 
 
 def flow_figure() -> bytes:
     """The network as boxes: what is dense, and what runs on rows."""
-    stages = [f"layer{number + 1}" for number in range(len(STAGE_STRIDES))]
-    first = sum(stride <= 8 for stride in STAGE_STRIDES)
+    stages = [f"layer{number + 1}" for number in range(len(STRIDES))]
+    first = sum(stride <= STRIDE for stride in STRIDES)
     boxes = {
         "image": ("image", 0, 0, GREY),
         "early": ("\n".join(["stem", *stages[:first]]), 1.15, 0, SITE),
@@ -157,10 +169,10 @@ def flow_figure() -> bytes:
         "head": ("rest of\nhead", 6.9, 0, SITE),
         "upsample": ("upsample", 8.2, 0, SITE),
         "policy": ("mask policy", 1.15, 1, GHOST),
-        "layout": ("SiteLayout", 3.2, 1, GHOST),
+        "sites": ("sites", 3.2, 1, GHOST),
     }
-    arrows = "image early late neck densify head upsample, image policy layout late, early policy"
-    arrows += ", layout neck, layout densify"
+    arrows = "image early late neck densify head upsample, image policy sites late, early policy"
+    arrows += ", sites neck, sites densify"
     notes = (
         (1.15, SITE, "dense: costs the same\nwhatever the mask"),
         (3.8, EXTRA, "on rows: pays for\nits sites only"),
@@ -187,23 +199,19 @@ FIGURES = {
 }
 
 
-def _place(layout: SiteLayout, cell: int) -> Place:
-    return cell % layout.size[1], cell // layout.size[1]
-
-
 def _phase(x: int, y: int) -> str:
     return COLOURS[2 * (y % 2) + x % 2]
 
 
-def _grid(axes: Any, layout: SiteLayout, blocks: bool = True, shade: bool = True) -> None:
-    """Cells as thin lines, blocks as thick ones, fine blocks shaded."""
-    height, width = layout.size
+def _grid(axes: Any, fine: Sequence[Place] | None = None) -> None:
+    """Cells as thin lines; blocks as thick ones, fine ones shaded, but for None."""
+    height, width = SIZE
     right, bottom = width - 0.5, height - 0.5
     thin, thick = {"color": "#cccccc", "linewidth": 0.6, "zorder": 1}, {"color": "#888888", "zorder": 2}
     lines = [(range(width + 1), range(height + 1), thin), ([0, width], [0, height], thick)]
-    if blocks:
+    if fine is not None:
         lines.append((range(0, width, 2), range(0, height, 2), thick))
-        for _, y, x in layout.splits[0].nonzero().tolist() if shade else ():
+        for y, x in fine:
             xs, ys = [2 * x - 0.5, min(2 * x + 1.5, right)], [2 * y - 0.5, min(2 * y + 1.5, bottom)]
             axes.fill([xs[0], xs[1], xs[1], xs[0]], [ys[0], ys[0], ys[1], ys[1]], color="#fbe3d0", zorder=0)
     for columns, rows, style in lines:
@@ -215,9 +223,9 @@ def _grid(axes: Any, layout: SiteLayout, blocks: bool = True, shade: bool = True
     axes.axis("off")
 
 
-def _sites(axes: Any, layout: SiteLayout, labels: bool = False) -> None:
-    for row, (x, y) in enumerate(places(layout)):
-        _dot(axes, x, y, SITE if row < layout.num_lattice else EXTRA, str(row) if labels else "")
+def _sites(axes: Any, level: Level, labels: bool = False) -> None:
+    for row, (x, y) in enumerate(places(level)):
+        _dot(axes, x, y, SITE if row < level.plan.cells else EXTRA, str(row) if labels else "")
 
 
 def _dot(axes: Any, x: int, y: int, colour: str, text: str = "") -> None:
