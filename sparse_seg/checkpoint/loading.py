@@ -14,6 +14,7 @@ from sparse_seg.checkpoint.captured import captured_network, recaptured
 from sparse_seg.checkpoint.content import ASIDE, AUXILIARY, MODULE, POLICY, Checkpoint
 from sparse_seg.checkpoint.file import load
 from sparse_seg.config import (
+    RUN_SETTINGS,
     Config,
     ModelConfig,
     check_model,

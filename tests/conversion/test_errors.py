@@ -157,7 +157,7 @@ def test_running_counts_may_be_missing(tmp_path):
     conversion = convert(tmp_path / "old.pth")
     conversion.write(tmp_path / "new.safetensors")
     model = load_model(tmp_path / "new.safetensors")
-    assert model.backbone.bn1.num_batches_tracked == 0
+    assert model.state_dict()["module.backbone.bn1.num_batches_tracked"] == 0
 
 
 @pytest.mark.parametrize(
