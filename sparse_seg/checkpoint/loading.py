@@ -127,7 +127,8 @@ def initial_weights(checkpoint: Checkpoint, model: SelectiveNetwork, config: Con
         where = first_difference(captured.graph, model.graph)
         if where is not None:
             raise CheckpointError(
-                f"{checkpoint.path} holds another network than model.module makes: they differ first in {where}"
+                f"{checkpoint.path} holds another network than model.module makes: they differ first in "
+                f"{where}"
             )
     kept = {name: one for name, one in own.items() if name.startswith((POLICY, MODULE + AUXILIARY))}
     aside = {MODULE + name: tensor for name, tensor in part_of(found, ASIDE).items()}

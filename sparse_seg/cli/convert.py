@@ -157,16 +157,14 @@ def run(args: argparse.Namespace) -> int:
             name = "--" + option.replace("_", "-")
             args.usage_error(f"argument {name}: {'not' if args.module else 'only'} with --module")
     if args.module:
-        return _module(args)
-    conversion = (_of_module if args.module else _of_source)(args)
+        of_module = _of_module(args)
+        of_module.write(args.dst)
+        _say(args, report_module(of_module))
+        return 0
+    conversion = _of_source(args)
     conversion.write(args.dst)
-    is_module = isinstance(conversion, ModuleConversion)
-    print(report_module(conversion) if is_module else report(conversion))
-    print(f"{'written':<10}{args.dst}, {Path(args.dst).stat().st_size / 1e6:.1f} MB")
-    has_head = is_module or conversion.plan.has_head
-    if args.verify:
-        _verify(args.dst, has_head)
-    if not is_module and conversion.plan.assumed:
+    _say(args, report(conversion), conversion.plan.has_head)
+    if conversion.plan.assumed:
         print(assumed_line(conversion.plan.assumed))
     return 0
 
@@ -209,12 +207,17 @@ def _of_module(args: argparse.Namespace) -> ModuleConversion:
     return conversion
 
 
-def _verify(path: str, has_head: bool) -> None:
-    """Print the differences; a backbone alone runs with a fresh head.
+def _say(args: argparse.Namespace, text: str, has_head: bool = True) -> None:
+    """Print a report and, where they are asked for, the differences; a backbone alone runs with a fresh head.
 
     Raises:
         CheckpointError: some differ that must not.
     """
+    path = args.dst
+    print(text)
+    print(f"{'written':<10}{path}, {Path(path).stat().st_size / 1e6:.1f} MB")
+    if not args.verify:
+        return
     model = load_model(path) if has_head else load_backbone(path)
     result = verify(model)
     print("\n".join(explain(result, model)))

@@ -128,8 +128,9 @@ def _kept_or_dropped(theirs: str, plan: Plan) -> tuple[str, str] | None:
 def source_shapes(shape: tuple[int, ...], added: int) -> list[tuple[int, ...]]:
     """Shapes in which sources have a tensor of ours, the usual one first: convolutions of CAD are 1-D."""
     shape = (shape[0] - added, *shape[1:]) if added else shape
-    flat = {(3, 3): (9, 1), (1, 1): (1,)}.get(shape[2:])  # type: ignore[call-overload]
-    return [shape] if flat is None else [shape, (*shape[:2], *flat)]
+    flat: dict[tuple[int, ...], tuple[int, ...]] = {(3, 3): (9, 1), (1, 1): (1,)}
+    window = shape[2:]
+    return [shape, (*shape[:2], *flat[window])] if window in flat else [shape]
 
 
 def to_ours(tensor: Tensor, shape: tuple[int, ...], entry: Entry, before: float = 0.0) -> Tensor:

@@ -50,8 +50,8 @@ class Verification:
 def verify(model: SelectiveNetwork, seed: int = 0) -> Verification:
     """Compare dense, all-fine and selective runs of a network in eval mode on one random image.
 
-    A network of ours is compared with its module in plain PyTorch, too; of another, graph and module were when
-    it was captured. P2 is not exact where vectors are pooled of rows, P1 where phases are mixed.
+    A network of ours is compared with its module in plain PyTorch, too; of another, graph and module were
+    when it was captured. P2 is not exact where vectors are pooled of rows, P1 where phases are mixed.
     """
     geometry, finest, coarsest = model.geometry, model.strides[0], model.strides[-1]
     generator = torch.Generator().manual_seed(seed)
@@ -129,18 +129,20 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 def explain(result: Verification, model: SelectiveNetwork) -> list[str]:
     """Lines for the terminal: each difference, whether P1 holds, and what it means."""
     lines = [f"{'ok' if one.agrees else 'DIFFERS':<9} {one.value:8.1e}  {one.name}" for one in result.exact]
-    lines += [f"{'ok' if one.agrees else 'inexact':<9} {one.value:8.1e}  {one.name}" for one in result.inexact]
+    lines += [
+        f"{'ok' if one.agrees else 'inexact':<9} {one.value:8.1e}  {one.name}" for one in result.inexact
+    ]
     dense = f"the dense network of output stride {model.strides[-1]}"
     if model.geometry.refines:
         lines.append(
-            f"P1 holds: coarse sites compute what {dense} does, whatever the mask; sites can be refined later "
-            "without recomputing them"
+            f"P1 holds: coarse sites compute what {dense} does, whatever the mask; sites can be refined "
+            "later without recomputing them"
         )
     else:
         lines.append(
             f"P1 does not hold: coarse sites depend on the mask and differ from {dense}, for "
-            f"{model.geometry.where_mixing} mixes phases. Between all-coarse and all-fine expect a larger loss; "
-            "no coarse pass is refined (P4), so choose a policy that reads none, as edge"
+            f"{model.geometry.where_mixing} mixes phases. Between all-coarse and all-fine expect a larger "
+            "loss; no coarse pass is refined (P4), so choose a policy that reads none, as edge"
         )
         if not model.settings.dilate_second:
             lines[-1] += (
@@ -151,7 +153,7 @@ def explain(result: Verification, model: SelectiveNetwork) -> list[str]:
         lines.append("vectors pooled of rows read the lattice alone: all-fine differs from dense by those")
     if model.settings.module is None:
         lines.append(
-            "These compare our forms of the network with each other; whether the source's network has the same "
-            "settings, the file cannot tell"
+            "These compare our forms of the network with each other; whether the source's network has the "
+            "same settings, the file cannot tell"
         )
     return lines

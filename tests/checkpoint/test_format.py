@@ -114,7 +114,10 @@ def test_converted_files_of_version_0_1(name, tmp_path):
 
 def test_a_file_that_format_2_wrote():
     """A file of an earlier commit, with the logits that it gave there."""
-    found, expected = load_model(FILES / "format_2.safetensors"), load_file(FILES / "format_2_logits.safetensors")
+    found, expected = (
+        load_model(FILES / "format_2.safetensors"),
+        load_file(FILES / "format_2_logits.safetensors"),
+    )
     images = torch.randn(1, 3, 45, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         for name, logits in (

@@ -71,7 +71,9 @@ def test_logits_before_upsampling_at_the_other_stride(name, size, folder):
     found = model.start(images).follow(Way.dense(stride)).grid_logits()
     if "deeplabv3plus" in name:  # its head upsamples inside, where the trained offset counts as well
         assert found.shape == expected.shape
-        assert relative_error(features(model, images, stride)[3], network.backbone_of()(images)[3]) < TOLERANCE
+        assert (
+            relative_error(features(model, images, stride)[3], network.backbone_of()(images)[3]) < TOLERANCE
+        )
     else:
         assert relative_error(found, expected) < TOLERANCE
 

@@ -4,7 +4,6 @@ import json
 import re
 import resource
 import signal
-from typing import Any
 
 import cv2
 import numpy as np

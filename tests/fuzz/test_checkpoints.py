@@ -31,8 +31,8 @@ from sparse_seg.checkpoint import digest_of, load_model, save_model
 from sparse_seg.config import Config, config_from_dict
 from sparse_seg.conversion import convert, to_dense
 from sparse_seg.errors import SparseSegError
-from sparse_seg.run.build import build_model
 from sparse_seg.processes import Processes
+from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import load_state, save_checkpoint, save_state
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.step import Step
