@@ -13,8 +13,9 @@ from safetensors import safe_open
 
 from sparse_seg import load_model
 from sparse_seg.checkpoint import load
+from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.cli import main
-from sparse_seg.config import load_config, model_config
+from sparse_seg.config import load_config
 from sparse_seg.conversion import convert
 from sparse_seg.data.class_file import read_class_file
 from sparse_seg.data.class_sets import read_classes
@@ -22,7 +23,7 @@ from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import CheckpointError
 from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import save_checkpoint
-from sparse_seg.training.pretrained import load_pretrained
+from sparse_seg.training.pretrained import load_own
 from sparse_seg.version import __version__
 from tests.conversion.cases import state_of
 from tests.reference import relative_error
@@ -175,9 +176,8 @@ PLUS = {"head": "deeplabv3plus", "head_channels": 6, "low_level_channels": 5, "r
 
 
 def start(path, **settings):
-    config = model_config(SETTINGS | settings)
-    model = build_model(config)
-    return model, load_pretrained(model, config, path)
+    model = build_model(SETTINGS | settings)
+    return model, load_own(model, path)
 
 
 @pytest.mark.slow
@@ -185,7 +185,7 @@ def test_pretrained_from_every_kind_of_file(folder, tmp_path):
     expected = load_model(folder / "net.safetensors")
     own = load_config(folder / "data.yaml")
     own.model = load(folder / "net.safetensors").config
-    save_checkpoint(tmp_path / "own.pt", own, expected.state_dict())
+    save_checkpoint(tmp_path / "own.pt", own, *content_of(expected))
     images = torch.randn(1, 3, 64, 96)
     for path in (folder / "source.pth", folder / "net.safetensors", tmp_path / "own.pt"):
         model, message = start(path, **PLUS)
