@@ -13,7 +13,7 @@ from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.values import Run
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid, Mixed, Sites
-from tests.conversion.cases import BACKBONES, CASES, at_stride, network_of, state_of
+from tests.conversion.cases import BACKBONES, CASES, at_stride, features, network_of, stages, state_of
 from tests.reference import block_mask, relative_error
 
 SIZES = [(64, 96), (67, 93), (33, 48)]
@@ -76,17 +76,6 @@ def test_logits_before_upsampling_at_the_other_stride(name, size, folder):
         )
     else:
         assert relative_error(found, expected) < TOLERANCE
-
-
-def stages(model: SelectiveNetwork) -> list[str]:
-    """The values that the four stages give."""
-    return [node.name for node in model.graph.nodes if "natural" in node.options]
-
-
-def features(model: SelectiveNetwork, images: Tensor, stride: int) -> list[Tensor]:
-    """Of the four stages, dense."""
-    values = Run(model.geometry, model.tensors, images).dense(stride, model.geometry.nodes)
-    return [values[name].tensor for name in stages(model)]
 
 
 def lattice(model: SelectiveNetwork, images: Tensor, blocks: Tensor) -> Tensor:
