@@ -149,6 +149,10 @@ def test_a_network_of_ours_is_saved_as_well(tmp_path: Path) -> None:
     assert found.settings == own.settings
     back = to_dense(tmp_path / "net.safetensors")
     assert all(torch.equal(tensor, back[name]) for name, tensor in own.module.state_dict().items())
+    wider = lambda model: model.update(width=1.0)  # noqa: E731
+    write_changed(tmp_path / "net.safetensors", tmp_path / "wider.safetensors", wider, "model")
+    other = load_model(tmp_path / "wider.safetensors")  # the graph is what runs
+    assert torch.equal(other(images()), own(images()))
 
 
 def test_earlier_packages_are_told_of_a_later_format(saved: Path) -> None:
