@@ -83,7 +83,9 @@ def lattice(model: SelectiveNetwork, images: Tensor, blocks: Tensor) -> Tensor:
     geometry, size = model.geometry, (int(images.shape[2]), int(images.shape[3]))
     plans = model.plans(len(images), size, images.device)
     sites = Sites.of_mask(blocks.long(), plans, model.exchange, geometry.near(size))
-    value = Run(geometry, model.tensors, images).mixed(sites)[stages(model)[3]]
+    last = stages(model)[3]
+    geometry.kept_rows = geometry.kept_rows | {last}  # a head of 1x1 convolutions needs it no longer
+    value = Run(geometry, model.tensors, images).mixed(sites)[last]
     assert isinstance(value, Mixed)
     assert isinstance(value.lattice, Grid)
     return value.lattice.tensor
