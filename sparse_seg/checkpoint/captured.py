@@ -1,4 +1,4 @@
-"""Captured networks in files: their graph, and their tensors by the module's own names.
+"""Networks in files: their graph, and their tensors by the module's own names.
 
 A file needs neither the package nor the code that defined the network: nothing is imported, and what the
 graph says is checked before anything is built of it.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparse_seg.checkpoint.content import (
     ASIDE,
+    AUXILIARY,
     CONSTANTS,
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -26,36 +27,37 @@ from sparse_seg.checkpoint.content import (
 )
 from sparse_seg.checkpoint.file import save
 from sparse_seg.config import ModelConfig, check_model
-from sparse_seg.errors import CheckpointError, SparseSegError
+from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
 from sparse_seg.graph import Geometry
 from sparse_seg.graph.file import check_tensors
+from sparse_seg.ops import Graph
+from sparse_seg.run.build import check_policy, own_graph
 from sparse_seg.run.card import Card
-from sparse_seg.run.weights import check_finite, load_weights, part_of
-from sparse_seg.run.build import check_policy
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.segmentor import Tensors
 from sparse_seg.run.selective import build_network
 from sparse_seg.run.values import Run
+from sparse_seg.run.weights import check_finite, check_shapes, load_weights, meta_module, part_of
 from sparse_seg.sites import Grid
 
 
 def save_model(network: SelectiveNetwork, path: str | Path, card: Card | None = None) -> None:
-    """Write a captured network as a checkpoint, which loads without the code that defined it.
+    """Write a network as a checkpoint, which loads without the code that defined it.
 
     `sparse_seg.load_model(path)` and every command take the file.
 
     Args:
-        network: what `selective` made.
+        network: what `selective`, `build_model` or `load_model` made.
         path: `.safetensors`; replaced if it is there.
         card: class names, colours, mean and std; by default the network's own.
 
     Raises:
-        CheckpointError: a network that is folded, or none that was captured.
+        CheckpointError: a network that is folded, or no network.
         OSError: the file cannot be written.
     """
     if not isinstance(network, SelectiveNetwork):
         raise CheckpointError(
-            f"save_model writes what selective() made, not a {type(network).__name__}, which training writes"
+            f"save_model writes what selective() made, not a {type(network).__name__}: make that of it first"
         )
     if network.is_folded:
         raise CheckpointError("a network made by for_inference() is not saved; save the one it was made of")
@@ -102,7 +104,7 @@ def write_network(
 def origin_of(settings: ModelConfig, weights: Mapping[str, Tensor], normalisation: str) -> Origin:
     """The origin of a module's weights, with the way back to its state dict."""
     entries = [
-        [name, name.partition(".")[2], list(tensor.shape), False, None, 0]
+        [name, name.partition(".")[2], list(tensor.shape), None, 0]
         for name, tensor in weights.items()
         if name.startswith((MODULE, ASIDE))
     ]
@@ -116,13 +118,51 @@ def content_of(network: SelectiveNetwork) -> tuple[dict[str, Tensor], Captured]:
     What the graph does not name, as an auxiliary head, is kept for the way back to the module.
     """
     graph, tensors = network.graph, network.tensors
-    named = {name for node in graph.nodes for name in node.tensors.values()}
+    named = names_of(graph)
     own = {name: one for name, one in network.module.state_dict().items() if isinstance(one, Tensor)}
     weights = {(MODULE if name in named else ASIDE) + name: tensor for name, tensor in own.items()}
     weights |= {CONSTANTS + name: tensors[name].detach() for name in sorted(named - own.keys())}
     weights |= {POLICY + name: tensor for name, tensor in network.policy.state_dict().items()}
-    parameters = dict(network.module.named_parameters(remove_duplicate=False))
-    return weights, Captured(graph, frozenset(parameters) & named)
+    return weights, _captured(graph, network.module)
+
+
+def own_captured(settings: ModelConfig) -> Captured:
+    """The graph of a network of ours, without memory for its tensors.
+
+    Raises:
+        ConfigError: an impossible config.
+    """
+    module = meta_module(settings)
+    return _captured(own_graph(settings, module), module)
+
+
+def _captured(graph: Graph, module: nn.Module) -> Captured:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return Captured(graph, frozenset(parameters) & names_of(graph))
+
+
+def names_of(graph: Graph) -> set[str]:
+    """The tensors that a graph names."""
+    return {name for node in graph.nodes for name in node.tensors.values()}
+
+
+def recaptured(checkpoint: Checkpoint, settings: ModelConfig) -> Checkpoint:
+    """A checkpoint of ours with the graph that its settings make, not its file's.
+
+    Raises:
+        CheckpointError: its tensors are not those of the settings.
+        ConfigError: impossible settings.
+    """
+    path, unused = checkpoint.path, MODULE + AUXILIARY  # which only training uses, may be missing or not
+    weights = {name: one for name, one in checkpoint.weights.items() if not name.startswith(unused)}
+    try:
+        planned = meta_module(settings).state_dict()
+        planned = {name: one for name, one in planned.items() if not name.startswith(AUXILIARY)}
+        check_shapes(planned, part_of(weights, MODULE), path)
+        captured = own_captured(settings)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return dataclasses.replace(checkpoint, weights=weights, captured=captured)
 
 
 def captured_network(
@@ -141,6 +181,8 @@ def captured_network(
     path, captured = checkpoint.path, checkpoint.captured
     assert captured is not None
     own, constants = part_of(checkpoint.weights, MODULE), part_of(checkpoint.weights, CONSTANTS)
+    if checkpoint.config.module is None:
+        own = {name: _computed(one) for name, one in own.items()}
     try:
         _check(captured, own, constants)
         module = Tensors(own, captured.parameters)
@@ -157,6 +199,13 @@ def captured_network(
     check_finite(own | constants, path)
     load_policy(network, checkpoint)
     return network.eval()
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    """A tensor of ours as networks of ours have it: a source may store others, as half precision."""
+    if tensor.is_floating_point():
+        return tensor.to(torch.float32)
+    return tensor if tensor.is_complex() or tensor.dtype == torch.bool else tensor.to(torch.int64)
 
 
 def load_policy(network: SelectiveNetwork, checkpoint: Checkpoint) -> None:

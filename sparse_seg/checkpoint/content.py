@@ -19,8 +19,9 @@ from sparse_seg.version import __version__
 
 ASIDE = "source."  # our prefix of tensors that the network does not need, kept for the way back
 MODULE, CONSTANTS, POLICY = "module.", "constants.", "policy."
+AUXILIARY = "auxiliary."  # below MODULE, of ours: a head that only training uses
 PARTS = (MODULE, CONSTANTS, POLICY, ASIDE)
-EARLIER_PARTS = ("backbone.", "head.", "auxiliary.")  # of a module, up to format 2
+EARLIER_PARTS = ("backbone.", "head.", AUXILIARY)  # of a module, up to format 2
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

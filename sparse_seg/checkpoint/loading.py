@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_seg.checkpoint.captured import captured_network, load_policy
-from sparse_seg.checkpoint.content import ASIDE, MODULE, POLICY, Checkpoint
+from sparse_seg.checkpoint.captured import captured_network, recaptured
+from sparse_seg.checkpoint.content import ASIDE, AUXILIARY, MODULE, POLICY, Checkpoint
 from sparse_seg.checkpoint.file import load
 from sparse_seg.config import (
+    RUN_SETTINGS,
     Config,
     ModelConfig,
     check_model,
@@ -22,22 +23,20 @@ from sparse_seg.config import (
     num_classes,
 )
 from sparse_seg.data import dataset_classes, dataset_ids
-from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.errors import CheckpointError
 from sparse_seg.graph.file import first_difference
 from sparse_seg.masks import cad_mask_net, mask_net
-from sparse_seg.run.build import build_model
-from sparse_seg.run.card import Card
-from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.weights import check_shapes, load_weights, meta_module, part_of
 from sparse_seg.networks.segmenter import captured_stride
 from sparse_seg.registry import POOLING_HEADS
+from sparse_seg.run.build import build_model, with_strides
+from sparse_seg.run.card import Card
 from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.weights import load_weights, part_of
 
-AUXILIARY = "auxiliary."
 NETS: dict[str, Callable[[int, int], nn.Module]] = {"mask_net": mask_net, "cad_mask_net": cad_mask_net}
 
 
-def load_model(path: str | Path, config: Config | None = None) -> Any:  # of a Segmentor, as `build_model`
+def load_model(path: str | Path, config: Config | None = None) -> SelectiveNetwork:
     """The network of a checkpoint, in eval mode: of training (averaged weights where it kept them) or
     converted.
 
@@ -52,28 +51,20 @@ def load_model(path: str | Path, config: Config | None = None) -> Any:  # of a S
     return build_network(load(path), config)
 
 
-def build_network(checkpoint: Checkpoint, config: Config | None = None) -> Any:
+def build_network(checkpoint: Checkpoint, config: Config | None = None) -> SelectiveNetwork:
     """See `load_model`."""
     path = checkpoint.path
     if not checkpoint.origin.has_head:
         raise CheckpointError(
             f"{path} holds a backbone without a head; train one from it: --set model.pretrained={path}"
         )
-    chosen, net = network_settings(checkpoint, config), _net(checkpoint)
-    card, own = read_card(checkpoint, config), part_of(checkpoint.weights, MODULE)
-    captured, ours = checkpoint.captured, checkpoint.config.module is None
-    if captured is not None and not (ours and captured_stride(chosen) != captured_stride(checkpoint.config)):
-        return captured_network(checkpoint, chosen, net, card)
-    try:
-        planned = meta_module(chosen).state_dict()
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    extra = {name: one for name, one in planned.items() if name.startswith(AUXILIARY)}
-    check_shapes(planned, extra | own, path)
-    model = build_model(chosen, net, card)
-    load_weights(model.module, _with_auxiliary(model.module, own), path)
-    load_policy(model, checkpoint)
-    return model.eval()
+    chosen = network_settings(checkpoint, config)
+    if chosen.module is None:
+        chosen = with_strides(chosen)
+        # the graph of an earlier file's, or where another output stride is the one to capture
+        if checkpoint.captured is None or captured_stride(chosen) != captured_stride(checkpoint.config):
+            checkpoint = recaptured(checkpoint, chosen)
+    return captured_network(checkpoint, chosen, _net(checkpoint), read_card(checkpoint, config))
 
 
 def read_card(checkpoint: Checkpoint, config: Config | None = None) -> Card:
@@ -89,13 +80,6 @@ def read_card(checkpoint: Checkpoint, config: Config | None = None) -> Card:
         ids = unnamed.ids
     scaling = checkpoint if config is None else config.data
     return Card(names or unnamed.names, colours or unnamed.colours, tuple(ids), scaling.mean, scaling.std)
-
-
-def _with_auxiliary(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights to predict with: an auxiliary head, which only training uses, may be missing on either side."""
-    own = {name: one for name, one in module.state_dict().items() if name.startswith(AUXILIARY)}
-    found = {name: one for name, one in weights.items() if name in own or not name.startswith(AUXILIARY)}
-    return own | found
 
 
 def load_backbone(path: str | Path) -> SelectiveNetwork:
@@ -143,7 +127,8 @@ def initial_weights(checkpoint: Checkpoint, model: SelectiveNetwork, config: Con
         where = first_difference(captured.graph, model.graph)
         if where is not None:
             raise CheckpointError(
-                f"{checkpoint.path} holds another network than model.module makes: they differ first in {where}"
+                f"{checkpoint.path} holds another network than model.module makes: they differ first in "
+                f"{where}"
             )
     kept = {name: one for name, one in own.items() if name.startswith((POLICY, MODULE + AUXILIARY))}
     aside = {MODULE + name: tensor for name, tensor in part_of(found, ASIDE).items()}

@@ -28,10 +28,9 @@ from sparse_seg.cli.arguments import number, whole_number
 from sparse_seg.cli.options import output_file
 from sparse_seg.config import parse_settings
 from sparse_seg.conversion import SOURCES, Conversion, convert, to_dense, write_dense
-from sparse_seg.conversion.module import convert_module
-from sparse_seg.conversion.report import assumed_line, report
-from sparse_seg.conversion.verify import Verification, explain, verify
-from sparse_seg.conversion.verify_captured import explain_captured, verify_captured
+from sparse_seg.conversion.module import ModuleConversion, convert_module
+from sparse_seg.conversion.report import assumed_line, report, report_module
+from sparse_seg.conversion.verify import explain, verify
 from sparse_seg.data.class_sets import CLASS_SETS, read_classes
 from sparse_seg.errors import CheckpointError
 from sparse_seg.files import overwritten
@@ -158,10 +157,22 @@ def run(args: argparse.Namespace) -> int:
             name = "--" + option.replace("_", "-")
             args.usage_error(f"argument {name}: {'not' if args.module else 'only'} with --module")
     if args.module:
-        return _module(args)
-    conversion = convert(
+        of_module = _of_module(args)
+        of_module.write(args.dst)
+        _say(args, report_module(of_module))
+        return 0
+    conversion = _of_source(args)
+    conversion.write(args.dst)
+    _say(args, report(conversion), conversion.plan.has_head)
+    if conversion.plan.assumed:
+        print(assumed_line(conversion.plan.assumed))
+    return 0
+
+
+def _of_source(args: argparse.Namespace) -> Conversion:
+    return convert(
         args.src,
-        options["from"] or "auto",
+        vars(args)["from"] or "auto",
         args.arch,
         args.num_classes,
         args.output_stride,
@@ -175,17 +186,9 @@ def run(args: argparse.Namespace) -> int:
         None if args.classes is None else read_classes(args.classes),
         args.threshold,
     )
-    conversion.write(args.dst)
-    print(report(conversion))
-    print(f"{'written':<10}{args.dst}, {Path(args.dst).stat().st_size / 1e6:.1f} MB")
-    if args.verify:
-        _verify(args.dst, conversion)
-    if conversion.plan.assumed:
-        print(assumed_line(conversion.plan.assumed))
-    return 0
 
 
-def _module(args: argparse.Namespace) -> int:
+def _of_module(args: argparse.Namespace) -> ModuleConversion:
     conversion = convert_module(
         args.src,
         args.module,
@@ -201,31 +204,24 @@ def _module(args: argparse.Namespace) -> int:
     found = conversion.network.num_classes
     if args.num_classes not in (None, found):
         raise CheckpointError(f"{args.module} has {found} classes, not {args.num_classes}; give it by --args")
-    conversion.write(args.dst)
-    print(conversion.report())
-    print(f"{'written':<10}{args.dst}, {Path(args.dst).stat().st_size / 1e6:.1f} MB")
-    if args.verify:
-        network = load_model(args.dst)
-        result = verify_captured(network)
-        print("\n".join(explain_captured(result, network)))
-        _require_agreement(args.dst, result)
-    return 0
+    return conversion
 
 
-def _verify(path: str, conversion: Conversion) -> None:
-    """Print the differences.
+def _say(args: argparse.Namespace, text: str, has_head: bool = True) -> None:
+    """Print a report and, where they are asked for, the differences; a backbone alone runs with a fresh head.
 
     Raises:
         CheckpointError: some differ that must not.
     """
-    has_head = conversion.plan.has_head
-    result = verify(load_model(path) if has_head else load_backbone(path), has_head)
-    print("\n".join(explain(result, conversion.config)))
-    _require_agreement(path, result)
-
-
-def _require_agreement(path: str, result: Verification) -> None:
-    if not result.always_agree:
+    path = args.dst
+    print(text)
+    print(f"{'written':<10}{path}, {Path(path).stat().st_size / 1e6:.1f} MB")
+    if not args.verify:
+        return
+    model = load_model(path) if has_head else load_backbone(path)
+    result = verify(model)
+    print("\n".join(explain(result, model)))
+    if not result.agrees:
         raise CheckpointError(f"{path} computes other numbers in some of its forms: do not use it")
 
 

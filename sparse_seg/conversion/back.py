@@ -1,4 +1,4 @@
-"""The way back: a converted checkpoint's tensors by the source's names and in its layout, bit for bit."""
+"""The way back: a converted checkpoint's tensors by the source's names and shapes, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,10 +32,8 @@ def to_dense(path: str | Path) -> dict[str, Tensor]:
 
 
 def to_theirs(tensor: Tensor, entry: Entry) -> Tensor:
-    """A tensor of ours in the source's layout."""
+    """A tensor of ours as the source has it."""
     tensor = tensor[entry.added :] if entry.added else tensor
-    if entry.krsc:
-        tensor = tensor.permute(0, 3, 1, 2)
     tensor = tensor.reshape(entry.shape)
     if entry.roll is not None:
         tensor = torch.roll(tensor, entry.roll[1], entry.roll[0])
@@ -68,7 +66,7 @@ def _read(checkpoint: Checkpoint) -> tuple[list[Entry], dict[str, str]]:
     if isinstance(entries, list) and isinstance(aliases, dict):
         found = [entry for entry in map(_entry, entries) if entry]
         names, stored = {entry.theirs for entry in found}, {entry.ours for entry in found}
-        owed = {name for name in weights if name.startswith(("backbone.", "head.", MODULE, ASIDE))}
+        owed = {name for name in weights if name.startswith((MODULE, ASIDE))}
         if (
             len(found) == len(names) == len(stored) == len(entries) > 0
             and stored <= set(weights)
@@ -83,18 +81,17 @@ def _read(checkpoint: Checkpoint) -> tuple[list[Entry], dict[str, str]]:
 
 def _entry(item: Any) -> Entry | None:
     """An entry as JSON has it; None where it is none."""
-    if not isinstance(item, list) or len(item) != 6:
+    if not isinstance(item, list) or len(item) != 5:
         return None
-    ours, theirs, shape, krsc, roll, added = item
+    ours, theirs, shape, roll, added = item
     whole = (
         isinstance(ours, str)
         and isinstance(theirs, str)
         and _is_counts(shape)
-        and isinstance(krsc, bool)
         and (roll is None or (_is_counts(roll) and len(roll) == 2 and roll[0] < len(shape)))
         and _is_counts([added])
     )
-    return Entry(ours, theirs, shape, krsc, roll and (roll[0], roll[1]), added) if whole else None
+    return Entry(ours, theirs, shape, roll and (roll[0], roll[1]), added) if whole else None
 
 
 def _is_counts(value: Any) -> bool:
@@ -102,8 +99,8 @@ def _is_counts(value: Any) -> bool:
 
 
 def _fits(tensor: Tensor, entry: Entry) -> bool:
-    """Whether a tensor of ours has as many values as the source's, and four axes where ours is KRSC."""
-    if (entry.krsc and tensor.ndim != 4) or (entry.added and not tensor.ndim):
+    """Whether a tensor of ours has as many values as the source's."""
+    if entry.added and not tensor.ndim:
         return False
     own = (max(tensor.shape[0] - entry.added, 0), *tensor.shape[1:]) if entry.added else tensor.shape
     return math.prod(own) == math.prod(entry.shape)

@@ -7,10 +7,10 @@ from typing import Any
 
 from sparse_seg.conversion.plan import Tensors, count_modules, output_channels
 from sparse_seg.errors import CheckpointError
-from sparse_seg.models.blocks import BasicBlock, Bottleneck
-from sparse_seg.models.resnet import RESNET18, RESNET34, RESNET50, RESNET101
 
-KNOWN = {"resnet18": RESNET18, "resnet34": RESNET34, "resnet50": RESNET50, "resnet101": RESNET101}
+WIDTH = 64  # channels of the stem of all
+BASIC = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}  # blocks of each stage
+BOTTLENECK = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,11 @@ def find_backbone(tensors: Tensors, prefix: str = "") -> Backbone:
             modules |= {f"backbone.{block}{part}": f"{prefix}{block}{part}" for part in parts}
         first = f"layer{stage}.0.downsample."
         if stage > 1 or any(name.startswith(prefix + first) for name in tensors):
-            for part in (0, 1):
-                modules[f"backbone.{first}{part}"] = f"{prefix}{first}{part + pooled}"
+            for part in (0, 1):  # behind the mean, of which layer1 has none: timm has an identity there
+                ours = f"backbone.{first}{part + (pooled and stage > 1)}"
+                modules[ours] = f"{prefix}{first}{part + pooled}"
 
-    width = output_channels(tensors, last_stem) / RESNET18.widths[0]
+    width = output_channels(tensors, last_stem) / WIDTH
     config: dict[str, Any] = _named(depths, basic) | ({} if width == 1 else {"width": width})
     deep = "deep" if len(stem) > 2 else "conv7"
     config |= {"stem": deep} if deep == "deep" else {}
@@ -76,8 +77,7 @@ def _stem_modules(tensors: Tensors, prefix: str) -> tuple[dict[str, str], str]:
 
 def _named(depths: list[int], basic: bool) -> dict[str, Any]:
     """The named backbone of these depths, or the nearest with `depths` of its own."""
-    block = BasicBlock if basic else Bottleneck
-    candidates = {name: list(row.depths) for name, row in KNOWN.items() if row.block is block}
+    candidates = BASIC if basic else BOTTLENECK
     for name, own in candidates.items():
         if own == depths:
             return {"backbone": name}

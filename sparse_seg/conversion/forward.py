@@ -1,4 +1,4 @@
-"""Dense checkpoint to selective network."""
+"""A source's checkpoint to one of ours."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_seg.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, Origin, save
+from sparse_seg.checkpoint import Checkpoint, Origin, save
+from sparse_seg.checkpoint.captured import own_captured
+from sparse_seg.checkpoint.content import MODULE
 from sparse_seg.config import ModelConfig
 from sparse_seg.conversion.mapping import (
     Entry,
-    Expected,
     Mapped,
-    expected_tensors,
+    expected_shapes,
     map_tensors,
     resolve_config,
     to_ours,
@@ -32,6 +33,7 @@ from sparse_seg.conversion.sources import (
     is_known,
     unknown,
 )
+from sparse_seg.conversion.told import Scaling, check_classes, scaling_of
 from sparse_seg.data.class_file import ClassFile
 from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
 
@@ -48,8 +50,8 @@ class Conversion:
         named: the tensors of the network, and notes of what was stripped and left out.
         plan: what the source tells about it.
         config: model settings with all values.
-        mean, std: of the input, RGB in 0..1, and how they are known.
-        mapped, expected: which tensor is which.
+        scaling: of the input.
+        mapped: which tensor is which; shapes: of our module's tensors.
         told: the classes, by the caller.
     """
 
@@ -58,22 +60,20 @@ class Conversion:
     named: Named
     plan: Plan
     config: ModelConfig
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    normalisation: str
+    scaling: Scaling
     mapped: Mapped
-    expected: dict[str, Expected]
+    shapes: dict[str, tuple[int, ...]]
     told: ClassFile | None = None
 
     def network(self) -> dict[str, Tensor]:
-        """The network's tensors, by our names and in our layout."""
+        """The network's tensors, by a file's names."""
         return self.mapped.fresh | {entry.ours: self._tensor(entry) for entry in self.mapped.network}
 
     def _tensor(self, entry: Entry) -> Tensor:
-        tensor, target = self.named.tensors[entry.theirs], self.expected.get(entry.ours)
-        return (
-            tensor if target is None else to_ours(tensor, target, entry, self.plan.added.get(entry.ours, 0.0))
-        )
+        tensor, name = self.named.tensors[entry.theirs], entry.ours.removeprefix(MODULE)
+        if name not in self.shapes:
+            return tensor
+        return to_ours(tensor, self.shapes[name], entry, self.plan.added.get(name, 0.0))
 
     @property
     def classes(self) -> list[str] | None:
@@ -85,7 +85,7 @@ class Conversion:
         return None
 
     def write(self, path: str | Path) -> None:
-        """Write the checkpoint, with what the network does not need as the source has it.
+        """Write the checkpoint: the network with its graph, and what it does not need as the source has it.
 
         Raises OSError where the folder cannot be written.
         """
@@ -101,7 +101,7 @@ class Conversion:
             self.plan.arch,
             self.plan.has_head,
             self.plan.learned_net,
-            self.normalisation,
+            self.scaling.known,
             self.plan.assumed,
             {"entries": entries, "aliases": self.mapped.aliases},
         )
@@ -112,10 +112,11 @@ class Conversion:
                 self.config,
                 None if classes is None else tuple(classes),
                 None if colours is None else tuple((red, green, blue) for red, green, blue in colours),
-                self.mean,
-                self.std,
+                self.scaling.mean,
+                self.scaling.std,
                 origin,
                 {} if self.told is None else {"ids": list(self.told.ids)},
+                captured=own_captured(self.config) if self.plan.has_head else None,
             )
         )
 
@@ -165,20 +166,17 @@ def convert(
     wanted = _Wanted(
         source, arch, num_classes, output_stride, overrides or {}, "head" in allow_missing, threshold
     )
-    scaling = (mean, std) if mean is not None and std is not None else None
     failed: list[tuple[StateDict, SparseSegError]] = []
     for candidate in _with_buffers(file.candidates):
         try:
             named = find_network(candidate.tensors, is_known, prefix, drop)
-            conversion = _convert(file, named, wanted, scaling)
+            conversion = _convert(file, named, wanted)
         except (CheckpointError, ConfigError) as error:
             failed.append((candidate, error))
             continue
         conversion.named.notes[:0] = _notes(file, candidate, failed)
-        conversion.told = classes
-        if classes is not None and len(classes.classes) != conversion.config.num_classes:
-            own, given = conversion.config.num_classes or "no", len(classes.classes)
-            raise CheckpointError(f"{path} has {own} classes, but {given} are given; name its own")
+        check_classes(classes, conversion.config.num_classes, path)
+        conversion.told, conversion.scaling = classes, scaling_of(mean, std, conversion.scaling)
         return conversion
     _, fault = max(failed, key=lambda pair: len(pair[0].tensors))
     raise type(fault)(f"{path}: {fault}") from None
@@ -197,9 +195,7 @@ class _Wanted:
     threshold: float | None
 
 
-def _convert(
-    file: SourceFile, named: Named, wanted: _Wanted, scaling: tuple[Sequence[float], Sequence[float]] | None
-) -> Conversion:
+def _convert(file: SourceFile, named: Named, wanted: _Wanted) -> Conversion:
     tensors = named.tensors
     name = find_source(tensors) if wanted.source == "auto" else asked_source(tensors, wanted.source)
     plan: Plan = SOURCES[name].plan(tensors, Options(wanted.output_stride))
@@ -217,22 +213,18 @@ def _convert(
             "alone add --allow-missing head"
         )
     config = resolve_config(plan, wanted.overrides)
-    expected = expected_tensors(config, plan.has_head)
-    mapped = map_tensors(tensors, plan, expected)
+    shapes = expected_shapes(config, plan.has_head)
+    mapped = map_tensors(tensors, plan, shapes)
     if named.outside:
         more = f" (and {len(named.outside) - 1} more)" if len(named.outside) > 1 else ""
         raise CheckpointError(
             f"{named.outside[0]}{more} has no place in it; leave it out with --drop "
             f"{named.outside[0].partition('.')[0]}"
         )
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    normalisation = f"ImageNet's, the convention of {name}"
-    if scaling is not None:
-        mean, std, normalisation = tuple(scaling[0]), tuple(scaling[1]), "as told"
-    elif named.mean is not None and named.std is not None:
-        mean, std, normalisation = named.mean, named.std, "from the file"
-    return Conversion(name, file, named, plan, config, mean, std, normalisation, mapped, expected)
+    scaling = Scaling(known=f"ImageNet's, the convention of {name}")
+    if named.mean is not None and named.std is not None:
+        scaling = Scaling(named.mean, named.std, "from the file")
+    return Conversion(name, file, named, plan, config, scaling, mapped, shapes)
 
 
 def _with_buffers(candidates: Sequence[StateDict]) -> list[StateDict]:

@@ -1,4 +1,4 @@
-"""A source's tensors as ours: names by a `Plan`, shapes by what kind of module ours is.
+"""A source's tensors as ours: names by a `Plan`, shapes by our module.
 
 Every step only moves values or adds rows, so `back.py` can undo it bit for bit.
 """
@@ -12,24 +12,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_seg.checkpoint.content import ASIDE
+from sparse_seg.checkpoint.content import ASIDE, MODULE
 from sparse_seg.config import ModelConfig, model_config
 from sparse_seg.conversion.plan import Plan, Tensors
 from sparse_seg.errors import CheckpointError
-from sparse_seg.run.weights import meta_network
-from sparse_seg.sparse import SelectiveConv2d, SelectiveDepthwiseConv2d
+from sparse_seg.run.weights import meta_module
 
 COUNTER = "num_batches_tracked"  # older files lack it; it counts, and computes nothing
 
 
 class Entry(NamedTuple):
-    """One tensor: our name, the source's, its shape there, whether ours is KRSC, the roll of `Plan.rolls`,
-    the rows of `Plan.added`."""
+    """One tensor: a file's name of ours, the source's, its shape there, the roll of `Plan.rolls`, the rows of
+    `Plan.added`."""
 
     ours: str
     theirs: str
     shape: list[int]
-    krsc: bool = False
     roll: tuple[int, int] | None = None
     added: int = 0
 
@@ -51,28 +49,15 @@ class Mapped:
     aliases: dict[str, str]
 
 
-class Expected(NamedTuple):
-    """Our tensor's shape, and whether it is stored KRSC."""
-
-    shape: tuple[int, ...]
-    krsc: bool
-
-
-def expected_tensors(config: ModelConfig, has_head: bool) -> dict[str, Expected]:
-    """Our network's tensors, without memory for them.
+def expected_shapes(config: ModelConfig, has_head: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of our network's tensors by name.
 
     Raises:
         ConfigError: an impossible config.
     """
-    model = meta_network(config)
-    krsc = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, (SelectiveConv2d, SelectiveDepthwiseConv2d))
-    }
     return {
-        name: Expected(tuple(tensor.shape), name in krsc)
-        for name, tensor in model.state_dict().items()
+        name: tuple(tensor.shape)
+        for name, tensor in meta_module(config).state_dict().items()
         if has_head or name.startswith("backbone.")
     }
 
@@ -86,7 +71,7 @@ def resolve_config(plan: Plan, overrides: Mapping[str, object]) -> ModelConfig:
     return model_config({**plan.config, **overrides})
 
 
-def map_tensors(tensors: Tensors, plan: Plan, expected: Mapping[str, Expected]) -> Mapped:
+def map_tensors(tensors: Tensors, plan: Plan, expected: Mapping[str, tuple[int, ...]]) -> Mapped:
     """Find the source's tensor for each of ours and a reason for each that is left over.
 
     Raises:
@@ -96,7 +81,7 @@ def map_tensors(tensors: Tensors, plan: Plan, expected: Mapping[str, Expected]) 
     network: list[Entry] = []
     fresh = dict(plan.fresh)
     faults: list[str] = []
-    for ours, target in expected.items():
+    for ours, wanted in expected.items():
         module, _, leaf = ours.rpartition(".")
         if module not in plan.modules:
             faults.append(f"{ours}, which the changed settings ask for, is missing")
@@ -104,12 +89,12 @@ def map_tensors(tensors: Tensors, plan: Plan, expected: Mapping[str, Expected]) 
         theirs = f"{plan.modules[module]}.{leaf}"
         if theirs in tensors:
             shape, added = tensors[theirs].shape, int(ours in plan.added)
-            shapes = source_shapes(target, added)
+            shapes = source_shapes(wanted, added)
             if tuple(shape) not in shapes:
                 faults.append(f"{theirs} is {list(shape)}, a {plan.arch} has {list(shapes[0])}")
-            network.append(Entry(ours, theirs, list(shape), target.krsc, plan.rolls.get(ours), added))
+            network.append(Entry(MODULE + ours, theirs, list(shape), plan.rolls.get(ours), added))
         elif leaf == COUNTER:
-            fresh[ours] = torch.zeros((), dtype=torch.int64)
+            fresh[MODULE + ours] = torch.zeros((), dtype=torch.int64)
         else:
             faults.append(f"{theirs} is missing")
     used = {entry.theirs for entry in network}
@@ -140,24 +125,18 @@ def _kept_or_dropped(theirs: str, plan: Plan) -> tuple[str, str] | None:
     return None
 
 
-def source_shapes(target: Expected, added: int) -> list[tuple[int, ...]]:
-    """Shapes in which sources have a tensor of ours, the usual one first."""
-    shape = (target.shape[0] - added, *target.shape[1:]) if added else target.shape
-    if target.krsc:
-        outside, _, _, inside = shape
-        return [(outside, inside, 3, 3), (outside, inside, 9, 1)]
-    if len(shape) == 2:  # a linear layer on rows
-        return [(*shape, 1, 1), (*shape, 1)]
-    return [shape]
+def source_shapes(shape: tuple[int, ...], added: int) -> list[tuple[int, ...]]:
+    """Shapes in which sources have a tensor of ours, the usual one first: convolutions of CAD are 1-D."""
+    shape = (shape[0] - added, *shape[1:]) if added else shape
+    flat: dict[tuple[int, ...], tuple[int, ...]] = {(3, 3): (9, 1), (1, 1): (1,)}
+    window = shape[2:]
+    return [shape, (*shape[:2], *flat[window])] if window in flat else [shape]
 
 
-def to_ours(tensor: Tensor, target: Expected, entry: Entry, before: float = 0.0) -> Tensor:
-    """A source's tensor in our layout; `before` fills the rows that it lacks."""
+def to_ours(tensor: Tensor, shape: tuple[int, ...], entry: Entry, before: float = 0.0) -> Tensor:
+    """A source's tensor in our shape; `before` fills the rows that it lacks."""
     if entry.roll is not None:
         tensor = torch.roll(tensor, -entry.roll[1], entry.roll[0])
-    if target.krsc:
-        outside, _, _, inside = target.shape
-        tensor = tensor.reshape(outside, inside, 3, 3).permute(0, 2, 3, 1)
     if entry.added:
         tensor = torch.cat([tensor.new_full((entry.added, *tensor.shape[1:]), before), tensor])
-    return tensor.reshape(target.shape).contiguous()
+    return tensor.reshape(shape).contiguous()

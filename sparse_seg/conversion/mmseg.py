@@ -54,16 +54,19 @@ def plan(tensors: Tensors, options: Options) -> Plan:
     }
     if backbone.basic:
         config["dilate_second"] = False
-    names = {"point": "aspp_modules.0", "pool": "image_pool.1"}
     modules = backbone.modules | {"head.classifier": "decode_head.conv_seg"}
-    for ours, theirs in names.items():
-        modules |= _conv_bn(f"head.aspp.{ours}.", theirs)
+    modules |= _conv_bn("head.aspp.convs.0.", "aspp_modules.0")
+    modules |= _conv_bn(f"head.aspp.convs.{rates + 1}.", "image_pool.1", 1)
     result = Plan(f"{config['head']}_{backbone.name}", config, modules, assumed=assumed)
     result.dropped = {"auxiliary_head.": AUXILIARY}
     result.modules |= _conv_bn("head.refine.", "bottleneck")
     result.rolls["head.refine.0.weight"] = (1, channels)  # image pooling comes last in ours
     result.threshold = THRESHOLD
-    (_add_separable if plus else _add_plain)(result, tensors, rates)
+    if plus:
+        _add_separable(result, tensors, rates)
+    else:
+        for index in range(1, rates + 1):
+            result.modules |= _conv_bn(f"head.aspp.convs.{index}.", f"aspp_modules.{index}")
     return result
 
 
@@ -73,22 +76,15 @@ def _conv_bn(ours: str, theirs: str, first: int = 0) -> dict[str, str]:
     return {f"{ours}{first}": f"{theirs}.conv", f"{ours}{first + 1}": f"{theirs}.bn"}
 
 
-def _add_plain(result: Plan, tensors: Tensors, rates: int) -> None:
-    for index in range(rates):
-        theirs = f"decode_head.aspp_modules.{index + 1}"
-        result.modules[f"head.aspp.atrous.{index}"] = f"{theirs}.conv"
-        result.modules[f"head.aspp.atrous_bn.{index}"] = f"{theirs}.bn"
-
-
 def _add_separable(result: Plan, tensors: Tensors, rates: int) -> None:
     """deeplabv3plus: depthwise, norm, ReLU and 1x1 instead of each 3x3 but the bottleneck's."""
-    for index in range(rates):
-        theirs, ours = f"decode_head.aspp_modules.{index + 1}", f"head.aspp.atrous.{index}"
+    for index in range(1, rates + 1):
+        theirs, ours = f"decode_head.aspp_modules.{index}", f"head.aspp.convs.{index}"
         result.modules |= {
-            f"{ours}.depthwise": f"{theirs}.depthwise_conv.conv",
-            f"{ours}.norm": f"{theirs}.depthwise_conv.bn",
-            f"{ours}.pointwise": f"{theirs}.pointwise_conv.conv",
-            f"head.aspp.atrous_bn.{index}": f"{theirs}.pointwise_conv.bn",
+            f"{ours}.0.0": f"{theirs}.depthwise_conv.conv",
+            f"{ours}.0.1": f"{theirs}.depthwise_conv.bn",
+            f"{ours}.0.3": f"{theirs}.pointwise_conv.conv",
+            f"{ours}.1": f"{theirs}.pointwise_conv.bn",
         }
     decoders = count_modules(tensors, "decode_head.sep_bottleneck.")
     for index in range(decoders):

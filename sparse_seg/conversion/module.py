@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.checkpoint.captured import write_network
-from sparse_seg.checkpoint.content import IMAGENET_MEAN, IMAGENET_STD
 from sparse_seg.config import model_config
 from sparse_seg.conversion.mapping import COUNTER
+from sparse_seg.conversion.naming import dotted
 from sparse_seg.conversion.reading import read_source
+from sparse_seg.conversion.told import Scaling, check_classes, scaling_of
 from sparse_seg.data.class_file import ClassFile
 from sparse_seg.errors import CheckpointError
-from sparse_seg.run.weights import load_weights, shape_faults
-from sparse_seg.run.build import build_module, capture_module
+from sparse_seg.run.build import capture_module, import_module
 from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.weights import load_weights, part_of, shape_faults
 
 WRAPPED = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before names
 
@@ -33,14 +34,12 @@ class ModuleConversion:
 
     Args:
         told: what the classes are, where the caller says it.
-        normalisation: how mean and std are known; empty where they are ImageNet's for want of others.
+        scaling: of the input.
     """
 
     network: SelectiveNetwork
     told: ClassFile | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    normalisation: str
+    scaling: Scaling
 
     def write(self, path: str | Path) -> None:
         """Raises OSError where the folder cannot be written."""
@@ -48,34 +47,7 @@ class ModuleConversion:
         if self.told is not None:
             names, colours = self.told.classes.names, self.told.classes.palette
             ids = self.told.ids
-        write_network(self.network, path, names, colours, ids, self.mean, self.std, self.normalisation)
-
-    def report(self) -> str:
-        """Lines for the terminal."""
-        network, report = self.network, self.network.report()
-        dense, selective = report.total("dense"), report.total("selective")
-        parts = [row.part for row in report.rows]
-        counts = ", ".join(f"{parts.count(part)} {part}" for part in ("early", "rows", "late"))
-        tensors = network.module.state_dict()
-        values = sum(tensor.numel() for tensor in tensors.values())
-        mean, std = ([round(value, 6) for value in one] for one in (self.mean, self.std))
-        lines = [
-            ("module", f"{network.name}, {len(tensors)} tensors, {values / 1e6:.2f} M values"),
-            (
-                "network",
-                f"{network.num_classes} classes, trained at output stride {network.geometry.own}, strides "
-                f"{list(network.strides)}, convolutions: {counts}",
-            ),
-            (
-                "cost",
-                f"{selective / 1e9:.2f} GMACs, {selective / dense:.2f} of dense OS{network.strides[0]}'s, at "
-                f"{report.size[0]}x{report.size[1]} and a share of {report.fraction:g} fine",
-            ),
-            ("", report.limit),
-            ("input", f"RGB in 0..1, mean {mean}, std {std} ({self.normalisation or 'ImageNet, assumed'})"),
-        ]
-        lines += [] if self.told is None else [("classes", ", ".join(self.told.classes.names))]
-        return "\n".join(f"{title:<10}{text}" for title, text in lines)
+        write_network(self.network, path, names, colours, ids, *self.scaling)
 
 
 def convert_module(
@@ -111,22 +83,12 @@ def convert_module(
     nested = given.pop("model", {})
     mask = {"policy": "confidence"} | given.pop("mask", {}) | nested.pop("mask", {})
     settings = model_config({**given, **nested, "module": name, "module_args": dict(arguments), "mask": mask})
-    module = build_module(name, arguments).eval()
+    module = import_module(name, arguments).eval()
     weights = module_weights(path, module, trust, prefix, drop)
     load_weights(module, weights, path)
     network = capture_module(module, settings)
-    if classes is not None and len(classes.classes) != network.num_classes:
-        raise CheckpointError(
-            f"{name} has {network.num_classes} classes, but {len(classes.classes)} are given; name its own"
-        )
-    scaling = mean is not None and std is not None
-    return ModuleConversion(
-        network,
-        classes,
-        tuple(mean) if scaling and mean else IMAGENET_MEAN,
-        tuple(std) if scaling and std else IMAGENET_STD,
-        "as told" if scaling else "",
-    )
+    check_classes(classes, network.num_classes, name)
+    return ModuleConversion(network, classes, scaling_of(mean, std, Scaling()))
 
 
 def module_weights(
@@ -173,6 +135,4 @@ def renamed(
         prefix = min(whole, key=len, default="")
         if not all(name.startswith(prefix) for name in found):  # the rest would be left out in silence
             prefix = ""
-    elif prefix and not prefix.endswith("."):
-        prefix += "."
-    return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+    return part_of(found, dotted(prefix))

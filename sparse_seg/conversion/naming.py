@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_seg.errors import CheckpointError
+from sparse_seg.run.weights import part_of
 
 # parts of names that wrappers put in: DataParallel and AveragedModel, torch.compile, checkpointing, FSDP
 WRAPPING = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -63,10 +64,9 @@ def find_network(
     gone = [*(name for name in unwrapped if name not in left), *_take_scaling(found, left)]
     gone += [name for name in left if any(map(_BESIDE.fullmatch, name.split(".")))]
     left = {name: tensor for name, tensor in left.items() if name not in gone}
-    prefix, explicit = _dotted(prefix), prefix is not None
-    if prefix is None:
-        prefix = _find_prefix(left, known)
-    found.tensors = _under(left, prefix)
+    explicit = prefix is not None
+    prefix = _find_prefix(left, known) if prefix is None else dotted(prefix)
+    found.tensors = part_of(left, prefix)
     if not found.tensors:
         raise CheckpointError(f"it has no tensor under the prefix {prefix!r}")
     outside = [name for name in left if not name.startswith(prefix)]
@@ -99,12 +99,8 @@ def _unwrap(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
     return result, [f"wrapper {', '.join(sorted(stripped))} stripped from names"] if stripped else []
 
 
-def _dotted(prefix: str | None) -> str | None:
+def dotted(prefix: str) -> str:
     return f"{prefix}." if prefix and not prefix.endswith(".") else prefix
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _find_prefix(tensors: Mapping[str, Tensor], known: Callable[[Mapping[str, Tensor]], bool]) -> str:
@@ -119,7 +115,7 @@ def _find_prefix(tensors: Mapping[str, Tensor], known: Callable[[Mapping[str, Te
             continue
         parts = name.removesuffix(ANCHOR).split(".")[:-1]
         prefixes = ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts) + 1)]
-        shortest = next((prefix for prefix in prefixes if known(_under(tensors, prefix))), None)
+        shortest = next((prefix for prefix in prefixes if known(part_of(tensors, prefix))), None)
         if shortest is not None and shortest not in found:
             found.append(shortest)
     if len(found) > 1:

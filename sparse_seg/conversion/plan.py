@@ -30,14 +30,14 @@ class Plan:
     Args:
         arch: the source's name for the network, such as `deeplabv3_resnet50`.
         config: model settings, as `ModelConfig` has them; only what differs from its defaults.
-        modules: our module (as `head.aspp.point.0`) to the source's; every module of ours with tensors.
+        modules: our module (as `head.aspp.convs.0.0`) to the source's; every module of ours with tensors.
         rolls: our tensors whose channels the source has in another order: (axis, how many of the source's
             first channels stand last in ours). Axes are those of the source's tensor.
         dropped: prefix of the source's names to the reason why the network needs no such tensors.
         added: our tensors that begin with a row that the source lacks, and its value.
         threshold: of a network of one logit, the probability above which a pixel is foreground.
         kept: prefix of the source's names to our prefix, for tensors that not every policy needs.
-        fresh: our tensors that are made from the source's, which stay for the way back.
+        fresh: our tensors, by a file's names, that are made from the source's, which stay for the way back.
         learned_net: which net `kept` and `fresh` are of, see `checkpoint/loading.py`.
         classes: names of the classes, where the source implies them.
         aliases: the source's name to another of its names, which has the very same values.
@@ -79,11 +79,6 @@ def as_two_classes(plan: Plan, told: float | None) -> None:
         plan.assumed.append(f"foreground above probability {threshold:g} (else use --threshold)")
 
 
-def prefixed(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
-    """Module names with a prefix on either side."""
-    return {ours + name: theirs + other for name, other in names.items()}
-
-
 def count_modules(tensors: Tensors, prefix: str) -> int:
     """How many numbered modules stand under `prefix`, which ends with a dot."""
     numbers = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
@@ -116,23 +111,20 @@ def aspp_modules(tensors: Tensors, theirs: str) -> tuple[dict[str, str], int, st
         theirs: prefix of `convs.0.0`, with its dot.
 
     Returns:
-        Our names (after `head.aspp.`) to theirs, the count of rates, and which separable form it has.
+        Our modules to theirs, the count of rates, and which separable form it has.
     """
     rates = count_modules(tensors, f"{theirs}convs.") - 2
-    modules = {"point.0": "convs.0.0", "point.1": "convs.0.1"}
-    modules |= {"pool.0": f"convs.{rates + 1}.1", "pool.1": f"convs.{rates + 1}.2"}
-    modules |= {"project.0": "project.0", "project.1": "project.1"}
-    separable = "none"
-    for index in range(rates):
-        branch = f"convs.{index + 1}"
-        names = separable_names(tensors, f"{theirs}{branch}.0")
-        for part, name in zip(("depthwise", "pointwise"), names, strict=False):
-            separable = "linear"
-            modules[f"atrous.{index}.{part}"] = name.removeprefix(theirs)
-        if not names:
-            modules[f"atrous.{index}"] = f"{branch}.0"
-        modules[f"atrous_bn.{index}"] = f"{branch}.1"
-    return prefixed("head.aspp.", theirs, modules), rates, separable
+    pool = f"convs.{rates + 1}"
+    same = ["convs.0.0", "convs.0.1", f"{pool}.1", f"{pool}.2", "project.0", "project.1"]
+    modules, separable = {f"head.aspp.{name}": f"{theirs}{name}" for name in same}, "none"
+    for index in range(1, rates + 1):
+        conv = f"convs.{index}.0"
+        parts = separable_names(tensors, f"{theirs}{conv}")
+        modules |= {f"head.aspp.{conv}.{place}": part for place, part in enumerate(parts)}
+        separable = "linear" if parts else separable
+        whole = [f"convs.{index}.1"] if parts else [conv, f"convs.{index}.1"]
+        modules |= {f"head.aspp.{name}": f"{theirs}{name}" for name in whole}
+    return modules, rates, separable
 
 
 def separable_names(tensors: Tensors, conv: str) -> list[str]:

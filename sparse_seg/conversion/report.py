@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sparse_seg.conversion.forward import Conversion
 from sparse_seg.conversion.mapping import Entry
+from sparse_seg.conversion.module import ModuleConversion
 from sparse_seg.errors import printable
 
 
@@ -37,10 +38,40 @@ def report(conversion: Conversion) -> str:
     counters = [name for name in conversion.mapped.fresh if name.endswith("num_batches_tracked")]
     if counters:
         lines.append(("", f"{len(counters)} num_batches_tracked start at 0: the source has none"))
-    mean, std = ([round(value, 6) for value in values] for values in (conversion.mean, conversion.std))
-    lines.append(("input", f"RGB in 0..1, mean {mean}, std {std} ({conversion.normalisation})"))
+    lines.append(("input", str(conversion.scaling)))
     lines += [("classes", ", ".join(conversion.classes))] if conversion.classes else []
     lines += [("note", line) for line in plan.notes]
+    return _table(lines)
+
+
+def report_module(conversion: ModuleConversion) -> str:
+    """Lines for the terminal: the network, where it runs, and what that saves."""
+    network, report = conversion.network, conversion.network.report()
+    dense, selective = report.total("dense"), report.total("selective")
+    parts = [row.part for row in report.rows]
+    counts = ", ".join(f"{parts.count(part)} {part}" for part in ("early", "rows", "late"))
+    tensors = network.module.state_dict()
+    values = sum(tensor.numel() for tensor in tensors.values())
+    lines = [
+        ("module", f"{network.settings.module}, {len(tensors)} tensors, {values / 1e6:.2f} M values"),
+        (
+            "network",
+            f"{network.num_classes} classes, trained at output stride {network.geometry.own}, strides "
+            f"{list(network.strides)}, convolutions: {counts}",
+        ),
+        (
+            "cost",
+            f"{selective / 1e9:.2f} GMACs, {selective / dense:.2f} of dense OS{network.strides[0]}'s, at "
+            f"{report.size[0]}x{report.size[1]} and a share of {report.fraction:g} fine",
+        ),
+        ("", report.limit),
+        ("input", str(conversion.scaling)),
+    ]
+    told = conversion.told
+    return _table([*lines, *([] if told is None else [("classes", ", ".join(told.classes.names))])])
+
+
+def _table(lines: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{title:<10}{printable(text)}" for title, text in lines)
 
 

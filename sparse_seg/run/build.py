@@ -65,17 +65,25 @@ def own_network(
     card: Card | None = None,
 ) -> SelectiveNetwork:
     """A network of ours, see `build_model`."""
-    if settings.own_strides not in STRIDES:
-        choices = ", ".join(map(str, STRIDES))
-        raise ConfigError(f"model.strides is {settings.own_strides}; a network of ours has one of {choices}")
-    settings = dataclasses.replace(settings, strides=list(settings.own_strides))
-    stride = captured_stride(settings)
+    settings, stride = with_strides(settings), captured_stride(settings)
     module = build_module(settings, stride, stride)  # nothing but PyTorch's own upsampling
     return build_network(own_graph(settings, module), module, {}, settings, card, learned_net)
 
 
+def with_strides(settings: ModelConfig) -> ModelConfig:
+    """Settings of a network of ours, with its strides. Raises a ConfigError for those that it has not."""
+    if settings.own_strides not in STRIDES:
+        choices = ", ".join(map(str, STRIDES))
+        raise ConfigError(f"model.strides is {settings.own_strides}; a network of ours has one of {choices}")
+    return dataclasses.replace(settings, strides=list(settings.own_strides))
+
+
 def own_graph(settings: ModelConfig, module: nn.Module) -> Graph:
-    """The graph of a network of ours, kept for the next one of the same settings."""
+    """The graph of a network of ours, kept for the next one of the same settings.
+
+    Args:
+        module: at `captured_stride`, with PyTorch's own upsampling; it may be on the meta device.
+    """
     runs = {name: getattr(ModelConfig(), name) for name in RUN_SETTINGS}
     key = repr(dataclasses.replace(settings, **runs | {"strides": [captured_stride(settings)]}))
     if key not in _GRAPHS:

@@ -21,14 +21,15 @@ def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def meta_module(settings: ModelConfig) -> Segmenter:
-    """The module of a config on the meta device: names and shapes, without memory or time for values.
+    """The module of a config as it is captured, on the meta device: no memory or time for values.
 
     Raises:
         ConfigError: an impossible config, or one of impossible size.
     """
+    stride = captured_stride(settings)
     try:
         with torch.device("meta"), _NoRandomValues():
-            return build_module(settings, captured_stride(settings))
+            return build_module(settings, stride, stride)
     except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
         raise ConfigError(f"model: no such network can be built ({str(error).splitlines()[0]})") from None
 

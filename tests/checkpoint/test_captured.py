@@ -128,10 +128,9 @@ def test_what_mixes_phases_needs_another_policy(tmp_path: Path) -> None:
 
 
 def test_what_is_not_saved(tmp_path: Path) -> None:
-    ours = sparse_seg.build_model({"width": 0.0625, "num_classes": 3}).eval()
     for wrong, message in (
         (network().for_inference(), "save the one it was made of"),
-        (ours, "not a SelectiveNetwork"),
+        (captured.trained(), "what selective.. made, not a Net"),
         (network(card=Card.unnamed(4)), "4 class names are given, and the network has 3 classes"),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -139,9 +138,24 @@ def test_what_is_not_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_of_ours_is_saved_as_well(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    own = sparse_seg.build_model({"width": 0.0625, "depths": [1, 1, 1, 1], "num_classes": 3}).eval()
+    save_model(own, tmp_path / "net.safetensors")
+    found = load_model(tmp_path / "net.safetensors")
+    assert torch.equal(found(images()), own(images()))
+    assert found.settings == own.settings
+    back = to_dense(tmp_path / "net.safetensors")
+    assert all(torch.equal(tensor, back[name]) for name, tensor in own.module.state_dict().items())
+    wider = lambda model: model.update(width=1.0)  # noqa: E731
+    write_changed(tmp_path / "net.safetensors", tmp_path / "wider.safetensors", wider, "model")
+    other = load_model(tmp_path / "wider.safetensors")  # the graph is what runs
+    assert torch.equal(other(images()), own(images()))
+
+
 def test_earlier_packages_are_told_of_a_later_format(saved: Path) -> None:
     with safe_open(saved, framework="pt") as file:
-        assert json.loads(file.metadata()["sparse_seg"])["format_version"] == 3
+        assert json.loads(file.metadata()["sparse_seg"])["format_version"] == 4
 
 
 # -- what a graph may not say --------------------------------------------------------------------------------
@@ -235,7 +249,7 @@ def test_a_module_without_its_graph_is_never_imported(
         load_model(tmp_path / "net.safetensors")
     change = lambda model: model.update(module="os:system")  # noqa: E731
     write_changed(saved, tmp_path / "net.safetensors", change, "model")
-    assert load_model(tmp_path / "net.safetensors").name == "os:system"  # a name, and no more
+    assert load_model(tmp_path / "net.safetensors").settings.module == "os:system"  # a name, and no more
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:

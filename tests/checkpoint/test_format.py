@@ -8,9 +8,12 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from sparse_seg import load_model
 from sparse_seg.checkpoint import Checkpoint, Origin, load, save
+from sparse_seg.checkpoint.captured import content_of
+from sparse_seg.checkpoint.loading import initial_weights
 from sparse_seg.config import config_from_dict, load_config, to_dict
 from sparse_seg.conversion import convert, to_dense
 from sparse_seg.data.cityscapes import CITYSCAPES_CLASSES, CITYSCAPES_IDS
@@ -18,8 +21,11 @@ from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.run.build import build_model
 from sparse_seg.run.weights import load_weights
 from sparse_seg.training.checkpoint import best_of, save_best, save_checkpoint
-from tests.checkpoint.earlier import write_converted, write_training
+from tests.checkpoint.earlier import write_converted, write_format_2, write_training
 from tests.conversion.cases import state_of
+from tests.reference import relative_error
+
+FILES, HALF = Path(__file__).with_name("files"), "torchvision fcn"
 
 MODEL = {"width": 0.0625, "depths": [1, 1, 1, 1], "head_channels": 4}
 
@@ -106,6 +112,59 @@ def test_converted_files_of_version_0_1(name, tmp_path):
         load_model(tmp_path / "new.safetensors", load_config(tmp_path / "run.yaml", settings))
 
 
+def test_a_file_that_format_2_wrote():
+    """A file of an earlier commit, with the logits that it gave there."""
+    found, expected = (
+        load_model(FILES / "format_2.safetensors"),
+        load_file(FILES / "format_2_logits.safetensors"),
+    )
+    images = torch.randn(1, 3, 45, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for name, logits in (
+            ("dense", found.dense(images, 8)),
+            ("coarse", found.dense(images, 16)),
+            ("mixed", found(images, torch.arange(12).reshape(1, 3, 4) % 3 == 0)),
+        ):
+            assert relative_error(logits, expected[name]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["mmseg deeplabv3plus r18", "cad learned mask"])
+def test_converted_files_of_format_2(name, tmp_path):
+    torch.save(state_of(name), tmp_path / "source.pth")
+    conversion = convert(tmp_path / "source.pth")
+    write_format_2(tmp_path / "old.safetensors", conversion)
+    conversion.write(tmp_path / "new.safetensors")
+    old, new = load(tmp_path / "old.safetensors"), load(tmp_path / "new.safetensors")
+    assert (old.config, old.origin, old.captured) == (new.config, new.origin, None)
+    assert same(old.weights, new.weights)
+    assert same(to_dense(tmp_path / "old.safetensors"), state_of(name))
+    networks = [load_model(tmp_path / f"{age}.safetensors") for age in ("old", "new")]
+    assert networks[0].graph == networks[1].graph
+    assert same(*(network.state_dict() for network in networks))
+
+
+def test_half_precision_is_computed_with_as_single(tmp_path):
+    state = {key: one.half() if one.is_floating_point() else one for key, one in state_of(HALF).items()}
+    torch.save(state, tmp_path / "source.pth")
+    convert(tmp_path / "source.pth").write(tmp_path / "net.safetensors")
+    found = load_model(tmp_path / "net.safetensors")
+    assert {tensor.dtype for tensor in found.state_dict().values()} == {torch.float32, torch.int64}
+    assert same(to_dense(tmp_path / "net.safetensors"), state)
+
+
+def test_an_auxiliary_head_serves_training_alone(weights, tmp_path):
+    config = config_from_dict({"model": MODEL | {"auxiliary": True}}, "test")
+    model = build_model(config).eval()
+    files = {"new": content_of(model), "none": (model.state_dict(), None)}
+    for name, (stored, captured) in files.items():
+        save_checkpoint(tmp_path / f"{name}.safetensors", config, stored, captured)
+    write_training(tmp_path / "old.pt", config, model.state_dict())
+    for file in ("new.safetensors", "none.safetensors", "old.pt"):
+        found = load_model(tmp_path / file, config)
+        assert found.state_dict().keys() == weights.keys()
+        assert same(initial_weights(load(tmp_path / file), model, config), model.state_dict())
+
+
 def test_a_dataset_that_is_not_known_here(config, weights, tmp_path):
     strange = to_dict(config) | {"data": to_dict(config)["data"] | {"dataset": "kitti"}}
     checkpoint = Checkpoint(
@@ -140,7 +199,7 @@ def flip(path: Path, content: bytes) -> None:
 
 
 def test_one_bit_is_noticed(config, weights, tmp_path):
-    value = weights["head.classifier.weight"].numpy().tobytes()
+    value = weights["module.head.classifier.weight"].numpy().tobytes()
     save_checkpoint(tmp_path / "a.safetensors", config, weights)
     write_training(tmp_path / "b.pt", config, weights)
     flip(tmp_path / "a.safetensors", value)
@@ -195,10 +254,10 @@ def test_all_that_a_file_says_is_checked_before_anything_is_built(
 
 
 def test_a_later_format_is_named(config, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparse_seg.checkpoint.file.WITHOUT_GRAPHS", 4)
+    monkeypatch.setattr("sparse_seg.checkpoint.file.FORMAT_VERSION", 5)
     save_checkpoint(tmp_path / "a.safetensors", config, weights)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"of a later sparse_seg \(format 4\); update the package"):
+    with pytest.raises(CheckpointError, match=r"of a later sparse_seg \(format 5\); update the package"):
         load(tmp_path / "a.safetensors")
 
 
@@ -206,7 +265,7 @@ def test_a_later_format_is_named(config, weights, tmp_path, monkeypatch):
 def test_the_way_back_needs_all_its_entries(tmp_path):
     torch.save(state_of("torchvision fcn"), tmp_path / "source.pth")
     path = tmp_path / "a.safetensors"
-    for entries in ([], None, 3, [["a", "b", [1], False, None, 0]], [[1] * 6]):
+    for entries in ([], None, 3, [["a", "b", [1], None, 0]], [[1] * 5]):
         convert(tmp_path / "source.pth").write(path)
         found = load(path)
         origin = dataclasses.replace(found.origin, back=found.origin.back | {"entries": entries})
@@ -231,10 +290,10 @@ def test_the_way_back_needs_all_its_entries(tmp_path):
     ],
 )
 def test_weights_must_be_finite_numbers_of_their_kind(change, message, config, weights):
-    name = "backbone.conv1.weight"
+    name = "module.backbone.conv1.weight"
     with pytest.raises(CheckpointError, match=f"x: {name} {message}"):
         load_weights(build_model(config), weights | {name: change(weights[name])}, "x")
-    counter = "backbone.bn1.num_batches_tracked"
+    counter = "module.backbone.bn1.num_batches_tracked"
     with pytest.raises(CheckpointError, match=r"is torch\.float32, where a whole-number type is needed"):
         load_weights(build_model(config), weights | {counter: torch.zeros(())}, "x")
     load_weights(build_model(config), weights | {name: weights[name].double()}, "x")

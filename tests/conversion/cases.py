@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.values import Run
 from tests.conversion.deeplabs import Mmseg, Smp, VainF
 from tests.conversion.networks import Network, ResNet, Torchvision
 
@@ -241,3 +243,14 @@ def at_stride(name: str, stride: int) -> Any:
     network = (CASES | BACKBONES)[name].build(stride)
     network.load_state_dict(network_of(name).state_dict())
     return network.eval()
+
+
+def stages(model: SelectiveNetwork) -> list[str]:
+    """The values that the four stages give."""
+    return [node.name for node in model.graph.nodes if "natural" in node.options]
+
+
+def features(model: SelectiveNetwork, images: Tensor, stride: int) -> list[Tensor]:
+    """Of the four stages, dense."""
+    values = Run(model.geometry, model.tensors, images).dense(stride, model.geometry.nodes)
+    return [values[name].tensor for name in stages(model)]

@@ -10,9 +10,11 @@ from sparse_seg import load_model
 from sparse_seg.checkpoint import load_backbone
 from sparse_seg.conversion import convert, find_source, to_dense, write_dense
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.sparse import rows_to_grid
-from tests.conversion.cases import BACKBONES, CASES, at_stride, network_of, state_of
-from tests.reference import block_mask, grid_logits, relative_error
+from sparse_seg.run.values import Run
+from sparse_seg.run.way import Way
+from sparse_seg.sites import Grid, Mixed, Sites
+from tests.conversion.cases import BACKBONES, CASES, at_stride, features, network_of, stages, state_of
+from tests.reference import block_mask, relative_error
 
 SIZES = [(64, 96), (67, 93), (33, 48)]
 TOLERANCE = 1e-5
@@ -66,18 +68,27 @@ def test_logits_before_upsampling_at_the_other_stride(name, size, folder):
     model, images, stride = converted(name, folder), images_of(size), 24 - CASES[name].stride
     network = at_stride(name, stride)
     expected = network.grid_logits(network.backbone_of()(images))
-    layouts = model.dense_layouts(images, stride)
-    found = grid_logits(model, images, layouts)
+    found = model.start(images).follow(Way.dense(stride)).grid_logits()
     if "deeplabv3plus" in name:  # its head upsamples inside, where the trained offset counts as well
         assert found.shape == expected.shape
-        assert relative_error(features(model, images, stride), network.backbone_of()(images)[3]) < TOLERANCE
+        assert (
+            relative_error(features(model, images, stride)[3], network.backbone_of()(images)[3]) < TOLERANCE
+        )
     else:
         assert relative_error(found, expected) < TOLERANCE
 
 
-def features(model: SelectiveNetwork, images: Tensor, stride: int) -> Tensor:
-    layouts = model.dense_layouts(images, stride)
-    return rows_to_grid(model.backbone(images, layouts)[3], images.shape[0], layouts[3].size)
+def lattice(model: SelectiveNetwork, images: Tensor, blocks: Tensor) -> Tensor:
+    """The coarse sites of the last stage under a mask."""
+    geometry, size = model.geometry, (int(images.shape[2]), int(images.shape[3]))
+    plans = model.plans(len(images), size, images.device)
+    sites = Sites.of_mask(blocks.long(), plans, model.exchange, geometry.near(size))
+    last = stages(model)[3]
+    geometry.kept_rows = geometry.kept_rows | {last}  # a head of 1x1 convolutions needs it no longer
+    value = Run(geometry, model.tensors, images).mixed(sites)[last]
+    assert isinstance(value, Mixed)
+    assert isinstance(value.lattice, Grid)
+    return value.lattice.tensor
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -88,7 +99,7 @@ def test_smps_features_at_the_other_stride(name, size, folder):
     those of the same weights at 16."""
     model, images = converted(name, folder), images_of(size)
     expected = network_of(name).encoder(images)[3][:, :, ::2, ::2]
-    assert relative_error(features(model, images, 16), expected) < TOLERANCE
+    assert relative_error(features(model, images, 16)[3], expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -96,14 +107,13 @@ def test_smps_features_at_the_other_stride(name, size, folder):
 def test_p1(name, folder):
     """Coarse sites are those of the dense network of output stride 16, or the network is known not to."""
     model, images = converted(name, folder), images_of((67, 93))
-    layouts = model.selective_layouts(images, block_mask("random", (2, 5, 6)))
-    rows = model.backbone(images, layouts)[3][: layouts[3].num_lattice]
-    lattice = rows_to_grid(rows, 2, layouts[3].lattice_size)
+    found = lattice(model, images, block_mask("random", (2, 5, 6)))
     errors = [
-        relative_error(lattice, features(model, images, 16)),
-        relative_error(lattice, features(model, images, 8)[:, :, ::2, ::2]),
+        relative_error(found, features(model, images, 16)[3]),
+        relative_error(found, features(model, images, 8)[3][:, :, ::2, ::2]),
     ]
     assert max(errors) < TOLERANCE if CASES[name].p1 else min(errors) > 1e-3
+    assert model.geometry.refines == CASES[name].p1
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -113,17 +123,14 @@ def test_features_of_classifiers(name, size, folder):
     """Every stage at output stride 32; finer, sampled at multiples of 32 px, they are the same (P1)."""
     model, images = converted(name, folder), images_of(size)
     expected = network_of(name)(images)
-    layouts = model.dense_layouts(images, 32)
-    for rows, layout, grid in zip(model.backbone(images, layouts), layouts, expected, strict=True):
-        assert relative_error(rows_to_grid(rows, 2, layout.size), grid) < TOLERANCE
+    for found, grid in zip(features(model, images, 32), expected, strict=True):
+        assert relative_error(found, grid) < TOLERANCE
     for stride in (8, 16):
         step = 32 // stride
-        sampled = features(model, images, stride)[:, :, ::step, ::step]
+        sampled = features(model, images, stride)[3][:, :, ::step, ::step]
         assert relative_error(sampled, expected[3]) < TOLERANCE
-    layouts = model.selective_layouts(images, block_mask("random", (2, -(-size[0] // 16), -(-size[1] // 16))))
-    rows = model.backbone(images, layouts)[3][: layouts[3].num_lattice]
-    sampled = rows_to_grid(rows, 2, layouts[3].lattice_size)[:, :, ::2, ::2]
-    assert relative_error(sampled, expected[3]) < TOLERANCE
+    found = lattice(model, images, block_mask("random", (2, -(-size[0] // 16), -(-size[1] // 16))))
+    assert relative_error(found[:, :, ::2, ::2], expected[3]) < TOLERANCE
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -12,8 +12,7 @@ from sparse_seg import load_model
 from sparse_seg.checkpoint import load_backbone
 from sparse_seg.conversion import convert, to_dense
 from sparse_seg.errors import CheckpointError
-from sparse_seg.sparse import rows_to_grid
-from tests.conversion.cases import randomise
+from tests.conversion.cases import features, randomise
 from tests.conversion.packages import mmseg, mmseg_logits, smp, timm, torchvision, torchvision_classifier
 from tests.peers import package
 from tests.reference import block_mask, relative_error
@@ -59,10 +58,8 @@ def check_features(path, stages, sizes, stride):
     for size in sizes:
         images = images_of(size)
         with torch.no_grad():
-            layouts = model.dense_layouts(images, stride)
-            rows = model.backbone(images, layouts)
-            for ours, layout, theirs in zip(rows, layouts, stages(images), strict=True):
-                assert relative_error(rows_to_grid(ours, 1, layout.size), theirs) < TOLERANCE
+            for ours, theirs in zip(features(model, images, stride), stages(images), strict=True):
+                assert relative_error(ours, theirs) < TOLERANCE
 
 
 @pytest.mark.slow
@@ -112,8 +109,7 @@ def test_timms_dilated_average_pooling_is_another_function(tmp_path):
     images = images_of((64, 96))
     with torch.no_grad():
         theirs, wide = dilated.double().eval()(images)[0], network.double().forward_features(images)
-        layouts = model.dense_layouts(images, 8)
-        ours = rows_to_grid(model.backbone(images, layouts)[3], 1, layouts[3].size)
+        ours = features(model, images, 8)[3]
     assert relative_error(ours[:, :, ::4, ::4], wide) < TOLERANCE
     assert relative_error(theirs[:, :, ::4, ::4], wide) > 1e-2
 

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from sparse_seg import selective
 from sparse_seg.checkpoint import digest_of, load_model, save_model
-from sparse_seg.config import Config, config_from_dict
+from sparse_seg.checkpoint.captured import own_captured
+from sparse_seg.config import Config, config_from_dict, model_config
 from sparse_seg.conversion import convert, to_dense
 from sparse_seg.errors import SparseSegError
-from sparse_seg.run.build import build_model
 from sparse_seg.processes import Processes
+from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import load_state, save_checkpoint, save_state
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.step import Step
@@ -222,7 +223,7 @@ def write(kind: str) -> Path:
     elif kind == "captured":
         save_model(selective(captured.trained(), size=(64, 64)), path)
     elif kind == "new .safetensors, trained":
-        save_checkpoint(path, config(), trained())
+        save_checkpoint(path, config(), trained(), own_captured(model_config(config())))
     else:
         torch.save(source(), folder() / "source.pth")
         conversion = convert(folder() / "source.pth")
