@@ -145,7 +145,9 @@ class Segmentor(Predicting, nn.Module):
 
     def check_way(self, way: Way) -> None:
         """Raises a SparseSegError, of one line, where the network cannot run a way."""
-        rule = way.exchange or self.exchange
+        rule, stride = way.exchange or self.exchange, way.output_stride
+        if stride is not None and self.settings.module is None and stride not in (4, 8, 16, 32):
+            raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {stride}")
         if rule not in EXCHANGES:
             raise ValueError(f"unknown exchange {rule!r}; choose one of {', '.join(EXCHANGES)}")
         if (way.merge or self.merge) == "patch":

@@ -48,7 +48,24 @@ class Definitions:
         )
 
     def keeps_phases(self, name: str) -> bool:
-        return self.spacing(name) > self.strides[0] and not self.resized(name)
+        return self.spacing(name) > self.strides[0] and not self.resized(name) and not self.closes(name)
+
+    @once
+    def farthest(self, name: str) -> int:
+        """The largest of `spacing` of windows on rows above, at most the coarsest stride."""
+        inputs = [one for one in self.layers[name].inputs if self.layers[one].stride]
+        own = [
+            self.spacing(one)
+            for one in inputs
+            if self.spacing(one) > self.strides[0] and not self.resized(one)
+        ]
+        return min(max([0, *own, *map(self.farthest, inputs)]), self.strides[-1])
+
+    @once
+    def closes(self, name: str) -> bool:
+        """Whether a window of neighbouring cells, as drawn, comes behind all that keep coarser phases."""
+        near = self.strides[0] < self.spacing(name) <= min(self.own, self.farthest(name) - 1)
+        return near and not self.resized(name) and not self.below(name)
 
     @once
     def above(self, name: str) -> bool:
@@ -69,7 +86,7 @@ class Definitions:
     def late(self, name: str) -> bool:
         if not self.layers[name].stride:
             return False
-        ends = self.resized(name) or (self.mixes(name) and not self.below(name))
+        ends = self.resized(name) or self.closes(name) or (self.mixes(name) and not self.below(name))
         return ends or any(self.late(one) for one in self.layers[name].inputs)
 
     @once

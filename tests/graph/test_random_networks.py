@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from sparse_seg.config import ModelConfig
 from sparse_seg.graph import capture
-from sparse_seg.run.way import Way
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.selective import build_network, check_graph
+from sparse_seg.run.way import Way
 from sparse_seg.sites import Mixed
 from tests.graph.drawn import FAMILIES, draw_network
 from tests.graph.layers import Drawn
