@@ -148,11 +148,11 @@ def test_a_backbone_or_head(part: str, name: str) -> None:
     for stride in (4, 8, 16, 32):
         plain = build_module(model.settings, stride).double().eval()
         plain.load_state_dict(model.module.state_dict())
-        with FlopCounterMode(plain, display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             expected = plain(images)
         run = model.start(images).follow(Way.dense(stride))
         assert relative_error(run.logits(), expected) < 1e-12
-        flops = counter.get_flop_counts()["Segmenter"][torch.ops.aten.convolution]
+        flops = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
         assert 2 * sum(run.macs().values()) == flops
     run = model.start(images).start_coarse()
     run.grid_logits()
@@ -219,7 +219,7 @@ def test_options_of_parts_from_outside() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"backbone_options": {"pool": 4}}, "model.backbone_options.pool: model.shortcut sets it; set that"),
+        ({"backbone_options": {"stem": "deep"}}, "model.backbone_options.stem: model.stem sets it; set that"),
         (
             {"mask": {"options": {"fine_fraction": 0.3}}},
             "model.mask.options.fine_fraction: model.mask.fine_f",
