@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from sparse_seg import build_model
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.sparse import SelectiveConv2d, SiteLayout, rows_to_grid
+from sparse_seg.run.passes import Pass
+from sparse_seg.sites import Grid, Mixed
+
+if TYPE_CHECKING:
+    from tests.slow_reference import SlowSites
 
 DEPTHS = {
     "resnet18": (2, 2, 2, 2),
@@ -130,7 +134,8 @@ class DenseDeepLabV3(nn.Module):
                 _conv(inside, channels, kernel, 1, rate), nn.BatchNorm2d(channels), nn.ReLU()
             )
 
-        self.convs = nn.ModuleList([branch(1, 1), *(branch(3, rate) for rate in rates), branch(1, 1)])
+        pooled = nn.Sequential(nn.Identity(), *branch(1, 1))  # a mean in the place of the first
+        self.convs = nn.ModuleList([branch(1, 1), *(branch(3, rate) for rate in rates), pooled])
         width = len(self.convs) * channels
         self.project = nn.Sequential(_conv(width, channels, 1), nn.BatchNorm2d(channels), nn.ReLU())
         last = _conv(channels, channels, 3, 1, dilation)
@@ -173,39 +178,16 @@ class DenseSegmentor(nn.Module):
         return F.interpolate(self.grid_logits(images), size, mode="bilinear", align_corners=False)
 
 
-def reference_name(name: str) -> str:
-    """Our parameter's name in the reference."""
-    for ours, theirs in (
-        ("head.aspp.point.", "head.convs.0."),
-        ("head.aspp.pool.", "head.convs.4."),
-        ("head.aspp.project.", "head.project."),
-    ):
-        name = name.replace(ours, theirs)
-    for ours, part in (("head.aspp.atrous.", "0"), ("head.aspp.atrous_bn.", "1")):
-        if name.startswith(ours):
-            index, rest = name.removeprefix(ours).split(".", 1)
-            name = f"head.convs.{int(index) + 1}.{part}.{rest}"
-    return name
-
-
-def as_reference(model: SelectiveNetwork, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Values by our parameter names (weights or their gradients) as the reference names and shapes them."""
-    krsc = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, SelectiveConv2d)}
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    result = {}
-    for name, value in values.items():
-        if name in krsc:
-            value = value.permute(0, 3, 1, 2)
-        elif name in linear:
-            value = value[:, :, None, None]
-        result[reference_name(name)] = value
-    assert len(result) == len(values), "two parameters share a name"
-    return result
+def as_reference(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values by our names (weights, statistics, gradients) by the reference's."""
+    names = {name: name.removeprefix("module.").replace("head.aspp.", "head.") for name in values}
+    assert len(set(names.values())) == len(names), "two of them share a name"
+    return {names[name]: value for name, value in values.items()}
 
 
 def copy_weights(model: SelectiveNetwork, reference: DenseSegmentor) -> None:
     """Weights and statistics of our model into the reference: no key missing, none left over."""
-    converted = as_reference(model, model.state_dict())
+    converted = as_reference(model.state_dict())
     expected = reference.state_dict()
     assert converted.keys() == expected.keys(), converted.keys() ^ expected.keys()
     wrong = [name for name, value in converted.items() if value.shape != expected[name].shape]
@@ -227,8 +209,8 @@ def randomise(model: SelectiveNetwork, seed: int = 0) -> None:
             norm.weight.copy_(uniform(norm.weight, 0.5, 1.5))
             norm.bias.copy_(uniform(norm.bias, -0.5, 0.5))
         norm.momentum = 1.0
-    model.train()
-    model.dense(torch.randn(4, 3, 64, 96, generator=generator).to(next(model.parameters())))
+    # the module itself: a graph keeps the momentum that it was captured with
+    model.module.train()(torch.randn(4, 3, 64, 96, generator=generator).to(next(model.parameters())))
     for norm in norms:
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -298,7 +280,7 @@ def dense_reference(
 ) -> DenseSegmentor:
     """The `nn.Conv2d` network of the same weights at an output stride."""
     rates = [rate * 8 // output_stride for rate in (4, 8, 12)]
-    dilation = max(1, model.trained_stride // output_stride)
+    dilation = max(1, 8 // output_stride)
     reference = DenseSegmentor(backbone, width, output_stride, head, 16, rates, dilation)
     reference.to(next(model.parameters()))
     copy_weights(model, reference)
@@ -342,7 +324,28 @@ def block_mask(kind: str, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
 MASKS = ("empty", "full", "random", "checkerboard", "one", "corner")
 
 
-def grid_logits(model: SelectiveNetwork, images: Tensor, layouts: Sequence[SiteLayout]) -> Tensor:
-    """The head's logits on given layouts, by the modules alone."""
-    rows, first = model.backbone(images, layouts), layouts[0]
-    return model.head(rows[-1], layouts[-1], rows_to_grid(rows[0], first.batch, first.size))
+@torch.no_grad()
+def stage_values(run: Pass) -> list[Grid | Mixed]:
+    """What the backbone's stages give in a pass that `take` or `follow` has set up, finest first."""
+    geometry, names = run.model.geometry, [n.name for n in run.model.graph.nodes if "natural" in n.options]
+    if run._stride is not None:
+        values = run._run.dense(run._stride, names)
+    else:
+        assert run._values is not None
+        kept = geometry.kept_rows
+        geometry.__dict__["kept_rows"] = kept | set(names)  # a cached property: so that the run keeps them
+        early = {name for name in names if geometry.kind[name] == "early"}
+        try:
+            values = run._run.mixed(next(v.sites for v in run._values.values() if isinstance(v, Mixed)))
+        finally:
+            geometry.__dict__["kept_rows"] = kept
+        values |= run._run.dense(geometry.strides[0], early)
+    return [values[name] for name in names]
+
+
+def at_sites(value: Mixed, sites: SlowSites) -> Tensor:
+    """Rows `[N, C]` of a value at a reference's sites; elsewhere its grid, completed by `none`, is zero."""
+    grid = value.densify("none").tensor
+    rows = sites.read(grid)
+    assert sites.rebuild(rows, "none").equal(grid), "a value where there is no site"
+    return rows

@@ -144,9 +144,10 @@ class SlowSelective:
     strides: tuple[int, ...] = (8, 16)
     refine: bool = False
     kept: list[dict[tuple[int, int, int], Tensor]] = field(default_factory=list)
+    stage_sites: list[SlowSites] = field(default_factory=list)
 
     def features(self, images: Tensor, levels: Tensor) -> list[Tensor]:
-        """Rows of the stages whose stride the mask decides."""
+        """Rows of the stages whose stride the mask decides, at `stage_sites`."""
         backbone, stages = self.network.backbone, ["layer1", "layer2", "layer3", "layer4"]
         self.layer, self.fresh = 0, not (self.refine and self.kept)
         levels = levels.long() * (len(self.strides) - 1 if levels.dtype == torch.bool else 1)
@@ -155,7 +156,7 @@ class SlowSelective:
             x, stages = getattr(backbone, stages[0])(x), stages[1:]
         size = (x.shape[2], x.shape[3])
         src = SlowSites(len(x), size)
-        rows, outputs = src.read(x), []
+        rows, outputs, self.stage_sites = src.read(x), [], []
         for stage in stages:
             stride = min(STAGE_STRIDES[int(stage[-1]) - 1], self.strides[-1])
             self.sites = SlowSites(len(x), size, self._splits(levels, stride, size))
@@ -163,6 +164,7 @@ class SlowSelective:
                 assert isinstance(block, (DenseBasicBlock, DenseBottleneck))
                 rows, src = self._block(block, rows, src), self.sites
             outputs.append(rows)
+            self.stage_sites.append(self.sites)
         return outputs
 
     def _splits(self, levels: Tensor, lattice: int, size: tuple[int, int]) -> list[Tensor]:

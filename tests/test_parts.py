@@ -3,75 +3,81 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_seg import build_model, load_model
 from sparse_seg.cli import main
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import MaskPolicy, Run
-from sparse_seg.models.blocks import Residual
-from sparse_seg.models.heads import Head, HeadOptions
-from sparse_seg.models.plain import plain_network
-from sparse_seg.models.resnet import Architecture
+from sparse_seg.networks.segmenter import build_module
+from sparse_seg.registry import BACKBONES, HEADS, POLICIES
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
-from sparse_seg.registry import BACKBONES, HEADS, POLICIES
-from sparse_seg.sparse import SelectiveDepthwiseConv2d, SelectiveLinear, Step
-from tests.counting import count_modules
-from tests.reference import randomise, relative_error
+from sparse_seg.sites import Mixed
+from tests.reference import randomise, relative_error, stage_values
 
 
-class Inverted(Residual):
-    """MobileNetV2's block without squeeze, with a shortcut everywhere: 1x1, depthwise 3x3, 1x1."""
+class Inverted(nn.Module):
+    """MobileNetV2's block: 1x1, depthwise 3x3, 1x1, and a shortcut where it keeps its shape."""
 
-    def __init__(
-        self,
-        channels: int,
-        width: int,
-        entry: int,
-        spacing: int | None,
-        exchange: str,
-        engine: str,
-        projects: bool,
-        pool: int | None = None,
-        grow: int = 2,
-    ) -> None:
-        inner = grow * channels
-        convs = [
-            SelectiveLinear(channels, inner),
-            SelectiveDepthwiseConv2d(inner, entry, exchange),
-            SelectiveLinear(inner, width),
-        ]
-        super().__init__(convs, channels, projects, pool, exchange)
-
-
-class TwoStepHead(Head):
-    """Two 1x1 on rows, one on the grid."""
-
-    NECK = ("neck_layers",)
-
-    def __init__(self, options: HeadOptions, inner: int = 12) -> None:
+    def __init__(self, channels: int, out: int, stride: int, dilation: int, grow: int) -> None:
         super().__init__()
-        self.neck_layers = nn.Sequential(
-            SelectiveLinear(options.in_channels, inner),
-            nn.BatchNorm1d(inner),
-            nn.ReLU(),
-            SelectiveLinear(inner, inner),
-            nn.BatchNorm1d(inner),
+        inner = grow * channels
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU6(),
+            nn.Conv2d(inner, inner, 3, stride, dilation, dilation, groups=inner, bias=False),
+            nn.BatchNorm2d(inner), nn.ReLU6(), nn.Conv2d(inner, out, 1, bias=False), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        self.adds = stride == 1 and channels == out
+
+    def forward(self, grid: Tensor) -> Tensor:
+        return grid + self.layers(grid) if self.adds else self.layers(grid)
+
+
+class MobileToy(nn.Module):
+    """A backbone: from the stage on that would pass `output_stride`, it dilates in place of striding."""
+
+    stages: ClassVar[dict[str, int]] = {"stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}
+
+    def __init__(self, output_stride: int = 32, grow: int = 2) -> None:
+        super().__init__()
+        self.channels = [8, 12, 16, 24]
+        self.stem = nn.Conv2d(3, 8, 3, 4, 1)
+        channels, before = 8, 4
+        for (name, natural), out in zip(self.stages.items(), self.channels, strict=True):
+            stride = min(natural, output_stride)
+            entry = Inverted(channels, out, stride // before, max(1, natural // 2 // before), grow)
+            self.add_module(name, nn.Sequential(entry, Inverted(out, out, 1, natural // stride, grow)))
+            channels, before = out, stride
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        grid, features = self.stem(images), []
+        for name in self.stages:
+            grid = self.get_submodule(name)(grid)
+            features.append(grid)
+        return features
+
+
+class TwoStepHead(nn.Module):
+    """Two 1x1 and a classifier."""
+
+    def __init__(self, channels: Sequence[int], num_classes: int, inner: int = 12) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels[-1], inner, 1), nn.BatchNorm2d(inner), nn.ReLU(), nn.Conv2d(inner, inner, 1)
         )
-        self.classifier = nn.Conv2d(inner, options.num_classes, 1)
+        self.classifier = nn.Conv2d(inner, num_classes, 1)
 
-    def neck(self, rows: Tensor, step: Step) -> Tensor:
-        return step.complete(self.neck_layers(rows), step, self)
-
-    def decode(self, grid: Tensor, stride: int, low_level: Tensor | None = None) -> Tensor:
-        return self.classifier(grid)
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.classifier(self.layers(features[-1]))
 
 
 class Surprise(MaskPolicy):
@@ -90,7 +96,7 @@ class Surprise(MaskPolicy):
         return (1 - logits.softmax(1).amax(1)) * strength.pow(self.power)
 
 
-BACKBONES.register("toy", Architecture(Inverted, (1, 1, 2, 1), (16, 24, 32, 48)))
+BACKBONES.register("toy", MobileToy)
 HEADS.register("toy", TwoStepHead)
 POLICIES.register("toy", Surprise)
 OPTIONS = {"backbone": {"backbone_options": {"grow": 3}}, "head": {"head_options": {"inner": 10}}}
@@ -126,23 +132,33 @@ PARTS = [("backbone", name) for name in BACKBONES] + [("head", name) for name in
 def test_a_backbone_or_head(part: str, name: str) -> None:
     """P1 and P2, its fused and plain forms, refinement, and its own count against its layers'."""
     model, images = network(part, name), images_of()
-    mask, none = mask_of(images, 0.3), torch.zeros(2, 5, 7, dtype=torch.bool)
+    mask = mask_of(images, 0.3)
     logits = model(images, mask)
-    assert relative_error(model(images, ~none), model.dense(images, 8)) < 1e-12, "P2"
-    layout = model.start(images).take(mask).layouts[-1]
-    rows = [model.start(images).take(blocks).stage_rows()[-1] for blocks in (mask, none)]
-    assert relative_error(rows[0][: layout.num_lattice], rows[1]) < 1e-12, "P1"
+    assert relative_error(model(images, torch.ones_like(mask)), model.dense(images, 8)) < 1e-12, "P2"
+    lattices = []
+    for value in (
+        stage_values(model.start(images).take(mask))[-1],
+        stage_values(model.start(images).follow(Way.dense(16)))[-1],
+    ):
+        lattices.append(value.lattice.tensor if isinstance(value, Mixed) else value.tensor)
+    assert relative_error(*lattices) < 1e-12, "P1"
     fast = model.for_inference()
     assert relative_error(fast(images, mask), logits) < 1e-12
-    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fast.modules())
-    for stride in (8, 16):
-        assert relative_error(plain_network(model, stride)(images), model.dense(images, stride)) < 1e-12
+    assert not any(node.op == "batch_norm" for node in fast.graph.nodes)
+    for stride in (4, 8, 16, 32):
+        plain = build_module(model.settings, stride).double().eval()
+        plain.load_state_dict(model.module.state_dict())
+        with FlopCounterMode(display=False) as counter:
+            expected = plain(images)
+        run = model.start(images).follow(Way.dense(stride))
+        assert relative_error(run.logits(), expected) < 1e-12
+        flops = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+        assert 2 * sum(run.macs().values()) == flops
     run = model.start(images).start_coarse()
     run.grid_logits()
     assert relative_error(run.take(mask).logits(), logits) < 1e-12, "P4"
-    counted = count_modules(model, lambda: model(images, mask))["all"]
-    assert sum(model.start(images).take(mask).macs().values()) == counted
-    assert sum(fast.start(images).take(mask).macs().values()) == counted
+    macs = model.start(images).take(mask).macs()
+    assert fast.start(images).take(mask).macs() == macs
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
@@ -174,15 +190,12 @@ def test_gradients_in_eval_mode(name: str, merge: str) -> None:
     fraction = 1.0 if name == "uniform" else 0.25
     model = network(mask={"policy": name, "fine_fraction": fraction}, merge=merge)
     images = images_of((64, 64))
-    inputs, labels = [images.requires_grad_(), *model.backbone.parameters()], (images[:, 0] > 0).long()
+    inputs, labels = [images.requires_grad_(), *model.module.backbone.parameters()], (images[:, 0] > 0).long()
     run = model.start(images, labels).follow()
     assert run.mask is not None
     own = torch.autograd.grad(run.logits().square().sum(), inputs)
     given = torch.autograd.grad(model(images, run.mask).square().sum(), inputs)
     assert all(relative_error(a, b) < 1e-9 for a, b in zip(own, given, strict=True))
-    if merge == "whole":
-        counted = count_modules(model, lambda: model.start(images, labels).follow().logits())["all"]
-        assert sum(run.macs().values()) == counted
     if model.policy.ranks_refinement:
         for fast in (model.requires_grad_(False), model.for_inference()):
             assert fast.start(images.detach()).follow().memory is not None
@@ -190,9 +203,9 @@ def test_gradients_in_eval_mode(name: str, merge: str) -> None:
 
 def test_options_of_parts_from_outside() -> None:
     shapes = {name: list(value.shape) for name, value in network("head", "toy").state_dict().items()}
-    assert shapes["head.classifier.weight"] == [5, 10, 1, 1]
+    assert shapes["module.head.classifier.weight"] == [5, 10, 1, 1]
     shapes = {name: list(value.shape) for name, value in network("backbone", "toy").state_dict().items()}
-    assert shapes["backbone.layer1.0.conv1.weight"] == [48, 16]
+    assert shapes["module.backbone.stage1.0.layers.0.weight"] == [24, 8, 1, 1]
     assert build_model({"mask": {"policy": "toy", "options": {"power": 2.0}}}).policy.power == 2.0
     for config, message in (
         ({"head": "toy", "head_options": {"iner": 3}}, r"model.head_options.iner.*did you mean 'inner'"),
@@ -206,7 +219,7 @@ def test_options_of_parts_from_outside() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"backbone_options": {"pool": 4}}, "model.backbone_options.pool: model.shortcut sets it; set that"),
+        ({"backbone_options": {"stem": "deep"}}, "model.backbone_options.stem: model.stem sets it; set that"),
         (
             {"mask": {"options": {"fine_fraction": 0.3}}},
             "model.mask.options.fine_fraction: model.mask.fine_f",

@@ -75,6 +75,7 @@ class Pass:
         """
         self._way = way = way or Way()
         if way.output_stride is not None:
+            self.model.check_way(way)
             self.mask, self._stride, self._values, self._patched = None, way.output_stride, None, None
             return self
         policy = policy or self.model.policy_for(way)

@@ -152,6 +152,9 @@ class Segmentor(Predicting, nn.Module):
         """Raises a SparseSegError, of one line, where the network cannot run a way; a ValueError where it has
         a rule or engine that is none."""
         rule, engine = way.exchange or self.exchange, way.engine or self.engine
+        stride = way.output_stride
+        if stride is not None and self.settings.module is None and stride not in (4, 8, 16, 32):
+            raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {stride}")
         if rule not in EXCHANGES:
             raise ValueError(f"unknown exchange {rule!r}; choose one of {', '.join(EXCHANGES)}")
         if engine not in ENGINES:

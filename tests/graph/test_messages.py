@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg import selective
-from sparse_seg.config import MaskConfig
 from sparse_seg.errors import SparseSegError
 from sparse_seg.run.selective import GraphDiffers, build_network, check_graph
 from tests.graph.toys import Toy
@@ -125,7 +124,7 @@ def test_a_graph_that_differs_names_the_first_layer():
         if node.layer == "b":
             node.options["dilation"], node.options["padding"] = [4, 4], [4, 4]
     with pytest.raises(GraphDiffers, match=r"of the logits, first in conv2d in b"):
-        check_graph(build_network(wrong, module, {}, (8, 16), MaskConfig()), module, SIZE)
+        check_graph(build_network(wrong, module, {}, network.settings), module, SIZE)
 
 
 def test_what_it_tells():

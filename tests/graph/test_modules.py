@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg import selective
-from sparse_seg.run.way import Way
 from sparse_seg.run.selective import GraphDiffers
+from sparse_seg.run.way import Way
 from tests.graph.toys import Gated, Toy
 from tests.reference import relative_error
 

@@ -119,14 +119,14 @@ def test_network(name: str):
     logits, expected = run.grid_logits(), logits_of(module(images))
     if logits.shape != expected.shape:
         grid = run._grid()
-        step, trained = SIZE[0] // expected.shape[2], network.geometry.trained
+        step, trained = SIZE[0] // expected.shape[2], network.geometry.trained(network.graph.output)
         size = (int(expected.shape[2]), int(expected.shape[3]))
         align = network.graph.align_corners
         logits = upsample_logits(logits, size, grid.stride // step, trained // step, align)
     assert relative_error(logits, expected) < 1e-10
     blocks = torch.rand(2, -(-SIZE[0] // coarse), -(-SIZE[1] // coarse)) < 0.5
     every = torch.ones_like(blocks)
-    assert network.has_undilated == mixes
+    assert network.geometry.refines != mixes
     # pooled vectors read the lattice: docs/method.md
     assert relative_error(network(images, every), network.dense(images, fine)) < (1e-10 if mixes else 0.1)
     if mixes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparse_seg.config import MaskConfig
+from sparse_seg.config import ModelConfig
 from sparse_seg.errors import SparseSegError
 from sparse_seg.graph import capture
-from sparse_seg.run.way import Way
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.selective import build_network, check_graph
+from sparse_seg.run.way import Way
 from sparse_seg.sites import EXCHANGES, Mixed
 from tests.graph.drawn import FAMILIES, draw_network
 from tests.graph.layers import Drawn
@@ -29,13 +29,17 @@ SIZES = ((64, 96), (70, 53), (49, 64))
 few = settings(max_examples=3, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 
 
+def drawn_settings(strides: Sequence[int]) -> ModelConfig:
+    return ModelConfig(module="drawn", strides=list(strides))
+
+
 def networks(module: Drawn) -> Iterator[SelectiveNetwork]:
     """At two choices of strides."""
     graph, constants = capture(module, (64, 64))
     own = max(layer.stride for layer in module.layers)
     pairs, three = ((own // 2, own), (own, 2 * own)), (own // 2, own, 2 * own)
     for strides in (pairs[int(torch.randint(2, ()))], three):
-        yield build_network(graph, module, constants, strides, MaskConfig()).eval()
+        yield build_network(graph, module, constants, drawn_settings(strides)).eval()
 
 
 def draw_images(draw: st.DataObject) -> Tensor:
@@ -190,8 +194,8 @@ def test_mixing(data: st.DataObject):
     images = draw_images(data)
     graph, constants = capture(module, (64, 64))
     own = max(layer.stride for layer in module.layers)
-    network = build_network(graph, module, constants, (own, 2 * own), MaskConfig()).eval()
-    assert network.has_undilated
+    network = build_network(graph, module, constants, drawn_settings((own, 2 * own))).eval()
+    assert not network.geometry.refines
     with torch.no_grad():
         check_dense(network, module, images)
         check_mixed(network, module, images)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg import selective
-from sparse_seg.config import MaskConfig
 from sparse_seg.graph import rewrite
 from sparse_seg.run.segmentor import Tensors
 from sparse_seg.run.selective import build_network
@@ -62,7 +61,7 @@ def test_rule(rules: list[str], gone: dict[str, int], come: dict[str, int]):
         assert after[op] - before[op] == count, op
     used = {name for node in graph.nodes for name in node.tensors.values()}
     module = Tensors({name: state.tensors[name].detach().clone() for name in used})
-    rewritten = build_network(graph, module, {}, network.strides, MaskConfig()).eval()
+    rewritten = build_network(graph, module, {}, network.settings).eval()
     images, blocks = torch.randn(2, 3, 70, 53).double(), torch.rand(2, 5, 4) < 0.5
     assert relative_error(rewritten(images, blocks), network(images, blocks)) < 1e-12
 

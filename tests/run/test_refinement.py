@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_seg import build_model
 from sparse_seg.masks import ConfidencePolicy, top_blocks
-from sparse_seg.models import refinement
-from sparse_seg.run.passes import Pass
 from sparse_seg.ops.upsample import upsample_logits
-from sparse_seg.sparse import Memory, SiteLayout, Step
-from tests.counting import count_modules
-from tests.models.test_levels import block_levels, random_images
+from sparse_seg.run import refinement
+from sparse_seg.run.passes import Pass
+from sparse_seg.run.way import Way
 from tests.reference import block_mask, dense_reference, random_model, randomise, relative_error
+from tests.run.test_levels import block_levels, random_images
 from tests.slow_reference import SlowSelective
 
 STRIDES = [(8, 16), (8, 16, 32), (4, 8, 16)]
@@ -68,8 +68,7 @@ def test_several_steps(backbone: str, head: str, strides: tuple[int, ...], excha
         run.take(levels)
         results.append(run.grid_logits())
         assert relative_error(run.grid_logits(), slow.grid_logits(images, levels)) < 1e-11
-    layouts = model.selective_layouts(images, levels)
-    at_once = model.head(model.backbone(images, layouts)[3], layouts[3])
+    at_once = model.start(images).take(levels).grid_logits()
     assert relative_error(results[1], at_once) > 1e-4, "else keeping values would go untested"
 
 
@@ -129,33 +128,24 @@ def test_multiply_adds(strides: tuple[int, ...]) -> None:
     steps = [block_levels(kind, images, strides[-1]) for kind in ("coarse", "one", "random")]
     steps = [levels.clamp_max(len(strides) - 1) for levels in itertools.accumulate(steps, torch.maximum)]
 
-    def part(name: str) -> str:
-        return "grid" if name.startswith(("head.refine", "head.classifier")) else "rows"
-
-    def both(counts: dict[str, int]) -> dict[str, int]:
-        return {"grid": counts["head"], "rows": sum(counts.values()) - counts["head"]}
+    def split(counts: dict[str, int]) -> dict[str, int]:
+        return {"grid": counts["late"], "rows": counts["early"] + counts["rows"]}
 
     def counts(levels: list[Tensor]) -> dict[str, int]:
-        run = model.start(images).start_coarse()
-
-        def take() -> None:
+        with FlopCounterMode(display=False) as counter:
             run = model.start(images).start_coarse()
             for step in levels:
                 run.take(step).grid_logits()
-
-        for step in levels:
-            run.take(step).grid_logits()
-        found = both(run.macs())
-        assert found == count_modules(model, take, part), "what the pass says is what its layers do"
+        found = split(run.macs())
+        assert 2 * sum(found.values()) == counter.get_total_flops(), "what the pass says is what it does"
         return found
 
-    once = both(model.start(images).take(steps[-1]).macs())
-    assert once == count_modules(model, lambda: model(images, steps[-1]), part)
+    once = split(model.start(images).take(steps[-1]).macs())
     pooled = 64 * 64 + 1024 // 2 * 64  # per further result: the pooled vector's own layers
     for levels in (steps[-1:], steps):
         found = counts(levels)
         assert 0 <= found["rows"] - once["rows"] <= len(levels) * pooled
-    coarse = count_modules(model, lambda: model.dense(images, strides[-1]), part)["grid"]
+    coarse = split(model.start(images).follow(Way.dense(strides[-1])).macs())["grid"]
     assert found["grid"] == coarse + 3 * once["grid"]
     assert sum(counts(steps[-1:]).values()) == pytest.approx(sum(once.values()), rel=0.01)
 
@@ -282,22 +272,13 @@ def test_unknown_options_of_the_policy() -> None:
         ConfidencePolicy(0.1, reduce="sum")
 
 
-def test_a_key_twice_in_one_step_is_an_error() -> None:
-    """Two layers that shared one memory would read each other's rows."""
-    step = Step(SiteLayout(1, (4, 4), 8), Memory())
-    rows = torch.randn(16, 3)
-    assert step.complete(rows, step, "layer") is rows
-    with pytest.raises(ValueError, match="layer asks for its rows twice in one step"):
-        step.complete(rows, step, "layer")
-
-
 def test_training_under_a_confidence_mask() -> None:
     """The mask comes from a pass in eval mode that leaves statistics and modes alone; gradients flow."""
     torch.manual_seed(0)
     model = build_model({"width": 0.125, "num_classes": 5, "mask": {"policy": "confidence"}})
     randomise(model)
     model.train()
-    model.backbone.conv1.eval()
+    model.module.backbone.conv1.eval()
     images = random_images((64, 96)).float()
     expected = copy.deepcopy(model).eval().start(images).follow().mask
     reference = copy.deepcopy(model)
@@ -307,8 +288,8 @@ def test_training_under_a_confidence_mask() -> None:
     assert chosen is not None
     assert expected is not None
     assert torch.equal(chosen, expected)
-    assert not model.backbone.conv1.training
-    assert model.head.training
+    assert not model.module.backbone.conv1.training
+    assert model.module.head.training
     logits.sum().backward()
     torch.manual_seed(1)
     reference(images, chosen).sum().backward()

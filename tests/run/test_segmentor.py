@@ -10,11 +10,8 @@ from torch import Tensor, nn
 from sparse_seg import build_model
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import Frames
-from sparse_seg.models.aspp import mean_by_area
-from sparse_seg.models.deeplab import DeepLabV3Head
-from sparse_seg.sparse import SelectiveConv2d, SiteLayout
+from sparse_seg.networks.heads import DeepLabV3Head
 from tests.reference import block_mask, random_model, relative_error
-from tests.sparse.test_layout import random_splits
 
 
 @torch.no_grad()
@@ -119,62 +116,18 @@ def test_auxiliary_head_in_training_only() -> None:
     assert model.eval().start(images).follow().auxiliary_logits() is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("levels", [0, 1, 2])
-def test_mean_by_area(levels: int) -> None:
-    splits = random_splits((9, 7), levels, seed=2)
-    layout = SiteLayout(2, (9, 7), 8, splits)
-    rows = torch.randn(layout.num_sites, 3, dtype=torch.float64, requires_grad=True)
-    mean = mean_by_area(rows, layout)
-    for b in range(2):
-        total, weight = torch.zeros(3, dtype=torch.float64), 0
-        for row, area, image in zip(rows, layout.areas.tolist(), layout.image_of_row.tolist(), strict=True):
-            if image == b:
-                total, weight = total + area * row, weight + area
-        assert relative_error(mean[b], total / weight) < 1e-12
-    assert torch.autograd.gradcheck(lambda rows: mean_by_area(rows, layout), (rows,))
-
-
-@pytest.mark.parametrize("kind", ["empty", "full"])
-def test_mean_by_area_at_the_ends(kind: str) -> None:
-    """The plain mean of the dense coarse or fine grid, at odd sizes too."""
-    layout = SiteLayout.from_fine_blocks(block_mask(kind, (2, 5, 4)), (9, 7))
-    rows = torch.randn(layout.num_sites, 3, dtype=torch.float64)
-    expected = torch.stack([rows[layout.image_of_row == b].mean(0) for b in range(2)])
-    assert relative_error(mean_by_area(rows, layout), expected) < 1e-12
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["empty", "random", "full"])
-def test_mean_by_area_of_a_large_image(kind: str, dtype: torch.dtype, autocast: bool) -> None:
-    """At 1024x2048 a sum in half precision stagnates or overflows; the mean of threes is three."""
-    layout = SiteLayout.from_fine_blocks(block_mask(kind, (1, 64, 128)), (128, 256))
-    rows = torch.full((layout.num_sites, 2), 3.0, dtype=dtype)
-    with torch.autocast("cpu", dtype, enabled=autocast):
-        mean = mean_by_area(rows, layout)
-    assert torch.allclose(mean.float(), torch.tensor(3.0), rtol=0.01)
-
-
 def test_build_from_a_plain_dict() -> None:
     model = build_model({"backbone": "resnet34", "head": "deeplabv3", "num_classes": 7, "width": 0.25})
-    assert isinstance(model.head, DeepLabV3Head)
-    assert model.head.classifier.out_channels == 7
-    assert len(model.backbone.stages[2].module) == 6
-    assert [conv.extra_repr().split(", ")[2] for conv in model.head.aspp.atrous] == [
-        "spacing=96px",
-        "spacing=192px",
-        "spacing=288px",
-    ]
-    spacings = {
-        name: {
-            conv.spacing
-            for conv in getattr(model.backbone, name).modules()
-            if isinstance(conv, SelectiveConv2d)
-        }
-        for name in ("layer1", "layer2", "layer3", "layer4")
-    }
-    assert spacings == {"layer1": {4}, "layer2": {4, 8}, "layer3": {8, 16}, "layer4": {16, 32}}
+    assert isinstance(model.module.head, DeepLabV3Head)
+    assert model.module.head.classifier.out_channels == model.num_classes == 7
+    assert len(model.module.backbone.layer3) == 6
+    spacings: dict[str, set[int]] = {}
+    for node in model.graph.nodes:
+        if node.op == "conv2d" and model.geometry.window(node) is not None:
+            part = node.layer.split(".")[1] if node.layer.startswith("backbone") else node.layer[:9]
+            spacings.setdefault(part, set()).add(model.geometry.spacing(node))
+    stages = {"conv1": {1}, "layer1": {4}, "layer2": {4, 8}, "layer3": {8, 16}, "layer4": {16, 32}}
+    assert spacings == stages | {"head.aspp": {96, 192, 288}, "head.refi": {8}}
     assert build_model({"width": 0.125})(torch.zeros(1, 3, 32, 32)).shape[1] == 19
     policy = build_model({"mask": {"policy": "random", "threshold": 0.4, "seed": 9}}).policy
     assert (policy.threshold, policy.fine_fraction, policy.seed) == (0.4, None, 9)
@@ -205,7 +158,7 @@ def test_bad_configs(config: dict[str, Any], message: str) -> None:
 
 def test_print() -> None:
     text = str(random_model())
-    assert "SelectiveConv2d(32, 64, spacing=16px, exchange=linear, engine=auto)" in text
+    assert "strides=[8, 16], convolutions: 10 early, 11 rows, 3 late" in text
     assert "EdgePolicy(fine_fraction=0.15)" in text
 
 

@@ -7,10 +7,12 @@ from torch import Tensor
 from sparse_seg import build_model
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import Frames
-from sparse_seg.models.plain import plain_network
+from sparse_seg.networks.segmenter import build_module
 from sparse_seg.ops.upsample import upsample_logits
-from tests.reference import dense_reference, random_model, relative_error
-from tests.slow_reference import SlowSelective, SlowSites
+from sparse_seg.run.way import Way
+from sparse_seg.sites import Mixed
+from tests.reference import at_sites, dense_reference, random_model, relative_error, stage_values
+from tests.slow_reference import SlowSelective
 
 STRIDES = [(8, 16, 32), (4, 8, 16)]
 CONFIGS = [("resnet18", "lite"), ("resnet18", "deeplabv3"), ("resnet50", "lite")]
@@ -45,19 +47,15 @@ def test_levels_are_exact(backbone: str, strides: tuple[int, ...], size: tuple[i
     dense = {s: dense_reference(model, s, backbone).backbone(images)[3] for s in strides}
     finest, middle, coarsest = strides
     for kind in ("coarse", "middle", "fine", "random", "split", "one"):
-        layouts = model.selective_layouts(images, block_levels(kind, images, coarsest))
-        rows, layout = model.backbone(images, layouts)[3], layouts[3]
-        assert layout.lattice_stride == coarsest
-        assert layout.stride == finest
-        lattice = SlowSites(2, layout.lattice_size).read(dense[coarsest])
-        assert relative_error(rows[: layout.num_lattice], lattice) < 1e-12, kind
+        value = stage_values(model.start(images).take(block_levels(kind, images, coarsest)))[3]
+        assert isinstance(value, Mixed)
+        grid = value.densify("none")
+        assert (value.lattice.stride, grid.stride) == (coarsest, finest)
+        assert relative_error(value.lattice.tensor, dense[coarsest]) < 1e-12, kind
         if kind in ("middle", "split", "fine"):
-            own = layout.site[:, ::2, ::2]
-            assert bool((own >= 0).all())
-            expected = dense[middle].permute(0, 2, 3, 1)
-            assert relative_error(rows[own], expected) < 1e-12, kind
+            assert relative_error(grid.thinned(middle), dense[middle]) < 1e-12, kind
         if kind == "fine":
-            assert relative_error(rows[layout.site], dense[finest].permute(0, 2, 3, 1)) < 1e-12
+            assert relative_error(grid.tensor, dense[finest]) < 1e-12
 
 
 @pytest.mark.slow
@@ -73,13 +71,12 @@ def test_extra_sites_as_the_slow_reference(
     for seed, size in enumerate([(33, 70), (64, 48)]):
         images = random_images(size)
         levels = block_levels("random", images, strides[-1], seed)
-        layouts = model.selective_layouts(images, levels)
-        rows = model.backbone(images, layouts)
-        expected = slow.features(images, levels)
-        for ours, theirs in zip(rows[-len(expected) :], expected, strict=True):
-            assert relative_error(ours, theirs) < 1e-11
-        grid = model.head(rows[3], layouts[3])
-        assert relative_error(grid, slow.grid_logits(images, levels)) < 1e-11
+        run, expected = model.start(images).take(levels), slow.features(images, levels)
+        stages = stage_values(run)[-len(expected) :]
+        for ours, theirs, sites in zip(stages, expected, slow.stage_sites, strict=True):
+            assert isinstance(ours, Mixed)
+            assert relative_error(at_sites(ours, sites), theirs) < 1e-11
+        assert relative_error(run.grid_logits(), slow.grid_logits(images, levels)) < 1e-11
 
 
 @pytest.mark.parametrize("strides", STRIDES, ids=str)
@@ -93,7 +90,9 @@ def test_all_fine_is_dense(head: str, strides: tuple[int, ...]) -> None:
     expected = upsample_logits(reference.grid_logits(images), size, strides[0], 8)
     fine = block_levels("fine", images, strides[-1])
     runs = [model(images, fine), model(images, fine.bool()), model.dense(images, strides[0])]
-    runs += [plain_network(model, strides[0])(images), model.for_inference()(images, fine)]
+    module = build_module(model.settings, strides[0]).double().eval()
+    module.load_state_dict(model.module.state_dict())
+    runs += [module(images), model.for_inference()(images, fine)]
     for logits in runs:
         assert relative_error(logits, expected) < 1e-12
 
@@ -104,8 +103,7 @@ def test_the_head_keeps_its_trained_spacing() -> None:
     model, images = random_model(dtype=torch.float64), random_images((70, 101))
     grids = []
     for stride in (4, 8):
-        layouts = model.dense_layouts(images, stride)
-        grids.append(model.head(model.backbone(images, layouts)[3], layouts[3]))
+        grids.append(model.start(images).follow(Way.dense(stride)).grid_logits())
     assert relative_error(grids[0][:, :, ::2, ::2], grids[1]) < 1e-12
 
 

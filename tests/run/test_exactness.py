@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from sparse_seg.run.network import SelectiveNetwork
-from tests.reference import MASKS, block_mask, dense_reference, random_model, relative_error
+from sparse_seg.run.way import Way
+from sparse_seg.sites import Grid, Mixed
+from tests.reference import (
+    MASKS,
+    at_sites,
+    block_mask,
+    dense_reference,
+    random_model,
+    relative_error,
+    stage_values,
+)
 from tests.slow_reference import SlowSites
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -56,10 +66,16 @@ def grid_size(grid: Tensor) -> tuple[int, int]:
     return grid.shape[2], grid.shape[3]
 
 
-def as_rows(grid: Tensor) -> Tensor:
-    return torch.stack(
-        [image[:, y, x] for image in grid for y in range(grid.shape[2]) for x in range(grid.shape[3])]
-    )
+def mixed_values(case: Case, mask: Tensor) -> list[Mixed]:
+    """Of layer3 and layer4."""
+    values = stage_values(case.model.start(case.images).take(mask))
+    assert [type(value) for value in values] == [Grid, Grid, Mixed, Mixed]
+    return values[2:]  # type: ignore[return-value]
+
+
+def lattice_of(case: Case, mask: Tensor) -> Tensor:
+    """Of layer4, `[B, C, Hc, Wc]`."""
+    return mixed_values(case, mask)[1].lattice.tensor
 
 
 @pytest.mark.slow
@@ -75,20 +91,19 @@ def test_features_of_any_mask(
     lattices: list[list[Tensor]] = []
     for kind in MASKS:
         mask = block_mask(kind, block_shape(size))
-        layouts = case.model.selective_layouts(case.images, mask)
-        rows = case.model.backbone(case.images, layouts)
-        lattices.append([rows[stage][: layouts[3].num_lattice] for stage in (2, 3)])
-        for stage in (2, 3):
+        values = mixed_values(case, mask)
+        lattices.append([value.lattice.tensor for value in values])
+        for stage, value in zip((2, 3), values, strict=True):
             fine, coarse = case.features[8][stage], case.features[16][stage]
             lattice = lattices[-1][stage - 2]
-            assert relative_error(lattice, as_rows(coarse)) < case.tolerance, f"P1 against OS16: {kind}"
-            assert relative_error(lattice, as_rows(fine[:, :, ::2, ::2])) < case.tolerance, f"P1: {kind}"
+            assert relative_error(lattice, coarse) < case.tolerance, f"P1 against OS16: {kind}"
+            assert relative_error(lattice, fine[:, :, ::2, ::2]) < case.tolerance, f"P1: {kind}"
             assert relative_error(lattice, lattices[0][stage - 2]) < 1e-6, f"the lattice moved: {kind}"
             if kind == "empty":
-                assert rows[stage].shape[0] == layouts[3].num_lattice
+                assert value.rows[8].shape[0] == 0
             if kind == "full":
                 sites = SlowSites(2, grid_size(fine), [mask])
-                assert relative_error(rows[stage], sites.read(fine)) < case.tolerance, "P2, all fine"
+                assert relative_error(at_sites(value, sites), sites.read(fine)) < case.tolerance, "P2"
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -101,12 +116,11 @@ def test_logits_at_the_ends(backbone: str, head: str, size: tuple[int, int], dev
     assert relative_error(all_fine, case.logits[8]) < case.tolerance
     assert relative_error(case.model.dense(case.images), case.logits[8]) < case.tolerance
     for stride in (8, 16, 32):
-        layouts = case.model.dense_layouts(case.images, stride)
-        rows = case.model.backbone(case.images, layouts)
-        for ours, theirs in zip(rows, case.features[stride], strict=True):
-            assert relative_error(ours, as_rows(theirs)) < case.tolerance
-        grid_logits = case.model.head(rows[3], layouts[3])
-        assert relative_error(grid_logits, case.grid_logits[stride]) < case.tolerance
+        run = case.model.start(case.images).follow(Way.dense(stride))
+        for ours, theirs in zip(stage_values(run), case.features[stride], strict=True):
+            assert isinstance(ours, Grid)
+            assert relative_error(ours.tensor, theirs) < case.tolerance
+        assert relative_error(run.grid_logits(), case.grid_logits[stride]) < case.tolerance
 
 
 @pytest.mark.slow
@@ -115,9 +129,8 @@ def test_logits_at_the_ends(backbone: str, head: str, size: tuple[int, int], dev
 def test_full_width(backbone: str, head: str) -> None:
     size = (65, 97)
     case = make_case(backbone, head, size, torch.float32, "cpu", width=1.0)
-    layouts = case.model.selective_layouts(case.images, block_mask("random", block_shape(size)))
-    rows = case.model.backbone(case.images, layouts)[3][: layouts[3].num_lattice]
-    assert relative_error(rows, as_rows(case.features[16][3])) < case.tolerance
+    lattice = lattice_of(case, block_mask("random", block_shape(size)))
+    assert relative_error(lattice, case.features[16][3]) < case.tolerance
     all_fine = case.model(case.images, fine_blocks=block_mask("full", block_shape(size)))
     assert relative_error(all_fine, case.logits[8]) < case.tolerance
 
@@ -129,9 +142,7 @@ def test_the_deeper_ones(backbone: str) -> None:
     size = (49, 70)
     case = make_case(backbone, "lite", size, torch.float64, "cpu")
     mask = block_mask("random", block_shape(size))
-    layouts = case.model.selective_layouts(case.images, mask)
-    rows = case.model.backbone(case.images, layouts)[3]
-    assert relative_error(rows[: layouts[3].num_lattice], as_rows(case.features[16][3])) < case.tolerance
+    assert relative_error(lattice_of(case, mask), case.features[16][3]) < case.tolerance
     all_fine = case.model(case.images, fine_blocks=torch.ones_like(mask))
     assert relative_error(all_fine, case.logits[8]) < case.tolerance
 
@@ -165,13 +176,12 @@ def test_extra_sites_out_of_reach_of_coarse_blocks() -> None:
     case = make_case("resnet18", "lite", size, torch.float64, "cpu")
     mask = torch.ones(block_shape(size), dtype=torch.bool)
     mask[0, 0, 0] = mask[1, -1, 4] = False
-    layouts = case.model.selective_layouts(case.images, mask)
-    rows = case.model.backbone(case.images, layouts)[3]
     expected = case.features[8][3]
     sites = SlowSites(2, grid_size(expected), [mask])
+    rows = at_sites(mixed_values(case, mask)[1], sites)
     reached = torch.tensor([cell in _reached(sites) for cell in sites.cells])
     error = (rows - sites.read(expected)).abs().amax(1) / expected.abs().max()
-    extra = torch.arange(len(error)) >= layouts[3].num_lattice
+    extra = torch.arange(len(error)) >= case.features[16][3][:, 0].numel()
     assert (extra & ~reached).sum() > 300
     assert (extra & reached).sum() > 300
     assert error[~reached].max() < 1e-12

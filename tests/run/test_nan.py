@@ -31,7 +31,7 @@ def test_not_finite(fault: str, backbone: str, head: str) -> None:
     if "pixel" in fault:
         images[0, 0, 40, 40] = torch.nan if fault == "pixel" else torch.inf
     else:  # infinity minus infinity behind it: NaN that arises inside, from finite weights and images
-        model.get_parameter(f"backbone.{fault[-6:]}.0.bn1.weight").mul_(1e38)
+        model.get_parameter(f"module.backbone.{fault[-6:]}.0.bn1.weight").mul_(1e38)
     plain, fast = all_ways(model, images), all_ways(model.for_inference(), images)
     for expected, found in zip(plain, fast, strict=True):
         assert not expected.isfinite().all()
