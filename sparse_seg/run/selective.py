@@ -128,6 +128,9 @@ def build_network(
         policy = build_policy(mask, chosen, net)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
+    for layer in policy.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eps = settings.bn_eps
     reference = next(module.parameters(), torch.zeros(1))
     settings = dataclasses.replace(settings, strides=list(chosen))
     return SelectiveNetwork(graph, module, constants, policy.to(reference.device), settings, card)

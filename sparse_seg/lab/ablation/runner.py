@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from sparse_seg.checkpoint import find, load_model
-from sparse_seg.checkpoint.captured import parts_of
+from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.config import Config, to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError
@@ -166,7 +166,7 @@ class Ablation:
         model = load_model(self.checkpoint(network.source, seed), config).to(self.device)
         recalibrate_batch_norm(model, config, network.statistics)
         if self.processes.is_first:
-            save_checkpoint(self.checkpoint(name, seed), config, *parts_of(model))
+            save_checkpoint(self.checkpoint(name, seed), config, *content_of(model))
 
     def evaluate(self, cell: Cell) -> None:
         """Measure a cell's accuracy and write its file."""
