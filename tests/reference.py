@@ -227,8 +227,8 @@ def randomise(model: SelectiveNetwork, seed: int = 0) -> None:
             norm.weight.copy_(uniform(norm.weight, 0.5, 1.5))
             norm.bias.copy_(uniform(norm.bias, -0.5, 0.5))
         norm.momentum = 1.0
-    model.train()
-    model.dense(torch.randn(4, 3, 64, 96, generator=generator).to(next(model.parameters())))
+    # the module itself: a graph keeps the momentum that it was captured with
+    model.module.train()(torch.randn(4, 3, 64, 96, generator=generator).to(next(model.parameters())))
     for norm in norms:
         assert norm.running_mean is not None
         assert norm.running_var is not None

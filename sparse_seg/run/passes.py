@@ -17,14 +17,14 @@ from torch import Tensor
 from sparse_seg.errors import SparseSegError
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
 from sparse_seg.networks.segmenter import Segmenter
+from sparse_seg.ops import OPERATORS, Node
+from sparse_seg.ops.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.run.images import check_images, warn_of_bytes
 from sparse_seg.run.modes import eval_mode
-from sparse_seg.ops.upsample import at_least_float32, upsample_classes, upsample_logits
-from sparse_seg.run.way import Way
-from sparse_seg.ops import OPERATORS, Node
 from sparse_seg.run.patch import patched
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.values import Run, Value, Values
+from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid, Mixed, Sites, grid_size
 
 
@@ -272,7 +272,9 @@ class Pass:
         grid, geometry = self._grid(), self.model.geometry
         align = geometry.graph.align_corners
         logits = at_least_float32(grid.tensor)
-        return upsample_classes(logits, self._run.size, grid.stride, geometry.trained(geometry.graph.output), align)
+        return upsample_classes(
+            logits, self._run.size, grid.stride, geometry.trained(geometry.graph.output), align
+        )
 
     def lattice_logits(self) -> Tensor:
         """Logits `[B, K, H, W]` of the coarse lattice alone: what late values give if no block is fine."""
@@ -355,7 +357,9 @@ class Pass:
         module = self.model.module
         if not isinstance(module, Segmenter) or module.auxiliary is None:
             return ()
-        return module.auxiliary, [node.name for node in self.model.graph.nodes if "natural" in node.options][-2]
+        return module.auxiliary, [node.name for node in self.model.graph.nodes if "natural" in node.options][
+            -2
+        ]
 
     def _lattices(self, values: Values) -> dict[str, Mixed]:
         """The exits in `values`, of their lattices alone."""
@@ -407,7 +411,9 @@ class Pass:
     def _upsample(self, grid: Grid, every: int = 1) -> Tensor:
         geometry = self.model.geometry
         logits, align = at_least_float32(grid.tensor), geometry.graph.align_corners
-        return upsample_logits(logits, self._run.size, grid.stride, geometry.trained(geometry.graph.output), align, every)
+        return upsample_logits(
+            logits, self._run.size, grid.stride, geometry.trained(geometry.graph.output), align, every
+        )
 
     def _count(self, node: Node, places: int) -> None:
         tensors = {role: self._run.tensors[name] for role, name in node.tensors.items()}

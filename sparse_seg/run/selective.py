@@ -14,10 +14,10 @@ from sparse_seg.config import MaskConfig, ModelConfig
 from sparse_seg.errors import ConfigError, SparseSegError
 from sparse_seg.graph import Geometry, capture, logits_of
 from sparse_seg.masks import POLICIES, build_policy, mask_net, parse_policy
+from sparse_seg.ops import Graph, Node
+from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.run.card import Card
 from sparse_seg.run.modes import eval_mode
-from sparse_seg.ops.upsample import upsample_logits
-from sparse_seg.ops import Graph, Node
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.values import Run
 

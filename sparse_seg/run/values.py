@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.graph import Geometry
-from sparse_seg.ops.upsample import axis_shares, upsample_logits
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
+from sparse_seg.ops.upsample import axis_shares, upsample_logits
 from sparse_seg.sites import Grid, Level, Mixed, Sites, Taps, grid_size
 
 Value = Any  # a Grid, a Mixed, or a tensor: a vector of each image `[B, C, 1, 1]`

@@ -8,9 +8,9 @@ import torch
 
 from sparse_seg.config import Config
 from sparse_seg.errors import ConfigError, TrainingError
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.processes import Processes
 from sparse_seg.registry import POOLING_HEADS
+from sparse_seg.run.segmentor import Segmentor
 
 
 def check_batch(

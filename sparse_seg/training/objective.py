@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sparse_seg.config import TrainConfig
 from sparse_seg.errors import TrainingError
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.passes import Pass
+from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 from sparse_seg.training.distillation import Teacher, likeness_difference, logits_divergence
 from sparse_seg.training.losses import Outputs, SegmentationLoss

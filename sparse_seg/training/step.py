@@ -13,9 +13,9 @@ from torch import Tensor
 from sparse_seg.checkpoint.content import EARLIER_PARTS
 from sparse_seg.config import TrainConfig
 from sparse_seg.errors import CheckpointError, SparseSegError
+from sparse_seg.processes import Processes
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.weights import load_weights
-from sparse_seg.processes import Processes
 from sparse_seg.training.checkpoint import best_of, restore_optimizer
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.schedule import build_optimizer, learning_rate, update_average

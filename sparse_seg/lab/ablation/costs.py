@@ -19,8 +19,8 @@ from sparse_seg.lab.ablation.grid import Cell
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.latency import Run, interleaved, peak_memory
 from sparse_seg.lab.provenance import provenance
-from sparse_seg.run.way import Way
 from sparse_seg.run.build import build_model
+from sparse_seg.run.way import Way
 from sparse_seg.training.distillation import Teacher
 from sparse_seg.training.objective import Objective
 

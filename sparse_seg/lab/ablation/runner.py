@@ -26,9 +26,9 @@ from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.files import atomic_write, locked
 from sparse_seg.lab.ablation.grid import Cell, Grid, slug
 from sparse_seg.lab.provenance import provenance
-from sparse_seg.run.way import Way
 from sparse_seg.processes import Processes
 from sparse_seg.progress import say
+from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import best_of, save_checkpoint
 from sparse_seg.training.finish import finish_training, is_finished
 from sparse_seg.training.statistics import recalibrate_batch_norm
