@@ -357,9 +357,8 @@ class Pass:
         module = self.model.module
         if not isinstance(module, Segmenter) or module.auxiliary is None:
             return ()
-        return module.auxiliary, [node.name for node in self.model.graph.nodes if "natural" in node.options][
-            -2
-        ]
+        features = [node.name for node in self.model.graph.nodes if "natural" in node.options]
+        return module.auxiliary, features[-2]
 
     def _lattices(self, values: Values) -> dict[str, Mixed]:
         """The exits in `values`, of their lattices alone."""

@@ -79,8 +79,9 @@ class Objective(nn.Module):
             grid, is_site = run.last_exit()
             if taught.features.shape[2:] != grid.tensor.shape[2:]:
                 raise TrainingError(
-                    f"train.distill.teacher gives features {list(taught.features.shape[2:])}, and the network "
-                    f"{list(grid.tensor.shape[2:])}: choose another, or set train.distill.features_weight=0"
+                    f"train.distill.teacher gives features {list(taught.features.shape[2:])}, and the "
+                    f"network {list(grid.tensor.shape[2:])}: choose another teacher, or set "
+                    "train.distill.features_weight=0"
                 )
             loss = loss + config.features_weight * likeness_difference(
                 grid.tensor, taught.features, is_site, weights(grid.tensor, grid.stride)

@@ -82,7 +82,7 @@ def _fitting(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
 
 
 def load_own(network: SelectiveNetwork, path: str | Path) -> str:
-    """Copy the weights of a file into a network of ours: the backbone, and the head where it is the very same.
+    """Copy a file's weights into a network of ours: the backbone, and the head where it is the very same.
 
     Args:
         path: a dense checkpoint of any source (see `conversion`), a converted file, or one of our training.

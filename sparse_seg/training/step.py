@@ -101,8 +101,8 @@ class Step:
         """
         if any(name.startswith(EARLIER_PARTS) for name in state["model"]):
             raise CheckpointError(
-                f"{path} was written by an earlier version, which named the weights otherwise: start a training "
-                f"in another folder from its best ones, train.init={best_of(path.parent)}"
+                f"{path} was written by an earlier version, which named the weights otherwise: train on in "
+                f"another folder from its best ones, train.init={best_of(path.parent)}"
             )
         if state["config"].train.optimizer != self.config.optimizer:
             raise CheckpointError(f"{path} was trained with another train.optimizer")

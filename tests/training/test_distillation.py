@@ -76,7 +76,7 @@ def test_likeness_of_many_sites_takes_some_of_each_image(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("strides", [[8, 16], [8, 16, 32], [4, 8, 16]], ids=str)
 @torch.no_grad()
 def test_sites_are_those_of_the_mask(strides: list[int]) -> None:
-    """A cell of the last exit is a site where its block's stride divides its place; all are of a dense pass."""
+    """A cell of the last exit is a site where its block's stride divides its place; of a dense pass, all."""
     model = build_model({"width": 0.125, "strides": strides}).eval()
     images = values(2, 3, 70, 101).float()
     sizes = [-(-length // strides[-1]) for length in (70, 101)]
