@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules._functions import SyncBatchNorm as synchronised  # noqa: N813 (a function)
+from torch.nn.modules._functions import SyncBatchNorm as synchronised
 
 from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, operator, reads
 from sparse_seg.ops.node import Node

@@ -94,7 +94,8 @@ def load_own(network: SelectiveNetwork, path: str | Path) -> str:
         CheckpointError: the file cannot be read, or its backbone is another.
     """
     weights, own, origin = _read(Path(path))
-    module, settings = network.module, network.settings
+    module: Any = network.module
+    settings = network.settings
     for key in SAME:
         if getattr(own, key) != getattr(settings, key):
             raise CheckpointError(

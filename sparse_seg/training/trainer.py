@@ -235,7 +235,7 @@ class Trainer:
         self.console.line(self.iteration, loss, rate)
 
     def _validate(self) -> None:
-        model = self.ema or self.model
+        model: Any = self.ema or self.model
         with self.console.paused():
             result = validate(model, self.validation, self.config, self.stop)
         if result is None:  # repeated when the run resumes
