@@ -77,7 +77,7 @@ def test_straight_through_values_and_gradient() -> None:
     assert (scores.grad >= 0).all()
 
 
-@pytest.mark.parametrize("head", ["lite", "deeplabv3"])
+@pytest.mark.parametrize("head", ["lite", "deeplabv3", "deeplabv3plus"])
 def test_straight_through_loss_at_the_ends(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All fine it is the dense network's loss and all coarse the selective one's; in between both mix, the
     choice gets a gradient either way, and the budget is (share - fraction) squared."""
