@@ -31,7 +31,7 @@ def from_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
     weights = _tensors(content.get("ema") or content.get("model"), path)
     config = content.get("config")
     model, data = (_mapping(config, part) for part in ("model", "data"))
-    classifier = weights.get("head.classifier.weight")
+    classifier = weights.get("module.head.classifier.weight", weights.get("head.classifier.weight"))
     if model.get("module") is not None:
         raise CheckpointError(f"{path} is to resume from; its network is in best.safetensors beside it")
     if not model or classifier is None or not classifier.ndim:

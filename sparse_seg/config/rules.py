@@ -169,11 +169,6 @@ def check_training(config: Config) -> None:
         "the network first, then the mask with train.init and train.freeze",
     )
     _require(
-        config.model.head != "deeplabv3plus" or not (distilled or coarse),
-        f"model.head=deeplabv3plus has no rows before densify for train.distill and {named}; "
-        "choose another head",
-    )
-    _require(
         not coarse or train.network == "dense" or config.model.exchange != "separate",
         f"{named} needs a coarse lattice that does not depend on the mask: not with "
         "train.network=selective and model.exchange=separate",
@@ -185,24 +180,9 @@ def check_training(config: Config) -> None:
         not coarse or train.network == "selective" or dense in (None, finest),
         f"{named} needs train.output_stride={finest or 'null'}: the coarse lattice is part of it",
     )
-    _require(
-        not is_module or not distilled or train.distill.features_weight == 0,
-        "train.distill.features_weight compares rows of sparse_seg's own networks, which model.module has "
-        "not: set it to 0",
-    )
-    _require(
-        not is_module or not learned or supervised,
-        "train.mask_loss=straight_through trains through the head of sparse_seg's own networks, which "
-        "model.module has not: set train.mask_loss=supervised with train.freeze=true",
-    )
     if learned and supervised:
         _require(train.freeze, "train.mask_loss=supervised trains the mask alone: set train.freeze=true")
     elif learned:
-        _require(
-            config.model.head != "deeplabv3plus",
-            "train.mask_loss=straight_through cannot train through the skip of model.head=deeplabv3plus: set "
-            "train.mask_loss=supervised with train.freeze=true",
-        )
         fits = len(strides) == 2 and mask.threshold is None
         _require(
             fits,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,12 @@ class FCNHead(Head):
 
     def decode(self, grid: Tensor) -> Tensor:
         return self.dropout(self.refine(grid))
+
+    def at(self, grid: Tensor, output_stride: int) -> Tensor:
+        """Logits of a feature `[B, C, h, w]` at any output stride, px, whatever it was made for."""
+        convolution: Any = self.refine[0]
+        convolution.dilation = convolution.padding = (dense_dilation(output_stride),) * 2
+        return self.classifier(self.decode(grid))
 
 
 class LRASPPHead(Head):

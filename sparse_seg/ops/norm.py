@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules._functions import SyncBatchNorm as synchronised
 
 from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, operator, reads
 from sparse_seg.ops.node import Node
@@ -30,7 +32,8 @@ class BatchNorm(Operator):
     """Tensors: running_mean, running_var, and, where it has them, weight and bias, `[C]` each, and
     num_batches_tracked.
 
-    In training its statistics are those of all sites; with momentum 0 (PyTorch's None, as captured) the
+    In training its statistics are those of all sites, and on GPUs of all processes where several are joined,
+    as `nn.SyncBatchNorm` has them; with momentum 0 (PyTorch's None, as captured) the
     running ones are the mean of all batches. Option `frozen`: always by running statistics.
     """
 
@@ -44,7 +47,11 @@ class BatchNorm(Operator):
         if training and COUNT in tensors:
             tensors[COUNT].add_(1)
             momentum = momentum or 1 / tensors[COUNT].item()
-        return F.batch_norm(inputs[0], *statistics, weight, bias, training, momentum, node.options["eps"])
+        eps, count = node.options["eps"], _processes(inputs[0]) if training else 1
+        if count > 1:
+            group = torch.distributed.group.WORLD
+            return synchronised.apply(inputs[0], weight, bias, *statistics, eps, momentum, group, count)
+        return F.batch_norm(inputs[0], *statistics, weight, bias, training, momentum, eps)
 
     def check(self, node: Node, tensors: Tensors) -> None:
         _check_channels(node, {role: tensor for role, tensor in tensors.items() if role != COUNT})
@@ -52,6 +59,12 @@ class BatchNorm(Operator):
             raise ValueError(f"{COUNT} is {list(tensors[COUNT].shape)}, not one number")
         if not 0 < node.options["eps"] <= 1:
             raise ValueError(f"eps is {node.options['eps']}")
+
+
+def _processes(x: Tensor) -> int:
+    """How many processes each have a share of a value."""
+    joined = x.is_cuda and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if joined else 1
 
 
 @reads("group_norm", "instance_norm")

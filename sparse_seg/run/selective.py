@@ -14,10 +14,10 @@ from sparse_seg.config import MaskConfig, ModelConfig
 from sparse_seg.errors import ConfigError, SparseSegError
 from sparse_seg.graph import Geometry, capture, logits_of
 from sparse_seg.masks import POLICIES, build_policy, mask_net, parse_policy
+from sparse_seg.ops import Graph, Node
+from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.run.card import Card
 from sparse_seg.run.modes import eval_mode
-from sparse_seg.ops.upsample import upsample_logits
-from sparse_seg.ops import Graph, Node
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.values import Run
 
@@ -128,6 +128,9 @@ def build_network(
         policy = build_policy(mask, chosen, net)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
+    for layer in policy.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eps = settings.bn_eps
     reference = next(module.parameters(), torch.zeros(1))
     settings = dataclasses.replace(settings, strides=list(chosen))
     return SelectiveNetwork(graph, module, constants, policy.to(reference.device), settings, card)

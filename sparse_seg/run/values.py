@@ -64,17 +64,19 @@ class Run:
             self._early = values
         return self._early
 
-    def dense(self, stride: int, kept: Collection[str] = ()) -> Values:
+    def dense(self, stride: int, kept: Collection[str] = (), late: bool = True) -> Values:
         """Run dense at an output stride, px: grids and vectors.
 
         Args:
             kept: names of values that are wanted beside the output.
+            late: whether late values are computed.
         """
         cells = self.geometry.cells(stride)
         hidden = self.geometry.first - self.geometry.entries
         # early values stand where they do in each such run; of those, `early` keeps what others read
         shares = stride >= self.geometry.strides[0] and hidden.isdisjoint(kept)
         nodes, values = (self._later, dict(self.early())) if shares else (self.geometry.graph.nodes, {})
+        nodes = [node for node in nodes if late or self.geometry.kind[node.name] != "late"]
         return self._run(nodes, values, kept, lambda node, read: self._dense(node, read, cells))
 
     def mixed(
@@ -83,6 +85,7 @@ class Run:
         coarse: Values | None = None,
         before: Values | None = None,
         late: bool = True,
+        wanted: Collection[str] = (),
     ) -> Values:
         """Run under a mask: rows on mixed levels, what is late on grids at the finest stride.
 
@@ -91,6 +94,7 @@ class Run:
             coarse: what `dense` gave at the coarsest stride, with `Geometry.kept_lattices`; no lattice in it
                 is computed again.
             before: what this method gave for the sites of the step before.
+            wanted: names of values that are kept beside those that a later run reads.
         """
         cells = self.geometry.cells(self.geometry.strides[0])
 
@@ -106,7 +110,7 @@ class Run:
 
         nodes = [node for node in self._later if late or self.geometry.kind[node.name] != "late"]
         kept = self.geometry.kept_rows if late else self.geometry.kept_rows | self.geometry.entries
-        return self._run(nodes, dict(self.early()), kept, compute)
+        return self._run(nodes, dict(self.early()), {*kept, *wanted}, compute)
 
     @property
     def _later(self) -> list[Node]:

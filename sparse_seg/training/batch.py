@@ -8,9 +8,9 @@ import torch
 
 from sparse_seg.config import Config
 from sparse_seg.errors import ConfigError, TrainingError
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.processes import Processes
 from sparse_seg.registry import POOLING_HEADS
+from sparse_seg.run.segmentor import Segmentor
 
 
 def check_batch(
@@ -18,7 +18,7 @@ def check_batch(
 ) -> None:
     """
     Args:
-        model: the network, once it is built; what its norms see in a module is known only then.
+        model: the network, once it is built; what the norms of a module see is known only then.
 
     Raises:
         TrainingError: a batch cannot be shared equally.
@@ -31,7 +31,7 @@ def check_batch(
         )
     if config.model.module is not None and model is None:
         return
-    synchronised = count > 1 and device.type == "cuda" and config.model.module is None
+    synchronised = count > 1 and device.type == "cuda"
     check_values_per_channel(config, batch_size if synchronised else batch_size // count, model)
 
 
@@ -40,7 +40,7 @@ def check_values_per_channel(config: Config, images: int, model: Segmentor | Non
 
     Args:
         images: that a norm sees at once.
-        model: where the config's is a module.
+        model: the network, once it is built.
 
     Raises:
         ConfigError: it gets one.

@@ -62,8 +62,8 @@ def save_checkpoint(
     captured: Captured | None = None,
     **said: Any,
 ) -> None:
-    """Write weights, and a captured network's graph (`parts_of`), as a checkpoint; `said` stands in its
-    `training`, beside the config and the ids that the classes have in labels."""
+    """Write weights and the network's graph (`content_of`) as a checkpoint; `said` stands in its `training`,
+    beside the config and the ids that the classes have in labels."""
     dataset, root = config.data.dataset, config.data.root
     classes = dataset_classes(dataset, root)
     known = len(classes) == num_classes(config)

@@ -17,13 +17,15 @@ from sparse_seg.config import Config, num_classes
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.files import atomic_write
 from sparse_seg.run.way import Way
-from sparse_seg.sparse import SiteLayout, densify, grid_to_rows
+from sparse_seg.sites import Grid
 
+CONTENT = 2  # which kind of outputs a file holds; another number for another kind
 MOST_SITES = 1024  # per image whose likeness is compared: pairs grow with the square
 
 
 class TeacherOutputs(NamedTuple):
-    """Grids at the asked output stride: logits `[B, K, h, w]` and the neck's features `[B, C, h, w]`."""
+    """At the asked output stride: the grid of logits `[B, K, h, w]`, and the features `[B, C, h', w']` that
+    the last late value is made of (`Pass.last_exit`)."""
 
     logits: Tensor
     features: Tensor
@@ -54,14 +56,6 @@ class Teacher:
     ) -> None:
         checkpoint = load(path)
         self.model = build_network(checkpoint).requires_grad_(False).to(device)
-        self._has_rows = checkpoint.captured is None
-        if not self._has_rows and config.train.distill.features_weight > 0:
-            raise ConfigError(
-                f"train.distill.teacher {path} is a captured network, which has no rows to compare: set "
-                "train.distill.features_weight=0"
-            )
-        if self._has_rows and self.model.head.reads_low_level:
-            raise ConfigError(f"train.distill.teacher {path}: its head's logits are at another stride")
         _check_fits(checkpoint, config)
         self.cache = None if cache is None else Path(cache)
         self._digest = checkpoint.digest.encode()
@@ -77,10 +71,8 @@ class Teacher:
     @torch.no_grad()
     def _run(self, images: Tensor, output_stride: int) -> TeacherOutputs:
         run = self.model.start(images).follow(Way.dense(output_stride))
-        logits = run.grid_logits().half()
-        if not self._has_rows:
-            return TeacherOutputs(logits, logits[:, :0])
-        return TeacherOutputs(logits, densify(run.rows(), run.layouts[-1]).half())
+        features: Grid = run.last_exit()[0]
+        return TeacherOutputs(run.grid_logits().half(), features.tensor.half())
 
     def _cached(self, images: Tensor, output_stride: int, cache: Path) -> TeacherOutputs:
         paths = [self._path(cache, image, output_stride) for image in images]
@@ -98,7 +90,7 @@ class Teacher:
 
     def _path(self, cache: Path, image: Tensor, output_stride: int) -> Path:
         content = hashlib.blake2b(self._digest, digest_size=16)
-        content.update(f"{output_stride} {image.dtype} {list(image.shape)}".encode())
+        content.update(f"{CONTENT} {output_stride} {image.dtype} {list(image.shape)}".encode())
         content.update(image.cpu().contiguous().numpy().data)
         name = content.hexdigest()
         return cache / name[:2] / f"{name}.pt"
@@ -142,26 +134,25 @@ def logits_divergence(student: Tensor, teacher: Tensor, weights: Tensor, tempera
     return temperature**2 * (divergence * weights).sum() / weights.sum()
 
 
-def likeness_difference(rows: Tensor, teacher: Tensor, layout: SiteLayout, weights: Tensor) -> Tensor:
+def likeness_difference(student: Tensor, teacher: Tensor, is_site: Tensor, weights: Tensor) -> Tensor:
     """How much the cosine likeness of pairs of sites differs between two networks: its mean square.
 
     Pair-wise distillation (Liu et al., CVPR 2019). It compares the sites that the student has, whatever the
     networks' channels are, and needs no layer of its own. Of each image at most `MOST_SITES`, evenly chosen.
 
     Args:
-        rows: the student's, `[N, C]`.
-        teacher: grid `[B, C', h, w]` on the finest grid of `layout`.
-        layout: of the rows.
+        student, teacher: grids `[B, C, h, w]` and `[B, C', h, w]`.
+        is_site: which cells are sites of the student, bool `[B, h, w]`.
         weights: of the cells, `[B, h, w]`; a pair counts with the product of its sites' weights.
     """
-    teacher_rows = grid_to_rows(teacher.float()).index_select(0, layout.cells)
-    row_weights = weights.flatten()[layout.cells]
-    total, weight = rows.new_zeros((), dtype=torch.float32), row_weights.new_zeros(())
-    for image in range(layout.batch):
-        sites = (layout.image_of_row == image).nonzero().squeeze(1)
-        sites = sites[:: -(-sites.shape[0] // MOST_SITES)]
-        own, other = (F.normalize(values[sites].float()) for values in (rows, teacher_rows))
-        pairs = row_weights[sites, None] * row_weights[sites]
+    total, weight = student.new_zeros((), dtype=torch.float32), weights.new_zeros(())
+    for image, sites in enumerate(is_site.flatten(1)):
+        cells = sites.nonzero().squeeze(1)
+        cells = cells[:: -(-cells.shape[0] // MOST_SITES)]
+        grids = student[image].flatten(1), teacher[image].flatten(1)
+        own, other = (F.normalize(grid.index_select(1, cells).t().float()) for grid in grids)
+        at = weights[image].flatten()[cells]
+        pairs = at[:, None] * at
         total = total + (pairs * (own @ own.T - other @ other.T).square()).sum()
         weight = weight + pairs.sum()
     return total / weight

@@ -18,9 +18,9 @@ from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.masks import block_mean, blur_scores, gain_net, top_blocks
 from sparse_seg.masks.gain import GainPolicy
+from sparse_seg.progress import bar
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
-from sparse_seg.progress import bar
 
 FRACTIONS = (0.2, 0.35)  # of fine blocks, in the masks that are tried on each frame
 EPOCHS, BATCH, RATE, DECAY = 16, 16, 2e-3, 0.05

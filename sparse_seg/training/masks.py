@@ -1,7 +1,8 @@
 """Losses of the learned mask. Both run the network dense, where a block's fine and coarse values exist (P1).
 
-`straight_through`: end to end. The head reads, block by block, fine features or interpolated coarse ones as
-the net chooses; the segmentation loss flows to the choice, a budget loss holds the share of fine blocks.
+`straight_through`: end to end. What stands behind the rows reads, block by block, fine values or interpolated
+coarse ones as the net chooses; the segmentation loss flows to the choice, a budget loss holds the share of
+fine blocks.
 `supervised`: no labels, no choice. The net learns how much of a block's prediction the fine network changes.
 """
 
@@ -14,10 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.masks import block_mean, straight_through
-from sparse_seg.run.images import selective_layouts
 from sparse_seg.run.passes import Pass
-from sparse_seg.run.way import Way
-from sparse_seg.sparse import densify, grid_to_rows
 from sparse_seg.training.losses import Outputs
 
 Loss = Callable[[Outputs, Tensor], Tensor]
@@ -35,18 +33,9 @@ def straight_through_loss(run: Pass, labels: Tensor, loss: Loss, budget_weight: 
 
     Extra sites get the dense network's features, without the exchange rule.
     """
-    model, policy = run.model, run.model.policy
+    policy = run.model.policy
     chosen = straight_through(policy.scores(run))
-    run.follow(Way.dense(model.strides[0]))
-    fine = densify(run.rows(), run.layouts[-1])
-    no_blocks = torch.zeros_like(chosen, dtype=torch.bool)
-    coarse = densify(
-        grid_to_rows(fine[:, :, ::2, ::2]), selective_layouts(run.images, no_blocks, model.strides)[-1]
-    )
-    height, width = fine.shape[2:]
-    cells = chosen.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None, :height, :width]
-    logits = run.upsample(model.head.decode(coarse + cells * (fine - coarse), model.strides[0]))
-    target = policy.fine_fraction or 0.0
+    logits, target = run.blended_logits(chosen), policy.fine_fraction or 0.0
     return loss(Outputs(logits, None), labels) + budget_weight * (chosen.mean() - target).square()
 
 

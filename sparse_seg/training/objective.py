@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sparse_seg.config import TrainConfig
 from sparse_seg.errors import TrainingError
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.passes import Pass
+from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 from sparse_seg.training.distillation import Teacher, likeness_difference, logits_divergence
 from sparse_seg.training.losses import Outputs, SegmentationLoss
@@ -58,20 +58,32 @@ class Objective(nn.Module):
 
     def _distill(self, teacher: Teacher, run: Pass, fine: Tensor | None) -> Tensor:
         """fine: pixels `[B, H, W]` of fine blocks."""
-        config, layout = self.config.distill, run.layouts[-1]
-        taught = teacher(run.images, layout.stride)
-        weights = torch.ones(layout.batch, *layout.size, device=run.images.device)
-        if fine is not None:  # a cell lies in the block of the pixel at its place
-            weights = weights + config.fine_weight * fine[:, :: layout.stride, :: layout.stride]
-        if taught.logits.shape != run.grid_logits().shape:
+        config, logits = self.config.distill, run.grid_logits()
+        taught = teacher(run.images, run.output_stride)
+        if taught.logits.shape != logits.shape:
             raise TrainingError(
                 f"train.distill.teacher gives logits {list(taught.logits.shape[1:])}, and the network "
-                f"{list(run.grid_logits().shape[1:])}: choose a teacher whose logits have the same stride"
+                f"{list(logits.shape[1:])}: choose a teacher whose logits have the same stride"
             )
-        logits = logits_divergence(run.grid_logits(), taught.logits, weights, config.temperature)
-        loss = config.logits_weight * logits
+
+        def weights(grid: Tensor, stride: int) -> Tensor:
+            weights = torch.ones_like(grid[:, 0], dtype=torch.float32)
+            if fine is not None:  # a cell lies in the block of the pixel at its place
+                weights = weights + config.fine_weight * fine[:, ::stride, ::stride]
+            return weights
+
+        loss = config.logits_weight * logits_divergence(
+            logits, taught.logits, weights(logits, run.grid_stride), config.temperature
+        )
         if config.features_weight > 0:  # it waits for the GPU at each image
+            grid, is_site = run.last_exit()
+            if taught.features.shape[2:] != grid.tensor.shape[2:]:
+                raise TrainingError(
+                    f"train.distill.teacher gives features {list(taught.features.shape[2:])}, and the "
+                    f"network {list(grid.tensor.shape[2:])}: choose another teacher, or set "
+                    "train.distill.features_weight=0"
+                )
             loss = loss + config.features_weight * likeness_difference(
-                run.rows(), taught.features, layout, weights
+                grid.tensor, taught.features, is_site, weights(grid.tensor, grid.stride)
             )
         return loss

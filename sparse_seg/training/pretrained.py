@@ -18,12 +18,11 @@ from sparse_seg.conversion import convert, read_source
 from sparse_seg.conversion.mapping import COUNTER
 from sparse_seg.conversion.module import renamed
 from sparse_seg.errors import CheckpointError, printable
-from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.weights import load_weights, part_of
 from sparse_seg.processes import Processes
 from sparse_seg.progress import say
 from sparse_seg.run.build import build_model
 from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.weights import load_weights, part_of
 
 # settings of the backbone that its tensors' shapes do not tell
 SAME = ("shortcut", "bn_eps")
@@ -38,10 +37,7 @@ def initial_model(config: Config, device: torch.device, processes: Processes, st
     """
     model, train, pretrained = build_model(config), config.train, config.model.pretrained
     if pretrained is not None and starts:
-        if isinstance(model, SelectiveNetwork):
-            report = load_module(model, pretrained)
-        else:
-            report = load_pretrained(model, config.model, pretrained)
+        report = (load_own if config.model.module is None else load_module)(model, pretrained)
         if processes.is_first:
             say(report)
     model.to(device)
@@ -85,11 +81,10 @@ def _fitting(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
     return {name: one for name, one in tensors.items() if name in own and one.shape == own[name].shape}
 
 
-def load_pretrained(model: SelectiveNetwork, settings: ModelConfig, path: str | Path) -> str:
-    """Copy the weights of a file into `model`: the backbone, and the head where it is the very same.
+def load_own(network: SelectiveNetwork, path: str | Path) -> str:
+    """Copy a file's weights into a network of ours: the backbone, and the head where it is the very same.
 
     Args:
-        settings: those that `model` was built from.
         path: a dense checkpoint of any source (see `conversion`), a converted file, or one of our training.
 
     Returns:
@@ -99,6 +94,8 @@ def load_pretrained(model: SelectiveNetwork, settings: ModelConfig, path: str | 
         CheckpointError: the file cannot be read, or its backbone is another.
     """
     weights, own, origin = _read(Path(path))
+    module: Any = network.module
+    settings = network.settings
     for key in SAME:
         if getattr(own, key) != getattr(settings, key):
             raise CheckpointError(
@@ -106,25 +103,26 @@ def load_pretrained(model: SelectiveNetwork, settings: ModelConfig, path: str | 
                 f"use --set model.{key}={getattr(own, key)}"
             )
     try:
-        load_weights(model.backbone, part_of(weights, "backbone."), path)
+        load_weights(module.backbone, part_of(weights, "backbone."), path)
     except CheckpointError as error:
         found = " ".join(f"model.{key}={getattr(own, key)}" for key in ("backbone", "width", "stem"))
         raise CheckpointError(f"{error} (it has {found})") from None
-    head, wanted = part_of(weights, "head."), model.head.state_dict()
+    head, wanted = part_of(weights, "head."), module.head.state_dict()
     shapes = {name: tensor.shape for name, tensor in head.items()}
     same = own.head == settings.head and shapes == {name: tensor.shape for name, tensor in wanted.items()}
     if same:
-        load_weights(model.head, head, path)
+        load_weights(module.head, head, path)
     taken, rest = ("backbone and head", "") if same else ("backbone", "; the head starts fresh")
     return printable(f"pretrained: {taken} of {path} ({origin}){rest}")
 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], ModelConfig, str]:
-    """Weights by our names, the settings they were trained with, and where they come from."""
+    """Weights by the module's names, the settings they were trained with, and where they come from."""
     found = find(path)
     if is_ours(found):
         own = load(found)
-        return own.weights, own.config, f"{own.origin.source} {own.origin.arch}".strip()
+        return part_of(own.weights, MODULE), own.config, f"{own.origin.source} {own.origin.arch}".strip()
     conversion = convert(path, allow_missing=("head",))
     origin = "; assumed ".join((f"{conversion.source} {conversion.plan.arch}", *conversion.plan.assumed))
-    return conversion.network(), conversion.config, origin
+    weights = conversion.network()
+    return part_of(weights, MODULE) or weights, conversion.config, origin

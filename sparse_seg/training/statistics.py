@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from sparse_seg.config import Config
 from sparse_seg.data import build_dataset
 from sparse_seg.data.batches import training_batches
-from sparse_seg.errors import ConfigError
-from sparse_seg.run.segmentor import Segmentor
-from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.ops.norm import COUNT
 from sparse_seg.progress import bar
+from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.training.batch import check_values_per_channel
 
 BATCHES = 50  # enough for means of thousands of sites
@@ -30,31 +32,45 @@ def recalibrate_batch_norm(model: Segmentor, config: Config, network: str, batch
 
     Raises:
         DataError: the dataset is incomplete.
-        ConfigError: a norm would see one value per channel, or a network that was captured.
+        ConfigError: a norm would see one value per channel.
     """
-    if not isinstance(model, SelectiveNetwork):
-        raise ConfigError("batch norms are recalibrated of sparse_seg's own networks, not of model.module")
-    check_values_per_channel(config, config.train.batch_size)
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    device = model.device
+    check_values_per_channel(config, config.train.batch_size, model)
+    norms = [one for one in model.graph.nodes if one.op == "batch_norm" and not one.options.get("frozen")]
+    layers, tensors, device = dict(model.module.named_modules()), model.tensors, model.device
+    rest: dict[str, float] = {}  # of running statistics: what is left of old ones after a batch
+    for norm in norms:
+        for role in ("running_mean", "running_var"):
+            name, momentum = norm.tensors[role], norm.options["momentum"] or 1.0
+            rest[name] = rest.get(name, 1.0) * (1 - momentum)  # a norm may run more than once
+    counts = {norm.tensors[COUNT] for norm in norms if COUNT in norm.tensors}
+    totals = {name: torch.zeros_like(tensors[name]) for name in rest}
     dataset = build_dataset(config.data.dataset, config.data.root, "train", config.data.bits)
     loader = training_batches(dataset, config, 0, batches)
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean of all batches
     model.eval()  # dropout stays off
-    for images, _ in bar(loader, f"statistics, {network}"):
+    for number, (images, _) in enumerate(bar(loader, f"statistics, {network}"), start=1):
         images = images.to(device)
-        run = model.start(images)
-        fine_blocks = None if network == "dense" else model.policy(run)
-        for norm in norms:
-            norm.train()
-        if fine_blocks is None:
-            model.dense(images, config.train.output_stride or model.dense_stride)
-        else:
-            model(images, fine_blocks)
-        for norm in norms:
-            norm.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+        fine_blocks = None if network == "dense" else model.policy(model.start(images))
+        for name in (*rest, *counts):
+            tensors[name].zero_()
+        with _training(model, [layers[norm.layer] for norm in norms if norm.layer in layers]):
+            if fine_blocks is None:
+                model.dense(images, config.train.output_stride or model.dense_stride)
+            else:
+                model(images, fine_blocks)
+        for name, left in rest.items():
+            totals[name] += tensors[name] / (1 - left)
+            tensors[name].copy_(totals[name] / number)
+        for name in counts:
+            tensors[name].fill_(number)
+
+
+@contextmanager
+def _training(model: Segmentor, norms: Sequence[nn.Module]) -> Iterator[None]:
+    """The norms alone in training mode."""
+    for layer in (model, *norms):
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in (model, *norms):
+            layer.training = False

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_seg.checkpoint.content import EARLIER_PARTS
 from sparse_seg.config import TrainConfig
 from sparse_seg.errors import CheckpointError, SparseSegError
+from sparse_seg.processes import Processes
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.weights import load_weights
-from sparse_seg.processes import Processes
-from sparse_seg.training.checkpoint import restore_optimizer
+from sparse_seg.training.checkpoint import best_of, restore_optimizer
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.schedule import build_optimizer, learning_rate, update_average
 from sparse_seg.training.stopping import Diverged, UndoPoint, memory_named
@@ -98,6 +99,11 @@ class Step:
         Raises:
             CheckpointError: it is damaged, or of another network or optimiser.
         """
+        if any(name.startswith(EARLIER_PARTS) for name in state["model"]):
+            raise CheckpointError(
+                f"{path} was written by an earlier version, which named the weights otherwise: train on in "
+                f"another folder from its best ones, train.init={best_of(path.parent)}"
+            )
         if state["config"].train.optimizer != self.config.optimizer:
             raise CheckpointError(f"{path} was trained with another train.optimizer")
         load_weights(self.model, state["model"], path)

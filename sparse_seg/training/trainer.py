@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.checkpoint.captured import parts_of
+from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.config import Config, changes, check_classes, check_training, to_yaml
 from sparse_seg.data import build_dataset
 from sparse_seg.data.batches import training_batches
@@ -113,7 +113,7 @@ class Trainer:
 
         torch.manual_seed(train.seed)
         self.model = initial_model(config, self.device, self.processes, starts=state is None)
-        check_batch(config, self.processes, self.device, self.model if config.model.module else None)
+        check_batch(config, self.processes, self.device, self.model)
         distill = train.distill
         teacher = None
         if distill.teacher is not None:
@@ -235,7 +235,7 @@ class Trainer:
         self.console.line(self.iteration, loss, rate)
 
     def _validate(self) -> None:
-        model = self.ema or self.model
+        model: Any = self.ema or self.model
         with self.console.paused():
             result = validate(model, self.validation, self.config, self.stop)
         if result is None:  # repeated when the run resumes
@@ -250,7 +250,7 @@ class Trainer:
         if self.processes.is_first:
             if is_best:
                 state: dict[str, Any] = {"iteration": self.iteration, "miou": metrics.miou}
-                save_best(self.work_dir, self.config, *parts_of(model), **state)
+                save_best(self.work_dir, self.config, *content_of(model), **state)
             self.log.write(self.iteration, **logged(result, self.validation.classes))
         self.best, self.validated = max(self.best, metrics.miou), self.iteration
         self.console.validated(self.iteration, result, self.best)

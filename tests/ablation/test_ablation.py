@@ -25,8 +25,8 @@ from sparse_seg.lab.ablation.grid import Cell, Run, load_grid
 from sparse_seg.lab.ablation.report import class_table, seed_table
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.ablation.summary import summarise
-from sparse_seg.run.way import Way
 from sparse_seg.processes import Processes
+from sparse_seg.run.way import Way
 from tests.cli.test_cli import fails
 
 ROOT = Path(__file__).parents[2]

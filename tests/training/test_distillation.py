@@ -1,5 +1,6 @@
 """Distillation: its two losses against plain loops, the teacher's cache, and teachers that do not fit."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.config import Config, load_config
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.run.build import build_model
 from sparse_seg.run.way import Way
-from sparse_seg.sparse import SiteLayout
 from sparse_seg.training import distillation
 from sparse_seg.training.checkpoint import save_checkpoint
 from sparse_seg.training.distillation import Teacher, TeacherOutputs, likeness_difference, logits_divergence
@@ -38,39 +39,62 @@ def test_divergence_is_kullback_leiblers() -> None:
 
 @pytest.mark.parametrize("mask", ["random", "empty", "full"])
 def test_likeness_is_compared_pair_by_pair(mask: str) -> None:
-    layout = SiteLayout.from_fine_blocks(block_mask(mask, (2, 3, 4)), (5, 7))
-    rows, grid, weights = (
-        values(layout.num_sites, 6),
-        values(2, 9, 5, 7, seed=1),
-        values(2, 5, 7, seed=2).abs(),
-    )
+    blocks = block_mask(mask, (2, 3, 4))
+    student, grid = values(2, 6, 5, 7), values(2, 9, 5, 7, seed=1)
+    weights, is_site = values(2, 5, 7, seed=2).abs(), torch.zeros(2, 5, 7, dtype=torch.bool)
     total = weight = 0.0
     for image in range(2):
         sites = [
-            (int(layout.site[image, y, x]), y, x)
+            (y, x)
             for y in range(5)
             for x in range(7)
-            if layout.site[image, y, x] >= 0
+            if (y % 2 == 0 and x % 2 == 0) or blocks[image, y // 2, x // 2]
         ]
-        for row, y, x in sites:
-            for other, v, u in sites:
+        for y, x in sites:
+            is_site[image, y, x] = True
+            for v, u in sites:
                 pair = (weights[image, y, x] * weights[image, v, u]).item()
-                own = torch.cosine_similarity(rows[row], rows[other], 0)
+                own = torch.cosine_similarity(student[image, :, y, x], student[image, :, v, u], 0)
                 theirs = torch.cosine_similarity(grid[image, :, y, x], grid[image, :, v, u], 0)
                 total += pair * (own - theirs).item() ** 2
                 weight += pair
-    assert likeness_difference(rows, grid, layout, weights).item() == pytest.approx(total / weight, rel=1e-5)
+    found = likeness_difference(student, grid, is_site, weights).item()
+    assert found == pytest.approx(total / weight, rel=1e-5)
 
 
 def test_likeness_of_many_sites_takes_some_of_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = SiteLayout(2, (5, 7), 8)
-    rows, grid = values(70, 6), values(2, 9, 5, 7, seed=1)
+    student, grid = values(2, 6, 5, 7), values(2, 9, 5, 7, seed=1)
+    every = torch.ones(2, 5, 7, dtype=torch.bool)
     monkeypatch.setattr(distillation, "MOST_SITES", 12)
-    some = likeness_difference(rows, grid, layout, torch.ones(2, 5, 7))
+    some = likeness_difference(student, grid, every, torch.ones(2, 5, 7))
     few = torch.zeros(2, 35)
     few[:, ::3] = 1  # 12 of 35
     monkeypatch.setattr(distillation, "MOST_SITES", 1000)
-    torch.testing.assert_close(likeness_difference(rows, grid, layout, few.view(2, 5, 7)), some)
+    torch.testing.assert_close(likeness_difference(student, grid, every, few.view(2, 5, 7)), some)
+
+
+@pytest.mark.parametrize("strides", [[8, 16], [8, 16, 32], [4, 8, 16]], ids=str)
+@torch.no_grad()
+def test_sites_are_those_of_the_mask(strides: list[int]) -> None:
+    """A cell of the last exit is a site where its block's stride divides its place; of a dense pass, all."""
+    model = build_model({"width": 0.125, "strides": strides}).eval()
+    images = values(2, 3, 70, 101).float()
+    sizes = [-(-length // strides[-1]) for length in (70, 101)]
+    levels = torch.randint(0, len(strides), (2, *sizes), generator=torch.Generator().manual_seed(0))
+    grid, found = model.start(images).take(levels).last_exit()
+    cells = itertools.product(range(2), *(range(-(-length // strides[0])) for length in (70, 101)))
+    for image, y, x in cells:
+        place = y * strides[0], x * strides[0]
+        level = int(levels[image, place[0] // strides[-1], place[1] // strides[-1]])
+        expected = all(one % strides[-1 - level] == 0 for one in place)
+        assert found[image, y, x] == expected, (image, y, x)
+    assert grid.stride == strides[0]
+    dense, every = model.start(images).follow(Way.dense(strides[0])).last_exit()
+    assert every.all()
+    assert dense.tensor.shape == grid.tensor.shape
+    lattice, step = levels * 0, strides[-1] // strides[0]
+    coarse = model.start(images).take(lattice).last_exit()[0].tensor[:, :, ::step, ::step]
+    torch.testing.assert_close(grid.tensor[:, :, ::step, ::step], coarse)  # P1
 
 
 @pytest.fixture
@@ -80,7 +104,7 @@ def teacher(tiny: Path, tmp_path: Path) -> tuple[Config, Path]:
     model = build_model(config)
     randomise(model)
     path = tmp_path / "teacher.pt"
-    save_checkpoint(path, config, model.state_dict())
+    save_checkpoint(path, config, *content_of(model))
     return load_config(tiny, ["model.auxiliary=false"]), path
 
 

@@ -26,9 +26,9 @@ from sparse_seg.data.batches import training_batches
 from sparse_seg.data.loader import ResumableSampler
 from sparse_seg.errors import DataError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
+from sparse_seg.processes import FailedElsewhere, Processes, ProcessLost, joined_processes
 from sparse_seg.run.build import build_model
 from sparse_seg.run.way import Way
-from sparse_seg.processes import FailedElsewhere, Processes, ProcessLost, joined_processes
 from sparse_seg.training.checkpoint import load_state
 from sparse_seg.training.schedule import learning_rate
 from sparse_seg.training.trainer import Trainer

@@ -45,9 +45,8 @@ def test_segment_with_a_learned_mask(strides: list[int]) -> None:
     policy = model.policy
     assert isinstance(policy, LearnedPolicy)
     stage = 0 if strides[0] == 4 else 1
-    features = model.backbone(images, model.dense_layouts(images, strides[0]))[stage]
-    shape = [-(-length // strides[0]) for length in images.shape[2:]]
-    scores = policy.net(features.view(2, *shape, -1).permute(0, 3, 1, 2))[:, 0]
+    features = model.module.backbone(images)[stage]
+    scores = policy.net(features)[:, 0]
     assert torch.equal(chosen, policy.cut(scores.float()))
     assert relative_error(logits, model(images, chosen)) < 1e-12
     again = model.start(images).follow().mask
@@ -78,7 +77,7 @@ def test_straight_through_values_and_gradient() -> None:
     assert (scores.grad >= 0).all()
 
 
-@pytest.mark.parametrize("head", ["lite", "deeplabv3"])
+@pytest.mark.parametrize("head", ["lite", "deeplabv3", "deeplabv3plus"])
 def test_straight_through_loss_at_the_ends(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All fine it is the dense network's loss and all coarse the selective one's; in between both mix, the
     choice gets a gradient either way, and the budget is (share - fraction) squared."""
@@ -95,7 +94,7 @@ def test_straight_through_loss_at_the_ends(head: str, monkeypatch: pytest.Monkey
         model.zero_grad()
         found.backward()
         assert any(parameter.grad is not None for parameter in model.policy.parameters())
-        assert model.backbone.conv1.weight.grad is not None
+        assert model.module.backbone.conv1.weight.grad is not None
 
 
 @pytest.mark.slow
@@ -161,7 +160,7 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> Non
     model = load_model(tmp_path / "mask" / "best.pt")
     before = load_model(start).state_dict()
     after = {name: value for name, value in model.state_dict().items() if not name.startswith("policy.")}
-    assert after.keys() == {name for name in before if not name.startswith("auxiliary.")}
+    assert after.keys() == {name for name in before if ".auxiliary." not in name}
     for name, value in after.items():
         assert torch.equal(value, before[name]), name
     fresh = Trainer(config, tmp_path / "fresh").model.policy.state_dict()
@@ -183,9 +182,9 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> Non
 def test_a_mask_and_its_network_are_trained_together_and_resumed(tiny, tmp_path, monkeypatch) -> None:
     config = load_config(tiny, ["model.mask.policy=learned", "train.network=selective"])
     whole = Trainer(config, tmp_path / "whole")
-    first = whole.model.backbone.conv1.weight.clone()
+    first = whole.model.module.backbone.conv1.weight.clone()
     whole.run()
-    assert not torch.equal(whole.model.backbone.conv1.weight, first)
+    assert not torch.equal(whole.model.module.backbone.conv1.weight, first)
     broken = Trainer(config, tmp_path / "broken")
     after_step = broken._after_step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 from sparse_seg import build_model, load_model, save_model, selective
-from sparse_seg.config import Config, check_training, config_from_dict, to_yaml
+from sparse_seg.config import Config, config_from_dict, to_yaml
+from sparse_seg.data import build_dataset
+from sparse_seg.data.batches import training_batches
 from sparse_seg.errors import CheckpointError, ConfigError, TrainingError
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.training.statistics import recalibrate_batch_norm
@@ -74,7 +77,7 @@ def test_training_writes_a_file_that_needs_no_code(
     assert found.card.names[0] == "road"
     again = load_model(tmp_path / "best.safetensors", trainer.config)
     assert torch.equal(found(images), again(images))
-    assert (found.name, found.arguments) == (captured.NAME, {"classes": 19})
+    assert (found.settings.module, found.settings.module_args) == (captured.NAME, {"classes": 19})
 
 
 def test_resumes_bit_for_bit(configured: Configured, tmp_path: Path) -> None:
@@ -148,13 +151,12 @@ def test_losses_on_detail_work(configured: Configured, tmp_path: Path) -> None:
     trained_at(configured(train={"loss": loss, "iterations": 1}), tmp_path)
 
 
-def test_distils_classes_from_another_one(configured: Configured, tmp_path: Path) -> None:
+def test_distils_classes_and_features_from_another_one(configured: Configured, tmp_path: Path) -> None:
     save_model(selective(captured.trained(19), size=(64, 64)), tmp_path / "teacher.safetensors")
-    distill = {"teacher": str(tmp_path / "teacher.safetensors"), "features_weight": 0.0}
-    trained_at(configured(train={"distill": distill, "iterations": 1}), tmp_path / "run")
-    own = configured(train={"distill": distill | {"features_weight": 1.0}})
-    with pytest.raises(ConfigError, match=r"train\.distill\.features_weight compares rows"):
-        check_training(own)
+    distill = {"teacher": str(tmp_path / "teacher.safetensors"), "features_weight": 1.0}
+    for network in ("dense", "selective"):
+        settings = {"network": network, "distill": distill, "iterations": 1}
+        trained_at(configured(train=settings), tmp_path / network)
 
 
 REFUSED = {
@@ -173,9 +175,13 @@ def test_what_a_module_has_not_is_refused(configured: Configured, what: str) -> 
         configured(model=model)
 
 
-def test_a_mask_is_not_trained_through_a_module(configured: Configured) -> None:
-    with pytest.raises(ConfigError, match=r"train\.mask_loss=straight_through .* model\.module has not"):
-        check_training(configured(model={"mask": {"policy": "learned"}}))
+def test_a_mask_is_trained_through_a_module(configured: Configured, tmp_path: Path) -> None:
+    settings = {"network": "selective", "iterations": 1, "ema_decay": None, "eval_every": 1}
+    config = configured({"mask": {"policy": "learned"}}, settings)
+    torch.manual_seed(config.train.seed)
+    before = build_model(config).policy.state_dict()
+    after = trained_at(config, tmp_path).model.policy.state_dict()
+    assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items() if "weight" in name)
 
 
 def not_a_module() -> int:
@@ -220,8 +226,20 @@ def test_several_processes_train_it(configured: Configured, tmp_path: Path) -> N
     assert isinstance(load_model(tmp_path / "run/best.safetensors"), SelectiveNetwork)
 
 
-def test_batch_norms_of_a_module_are_not_recalibrated(configured: Configured) -> None:
+def test_batch_norms_are_recalibrated_as_pytorch_has_them(configured: Configured) -> None:
+    """Dense, the running statistics are those of the module itself without a momentum."""
     config = configured()
-    before = build_model(config)
-    with pytest.raises(ConfigError, match=r"of sparse_seg's own networks, not of model\.module"):
-        recalibrate_batch_norm(before, config, "dense", 1)
+    model = build_model(config)
+    module = copy.deepcopy(model.module).eval()
+    recalibrate_batch_norm(model, config, "dense", 3)
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True
+    data = config.data
+    dataset = build_dataset(data.dataset, data.root, "train", data.bits)
+    for images, _ in training_batches(dataset, config, 0, 3):
+        module(images)
+    found = model.module.state_dict()
+    for name, expected in module.state_dict().items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)

@@ -86,9 +86,9 @@ CHANGES = {
     "config of another version": lambda c: c["config"]["model"].update(depth=3),
     "no ema": lambda c: c.pop("ema"),
     "ema as list": lambda c: c.update(ema=[1]),
-    "a weight as number": lambda c: c["model"].update({"backbone.conv1.weight": 1.0}),
+    "a weight as number": lambda c: c["model"].update({"module.backbone.conv1.weight": 1.0}),
     "a weight of another kind": lambda c: c["model"].update(
-        {"backbone.conv1.weight": c["model"]["backbone.conv1.weight"].to(torch.complex64)}
+        {"module.backbone.conv1.weight": c["model"]["module.backbone.conv1.weight"].to(torch.complex64)}
     ),
 }
 
@@ -98,6 +98,16 @@ def test_damaged_states_are_refused_in_one_line(change, finished, tmp_path):
     content = content_of(finished)
     change(content)
     with pytest.raises(CheckpointError, match=r"last\.pt") as caught:
+        resume(finished, tmp_path, content)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_state_of_an_earlier_version_says_how_to_go_on(finished, tmp_path):
+    content = content_of(finished)
+    content["model"] = {name.removeprefix("module."): one for name, one in content["model"].items()}
+    with pytest.raises(
+        CheckpointError, match=r"by an earlier version.*train\.init=.*best\.safetensors"
+    ) as caught:
         resume(finished, tmp_path, content)
     assert "\n" not in str(caught.value)
 

@@ -15,6 +15,7 @@ import torch
 
 from sparse_seg import load_model
 from sparse_seg.checkpoint import load
+from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.config import load_config
 from sparse_seg.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sparse_seg.run.build import build_model
@@ -144,7 +145,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tiny, 
 
 def test_gradient_that_is_not_finite_stops_before_the_weights_change(tiny, tmp_path):
     trainer = Trainer(load_config(tiny), tmp_path / "run")
-    weight = trainer.model.backbone.conv1.weight
+    weight = trainer.model.module.backbone.conv1.weight
     weight.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(
         TrainingError, match=r"gradient is (nan|inf) at iteration 0; no checkpoint was written yet"
@@ -271,12 +272,14 @@ def test_bad_checkpoints_are_named(tiny, tmp_path):
     del content["digest"]
     for weights in (content["model"], content.get("ema") or {}):
         if weights:
-            weights["head.reduce.0.weight"][0, 0] = float("nan")
+            weights["module.head.reduce.0.weight"][0, 0] = float("nan")
     torch.save(content, tmp_path / "nan.pt")
     with pytest.raises(CheckpointError, match=r"head\.reduce\.0\.weight holds NaN or infinite values"):
         load_model(tmp_path / "nan.pt")
     wider = load_config(tiny, ["model.head_channels=32"])
-    with pytest.raises(CheckpointError, match=r"head\.reduce\.0\.weight is \[16, 64\], the model's is \[32"):
+    with pytest.raises(
+        CheckpointError, match=r"head\.reduce\.0\.weight is \[16, 64, 1, 1\], the model's is \[32"
+    ):
         load_model(last, wider)
     with pytest.raises(CheckpointError, match=r"holds weights only; resume from last\.pt"):
         Trainer(load_config(tiny), tmp_path / "new", resume=tmp_path / "run/best.pt")
@@ -295,7 +298,7 @@ def test_bad_checkpoints_are_named(tiny, tmp_path):
 )
 def test_a_config_of_another_function_is_refused(tiny, tmp_path, override, trained):
     own = load_config(tiny)
-    save_checkpoint(tmp_path / "a.pt", own, build_model(own).state_dict())
+    save_checkpoint(tmp_path / "a.pt", own, *content_of(build_model(own)))
     key = override.partition("=")[0]
     with pytest.raises(CheckpointError, match=re.escape(f"use --set {key}={trained}")):
         load_model(tmp_path / "a.pt", load_config(tiny, [override]))
@@ -303,14 +306,14 @@ def test_a_config_of_another_function_is_refused(tiny, tmp_path, override, train
 
 def test_a_config_of_other_classes_is_refused(tiny, tmp_path):
     own = load_config(tiny)
-    save_checkpoint(tmp_path / "a.pt", own, build_model(own).state_dict())
+    save_checkpoint(tmp_path / "a.pt", own, *content_of(build_model(own)))
     with pytest.raises(CheckpointError, match=r"has 19 classes, but 11 are asked for .* choose the dataset"):
         load_model(tmp_path / "a.pt", load_config(tiny, ["data.dataset=camvid"]))
 
 
 def test_mask_engine_and_exchange_are_free_at_inference(tiny, tmp_path):
     own = load_config(tiny)
-    save_checkpoint(tmp_path / "a.pt", own, build_model(own).state_dict())
+    save_checkpoint(tmp_path / "a.pt", own, *content_of(build_model(own)))
     free = ["model.mask.policy=random", "model.engine=gather", "model.exchange=none"]
     load_model(tmp_path / "a.pt", load_config(tiny, free))
 
@@ -328,15 +331,15 @@ def test_a_pickle_that_wants_code_is_refused(tmp_path):
 
 def test_failed_save_keeps_the_old_checkpoint(tiny, tmp_path, monkeypatch):
     config = load_config(tiny)
-    save_checkpoint(tmp_path / "a.pt", config, {"head.x": torch.ones(1)})
+    save_checkpoint(tmp_path / "a.pt", config, {"module.head.x": torch.ones(1)})
 
     def fail(*arguments):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path / "a.pt", config, {"head.x": torch.zeros(1)})
-    assert load(tmp_path / "a.pt").weights["head.x"] == 1
+        save_checkpoint(tmp_path / "a.pt", config, {"module.head.x": torch.zeros(1)})
+    assert load(tmp_path / "a.pt").weights["module.head.x"] == 1
     assert [path.name for path in tmp_path.glob("*.pt*")] == ["a.pt"]
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from sparse_seg.checkpoint import find, load_model
-from sparse_seg.checkpoint.captured import parts_of
+from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.config import Config, to_dict
 from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError
@@ -26,9 +26,9 @@ from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.files import atomic_write, locked
 from sparse_seg.lab.ablation.grid import Cell, Grid, slug
 from sparse_seg.lab.provenance import provenance
-from sparse_seg.run.way import Way
 from sparse_seg.processes import Processes
 from sparse_seg.progress import say
+from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import best_of, save_checkpoint
 from sparse_seg.training.finish import finish_training, is_finished
 from sparse_seg.training.statistics import recalibrate_batch_norm
@@ -166,7 +166,7 @@ class Ablation:
         model = load_model(self.checkpoint(network.source, seed), config).to(self.device)
         recalibrate_batch_norm(model, config, network.statistics)
         if self.processes.is_first:
-            save_checkpoint(self.checkpoint(name, seed), config, *parts_of(model))
+            save_checkpoint(self.checkpoint(name, seed), config, *content_of(model))
 
     def evaluate(self, cell: Cell) -> None:
         """Measure a cell's accuracy and write its file."""
