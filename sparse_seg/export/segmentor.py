@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export.build import check_options, static_form
 from sparse_seg.export.check import check_run
 from sparse_seg.export.onnx_file import to_onnx
+from sparse_seg.export.options import ExportOptions, check_options
 from sparse_seg.export.runtime import Session, check_runtime, open_session
-from sparse_seg.export.static import ExportOptions
+from sparse_seg.export.static import StaticNetwork
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.images import check_images
 from sparse_seg.run.predicting import Predicting
+from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
 _MAKING = threading.Lock()  # PyTorch's exporter keeps state outside the network: one graph at a time
@@ -143,7 +143,7 @@ class RuntimeSegmentor(Predicting):
 
     def _graph(self, options: ExportOptions) -> bytes:
         policy = None if options.policy is None else copy.deepcopy(options.policy).cpu()
-        network = static_form(self._folded, dataclasses.replace(options, policy=policy))
+        network = StaticNetwork(self._folded, dataclasses.replace(options, policy=policy))
         return to_onnx(network).SerializeToString()
 
 
