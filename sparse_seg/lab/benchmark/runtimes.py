@@ -20,8 +20,8 @@ import torch
 
 from sparse_seg.errors import ConfigError, MeasurementError, import_package
 from sparse_seg.export.onnx_file import INSTALL
-from sparse_seg.export.runtime import RUNTIMES, open_session
 from sparse_seg.export.options import ExportOptions
+from sparse_seg.export.runtime import RUNTIMES, open_session
 from sparse_seg.export.write import export_onnx
 from sparse_seg.lab.latency import Latency
 from sparse_seg.lab.report.tables import Column
