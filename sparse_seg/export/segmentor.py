@@ -22,8 +22,8 @@ from sparse_seg.export.runtime import Session, check_runtime, open_session
 from sparse_seg.export.static import StaticNetwork
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
 from sparse_seg.run.images import check_images
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.predicting import Predicting
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
 _MAKING = threading.Lock()  # PyTorch's exporter keeps state outside the network: one graph at a time
@@ -31,7 +31,7 @@ GRAPHS = 8  # kept: each holds the weights
 SIZE_TO_CHECK = (512, 512)  # px; which options fit does not depend on it
 
 
-def in_runtime(model: Segmentor, runtime: str, threads: int | None = None) -> RuntimeSegmentor:
+def in_runtime(model: SelectiveNetwork, runtime: str, threads: int | None = None) -> RuntimeSegmentor:
     """A model run by onnxruntime or OpenVINO, for prediction: the same classes but for ties.
 
     Several threads may use it at once.
@@ -57,7 +57,7 @@ class RuntimeSegmentor(Predicting):
         seconds: spent on making graphs so far.
     """
 
-    def __init__(self, model: Segmentor, runtime: str, threads: int | None = None) -> None:
+    def __init__(self, model: SelectiveNetwork, runtime: str, threads: int | None = None) -> None:
         check_runtime(runtime)
         self.model, self.runtime, self.threads = model, runtime, threads or torch.get_num_threads()
         self.strides, self.seconds = model.strides, 0.0
@@ -136,7 +136,7 @@ class RuntimeSegmentor(Predicting):
         return session
 
     @cached_property
-    def _folded(self) -> Segmentor:
+    def _folded(self) -> SelectiveNetwork:
         """What graphs are made of: on the CPU, wherever the model is."""
         with torch.inference_mode(False):  # they outlast the call that asks for them first
             return copy.deepcopy(self.model).cpu().for_inference()

@@ -14,8 +14,9 @@ from sparse_seg.export.options import ExportOptions, check_options
 from sparse_seg.export.policies import Choice, Ranking
 from sparse_seg.export.upsample import Tiles, Upsample
 from sparse_seg.ops import Graph
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.patch import patched
-from sparse_seg.run.segmentor import Segmentor, Tensors
+from sparse_seg.run.segmentor import Tensors
 from sparse_seg.run.values import Run
 from sparse_seg.sites import LevelPlan, Sites, grid_size
 
@@ -38,7 +39,7 @@ class StaticNetwork(nn.Module):
     std: Tensor
     plans: dict[int, LevelPlan]
 
-    def __init__(self, model: Segmentor, options: ExportOptions) -> None:
+    def __init__(self, model: SelectiveNetwork, options: ExportOptions) -> None:
         check_options(model, options)
         super().__init__()
         self.options, self.strides = options, model.strides
@@ -121,7 +122,7 @@ class StaticNetwork(nn.Module):
             outputs.append(every)
         return tuple(outputs)
 
-    def _prepare_choice(self, model: Segmentor) -> None:
+    def _prepare_choice(self, model: SelectiveNetwork) -> None:
         options, coarsest = self.options, self.strides[-1]
         self.blocks = grid_size(options.size, coarsest)
         total, policy = self.blocks[0] * self.blocks[1], options.policy or model.policy
@@ -140,13 +141,14 @@ class StaticNetwork(nn.Module):
             self.choice = Choice(policy, lambda every: Upsample(cells, options.size, *last, every))
 
     def _prepare_outputs(self) -> None:
-        options, (cells, *last) = self.options, self._output(self.options.dense or self.strides[0])
+        options = self.options
+        cells, *last = self._output(options.dense or self.strides[0])
         self.tiles = None
         if options.tiles and Tiles.fit(options.size, *last):
             self.tiles = Tiles(options.batch, cells, options.size, *last[:2])
         self.upsampling = Upsample(cells, options.size, *last)
 
-    def _output(self, stride: int) -> tuple[tuple[int, int], int, int, bool]:
+    def _output(self, stride: int) -> tuple[Any, ...]:
         """Of the logits where the network runs dense at a stride, or at most at it: their grid, its stride,
         the stride whose offset their upsampling keeps, and whether that aligns corners."""
         graph = self.geometry.graph

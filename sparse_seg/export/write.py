@@ -12,11 +12,11 @@ from sparse_seg.export.onnx_file import METADATA, describe, to_onnx
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.static import StaticNetwork
 from sparse_seg.files import atomic_write
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 
 
 def export_onnx(
-    model: Segmentor,
+    model: SelectiveNetwork,
     path: str | Path,
     options: ExportOptions,
     names: Sequence[str] = (),
