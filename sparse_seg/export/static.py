@@ -138,7 +138,7 @@ class StaticNetwork(nn.Module):
             )
         if not options.given:
             cells, *last = self._output(coarsest)
-            self.choice = Choice(policy, lambda every: Upsample(cells, options.size, *last, every))
+            self.choice = Choice(policy, lambda every: Upsample(cells, options.size, *last, every=every))
 
     def _prepare_outputs(self) -> None:
         options = self.options
