@@ -30,7 +30,7 @@ from sparse_seg.config import (
 from sparse_seg.config.keys import type_name
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import ORACLES, REDUCTIONS, RULES, UNCERTAINTIES
-from sparse_seg.sparse import ENGINES, EXCHANGES
+from sparse_seg.sites import ENGINES, EXCHANGES
 
 SECTIONS = (Config, ModelConfig, MaskConfig, DataConfig, TrainConfig, LossConfig, DistillConfig)
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,9 @@ PACKAGE = Path(__file__).parents[1] / "sparse_seg"
 TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "version", "registry", "timing", "progress", "processes"),
     ("config",),
-    ("sparse", "sites", "masks", "data"),
+    ("sites", "masks", "data"),
     ("ops",),
-    ("graph",),
-    ("models",),
+    ("graph", "networks"),
     ("run",),
     ("checkpoint", "conversion", "export", "evaluation"),
     ("training",),

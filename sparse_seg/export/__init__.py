@@ -1,23 +1,20 @@
 """The selective network as one branch-free graph of stock operators, for any runtime."""
 
-from sparse_seg.export.build import static_form
-from sparse_seg.export.network import StaticNetwork
 from sparse_seg.export.onnx_file import to_onnx
+from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.runtime import open_session
 from sparse_seg.export.segmentor import RuntimeSegmentor, in_runtime
-from sparse_seg.export.static import ExportOptions, StaticForm
+from sparse_seg.export.static import StaticNetwork
 from sparse_seg.export.write import export_onnx
 
 __all__ = [
     "ExportOptions",
     "Runner",
     "RuntimeSegmentor",
-    "StaticForm",
     "StaticNetwork",
     "export_onnx",
     "in_runtime",
     "open_session",
-    "static_form",
     "to_onnx",
 ]

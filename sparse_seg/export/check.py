@@ -12,11 +12,12 @@ from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export.onnx_file import interface
+from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import open_session
-from sparse_seg.export.static import ExportOptions, StaticForm
+from sparse_seg.export.static import StaticNetwork
 from sparse_seg.masks import MaskPolicy, blur_scores
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.passes import Pass
+from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
 TOLERANCE = 1e-4  # of logits, relative to the largest; float32 in another order gives 1e-6 to 1e-5
@@ -26,7 +27,7 @@ MOST_BLOCKS = 0.01
 
 
 @torch.no_grad()
-def check_graph(graph: bytes, model: Segmentor, network: StaticForm, images: int = 2) -> None:
+def check_graph(graph: bytes, model: Segmentor, network: StaticNetwork, images: int = 2) -> None:
     """Run random images through a graph, and compare blocks, classes and logits with the model's.
 
     Classes may differ where two logits are equal to rounding.
@@ -77,7 +78,7 @@ def check_run(
         )
 
 
-def random_inputs(network: StaticForm, generator: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
+def random_inputs(network: StaticNetwork, generator: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
     """A network's inputs, of smooth noise, and the images normalised, as the model takes them."""
     options = network.options
     small = torch.rand(options.batch, 3, *(-(-length // 8) for length in options.size), generator=generator)
@@ -99,7 +100,7 @@ def random_inputs(network: StaticForm, generator: torch.Generator) -> tuple[tupl
 
 def _expected(
     model: Segmentor,
-    network: StaticForm,
+    network: StaticNetwork,
     inputs: tuple[Tensor, ...],
     normalised: Tensor,
     found: dict[str, np.ndarray],

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparse_seg.checkpoint import digest_of
 from sparse_seg.errors import import_package
-from sparse_seg.export.static import StaticForm
+from sparse_seg.export.static import StaticNetwork
 from sparse_seg.version import __version__
 
 OPSET = 17  # tested with onnxruntime 1.20.1 (November 2024) to 1.32 and OpenVINO 2026.4
@@ -21,7 +21,7 @@ INSTALL = "pip install 'sparse_seg[export]'"
 
 
 def describe(
-    model: nn.Module, network: StaticForm, names: Sequence[str], colours: Sequence[Sequence[int]]
+    model: nn.Module, network: StaticNetwork, names: Sequence[str], colours: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
     """The file's metadata; with a digest of the weights, by which two files of one network know each
     other."""
@@ -54,7 +54,7 @@ def describe(
     }
 
 
-def to_onnx(network: StaticForm) -> Any:
+def to_onnx(network: StaticNetwork) -> Any:
     """The graph as an `onnx.ModelProto`.
 
     It comes from PyTorch's tracing exporter: a fixed graph needs no more, and it takes an eighth of the
@@ -86,7 +86,7 @@ def to_onnx(network: StaticForm) -> Any:
     return graph
 
 
-def interface(network: StaticForm) -> tuple[list[str], list[str]]:
+def interface(network: StaticNetwork) -> tuple[list[str], list[str]]:
     """Names of inputs and of outputs."""
     inputs, outputs = ["images"], ["classes"]
     if network.options.dense is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.export.segmentor import RuntimeRun, RuntimeSegmentor, in_runtime
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.passes import Pass
 from sparse_seg.run.way import Way
 
@@ -40,7 +40,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Segmentor,
+        model: SelectiveNetwork,
         asked: str,
         way: Way,
         logits: bool = False,

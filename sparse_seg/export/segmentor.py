@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export.build import check_options, static_form
 from sparse_seg.export.check import check_run
 from sparse_seg.export.onnx_file import to_onnx
+from sparse_seg.export.options import ExportOptions, check_options
 from sparse_seg.export.runtime import Session, check_runtime, open_session
-from sparse_seg.export.static import ExportOptions
+from sparse_seg.export.static import StaticNetwork
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.images import check_images
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.predicting import Predicting
 from sparse_seg.run.way import Way
 
@@ -31,7 +31,7 @@ GRAPHS = 8  # kept: each holds the weights
 SIZE_TO_CHECK = (512, 512)  # px; which options fit does not depend on it
 
 
-def in_runtime(model: Segmentor, runtime: str, threads: int | None = None) -> RuntimeSegmentor:
+def in_runtime(model: SelectiveNetwork, runtime: str, threads: int | None = None) -> RuntimeSegmentor:
     """A model run by onnxruntime or OpenVINO, for prediction: the same classes but for ties.
 
     Several threads may use it at once.
@@ -57,7 +57,7 @@ class RuntimeSegmentor(Predicting):
         seconds: spent on making graphs so far.
     """
 
-    def __init__(self, model: Segmentor, runtime: str, threads: int | None = None) -> None:
+    def __init__(self, model: SelectiveNetwork, runtime: str, threads: int | None = None) -> None:
         check_runtime(runtime)
         self.model, self.runtime, self.threads = model, runtime, threads or torch.get_num_threads()
         self.strides, self.seconds = model.strides, 0.0
@@ -136,14 +136,14 @@ class RuntimeSegmentor(Predicting):
         return session
 
     @cached_property
-    def _folded(self) -> Segmentor:
+    def _folded(self) -> SelectiveNetwork:
         """What graphs are made of: on the CPU, wherever the model is."""
         with torch.inference_mode(False):  # they outlast the call that asks for them first
             return copy.deepcopy(self.model).cpu().for_inference()
 
     def _graph(self, options: ExportOptions) -> bytes:
         policy = None if options.policy is None else copy.deepcopy(options.policy).cpu()
-        network = static_form(self._folded, dataclasses.replace(options, policy=policy))
+        network = StaticNetwork(self._folded, dataclasses.replace(options, policy=policy))
         return to_onnx(network).SerializeToString()
 
 

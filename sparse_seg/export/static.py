@@ -1,88 +1,94 @@
-"""What every static form has: options, the choice of blocks, masks and outputs of one branch-free module."""
+"""A network for images of one size as one branch-free module: the graph's own run (`run/values.py`) with the
+blocks' numbers in place of a mask."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from sparse_seg.errors import SparseSegError
+from sparse_seg.export.options import ExportOptions, check_options
 from sparse_seg.export.policies import Choice, Ranking
-from sparse_seg.export.upsample import Tiles, Upsample, grid_size
-from sparse_seg.masks import MaskPolicy
-from sparse_seg.run.segmentor import Segmentor
-from sparse_seg.run.images import MIN_SIZE
-
-INPUTS = ("float", "uint8")
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What a static network is for.
-
-    Args:
-        size: `(H, W)` of the images, px; batch: how many.
-        dense: output stride of a dense network; None for a selective one.
-        fine_fraction: share of fine blocks; None for the policy's own.
-        given: whether the fine blocks are an input, in place of the policy.
-        merge: `whole` or `patch`, see `SelectiveNetwork`; None for the model's own.
-        input: `float`, `[B, 3, H, W]` in 0..1; or `uint8`, `[B, H, W, 3]`.
-        mean, std: of the normalisation, which the network does itself.
-        logits: whether the logits `[B, K, H, W]` are an output, too.
-        ghosts: whether ghosts are made for the needed cells only; their number, the one shape that depends
-            on the data, makes it faster on CPUs.
-        tiles: whether pixels are interpolated where classes meet only, which makes shapes depend on the
-            data, too.
-        policy: chooses the fine blocks; None for the model's own.
-    """
-
-    size: tuple[int, int]
-    batch: int = 1
-    dense: int | None = None
-    fine_fraction: float | None = None
-    given: bool = False
-    merge: str | None = None
-    input: str = "float"
-    mean: Sequence[float] = (0.485, 0.456, 0.406)
-    std: Sequence[float] = (0.229, 0.224, 0.225)
-    logits: bool = False
-    ghosts: bool = True
-    tiles: bool = True
-    policy: MaskPolicy | None = None
+from sparse_seg.export.upsample import Tiles, Upsample
+from sparse_seg.ops import Graph
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.patch import patched
+from sparse_seg.run.segmentor import Tensors
+from sparse_seg.run.values import Run
+from sparse_seg.sites import LevelPlan, Sites, grid_size
 
 
-class StaticForm(nn.Module):
-    """A network for images of one size, with every shape fixed (but see `ExportOptions.ghosts`).
-
-    A form prepares itself with `_prepare_choice` and `_prepare_outputs`, and computes `grid_logits`.
+class StaticNetwork(nn.Module):
+    """A network with every shape fixed (but see `ExportOptions.ghosts`): its folded graph, and copies of its
+    tensors, named after their layers.
 
     Args:
-        model: whose form it is, folded; its tensors are the form's business.
+        model: in eval mode; stays as it is.
 
     Attributes:
         choice: the policy; None where the network is dense, or blocks are given.
+
+    Raises:
+        SparseSegError: options that do not fit the model.
     """
 
     mean: Tensor
     std: Tensor
+    plans: dict[int, LevelPlan]
 
-    def __init__(self, model: Segmentor, options: ExportOptions) -> None:
+    def __init__(self, model: SelectiveNetwork, options: ExportOptions) -> None:
+        check_options(model, options)
         super().__init__()
-        self.options, self.strides = options, tuple(model.strides)
+        self.options, self.strides = options, model.strides
         self.exchange, self.merge = model.exchange, options.merge or model.merge
         self.classes = model.num_classes
         scale = 1.0 if options.input == "float" else 255.0
-        mean, std = torch.tensor(options.mean) * scale, torch.tensor(options.std) * scale
-        self.register_buffer("mean", mean.reshape(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", std.reshape(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", options.mean), ("std", options.std)):
+            self.register_buffer(name, (torch.tensor(values) * scale).reshape(1, 3, 1, 1), persistent=False)
+        folded = model.for_inference()
+        self.geometry, tensors = folded.geometry, folded.tensors
+        self.has_std = not _fold_std(folded.graph, tensors, self.std)
+        self.names = _names_by_layer(folded.graph)
+        self.weights = Tensors({name: tensors[own].float() for own, name in self.names.items()})
         self.choice: Choice | None = None
+        if options.dense is None:
+            self._prepare_choice(model)
+        self._prepare_outputs()
+        self.eval().requires_grad_(False)
+        self._prepare()
 
     def grid_logits(self, images: Tensor, *blocks: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits `[B, K, h, w]` before the last upsampling, and the blocks that are not coarse `[B, k]`, the
         finest first."""
-        raise NotImplementedError
+        centred, geometry = self._centred(images), self.geometry
+        weights = dict(self.weights.named_buffers())
+        tensors = {own: weights[name] for own, name in self.names.items()}
+        run = Run(geometry, tensors, centred / self.std if self.has_std else centred)
+        if self.options.dense is not None:
+            return run.output(run.dense(self.options.dense)).tensor, None
+        patches = self.merge == "patch"
+        kept = geometry.kept_lattices | (geometry.kept_late if patches else set())
+        coarse = run.dense(self.strides[-1], kept)
+        features = run.early()[geometry.features].thinned(self.strides[0])
+
+        def coarse_logits() -> Tensor:
+            if not geometry.refines:
+                raise SparseSegError(
+                    f"{geometry.where_mixing} makes the lattice depend on the mask, so no policy can read a "
+                    "coarse pass: export with --policy edge or given, or with --dense"
+                )
+            return run.output(coarse).tensor
+
+        chosen = self._choose(centred / self.std, features, coarse_logits, blocks)
+        near = geometry.near(self.options.size) if self.options.ghosts else {}
+        sites = Sites.of_numbers(chosen, self.ranking.fine, self.plans, self.exchange, near)
+        values = run.mixed(sites, coarse if geometry.refines else None, late=not patches)
+        if patches:
+            return patched(run, sites, coarse, values).tensor, chosen
+        return run.output(values).tensor, chosen
 
     def example(self) -> tuple[Tensor, ...]:
         """Inputs of the right shapes."""
@@ -116,10 +122,7 @@ class StaticForm(nn.Module):
             outputs.append(every)
         return tuple(outputs)
 
-    def _prepare_choice(
-        self, model: Segmentor, stride: int, trained_stride: int, align_corners: bool
-    ) -> None:
-        """stride: of the coarse pass's logits, px."""
+    def _prepare_choice(self, model: SelectiveNetwork) -> None:
         options, coarsest = self.options, self.strides[-1]
         self.blocks = grid_size(options.size, coarsest)
         total, policy = self.blocks[0] * self.blocks[1], options.policy or model.policy
@@ -134,20 +137,41 @@ class StaticForm(nn.Module):
                 f"{coarsest}"
             )
         if not options.given:
-            geometry = stride, trained_stride, align_corners
-            cells = grid_size(options.size, stride)
-            self.choice = Choice(policy, lambda every: Upsample(cells, options.size, *geometry, every))
+            cells, stride, trained, align = self._output(coarsest)
+            last = cells, options.size, stride, trained, align
+            self.choice = Choice(policy, lambda every: Upsample(*last, every))
 
-    def _prepare_outputs(self, stride: int, trained_stride: int, align_corners: bool) -> None:
-        """stride: of the logits, px."""
-        options, cells = self.options, grid_size(self.options.size, stride)
+    def _prepare_outputs(self) -> None:
+        options = self.options
+        cells, *last = self._output(options.dense or self.strides[0])
         self.tiles = None
-        if options.tiles and Tiles.fit(options.size, stride, trained_stride, align_corners):
-            self.tiles = Tiles(options.batch, cells, options.size, stride, trained_stride)
-        self.upsampling = Upsample(cells, options.size, stride, trained_stride, align_corners)
-        self.eval().requires_grad_(False)
+        if options.tiles and Tiles.fit(options.size, *last):
+            self.tiles = Tiles(options.batch, cells, options.size, *last[:2])
+        self.upsampling = Upsample(cells, options.size, *last)
+
+    def _output(self, stride: int) -> tuple[Any, ...]:
+        """Of the logits where the network runs dense at a stride, or at most at it: their grid, its stride,
+        the stride whose offset their upsampling keeps, and whether that aligns corners."""
+        graph = self.geometry.graph
+        own = self.geometry.cells(stride)[graph.output]
+        return (
+            grid_size(self.options.size, own),
+            own,
+            self.geometry.trained(graph.output),
+            graph.align_corners,
+        )
+
+    def _prepare(self) -> None:
+        """Make the tables, where the network is."""
+        batch, size, device = self.options.batch, self.options.size, self.mean.device
+        self.plans = {stride: LevelPlan(batch, size, stride, device) for stride in self.strides[-2::-1]}
         with torch.no_grad():
-            self(*self.example())  # makes the tables
+            self(*(value.to(device) for value in self.example()))
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        super()._apply(*arguments, **options)
+        self._prepare()
+        return self
 
     def _choose(
         self, images: Tensor, features: Tensor, coarse: Callable[[], Tensor], blocks: Sequence[Tensor]
@@ -170,22 +194,30 @@ class StaticForm(nn.Module):
         return mask.reshape(batch, *self.blocks)
 
 
-def check_size(options: ExportOptions) -> None:
-    """Raises a SparseSegError for images that are too small."""
-    if min(options.size) < MIN_SIZE:
-        size = "x".join(map(str, options.size))
-        raise SparseSegError(f"size {size} is too small; images must have at least {MIN_SIZE}x{MIN_SIZE} px")
+def _names_by_layer(graph: Graph) -> dict[str, str]:
+    """For each tensor of a graph `LAYER.ROLE`, of the first node that reads it."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for node in graph.nodes:
+        for role, own in node.tensors.items():
+            if own in names:
+                continue
+            layer, number = node.layer or node.name.replace(".", "_"), 1
+            while (name := f"{layer}{f'_{number}' if number > 1 else ''}.{role}") in taken:
+                number += 1
+            names[own] = name
+            taken.add(name)
+    return names
 
 
-def check_policy(model: Segmentor, options: ExportOptions) -> None:
-    """Raises a SparseSegError for a policy that no graph can have."""
-    policy = options.policy or model.policy
-    if policy.is_bound and not options.given:
-        raise SparseSegError(
-            f"mask policy {policy.name} reads what no mask can know, labels or the dense network, and "
-            "cannot be exported; use --policy given, with the blocks as an input, or another policy"
-        )
-    if policy.fine_fraction is None and options.fine_fraction is None:
-        raise SparseSegError(
-            "a threshold gives another number of blocks for each image; export with --fine-fraction F"
-        )
+def _fold_std(graph: Graph, tensors: dict[str, Tensor], std: Tensor) -> bool:
+    """Make the division by the standard deviation part of the first weights; whether that was possible."""
+    users = graph.users()[graph.nodes[0].name]
+    names = {node.tensors.get("weight", "") for node in users}
+    if any(node.op != "conv2d" or node.options["groups"] != 1 for node in users):
+        return False
+    if any(set(node.tensors.values()) & names for node in graph.nodes if node not in users):
+        return False
+    for name in names:
+        tensors[name] = tensors[name] / std.to(tensors[name])
+    return True

@@ -12,11 +12,6 @@ from torch import Tensor, nn
 from sparse_seg.ops.upsample import _interpolation_matrix
 
 
-def grid_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Of images of `size` px at a stride."""
-    return -(-size[0] // stride), -(-size[1] // stride)
-
-
 class Upsample(nn.Module):
     """As `ops.upsample.upsample_logits` from one grid to one size, by two matrix products.
 

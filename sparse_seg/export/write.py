@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_seg.export.build import static_form
 from sparse_seg.export.check import check_graph
 from sparse_seg.export.onnx_file import METADATA, describe, to_onnx
-from sparse_seg.export.static import ExportOptions
+from sparse_seg.export.options import ExportOptions
+from sparse_seg.export.static import StaticNetwork
 from sparse_seg.files import atomic_write
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 
 
 def export_onnx(
-    model: Segmentor,
+    model: SelectiveNetwork,
     path: str | Path,
     options: ExportOptions,
     names: Sequence[str] = (),
     colours: Sequence[Sequence[int]] = (),
     check: bool = True,
 ) -> dict[str, Any]:
-    """Write a network for images of one size to `path`; see `StaticForm.forward` for inputs and outputs.
+    """Write a network for images of one size to `path`; see `StaticNetwork.forward` for inputs and outputs.
 
     Args:
         names, colours: of the classes, colours as RGB in 0..255; kept in the file.
@@ -36,7 +36,7 @@ def export_onnx(
         SparseSegError: options that do not fit, a missing package, or a check that fails.
         OSError: the file cannot be written; nothing is left of it.
     """
-    network = static_form(model, options)
+    network = StaticNetwork(model, options)
     graph, metadata = to_onnx(network), describe(model, network, names, colours)
     entry = graph.metadata_props.add()
     entry.key, entry.value = METADATA, json.dumps(metadata)

@@ -1,4 +1,4 @@
-"""Atrous spatial pyramid pooling (Chen et al., "Rethinking Atrous Convolution", 2017), torchvision's names."""
+"""Atrous spatial pyramid pooling (Chen et al., 2017), by torchvision's names."""
 
 from __future__ import annotations
 

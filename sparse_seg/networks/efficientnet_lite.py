@@ -118,9 +118,7 @@ class Conv2dSame(nn.Conv2d):
         natural: int | None = None,
         groups: bool = False,
     ) -> None:
-        super().__init__(
-            inside, outside, kernel, stride, 0, dilation, inside if groups else 1, bias=False
-        )
+        super().__init__(inside, outside, kernel, stride, 0, dilation, inside if groups else 1, bias=False)
         self.natural = stride if natural is None else natural
         before = (kernel - self.natural) // 2 * dilation
         after = (kernel - 1) * dilation - before

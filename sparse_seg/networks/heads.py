@@ -98,7 +98,7 @@ class FCNHead(Head):
 
 
 class LRASPPHead(Head):
-    """1x1 gated by the image's mean, and a 1x1 of the first feature (MobileNetV3's; Howard et al., ICCV 2019).
+    """1x1 gated by the image's mean, and a 1x1 of the first feature (Howard et al., ICCV 2019).
 
     As upsampling and 1x1 commute, logits are upsampled in place of channels: the same values.
     """

@@ -42,7 +42,9 @@ class ResNet(nn.Module):
         ValueError: a width that makes a fraction of a channel.
     """
 
-    stages: ClassVar[dict[str, int]] = dict(zip(("layer1", "layer2", "layer3", "layer4"), STRIDES, strict=True))
+    stages: ClassVar[dict[str, int]] = dict(
+        zip(("layer1", "layer2", "layer3", "layer4"), STRIDES, strict=True)
+    )
 
     def __init__(
         self,
@@ -69,7 +71,9 @@ class ResNet(nn.Module):
             at, blocks = min(natural, output_stride), list[nn.Module]()
             second = natural // at if dilate_second or number < 2 else 1
             for index in range(depth):
-                entry, spacing = (before, (STRIDES[0], *entry_spacings)[number]) if index == 0 else (at, natural)
+                entry, spacing = (
+                    (before, (STRIDES[0], *entry_spacings)[number]) if index == 0 else (at, natural)
+                )
                 down = None
                 if index == 0 and (number > 0 or channels != self.channels[number]):
                     pool = STRIDES[number - 1] // before if number and shortcut == "avg_pool" else 0

@@ -41,7 +41,11 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
-        self.output_stride, self.trained_stride, self.align_corners = output_stride, trained_stride, align_corners
+        self.output_stride, self.trained_stride, self.align_corners = (
+            output_stride,
+            trained_stride,
+            align_corners,
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """`[B, 3, H, W]` to logits `[B, K, H, W]`."""
@@ -78,9 +82,7 @@ def build_module(settings: ModelConfig, output_stride: int, trained_stride: int 
     return module
 
 
-def _made(
-    registry: Registry, name: str, given: Mapping[str, Any], options: Mapping[str, Any]
-) -> nn.Module:
+def _made(registry: Registry, name: str, given: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
     """A part, of those of the settings that it has arguments for, and its own options."""
     part, key = registry[name], f"model.{registry.kind}_options"
     accepted = inspect.signature(part).parameters

@@ -108,7 +108,8 @@ class Reads:
 
     def inside(self) -> Tensor:
         """`[M, T]` bool."""
-        return (self.index < int(self.table.shape[0]) - 1).reshape(-1, self.count)
+        last = self.table.shape[0] - 1  # no int(): in an exported graph the number of ghosts is not fixed
+        return (self.index < last).reshape(-1, self.count)
 
 
 OPERATORS: dict[str, Operator] = {}

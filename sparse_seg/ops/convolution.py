@@ -89,7 +89,7 @@ class Conv2d(Spatial):
     def grid(
         self, node: Node, tensors: Tensors, grid: Tensor, stride: Pair, dilation: Pair, pads: Pads
     ) -> Tensor:
-        weight, bias, groups = tensors["weight"], tensors.get("bias"), node.options["groups"]
+        weight, bias, groups = kernel_of(tensors["weight"]), tensors.get("bias"), node.options["groups"]
         left, right, above, below = pads
         if left == right and above == below and min(left, above) >= 0:
             return F.conv2d(grid, weight, bias, stride, (above, left), dilation, groups)

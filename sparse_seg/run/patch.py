@@ -25,7 +25,7 @@ from sparse_seg.errors import SparseSegError
 from sparse_seg.graph import Geometry
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
 from sparse_seg.run.values import Run
-from sparse_seg.sites import HERE, Grid, Level, LevelPlan, Mixed, Sites, Taps, grid_size, rows_to_grid
+from sparse_seg.sites import HERE, Grid, Level, Mixed, Sites, Taps, grid_size, plan_of, rows_to_grid
 
 
 def check_patch(geometry: Geometry) -> None:
@@ -126,7 +126,7 @@ class Fine:
         """A grid interpolated to half its stride, as densify does."""
         plan = self.plan
         if stride != plan.stride:
-            plan = LevelPlan(plan.batch, plan.image, stride, plan.device)
+            plan = plan_of(plan.batch, plan.image, stride, plan.device)
         none = grid.tensor.new_zeros(0, int(grid.tensor.shape[1]))
         rows = Level(plan, self.level.cells[:0]).complete(grid.rows, none)
         return Grid(rows_to_grid(rows, plan.batch, plan.fine), stride)

@@ -65,7 +65,9 @@ def selective(
     """
     mask = parse_policy(policy, dataclasses.replace(MaskConfig(), fine_fraction=fine_fraction))
     chosen = None if strides is None else list(check_strides(strides))
-    return captured(module, ModelConfig(module=type(module).__qualname__, strides=chosen, mask=mask), size, card)
+    return captured(
+        module, ModelConfig(module=type(module).__qualname__, strides=chosen, mask=mask), size, card
+    )
 
 
 def captured(
@@ -183,7 +185,9 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
     found = grid.tensor
     if found.shape[2:] != expected.shape[2:]:
         full = (int(expected.shape[2]), int(expected.shape[3]))
-        found = upsample_logits(found, full, grid.stride, geometry.trained(geometry.graph.output), geometry.graph.align_corners)
+        found = upsample_logits(
+            found, full, grid.stride, geometry.trained(geometry.graph.output), geometry.graph.align_corners
+        )
     error = _relative(found, expected)
     if error <= TOLERANCE:
         return

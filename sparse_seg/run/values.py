@@ -175,6 +175,10 @@ class Run:
         self.counted(node, self.batch * size[0] * size[1])
         if node.name in self.taps:
             return Grid(self._window(node, read[0], cell, size), cell)
+        if node.op == "conv2d" and isinstance(read[0], Grid) and isinstance(operator, Spatial):
+            step, source = cell // read[0].stride, read[0].tensor  # not thinned before: that leaves a layout
+            grid = operator.grid(node, self.tensors_of(node), source, (step, step), (1, 1), (0, 0, 0, 0))
+            return Grid(grid, cell)
         arrays = [one.thinned(cell) if isinstance(one, Grid) else one for one in read]
         return Grid(operator.apply(node, self.tensors_of(node), arrays, self.trains(node)), cell)
 

@@ -31,6 +31,8 @@ class Level:
             twice the stride; `nearest`, the cell's own site; `none`, zero.
         near: taps that share ghosts made for near cells only.
         new: how many of the cells, the last ones, are run; None: all.
+        counts: bool `[K]`, which of the cells are there for the first time; None: all. Others make the same
+            rows again.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class Level:
         exchange: str = "linear",
         near: Sequence[Taps] = (),
         new: int | None = None,
+        counts: Tensor | None = None,
     ) -> None:
         self.plan, self.cells, self.exchange = plan, cells, exchange
         self.count = int(cells.shape[0])
         self.run = self.count if new is None else new
         self.run_cells = cells if new is None else cells[self.count - new :]
+        self.counts = counts
         self.near = tuple(near) if exchange != "none" else ()
         self._kept: dict[Hashable, Any] = {}
         self._numberings: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -114,8 +118,10 @@ class Level:
         return 3 * self.run if self.valid is None else int(self.valid.shape[0])
 
     def by_image(self, values: Tensor) -> Tensor:
-        """Sums `[B, C]` over each image's cells of values `[K, C]`."""
+        """Sums `[B, C]` over each image's cells, each once, of values `[K, C]`."""
         batch = self.plan.batch
+        if self.counts is not None:
+            values = values.masked_fill(~self.counts[:, None], 0)
         if batch == 1:
             return values.sum(0, keepdim=True)
         image = self.cells // (self.plan.cells // batch)

@@ -80,9 +80,10 @@ class Sites:
         Args:
             fine: how many of the k blocks are at the finest stride; with two strides all.
         """
-        levels, before = {}, None
+        levels: dict[int, Level] = {}
+        before = None
         for stride, plan in plans.items():
-            batch = plan.batch
+            batch, counts = plan.batch, None
             if before is None:
                 cells = chosen
                 if batch > 1:
@@ -91,9 +92,12 @@ class Sites:
                 blocks = cells[:, :fine]
             else:
                 children = before.fine_of_phases.index_select(1, blocks.reshape(-1))
+                if not before.is_even:  # one beyond the border has no sites: the block's first stands there
+                    counts = (children < before.fine_cells).reshape(4, batch, -1).permute(1, 0, 2).reshape(-1)
+                    children = children.where(children < before.fine_cells, children[:1])
                 cells = children.reshape(4, batch, -1).permute(1, 0, 2).reshape(batch, -1)
                 blocks = cells
-            levels[stride] = Level(plan, cells.reshape(-1), exchange, near.get(stride, ()))
+            levels[stride] = Level(plan, cells.reshape(-1), exchange, near.get(stride, ()), counts=counts)
             before = plan
         return cls(levels, exchange)
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from sparse_seg import build_model
-from sparse_seg.export import StaticForm
+from sparse_seg.export import StaticNetwork
 from sparse_seg.export.check import random_inputs
 from sparse_seg.export.onnx_file import interface
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.segmentor import Segmentor
 from tests.reference import randomise, relative_error
 
 DEEP = {"backbone": "resnet50", "depths": [1, 1, 2, 2]}
@@ -42,6 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "entry_spacings": [4, 16, 32],
         "refine": False,
     },
+    "undilated": {"head": "deeplabv3", "dilate_second": False, "aspp_projection": False},
     "unprojected": {"head": "deeplabv3", "aspp_projection": False},
     "nearest": {"head": "deeplabv3", "exchange": "nearest", "shortcut": "avg_pool"},
     "none": {"exchange": "none", "shortcut": "avg_pool"},
@@ -72,7 +73,7 @@ def kind_model(kind: str, policy: str = "edge", fraction: float = 0.3) -> Select
     return model
 
 
-def arrays(network: StaticForm, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
+def arrays(network: StaticNetwork, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
     """Inputs by name, as runtimes take them."""
     return {name: value.numpy() for name, value in zip(interface(network)[0], inputs, strict=True)}
 
@@ -80,7 +81,7 @@ def arrays(network: StaticForm, inputs: tuple[Tensor, ...]) -> dict[str, np.ndar
 @torch.no_grad()
 def compare(
     model: Segmentor,
-    network: StaticForm,
+    network: StaticNetwork,
     inputs: tuple[Tensor, ...],
     images: Tensor,
     found: Mapping[str, Tensor],
@@ -106,7 +107,7 @@ def compare(
     assert clear.float().mean() > 0.99
 
 
-def _levels(network: StaticForm, inputs: tuple[Tensor, ...], mask: Tensor) -> Tensor:
+def _levels(network: StaticNetwork, inputs: tuple[Tensor, ...], mask: Tensor) -> Tensor:
     if not network.ranking.middle:
         return mask
     chosen = network.grid_logits(*inputs)[1]
@@ -114,7 +115,7 @@ def _levels(network: StaticForm, inputs: tuple[Tensor, ...], mask: Tensor) -> Te
     return torch.zeros(mask.flatten(1).shape).scatter(1, chosen, 1).long().view_as(mask).where(~mask, 2)
 
 
-def cases(network: StaticForm, count: int) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+def cases(network: StaticNetwork, count: int) -> list[tuple[tuple[Tensor, ...], Tensor]]:
     """Random inputs, and their images as the model takes them."""
     generator = torch.Generator().manual_seed(1)
     return [random_inputs(network, generator) for _ in range(count)]

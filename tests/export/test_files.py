@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
+from sparse_seg import build_model
 from sparse_seg.cli import main
 from sparse_seg.errors import ConfigError, MeasurementError, SparseSegError
 from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, open_session
@@ -14,11 +14,11 @@ from sparse_seg.export import check as checks
 from sparse_seg.lab.benchmark.runtimes import Timed, lift, peer_graphs, rows, time_graphs, time_network
 from sparse_seg.lab.latency import Latency
 from tests.export.kinds import kind_model
-from tests.reference import VARIANTS, variant_model
 
 onnx = pytest.importorskip("onnx", reason="needs the package onnx")
 pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
 SIZE = (64, 96)
+SMALL = {"width": 0.125, "head_channels": 16, "num_classes": 5}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,12 @@ def test_stock_operators_with_readable_names_and_one_copy_of_the_weights(exporte
     assert not graph.functions
     names = [node.name for node in graph.graph.node]
     assert len(set(names)) == len(names)
-    assert {"layer3.0.conv2/lattice", "layer3.0.conv2/extra", "head.neck.reduce/extra"} <= set(names)
-    weights = [one for one in graph.graph.initializer if one.name.startswith("backbone.layer4.1.conv2")]
+    assert {"backbone.layer3.0.conv2/lattice", "backbone.layer3.0.conv2/extra", "head.reduce.0/extra"} <= set(
+        names
+    )
+    weights = [
+        one for one in graph.graph.initializer if one.name.startswith("weights.backbone.layer4.1.conv2")
+    ]
     assert sum(len(one.dims) == 4 for one in weights) == 1
 
 
@@ -65,7 +69,7 @@ def test_stock_operators_with_readable_names_and_one_copy_of_the_weights(exporte
     [
         ({"size": (31, 64)}, "size 31x64 is too small; images must have at least 32x32 px"),
         ({"fine_fraction": 0.01}, "a fine fraction of 0.01 gives none of 24 blocks; choose a larger one"),
-        ({"dense": 7}, "dense output stride must be one of"),
+        ({"dense": 7}, "dense output stride must be a power of two, not 7"),
         ({"merge": "blend"}, "unknown merge 'blend'; choose one of whole, patch"),
     ],
 )
@@ -76,13 +80,22 @@ def test_options_that_do_not_fit(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_networks_that_cannot_be_exported():
-    undilated = variant_model("mmsegmentation's", torch.float32)
-    assert not VARIANTS["mmsegmentation's"]["dilate_second"]
-    with pytest.raises(SparseSegError, match=r"undilated convolutions .* with --dense only"):
-        StaticNetwork(undilated, ExportOptions(SIZE))
-    with pytest.raises(SparseSegError, match="merge patch needs a head with one 3x3"):
-        StaticNetwork(kind_model("plus"), ExportOptions(SIZE, merge="patch"))
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"exchange": "separate"}, {}, r"exchange separate .* with --dense only"),
+        (
+            {"head": "deeplabv3", "dilate_second": False},
+            {"merge": "patch"},
+            "the coarse pass depend on the mask",
+        ),
+    ],
+)
+def test_networks_that_cannot_be_exported(change, options, message):
+    model = build_model(SMALL | change | {"mask": {"policy": "edge"}}).eval()
+    with pytest.raises(SparseSegError, match=message):
+        StaticNetwork(model, ExportOptions(SIZE, **options))
+    StaticNetwork(model, ExportOptions(SIZE, dense=8))
 
 
 @pytest.mark.slow

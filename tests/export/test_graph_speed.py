@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparse_seg import selective
-from sparse_seg.export import ExportOptions, static_form, to_onnx
-from sparse_seg.run.way import Way
+from sparse_seg.export import ExportOptions, StaticNetwork, to_onnx
 from sparse_seg.ops import Reads, convolution
 from sparse_seg.run.values import Run
+from sparse_seg.run.way import Way
 from sparse_seg.sites import Taps
 from tests.export.networks import ASPP, Excite, captured, conv
 from tests.reference import block_mask, relative_error
@@ -101,7 +101,7 @@ def test_only_a_heads_last_pooling_weighs_all_sites():
 @torch.no_grad()
 def test_it_is_one_graph_of_fixed_shapes():
     """torch.export and torch.compile take it whole: no branch and no shape depends on the data."""
-    form = static_form(captured("aspp", "entropy"), ExportOptions((64, 96), ghosts=False, tiles=False))
+    form = StaticNetwork(captured("aspp", "entropy"), ExportOptions((64, 96), ghosts=False, tiles=False))
     images = torch.rand(1, 3, 64, 96)
     program = torch.export.export(form, form.example())
     compiled = torch.compile(form, fullgraph=True, backend="eager")
@@ -113,7 +113,7 @@ def test_it_is_one_graph_of_fixed_shapes():
 
 def test_uneven_padding_is_part_of_the_convolution():
     pytest.importorskip("onnx", reason="needs the package onnx")
-    form = static_form(captured("same padding"), ExportOptions((64, 96), given=True))
+    form = StaticNetwork(captured("same padding"), ExportOptions((64, 96), given=True))
     nodes = to_onnx(form).graph.node
     pads = [list(one.ints) for node in nodes for one in node.attribute if one.name == "pads"]
     assert [0, 0, 1, 1] in pads

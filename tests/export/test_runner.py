@@ -62,14 +62,14 @@ def test_large_images_stay_in_torch(images, monkeypatch):
         ("lite", Way.policy("previous", 0.2), "mask policy previous needs more than the image"),
         ("8 16 32", Way(), "not for three strides"),
         ("lite", Way.policy("edge", 0.001), "gives none of 24 blocks"),
-        ("plus", Way(merge="patch"), "merge patch needs a head"),
+        ("undilated", Way(merge="patch"), "the coarse pass depend on the mask"),
     ],
     ids=str,
 )
 def test_what_cannot_be_exported_stays_in_torch_and_says_why(kind, way, reason, images, monkeypatch):
     monkeypatch.setattr(rules, "PATIENCE", 0)
     runner = Runner(kind_model(kind, "edge"), "auto", way)
-    if kind != "plus":  # a pass refuses it, too
+    if kind != "undilated":  # a pass refuses it, too
         run(runner, images)
         assert runner.runs == {"torch": 1}
     assert runner.report().startswith("runtime: torch (")

@@ -15,7 +15,6 @@ import sparse_seg
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export import ExportOptions, export_onnx
 from sparse_seg.run.way import Way
-from sparse_seg.sparse.features import double
 from tests.reference import relative_error
 
 PATCH = Way(merge="patch")
@@ -139,6 +138,14 @@ def test_blocks_keep_the_level_before_and_finer_ones_read_it(
             values = _kept([layer(value) for value in values], inside)
     assert relative_error(found, values[-1]) < 1e-12
     assert 0.2 < (mask > 0).float().mean() < 0.9
+
+
+def double(grid: Tensor, fine: tuple[int, int]) -> Tensor:
+    """Twice the resolution: even places exact, odd places the mean of those around them inside the image."""
+    height, width = grid.shape[2:]
+    padded = F.pad(grid, (0, fine[1] - (2 * width - 1), 0, fine[0] - (2 * height - 1)), mode="replicate")
+    size = (2 * padded.shape[2] - 1, 2 * padded.shape[3] - 1)
+    return F.interpolate(padded, size, mode="bilinear", align_corners=True)[:, :, : fine[0], : fine[1]]
 
 
 def _inside(mask: Tensor, level: int, size: tuple[int, int]) -> Tensor:

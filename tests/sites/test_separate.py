@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sparse_seg.export.graph_network import GraphNetwork
 from torch import Tensor
 
 from sparse_seg import build_model, selective
@@ -20,10 +21,9 @@ from sparse_seg.config.rules import check_training
 from sparse_seg.errors import ConfigError, SparseSegError
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.export import ExportOptions
-from sparse_seg.export.graph_network import GraphNetwork
 from sparse_seg.lab.compare.run import comparison_ways
-from sparse_seg.models.way import Way
 from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from tests.captured import NAME, trained
 from tests.reference import relative_error
 

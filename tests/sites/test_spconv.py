@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sparse_seg import selective
-from sparse_seg.models.way import Way
 from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from sparse_seg.sites import EXCHANGES, SEPARATE, EngineError, spconv
 from tests.captured import trained
 from tests.reference import MASKS, block_mask, relative_error

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.export import ExportOptions, static_form
+from sparse_seg.export import ExportOptions, StaticNetwork
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
 from sparse_seg.lab.latency import Run, interleaved
 from sparse_seg.run.way import Way
@@ -101,7 +101,7 @@ def ways(
             ghosts=False,
             tiles=False,
         )
-        network = static_form(copy.deepcopy(subject.float_model).cpu(), options)
+        network = StaticNetwork(copy.deepcopy(subject.float_model).cpu(), options)
         network.to(subject.device, subject.dtype)
         return lambda given: network(given)[-1]
 

@@ -20,12 +20,12 @@ import torch
 
 from sparse_seg.errors import ConfigError, MeasurementError, import_package
 from sparse_seg.export.onnx_file import INSTALL
+from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import RUNTIMES, open_session
-from sparse_seg.export.static import ExportOptions
 from sparse_seg.export.write import export_onnx
 from sparse_seg.lab.latency import Latency
 from sparse_seg.lab.report.tables import Column
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
 TORCH = "torch"  # in place of a runtime: the network itself
@@ -117,7 +117,7 @@ def _work(connection: Connection, graph: Timed, images: np.ndarray, threads: int
 
 
 def time_network(
-    model: Segmentor,
+    model: SelectiveNetwork,
     image: np.ndarray,
     threads: int,
     runtimes: Sequence[str] = ("onnxruntime",),

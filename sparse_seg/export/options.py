@@ -1,0 +1,81 @@
+"""What a network is exported for, and what cannot be exported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparse_seg.config import ModelConfig
+from sparse_seg.config.keys import choices
+from sparse_seg.errors import SparseSegError
+from sparse_seg.masks import MaskPolicy
+from sparse_seg.run.images import MIN_SIZE
+from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.way import Way
+
+INPUTS = ("float", "uint8")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a static network is for.
+
+    Args:
+        size: `(H, W)` of the images, px; batch: how many.
+        dense: output stride of a dense network; None for a selective one.
+        fine_fraction: share of fine blocks; None for the policy's own.
+        given: whether the fine blocks are an input, in place of the policy.
+        merge: `whole` or `patch`, see `SelectiveNetwork`; None for the model's own.
+        input: `float`, `[B, 3, H, W]` in 0..1; or `uint8`, `[B, H, W, 3]`.
+        mean, std: of the normalisation, which the network does itself.
+        logits: whether the logits `[B, K, H, W]` are an output, too.
+        ghosts: whether ghosts are made for the needed cells only; their number, the one shape that depends
+            on the data, makes it faster on CPUs.
+        tiles: whether pixels are interpolated where classes meet only, which makes shapes depend on the
+            data, too.
+        policy: chooses the fine blocks; None for the model's own.
+    """
+
+    size: tuple[int, int]
+    batch: int = 1
+    dense: int | None = None
+    fine_fraction: float | None = None
+    given: bool = False
+    merge: str | None = None
+    input: str = "float"
+    mean: Sequence[float] = (0.485, 0.456, 0.406)
+    std: Sequence[float] = (0.229, 0.224, 0.225)
+    logits: bool = False
+    ghosts: bool = True
+    tiles: bool = True
+    policy: MaskPolicy | None = None
+
+
+def check_options(model: Segmentor, options: ExportOptions) -> None:
+    """Raises a SparseSegError, of one line, where a model cannot be exported with these options."""
+    if min(options.size) < MIN_SIZE:
+        size = "x".join(map(str, options.size))
+        raise SparseSegError(f"size {size} is too small; images must have at least {MIN_SIZE}x{MIN_SIZE} px")
+    if options.dense is not None:
+        if options.dense < 1 or options.dense & (options.dense - 1):
+            raise SparseSegError(f"dense output stride must be a power of two, not {options.dense}")
+        return
+    merges = choices(ModelConfig, "merge")
+    if options.merge not in (None, *merges):
+        raise SparseSegError(f"unknown merge {options.merge!r}; choose one of {', '.join(merges)}")
+    if model.separates(Way()):
+        raise SparseSegError(
+            "exchange separate makes the coarse lattice depend on the mask; such a network can be exported "
+            "with --dense only, or with another rule (--set model.exchange=linear)"
+        )
+    model.check_way(Way(merge=options.merge))
+    policy = options.policy or model.policy
+    if policy.is_bound and not options.given:
+        raise SparseSegError(
+            f"mask policy {policy.name} reads what no mask can know, labels or the dense network, and "
+            "cannot be exported; use --policy given, with the blocks as an input, or another policy"
+        )
+    if policy.fine_fraction is None and options.fine_fraction is None:
+        raise SparseSegError(
+            "a threshold gives another number of blocks for each image; export with --fine-fraction F"
+        )
