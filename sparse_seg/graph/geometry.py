@@ -230,7 +230,7 @@ class Geometry(Strides):
 
     @cached_property
     def features(self) -> str:
-        """What a policy looks at: a backbone's last early feature, else the last early value that rows read."""
+        """What a policy looks at: a last early feature, else the last early value that rows read."""
         marked = [n.name for n in self.graph.nodes if "natural" in n.options and self.kind[n.name] == "early"]
         if marked:
             return marked[-1]
