@@ -102,12 +102,14 @@ def test_the_budget_is_reached() -> None:
     model, (images, labels) = learned_model(), batch()
     model.requires_grad_(False).policy.requires_grad_(True)
     assert isinstance(model.policy, LearnedPolicy)
+    model.policy.train()  # as a Trainer has it: with norms that are frozen, every ReLU of the net may die
     optimizer = torch.optim.Adam(model.policy.parameters(), lr=0.02)
     loss = SegmentationLoss(LossConfig())
     for _ in range(60):
         optimizer.zero_grad()
         mask_loss(model.start(images), labels, loss, "straight_through", budget_weight=30.0).backward()
         optimizer.step()
+    model.policy.eval()
     with torch.no_grad():
         scores = model.policy.scores(model.start(images))
     assert scores.sigmoid().mean().item() == pytest.approx(0.25, abs=0.1)
@@ -130,11 +132,13 @@ def test_supervised_loss(strides: list[int]) -> None:
     assert 0 < target.mean() < 1
     found = mask_loss(model.start(images), labels, SegmentationLoss(LossConfig()), "supervised", 0.0)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    policy.train()  # as above
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
     for _ in range(80):
         optimizer.zero_grad()
         mask_loss(model.start(images), labels, SegmentationLoss(LossConfig()), "supervised", 0.0).backward()
         optimizer.step()
+    policy.eval()
     with torch.no_grad():
         learned = policy.feature_scores(features).flatten()
     ranks = torch.stack((learned, target.flatten())).argsort(1).argsort(1).double()
