@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_networks_equal_gather(
     # two windows at each level, and at the lattice; with three strides those of the first one, which reads a
     # lattice at 16 px, are gathered at 16 and 32 px
     assert len(calls) == {2: (2, 4), 3: (3, 4)}[len(strides)][exchange == SEPARATE]
-    model.engine = "spconv"
+    model.settings = dataclasses.replace(model.settings, engine="spconv")
     assert torch.equal(run(model, images, levels, exchange=exchange), found)
     if exchange != SEPARATE:
         refined = model.start(images).start_coarse().take(levels, Way(exchange=exchange))
@@ -92,7 +93,8 @@ def test_networks_equal_gather(
 def test_dense_networks_and_coarse_masks_have_nothing_for_it(fresh: None, monkeypatch: Any) -> None:
     monkeypatch.setattr(spconv, "_outcome", lambda device: spconv._Fails("spconv is not installed"))
     model, images = selective(trained(), size=(64, 64)), torch.randn(1, 3, 64, 64)
-    model.engine, mask = "spconv", torch.zeros(1, 4, 4, dtype=torch.bool)
+    model.settings = dataclasses.replace(model.settings, engine="spconv")
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     with torch.no_grad():
         assert model.dense(images).isfinite().all()
         assert model(images, mask).isfinite().all()
