@@ -3,6 +3,7 @@ nothing but engine spconv needs spconv."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,7 +66,7 @@ class Rows:
         rows = {stride: flat[self._finest(stride)] for stride in self.sites.levels}
         return Mixed(Grid(grid[:, :, ::step, ::step], self.base), rows, self.sites)
 
-    def conv(self, grid: Tensor, weight: Tensor, window: str) -> Tensor:
+    def conv(self, window: str, grid: Tensor, weight: Tensor) -> Tensor:
         """What a 3x3 convolution gives at all extra sites inside the image, `[N, O]`."""
         groups = grid.shape[1] // weight.shape[1]
         node = Node("conv", "conv2d", options={"kernel": [3, 3], "groups": groups})
@@ -80,7 +81,7 @@ class Rows:
             found.append(out[self._finest(stride) < grid[:, 0].numel()])
         return torch.cat(found)
 
-    def slow_conv(self, grid: Tensor, weight: Tensor, window: str) -> Tensor:
+    def slow_conv(self, window: str, grid: Tensor, weight: Tensor) -> Tensor:
         """The same from the rebuilt grid."""
         groups, inside = grid.shape[1] // weight.shape[1], weight.shape[1]
         each, full = len(weight) // groups, weight.new_zeros(len(weight), grid.shape[1], 3, 3)
@@ -137,8 +138,7 @@ def test_convolutions(
     rows = Rows(size, levels, exchange, seed)
     leaves = random(2, CHANNELS, *size), weight_of(groups)
     found, expected = (
-        with_gradients(lambda *leaves, run=run: run(*leaves, window), *leaves)
-        for run in (rows.conv, rows.slow_conv)
+        with_gradients(functools.partial(run, window), *leaves) for run in (rows.conv, rows.slow_conv)
     )
     assert_near(found, expected)
 
@@ -152,9 +152,8 @@ def test_gradcheck(exchange: str, groups: int, needed: tuple[bool, bool], device
     leaves = grid.requires_grad_(needed[0]), weight.requires_grad_(needed[1])
     assert rows.sites.levels[8].count > 0
     for window in WINDOWS:
-        assert torch.autograd.gradcheck(
-            lambda *leaves, window=window: rows.conv(*leaves, window), leaves, nondet_tol=1e-12
-        )
+        conv = functools.partial(rows.conv, window)
+        assert torch.autograd.gradcheck(conv, leaves, nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("exchange", RULES)
@@ -166,10 +165,7 @@ def test_many_tiles(sites: int, groups: int, exchange: str, monkeypatch: pytest.
     leaves = random(2, CHANNELS, 11, 12), weight_of(groups)
     assert min(level.num_run for level in rows.sites.levels.values()) > 3 * 7, "several tiles"
     for window in WINDOWS:
-
-        def run(*leaves: Tensor, window: str = window) -> Tensor:
-            return rows.conv(*leaves, window)
-
+        run = functools.partial(rows.conv, window)
         with monkeypatch.context() as patch:
             whole = with_gradients(run, *leaves)
             for name in ("TILE_BYTES", "GROUPED_BYTES"):
@@ -187,10 +183,7 @@ def test_autocast(groups: int, dtype: torch.dtype, device: str) -> None:
         weight_of(groups, dtype=torch.float32, device=device),
     ]
     for window in WINDOWS:
-
-        def run(*leaves: Tensor, window: str = window) -> Tensor:
-            return rows.conv(*leaves, window)
-
+        run = functools.partial(rows.conv, window)
         full = with_gradients(run, *leaves)
         with torch.autocast(device, dtype):
             again = run(leaves[0].to(dtype), leaves[1])
@@ -204,7 +197,7 @@ def test_autocast_leaves_float64_alone() -> None:
     rows = Rows((5, 6))
     for groups in (1, CHANNELS):
         with torch.autocast("cpu", torch.bfloat16):
-            out = rows.conv(random(2, CHANNELS, 5, 6), weight_of(groups), "near")
+            out = rows.conv("near", random(2, CHANNELS, 5, 6), weight_of(groups))
         assert out.dtype == torch.float64
 
 
@@ -216,9 +209,9 @@ def test_half_precision_weight_gradient_over_many_tiles(monkeypatch: pytest.Monk
         for leaf in (random(2, CHANNELS, 32, 32), weight_of(1))
     ]
     monkeypatch.setattr(convolution, "TILE_BYTES", 9 * CHANNELS * 2 * 2)  # two sites a tile: hundreds
-    rows.conv(*leaves, "near").sum().backward()
+    rows.conv("near", *leaves).sum().backward()
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    rows.conv(*exact, "near").sum().backward()
+    rows.conv("near", *exact).sum().backward()
     assert leaves[1].grad is not None
     assert exact[1].grad is not None
     assert relative_error(leaves[1].grad.double(), exact[1].grad) < 0.01
