@@ -138,13 +138,13 @@ class Segmentor:
     def start(self):
         from sparse_seg.run.way import Way
 """
-    assert set(imports_of("models.segmentor", source)) == {
-        Import("models.segmentor", "errors", "module"),
-        Import("models.segmentor", "surface", "module"),
-        Import("models.segmentor", "files", "module"),
-        Import("models.segmentor", "models.passes", "module"),
-        Import("models.segmentor", "training.trainer", "typing"),
-        Import("models.segmentor", "models.way", "function"),
+    assert set(imports_of("run.segmentor", source)) == {
+        Import("run.segmentor", "errors", "module"),
+        Import("run.segmentor", "surface", "module"),
+        Import("run.segmentor", "files", "module"),
+        Import("run.segmentor", "run.passes", "module"),
+        Import("run.segmentor", "training.trainer", "typing"),
+        Import("run.segmentor", "run.way", "function"),
     }
     assert len(RUN_TIME) > len(MODULES)
     assert {found.target for found in IMPORTS} <= MODULES.keys()

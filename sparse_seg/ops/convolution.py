@@ -84,7 +84,8 @@ class Conv2d(Spatial):
             return F.conv2d(x, kernel_of(weight), tensors.get("bias"), groups=node.options["groups"])
         if node.options["groups"] == 1:
             return F.linear(x, weight.flatten(1), tensors.get("bias"))
-        return _grouped(x[:, None], weight, tensors.get("bias"), node.options["groups"])
+        x, weight, bias = _autocast(x, weight, tensors.get("bias"))
+        return _grouped(x[:, None], weight, bias, node.options["groups"])
 
     def grid(
         self, node: Node, tensors: Tensors, grid: Tensor, stride: Pair, dilation: Pair, pads: Pads
@@ -103,7 +104,11 @@ class Conv2d(Spatial):
     def rows(self, node: Node, tensors: Tensors, reads: Reads) -> Tensor:
         weight, bias, groups = tensors["weight"], tensors.get("bias"), node.options["groups"]
         if groups > 1:
-            parts = [_grouped(part.values(), weight, bias, groups) for part in reads.tiles(GROUPED_BYTES)]
+            table, weight, bias = _autocast(reads.table, weight, bias)
+            parts = [
+                _grouped(part.values(), weight, bias, groups)
+                for part in Reads(table, reads.index, reads.count).tiles(GROUPED_BYTES)
+            ]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         matrix = weight.permute(0, 2, 3, 1).flatten(1)  # [O, T * I]
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
@@ -232,7 +237,7 @@ def _tiles(table: Tensor, index: Tensor, width: int) -> Any:
 
 
 def _autocast(table: Tensor, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast does for built-in convolutions; a custom function has to ask for it."""
+    """What autocast does for built-in convolutions; products of rows have to ask for it."""
     if not torch.is_autocast_enabled(table.device.type) or table.dtype == torch.float64:
         return table, matrix, bias
     dtype = torch.get_autocast_dtype(table.device.type)

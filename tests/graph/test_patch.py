@@ -36,7 +36,9 @@ def _network(head: str, strides: tuple[int, ...], **settings: Any) -> SelectiveN
     small = {"backbone": "resnet18", "depths": [1, 1, 2, 2], "width": 0.125, "head_channels": 12}
     torch.manual_seed(0)
     chosen = {"head": head, "num_classes": 5, "strides": list(strides)} | settings
-    return randomise(sparse_seg.build_model(small | chosen)).double().eval()
+    model = sparse_seg.build_model(small | chosen)
+    randomise(model)
+    return model.double().eval()
 
 
 def images(height: int = 75, width: int = 101) -> Tensor:

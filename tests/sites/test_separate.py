@@ -5,13 +5,13 @@ Values and gradients of random networks, against a slow reference: `tests/graph/
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from sparse_seg.export.graph_network import GraphNetwork
 from torch import Tensor
 
 from sparse_seg import build_model, selective
@@ -21,6 +21,7 @@ from sparse_seg.config.rules import check_training
 from sparse_seg.errors import ConfigError, SparseSegError
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.export import ExportOptions
+from sparse_seg.export.static import StaticNetwork
 from sparse_seg.lab.compare.run import comparison_ways
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
@@ -35,7 +36,7 @@ def network(
     strides: tuple[int, ...] = (8, 16), exchange: str = "separate", policy: str = "edge"
 ) -> SelectiveNetwork:
     model = selective(trained().double(), strides, policy, 0.3, size=(64, 128))
-    model.exchange = exchange
+    model.settings = dataclasses.replace(model.settings, exchange=exchange)
     return model
 
 
@@ -164,8 +165,8 @@ def test_what_needs_p1_or_p4_refuses() -> None:
     with pytest.raises(SparseSegError, match="exchange separate makes coarse sites depend on the mask"):
         model.start(images()).take(levels(model), Way(merge="patch"))
     with pytest.raises(SparseSegError, match=r"exchange separate makes the coarse lattice .*--dense only"):
-        GraphNetwork(model, ExportOptions((64, 96)))
-    GraphNetwork(model, ExportOptions((64, 96), dense=8))
+        StaticNetwork(model, ExportOptions((64, 96)))
+    StaticNetwork(model, ExportOptions((64, 96), dense=8))
     with pytest.raises(ConfigError, match="separate, patch: merge patch needs a coarse pass"):
         comparison_ways(model, ["edge"], [0.2], ["linear", "separate"], ["whole", "patch"])
     with pytest.raises(ConfigError, match=r"merge=patch .* model.exchange=separate"):

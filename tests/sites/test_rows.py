@@ -1,0 +1,310 @@
+"""Windows on rows and densify against slow references: values, gradients, tiles, precision, memory; and that
+nothing but engine spconv needs spconv."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_seg import selective
+from sparse_seg.ops import OPERATORS, Node, Reads, Spatial, convolution
+from sparse_seg.run.way import Way
+from sparse_seg.sites import EngineError, Grid, LevelPlan, Mixed, Sites, Taps
+from tests.captured import trained
+from tests.reference import relative_error
+from tests.slow_reference import SlowSites, slow_conv
+
+RULES = ("linear", "nearest", "none")
+SIZES = st.tuples(st.integers(1, 11), st.integers(1, 11))
+WINDOWS = ["entry", "near", "far"]  # of a complete grid; and of rows, with ghosts of near cells and of all
+CHANNELS = 4
+
+
+class Rows:
+    """Random sites on one or two levels over a grid of `size` at 8 px, and the slow ones.
+
+    Rows are read from a complete grid `[2, C, *size]`, so that both sides have the same leaf.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], levels: int = 1, exchange: str = "linear", seed: int = 0,
+        device: str = "cpu", fraction: float | None = None,
+    ) -> None:  # fmt: skip
+        self.exchange, self.base = exchange, 8 * 2**levels
+        strides = [8 * 2**level for level in reversed(range(levels))]
+        plans = {stride: LevelPlan(2, (8 * size[0] - 3, 8 * size[1]), stride, device) for stride in strides}
+        generator, shape = torch.Generator().manual_seed(seed), (2, *plans[strides[0]].coarse)
+        blocks = torch.randint(0, levels + 1, shape, generator=generator)
+        if fraction is not None:
+            blocks = (torch.rand(shape, generator=generator) < fraction).long()
+        near = {stride: [self.taps("near")] for stride in strides}
+        self.sites = Sites.of_mask(blocks.to(device), plans, exchange, near)
+        splits = []
+        for number, plan in enumerate(plans.values()):
+            split = blocks.repeat_interleave(2**number, 1).repeat_interleave(2**number, 2) > number
+            splits.append(split[:, : plan.coarse[0], : plan.coarse[1]])
+        self.slow = SlowSites(2, size, splits)
+
+    def taps(self, window: str) -> Taps:
+        apart = self.spacing(window)
+        return Taps((-apart, 0, apart), (-apart, 0, apart))
+
+    def spacing(self, window: str) -> int:
+        return self.base * {"entry": 1, "near": 1, "far": 3}[window]
+
+    def mixed(self, grid: Tensor) -> Mixed:
+        step, flat = self.base // 8, grid.permute(0, 2, 3, 1).flatten(0, 2)
+        flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
+        rows = {stride: flat[self._finest(stride)] for stride in self.sites.levels}
+        return Mixed(Grid(grid[:, :, ::step, ::step], self.base), rows, self.sites)
+
+    def conv(self, window: str, grid: Tensor, weight: Tensor) -> Tensor:
+        """What a 3x3 convolution gives at all extra sites inside the image, `[N, O]`."""
+        groups = grid.shape[1] // weight.shape[1]
+        node = Node("conv", "conv2d", options={"kernel": [3, 3], "groups": groups})
+        operator, taps, mixed = OPERATORS["conv2d"], self.taps(window), self.mixed(grid)
+        assert isinstance(operator, Spatial)
+        found = []
+        for stride, level in self.sites.levels.items():
+            table, index = mixed.reads(stride, taps)
+            if window == "entry":
+                table, index = Grid(grid, 8).padded_rows, level.grid_rows(taps, 8)
+            out = operator.rows(node, {"weight": weight}, Reads(table, index, taps.number))
+            found.append(out[self._finest(stride) < grid[:, 0].numel()])
+        return torch.cat(found)
+
+    def slow_conv(self, window: str, grid: Tensor, weight: Tensor) -> Tensor:
+        """The same from the rebuilt grid."""
+        groups, inside = grid.shape[1] // weight.shape[1], weight.shape[1]
+        each, full = len(weight) // groups, weight.new_zeros(len(weight), grid.shape[1], 3, 3)
+        for group, part in enumerate(weight.split(each)):  # as a kernel over all channels
+            full[group * each : (group + 1) * each, group * inside : (group + 1) * inside] = part
+        source = SlowSites(2, self.slow.size) if window == "entry" else self.slow
+        out = slow_conv(source.read(grid), full, source, self.slow, self.spacing(window) // 8, self.exchange)
+        height, width = self.slow.size
+        row = {(b * height + y) * width + x: n for n, (b, y, x) in enumerate(self.slow.cells)}
+        places = torch.cat([self._finest(stride) for stride in self.sites.levels]).tolist()
+        return out[[row[place] for place in places if place < 2 * height * width]]
+
+    def _finest(self, stride: int) -> Tensor:
+        """`[3 * K]`: the cells of the finest grid where a level's extra sites stand; the last one outside."""
+        level, (height, width), step = self.sites.levels[stride], self.slow.size, stride // 8
+        plan = level.plan
+        places = plan.fine_of_phases[1:].index_select(1, level.cells).reshape(-1)
+        image, y, x = torch.unravel_index(places.clamp(max=plan.fine_cells - 1), (2, *plan.fine))
+        finest = (image * height + y * step) * width + x * step
+        return finest.where(places < plan.fine_cells, 2 * height * width)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    values = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return values.to(device, dtype).requires_grad_()
+
+
+def weight_of(groups: int, out: int = 8, **more: Any) -> Tensor:
+    return random(out, CHANNELS // groups, 3, 3, seed=1, **more)
+
+
+def with_gradients(run: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
+    """What `run` gives, and the gradients of its arguments."""
+    out = run(*leaves)
+    seed = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, seed)]
+
+
+def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-12) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < tolerance
+
+
+@pytest.mark.parametrize("exchange", RULES)
+@pytest.mark.parametrize("window", WINDOWS)
+@settings(max_examples=8)
+@given(
+    size=SIZES, levels=st.integers(1, 2), groups=st.sampled_from([1, 2, CHANNELS]), seed=st.integers(0, 999)
+)
+def test_convolutions(
+    window: str, exchange: str, size: tuple[int, int], levels: int, groups: int, seed: int
+) -> None:
+    """Values and both gradients, of dense, grouped and depthwise kernels."""
+    rows = Rows(size, levels, exchange, seed)
+    leaves = random(2, CHANNELS, *size), weight_of(groups)
+    found, expected = (
+        with_gradients(functools.partial(run, window), *leaves) for run in (rows.conv, rows.slow_conv)
+    )
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("exchange", RULES)
+def test_gradcheck(exchange: str, groups: int, needed: tuple[bool, bool], device: str) -> None:
+    rows = Rows((3, 4), 1, exchange, seed=1, device=device)
+    grid, weight = random(2, 2, 3, 4, device=device), random(2, 2 // groups, 3, 3, seed=1, device=device)
+    leaves = grid.requires_grad_(needed[0]), weight.requires_grad_(needed[1])
+    assert rows.sites.levels[8].count > 0
+    for window in WINDOWS:
+        conv = functools.partial(rows.conv, window)
+        assert torch.autograd.gradcheck(conv, leaves, nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize("exchange", RULES)
+@pytest.mark.parametrize("groups", [1, CHANNELS])
+@pytest.mark.parametrize("sites", [0, 7])
+def test_many_tiles(sites: int, groups: int, exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tile borders change nothing, in either direction; a tile has one site at least."""
+    rows = Rows((11, 12), 2, exchange)
+    leaves = random(2, CHANNELS, 11, 12), weight_of(groups)
+    assert min(level.num_run for level in rows.sites.levels.values()) > 3 * 7, "several tiles"
+    for window in WINDOWS:
+        run = functools.partial(rows.conv, window)
+        with monkeypatch.context() as patch:
+            whole = with_gradients(run, *leaves)
+            for name in ("TILE_BYTES", "GROUPED_BYTES"):
+                patch.setattr(convolution, name, max(1, 9 * CHANNELS * 8 * sites))
+            assert_near(with_gradients(run, *leaves), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("groups", [1, CHANNELS])
+def test_autocast(groups: int, dtype: torch.dtype, device: str) -> None:
+    """As built-in convolutions: half-precision results, float32 gradients, both near float32's."""
+    rows = Rows((15, 14), 2, device=device)
+    leaves = [
+        random(2, CHANNELS, 15, 14, dtype=torch.float32, device=device),
+        weight_of(groups, dtype=torch.float32, device=device),
+    ]
+    for window in WINDOWS:
+        run = functools.partial(rows.conv, window)
+        full = with_gradients(run, *leaves)
+        with torch.autocast(device, dtype):
+            again = run(leaves[0].to(dtype), leaves[1])
+            half = with_gradients(run, *leaves)
+        assert half[0].dtype == again.dtype == dtype
+        assert half[1].dtype == half[2].dtype == full[0].dtype == torch.float32
+        assert_near([one.float() for one in half], full, tolerance=0.03 if dtype == torch.bfloat16 else 0.004)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    rows = Rows((5, 6))
+    for groups in (1, CHANNELS):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = rows.conv("near", random(2, CHANNELS, 5, 6), weight_of(groups))
+        assert out.dtype == torch.float64
+
+
+def test_half_precision_weight_gradient_over_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum over many tiles must not stagnate: with each addend far below the sum, bfloat16 loses it."""
+    rows = Rows((32, 32))
+    leaves = [
+        leaf.detach().abs().to(torch.bfloat16).requires_grad_()
+        for leaf in (random(2, CHANNELS, 32, 32), weight_of(1))
+    ]
+    monkeypatch.setattr(convolution, "TILE_BYTES", 9 * CHANNELS * 2 * 2)  # two sites a tile: hundreds
+    rows.conv("near", *leaves).sum().backward()
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    rows.conv("near", *exact).sum().backward()
+    assert leaves[1].grad is not None
+    assert exact[1].grad is not None
+    assert relative_error(leaves[1].grad.double(), exact[1].grad) < 0.01
+
+
+def _peak_bytes(run: Callable[[], Any]) -> int:
+    """Most bytes that PyTorch's CPU allocator holds for `run` at once, beyond those held before it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held, peak = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert peak > 0
+    return peak
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.3])
+def test_backward_memory(fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution's backward holds no more than twice what it reads and one tile, all it returns but for
+    the weight's gradient included. A scattered mask is the worst case: ghosts outnumber rows."""
+    channels, tile_bytes = 64, 128 << 10
+    monkeypatch.setattr(convolution, "TILE_BYTES", tile_bytes)
+    rows = Rows((30, 80), fraction=fraction)
+    taps, mixed = rows.taps("near"), rows.mixed(random(2, channels, 30, 80, dtype=torch.float32).detach())
+    table, index = mixed.reads(8, taps)
+    table.requires_grad_()
+    weight = random(channels, channels, 3, 3, dtype=torch.float32)
+    operator, node = OPERATORS["conv2d"], Node("conv", "conv2d", options={"groups": 1})
+    assert isinstance(operator, Spatial)
+    out = operator.rows(node, {"weight": weight}, Reads(table, index, taps.number))
+    seed, read = torch.randn_like(out), table.numel() * table.element_size()
+    peak = _peak_bytes(lambda: torch.autograd.grad(out, (table, weight), seed)) - 4 * weight.numel()
+    assert peak > read, "the gradient of what it reads alone is as large"
+    assert peak <= 2 * read + tile_bytes
+    assert 9 * out.numel() * 4 > 2 * read + tile_bytes, "an im2col in one piece must show"
+
+
+@pytest.mark.parametrize("exchange", RULES)
+@pytest.mark.parametrize("levels", [1, 2])
+@settings(max_examples=15)
+@given(size=SIZES, seed=st.integers(0, 999))
+def test_densify(levels: int, exchange: str, size: tuple[int, int], seed: int) -> None:
+    """Values and gradients, by each rule; sites keep theirs bit for bit, in float32, too."""
+    rows, grid = Rows(size, levels, exchange, seed), random(2, 3, *size)
+    found, expected = (
+        with_gradients(run, grid)
+        for run in (
+            lambda grid: rows.mixed(grid).densify(exchange).tensor,
+            lambda grid: rows.slow.rebuild(rows.slow.read(grid), exchange),
+        )
+    )
+    assert_near(found, expected)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    single = grid.detach().float()
+    dense = rows.mixed(single).densify(exchange).tensor
+    assert torch.equal(rows.slow.read(dense), rows.slow.read(single))
+
+
+class _Blocked:
+    """Stands for an environment without spconv, and tells what was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name.split(".")[0] in ("spconv", "cumm"):
+            self.asked.append(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_works_without_spconv(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gather never imports it, nor does `auto` on the CPU; asked for, it says what to install."""
+    blocked = _Blocked()
+    for name in [name for name in sys.modules if name.split(".")[0] in ("spconv", "cumm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [blocked, *sys.meta_path])
+    model, images = selective(trained(), size=(64, 64)), torch.randn(2, 3, 64, 96)
+    mask = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    for engine in ("auto", "gather"):
+        way = Way(engine=engine)
+        model.train().start(images).take(mask, way).logits().square().mean().backward()
+        graded = {name for name, one in model.module.named_parameters() if one.grad is not None}
+        assert {"late.0.0.weight", "late.1.0.weight", "head.weight"} <= graded
+        with torch.no_grad():
+            assert model.eval().start(images).take(mask, way).logits().isfinite().all()
+    assert not blocked.asked
+    spconv = Way(engine="spconv")
+    with torch.no_grad():
+        assert model.start(images).take(torch.zeros_like(mask), spconv).logits().isfinite().all()
+        with pytest.raises(EngineError, match=r"spconv is not installed; for Python .*pip install spconv-cu"):
+            model.start(images).take(mask, spconv).logits()
+    assert blocked.asked
