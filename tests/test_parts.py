@@ -195,7 +195,10 @@ def test_gradients_in_eval_mode(name: str, merge: str) -> None:
     fraction = 1.0 if name == "uniform" else 0.25
     model = network(mask={"policy": name, "fine_fraction": fraction}, merge=merge)
     images = images_of((64, 64))
-    inputs, labels = [images.requires_grad_(), *model.module.backbone.parameters()], (images[:, 0] > 0).long()
+    inputs, labels = (
+        [images.requires_grad_(), *model.module.get_submodule("backbone").parameters()],
+        (images[:, 0] > 0).long(),
+    )
     run = model.start(images, labels).follow()
     assert run.mask is not None
     own = torch.autograd.grad(run.logits().square().sum(), inputs)
