@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,7 +106,8 @@ OPTIONS = {"backbone": {"backbone_options": {"grow": 3}}, "head": {"head_options
 def network(part: str = "", name: str = "", **settings: Any) -> SelectiveNetwork:
     """A small network with one part of a name, the toy's with an option of its own."""
     torch.manual_seed(0)
-    small = {} if (part, name) == ("backbone", "toy") else {"width": 0.125}
+    has_width = part != "backbone" or "width" in inspect.signature(BACKBONES[name]).parameters
+    small = {"width": 0.125} if has_width else {}
     config = {"num_classes": 5, "head_channels": 8} | small | settings
     if part:
         config |= {part: name} | (OPTIONS[part] if name == "toy" else {})
@@ -157,8 +159,11 @@ def test_a_backbone_or_head(part: str, name: str) -> None:
     run = model.start(images).start_coarse()
     run.grid_logits()
     assert relative_error(run.take(mask).logits(), logits) < 1e-12, "P4"
-    macs = model.start(images).take(mask).macs()
-    assert fast.start(images).take(mask).macs() == macs
+    run = model.start(images).take(mask)
+    macs, fewer = run.macs(), fast.start(images).take(mask).macs()
+    if name.startswith("deeplab"):  # the projection of the pooled vector: once an image, not at each site
+        fewer["rows"] += (int(run.last_exit()[1].sum()) - len(images)) * 8 * 8
+    assert fewer == macs
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
@@ -190,7 +195,10 @@ def test_gradients_in_eval_mode(name: str, merge: str) -> None:
     fraction = 1.0 if name == "uniform" else 0.25
     model = network(mask={"policy": name, "fine_fraction": fraction}, merge=merge)
     images = images_of((64, 64))
-    inputs, labels = [images.requires_grad_(), *model.module.backbone.parameters()], (images[:, 0] > 0).long()
+    inputs, labels = (
+        [images.requires_grad_(), *model.module.get_submodule("backbone").parameters()],
+        (images[:, 0] > 0).long(),
+    )
     run = model.start(images, labels).follow()
     assert run.mask is not None
     own = torch.autograd.grad(run.logits().square().sum(), inputs)
@@ -264,10 +272,10 @@ def test_toys_train_evaluate_refine_and_benchmark_by_command(tmp_path: Path, cap
     assert main(["evaluate", str(config), checkpoint, "--compare", "0.2", *fractions]) == 0
     rows = json.loads(Path(f"{work}/c.json").read_text())["rows"]
     assert [row["policy"] for row in rows] == [None, None, "toy", "edge"]
-    assert rows[2]["gmacs"] > rows[3]["gmacs"], "its coarse head"
+    assert rows[2]["gmacs"] == rows[3]["gmacs"], "no layer is late: the coarse pass is part of the mixed one"
     trained = load_model(checkpoint)
     assert len(list(trained.refine(torch.zeros(1, 3, 64, 96), fractions=[0, 0.2, 0.5]))) == 3
     small = ["--size", "64x96", "--fine-fraction", "0.2", "--repeats", "1", "--no-memory"]
-    engines = ["--engines", "gather", "--policies", "toy", "--scopes", "network", "stages", "--profile"]
+    engines = ["--engines", "gather", "--policies", "toy", "--scopes", "network"]
     assert main(["benchmark", str(config), *small, *engines]) == 0
     assert "toy f=0.2" in capsys.readouterr().out

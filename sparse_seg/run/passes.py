@@ -34,7 +34,7 @@ class Kept(NamedTuple):
 
 
 class Pass:
-    """One pass of a network over images, with the interface of `models.passes.Pass`.
+    """One pass of a network over images, dense or under a mask.
 
     Args:
         model: whose pass it is.
@@ -51,7 +51,8 @@ class Pass:
         self.model, self.labels = model, labels
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.mask: Tensor | None = None  # bool or int64 `[B, Hc, Wc]`
-        self._with_grad = torch.is_grad_enabled()
+        needed = (images, *model.parameters(), *model.buffers())  # a folded network's weights are buffers
+        self._with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
         self._counts: dict[str, int] = {}
         self._run = self._new_run(model.training)
         self._coarse: Values | None = None  # of the coarse pass that can be refined
@@ -172,7 +173,8 @@ class Pass:
         """Run the coarsest stride so that `take` can refine it.
 
         Args:
-            stored_dtype: what the lattices are kept in (float16 takes half the memory); None: as they are.
+            stored_dtype: what early values and lattices are kept in (float16 takes half the memory); None: as
+                they are.
 
         Raises:
             ValueError: the network is in training mode, or the mask changes the lattice.
@@ -191,9 +193,13 @@ class Pass:
         kept = geometry.kept_lattices | (geometry.kept_late if self._patches else set())
         with self._context():
             self._coarse = self._run.dense(coarsest, kept)
-        for name, value in self._coarse.items():
-            if stored_dtype is not None and isinstance(value, Grid) and geometry.kind[name] == "rows":
-                self._coarse[name] = Grid(value.tensor.to(stored_dtype), value.stride)
+        if stored_dtype is not None:
+            self._run.store(stored_dtype)
+            for name, value in list(self._coarse.items()):
+                if name in geometry.first:
+                    del self._coarse[name]  # else it would be kept as it is, too
+                elif isinstance(value, Grid) and geometry.kind[name] == "rows":
+                    self._coarse[name] = Grid(value.tensor.to(stored_dtype), value.stride)
         blocks = block_shape(self.images, coarsest)
         self.mask = torch.zeros(blocks, dtype=torch.bool, device=self.images.device)
         self._values, self._sites, self._stride, self._patched = self._coarse, None, None, None
@@ -222,10 +228,14 @@ class Pass:
 
     @property
     def memory(self) -> Kept | None:
-        """What is kept for refining."""
+        """What is kept for refining, the images apart."""
         if self._coarse is None:
             return None
-        tensors = [value.tensor if isinstance(value, Grid) else value for value in self._coarse.values()]
+        values = [
+            *self._run.kept_early,
+            *(v for n, v in self._coarse.items() if n not in self.model.geometry.first),
+        ]
+        tensors = [value.tensor if isinstance(value, Grid) else value for value in values]
         if self._sites is not None and self._values is not None:
             mixed = [value for value in self._values.values() if isinstance(value, Mixed)]
             tensors += [rows for value in mixed for rows in value.rows.values()]

@@ -53,6 +53,7 @@ class Run:
             node.name: part for node in windows if (part := geometry.kernel_inside(node, self.size))
         }
         self._early: Values | None = None
+        self._stored = False  # whether they are kept in another dtype
 
     def early(self) -> Values:
         """The early values that others read."""
@@ -62,7 +63,26 @@ class Run:
             values: Values = {}
             self._run(nodes, values, self.geometry.entries, lambda node, read: self._dense(node, read, cells))
             self._early = values
+        if self._stored:
+            return {name: self._restored(value) for name, value in self._early.items()}
         return self._early
+
+    def store(self, dtype: torch.dtype) -> None:
+        """Keep the early grids, but for the images, in a smaller dtype."""
+        images = self.geometry.graph.nodes[0].name
+        self._early = {
+            name: Grid(value.tensor.to(dtype), value.stride)
+            if isinstance(value, Grid) and name != images
+            else value
+            for name, value in self.early().items()
+        }
+        self._stored = True
+
+    @property
+    def kept_early(self) -> list[Value]:
+        """As they are kept, without the images."""
+        images = self.geometry.graph.nodes[0].name
+        return [value for name, value in (self._early or {}).items() if name != images]
 
     def dense(self, stride: int, kept: Collection[str] = (), late: bool = True) -> Values:
         """Run dense at an output stride, px: grids and vectors.
@@ -102,7 +122,9 @@ class Run:
             kind, name = self.geometry.kind[node.name], node.name
             known = coarse is not None and name not in self.geometry.masked
             if kind == "rows":
-                lattice = self._kept(coarse, name) if known else self._lattice(node, read, sites)
+                lattice = (
+                    self._restored((coarse or {}).get(name)) if known else self._lattice(node, read, sites)
+                )
                 return self._mixed(node, read, sites, lattice, (before or {}).get(name))
             if kind == "vector":
                 return coarse[name] if known and coarse and name in coarse else self._vector(node, read)
@@ -261,12 +283,11 @@ class Run:
         self.counted(node, places)
         return operator.apply(node, self.tensors_of(node), arrays, self.trains(node))
 
-    def _kept(self, coarse: Values | None, name: str) -> Grid | None:
-        """A lattice of the coarse pass, which may have been stored in a smaller dtype."""
-        grid = (coarse or {}).get(name)
-        if grid is None or grid.tensor.dtype == self.images.dtype:
-            return grid
-        return Grid(grid.tensor.to(self.images.dtype), grid.stride)
+    def _restored(self, value: Value) -> Value:
+        """A value in the images' dtype, if it is a grid; it may have been stored in a smaller one."""
+        if not isinstance(value, Grid) or value.tensor.dtype == self.images.dtype:
+            return value
+        return Grid(value.tensor.to(self.images.dtype), value.stride)
 
     def _lattice(self, node: Node, read: list[Value], sites: Sites) -> Grid | None:
         """A node's lattice in a mixed run; None where norms need all sites at once."""

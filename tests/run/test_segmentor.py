@@ -139,7 +139,7 @@ def test_build_from_a_plain_dict() -> None:
         ({"bakbone": "resnet18"}, "unknown key 'bakbone'; did you mean 'backbone'"),
         ({"mask": {"polcy": "edge"}}, "unknown key 'mask.polcy'; did you mean 'mask.policy'"),
         ({"backbone": "resnet19"}, "model.backbone is 'resnet19'; did you mean 'resnet1"),
-        ({"head": "psp"}, "model.head is 'psp'; choose one of lite, deeplabv3, deeplabv3plus, fcn"),
+        ({"head": "psp"}, "model.head is 'psp'; choose one of lite, deeplabv3, deeplabv3plus, lr"),
         ({"exchange": "cubic"}, "model.exchange is 'cubic'.*linear, nearest, none"),
         ({"engine": "cuda"}, "model.engine is 'cuda'; choose one of auto, gather, spconv"),
         ({"mask": {"policy": "edges"}}, "model.mask.policy is 'edges'; did you mean 'edge'"),
