@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from types import ModuleType
 
-from sparse_seg.conversion import cad, mmseg, smp, timm, torchvision, vainf
+from sparse_seg.conversion import cad, efficientnet, mmseg, smp, timm, torchvision, vainf
 from sparse_seg.conversion.plan import Plan, Tensors
 from sparse_seg.conversion.reading import SourceFile
 from sparse_seg.errors import CheckpointError
@@ -19,6 +19,7 @@ SOURCES: dict[str, ModuleType] = {
     "vainf": vainf,
     "timm": timm,
     "torchvision": torchvision,
+    "efficientnet": efficientnet,
 }
 
 
@@ -43,7 +44,7 @@ def unknown(names: Sequence[str]) -> CheckpointError:
     """The error of names that are of no source."""
     first = ", ".join(names[:3])
     return CheckpointError(
-        f"its names ({first}, ...) are of no network that can be converted; known are ResNets of {_listed()}"
+        f"its names ({first}, ...) are of no network that can be converted; known are those of {_listed()}"
     )
 
 

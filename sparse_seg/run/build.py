@@ -36,7 +36,7 @@ def build_model(
     config: str | Path | Mapping[str, Any] | Config | ModelConfig,
     learned_net: Callable[[int, int], nn.Module] = mask_net,
     card: Card | None = None,
-) -> Any:  # of a Segmentor, whose kinds differ in their parts
+) -> SelectiveNetwork:
     """Build a network: of ours with fresh weights, or what `module` makes, with the weights that it has.
 
     Args:
@@ -100,8 +100,10 @@ def _annotate(graph: Graph, module: Any, dilate_second: bool) -> None:
     """What a graph at one output stride cannot tell: where a backbone's features end, and their natural
     strides; and which windows read the next cells at any stride."""
     for name, stride in module.backbone.stages.items():
-        last = [node for node in graph.nodes if f"{node.layer}.".startswith(f"backbone.{name}.")][-1]
-        last.options["natural"] = stride
+        made = [node for node in graph.nodes if f"{node.layer}.".startswith(f"backbone.{name}.")]
+        if not made:
+            raise ConfigError(f"model.backbone: its stages name {name}, of which its features are not made")
+        made[-1].options["natural"] = stride
     for node in graph.nodes if not dilate_second else ():
         if re.search(r"layer[34]\.\d+\.conv2$", node.layer):
             node.options["cell"] = True

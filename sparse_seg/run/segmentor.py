@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Segmentor(Predicting, nn.Module):
     Raises:
         NotSelective: nothing of it can run selectively at these strides.
     """
+
+    module: Any  # an nn.Module, whose parts mypy does not know
 
     def __init__(
         self,

