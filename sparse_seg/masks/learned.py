@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_seg.errors import ConfigError
 from sparse_seg.masks.base import MaskPolicy, Run
 
 HIDDEN = 32  # channels; with 512 features at stride 8 under 0.4 % of a coarse DeepLabV3-ResNet-50
@@ -89,10 +90,10 @@ def cad_mask_net(channels: int, factor: int) -> nn.Sequential:
     grids only; here a window at the border may be cut.
 
     Raises:
-        ValueError: blocks other than two cells wide.
+        ConfigError: blocks other than two cells wide.
     """
     if factor != 2:
-        raise ValueError(f"CAD's mask net scores blocks two cells wide, not {factor}: use strides [8, 16]")
+        raise ConfigError(f"CAD's mask net scores blocks two cells wide, not {factor}: use strides [8, 16]")
     first, second, third = CAD_HIDDEN
     return nn.Sequential(
         nn.Conv2d(channels, first, 3, padding=1),

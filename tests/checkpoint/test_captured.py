@@ -128,11 +128,12 @@ def test_what_mixes_phases_needs_another_policy(tmp_path: Path) -> None:
 
 
 def test_what_is_not_saved(tmp_path: Path) -> None:
-    for wrong, message in (
+    refused: list[tuple[Any, str]] = [
         (network().for_inference(), "save the one it was made of"),
         (captured.trained(), "what selective.. made, not a Net"),
         (network(card=Card.unnamed(4)), "4 class names are given, and the network has 3 classes"),
-    ):
+    ]
+    for wrong, message in refused:
         with pytest.raises(CheckpointError, match=message):
             save_model(wrong, tmp_path / "net.safetensors")
     assert not list(tmp_path.iterdir())

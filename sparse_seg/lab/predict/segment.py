@@ -193,7 +193,7 @@ def _network(model: Any) -> Segmentor | RuntimeSegmentor:
         return load_model(model if isinstance(model, str) else Path(model))
     inner = model
     while not isinstance(inner, Segmentor | RuntimeSegmentor):
-        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(inner, nn.Module):
             raise ValueError(
                 f"model must be a checkpoint's path or a network of this package, not {_kind(model)}"
