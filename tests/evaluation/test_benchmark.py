@@ -1,6 +1,7 @@
 """Benchmark rows: all runs compute the same, ratios are sane, what cannot run is told."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_cases_of_further_policies(subject):
 
 def test_all_runs_compute_the_same_network(subject):
     """The baseline is the plain module's numbers, and all fine is the baseline's."""
-    module = build_module(subject.model.settings, 8)
+    module: Any = build_module(subject.model.settings, 8)
     module.load_state_dict(subject.model.module.state_dict())
     module.eval().to(memory_format=torch.channels_last)
     with torch.inference_mode():
