@@ -92,7 +92,8 @@ class Conv2d(Spatial):
     ) -> Tensor:
         weight, bias, groups = kernel_of(tensors["weight"]), tensors.get("bias"), node.options["groups"]
         left, right, above, below = pads
-        if weight.shape[2:] == (1, 1) and stride != (1, 1) and not any(pads) and weight.requires_grad:
+        learns = torch.is_grad_enabled() and weight.requires_grad
+        if learns and weight.shape[2:] == (1, 1) and stride != (1, 1) and not any(pads):
             # oneDNN's gradient of a strided 1x1 weight writes beyond its memory (4 channels, channels_last)
             grid, stride = grid[:, :, :: stride[0], :: stride[1]], (1, 1)
         if left == right and above == below and min(left, above) >= 0:

@@ -313,8 +313,8 @@ def test_training_under_a_confidence_mask() -> None:
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None), name
         assert ours.grad is None or torch.allclose(ours.grad, theirs.grad), name
-    for buffer, expected in zip(model.buffers(), reference.buffers(), strict=True):
-        assert torch.equal(buffer, expected)
+    for buffer, other in zip(model.buffers(), reference.buffers(), strict=True):
+        assert torch.equal(buffer, other)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (33, 47)], ids=str)

@@ -45,7 +45,7 @@ def test_segment_with_a_learned_mask(strides: list[int]) -> None:
     policy = model.policy
     assert isinstance(policy, LearnedPolicy)
     stage = 0 if strides[0] == 4 else 1
-    features = model.module.backbone(images)[stage]
+    features = model.module.get_submodule("backbone")(images)[stage]
     scores = policy.net(features)[:, 0]
     assert torch.equal(chosen, policy.cut(scores.float()))
     assert relative_error(logits, model(images, chosen)) < 1e-12
@@ -94,7 +94,7 @@ def test_straight_through_loss_at_the_ends(head: str, monkeypatch: pytest.Monkey
         model.zero_grad()
         found.backward()
         assert any(parameter.grad is not None for parameter in model.policy.parameters())
-        assert model.module.backbone.conv1.weight.grad is not None
+        assert model.module.get_parameter("backbone.conv1.weight").grad is not None
 
 
 @pytest.mark.slow
@@ -186,9 +186,9 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> Non
 def test_a_mask_and_its_network_are_trained_together_and_resumed(tiny, tmp_path, monkeypatch) -> None:
     config = load_config(tiny, ["model.mask.policy=learned", "train.network=selective"])
     whole = Trainer(config, tmp_path / "whole")
-    first = whole.model.module.backbone.conv1.weight.clone()
+    first = whole.model.module.get_parameter("backbone.conv1.weight").clone()
     whole.run()
-    assert not torch.equal(whole.model.module.backbone.conv1.weight, first)
+    assert not torch.equal(whole.model.module.get_parameter("backbone.conv1.weight"), first)
     broken = Trainer(config, tmp_path / "broken")
     after_step = broken._after_step
 

@@ -138,11 +138,12 @@ def test_a_learned_mask_is_trained_supervised(configured: Configured, tmp_path: 
     trained_at(configured(), tmp_path / "network")
     init = str(tmp_path / "network/best.safetensors")
     frozen = {"init": init, "freeze": True, "mask_loss": "supervised", "ema_decay": None, "eval_every": 4}
-    trainer: Any = trained_at(configured({"mask": {"policy": "learned"}}, frozen), tmp_path / "mask")
+    trainer = trained_at(configured({"mask": {"policy": "learned"}}, frozen), tmp_path / "mask")
     found, before = load_model(tmp_path / "mask/best.safetensors"), load_model(init)
-    policy: Any = trainer.model.policy
-    net = policy.net.state_dict()
-    assert all(torch.equal(one, net[name]) for name, one in found.policy.net.state_dict().items())
+    net = trainer.model.policy.get_submodule("net").state_dict()
+    assert all(
+        torch.equal(one, net[name]) for name, one in found.policy.get_submodule("net").state_dict().items()
+    )
     frozen_weights = found.module.state_dict()
     assert all(torch.equal(one, frozen_weights[name]) for name, one in before.module.state_dict().items())
 
