@@ -148,7 +148,9 @@ class Level:
             rows = torch.cat(
                 [torch.arange(cells, device=device), torch.arange(3 * cells, device=device) + (cells + sites)]
             )
-            rows = rows.scatter(0, self._numbers() + cells, torch.arange(cells, cells + sites, device=device))
+            if sites:  # OpenVINO reads no scatter of nothing
+                places = torch.arange(cells, cells + sites, device=device)
+                rows = rows.scatter(0, self._numbers() + cells, places)
             self._kept["places"] = rows.index_select(0, self.plan.phases_of_fine)
         return self._kept["places"]
 
