@@ -9,20 +9,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
-from sparse_seg.networks.segmenter import Segmenter
 from sparse_seg.ops import OPERATORS, Node
 from sparse_seg.ops.upsample import at_least_float32, upsample_classes, upsample_logits
 from sparse_seg.run.images import check_images, warn_of_bytes
 from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.patch import patched
 from sparse_seg.run.segmentor import Segmentor
-from sparse_seg.run.values import Run, Value, Values
+from sparse_seg.run.values import Run, Values
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid, Mixed, Sites, grid_size
 
@@ -116,11 +115,11 @@ class Pass:
         engine = way.engine or self.model.engine
         sites = Sites.of_mask(levels, plans, exchange, near, before, engine)
         coarse = self._coarse if refines else None
-        with self._context():
+        with self.context():
             if self._patches and not self._run.training:
                 coarse = self._with_late(coarse)
             known = self._values if before is not None else None
-            kept = self._auxiliary[1:] if self.model.training else ()
+            kept = self.model.auxiliary[1:] if self.model.training else ()
             self._values = self._run.mixed(sites, coarse, known, not self._patches, kept)
             self._patched = patched(self._run, sites, coarse, self._values) if self._patches else None
         self.mask, self._sites, self._stride = fine_blocks, sites, None
@@ -139,7 +138,7 @@ class Pass:
     def features(self) -> Tensor:
         """`[B, C, h, w]` of the last value before the mask, at the finest stride."""
         geometry = self.model.geometry
-        with self._context():
+        with self.context():
             grid = self._run.early()[geometry.features]
         return grid.thinned(self.model.strides[0])
 
@@ -160,7 +159,7 @@ class Pass:
             with eval_mode(self.model):
                 return Pass(self.model, self.images).coarse_logits(every, stored_dtype)
         if self._coarse is None and self.model.separates(self._way):
-            with self._context():
+            with self.context():
                 beside = self._run.dense(self.model.strides[-1])
             return self._upsample(self._run.output(beside), every)
         if self._coarse is None:
@@ -191,7 +190,7 @@ class Pass:
         self._with_grad = False
         coarsest = self.model.strides[-1]
         kept = geometry.kept_lattices | (geometry.kept_late if self._patches else set())
-        with self._context():
+        with self.context():
             self._coarse = self._run.dense(coarsest, kept)
         if stored_dtype is not None:
             self._run.store(stored_dtype)
@@ -247,29 +246,6 @@ class Pass:
         """Of a dense pass, else the finest stride, px."""
         return self._way.output_stride or self.model.strides[0]
 
-    def exits(self) -> list[Value]:
-        """The values on rows that late ones read, or that are the output, in order: each a `Mixed`, or in a
-        dense pass a `Grid`. Of a dense pass ask before the logits, which drop them where no gradients are
-        needed."""
-        values = self._known(keeps=True)
-        return [values[name] for name in self.model.geometry.exits]
-
-    def last_exit(self) -> tuple[Grid, Tensor]:
-        """The last of `exits` on its finest grid, and which of its cells are sites, bool `[B, h, w]`."""
-        value, geometry = self.exits()[-1], self.model.geometry
-        grid: Grid = value.densify() if isinstance(value, Mixed) else value
-        batch, _, height, width = grid.tensor.shape
-        is_site = torch.ones(batch, height, width, dtype=torch.bool, device=self.images.device)
-        if isinstance(value, Mixed):
-            lattice, finest = geometry.lattice(geometry.exits[-1]), grid.stride
-            steps = [min(lattice, stride) // finest for stride in reversed(self.model.strides)]
-            block = self.model.strides[-1] // finest
-            step = torch.tensor(steps, device=is_site.device)[self.levels]
-            step = step.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :height, :width]
-            down, across = (torch.arange(length, device=is_site.device) for length in (height, width))
-            is_site = (down[:, None] % step == 0) & (across % step == 0)
-        return grid, is_site
-
     @property
     def grid_stride(self) -> int:
         """Stride of the logits' grid, px."""
@@ -296,46 +272,21 @@ class Pass:
             logits, self._run.size, grid.stride, geometry.trained(geometry.graph.output), align
         )
 
-    def lattice_logits(self) -> Tensor:
-        """Logits `[B, K, H, W]` of the coarse lattice alone: what late values give if no block is fine."""
-        values = self._known(keeps=True)
-        with self._context():
-            return self._upsample(self._run.late(values | self._lattices(values)))
-
-    def blended_logits(self, fine: Tensor) -> Tensor:
-        """Logits `[B, K, H, W]` of exits that are, block by block, those of the dense network at the finest
-        stride or what `densify` makes of their lattices; for training a mask.
+    def values(self, late: bool = True) -> Values:
+        """The run's values by name, among them those that losses read (`run/exits.py`).
 
         Args:
-            fine: the share of the former in each block, `[B, Hc, Wc]`; gradients flow to it.
-
-        Raises:
-            ValueError: not two strides.
+            late: whether a dense run's late values are needed.
         """
-        geometry = self.model.geometry
-        if len(geometry.strides) != 2:
-            raise ValueError(f"a blend has two strides, not {len(geometry.strides)}")
-        with self._context():
-            values = self._run.dense(geometry.strides[0], self._kept, late=False)
-            coarse = {name: value.densify() for name, value in self._lattices(values).items()}
-            for name, grid in coarse.items():
-                height, width = grid.tensor.shape[2:]
-                cells = fine.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None, :height, :width]
-                blend = grid.tensor + cells * (values[name].tensor - grid.tensor)
-                values[name] = Grid(blend, grid.stride)
-            return self._upsample(self._run.late(values))
+        if late or self._stride is None:
+            return self._known(keeps=True)
+        with self.context():
+            return self._run.dense(self._stride, self._kept, late=False)
 
-    def auxiliary_logits(self) -> Tensor | None:
-        """Logits `[B, K, H, W]` of the auxiliary head; None without one or outside training."""
-        if not (self._auxiliary and self.model.training):
-            return None
-        head, name = self._auxiliary
-        value, settings = self._known(keeps=True)[name], self.model.settings
-        with self._context():
-            grid = value.densify() if isinstance(value, Mixed) else value
-            logits = at_least_float32(head.at(grid.tensor, grid.stride))
-        offset = settings.trained_stride, settings.align_corners
-        return upsample_logits(logits, self._run.size, grid.stride, *offset)
+    def decoded(self, values: Values) -> Tensor:
+        """Logits `[B, K, H, W]` that late values give of these in place of the run's own."""
+        with self.context():
+            return self._upsample(self._run.late(values))
 
     def macs(self) -> dict[str, int]:
         """Multiply-adds so far, for the whole batch: of `early`, `rows` and `late` values, and of the `mask`.
@@ -359,7 +310,7 @@ class Pass:
         lacks = self._stride is not None and keeps and not self._values_kept
         if self._values is None or lacks:
             assert self._stride is not None
-            with self._context():
+            with self.context():
                 self._values = self._run.dense(self._stride, self._kept if keeps else ())
             self._values_kept = keeps
         return self._values
@@ -368,30 +319,7 @@ class Pass:
     def _kept(self) -> list[str]:
         """Values that losses read beside the output."""
         geometry = self.model.geometry
-        return [*geometry.exits, *geometry.entries, *geometry.vectors, *self._auxiliary[1:]]
-
-    @property
-    def _auxiliary(self) -> tuple[Any, ...]:
-        """The auxiliary head, and the name of the value that it reads: the last feature but one; none where
-        there is no such head."""
-        module = self.model.module
-        if not isinstance(module, Segmenter) or module.auxiliary is None:
-            return ()
-        features = [node.name for node in self.model.graph.nodes if "natural" in node.options]
-        return module.auxiliary, features[-2]
-
-    def _lattices(self, values: Values) -> dict[str, Mixed]:
-        """The exits in `values`, of their lattices alone."""
-        geometry, device, strides = self.model.geometry, self.images.device, self.model.strides
-        plans = self.model.plans(len(self.images), self._run.size, device)
-        blocks = torch.zeros(block_shape(self.images, strides[-1]), dtype=torch.int64, device=device)
-        sites, alone = Sites.of_mask(blocks, plans, "linear", {}), dict[str, Mixed]()
-        for name in geometry.exits:
-            value, stride = values[name], geometry.lattice(name)
-            lattice = value.lattice if isinstance(value, Mixed) else Grid(value.thinned(stride), stride)
-            none = lattice.tensor.new_zeros(0, int(lattice.tensor.shape[1]))
-            alone[name] = Mixed(lattice, {one: none for one in plans if one < stride}, sites)
-        return alone
+        return [*geometry.exits, *geometry.entries, *geometry.vectors, *self.model.auxiliary[1:]]
 
     @property
     def _patches(self) -> bool:
@@ -421,7 +349,7 @@ class Pass:
         return levels
 
     @contextmanager
-    def _context(self) -> Iterator[None]:
+    def context(self) -> Iterator[None]:
         """Gradients as when the pass was made; a folded network runs in its weights' dtype."""
         off = torch.autocast(self.images.device.type, enabled=False)
         with torch.set_grad_enabled(self._with_grad):

@@ -14,6 +14,7 @@ from sparse_seg.config import MaskConfig, ModelConfig
 from sparse_seg.errors import SparseSegError
 from sparse_seg.graph import Geometry
 from sparse_seg.masks import POLICIES, MaskPolicy, block_levels, build_policy
+from sparse_seg.networks.segmenter import Segmenter
 from sparse_seg.ops import OPERATORS, Graph
 from sparse_seg.run.card import Card
 from sparse_seg.run.patch import check_patch
@@ -126,6 +127,14 @@ class Segmentor(Predicting, nn.Module):
         layers = dict(self.module.named_modules())
         joining = (node for node in self.graph.nodes if OPERATORS[node.op].joins and node.layer in layers)
         return frozenset(node.name for node in joining if not layers[node.layer].training)
+
+    @property
+    def auxiliary(self) -> tuple[Any, ...]:
+        """The auxiliary head, and the name of the value that it reads, the last feature but one; or none."""
+        if not isinstance(self.module, Segmenter) or self.module.auxiliary is None:
+            return ()
+        features = [node.name for node in self.graph.nodes if "natural" in node.options]
+        return self.module.auxiliary, features[-2]
 
     # -- ways ----------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from sparse_seg.checkpoint.pickled import load_pickled
 from sparse_seg.config import Config, num_classes
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.files import atomic_write
+from sparse_seg.run.exits import last_exit
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid
 
@@ -25,7 +26,7 @@ MOST_SITES = 1024  # per image whose likeness is compared: pairs grow with the s
 
 class TeacherOutputs(NamedTuple):
     """At the asked output stride: the grid of logits `[B, K, h, w]`, and the features `[B, C, h', w']` that
-    the last late value is made of (`Pass.last_exit`)."""
+    the last late value is made of (`run/exits.py`)."""
 
     logits: Tensor
     features: Tensor
@@ -71,7 +72,7 @@ class Teacher:
     @torch.no_grad()
     def _run(self, images: Tensor, output_stride: int) -> TeacherOutputs:
         run = self.model.start(images).follow(Way.dense(output_stride))
-        features: Grid = run.last_exit()[0]
+        features: Grid = last_exit(run)[0]
         return TeacherOutputs(run.grid_logits().half(), features.tensor.half())
 
     def _cached(self, images: Tensor, output_stride: int, cache: Path) -> TeacherOutputs:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.masks import block_mean, straight_through
+from sparse_seg.run.exits import blended_logits
 from sparse_seg.run.passes import Pass
 from sparse_seg.training.losses import Outputs
 
@@ -35,7 +36,7 @@ def straight_through_loss(run: Pass, labels: Tensor, loss: Loss, budget_weight: 
     """
     policy = run.model.policy
     chosen = straight_through(policy.scores(run))
-    logits, target = run.blended_logits(chosen), policy.fine_fraction or 0.0
+    logits, target = blended_logits(run, chosen), policy.fine_fraction or 0.0
     return loss(Outputs(logits, None), labels) + budget_weight * (chosen.mean() - target).square()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_seg.config import TrainConfig
 from sparse_seg.errors import TrainingError
+from sparse_seg.run.exits import auxiliary_logits, last_exit, lattice_logits
 from sparse_seg.run.passes import Pass
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
@@ -46,8 +47,8 @@ class Objective(nn.Module):
             assert fine_blocks is not None
             run.take(fine_blocks)
         fine = None if fine_blocks is None else model.fine_pixels(fine_blocks, images)
-        coarse = run.lattice_logits() if config.loss.reads_coarse_logits else None
-        loss = self.loss(Outputs(run.logits(), run.auxiliary_logits()), labels, coarse, fine)
+        coarse = lattice_logits(run) if config.loss.reads_coarse_logits else None
+        loss = self.loss(Outputs(run.logits(), auxiliary_logits(run)), labels, coarse, fine)
         return loss if self.teacher is None else loss + self._distill(self.teacher, run, fine)
 
     @property
@@ -76,7 +77,7 @@ class Objective(nn.Module):
             logits, taught.logits, weights(logits, run.grid_stride), config.temperature
         )
         if config.features_weight > 0:  # it waits for the GPU at each image
-            grid, is_site = run.last_exit()
+            grid, is_site = last_exit(run)
             if taught.features.shape[2:] != grid.tensor.shape[2:]:
                 raise TrainingError(
                     f"train.distill.teacher gives features {list(taught.features.shape[2:])}, and the "

@@ -11,6 +11,7 @@ from sparse_seg import build_model
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import Frames
 from sparse_seg.networks.heads import DeepLabV3Head
+from sparse_seg.run.exits import auxiliary_logits
 from tests.reference import block_mask, random_model, relative_error
 
 
@@ -110,10 +111,10 @@ def test_auxiliary_head_in_training_only() -> None:
     model = build_model({"width": 0.125, "auxiliary": True, "num_classes": 4})
     images = torch.randn(2, 3, 48, 50)
     run = model.start(images).follow()
-    logits, auxiliary = run.logits(), run.auxiliary_logits()
+    logits, auxiliary = run.logits(), auxiliary_logits(run)
     assert auxiliary is not None
     assert logits.shape == auxiliary.shape == (2, 4, 48, 50)
-    assert model.eval().start(images).follow().auxiliary_logits() is None
+    assert auxiliary_logits(model.eval().start(images).follow()) is None
 
 
 def test_build_from_a_plain_dict() -> None:

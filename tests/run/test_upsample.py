@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from sparse_seg import build_model
 from sparse_seg.ops.upsample import upsample_classes, upsample_logits
+from sparse_seg.run.exits import auxiliary_logits
 from sparse_seg.run.way import Way
 
 
@@ -84,7 +85,7 @@ def test_logits_stay_float32_under_autocast(dtype: torch.dtype, output_stride: i
     images = torch.randn(2, 3, 64, 64)
     with torch.autocast("cpu", dtype):
         run = model.start(images).follow(Way.dense(output_stride))
-        logits, auxiliary = run.logits(), run.auxiliary_logits()
+        logits, auxiliary = run.logits(), auxiliary_logits(run)
     assert auxiliary is not None
     assert logits.dtype == auxiliary.dtype == torch.float32
 

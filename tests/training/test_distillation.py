@@ -12,6 +12,7 @@ from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.config import Config, load_config
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.run.build import build_model
+from sparse_seg.run.exits import last_exit
 from sparse_seg.run.way import Way
 from sparse_seg.training import distillation
 from sparse_seg.training.checkpoint import save_checkpoint
@@ -81,7 +82,7 @@ def test_sites_are_those_of_the_mask(strides: list[int]) -> None:
     images = values(2, 3, 70, 101).float()
     sizes = [-(-length // strides[-1]) for length in (70, 101)]
     levels = torch.randint(0, len(strides), (2, *sizes), generator=torch.Generator().manual_seed(0))
-    grid, found = model.start(images).take(levels).last_exit()
+    grid, found = last_exit(model.start(images).take(levels))
     cells = itertools.product(range(2), *(range(-(-length // strides[0])) for length in (70, 101)))
     for image, y, x in cells:
         place = y * strides[0], x * strides[0]
@@ -89,11 +90,11 @@ def test_sites_are_those_of_the_mask(strides: list[int]) -> None:
         expected = all(one % strides[-1 - level] == 0 for one in place)
         assert found[image, y, x] == expected, (image, y, x)
     assert grid.stride == strides[0]
-    dense, every = model.start(images).follow(Way.dense(strides[0])).last_exit()
+    dense, every = last_exit(model.start(images).follow(Way.dense(strides[0])))
     assert every.all()
     assert dense.tensor.shape == grid.tensor.shape
     lattice, step = levels * 0, strides[-1] // strides[0]
-    coarse = model.start(images).take(lattice).last_exit()[0].tensor[:, :, ::step, ::step]
+    coarse = last_exit(model.start(images).take(lattice))[0].tensor[:, :, ::step, ::step]
     torch.testing.assert_close(grid.tensor[:, :, ::step, ::step], coarse)  # P1
 
 

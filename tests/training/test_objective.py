@@ -13,6 +13,7 @@ from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.config import DistillConfig, LossConfig, TrainConfig, load_config
 from sparse_seg.errors import ConfigError
 from sparse_seg.run.build import build_model
+from sparse_seg.run.exits import lattice_logits
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import save_checkpoint
@@ -89,7 +90,7 @@ def test_the_coarse_lattice_learns_from_the_network_that_runs(network: str) -> N
     model.eval()
     run = model.start(images)
     run = run.follow(Way.dense(8)) if network == "dense" else run.take(model.policy(run))
-    coarse, logits = run.lattice_logits().log_softmax(1), run.logits().detach().log_softmax(1)
+    coarse, logits = lattice_logits(run).log_softmax(1), run.logits().detach().log_softmax(1)
     known = labels != 255
     expected = 0.7 * (logits.exp() * (logits - coarse)).sum(1)[known].mean()
     plain, taught = gradients(0.0), gradients(0.7)
@@ -114,7 +115,7 @@ def test_coarse_logits_are_those_of_an_all_coarse_mask(strides: tuple[int, ...],
     shape = (2, *(-(-length // strides[-1]) for length in images.shape[2:]))
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(4)) < share
     for run in (model.start(images).take(mask), model.start(images).follow(Way.dense(strides[0]))):
-        assert relative_error(run.lattice_logits(), model(images, torch.zeros_like(mask))) < 1e-12
+        assert relative_error(lattice_logits(run), model(images, torch.zeros_like(mask))) < 1e-12
 
 
 def student(**mask: object) -> SelectiveNetwork:
