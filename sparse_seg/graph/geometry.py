@@ -292,6 +292,14 @@ class Geometry(Strides):
         return found
 
     @cached_property
+    def overwritable(self) -> set[str]:
+        """Values that nothing but the next node reads, in memory that is theirs alone."""
+        fresh = (node for node in self.graph.nodes if node.op in ("conv2d", "batch_norm", "add"))
+        return {
+            node.name for node in fresh if len(self.users[node.name]) == 1 and node.name != self.graph.output
+        }
+
+    @cached_property
     def entries(self) -> set[str]:
         """Those of them that others read, and a policy."""
         read = {name for node in self.graph.nodes if node.name not in self.first for name in node.inputs}

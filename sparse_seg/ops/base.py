@@ -43,6 +43,10 @@ class Operator:
         """The value from those that it reads, all of one form: grids, or rows."""
         raise NotImplementedError
 
+    def overwrite(self, node: Node, inputs: list[Tensor]) -> Tensor | None:
+        """The value in the memory of the first that it reads; None where it needs memory of its own."""
+        return None
+
     def macs(self, node: Node, tensors: Tensors) -> int:
         """Multiply-adds at each place that it writes."""
         return 0

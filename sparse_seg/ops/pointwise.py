@@ -50,6 +50,9 @@ class Activation(Operator):
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
         return self.unary.function(inputs[0], *(node.options[name] for name in self.unary.options))
 
+    def overwrite(self, node: Node, inputs: list[Tensor]) -> Tensor | None:
+        return inputs[0].relu_() if node.op == "relu" else None
+
     def check(self, node: Node, tensors: Tensors) -> None:
         for name in self.unary.options:
             value = node.options.get(name, "")
@@ -123,6 +126,18 @@ class Arithmetic(Operator):
 
 for _name, _function in BINARY.items():
     OPERATORS[_name] = Arithmetic(_function)
+
+
+@operator("add")
+class Add(Arithmetic):
+    def __init__(self) -> None:
+        super().__init__(BINARY["add"])
+
+    def overwrite(self, node: Node, inputs: list[Tensor]) -> Tensor | None:
+        first, *others = inputs
+        if not others or others[0].shape != first.shape or others[0].dtype != first.dtype:
+            return None
+        return first.add_(others[0])
 
 
 def _read_binary(name: str, first: str = "self", second: str = "other") -> Callable[[Any], Any]:

@@ -66,7 +66,8 @@ def own_network(
 ) -> SelectiveNetwork:
     """A network of ours, see `build_model`."""
     settings, stride = with_strides(settings), captured_stride(settings)
-    module = build_module(settings, stride, stride)  # nothing but PyTorch's own upsampling
+    module: Any = build_module(settings, stride, stride)  # nothing but PyTorch's own upsampling
+    module.to(memory_format=torch.channels_last)  # the layout of images; else each convolution converts
     return build_network(own_graph(settings, module), module, {}, settings, card, learned_net)
 
 

@@ -240,6 +240,10 @@ class Tensors(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor], trained: frozenset[str] = frozenset()) -> None:
         super().__init__()
         for name, tensor in tensors.items():
+            if (
+                tensor.ndim == 4 and not tensor.is_meta
+            ):  # the layout of images; else each convolution converts
+                tensor = tensor.contiguous(memory_format=torch.channels_last)
             self.enter(name, tensor, name in trained)
 
     def enter(self, name: str, tensor: Tensor, trained: bool = False) -> None:

@@ -52,6 +52,7 @@ class Run:
         self.kernels = {  # the parts of kernels that ever read inside the images, where that is not all
             node.name: part for node in windows if (part := geometry.kernel_inside(node, self.size))
         }
+        self._shared: set[str] = set()  # values that a run must not overwrite
         self._early: Values | None = None
         self._stored = False  # whether they are kept in another dtype
 
@@ -132,7 +133,7 @@ class Run:
 
         nodes = [node for node in self._later if late or self.geometry.kind[node.name] != "late"]
         kept = self.geometry.kept_rows if late else self.geometry.kept_rows | self.geometry.entries
-        return self._run(nodes, dict(self.early()), {*kept, *wanted}, compute)
+        return self._run(nodes, dict(self.early()), {*kept, *wanted}, compute, coarse or ())
 
     @property
     def _later(self) -> list[Node]:
@@ -165,9 +166,14 @@ class Run:
         values: Values,
         kept: Collection[str],
         compute: Callable[[Node, list[Value]], Value],
+        known: Collection[str] = (),
     ) -> Values:
-        """Compute nodes that are not there; drop values once read, but `kept` ones and the output."""
-        nodes = list(nodes)
+        """Compute nodes that are not there; drop values once read, but `kept` ones and the output.
+
+        Args:
+            known: names of values that belong to another run.
+        """
+        nodes, self._shared = list(nodes), {*values, *kept, *known}
         left: dict[str, int] = {}
         for node in nodes:
             for name in node.inputs:
@@ -202,7 +208,17 @@ class Run:
             grid = operator.grid(node, self.tensors_of(node), source, (step, step), (1, 1), (0, 0, 0, 0))
             return Grid(grid, cell)
         arrays = [one.thinned(cell) if isinstance(one, Grid) else one for one in read]
-        return Grid(operator.apply(node, self.tensors_of(node), arrays, self.trains(node)), cell)
+        return Grid(self._applied(node, arrays, self.trains(node)), cell)
+
+    def _applied(self, node: Node, arrays: list[Tensor], training: bool) -> Tensor:
+        """A node's values at each place, in the memory of those that it reads where nothing else does."""
+        first, operator = node.inputs[0], OPERATORS[node.op]
+        if first in self.geometry.overwritable and first not in self._shared and not torch.is_grad_enabled():
+            tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()
+            written = None if tracing or not _is_whole(arrays[0]) else operator.overwrite(node, arrays)
+            if written is not None:
+                return written
+        return operator.apply(node, self.tensors_of(node), arrays, training)
 
     def _window(self, node: Node, source: Grid, cell: int, size: tuple[int, int]) -> Tensor:
         """A window on a grid: its taps lie as many px apart as captured, but at least one cell."""
@@ -319,9 +335,7 @@ class Run:
             rows = extra_rows(self, node, read[0], sites, levels)
         else:
             rows = {
-                one: operator.apply(
-                    node, self.tensors_of(node), [_rows(value, one, level) for value in read], False
-                )
+                one: self._applied(node, [_rows(value, one, level) for value in read], False)
                 for one, level in levels.items()
             }
         return Mixed(lattice, rows, sites, before)
@@ -372,6 +386,13 @@ def _nearest(source: Grid, size: tuple[int, int], cells: tuple[int, int], stride
         places = torch.arange(length, device=tensor.device) * cells[axis] // length * stride // source.stride
         tensor = tensor.index_select(2 + axis, places.clamp(max=int(tensor.shape[2 + axis]) - 1))
     return tensor
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor fills its memory, as no part of a larger one does."""
+    return tensor.is_contiguous() or (
+        tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _whole(value: Value) -> Value:
