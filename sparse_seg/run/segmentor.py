@@ -240,9 +240,7 @@ class Tensors(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor], trained: frozenset[str] = frozenset()) -> None:
         super().__init__()
         for name, tensor in tensors.items():
-            if (
-                tensor.ndim == 4 and not tensor.is_meta
-            ):  # the layout of images; else each convolution converts
+            if tensor.ndim == 4 and not tensor.is_meta:  # images' layout: no convolution converts
                 tensor = tensor.contiguous(memory_format=torch.channels_last)
             self.enter(name, tensor, name in trained)
 
