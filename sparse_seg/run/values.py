@@ -213,7 +213,7 @@ class Run:
     def _applied(self, node: Node, arrays: list[Tensor], training: bool) -> Tensor:
         """A node's values at each place, in the memory of those that it reads where nothing else does."""
         first, operator = node.inputs[0], OPERATORS[node.op]
-        if first in self.geometry.overwritable and first not in self._shared and not torch.is_grad_enabled():
+        if first in self.geometry.overwritable and first not in self._shared:
             tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()
             written = None if tracing or not _is_whole(arrays[0]) else operator.overwrite(node, arrays)
             if written is not None:
@@ -389,7 +389,9 @@ def _nearest(source: Grid, size: tuple[int, int], cells: tuple[int, int], stride
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor fills its memory, as no part of a larger one does."""
+    """Whether a tensor fills its memory, as no part of a larger one does; with gradients, no view either."""
+    if torch.is_grad_enabled() and tensor._is_view():
+        return False
     return tensor.is_contiguous() or (
         tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     )
