@@ -16,14 +16,14 @@ from torch import Tensor
 from sparse_seg.graph import Geometry
 from sparse_seg.ops import OPERATORS, Node, Spatial
 from sparse_seg.ops.upsample import axis_shares, upsample_logits
-from sparse_seg.run.windows import apart_lattice, extra_rows
-from sparse_seg.sites import Grid, Level, Mixed, Sites, Taps, grid_size
+from sparse_seg.run.windows import Windows
+from sparse_seg.sites import Grid, Level, Mixed, Sites, grid_size
 
 Value = Any  # a Grid, a Mixed, or a tensor: a vector of each image `[B, C, 1, 1]`
 Values = dict[str, Value]
 
 
-class Run:
+class Run(Windows):
     """Runs a graph over images.
 
     Args:
@@ -44,14 +44,9 @@ class Run:
         count: Callable[[Node, int], None] | None = None,
         frozen: Collection[str] = (),
     ) -> None:
-        self.geometry, self.tensors, self.images = geometry, tensors, images
-        self.training, self.count, self.frozen = training, count, frozen
-        self.batch, self.size = int(images.shape[0]), (int(images.shape[2]), int(images.shape[3]))
-        self.taps = geometry.all_taps(self.size)
-        windows = [node for node in geometry.graph.nodes if node.name in self.taps]
-        self.kernels = {  # the parts of kernels that ever read inside the images, where that is not all
-            node.name: part for node in windows if (part := geometry.kernel_inside(node, self.size))
-        }
+        super().__init__(geometry, tensors, (int(images.shape[2]), int(images.shape[3])), count)
+        self.images, self.batch = images, int(images.shape[0])
+        self.training, self.frozen = training, frozen
         self._shared: set[str] = set()  # values that a run must not overwrite
         self._early: Values | None = None
         self._stored = False  # whether they are kept in another dtype
@@ -202,7 +197,7 @@ class Run:
         size = grid_size(self.size, cell)
         self.counted(node, self.batch * size[0] * size[1])
         if node.name in self.taps:
-            return Grid(self._window(node, read[0], cell, size), cell)
+            return Grid(self.on_grid(node, read[0], cell, size), cell)
         if node.op == "conv2d" and isinstance(read[0], Grid) and isinstance(operator, Spatial):
             step, source = cell // read[0].stride, read[0].tensor  # not thinned before: that leaves a layout
             grid = operator.grid(node, self.tensors_of(node), source, (step, step), (1, 1), (0, 0, 0, 0))
@@ -220,25 +215,6 @@ class Run:
                 return written
         return operator.apply(node, self.tensors_of(node), arrays, training)
 
-    def _window(self, node: Node, source: Grid, cell: int, size: tuple[int, int]) -> Tensor:
-        """A window on a grid: its taps lie as many px apart as captured, but at least one cell."""
-        operator, step = OPERATORS[node.op], cell // source.stride
-        assert isinstance(operator, Spatial)
-        pads: list[tuple[int, int]] = []
-        dilations: list[int] = []
-        for axis, taps in enumerate(self.dilated(node, source.stride)):
-            places = [tap // source.stride for tap in taps]
-            end = (size[axis] - 1) * step + places[-1]
-            before, after = -places[0], end + 1 - int(source.tensor.shape[2 + axis])
-            # a stride may leave some places at the end that no window reads
-            pads.append((before, before if after <= before < after + step else after))
-            dilations.append(places[1] - places[0] if len(places) > 1 else 1)
-        (above, below), (left, right) = pads
-        steps, apart = (step, step), (dilations[0], dilations[1])
-        return operator.grid(
-            node, self.tensors_of(node), source.tensor, steps, apart, (left, right, above, below)
-        )
-
     def shares(self, node: Node, source: int, cell: int) -> tuple[Any, ...]:
         """For each axis the places at `source` px around those at `cell` px that a resizing reads, see
         `ops.upsample.axis_shares`."""
@@ -251,18 +227,6 @@ class Run:
         """Whether a resizing from `source` to `cell` px reads as `shares` says: bilinear, no fewer places."""
         captured, to = self.geometry.captured[node.inputs[0]], self.geometry.captured[node.name]
         return not node.options.get("nearest") and captured >= to and source >= cell
-
-    def dilated(self, node: Node, source: int) -> Taps:
-        """Where a window reads in a grid at `source` px: as captured, but at least one cell apart."""
-        window, unit = self.geometry.window(node), self.geometry.captured[node.inputs[0]]
-        assert window is not None
-        axes = []
-        for places, dilation in zip(self.taps[node.name], window.dilation, strict=True):
-            spacing = dilation * unit
-            step = 1 if node.options.get("cell") else max(1, spacing // source)
-            before = -places[0] * step // spacing
-            axes.append(tuple((tap * step - before) * source for tap in range(len(places))))
-        return Taps(*axes)
 
     def resize(self, node: Node, source: Value, cell: int) -> Value:
         """Bilinear, with the offset that the network was captured with, whatever the strides are now."""
@@ -310,7 +274,7 @@ class Run:
         if self.trains(node) and OPERATORS[node.op].joins:
             return None
         if sites.apart is not None and node.name in self.taps and isinstance(read[0], Mixed):
-            return apart_lattice(self, node, read[0], sites)
+            return self.apart_lattice(node, read[0], sites)
         grids = [self._lattice_source(node, one, sites) for one in read]
         return self._dense(node, grids, {node.name: self.geometry.lattice(node.name)})
 
@@ -332,7 +296,7 @@ class Run:
         if self.trains(node) and operator.joins:
             return self._joined(node, read[0], sites, levels, stride)
         if node.name in self.taps:
-            rows = extra_rows(self, node, read[0], sites, levels)
+            rows = self.extra_rows(node, read[0], sites, levels)
         else:
             rows = {
                 one: self._applied(node, [_rows(value, one, level) for value in read], False)
@@ -365,18 +329,6 @@ class Run:
     def trains(self, node: Node) -> bool:
         """Whether a node behaves as in training."""
         return self.training and node.name not in self.frozen
-
-    def tensors_of(self, node: Node) -> dict[str, Tensor]:
-        """A node's tensors by role; of a kernel the part that ever reads inside the images."""
-        tensors = {role: self.tensors[name] for role, name in node.tensors.items()}
-        if node.name in self.kernels:
-            tensors["weight"] = tensors["weight"][(slice(None), slice(None), *self.kernels[node.name])]
-        return tensors
-
-    def counted(self, node: Node, places: int) -> None:
-        """Tell that a node ran at so many places."""
-        if self.count is not None:
-            self.count(node, places)
 
 
 def _nearest(source: Grid, size: tuple[int, int], cells: tuple[int, int], stride: int) -> Tensor:

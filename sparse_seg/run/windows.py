@@ -1,82 +1,142 @@
-"""A window on rows: its values at extra sites, and under `separate` at the lattice, too."""
+"""Windows of a graph for images of one size: on grids and at sites, the lattice's under `separate`, too."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from sparse_seg.graph import Geometry
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
-from sparse_seg.sites import Grid, Level, Mixed, Sites, rows_to_grid, spconv
-
-if TYPE_CHECKING:
-    from sparse_seg.run.values import Run
+from sparse_seg.sites import Grid, Level, Mixed, Sites, Taps, rows_to_grid, spconv
 
 
-def extra_rows(
-    run: Run, node: Node, value: Grid | Mixed, sites: Sites, levels: Mapping[int, Level]
-) -> dict[int, Tensor]:
-    """Rows `[3 * run, C]` of a window by the stride of a level; a mixing one reads the densified value."""
-    mixes = node.name in run.geometry.mixing and isinstance(value, Mixed)
-    source = value.densify(sites.exchange) if mixes and isinstance(value, Mixed) else value
-    rows = {}
-    for stride, level in levels.items():
-        if isinstance(source, Mixed):
-            rows[stride] = _of_mixed(run, node, source, stride)
-            continue
-        taps, apart = run.taps[node.name], sites.apart
-        if apart is not None and isinstance(value, Mixed):
-            index = apart.in_grid(taps, stride, source.stride, value.lattice.stride)
+class Windows:
+    """Where a graph's windows read, and what they give.
+
+    Args:
+        geometry: of the graph.
+        tensors: by the graph's names.
+        size: of the images, px.
+        count: told of each node that ran, and at how many places.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        tensors: Mapping[str, Tensor],
+        size: tuple[int, int],
+        count: Callable[[Node, int], None] | None = None,
+    ) -> None:
+        self.geometry, self.tensors, self.size, self.count = geometry, tensors, size, count
+        self.taps = geometry.all_taps(size)
+        windows = [node for node in geometry.graph.nodes if node.name in self.taps]
+        self.kernels = {  # the parts of kernels that ever read inside the images, where that is not all
+            node.name: part for node in windows if (part := geometry.kernel_inside(node, size))
+        }
+
+    def tensors_of(self, node: Node) -> dict[str, Tensor]:
+        """A node's tensors by role; of a kernel the part that ever reads inside the images."""
+        tensors = {role: self.tensors[name] for role, name in node.tensors.items()}
+        if node.name in self.kernels:
+            tensors["weight"] = tensors["weight"][(slice(None), slice(None), *self.kernels[node.name])]
+        return tensors
+
+    def counted(self, node: Node, places: int) -> None:
+        """Tell that a node ran at so many places."""
+        if self.count is not None:
+            self.count(node, places)
+
+    def dilated(self, node: Node, source: int) -> Taps:
+        """Where a window reads in a grid at `source` px: as captured, but at least one cell apart."""
+        window, unit = self.geometry.window(node), self.geometry.captured[node.inputs[0]]
+        assert window is not None
+        axes = []
+        for places, dilation in zip(self.taps[node.name], window.dilation, strict=True):
+            spacing = dilation * unit
+            step = 1 if node.options.get("cell") else max(1, spacing // source)
+            before = -places[0] * step // spacing
+            axes.append(tuple((tap * step - before) * source for tap in range(len(places))))
+        return Taps(*axes)
+
+    def on_grid(self, node: Node, source: Grid, cell: int, size: tuple[int, int]) -> Tensor:
+        """A window on a grid: its taps lie as many px apart as captured, but at least one cell."""
+        operator, step = OPERATORS[node.op], cell // source.stride
+        assert isinstance(operator, Spatial)
+        pads: list[tuple[int, int]] = []
+        dilations: list[int] = []
+        for axis, taps in enumerate(self.dilated(node, source.stride)):
+            places = [tap // source.stride for tap in taps]
+            end = (size[axis] - 1) * step + places[-1]
+            before, after = -places[0], end + 1 - int(source.tensor.shape[2 + axis])
+            # a stride may leave some places at the end that no window reads
+            pads.append((before, before if after <= before < after + step else after))
+            dilations.append(places[1] - places[0] if len(places) > 1 else 1)
+        (above, below), (left, right) = pads
+        steps, apart = (step, step), (dilations[0], dilations[1])
+        return operator.grid(
+            node, self.tensors_of(node), source.tensor, steps, apart, (left, right, above, below)
+        )
+
+    def extra_rows(
+        self, node: Node, value: Grid | Mixed, sites: Sites, levels: Mapping[int, Level]
+    ) -> dict[int, Tensor]:
+        """Rows `[3 * run, C]` of a window by a level's stride; a mixing one reads the densified value."""
+        mixes = node.name in self.geometry.mixing and isinstance(value, Mixed)
+        source = value.densify(sites.exchange) if mixes and isinstance(value, Mixed) else value
+        rows = {}
+        for stride, level in levels.items():
+            if isinstance(source, Mixed):
+                rows[stride] = self._of_mixed(node, source, stride)
+                continue
+            taps, apart = self.taps[node.name], sites.apart
+            if apart is not None and isinstance(value, Mixed):
+                index = apart.in_grid(taps, stride, source.stride, value.lattice.stride)
+            else:
+                index = level.grid_rows(taps, source.stride)
+            rows[stride] = self._gathered(node, source.padded_rows, index)
+        return rows
+
+    def apart_lattice(self, node: Node, value: Mixed, sites: Sites) -> Grid:
+        """A window's lattice under `separate`: it depends on the mask, so its sites are gathered."""
+        assert sites.apart is not None
+        stride, base, taps = self.geometry.lattice(node.name), value.lattice.stride, self.taps[node.name]
+        level = sites.levels[stride // 2]
+        self.counted(node, level.plan.cells)
+        source = value.densify(sites.exchange) if node.name in self.geometry.mixing else value.lattice
+        if source.stride == stride and self._is_for_spconv(node, sites.engine, source.rows):
+            tensors, blocks = self.tensors_of(node), sites.apart.blocks(stride, base)[:-1]
+            weight, bias = tensors["weight"], tensors.get("bias")
+            rows = spconv.lattice_conv2d(level, taps, source.rows, weight, bias, blocks)
         else:
-            index = level.grid_rows(taps, source.stride)
-        rows[stride] = _gathered(run, node, source.padded_rows, index)
-    return rows
+            index = sites.apart.around_lattice(taps, stride, source.stride, base)
+            rows = self._gathered(node, source.padded_rows, index)
+        return Grid(rows_to_grid(rows, level.plan.batch, level.plan.coarse), stride)
 
+    def _of_mixed(self, node: Node, value: Mixed, stride: int) -> Tensor:
+        sites, taps = value.sites, self.taps[node.name]
+        level = sites.levels[stride]
+        reads_all_extras = value.lattice.stride > stride and level.run == level.count > 0
+        if reads_all_extras and self._is_for_spconv(node, sites.engine, value.extras(stride)):
+            tensors, blocks = self.tensors_of(node), sites.apart.of_extras(stride) if sites.apart else None
+            weight, bias = tensors["weight"], tensors.get("bias")
+            source = value.lattice.rows if level.exchange == "none" else value.complete(2 * stride)
+            return spconv.level_conv2d(level, taps, source, value.extras(stride), weight, bias, blocks)
+        table, index = value.reads(stride, taps)
+        return self._gathered(node, table, index)
 
-def apart_lattice(run: Run, node: Node, value: Mixed, sites: Sites) -> Grid:
-    """A window's lattice under `separate`: what it reads depends on the mask, so its sites are gathered."""
-    assert sites.apart is not None
-    stride, base, taps = run.geometry.lattice(node.name), value.lattice.stride, run.taps[node.name]
-    level = sites.levels[stride // 2]
-    run.counted(node, level.plan.cells)
-    source = value.densify(sites.exchange) if node.name in run.geometry.mixing else value.lattice
-    if source.stride == stride and _is_for_spconv(run, node, sites.engine, source.rows):
-        tensors, blocks = run.tensors_of(node), sites.apart.blocks(stride, base)[:-1]
-        weight, bias = tensors["weight"], tensors.get("bias")
-        rows = spconv.lattice_conv2d(level, taps, source.rows, weight, bias, blocks)
-    else:
-        index = sites.apart.around_lattice(taps, stride, source.stride, base)
-        rows = _gathered(run, node, source.padded_rows, index)
-    return Grid(rows_to_grid(rows, level.plan.batch, level.plan.coarse), stride)
+    def _gathered(self, node: Node, table: Tensor, index: Tensor) -> Tensor:
+        operator = OPERATORS[node.op]
+        assert isinstance(operator, Spatial)
+        return operator.rows(node, self.tensors_of(node), Reads(table, index, self.taps[node.name].number))
 
-
-def _of_mixed(run: Run, node: Node, value: Mixed, stride: int) -> Tensor:
-    sites, taps = value.sites, run.taps[node.name]
-    level = sites.levels[stride]
-    reads_all_extras = value.lattice.stride > stride and level.run == level.count > 0
-    if reads_all_extras and _is_for_spconv(run, node, sites.engine, value.extras(stride)):
-        tensors, blocks = run.tensors_of(node), sites.apart.of_extras(stride) if sites.apart else None
-        weight, bias = tensors["weight"], tensors.get("bias")
-        source = value.lattice.rows if level.exchange == "none" else value.complete(2 * stride)
-        return spconv.level_conv2d(level, taps, source, value.extras(stride), weight, bias, blocks)
-    table, index = value.reads(stride, taps)
-    return _gathered(run, node, table, index)
-
-
-def _gathered(run: Run, node: Node, table: Tensor, index: Tensor) -> Tensor:
-    operator = OPERATORS[node.op]
-    assert isinstance(operator, Spatial)
-    return operator.rows(node, run.tensors_of(node), Reads(table, index, run.taps[node.name].number))
-
-
-def _is_for_spconv(run: Run, node: Node, engine: str, rows: Tensor) -> bool:
-    if engine == "gather" or node.op != "conv2d" or node.options["groups"] != 1:
-        return False
-    if not spconv.fits(run.taps[node.name]):
-        return False
-    if engine == "auto":
-        compiles = torch.compiler.is_compiling()  # spconv's calls would break the graph
-        return not compiles and spconv.suits(rows.device, spconv.computing_dtype(rows))
-    return True
+    def _is_for_spconv(self, node: Node, engine: str, rows: Tensor) -> bool:
+        if engine == "gather" or node.op != "conv2d" or node.options["groups"] != 1:
+            return False
+        if not spconv.fits(self.taps[node.name]):
+            return False
+        if engine == "auto":
+            compiles = torch.compiler.is_compiling()  # spconv's calls would break the graph
+            return not compiles and spconv.suits(rows.device, spconv.computing_dtype(rows))
+        return True
