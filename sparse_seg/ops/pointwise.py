@@ -116,6 +116,11 @@ class Arithmetic(Operator):
         pair = (other, inputs[0]) if node.options.get("first") else (inputs[0], other)
         return self.function(*pair)
 
+    def overwrite(self, node: Node, inputs: list[Tensor]) -> Tensor | None:
+        first, *others = inputs
+        same = all((one.shape, one.dtype) == (first.shape, first.dtype) for one in others)
+        return first.add_(*others) if node.op == "add" and others and same else None
+
     def check(self, node: Node, tensors: Tensors) -> None:
         number = node.options.get("number", 0.0)
         if not isinstance(number, (int, float)):
@@ -126,18 +131,6 @@ class Arithmetic(Operator):
 
 for _name, _function in BINARY.items():
     OPERATORS[_name] = Arithmetic(_function)
-
-
-@operator("add")
-class Add(Arithmetic):
-    def __init__(self) -> None:
-        super().__init__(BINARY["add"])
-
-    def overwrite(self, node: Node, inputs: list[Tensor]) -> Tensor | None:
-        first, *others = inputs
-        if not others or others[0].shape != first.shape or others[0].dtype != first.dtype:
-            return None
-        return first.add_(others[0])
 
 
 def _read_binary(name: str, first: str = "self", second: str = "other") -> Callable[[Any], Any]:

@@ -103,16 +103,18 @@ def read_avg_pool(call: Any) -> Any:
 def dilated_mean(grid: Tensor, stride: int, dilation: int) -> Tensor:
     """Mean of each place and those `dilation` cells right, below, and diagonal, as far as they are inside:
     `nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)`, which PyTorch has not dilated."""
-    return _window_sum(grid, stride, dilation) / _window_sum(
-        grid.new_ones(1, 1, *grid.shape[2:]), stride, dilation
-    )
+    return _window_mean(grid, stride, dilation)
 
 
-def _window_sum(grid: Tensor, stride: int, dilation: int) -> Tensor:
-    height, width = grid.shape[2:]
-    padded, places = F.pad(grid, (0, dilation, 0, dilation)), (0, dilation)
-    parts = [padded[:, :, y : y + height : stride, x : x + width : stride] for y in places for x in places]
-    return parts[0] + parts[1] + parts[2] + parts[3]
+def _window_mean(grid: Tensor, stride: int, dilation: int) -> Tensor:
+    def window_sum(values: Tensor) -> Tensor:
+        height, width = values.shape[2:]
+        padded, places = F.pad(values, (0, dilation, 0, dilation)), (0, dilation)
+        y_x = [(y, x) for y in places for x in places]
+        parts = [padded[:, :, y : y + height : stride, x : x + width : stride] for y, x in y_x]
+        return parts[0] + parts[1] + parts[2] + parts[3]
+
+    return window_sum(grid) / window_sum(grid.new_ones(1, 1, *grid.shape[2:]))
 
 
 @dilated_mean.register_fake
@@ -127,7 +129,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     with torch.enable_grad():
         grid = grad.new_zeros(ctx.shape, requires_grad=True)
-        mean = _window_sum(grid, *ctx.sides) / _window_sum(grad.new_ones(1, 1, *ctx.shape[2:]), *ctx.sides)
+        mean = _window_mean(grid, *ctx.sides)
     return torch.autograd.grad(mean, grid, grad)[0], None, None
 
 

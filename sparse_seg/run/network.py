@@ -18,8 +18,8 @@ class SelectiveNetwork(Segmentor):
     """A segmentation network that runs coarse everywhere and fine where a mask asks for it.
 
     One set of weights serves `net(images)` (mask by the policy), `net(images, fine_blocks=mask)` and
-    `net.dense(images, output_stride=8)`; `net.start(images)` gives the pass behind them, and `net.module` is
-    the dense network that it was made of.
+    `net.dense(images, output_stride=8)`; `net.start(images)` gives the pass behind them, and `net.module`
+    holds the weights: the dense network that it was made of, or of a file its tensors alone.
     """
 
     def start(self, images: Tensor, labels: Tensor | None = None) -> Pass:

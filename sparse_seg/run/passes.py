@@ -7,6 +7,7 @@ the lattices and then adds the sites that the mask asks for, and only those (P4 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -50,10 +51,12 @@ class Pass:
         self.model, self.labels = model, labels
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.mask: Tensor | None = None  # bool or int64 `[B, Hc, Wc]`
-        needed = (images, *model.parameters(), *model.buffers())  # a folded network's weights are buffers
+        needed = itertools.chain([images], model.parameters(), model.buffers())  # folded weights are buffers
         self._with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
         self._counts: dict[str, int] = {}
-        self._run = self._new_run(model.training)
+        frozen = model.frozen if model.training else ()
+        tensors = model.tensors
+        self._run = Run(model.geometry, tensors, self.images, model.training, self._count, frozen)
         self._coarse: Values | None = None  # of the coarse pass that can be refined
         self._sites: Sites | None = None
         self._values: Values | None = None
@@ -61,10 +64,6 @@ class Pass:
         self._values_kept = False  # whether a dense run's are all there that losses read
         self._way = Way()
         self._patched: Grid | None = None  # the logits by merge `patch`
-
-    def _new_run(self, training: bool) -> Run:
-        frozen = self.model.frozen if training else ()
-        return Run(self.model.geometry, self.model.tensors, self.images, training, self._count, frozen)
 
     # -- how to run ----------------------------------------------------------------------------------------
 

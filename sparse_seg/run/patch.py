@@ -1,4 +1,4 @@
-"""Merge `patch` of a captured network: late values are computed in split blocks alone.
+"""Merge `patch`: late values are computed in split blocks alone.
 
 Coarse blocks keep what the coarse pass gave, late values and logits, so a decoder at stride 4 is not run
 twice everywhere. Level by level, from the coarsest: in the blocks that a level splits, each late value has
