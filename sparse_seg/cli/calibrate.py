@@ -20,7 +20,7 @@ from sparse_seg.checkpoint import build_network, load, save
 from sparse_seg.cli.arguments import fraction, whole_number
 from sparse_seg.cli.options import add_config, add_device, input_files, output_file, overrides
 from sparse_seg.config import check_classes, load_config
-from sparse_seg.data import build_dataset
+from sparse_seg.data import open_split
 from sparse_seg.evaluation.calibrate import calibrate
 from sparse_seg.files import check_outputs
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     check_classes(config)
     loaded = load(args.checkpoint)
     model = build_network(loaded, config).to(args.device)
-    dataset = build_dataset(config.data.dataset, config.data.root, args.split, config.data.bits)
+    dataset = open_split(config.data, args.split)
     if args.out:
         check_outputs([args.out], [*input_files(args.config, config, args.checkpoint), *dataset.files()])
     dataset.check(args.limit)

@@ -47,7 +47,7 @@ from sparse_seg.cli.options import (
 )
 from sparse_seg.config import Config, ModelConfig, check_classes, load_config
 from sparse_seg.config.keys import choices
-from sparse_seg.data import build_dataset
+from sparse_seg.data import open_split
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.views import ONCE
@@ -149,7 +149,7 @@ def _evaluate(config: Config, args: argparse.Namespace, processes: Processes, de
     """Evaluate one way; processes share the frames, and the first one prints."""
     check_classes(config)
     model = load_model(args.checkpoint, config).to(device)
-    dataset = build_dataset(config.data.dataset, config.data.root, args.split, config.data.bits)
+    dataset = open_split(config.data, args.split)
     check_outputs(_written(args.json), dataset.files())
     dataset.check(args.limit)
     way, looks = Way(args.dense), views(args)
@@ -186,7 +186,7 @@ def compare_and_report(
     check_classes(config)
     loaded = load(checkpoint)
     model = build_network(loaded, config).to(device)
-    dataset = build_dataset(config.data.dataset, config.data.root, split, config.data.bits)
+    dataset = open_split(config.data, split)
     check_outputs(_written(json_path, report_path), dataset.files())
     dataset.check(limit)
     ways = comparison_ways(model, policies, fractions, exchanges, merges)

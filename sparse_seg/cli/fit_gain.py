@@ -20,7 +20,7 @@ from sparse_seg.checkpoint import build_network, load, save
 from sparse_seg.cli.arguments import whole_number
 from sparse_seg.cli.options import add_config, add_device, input_files, merges, output_file
 from sparse_seg.config import check_classes, load_config
-from sparse_seg.data import build_dataset
+from sparse_seg.data import open_split
 from sparse_seg.errors import ConfigError
 from sparse_seg.files import check_outputs
 from sparse_seg.run.way import Way
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             "policy gain refines a coarse pass, which model.dilate_second=false, model.exchange=separate and "
             "layers of a module that mix phases do not allow; choose another policy"
         )
-    dataset = build_dataset(config.data.dataset, config.data.root, args.split, config.data.bits)
+    dataset = open_split(config.data, args.split)
     check_outputs([args.out], [*input_files(args.config, config, args.checkpoint), *dataset.files()])
     dataset.check(args.limit)
     merge = merges(model)[-1]

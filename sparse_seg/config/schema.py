@@ -118,6 +118,12 @@ class ModelConfig:
 class DataConfig:
     dataset: str = key("scenes", "classes and file layout", DATASETS)
     root: str = key("runs/scenes", "the dataset's folder", path=True)
+    train_on: list[str] = key(["train"], "splits whose frames train")
+    withheld: list[str] | None = key(
+        None,
+        "sequences by which to judge: frames of train_on whose names begin so validate, and do not train; "
+        "null: split val validates",
+    )
     crop: list[int] = key([256, 256], "size of training crops, px", "[32, 16384]", items=("height", "width"))
     scale_range: list[float] = key(
         [0.5, 2.0], "factors of random scaling in training", "[0.01, 100]", items=("low", "high")
@@ -125,6 +131,7 @@ class DataConfig:
     flip: bool = key(True, "mirror half of the training samples")
     jitter: float = key(0.3, "strength of random brightness, contrast and saturation", "[0, 1)")
     gamma: float = key(0.0, "random light: values 0..1 to a power in exp(-gamma)..exp(gamma)", "[0, 5]")
+    tint: float = key(0.0, "strength of random coloured light: red, green and blue apart", "[0, 1)")
     mean: list[float] = function_key(
         [0.485, 0.456, 0.406], "mean of images in 0..1", SHARE, items=RGB, above=LOOKS_LIKE_BYTES
     )

@@ -4,9 +4,10 @@ import functools
 from contextlib import suppress
 from pathlib import Path
 
+from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset, label_ids
 from sparse_seg.data.listing import unsaid
-from sparse_seg.errors import SparseSegError
+from sparse_seg.errors import ConfigError, SparseSegError, choose_one
 from sparse_seg.registry import DATASETS
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "build_dataset",
     "dataset_classes",
     "dataset_ids",
+    "open_split",
 ]
 
 SPLITS = ("train", "val", "test")  # that a data set usually has
@@ -36,6 +38,37 @@ def build_dataset(name: str, root: str | Path, split: str, bits: int | None = No
     dataset.bits = bits
     dataset.other_images = functools.partial(_images, name, root, split)
     return dataset
+
+
+def open_split(data: DataConfig, split: str) -> SegmentationDataset:
+    """A split as a config has it, see its keys `train_on` and `withheld`.
+
+    Raises:
+        ConfigError: no dataset has that name, or no frame begins as one of `withheld`, or every one does.
+        DataError: a folder is missing or empty.
+    """
+    withheld = tuple(data.withheld or ())
+    shared = split == "train" or (split == "val" and withheld)
+    splits = data.train_on if shared else [split]
+    dataset, *others = (build_dataset(data.dataset, data.root, one, data.bits) for one in splits)
+    for other in others:
+        dataset.join(other)
+    if shared and withheld:
+        _part(dataset, withheld, split)
+    return dataset
+
+
+def _part(dataset: SegmentationDataset, withheld: tuple[str, ...], split: str) -> None:
+    """Keep the frames that are withheld, or to train all others."""
+    names = [dataset.name(index) for index in range(len(dataset))]
+    for start in withheld:
+        if not any(name.startswith(start) for name in names):
+            known = sorted({one for index in range(len(dataset)) if (one := dataset.sequence(index))})
+            hint = choose_one(start, known) if known else f"{start!r}; names are such as {names[0]!r}"
+            raise ConfigError(f"data.withheld: no frame of data.train_on begins with {hint}")
+    dataset.keep(lambda name: name.startswith(withheld) == (split == "val"))
+    if not len(dataset):
+        raise ConfigError("data.withheld leaves no frame to train; withhold fewer, or add to data.train_on")
 
 
 def _images(name: str, root: str | Path, without: str) -> list[Path]:

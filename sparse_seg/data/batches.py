@@ -36,6 +36,7 @@ def training_batches(
         mean=data.mean,
         std=data.std,
         gamma=data.gamma,
+        tint=data.tint,
     )
     keys = ResumableSampler(len(dataset), train.batch_size, train.seed, start_iteration, iterations, part)
     if data.on_device and device is not None:

@@ -1,8 +1,11 @@
 """What every dataset gives: image and label pairs, a class list, and a check to run before step 1."""
 
+from __future__ import annotations
+
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -101,6 +104,24 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
     def name(self, index: int) -> str:
         """The sample's name in reports and output files."""
         return self.samples[index][0].stem
+
+    def sequence(self, index: int) -> str | None:
+        """The drive or place that a frame is of, as its name tells: its folder, or what stands before the
+        first `_` or `-` if that has a digit, as in `0016E5_07959`; None: it tells nothing."""
+        folder, _, stem = self.name(index).rpartition("/")
+        first = re.split("[_-]", stem)[0]
+        return folder or (first if first != stem and re.search(r"\d", first) else None)
+
+    def join(self, other: SegmentationDataset) -> None:
+        """Take another split's frames, too."""
+        self.samples = [*self.samples, *other.samples]
+        self._label_files = [*self._label_files, *other._label_files]
+
+    def keep(self, wanted: Callable[[str], bool]) -> None:
+        """Leave out the frames whose names are not wanted."""
+        kept = [pair for index, pair in enumerate(self.samples) if wanted(self.name(index))]
+        gone = {label for _, label in self.samples} - {label for _, label in kept}
+        self.samples, self._label_files = kept, [one for one in self._label_files if one not in gone]
 
     def files(self) -> Iterator[Path]:
         """Every file that the split is read from."""

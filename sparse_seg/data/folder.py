@@ -50,6 +50,7 @@ class FolderDataset(SegmentationDataset):
         self.classes, self.train_ids = known.classes, known.train_ids
         self._ids_of_colours, self._rgb_ids = known.ids_of_colours, known.rgb_ids
         self._images, self._labels = Path(root, split, "images"), Path(root, split, "labels")
+        self._folders = [self._images]
         super().__init__(*pair_files(self._images, self._labels, IMAGE_SUFFIXES, needs_labels=False))
 
     def files(self) -> Iterator[Path]:
@@ -66,7 +67,14 @@ class FolderDataset(SegmentationDataset):
 
     def name(self, index: int) -> str:
         """The path below `images`, without its suffix."""
-        return self.samples[index][0].relative_to(self._images).with_suffix("").as_posix()
+        image = self.samples[index][0]
+        below = next(one for one in self._folders if image.is_relative_to(one))
+        return image.relative_to(below).with_suffix("").as_posix()
+
+    def join(self, other: SegmentationDataset) -> None:
+        super().join(other)
+        assert isinstance(other, FolderDataset)
+        self._folders += other._folders
 
     def ids(self, file: Path, stored: Image) -> Image:
         if stored.ndim == 2:

@@ -69,6 +69,8 @@ class TrainTransform:
         jitter: brightness, contrast and saturation factors lie in `1 - jitter .. 1 + jitter`.
         mean, std: RGB, in units of 0..1.
         gamma: values 0..1 are raised to an exponent in `exp(-gamma) .. exp(gamma)`, drawn log-uniformly.
+        tint: red, green and blue are each multiplied with a factor in `1 - tint .. 1 + tint`, as light of
+            another colour does.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class TrainTransform:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         gamma: float = 0.0,
+        tint: float = 0.0,
     ) -> None:
         if min(crop) < 1:
             raise ValueError(f"crop {crop}: both sides must be at least 1 px")
@@ -89,11 +92,14 @@ class TrainTransform:
             raise ValueError(f"jitter {jitter}: expected 0 <= jitter < 1")
         if gamma < 0:
             raise ValueError(f"gamma {gamma}: expected 0 or more")
+        if not 0 <= tint < 1:
+            raise ValueError(f"tint {tint}: expected 0 <= tint < 1")
         self.crop = crop
         self.scale_range = scale_range
         self.flip = flip
         self.jitter = jitter
         self.gamma = gamma
+        self.tint = tint
         self.mean = tuple(mean)
         self.std = tuple(std)
 
@@ -108,7 +114,7 @@ class TrainTransform:
         if self.gamma:
             crop = _relight(crop, draw.exponent)
         pixels = crop.astype(np.float32)
-        if self.jitter:
+        if self.jitter or self.tint:
             pixels = _jitter(pixels, draw.colour, draw.luma_share)
         target = _warp(label, draw.warp, self.crop, cv2.INTER_NEAREST, [IGNORE_INDEX])
         return _normalise(pixels, self.mean, self.std), torch.from_numpy(target.astype(np.int64))
@@ -120,6 +126,8 @@ class TrainTransform:
             exponent = float(np.exp(rng.uniform(-self.gamma, self.gamma)))
         if self.jitter:
             colour, share = _draw_colour(self.jitter, rng)
+        if self.tint:
+            colour = colour * rng.uniform(1 - self.tint, 1 + self.tint, 3)
         return Draw(warp, exponent, colour, share)
 
     def _draw_warp(self, height: int, width: int, rng: np.random.Generator) -> NDArray[np.float64]:

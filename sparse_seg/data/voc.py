@@ -39,3 +39,6 @@ class VOC(SegmentationDataset):
         images, labels = Path(root, "JPEGImages"), Path(root, "SegmentationClass")
         pairs = ((images / f"{name}.jpg", labels / f"{name}.png") for name in names)
         super().__init__([(as_stored(image), as_stored(label)) for image, label in pairs], [])
+
+    def sequence(self, index: int) -> None:
+        """Single photos; their names begin with the year."""

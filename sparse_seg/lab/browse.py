@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparse_seg.config import Config
-from sparse_seg.data import IGNORE_INDEX, ClassList, SegmentationDataset, build_dataset
+from sparse_seg.data import IGNORE_INDEX, ClassList, SegmentationDataset, open_split
 from sparse_seg.data.batches import training_batches
 from sparse_seg.data.dataset import Image
 from sparse_seg.data.reading import captured_stderr
@@ -33,6 +33,7 @@ DARK, BRIGHT = 20, 235  # mean of all values
 SHOWN_ODD, SHOWN_FAULTS = 12, 50
 WIDTH = 480  # px of a picture
 BAR = 24  # letters
+SHOWN_SHARED = 5
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,14 @@ def write_page(config: Config, out: str | Path, count: int = 12) -> list[str]:
         OverwriteError: the page would replace a file of it.
     """
     data = config.data
-    datasets = {name: build_dataset(data.dataset, data.root, name, data.bits) for name in SPLITS}
+    datasets = {name: open_split(data, name) for name in SPLITS}
     check_outputs([out], (file for dataset in datasets.values() for file in dataset.files()))
     splits = [_read(name, dataset) for name, dataset in datasets.items()]
     classes = splits[0].dataset.classes
     faults = [fault for split in splits for fault in split.faults]
     sections = [_overview(splits), _histogram(splits, classes)]
+    if shared := _shared_sequences(splits):
+        sections.insert(0, Section("Sequences on both sides", shared))
     if faults:
         lines = "\n\n".join(faults[:SHOWN_FAULTS])
         sections.insert(0, Section(f"{len(faults)} faulty files: training will refuse them", lines))
@@ -131,6 +134,24 @@ def _overview(splits: Sequence[_Split]) -> Section:
         Column("ignored", "ignored %", "{:.1f}"),
     ]
     return Section("Splits", table=Table(columns, rows))
+
+
+def _shared_sequences(splits: Sequence[_Split]) -> str:
+    """What to say of sequences that train and validate: frames of one are alike, so that scores flatter."""
+    counts = [
+        Counter(filter(None, map(split.dataset.sequence, range(len(split.dataset))))) for split in splits
+    ]
+    shared = sorted(counts[0].keys() & counts[1].keys())
+    if not shared:
+        return ""
+    told = [f"{name} ({counts[0][name]} train, {counts[1][name]} validate)" for name in shared[:SHOWN_SHARED]]
+    more = f" and {len(shared) - SHOWN_SHARED} more" if len(shared) > SHOWN_SHARED else ""
+    others = sorted(counts[0].keys() - counts[1].keys()) or shared
+    return (
+        f"Frames of the same sequence, by their names, train and validate: {', '.join(told)}{more}. They are "
+        "alike, so validation tells little of places that the network has not seen. To judge by those, "
+        f"withhold a whole sequence: --set data.train_on=[train,val] --set data.withheld=[{others[0]}]"
+    )
 
 
 def _histogram(splits: Sequence[_Split], classes: ClassList) -> Section:

@@ -96,6 +96,8 @@ class Conv2d(Spatial):
         if learns and weight.shape[2:] == (1, 1) and stride != (1, 1) and not any(pads):
             # oneDNN's gradient of a strided 1x1 weight writes beyond its memory (4 channels, channels_last)
             grid, stride = grid[:, :, :: stride[0], :: stride[1]], (1, 1)
+        if learns and grid.is_cpu and stride == (1, 1) != dilation and 1 < groups == grid.shape[1]:
+            return _by_phases(F.pad(grid, pads), weight, bias, dilation)
         if left == right and above == below and min(left, above) >= 0:
             return F.conv2d(grid, weight, bias, stride, (above, left), dilation, groups)
         if torch.onnx.is_in_onnx_export() and min(pads) >= 0:
@@ -127,6 +129,22 @@ class Conv2d(Spatial):
             raise ValueError(f"weight {list(weight.shape)} has another kernel than {node.options['kernel']}")
         if groups < 1 or weight.shape[0] % groups or weight.shape[0] != node.shape[1]:
             raise ValueError(f"weight {list(weight.shape)} does not give {node.shape[1]} channels")
+
+
+def _by_phases(grid: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
+    """A dilated depthwise convolution without padding, as one without dilation on the grids that every
+    `dilation`-th row and column make: oneDNN has its gradients in a fifth of the time."""
+    rows, columns = dilation
+    height, width = (
+        length - (taps - 1) * step
+        for length, taps, step in zip(grid.shape[2:], weight.shape[2:], dilation, strict=True)
+    )
+    batch, channels = grid.shape[:2]
+    grid = F.pad(grid, (0, -grid.shape[3] % columns, 0, -grid.shape[2] % rows)).permute(0, 2, 3, 1)
+    grid = grid.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    out = F.conv2d(grid.permute(0, 3, 1, 2), weight, bias, groups=channels).permute(0, 2, 3, 1)
+    out = out.unflatten(0, (batch, rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(3, 4).flatten(1, 2)
+    return out[:, :height, :width].permute(0, 3, 1, 2)
 
 
 @operator("conv2d_of_constant")

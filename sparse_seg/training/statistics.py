@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparse_seg.config import Config
-from sparse_seg.data import build_dataset
+from sparse_seg.data import open_split
 from sparse_seg.data.batches import training_batches
 from sparse_seg.ops.norm import COUNT
 from sparse_seg.progress import bar
@@ -44,7 +44,7 @@ def recalibrate_batch_norm(model: Segmentor, config: Config, network: str, batch
             rest[name] = rest.get(name, 1.0) * (1 - momentum)  # a norm may run more than once
     counts = {norm.tensors[COUNT] for norm in norms if COUNT in norm.tensors}
     totals = {name: torch.zeros_like(tensors[name]) for name in rest}
-    dataset = build_dataset(config.data.dataset, config.data.root, "train", config.data.bits)
+    dataset = open_split(config.data, "train")
     loader = training_batches(dataset, config, 0, batches)
     model.eval()  # dropout stays off
     for number, (images, _) in enumerate(bar(loader, f"statistics, {network}"), start=1):

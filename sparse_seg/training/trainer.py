@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.config import Config, changes, check_classes, check_training, to_yaml
-from sparse_seg.data import build_dataset
+from sparse_seg.data import open_split
 from sparse_seg.data.batches import training_batches
 from sparse_seg.errors import DataError, SparseSegError, TrainingError
 from sparse_seg.files import atomic_write
@@ -105,11 +105,13 @@ class Trainer:
                 "train.iterations to continue"
             )
 
-        self.dataset = build_dataset(data.dataset, data.root, "train", data.bits)
-        self.validation = build_dataset(data.dataset, data.root, "val", data.bits)
+        self.dataset = open_split(data, "train")
+        self.validation = open_split(data, "val")
         check_classes(config)
         check_class_weights(self.dataset.check(), train.loss.class_weights)
         self.validation.check(train.eval_images)
+        if self.processes.is_first and {*self.dataset.samples} & {*self.validation.samples}:
+            say("warning: frames of the validation train, too: its score flatters")
 
         torch.manual_seed(train.seed)
         self.model = initial_model(config, self.device, self.processes, starts=state is None)

@@ -47,6 +47,19 @@ def test_a_page(config, tmp_path, capsys):
     assert "http" not in re.sub(r'src="[^"]*"', "", page)
 
 
+def test_sequences_on_both_sides_are_told(config, tmp_path):
+    for split, numbers in (("train", range(3)), ("val", (2, 3))):
+        for number in numbers:
+            for kind in ("images", "labels"):
+                file = tmp_path / f"data/{split}/{kind}/{number if split == 'train' else number - 2:03d}.png"
+                file.rename(file.with_name(f"drive{number}_000.png" if number else "drive3_001.png"))
+    out = tmp_path / "page.html"
+    assert main(["browse", str(config), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "drive2 (1 train, 1 validate), drive3 (1 train, 1 validate)." in page
+    assert "--set data.withheld=[drive1]" in page
+
+
 def test_odd_frames(config, tmp_path):
     black, sand = np.zeros((64, 96, 3), np.uint8), np.zeros((64, 96), np.uint8)
     write(tmp_path, "train", 3, black, sand)

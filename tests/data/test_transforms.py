@@ -187,3 +187,18 @@ def test_images_of_floats_are_refused() -> None:
         normalise(image)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="an image of float32: expected uint8"):
         TrainTransform((4, 4))(image, np.zeros((8, 8), np.uint8), np.random.default_rng(0))  # type: ignore[arg-type]
+
+
+def test_tint_multiplies_the_channels() -> None:
+    image = np.full((16, 16, 3), 100, np.uint8)
+    transform = TrainTransform(
+        (16, 16), (1.0, 1.0), flip=False, jitter=0, mean=(0, 0, 0), std=(1, 1, 1), tint=0.2
+    )
+    label = np.zeros((16, 16), np.uint8)
+    factors = np.array(
+        [transform(image, label, np.random.default_rng(seed))[0][:, 3, 5].numpy() for seed in range(50)]
+    ) / (100 / 255)
+    assert factors.min() >= 0.8 - 1e-6
+    assert factors.max() <= 1.2 + 1e-6
+    assert np.ptp(factors, axis=0).min() > 0.3  # each channel of its own
+    assert np.abs(np.diff(factors, axis=1)).max() > 0.2

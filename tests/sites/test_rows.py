@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
 from sparse_seg import selective
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial, convolution
@@ -308,3 +310,29 @@ def test_works_without_spconv(fresh: None, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(EngineError, match=r"spconv is not installed; for Python .*pip install spconv-cu"):
             model.start(images).take(mask, spconv).logits()
     assert blocked.asked
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "dilation", "pads"),
+    [
+        ((33, 41), 5, (4, 4), (8, 8, 8, 8)),
+        ((20, 17), 3, (2, 3), (3, 3, 2, 2)),
+        ((9, 12), 3, (2, 2), (0, 4, 1, 3)),
+    ],
+)
+def test_dilated_depthwise_in_training(
+    size: tuple[int, int], kernel: int, dilation: tuple[int, int], pads: tuple[int, int, int, int]
+) -> None:
+    grid = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 1, kernel, kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    node = Node("y", "conv2d", ("x",), options={"groups": 6})
+    operator = OPERATORS["conv2d"]
+    assert isinstance(operator, Spatial)
+    out = operator.grid(node, {"weight": weight, "bias": bias}, grid, (1, 1), dilation, pads)
+    expected = F.conv2d(F.pad(grid, pads), weight, bias, 1, 0, dilation, 6)
+    assert_close(out, expected, rtol=0, atol=1e-12)
+    into = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(one, (grid, weight, bias), into) for one in (out, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(ours, theirs, rtol=0, atol=1e-11)

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparse_seg import build_model, load_model, save_model, selective
 from sparse_seg.config import Config, config_from_dict, to_yaml
-from sparse_seg.data import build_dataset
+from sparse_seg.data import open_split
 from sparse_seg.data.batches import training_batches
 from sparse_seg.errors import CheckpointError, ConfigError, TrainingError
 from sparse_seg.run.network import SelectiveNetwork
@@ -239,7 +239,7 @@ def test_batch_norms_are_recalibrated_as_pytorch_has_them(configured: Configured
         norm.reset_running_stats()
         norm.momentum, norm.training = None, True
     data = config.data
-    dataset = build_dataset(data.dataset, data.root, "train", data.bits)
+    dataset = open_split(data, "train")
     for images, _ in training_batches(dataset, config, 0, 3):
         module(images)
     found = model.module.state_dict()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_seg.checkpoint import load_model
 from sparse_seg.config import Config, to_dict
-from sparse_seg.data import build_dataset
+from sparse_seg.data import open_split
 from sparse_seg.data.loader import EvaluationView
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_parameters
 from sparse_seg.files import atomic_write, locked
@@ -84,7 +84,7 @@ def _measure(ablation: Ablation, distinct: dict[str, Cell]) -> dict[str, dict[st
 
 def first_frame(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """The first validation frame: image float `[1, 3, H, W]` and label int64 `[1, H, W]`."""
-    dataset = build_dataset(config.data.dataset, config.data.root, "val", config.data.bits)
+    dataset = open_split(config.data, "val")
     image, label, _ = EvaluationView(dataset, config.data.mean, config.data.std)[0]
     return image.to(device), label.to(device)
 

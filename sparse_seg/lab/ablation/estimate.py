@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from sparse_seg.config import to_dict
-from sparse_seg.data import build_dataset
+from sparse_seg.data import open_split
 from sparse_seg.lab.ablation.costs import first_frame, step_seconds
 from sparse_seg.lab.ablation.grid import Cell
 from sparse_seg.lab.ablation.runner import Ablation
@@ -64,5 +64,5 @@ class _Clock:
             image, label = first_frame(config, self.ablation.device)
             run = {"": lambda: model.classify(image, cell.run.output_stride, labels=label)}
             self._frames[key] = interleaved(run, 1, self.ablation.device)[""].median / 1000
-        count = len(build_dataset(config.data.dataset, config.data.root, "val", config.data.bits))
+        count = len(open_split(config.data, "val"))
         return min(count, self.ablation.grid.spec.eval_images or count) * self._frames[key]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sparse_seg.checkpoint import load_model
-from sparse_seg.data import build_dataset
+from sparse_seg.data import open_split
 from sparse_seg.files import atomic_write
 from sparse_seg.lab.ablation.grid import Cell
 from sparse_seg.lab.ablation.runner import Ablation
@@ -86,7 +86,7 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
     """
     work_dir, spec = ablation.work_dir, ablation.grid.spec
     config = next(iter(ablation.grid.configs.values()))
-    dataset = build_dataset(config.data.dataset, config.data.root, "val", config.data.bits)
+    dataset = open_split(config.data, "val")
     table, seeds = ablation_table(rows), seed_table(rows)
     classes = class_table(rows, dataset.classes.names)
     plots = {key: _pareto(rows, key, label) for key, label in PLOTS.items()}
@@ -165,7 +165,7 @@ def _explorer(ablation: Ablation, rows: Rows) -> tuple[Explorer | None, dict[int
     links = {number: f"#step-{step}" for step, (number, _) in enumerate(shown)}
     cases = [_case(ablation, cell, rows[number]) for number, cell in shown]
     chosen = next(step for step, (_, cell) in enumerate(shown) if cell is own)
-    dataset = build_dataset(cases[0].data.dataset, cases[0].data.root, "val", cases[0].data.bits)
+    dataset = open_split(cases[0].data, "val")
     count = min(len(dataset), ablation.grid.spec.eval_images or len(dataset))
     return explore(cases, chosen, dataset, count, f"Weights of seed {seed}."), links
 

@@ -20,7 +20,7 @@ import torch
 from sparse_seg.checkpoint import find, load_model
 from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.config import Config, to_dict
-from sparse_seg.data import build_dataset
+from sparse_seg.data import open_split
 from sparse_seg.errors import CheckpointError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.files import atomic_write, locked
@@ -172,7 +172,7 @@ class Ablation:
         """Measure a cell's accuracy and write its file."""
         config = self.cell_config(cell)
         model = load_model(self.checkpoint(cell.network, cell.seed), config).to(self.device)
-        dataset = build_dataset(config.data.dataset, config.data.root, "val", config.data.bits)
+        dataset = open_split(config.data, "val")
         images = self.grid.spec.eval_images
         way = Way(cell.run.output_stride)
         result = evaluate(model, dataset, config.data, way, images, True, processes=self.processes)
