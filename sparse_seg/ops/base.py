@@ -92,11 +92,13 @@ class Spatial(Operator):
 @dataclass(frozen=True)
 class Reads:
     """What the T taps of a window read at M sites: rows `index` `[M * T]` of `table` `[R, I]`, whose last row
-    is what lies outside the image."""
+    is what lies outside the image. Backward may keep `parts`, if any, of which `make` makes the table."""
 
     table: Tensor
     index: Tensor
     count: int
+    make: Callable[..., Tensor] = lambda table: table
+    parts: tuple[Tensor, ...] = ()
 
     def values(self) -> Tensor:
         """`[M, T, I]`."""

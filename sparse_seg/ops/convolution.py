@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class Conv2d(Spatial):
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             taken = reads.table.index_select(0, reads.index).reshape(-1, int(matrix.shape[1]))
             return F.linear(taken, matrix, bias)
-        return _GatherProduct.apply(reads.table, matrix, bias, reads.index)
+        return _GatherProduct.apply(reads.table, matrix, bias, reads.index, reads.make, *reads.parts)
 
     def macs(self, node: Node, tensors: Tensors) -> int:
         return tensors["weight"].numel()
@@ -214,12 +215,19 @@ class _Uneven(torch.autograd.Function):
 
 
 class _GatherProduct(torch.autograd.Function):
-    """Gathered taps times a matrix, tile by tile; backward gathers again in place of keeping T copies."""
+    """Gathered taps times a matrix, tile by tile; backward gathers again in place of keeping T copies.
+
+    Of a table with parts it keeps these, see `Reads`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, matrix: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, table: Tensor, matrix: Tensor, bias: Tensor | None, index: Tensor,
+        make: Callable[..., Tensor], *parts: Tensor,
+    ) -> Tensor:  # fmt: skip
         table, matrix, bias = _autocast(table, matrix, bias)
-        ctx.save_for_backward(table, matrix, index)
+        ctx.save_for_backward(matrix, index, *(parts or (table,)))
+        ctx.make = make
         sites, width = index.shape[0] * table.shape[1] // matrix.shape[1], matrix.shape[1]
         out = table.new_empty(sites, matrix.shape[0])
         for tile, taken in _tiles(table, index, width):
@@ -232,7 +240,8 @@ class _GatherProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        table, matrix, index = ctx.saved_tensors
+        matrix, index, *parts = ctx.saved_tensors
+        table = ctx.make(*parts).to(matrix.dtype)
         channels, count = table.shape[1], matrix.shape[1] // table.shape[1]
         grad_table = torch.zeros_like(table) if ctx.needs_input_grad[0] else None
         total = torch.zeros_like(matrix, dtype=torch.promote_types(matrix.dtype, torch.float32))
@@ -242,7 +251,8 @@ class _GatherProduct(torch.autograd.Function):
             if grad_table is not None:
                 rows = index[tile.start * count : tile.stop * count]
                 grad_table.index_add_(0, rows, (part @ matrix).reshape(-1, channels))
-        return grad_table, total.to(matrix.dtype), grad.sum(0) if ctx.needs_input_grad[2] else None, None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_table, total.to(matrix.dtype), grad_bias, None, None, *(None for _ in parts)
 
 
 def _tiles(table: Tensor, index: Tensor, width: int) -> Any:

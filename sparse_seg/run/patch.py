@@ -221,7 +221,7 @@ def _source(fine: Fine, value: Any) -> tuple[Tensor, int, Tensor | None]:
     """A table of a value's places, its stride, and the rows of places in it (None: as they are numbered)."""
     if isinstance(value, Patches):
         return value.table, value.stride, fine.numbers(value.stride)
-    return value.padded_rows, value.stride, None
+    return value.table.rows, value.stride, None
 
 
 def _window(run: Run, fine: Fine, node: Node, value: Any, stride: int) -> tuple[Tensor, Tensor, Taps]:

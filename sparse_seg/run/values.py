@@ -179,10 +179,10 @@ class Run(Windows):
                 values[node.name] = compute(node, [values[name] for name in node.inputs])
             for name in node.inputs:
                 left[name] -= 1
-                if not left[name] and name not in wanted:
-                    values.pop(name, None)
-                elif not left[name] and isinstance(values.get(name), Mixed):
-                    values[name].settle()
+                if not left[name] and name in values:
+                    value = values[name] if name in wanted else values.pop(name)
+                    if isinstance(value, (Grid, Mixed)):
+                        value.settle()
         return values
 
     def _dense(self, node: Node, read: list[Value], cells: Mapping[str, int]) -> Value:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_seg.graph import Geometry
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
-from sparse_seg.sites import Grid, Level, Mixed, Sites, Taps, rows_to_grid, spconv
+from sparse_seg.sites import Grid, Level, Mixed, Sites, Table, Taps, rows_to_grid, spconv
 
 
 class Windows:
@@ -95,7 +95,7 @@ class Windows:
                 index = apart.in_grid(taps, stride, source.stride, value.lattice.stride)
             else:
                 index = level.grid_rows(taps, source.stride)
-            rows[stride] = self._gathered(node, source.padded_rows, index)
+            rows[stride] = self._gathered(node, source.table, index)
         return rows
 
     def apart_lattice(self, node: Node, value: Mixed, sites: Sites) -> Grid:
@@ -111,7 +111,7 @@ class Windows:
             rows = spconv.lattice_conv2d(level, taps, source.rows, weight, bias, blocks)
         else:
             index = sites.apart.around_lattice(taps, stride, source.stride, base)
-            rows = self._gathered(node, source.padded_rows, index)
+            rows = self._gathered(node, source.table, index)
         return Grid(rows_to_grid(rows, level.plan.batch, level.plan.coarse), stride)
 
     def _of_mixed(self, node: Node, value: Mixed, stride: int) -> Tensor:
@@ -126,10 +126,11 @@ class Windows:
         table, index = value.reads(stride, taps)
         return self._gathered(node, table, index)
 
-    def _gathered(self, node: Node, table: Tensor, index: Tensor) -> Tensor:
+    def _gathered(self, node: Node, table: Table, index: Tensor) -> Tensor:
         operator = OPERATORS[node.op]
         assert isinstance(operator, Spatial)
-        return operator.rows(node, self.tensors_of(node), Reads(table, index, self.taps[node.name].number))
+        reads = Reads(table.rows, index, self.taps[node.name].number, table.make, table.parts)
+        return operator.rows(node, self.tensors_of(node), reads)
 
     def _is_for_spconv(self, node: Node, engine: str, rows: Tensor) -> bool:
         if engine == "gather" or node.op != "conv2d" or node.options["groups"] != 1:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +16,24 @@ if TYPE_CHECKING:
     from sparse_seg.sites.sites import Sites
 
 
+class Table(NamedTuple):
+    """Rows `[R, C]` that windows read; the last one, zero, is what lies outside the image.
+
+    They are copies, so backward keeps `parts`, which other operators keep as well, and makes the rows again.
+    """
+
+    rows: Tensor
+    make: Callable[..., Tensor]  # the rows, of the parts
+    parts: tuple[Tensor, ...]
+
+
 class Grid:
     """A complete grid `[B, C, h, w]` at `stride` px."""
 
     def __init__(self, tensor: Tensor, stride: int) -> None:
         self.tensor, self.stride = tensor, stride
         self._rows: Tensor | None = None
-        self._padded_rows: Tensor | None = None
+        self._table: Table | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -31,15 +44,20 @@ class Grid:
         return self._rows
 
     @property
-    def padded_rows(self) -> Tensor:
+    def table(self) -> Table:
         """Rows and, behind them, zero."""
-        if self._padded_rows is None:
-            self._padded_rows = torch.cat([self.rows, self.tensor.new_zeros(1, int(self.tensor.shape[1]))])
-        return self._padded_rows
+        if self._table is None:
+            self._table = Table(_padded(self.rows), _padded_grid, (self.tensor,))
+        return self._table
+
+    def settle(self) -> None:
+        """Drop what is made of the grid for those that read it: none does any more in this run."""
+        self._table = None
 
     def at(self, level: Level) -> Tensor:
         """`[3 * run, C]`: the values at a level's extra sites that are run."""
-        return self.padded_rows.index_select(0, level.grid_rows(HERE, self.stride))
+        rows = self.rows if level.plan.is_even else self.table.rows
+        return rows.index_select(0, level.grid_rows(HERE, self.stride))
 
     def thinned(self, stride: int) -> Tensor:
         """The values at the places of a larger stride alone."""
@@ -69,7 +87,7 @@ class Mixed:
         self._extras: dict[int, Tensor] = {} if before is not None else rows
         self._before = before
         self._complete: dict[tuple[int, str], Tensor] = {}
-        self._tables: dict[tuple[int, str], Tensor] = {}
+        self._tables: dict[tuple[int, str], Table] = {}
 
     @property
     def lattice(self) -> Grid:
@@ -92,19 +110,25 @@ class Mixed:
             return self
         return Mixed(self._lattice, {one: self.extras(one) for one in self.rows}, self.sites.whole)
 
-    def reads(self, stride: int, taps: Taps) -> tuple[Tensor, Tensor]:
+    def reads(self, stride: int, taps: Taps) -> tuple[Table, Tensor]:
         """What taps read around the extra sites at `stride` that are run: a table, and its rows
         `[3 * run * T]`."""
         level, base, apart = self.sites.levels[stride], self.lattice.stride, self.sites.apart
         if base <= stride:
             rows = apart.in_grid(taps, stride, base, base) if apart else level.grid_rows(taps, base)
-            return self.lattice.padded_rows, rows
+            return self.lattice.table, rows
         kind = level.kind(taps)
         if (stride, kind) not in self._tables:
-            source = self.lattice.rows if kind == "none" else self.complete(2 * stride)
-            self._tables[stride, kind] = level.table(source, self.extras(stride), kind)
+            strides = [one for one in self.rows if one >= stride]  # finer ones are not read
+            make = functools.partial(_made, self.sites, base, strides, stride, kind)
+            parts = self.lattice.tensor, *map(self.extras, strides)
+            self._tables[stride, kind] = Table(self._table(stride, kind), make, parts)
         rows = apart.in_table(taps, stride) if apart else level.tap_rows(taps)
         return self._tables[stride, kind], rows
+
+    def _table(self, stride: int, kind: str) -> Tensor:
+        source = self.lattice.rows if kind == "none" else self.complete(2 * stride)
+        return self.sites.levels[stride].table(source, self.extras(stride), kind)
 
     def own(self, stride: int) -> Tensor:
         """`[3 * run, C]`: the values at the extra sites at `stride` that are run."""
@@ -127,6 +151,8 @@ class Mixed:
         """Drop what is made of the value for those that read it: none does any more in this run."""
         self._complete.clear()
         self._tables.clear()
+        if self._lattice is not None:
+            self._lattice.settle()
 
     def densify(self, exchange: str = "linear", stride: int = 0) -> Grid:
         """The finest grid, by the exchange rule where there is no site; none finer than `stride` px."""
@@ -160,3 +186,19 @@ class Mixed:
             total = total + weight * gain
             count = count + weight * level.by_image(inside.sum(0)[:, None] - 3)
         return (total / count).to(grid.dtype)[:, :, None, None]
+
+
+def _padded(rows: Tensor) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(1, int(rows.shape[1]))])
+
+
+def _padded_grid(tensor: Tensor) -> Tensor:
+    return _padded(Grid(tensor, 1).rows)
+
+
+def _made(
+    sites: Sites, base: int, strides: list[int], stride: int, kind: str, lattice: Tensor, *extras: Tensor
+) -> Tensor:
+    """The rows of a table of `Mixed.reads`, of its lattice at `base` px and its extra sites at `strides`."""
+    rows = dict(zip(strides, extras, strict=True))
+    return Mixed(Grid(lattice, base), rows, sites)._table(stride, kind)

@@ -78,8 +78,9 @@ class Rows:
         for stride, level in self.sites.levels.items():
             table, index = mixed.reads(stride, taps)
             if window == "entry":
-                table, index = Grid(grid, 8).padded_rows, level.grid_rows(taps, 8)
-            out = operator.rows(node, {"weight": weight}, Reads(table, index, taps.number))
+                table, index = Grid(grid, 8).table, level.grid_rows(taps, 8)
+            reads = Reads(table.rows, index, taps.number, table.make, table.parts)
+            out = operator.rows(node, {"weight": weight}, reads)
             found.append(out[self._finest(stride) < grid[:, 0].numel()])
         return torch.cat(found)
 
@@ -242,7 +243,7 @@ def test_backward_memory(fraction: float, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(convolution, "TILE_BYTES", tile_bytes)
     rows = Rows((30, 80), fraction=fraction)
     taps, mixed = rows.taps("near"), rows.mixed(random(2, channels, 30, 80, dtype=torch.float32).detach())
-    table, index = mixed.reads(8, taps)
+    (table, _, _), index = mixed.reads(8, taps)
     table.requires_grad_()
     weight = random(channels, channels, 3, 3, dtype=torch.float32)
     operator, node = OPERATORS["conv2d"], Node("conv", "conv2d", options={"groups": 1})
