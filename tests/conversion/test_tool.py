@@ -299,7 +299,7 @@ def test_classes_from_torchvision_to_pictures(capsys, tmp_path):
     assert "has 21 classes, but 19 are given" in run(capsys, *convert_it, "cityscapes", code=1)
     message = run(capsys, *convert_it, "coco", code=1)
     assert (
-        "coco is no file and none of the known classes voc, cityscapes, camvid, ade20k, coco-stuff" in message
+        "unknown classes 'coco'; choose one of voc, cityscapes, camvid, ade20k, coco-stuff, or a" in message
     )
     assert not (tmp_path / "x.safetensors").exists()
 
