@@ -30,7 +30,7 @@ from sparse_seg.lab.provenance import provenance
 
 NETWORKS = {
     "DeepLabV3-ResNet-50": ("bench_r50.yaml", 0.1, ["model.num_classes=19"]),
-    "light": ("camvid_slim.yaml", 0.15, ["model.mask.policy=confidence"]),
+    "light": ("camvid_student_slim.yaml", 0.15, ["model.mask.policy=confidence"]),
 }
 
 
