@@ -18,7 +18,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sparse_seg.cli.options import add_config, add_device, input_files, output_folder
+from sparse_seg.cli.options import CHECKPOINT, add_config, add_device, input_files, output_folder
 from sparse_seg.errors import TrainingError
 from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.ablation.costs import measure_costs
@@ -36,7 +36,9 @@ from sparse_seg.training.checkpoint import run_files
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
-        "--checkpoint", metavar="C", help="use this checkpoint as the first network instead of training it"
+        "--checkpoint",
+        metavar="C",
+        help=f"use it as the first network instead of training that; {CHECKPOINT}",
     )
     parser.add_argument(
         "--work-dir",

@@ -25,7 +25,15 @@ from typing import Any
 import torch
 
 from sparse_seg.cli.arguments import parse_size, whole_number
-from sparse_seg.cli.options import add_config, add_device, fraction, input_files, merges, output_file
+from sparse_seg.cli.options import (
+    CHECKPOINT,
+    add_config,
+    add_device,
+    fraction,
+    input_files,
+    merges,
+    output_file,
+)
 from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
 from sparse_seg.errors import ConfigError
@@ -49,7 +57,7 @@ SCOPES = ("network", "train")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--checkpoint", metavar="C", help="weights to run (default: random ones)")
+    parser.add_argument("--checkpoint", metavar="C", help=f"{CHECKPOINT} (default: random ones)")
     parser.add_argument("--size", type=_size, default=(512, 1024), metavar="HxW", help="default: 512x1024")
     parser.add_argument("--batch", type=whole_number(1), default=1, metavar="N", help="images (default: 1)")
     parser.add_argument(
