@@ -144,8 +144,6 @@ def run(args: argparse.Namespace) -> int:
         if args.peers and scope != "train":
             todo += [Case(scope, "peer", Way.dense(strides[0]), peer=name) for name in PEERS]
         rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
-    for row in (row for row in rows if row["stored_mib"] is not None):
-        notes.append(f"{row['network']}, {row['form']}: {row['stored_mib']:.1f} MiB of activations kept")
     if rows:
         print(benchmark_table(rows).to_text())
     timed = _runtimes(args, subject, peers) if args.runtimes else []
