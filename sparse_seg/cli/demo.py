@@ -1,4 +1,4 @@
-"""The main job in one command, on synthetic scenes: 5 to 8 minutes on 2 idle cores, most of it training.
+"""The main job in one command, on synthetic scenes: 5 to 8 minutes on 2 idle cores.
 
 Makes scenes, trains a small dense network at output stride 8, then runs the same weights dense (OS8, OS16)
 and selective (policy confidence) at several fine fractions, without retraining. Prints a table and writes
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="folder to work in (default: runs/demo)",
     )
-    parser.add_argument("--config", metavar="CONFIG", help="default: configs/demo.yaml of the checkout")
+    parser.add_argument(
+        "--config", metavar="CONFIG", help="YAML config (default: configs/demo.yaml of the checkout)"
+    )
     parser.add_argument("--count", type=whole_number(10), default=250, help="scenes to make (default: 250)")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"

@@ -1,7 +1,6 @@
-"""Write a network as one ONNX file for images of one size, which runs without PyTorch and without this
-package.
+"""Write a network as one ONNX file, which runs without PyTorch and without this package.
 
-Input `images`: float32 [B,3,H,W], RGB in 0..1 (or with --input uint8: bytes [B,H,W,3]); normalisation is
+It takes images of one size. Input `images`: float32 [B,3,H,W], RGB in 0..1 (or with --input uint8: bytes [B,H,W,3]); normalisation is
 inside. Outputs `classes`: uint8 [B,H,W]; `fine_blocks`: bool [B,Hc,Wc]; with --logits also `logits`:
 float32 [B,K,H,W]. With --policy given the input `blocks`, int64 [B,k], has the flat numbers of the blocks
 that are to be fine. Class names, colours and the rest stand in the file's property `sparse_seg`, as JSON.

@@ -45,8 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="start no new cell after these (default: 8)",
     )
-    parser.add_argument("--repeats", type=whole_number(1), default=10, metavar="N", help="default: 10")
-    parser.add_argument("--configs", default="configs", metavar="DIR", help="where the networks' configs are")
+    parser.add_argument(
+        "--repeats", type=whole_number(1), default=10, metavar="N", help="timings of each (default: 10)"
+    )
+    parser.add_argument(
+        "--configs",
+        default="configs",
+        metavar="DIR",
+        help="where the networks' configs are (default: configs)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
