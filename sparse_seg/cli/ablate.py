@@ -1,4 +1,4 @@
-"""Run an ablation: train what a grid needs, run it every way that the grid names, write tables and a report.
+"""Run an ablation: train what a grid needs, run it every way that the grid names, and report.
 
 The grid is a YAML file (see configs/ablation/ and docs/ablation.md). A killed run resumes where it stopped,
 finished cells are not done again, and several runs may share a work folder: start the same command for each

@@ -1,10 +1,10 @@
 """Write a network as one ONNX file, which runs without PyTorch and without this package.
 
-It takes images of one size. Input `images`: float32 [B,3,H,W], RGB in 0..1 (or with --input uint8: bytes [B,H,W,3]); normalisation is
-inside. Outputs `classes`: uint8 [B,H,W]; `fine_blocks`: bool [B,Hc,Wc]; with --logits also `logits`:
-float32 [B,K,H,W]. With --policy given the input `blocks`, int64 [B,k], has the flat numbers of the blocks
-that are to be fine. Class names, colours and the rest stand in the file's property `sparse_seg`, as JSON.
-The file is run in onnxruntime and compared with the model before it is written.
+It takes images of one size: input `images`, float32 [B,3,H,W], RGB in 0..1 (or with --input uint8: bytes
+[B,H,W,3]); normalisation is inside. Outputs `classes`: uint8 [B,H,W]; `fine_blocks`: bool [B,Hc,Wc]; with
+--logits also `logits`: float32 [B,K,H,W]. With --policy given the input `blocks`, int64 [B,k], has the flat
+numbers of the blocks that are to be fine. Class names, colours and the rest stand in the file's property
+`sparse_seg`, as JSON. The file is run in onnxruntime and compared with the model before it is written.
 
 examples:
   sparse-seg export camvid-slim slim.onnx --size 360x480

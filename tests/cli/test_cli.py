@@ -101,6 +101,15 @@ def test_misspelt_weights(capsys, tmp_path):
     assert "unknown classes 'cityscape'; did you mean 'cityscapes'? Choose one of voc, " in line
 
 
+def test_the_overview_says_what_each_command_is_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for name in COMMANDS:
+        assert re.search(rf"^  {name.replace('_', '-')} +[A-Z].*\.$", text, re.MULTILINE), name
+    assert max(map(len, text.splitlines())) <= 120
+
+
 def test_every_tool_is_a_command():
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
     assert tools == set(COMMANDS)
@@ -420,7 +429,8 @@ def test_demo_in_small(capsys, tmp_path, monkeypatch):
     assert main([*arguments, "--set", *small]) == 0
     first = capsys.readouterr().out
     assert "dense OS8" in first
-    assert (tmp_path / "a: [demo/report.html").exists()
+    assert "minutes" in first.splitlines()[0]
+    assert all((tmp_path / "a: [demo" / name).exists() for name in ("report.html", "picture.png"))
     assert main([*arguments, "--set", *small]) == 0  # a second run reuses scenes and weights
     assert "best validation" not in capsys.readouterr().err
 

@@ -56,6 +56,7 @@ def test_the_report(capsys, folder, tmp_path):
     assert "head fcn, 21 classes, trained at output stride 8" in text
     assert "set aside 8 tensors, aux_classifier.*: auxiliary head, used in training only" in text
     assert "left over none; missing: none" in text
+    assert "mask      policy edge, fine fraction 0.15; docs/masks.md tells how to choose them" in text
     assert "P1 holds" in text
     assert "DIFFERS" not in text
     text = run(capsys, "convert", folder / "source.pth", tmp_path / "v.safetensors")
