@@ -8,6 +8,7 @@ PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo ablation gpu test test-fast test-oldest lint clean
 
+# 5 to 8 minutes on 2 idle cores, most of it training; an interrupted demo resumes.
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --out runs/demo
 

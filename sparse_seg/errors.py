@@ -74,10 +74,10 @@ def import_package(name: str, missing: str, *needs: str) -> Any:
 def did_you_mean(key: str, valid: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest valid one, or nothing.
 
-    What all names share (`train.` in keys, `.yaml` in files) is not counted as likeness.
+    What all names share (`--` of options, `train.` in keys, `.yaml` in files) is not counted as likeness.
     """
     valid = list(valid)
-    parts = [name.split(".") for name in (key, *valid)]
+    parts = [name.lstrip("-").split(".") for name in (key, *valid)]
     for end in (0, -1):
         while min(map(len, parts)) > 1 and len({part[end] for part in parts}) == 1:
             parts = [part[1:] if end == 0 else part[:-1] for part in parts]

@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sparse_seg.cli.arguments import Parser
 from sparse_seg.errors import SparseSegError, printable
@@ -51,15 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _overview(arguments: list[str]) -> int:
     """Help, version, or the complaint about an unknown command."""
+    listed = "\n".join(f"  {name.replace('_', '-'):<12} {_purpose(name)}" for name in COMMANDS)
     parser = Parser(
         prog="sparse-seg",
         description="Semantic segmentation that pays for detail only where detail is.",
-        epilog="sparse-seg COMMAND --help tells more, with examples",
+        epilog=f"commands:\n{listed}\n\nsparse-seg COMMAND --help tells more, with examples",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"sparse_seg {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.parse_args(arguments)
     return 2
+
+
+def _purpose(command: str) -> str:
+    """The first line of a command's docstring, read from its file: to import all takes seconds."""
+    source = Path(__file__).with_name(f"{command}.py").read_text(encoding="utf-8")
+    return source.partition('"""')[2].partition("\n")[0]
 
 
 def _open_streams() -> None:

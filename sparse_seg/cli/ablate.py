@@ -1,4 +1,4 @@
-"""Run an ablation: train what a grid needs, run it every way that the grid names, write tables and a report.
+"""Run an ablation: train what a grid needs, run it every way that the grid names, and report.
 
 The grid is a YAML file (see configs/ablation/ and docs/ablation.md). A killed run resumes where it stopped,
 finished cells are not done again, and several runs may share a work folder: start the same command for each
@@ -18,7 +18,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sparse_seg.cli.options import add_config, add_device, input_files, output_folder
+from sparse_seg.cli.options import CHECKPOINT, add_config, add_device, input_files, output_folder
 from sparse_seg.errors import TrainingError
 from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.ablation.costs import measure_costs
@@ -36,7 +36,9 @@ from sparse_seg.training.checkpoint import run_files
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
-        "--checkpoint", metavar="C", help="use this checkpoint as the first network instead of training it"
+        "--checkpoint",
+        metavar="C",
+        help=f"use it as the first network instead of training that; {CHECKPOINT}",
     )
     parser.add_argument(
         "--work-dir",

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparse_seg.errors import did_you_mean
+from sparse_seg.errors import choose_one, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,10 +27,7 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Argparse's hook for `choices`."""
         if action.choices is not None and value not in action.choices:
-            names = [str(choice) for choice in action.choices]
-            near = did_you_mean(str(value), names)
-            listed = ", ".join(names)
-            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{near} (choose from {listed})")
+            raise argparse.ArgumentError(action, f"invalid choice: {choose_one(value, action.choices)}")
 
 
 def _is_option(text: str) -> bool:

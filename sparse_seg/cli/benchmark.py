@@ -25,7 +25,15 @@ from typing import Any
 import torch
 
 from sparse_seg.cli.arguments import parse_size, whole_number
-from sparse_seg.cli.options import add_config, add_device, fraction, input_files, merges, output_file
+from sparse_seg.cli.options import (
+    CHECKPOINT,
+    add_config,
+    add_device,
+    fraction,
+    input_files,
+    merges,
+    output_file,
+)
 from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
 from sparse_seg.errors import ConfigError
@@ -49,8 +57,10 @@ SCOPES = ("network", "train")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--checkpoint", metavar="C", help="weights to run (default: random ones)")
-    parser.add_argument("--size", type=_size, default=(512, 1024), metavar="HxW", help="default: 512x1024")
+    parser.add_argument("--checkpoint", metavar="C", help=f"{CHECKPOINT} (default: random ones)")
+    parser.add_argument(
+        "--size", type=_size, default=(512, 1024), metavar="HxW", help="of the images, px (default: 512x1024)"
+    )
     parser.add_argument("--batch", type=whole_number(1), default=1, metavar="N", help="images (default: 1)")
     parser.add_argument(
         "--fine-fraction",
@@ -58,14 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=fraction,
         default=[0.05, 0.1, 0.2, 0.3, 1.0],
         metavar="F",
-        help="shares of fine blocks (default: 0.05 0.1 0.2 0.3 1.0)",
+        help="selective at these shares of fine blocks (default: 0.05 0.1 0.2 0.3 1.0)",
     )
     parser.add_argument(
         "--engines",
         nargs="+",
         choices=("gather", "spconv"),
         default=["gather", "spconv"],
-        help="default: both, if they run here",
+        help="of 3x3 convolutions at extra sites (default: both, if they run here)",
     )
     parser.add_argument(
         "--scopes",
@@ -90,7 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also dense and selective (the config's mask) in these, each in a process of its own",
     )
     parser.add_argument(
-        "--threads", type=whole_number(1), default=2, metavar="N", help="of them (default: 2)"
+        "--threads",
+        type=whole_number(1),
+        default=2,
+        metavar="N",
+        help="of a process of --runtimes (default: 2)",
     )
     parser.add_argument(
         "--peer-onnx",
@@ -104,8 +118,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="with --runtimes: what evaluate --compare wrote of these weights; adds accuracy share and lift",
     )
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
-    parser.add_argument("--repeats", type=whole_number(1), default=5, metavar="N", help="default: 5")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: float32")
+    parser.add_argument(
+        "--repeats", type=whole_number(1), default=5, metavar="N", help="timings of each (default: 5)"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out (much faster)")
     parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the result to this file")
     add_device(parser)
@@ -136,8 +152,6 @@ def run(args: argparse.Namespace) -> int:
         if args.peers and scope != "train":
             todo += [Case(scope, "peer", Way.dense(strides[0]), peer=name) for name in PEERS]
         rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
-    for row in (row for row in rows if row["stored_mib"] is not None):
-        notes.append(f"{row['network']}, {row['form']}: {row['stored_mib']:.1f} MiB of activations kept")
     if rows:
         print(benchmark_table(rows).to_text())
     timed = _runtimes(args, subject, peers) if args.runtimes else []

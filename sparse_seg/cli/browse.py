@@ -29,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file to write (default: runs/browse.html)",
     )
     parser.add_argument(
-        "--count", type=whole_number(1), default=12, metavar="N", help="frames to show of each split"
+        "--count",
+        type=whole_number(1),
+        default=12,
+        metavar="N",
+        help="frames to show of each split (default: 12)",
     )
 
 

@@ -26,8 +26,7 @@ from sparse_seg.files import check_outputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config(parser)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="trained here or converted")
+    add_config(parser, checkpoint=True)
     parser.add_argument(
         "--fine-fraction", type=fraction, metavar="F", help="share of all blocks (default: the config's)"
     )

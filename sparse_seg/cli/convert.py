@@ -10,7 +10,7 @@ examples:
   sparse-seg convert deeplabv3_resnet101.pth r101.safetensors --verify --classes voc
   sparse-seg convert best_deeplabv3plus.pth v3plus.safetensors --from vainf --output-stride 16
   sparse-seg convert resnet50.pth backbone.safetensors --allow-missing head
-  sparse-seg convert lraspp.pth lraspp.safetensors --classes voc --verify \
+  sparse-seg convert lraspp.pth lraspp.safetensors --classes voc --verify \\
     --module torchvision.models.segmentation:lraspp_mobilenet_v3_large --args num_classes=21
   sparse-seg convert r101.safetensors back.pth --to-dense
 """
@@ -112,9 +112,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{name} of SRC's input, in units of 0..1 (default: SRC's own, else ImageNet's)",
         )
     parser.add_argument(
-        "--verify", action="store_true", default=None, help="then run it on random input and compare"
+        "--verify",
+        action="store_true",
+        default=None,
+        help="run what was written on random input, in all its forms, and compare them",
     )
-    parser.add_argument("--to-dense", action="store_true", help="convert back")
+    parser.add_argument(
+        "--to-dense", action="store_true", help="convert a converted SRC back to its own format and names"
+    )
     parser.set_defaults(usage_error=parser.error)
 
 

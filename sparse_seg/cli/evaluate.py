@@ -63,10 +63,7 @@ from sparse_seg.run.way import Way
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config(parser)
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a training run, or a converted file"
-    )
+    add_config(parser, checkpoint=True)
     add_network(parser).add_argument(
         "--compare", nargs="+", type=fraction, metavar="F", help="compare at these fine fractions"
     )

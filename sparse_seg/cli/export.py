@@ -1,19 +1,15 @@
-"""Write a network as one ONNX file for images of one size, which runs without PyTorch and without this
-package.
+"""Write a network as one ONNX file, which runs without PyTorch and without this package.
 
-Input `images`: float32 [B,3,H,W], RGB in 0..1 (or with --input uint8: bytes [B,H,W,3]); normalisation is
-inside. Outputs `classes`: uint8 [B,H,W]; `fine_blocks`: bool [B,Hc,Wc]; with --logits also `logits`:
-float32 [B,K,H,W]. With --policy given the input `blocks`, int64 [B,k], has the flat numbers of the blocks
-that are to be fine. Class names, colours and the rest stand in the file's property `sparse_seg`, as JSON.
-The file is run in onnxruntime and compared with the model before it is written.
-
-Without CONFIG, the checkpoint says how the network runs.
+It takes images of one size: input `images`, float32 [B,3,H,W], RGB in 0..1 (or with --input uint8: bytes
+[B,H,W,3]); normalisation is inside. Outputs `classes`: uint8 [B,H,W]; `fine_blocks`: bool [B,Hc,Wc]; with
+--logits also `logits`: float32 [B,K,H,W]. With --policy given the input `blocks`, int64 [B,k], has the flat
+numbers of the blocks that are to be fine. Class names, colours and the rest stand in the file's property
+`sparse_seg`, as JSON. The file is run in onnxruntime and compared with the model before it is written.
 
 examples:
   sparse-seg export camvid-slim slim.onnx --size 360x480
-  sparse-seg export configs/camvid_slim.yaml runs/slim/best.pt slim.onnx --size 360x480
-  sparse-seg export configs/camvid_slim.yaml runs/slim/best.pt slim.onnx --size 360x480 --fine-fraction 0.1
-  sparse-seg export configs/camvid_slim.yaml runs/slim/best.pt dense.onnx --size 360x480 --dense 8
+  sparse-seg export camvid-slim slim.onnx --size 360x480 --fine-fraction 0.1 --policy edge
+  sparse-seg export camvid-slim dense.onnx --size 360x480 --dense 8
   sparse-seg export configs/converted.yaml r101.safetensors r101.onnx --size 512x1024 --input uint8
 """
 
@@ -36,12 +32,7 @@ POLICIES = ("confidence", "edge", "gain", "learned", "given")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config(parser, optional=True)
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="trained here, converted, or the name of shipped weights",
-    )
+    add_config(parser, checkpoint=True, optional=True)
     parser.add_argument("out", metavar="OUT.onnx", type=output_file, help="file to write")
     parser.add_argument(
         "--size", type=parse_size, required=True, metavar="HxW", help="size of the images in pixels"

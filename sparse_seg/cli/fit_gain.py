@@ -6,8 +6,7 @@ merge patch (merge whole where the network cannot), and is otherwise the one giv
 
 examples:
   sparse-seg fit-gain configs/camvid_light.yaml runs/camvid_light/best.safetensors light_gain.safetensors
-  sparse-seg fit-gain configs/converted.yaml r101.safetensors r101_gain.safetensors --without-labels --limit
-  200
+  sparse-seg fit-gain configs/converted.yaml r101.safetensors r101_gain.safetensors --without-labels
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from sparse_seg.training.gain import collect, fit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config(parser)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="trained here or converted")
+    add_config(parser, checkpoint=True)
     parser.add_argument("out", type=output_file, metavar="OUT", help="checkpoint to write, .safetensors")
     parser.add_argument("--split", default="train", help="split of the dataset (default: train)")
     parser.add_argument("--limit", type=whole_number(1), metavar="N", help="use the first N frames only")

@@ -30,7 +30,7 @@ from sparse_seg.lab.provenance import provenance
 
 NETWORKS = {
     "DeepLabV3-ResNet-50": ("bench_r50.yaml", 0.1, ["model.num_classes=19"]),
-    "light": ("camvid_slim.yaml", 0.15, ["model.mask.policy=confidence"]),
+    "light": ("camvid_student_slim.yaml", 0.15, ["model.mask.policy=confidence"]),
 }
 
 
@@ -45,8 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="start no new cell after these (default: 8)",
     )
-    parser.add_argument("--repeats", type=whole_number(1), default=10, metavar="N", help="default: 10")
-    parser.add_argument("--configs", default="configs", metavar="DIR", help="where the networks' configs are")
+    parser.add_argument(
+        "--repeats", type=whole_number(1), default=10, metavar="N", help="timings of each (default: 10)"
+    )
+    parser.add_argument(
+        "--configs",
+        default="configs",
+        metavar="DIR",
+        help="where the networks' configs are (default: configs)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

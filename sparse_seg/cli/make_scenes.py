@@ -4,8 +4,8 @@ The same seed gives the same scenes; a larger count only adds to them. An output
 just these scenes is kept as it is.
 
 examples:
-  python tools/make_scenes.py work/scenes --count 250 --size 256x512 --seed 0
-  python tools/make_scenes.py work/video --count 10 --pan 8
+  sparse-seg make-scenes work/scenes --count 250 --size 256x512 --seed 0
+  sparse-seg make-scenes work/video --count 10 --pan 8
 """
 
 import argparse
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HxW",
         help=f"height and width, px, from {SMALLEST_SIDE} (default: 256x512)",
     )
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of the random scenes (default: %(default)s)"
+    )
     parser.add_argument(
         "--pan",
         type=whole_number(0),

@@ -11,18 +11,26 @@ import torch
 from sparse_seg.checkpoint import find, is_checkpoint
 from sparse_seg.cli.arguments import fraction, number, whole_number
 from sparse_seg.config import Config, MaskConfig, config_files
-from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
+from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError, choose_one
 from sparse_seg.evaluation.views import Views
 from sparse_seg.export.runner import AUTO, CHOICES, PATIENCE, PIXELS, SIZES
 from sparse_seg.masks import parse_policy
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
+CHECKPOINT = (
+    "weights: a file, trained here or converted; or the name of shipped ones, camvid-slim (their config is "
+    "configs/camvid_light.yaml)"
+)
 
-def add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    """`CONFIG` and `--set`."""
+
+def add_config(parser: argparse.ArgumentParser, checkpoint: bool = False, optional: bool = False) -> None:
+    """`CONFIG` and `--set`; with `checkpoint` also `CHECKPOINT`, which replaces a CONFIG that is optional."""
     count = "?" if optional else None
-    parser.add_argument("config", type=_config_file, nargs=count, metavar="CONFIG", help="YAML config")
+    text = "YAML config (default: CHECKPOINT says how the network runs)" if optional else "YAML config"
+    parser.add_argument("config", type=_config_file, nargs=count, metavar="CONFIG", help=text)
+    if checkpoint:
+        parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"
     )
@@ -169,4 +177,4 @@ def _device(text: str) -> torch.device:
     try:
         return torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"unknown device {text!r}; use cpu or cuda") from None
+        raise argparse.ArgumentTypeError(f"unknown device {choose_one(text, ('cpu', 'cuda'))}") from None

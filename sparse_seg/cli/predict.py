@@ -1,4 +1,4 @@
-"""Segment photos, folders of them, videos and cameras with a checkpoint alone, trained or converted.
+"""Segment photos, folders of them, videos and cameras with a checkpoint alone.
 
 For each image NAME: D/NAME_overlay.png, D/NAME_classes.png (colours), D/NAME_ids.png (8-bit ids: those of the
 training labels where the checkpoint knows them, else 0, 1, ...) and, unless --dense, D/NAME_blocks.png. With
@@ -13,9 +13,10 @@ For a video NAME, or camera:N: D/NAME.mp4, overlays at the source's rate; with -
 fine blocks are those that the frame before left uncertain, which costs no coarse pass; with --fps N each
 frame is refined from the coarse prediction as long as 1/N s allows. Ctrl-C ends a camera.
 
-A config may stand before the checkpoint: its mask, strides, mean and std are then used.
+CONFIG is optional: CHECKPOINT says how the network runs. With one, its mask, strides, mean and std are used.
 
 examples:
+  sparse-seg predict camvid-slim street.jpg --out runs/pictures
   sparse-seg predict runs/camvid_r18/best.safetensors street.jpg --out runs/pictures
   sparse-seg predict runs/camvid_r18/best.safetensors photos/ --fine-fraction 0.3 --json shares.json --out out
   sparse-seg predict r101.safetensors photo.jpg --scales 0.25 --flip --out out
@@ -37,6 +38,7 @@ from tqdm import tqdm
 from sparse_seg.checkpoint import build_network, is_checkpoint, load
 from sparse_seg.cli.arguments import fraction, number, whole_number
 from sparse_seg.cli.options import (
+    CHECKPOINT,
     add_device,
     add_network,
     add_runtime,
@@ -82,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="CHECKPOINT INPUT",
-        help="a checkpoint, a config before it if need be; then images, videos, folders of them, camera:N",
+        help=f"{CHECKPOINT}; then images, videos, folders of them, camera:N",
     )
     parser.add_argument("--out", type=output_folder, required=True, metavar="D", help="folder to write to")
     parser.add_argument("--ids-only", action="store_true", help="write NAME_ids.png and classes.yaml alone")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sparse_seg.config import MaskConfig
 from sparse_seg.conversion.forward import Conversion
 from sparse_seg.conversion.mapping import Entry
 from sparse_seg.conversion.module import ModuleConversion
@@ -41,7 +42,7 @@ def report(conversion: Conversion) -> str:
     lines.append(("input", str(conversion.scaling)))
     lines += [("classes", ", ".join(conversion.classes))] if conversion.classes else []
     lines += [("note", line) for line in plan.notes]
-    return _table(lines)
+    return _table([*lines, *([_mask(config.mask)] if plan.has_head else [])])
 
 
 def report_module(conversion: ModuleConversion) -> str:
@@ -68,7 +69,16 @@ def report_module(conversion: ModuleConversion) -> str:
         ("input", str(conversion.scaling)),
     ]
     told = conversion.told
-    return _table([*lines, *([] if told is None else [("classes", ", ".join(told.classes.names))])])
+    lines += [] if told is None else [("classes", ", ".join(told.classes.names))]
+    return _table([*lines, _mask(network.mask)])
+
+
+def _mask(mask: MaskConfig) -> tuple[str, str]:
+    """How the network chooses fine blocks when nothing else is said."""
+    cut = (
+        f"fine fraction {mask.fine_fraction:g}" if mask.threshold is None else f"threshold {mask.threshold:g}"
+    )
+    return "mask", f"policy {mask.policy}, {cut}; docs/masks.md tells how to choose them"
 
 
 def _table(lines: Sequence[tuple[str, str]]) -> str:

@@ -9,7 +9,7 @@ from types import ModuleType
 from sparse_seg.conversion import cad, efficientnet, mmseg, smp, timm, torchvision, vainf
 from sparse_seg.conversion.plan import Plan, Tensors
 from sparse_seg.conversion.reading import SourceFile
-from sparse_seg.errors import CheckpointError
+from sparse_seg.errors import CheckpointError, choose_one
 
 # in the order in which `auto` tries them: a file goes to the first that knows its names
 SOURCES: dict[str, ModuleType] = {
@@ -55,7 +55,7 @@ def asked_source(tensors: Tensors, source: str) -> str:
         CheckpointError: they are not, or there is no such source.
     """
     if source not in SOURCES:
-        raise CheckpointError(f"unknown source {source!r}; choose auto or one of {_listed()}")
+        raise CheckpointError(f"unknown source {choose_one(source, ['auto', *sorted(SOURCES)])}")
     # names do not tell CAD's dense networks from VainF's, nor timm's plain ResNets from torchvision's
     twins = {"cad": vainf, "timm": torchvision}
     if SOURCES[source].detect(tensors) or (source in twins and twins[source].detect(tensors)):

@@ -7,7 +7,7 @@ from pathlib import Path
 from sparse_seg.data.class_file import ClassFile, read_class_file
 from sparse_seg.data.dataset import ClassList
 from sparse_seg.data.palette import default_palette
-from sparse_seg.errors import ConfigError, did_you_mean
+from sparse_seg.errors import ConfigError, choose_one
 from sparse_seg.registry import DATASETS
 
 CLASS_SETS = ("voc", "cityscapes", "camvid", "ade20k", "coco-stuff")
@@ -47,6 +47,5 @@ def read_classes(name: str | Path) -> ClassFile:
         dataset = DATASETS[str(name)]
         return ClassFile(dataset.classes, dataset.train_ids, {})
     if not Path(name).is_file():
-        known = f"{', '.join(CLASS_SETS)}{did_you_mean(str(name), CLASS_SETS)}"
-        raise ConfigError(f"{name} is no file and none of the known classes {known}")
+        raise ConfigError(f"unknown classes {choose_one(str(name), CLASS_SETS)}, or a classes.yaml file")
     return read_class_file(name)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparse_seg.errors import DataError
+from sparse_seg.errors import DataError, did_you_mean
 
 _LOG = logging.getLogger(__name__)
 _LEFT_BY_SYSTEMS = frozenset(("Thumbs.db", "desktop.ini"))
@@ -124,14 +124,21 @@ def read_list(file: Path) -> list[str]:
             return data.decode("utf-16-be" if data[:1] == b"\0" else "utf-16-le").split()
         return data.decode("utf-8-sig").split()
     except OSError:
-        raise DataError(f"{file}: no such list of images; check the dataset's root and split") from None
+        near = _near(file)
+        raise DataError(f"{file}: no such list of images; check the dataset's root and split{near}") from None
     except UnicodeDecodeError:
         raise DataError(f"{file}: is no text in UTF-8 or UTF-16; save it as UTF-8") from None
 
 
+def _near(path: Path) -> str:
+    """A hint at the nearest name beside the first part of a path that is not there."""
+    missing = next((part for part in (path, *path.parents) if part.parent.is_dir()), path)
+    return did_you_mean(missing.name, [other.name for other in missing.parent.iterdir()])
+
+
 def _walk(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; check the dataset's root and split")
+        raise DataError(f"{folder}: no such folder; check the dataset's root and split{_near(folder)}")
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check its rights")

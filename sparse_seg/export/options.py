@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparse_seg.config import ModelConfig
-from sparse_seg.config.keys import choices
 from sparse_seg.errors import SparseSegError
 from sparse_seg.masks import MaskPolicy
 from sparse_seg.run.images import MIN_SIZE
@@ -60,9 +58,6 @@ def check_options(model: Segmentor, options: ExportOptions) -> None:
         if options.dense < 1 or options.dense & (options.dense - 1):
             raise SparseSegError(f"dense output stride must be a power of two, not {options.dense}")
         return
-    merges = choices(ModelConfig, "merge")
-    if options.merge not in (None, *merges):
-        raise SparseSegError(f"unknown merge {options.merge!r}; choose one of {', '.join(merges)}")
     if model.separates(Way()):
         raise SparseSegError(
             "exchange separate makes the coarse lattice depend on the mask; such a network can be exported "

@@ -33,6 +33,7 @@ class StaticNetwork(nn.Module):
 
     Raises:
         SparseSegError: options that do not fit the model.
+        ValueError: an unknown merge.
     """
 
     mean: Tensor

@@ -34,6 +34,7 @@ def export_onnx(
 
     Raises:
         SparseSegError: options that do not fit, a missing package, or a check that fails.
+        ValueError: an unknown merge.
         OSError: the file cannot be written; nothing is left of it.
     """
     network = StaticNetwork(model, options)

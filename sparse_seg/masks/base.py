@@ -25,7 +25,7 @@ class Inputs(Protocol):
 
 
 class Run(Inputs, Protocol):
-    """What a policy may ask: a pass over images (`models/passes.py`), which computes what is asked for."""
+    """What a policy may ask: a pass over images (`run/passes.py`), which computes what is asked for."""
 
     def features(self) -> Tensor:
         """Output `[B, C, h, w]` of the last stage before the mask."""
@@ -126,7 +126,7 @@ class MaskPolicy(nn.Module, ABC):
         return self.cut(self.scores(run))  # type: ignore[arg-type]
 
     def remember(self, run: Any) -> None:
-        """Take note of an image's pass (`models/passes.py`) for the next image, as a policy for videos does;
+        """Take note of an image's pass (`run/passes.py`) for the next image, as a policy for videos does;
         None: a new sequence begins."""
 
     def macs(self, size: tuple[int, int], stride: int, batch: int) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.config.keys import choices
-from sparse_seg.errors import ConfigError, choose_one, did_you_mean
+from sparse_seg.errors import ConfigError, choose_one, shown
 from sparse_seg.masks.base import MaskPolicy
 from sparse_seg.registry import POLICIES
 
@@ -66,9 +66,7 @@ def parse_policy(spec: str, mask: MaskConfig) -> MaskConfig:
         valid |= {value: {key: value} for value in choices(MaskConfig, key)}
     for word in filter(None, words.split(",")):
         if word not in valid:
-            near = did_you_mean(word, valid)
-            choice = f"{f'{near} Choose' if near else '; choose'} of {', '.join(valid)}"
-            raise ConfigError(f"unknown option {word!r} in the mask policy {spec!r}{choice}")
+            raise ConfigError(f"mask policy {shown(spec)}: unknown option {choose_one(word, valid)}")
         mask = dataclasses.replace(mask, **valid[word])
     options = mask.options if name == mask.policy else {}  # another policy has none of them
     return dataclasses.replace(mask, policy=name, options=options)

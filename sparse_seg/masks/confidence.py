@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.config.keys import choices
+from sparse_seg.errors import choose_one
 from sparse_seg.masks.base import MaskPolicy, Run
 from sparse_seg.masks.oracle import label_boundary
 
@@ -48,9 +49,12 @@ class ConfidencePolicy(MaskPolicy):
         **levels: Any,
     ) -> None:
         super().__init__(fine_fraction, threshold, **levels)
-        for value, valid in ((uncertainty, UNCERTAINTIES), (reduce, REDUCTIONS)):
+        for name, value, valid in (
+            ("uncertainty", uncertainty, UNCERTAINTIES),
+            ("reduction", reduce, REDUCTIONS),
+        ):
             if value not in valid:
-                raise ValueError(f"unknown {value!r} of the confidence policy; choose of {', '.join(valid)}")
+                raise ValueError(f"unknown {name} {choose_one(value, valid)}")
         self.uncertainty, self.reduce, self.neighbours = uncertainty, reduce, neighbours
         self.stored_dtype = getattr(torch, stored_dtype) if isinstance(stored_dtype, str) else stored_dtype
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.config.keys import choices
+from sparse_seg.errors import choose_one
 from sparse_seg.masks.base import Inputs, MaskPolicy, block_shape
 
 RULES = choices(MaskConfig, "edge")
@@ -35,7 +36,7 @@ class EdgePolicy(MaskPolicy):
     ) -> None:
         super().__init__(fine_fraction, threshold, **levels)
         if rule not in RULES:
-            raise ValueError(f"unknown edge rule {rule!r}; choose one of {', '.join(RULES)}")
+            raise ValueError(f"unknown edge rule {choose_one(rule, RULES)}")
         self.rule = rule
 
     def scores(self, run: Inputs) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.config.keys import choices
+from sparse_seg.errors import choose_one
 from sparse_seg.masks.base import MaskPolicy, Run
 
 ORACLES = choices(MaskConfig, "oracle")
@@ -42,9 +43,7 @@ class OraclePolicy(MaskPolicy):
     ) -> None:
         super().__init__(fine_fraction, threshold, **levels)
         if rule not in ORACLES:
-            raise ValueError(
-                f"unknown rule {rule!r} of the oracle policy; choose one of {', '.join(ORACLES)}"
-            )
+            raise ValueError(f"unknown oracle rule {choose_one(rule, ORACLES)}")
         self.ignore_index, self.rule = ignore_index, rule
 
     def scores(self, run: Run) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.config import MaskConfig, ModelConfig
-from sparse_seg.errors import SparseSegError
+from sparse_seg.config.keys import choices
+from sparse_seg.errors import SparseSegError, choose_one
 from sparse_seg.graph import Geometry
 from sparse_seg.masks import POLICIES, MaskPolicy, block_levels, build_policy
 from sparse_seg.networks.segmenter import Segmenter
@@ -22,6 +23,8 @@ from sparse_seg.run.predicting import Predicting
 from sparse_seg.run.refinement import refine
 from sparse_seg.run.way import Way
 from sparse_seg.sites import ENGINES, EXCHANGES, SEPARATE, LevelPlan, plan_of
+
+MERGES = choices(ModelConfig, "merge")
 
 
 class Segmentor(Predicting, nn.Module):
@@ -161,15 +164,14 @@ class Segmentor(Predicting, nn.Module):
 
     def check_way(self, way: Way) -> None:
         """Raises a SparseSegError, of one line, where the network cannot run a way; a ValueError where it has
-        a rule or engine that is none."""
-        rule, engine = way.exchange or self.exchange, way.engine or self.engine
+        an exchange rule, engine or merge that is none."""
         stride = way.output_stride
         if stride is not None and self.settings.module is None and stride not in (4, 8, 16, 32):
             raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {stride}")
-        if rule not in EXCHANGES:
-            raise ValueError(f"unknown exchange {rule!r}; choose one of {', '.join(EXCHANGES)}")
-        if engine not in ENGINES:
-            raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
+        for name, valid in (("exchange", EXCHANGES), ("engine", ENGINES), ("merge", MERGES)):
+            value = getattr(way, name) or getattr(self, name)
+            if value not in valid:
+                raise ValueError(f"unknown {name} {choose_one(value, valid)}")
         if (way.merge or self.merge) == "patch":
             check_patch(self.geometry)
         if self.separates(way) and (way.merge or self.merge) == "patch":

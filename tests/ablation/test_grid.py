@@ -66,7 +66,7 @@ def test_a_run_changes_mask_exchange_and_strides_alone(grid_file: Path) -> None:
         (
             "[student, taught]",
             "[student, tought]",
-            "must be of baseline, student, taught, student again, tuned",
+            "unknown network 'tought'; did you mean 'taught'? Choose one of baseline, student, taught,",
         ),
         ("dense: [8, 16]", "dense: [8, 12]", "'dense' must be of 4, 8, 16, 32, not 12"),
         ("fractions: [0, 1]", "fractions: [0, 2]", "fine_fraction is 2"),

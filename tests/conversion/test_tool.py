@@ -56,6 +56,7 @@ def test_the_report(capsys, folder, tmp_path):
     assert "head fcn, 21 classes, trained at output stride 8" in text
     assert "set aside 8 tensors, aux_classifier.*: auxiliary head, used in training only" in text
     assert "left over none; missing: none" in text
+    assert "mask      policy edge, fine fraction 0.15; docs/masks.md tells how to choose them" in text
     assert "P1 holds" in text
     assert "DIFFERS" not in text
     text = run(capsys, "convert", folder / "source.pth", tmp_path / "v.safetensors")
@@ -299,7 +300,7 @@ def test_classes_from_torchvision_to_pictures(capsys, tmp_path):
     assert "has 21 classes, but 19 are given" in run(capsys, *convert_it, "cityscapes", code=1)
     message = run(capsys, *convert_it, "coco", code=1)
     assert (
-        "coco is no file and none of the known classes voc, cityscapes, camvid, ade20k, coco-stuff" in message
+        "unknown classes 'coco'; choose one of voc, cityscapes, camvid, ade20k, coco-stuff, or a" in message
     )
     assert not (tmp_path / "x.safetensors").exists()
 

@@ -194,8 +194,9 @@ def test_pairs_that_are_none(root: Path) -> None:
     assert cv2.imwrite(str(root / "train" / "images" / "a" / "x.png"), scene(40, 64))
     with pytest.raises(DataError, match="has the same stem"):
         build_dataset("folder", root, "train")
-    with pytest.raises(DataError, match=r"val/images: no such folder; check the dataset's root and split"):
-        build_dataset("folder", root, "val")
+    missing = r"trian/images: no such folder; check the dataset's root and split; did you mean 'train'\?"
+    with pytest.raises(DataError, match=missing):
+        build_dataset("folder", root, "trian")
 
 
 @pytest.mark.parametrize(

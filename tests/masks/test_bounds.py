@@ -109,7 +109,7 @@ def test_in_training_the_dense_networks_run_in_eval_mode() -> None:
 
 
 def test_unknown_rules() -> None:
-    with pytest.raises(ValueError, match="unknown rule 'win' of the oracle policy; choose one of boundary"):
+    with pytest.raises(ValueError, match="unknown oracle rule 'win'; choose one of boundary"):
         OraclePolicy(0.1, rule="win")
     with pytest.raises(ConfigError, match=r"model\.mask\.oracle is 'gains'; did you mean 'gain'"):
         bounded_model("gains")
@@ -118,7 +118,9 @@ def test_unknown_rules() -> None:
 def test_specs() -> None:
     mask = parse_policy("oracle:change,blur", MaskConfig())
     assert mask == MaskConfig(policy="oracle", oracle="change", blur=True)
-    with pytest.raises(ConfigError, match=r"unknown option 'best' in .*; choose of blur, boundary, change"):
+    with pytest.raises(
+        ConfigError, match=r"'oracle:best': unknown option 'best'; choose one of blur, boundary, change"
+    ):
         parse_policy("oracle:best", MaskConfig())
     for spec, rule in (("oracle", "boundary"), ("oracle:change", "change"), ("oracle:gain", "gain")):
         policy = bounded_model("boundary").policy_for(Way.policy(spec))

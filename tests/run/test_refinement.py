@@ -285,7 +285,7 @@ def test_scores(size: tuple[int, int], uncertainty: str, reduce: str, neighbours
 
 
 def test_unknown_options_of_the_policy() -> None:
-    with pytest.raises(ValueError, match="unknown 'sum' of the confidence policy; choose of max, mean"):
+    with pytest.raises(ValueError, match="unknown reduction 'sum'; choose one of max, mean"):
         ConfidencePolicy(0.1, reduce="sum")
 
 

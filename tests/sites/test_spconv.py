@@ -101,10 +101,17 @@ def test_dense_networks_and_coarse_masks_have_nothing_for_it(fresh: None, monkey
         assert run(model, images, ~mask, engine="auto").isfinite().all()
 
 
-def test_an_unknown_engine() -> None:
-    model = selective(trained(), size=(64, 64))
-    with pytest.raises(ValueError, match="unknown engine 'cuda'; choose one of auto, gather, spconv"):
-        run(model, torch.randn(1, 3, 64, 64), torch.ones(1, 4, 4, dtype=torch.bool), engine="cuda")
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        (Way(engine="cuda"), "unknown engine 'cuda'; choose one of auto, gather, spconv"),
+        (Way(exchange="linaer"), "unknown exchange 'linaer'; did you mean 'linear'"),
+        (Way(merge="pach"), "unknown merge 'pach'; did you mean 'patch'"),
+    ],
+)
+def test_an_unknown_engine_exchange_or_merge(way: Way, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        selective(trained(), size=(64, 64)).check_way(way)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import nn
 
 from sparse_seg.config import Config, check_config, key, load_config, parse_tree, read_yaml
 from sparse_seg.config.schema import COUNT, SEED
-from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.errors import CheckpointError, ConfigError, choose_one
 from sparse_seg.masks import build_policy, parse_policy
 from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import check_same_function
@@ -227,9 +227,9 @@ def _check_builds(config: Config, where: str) -> None:
 
 
 def _expand(spec: RunsSpec, configs: Mapping[str, Config], where: str) -> list[tuple[str, Run]]:
-    unknown = [name for name in spec.networks if name not in configs]
-    if unknown or not spec.networks:
-        raise ConfigError(f"{where}: 'networks' {spec.networks} must be of {', '.join(configs)}")
+    for name in spec.networks or [""]:
+        if name not in configs:
+            raise ConfigError(f"{where}: unknown network {choose_one(name, configs)}")
     if bool(spec.policies) != bool(spec.fractions) or not (spec.dense or spec.policies):
         raise ConfigError(f"{where}: give 'dense' output strides, or 'policies' and 'fractions', or both")
     strides = None if spec.strides is None else tuple(spec.strides)
