@@ -101,7 +101,8 @@ def _frame_sizes(training: Mapping[str, Any]) -> tuple[tuple[int, int] | None, t
 
 def _size(value: Any) -> tuple[int, int] | None:
     """Height and width, px, where a file says that."""
-    is_size = isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
+    is_size = isinstance(value, list) and len(value) == 2
+    is_size = is_size and all(type(side) is int and 0 < side < 2**20 for side in value)
     return (value[0], value[1]) if is_size else None
 
 

@@ -142,6 +142,9 @@ def run(args: argparse.Namespace) -> int:
     if args.runtime in RUNTIMES and (args.steps or args.fps):
         option = "--steps" if args.steps else "--fps"
         args.usage_error(f"argument --runtime: {option} needs torch, which refines")
+    way, looks = Way(args.dense, args.policy, args.fine_fraction), views(args)
+    if args.fps and not looks.is_one_look:
+        args.usage_error("argument --fps: refines one look; leave out --flip and all --scales but one")
     config_file, checkpoint, inputs = _parts(args)
     config = None
     if config_file is not None:
@@ -154,9 +157,6 @@ def run(args: argparse.Namespace) -> int:
     outputs = _outputs(args)
     outputs.check(sources, input_files(config_file, config, checkpoint))
     model = build_network(load(checkpoint), config).to(args.device)
-    way, looks = Way(args.dense, args.policy, args.fine_fraction), views(args)
-    if args.fps and not looks.is_one_look:
-        args.usage_error("argument --fps: refines one look; leave out --flip and all --scales but one")
     refusal = "--fps refines" if args.fps else None
     runner = Runner(model, args.runtime, way, refusal=refusal)
     segmenter = Segmenter(model, way, looks, runner)

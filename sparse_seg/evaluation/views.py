@@ -225,34 +225,32 @@ def _look(
     return at_size(total, levels, size, model.strides[-1]), run
 
 
-def at_size(probabilities: Tensor, levels: Tensor | None, size: tuple[int, int], block: int) -> Prediction:
+def at_size(scores: Tensor, levels: Tensor | None, size: tuple[int, int], block: int) -> Prediction:
     """What was found in scaled images, at the size of the images themselves.
 
     Args:
-        probabilities: `[B, K, h, w]`; interpolated bilinearly.
+        scores: logits or probabilities `[B, K, h, w]`; interpolated bilinearly.
         levels: int64 `[B, hc, wc]`, None when dense; each block gets the nearest one's.
         block: side of a block, px.
     """
     if levels is not None:
         grid = [-(-length // block) for length in size]
         levels = F.interpolate(levels[:, None].float(), grid, mode="nearest")[:, 0].long()
-    same = tuple(probabilities.shape[2:]) == size
-    return Prediction(probabilities.max(1).indices if same else _enlarged(probabilities, size), levels)
+    same = tuple(scores.shape[2:]) == size
+    return Prediction(scores.max(1).indices if same else _enlarged(scores, size), levels)
 
 
-def _enlarged(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
+def _enlarged(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """The classes of `[B, K, h, w]` at a larger size, bilinear. All pixels of all classes would not fit into
     memory: on the CPU those are made where classes meet, elsewhere a strip of rows at a time."""
-    if probabilities.device.type == "cpu":
-        return upsample_classes(probabilities, size, 1, 1)
-    rows, columns = (
-        (2 * torch.arange(length, device=probabilities.device) + 1) / length - 1 for length in size
-    )
+    if scores.device.type == "cpu":
+        return upsample_classes(scores, size, 1, 1)
+    rows, columns = ((2 * torch.arange(length, device=scores.device) + 1) / length - 1 for length in size)
     strips = []
     for strip in rows.split(STRIP):
-        grid = torch.stack(torch.meshgrid(strip, columns, indexing="ij")[::-1], -1).to(probabilities)
-        grid = grid.expand(probabilities.shape[0], -1, -1, -1)
-        near = F.grid_sample(probabilities, grid, padding_mode="border", align_corners=False)
+        grid = torch.stack(torch.meshgrid(strip, columns, indexing="ij")[::-1], -1).to(scores)
+        grid = grid.expand(scores.shape[0], -1, -1, -1)
+        near = F.grid_sample(scores, grid, padding_mode="border", align_corners=False)
         strips.append(near.max(1).indices)
     return torch.cat(strips, 1)
 

@@ -69,8 +69,8 @@ def upsample_classes(
     result = near.index_select(2, columns.interval).index_select(1, rows.interval)
     table = logits.permute(0, 2, 3, 1).reshape(-1, classes)
     each = classes * len(rows.pixels) * len(columns.pixels)  # a place has m x m pixels or fewer
-    for places in mixed.nonzero().split(max(1, MOST_VALUES // each)):
-        image, row, column = places.T  # [N] each
+    for places in mixed.nonzero().T.contiguous().split(max(1, MOST_VALUES // each), dim=1):
+        image, row, column = places  # [N] each
         # `down` is [m, 1, N], `across` [m, N]: the share of the second cell, of two beside each other
         mean = logits.new_zeros(classes, len(rows.pixels), len(columns.pixels), len(image))
         down, across = rows.share.to(logits)[:, None, row], columns.share.to(logits)[:, column]

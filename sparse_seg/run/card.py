@@ -22,7 +22,7 @@ class Card:
     std of the input, RGB in units of 0..1.
 
     frame: height and width of the training frames, px, where they are known; else `at_most`: a size that
-        they hardly exceeded.
+        they hardly exceed.
     """
 
     names: tuple[str, ...]

@@ -14,7 +14,7 @@ from sparse_seg.data import build_dataset
 from sparse_seg.errors import CheckpointError
 from sparse_seg.evaluation.cost import count_macs, count_parameters
 from sparse_seg.evaluation.evaluate import evaluate
-from sparse_seg.evaluation.views import Views
+from sparse_seg.evaluation.views import ONCE, Views
 from sparse_seg.run.way import Way
 from tests.shared import SHARED, needs_shared
 
@@ -75,8 +75,8 @@ def test_camvid_slim_sees_a_frame_alike_at_any_size(factor: float) -> None:
     truth = cv2.resize(label, photo.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     counted = truth < 255
 
-    def right(*views: Views) -> float:
-        found = sparse_seg.segment(model, photo, Way.dense(8), *views)
+    def right(views: Views = ONCE) -> float:
+        found = sparse_seg.segment(model, photo, Way.dense(8), views)
         assert found.classes.shape == photo.shape[:2]
         return float((found.classes == truth)[counted].mean())
 

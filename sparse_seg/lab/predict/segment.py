@@ -177,7 +177,7 @@ class Segmenter:
     def refined(self, image: Image, step: Refined) -> Segmentation:
         """A step of `refine`, at the image's size."""
         height, width = image.shape[:2]
-        found = at_size(step.logits.softmax(1), step.levels, (height, width), self.model.strides[-1])
+        found = at_size(step.logits, step.levels, (height, width), self.model.strides[-1])
         return self._result(image, found, self.views_of(image).factors[:1])
 
     def _result(self, image: Image, found: Prediction, scales: tuple[float, ...]) -> Segmentation:
