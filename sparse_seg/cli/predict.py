@@ -13,9 +13,9 @@ For a video NAME, or camera:N: D/NAME.mp4, overlays at the source's rate; with -
 fine blocks are those that the frame before left uncertain, which costs no coarse pass; with --fps N each
 frame is refined from the coarse prediction as long as 1/N s allows. Ctrl-C ends a camera.
 
-A network knows objects at the size that training showed them at. Photos and videos much larger or smaller
-than the training frames, whose size the checkpoint tells, are scaled to about their area before they run, up
-by 2 at most; what is written has their own size. --scales 1 runs them as they are.
+A network knows objects at the size that training showed them at. So photos and videos much larger or smaller
+than the training frames, whose size the checkpoint tells, are scaled to the area of those before they run
+(enlarged by 2 at most). What is written has their own size. --scales 1 runs them as they are.
 
 A config may stand before the checkpoint: its mask, strides, mean and std are then used.
 
