@@ -1,4 +1,5 @@
-"""Segment a picture with an exported network: numpy, OpenCV and onnxruntime alone.
+"""Segment a picture with an exported network: numpy, OpenCV and onnxruntime alone. The picture is scaled to
+the network's size, and what it finds back to the picture's own.
 
 python examples/run_onnx.py slim.onnx street.jpg overlay.png
 """
@@ -31,18 +32,20 @@ height, width = about["size"]
 image = cv2.imread(picture)
 if image is None:
     sys.exit(f"{picture} is no picture that OpenCV reads")
-image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-rgb = image[:, :, ::-1][None].repeat(about["batch"], 0)  # one picture in all places of the batch
+seen = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+rgb = seen[:, :, ::-1][None].repeat(about["batch"], 0)  # one picture in all places of the batch
 if about["input"] == "float":
     rgb = (rgb.transpose(0, 3, 1, 2) / 255).astype(np.float32)
 outputs = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"images": rgb}), strict=True))
 
-classes = outputs["classes"][0]
+own_size = image.shape[1::-1]
+classes = cv2.resize(outputs["classes"][0], own_size, interpolation=cv2.INTER_NEAREST)
 palette = np.array(about["colours"] or np.random.default_rng(0).integers(0, 256, (256, 3)), np.uint8)
 overlay = cv2.addWeighted(image, 0.5, np.ascontiguousarray(palette[classes][:, :, ::-1]), 0.5, 0)
 if "fine_blocks" in outputs:  # a thin line around what is fine, which stays visible
     side = about["strides"][-1]
     fine = np.kron(outputs["fine_blocks"][0], np.ones((side, side), np.uint8))[:height, :width]
+    fine = cv2.resize(fine, own_size, interpolation=cv2.INTER_NEAREST)
     overlay[fine > cv2.erode(fine, np.ones((3, 3), np.uint8))] = 255
 try:
     written = cv2.imwrite(out, overlay)
@@ -51,4 +54,5 @@ except cv2.error:  # a suffix that it does not know
 if not written:
     sys.exit(f"{out} cannot be written; name a .png or .jpg file in a folder that exists")
 share = np.bincount(classes.ravel(), minlength=len(about["names"])) / classes.size
-print(", ".join(f"{about['names'][k]} {100 * share[k]:.0f} %" for k in np.argsort(-share)[:5] if share[k]))
+found = ", ".join(f"{about['names'][k]} {100 * share[k]:.0f} %" for k in np.argsort(-share)[:5] if share[k])
+print(f"{found}; seen at {height}x{width} px")

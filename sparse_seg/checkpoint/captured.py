@@ -49,7 +49,7 @@ def save_model(network: SelectiveNetwork, path: str | Path, card: Card | None = 
     Args:
         network: what `selective`, `build_model` or `load_model` made.
         path: `.safetensors`; replaced if it is there.
-        card: class names, colours, mean and std; by default the network's own.
+        card: class names, colours, mean, std and size of the training frames; by default the network's own.
 
     Raises:
         CheckpointError: a network that is folded, or no network.
@@ -66,7 +66,7 @@ def save_model(network: SelectiveNetwork, path: str | Path, card: Card | None = 
         write_network(network, path)
     else:
         told = card.names, card.colours, card.ids
-        write_network(network, path, *told, card.mean, card.std, "as told")
+        write_network(network, path, *told, card.mean, card.std, "as told", card.frame)
 
 
 def write_network(
@@ -78,6 +78,7 @@ def write_network(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     normalisation: str = "",
+    frame: tuple[int, int] | None = None,
 ) -> None:
     """See `save_model`; of the classes and the input, what is known (see `Checkpoint` and `Origin`)."""
     settings, count = network.settings, network.num_classes
@@ -95,7 +96,7 @@ def write_network(
             tuple(mean),
             tuple(std),
             origin_of(settings, weights, normalisation),
-            {} if ids is None else {"ids": list(ids)},
+            ({} if ids is None else {"ids": list(ids)}) | ({} if frame is None else {"frame": list(frame)}),
             captured=captured,
         )
     )

@@ -76,8 +76,9 @@ class Checkpoint:
         classes, colours: name and RGB (0..255) of each class; None where the source does not tell.
         mean, std: of the input, RGB in units of 0..1.
         origin: where the weights come from.
-        training: of our training: `config` (the whole one) and what it said about the weights; and `ids`,
-            the values of the classes in labels, where they are known.
+        training: of our training: `config` (the whole one) and what it said about the weights; and, where
+            they are known, `ids`, the values of the classes in labels, and `frame`, height and width of the
+            training frames, px (their median).
         digest: of the weights.
         version: of the package that wrote the file.
         captured: its graph; None of a backbone alone, and in files of earlier formats.

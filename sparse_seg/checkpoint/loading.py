@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,30 @@ def read_card(checkpoint: Checkpoint, config: Config | None = None) -> Card:
     if not ids or len(ids) != count or not all(type(value) is int and 0 <= value <= 255 for value in ids):
         ids = unnamed.ids
     scaling = checkpoint if config is None else config.data
-    return Card(names or unnamed.names, colours or unnamed.colours, tuple(ids), scaling.mean, scaling.std)
+    return Card(
+        names or unnamed.names,
+        colours or unnamed.colours,
+        tuple(ids),
+        scaling.mean,
+        scaling.std,
+        *_frame_sizes(checkpoint.training),
+    )
+
+
+def _frame_sizes(training: Mapping[str, Any]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """`frame` and `at_most` of a card. Files of earlier versions tell the crop alone: frames may have been
+    twice as high and wide."""
+    frame, crop = _size(training.get("frame")), None
+    with suppress(LookupError, TypeError):
+        crop = _size(training["config"]["data"]["crop"])
+    return frame, crop and (2 * crop[0], 2 * crop[1])
+
+
+def _size(value: Any) -> tuple[int, int] | None:
+    """Height and width, px, where a file says that."""
+    is_size = isinstance(value, list) and len(value) == 2
+    is_size = is_size and all(type(side) is int and 0 < side < 2**20 for side in value)
+    return (value[0], value[1]) if is_size else None
 
 
 def load_backbone(path: str | Path) -> SelectiveNetwork:

@@ -91,4 +91,7 @@ def run(args: argparse.Namespace) -> int:
         f"dense at output stride {args.dense}" if fraction is None else f"{100 * fraction:.1f} % fine blocks"
     )
     print(f"{args.out}: {size} px, {kind}; equal to the model in onnxruntime")
+    frame = card.frame or card.at_most
+    if frame is not None and card.scale_for(*args.size) != 1:
+        print(f"note: trained on frames of about {frame[0]}x{frame[1]} px; a --size near that suits it best")
     return 0

@@ -61,16 +61,20 @@ def add_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveG
     return group
 
 
-def add_views(parser: argparse.ArgumentParser, window: int = 0) -> None:
-    """`--flip`, `--scales` and `--window`."""
+def add_views(parser: argparse.ArgumentParser, window: int = 0, scales: str = "1") -> None:
+    """`--flip`, `--scales` and `--window`.
+
+    Args:
+        window, scales: what runs by default.
+    """
     parser.add_argument("--flip", action="store_true", help="average with the mirror image")
     parser.add_argument(
         "--scales",
         nargs="+",
         type=number(0.05, 4),
-        default=(1.0,),
         metavar="S",
-        help="average over these sizes of the image; one below 1 alone is faster and suits large photos",
+        help="scale the image's sides by S before it runs; several: average over these sizes. Results have "
+        f"the image's own size (default: {scales})",
     )
     parser.add_argument(
         "--window",
@@ -86,7 +90,7 @@ def add_views(parser: argparse.ArgumentParser, window: int = 0) -> None:
 def views(args: argparse.Namespace) -> Views:
     """As the arguments of `add_views` ask."""
     try:
-        return Views(args.window or None, flip=args.flip, scales=tuple(args.scales))
+        return Views(args.window or None, flip=args.flip, scales=args.scales and tuple(args.scales))
     except ValueError as error:
         return args.usage_error(f"argument --window: {error}")
 

@@ -13,6 +13,10 @@ For a video NAME, or camera:N: D/NAME.mp4, overlays at the source's rate; with -
 fine blocks are those that the frame before left uncertain, which costs no coarse pass; with --fps N each
 frame is refined from the coarse prediction as long as 1/N s allows. Ctrl-C ends a camera.
 
+A network knows objects at the size that training showed them at. So photos and videos much larger or smaller
+than the training frames, whose size the checkpoint tells, are scaled to the area of those before they run
+(enlarged by 2 at most). What is written has their own size. --scales 1 runs them as they are.
+
 CONFIG is optional: CHECKPOINT says how the network runs. With one, its mask, strides, mean and std are used.
 
 examples:
@@ -20,6 +24,7 @@ examples:
   sparse-seg predict runs/camvid_r18/best.safetensors street.jpg --out runs/pictures
   sparse-seg predict runs/camvid_r18/best.safetensors photos/ --fine-fraction 0.3 --json shares.json --out out
   sparse-seg predict r101.safetensors photo.jpg --scales 0.25 --flip --out out
+  sparse-seg predict runs/aerial/best.safetensors large.tif --scales 1 --out out
   sparse-seg predict runs/camvid_r18/best.safetensors drive.mp4 --policy previous --out out
   sparse-seg predict runs/camvid_r18/best.safetensors camera:0 --fps 10 --out out
   sparse-seg predict configs/camvid_r18.yaml runs/camvid_r18/best.pt street.jpg --steps 0 0.1 0.3 --out out
@@ -72,6 +77,7 @@ from sparse_seg.lab.predict.video import VideoOptions, write_video
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.masks import POLICIES
 from sparse_seg.progress import bar
+from sparse_seg.run.card import NEAR, Card
 from sparse_seg.run.way import Way
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
@@ -111,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what chooses fine blocks: of {', '.join(POLICIES)}, with options as in confidence:margin "
         "(default: the checkpoint's)",
     )
-    add_views(parser, WINDOW)
+    add_views(parser, WINDOW, f"to the area of the training frames, if known and beyond x{NEAR:g}")
     parser.add_argument(
         "--bits",
         type=int,
@@ -138,6 +144,9 @@ def run(args: argparse.Namespace) -> int:
     if args.runtime in RUNTIMES and (args.steps or args.fps):
         option = "--steps" if args.steps else "--fps"
         args.usage_error(f"argument --runtime: {option} needs torch, which refines")
+    way, looks = Way(args.dense, args.policy, args.fine_fraction), views(args)
+    if args.fps and not looks.is_one_look:
+        args.usage_error("argument --fps: refines one look; leave out --flip and all --scales but one")
     config_file, checkpoint, inputs = _parts(args)
     config = None
     if config_file is not None:
@@ -150,9 +159,8 @@ def run(args: argparse.Namespace) -> int:
     outputs = _outputs(args)
     outputs.check(sources, input_files(config_file, config, checkpoint))
     model = build_network(load(checkpoint), config).to(args.device)
-    way, looks = Way(args.dense, args.policy, args.fine_fraction), views(args)
     refusal = "--fps refines" if args.fps else None
-    runner = Runner(model, args.runtime, way, not looks.is_single, refusal)
+    runner = Runner(model, args.runtime, way, refusal=refusal)
     segmenter = Segmenter(model, way, looks, runner)
     check_legend(segmenter.card, args.out)
     told = config.data.bits if config is not None and args.bits is None else args.bits
@@ -180,6 +188,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name}: {result['frames']} frames, {result['milliseconds']:.1f} ms in the network each")
     if any(result.get("windows", 1) > 1 for result in results.values()):
         print(f"large images in windows of {args.window} px, not exact near seams; --window 0: whole")
+    scales = [result["scales"][0] for result in results.values() if result["scales"] != [1.0]]
+    if scales and args.scales is None:
+        print(_scaled(segmenter.card, scales, len(results)))
     print(runner.report())
     print(f"{len(results)} images segmented" + (f"; pictures in {args.out}" if results else ""))
     return 1 if failed else 0
@@ -204,8 +215,22 @@ def _predict(
     if args.steps:
         write_steps(segmenter, image, out, args.steps)
     fine = None if found.fine_blocks is None else float(found.fine_blocks.mean())
-    windows = segmenter.views.count_windows(*image.shape[:2])
-    return {"shares": found.shares(), "fine_fraction": fine, "windows": windows}
+    windows = segmenter.views_of(image).count_windows(*image.shape[:2])
+    said = {"shares": found.shares(), "fine_fraction": fine, "windows": windows}
+    return said | {"scales": list(found.scales)}
+
+
+def _scaled(card: Card, scales: list[float], total: int) -> str:
+    """One line on inputs that were scaled by default."""
+    known = card.frame or card.at_most
+    assert known is not None
+    low, high = (f"{one:.3g}" for one in (min(scales), max(scales)))
+    about, size = "" if card.frame else "about ", "x".join(map(str, known))
+    factors = low if low == high else f"{low} to {high}"
+    return (
+        f"{len(scales)} of {total} inputs scaled by {factors} to {about}the area of the training frames, "
+        f"{size} px; --scales 1: as they are"
+    )
 
 
 def _outputs(args: argparse.Namespace) -> Outputs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,6 +66,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         train_ids: the train id of each label value on disk; other values are errors.
         bits: how many of 16 bits per channel the images use; None: `depth` finds out.
         other_images: lists those of the data set's other splits, which `depth` looks at too.
+        frame_size: height and width of the median frame, by area, px; None before `check`.
 
     Args:
         samples: (image, label) paths; the label file need not exist before `check`.
@@ -74,6 +76,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
     classes: ClassList
     train_ids: Mapping[int, int]
     bits: int | None = None
+    frame_size: tuple[int, int] | None = None
     hint = "choose the dataset it belongs to"  # where label values are unknown
 
     @classmethod
@@ -232,14 +235,17 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
             raise DataError(f"{faults[0]} (faulty files in all: {len(faults)})")
         if faults:
             raise DataError(faults[0])
-        self._check_highest([highest for highest, _ in seen])
-        counts = np.array([values for _, values in seen])
+        self._check_highest([highest for highest, _, _ in seen])
+        sizes = sorted((size for _, _, size in seen), key=math.prod)
+        self.frame_size = sizes[len(sizes) // 2]
+        counts = np.array([values for _, values, _ in seen])
         if limit is not None and limit < len(self):
             self._class_counts(counts[:limit].sum(0), limit)
         return self._check_values(counts.sum(0))
 
-    def _inspect(self, index: int) -> tuple[int, NDArray[np.int64]] | str:
-        """The image's highest value if above its bits, else 0, and pixels of each label value; or a fault."""
+    def _inspect(self, index: int) -> tuple[int, NDArray[np.int64], tuple[int, int]] | str:
+        """The image's highest value if above its bits, else 0, pixels of each label value, and the size; or a
+        fault."""
         try:
             picture, values = self._read(index)
         except DataError as error:
@@ -249,7 +255,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
             return f"{file}: the image is {size}; use images of {SMALLEST_SIDE}x{SMALLEST_SIDE} or more"
         histogram = cv2.calcHist([values], [0], None, [256], [0, 256])
         above = picture.highest if picture.highest and picture.highest >> picture.bits else 0
-        return above, histogram.ravel().astype(np.int64)
+        return above, histogram.ravel().astype(np.int64), (values.shape[0], values.shape[1])
 
     def _check_highest(self, above: Sequence[int]) -> None:
         found = [index for index, value in enumerate(above) if value]

@@ -114,7 +114,7 @@ class FolderDataset(SegmentationDataset):
             table[red << 16 | green << 8 | blue] = value
         return table
 
-    def _inspect(self, index: int) -> tuple[int, NDArray[np.int64]] | str:
+    def _inspect(self, index: int) -> tuple[int, NDArray[np.int64], tuple[int, int]] | str:
         result = super()._inspect(index)
         if isinstance(result, str) or not self._ids_of_colours:
             return result

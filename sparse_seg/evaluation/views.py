@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_seg.data.dataset import SMALLEST_SIDE
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
+from sparse_seg.ops.upsample import upsample_classes
 from sparse_seg.run.way import Way
 
 ALIGNMENT = 32  # px; windows start on sites of every stride
@@ -66,7 +67,8 @@ class Views:
             policy are of each window.
         overlap: of neighbouring windows, px.
         flip: also look at the mirror image.
-        scales: factors of the image's size to look at. Class probabilities are averaged over all looks.
+        scales: factors on the image's sides to look at. Class probabilities are averaged over all looks.
+            None: 1, or what `at` sets.
 
     Raises:
         ValueError: windows too small, also for the largest scale, a scale that is not positive, or a negative
@@ -76,14 +78,14 @@ class Views:
     window: int | None = None
     overlap: int = 256
     flip: bool = False
-    scales: tuple[float, ...] = (1.0,)
+    scales: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < LEAST_WINDOW:
             raise ValueError(f"windows of {self.window} px are too small; use {LEAST_WINDOW} or more")
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
-            raise ValueError(f"scales must be positive, not {list(self.scales)}")
-        largest = max(self.scales)
+        if not self.factors or not all(0 < factor < math.inf for factor in self.factors):
+            raise ValueError(f"scales must be positive, not {list(self.factors)}")
+        largest = max(self.factors)
         if self.window is not None and self.window / largest < LEAST_SIDE:
             raise ValueError(
                 f"windows of {self.window} px show {int(self.window / largest)} px of an image at a scale of "
@@ -93,8 +95,22 @@ class Views:
             raise ValueError(f"overlap must not be negative, not {self.overlap}")
 
     @property
+    def factors(self) -> tuple[float, ...]:
+        """`scales`, or the image's own size."""
+        return (1.0,) if self.scales is None else self.scales
+
+    @property
+    def is_one_look(self) -> bool:
+        return not self.flip and len(self.factors) == 1
+
+    @property
     def is_single(self) -> bool:
-        return not self.flip and self.scales == (1.0,)
+        """Whether the one look is at the image as it is."""
+        return self.is_one_look and self.factors == (1.0,)
+
+    def at(self, scale: float) -> Views:
+        """These views at a scale, where none is asked for."""
+        return self if self.scales is not None else replace(self, scales=(scale,))
 
     def count_windows(self, height: int, width: int) -> int:
         """How many windows cover an image; 1: it is seen whole."""
@@ -117,7 +133,7 @@ def predict(
 
     Args:
         labels: int64 `[B, H, W]`, for policies that read them.
-        policy: overrides the way's; it remembers images that are seen whole and once.
+        policy: overrides the way's; it remembers images that are seen whole and once, at any scale.
 
     Raises:
         ValueError: images of a wrong shape or dtype, or too small at one of the scales.
@@ -126,22 +142,18 @@ def predict(
     height, width = images.shape[2:]
     rows, columns = (list(_spans(length, views)) for length in (height, width))
     if len(rows) == len(columns) == 1:
-        if views.is_single:
-            run = model.start(images, labels).follow(way, policy)
-            found = single(run)
-            if policy is not None:
-                policy.remember(run)
-            return found
-        return _look(model, images, labels, way, policy, views)
+        found, run = _look(model, images, labels, way, policy, views)
+        if policy is not None and views.is_one_look:
+            policy.remember(run)
+        return found
     block = model.strides[-1]
     classes = images.new_empty(images.shape[0], height, width, dtype=torch.int64)
     levels = None if way.is_dense else classes.new_empty(block_shape(images, block))
     for row in rows:
         for column in columns:
             window = (..., slice(row.start, row.stop), slice(column.start, column.stop))
-            part = _look(
-                model, images[window], None if labels is None else labels[window], way, policy, views
-            )
+            truth = None if labels is None else labels[window]
+            part, _ = _look(model, images[window], truth, way, policy, views)
             _copy(classes, part.classes, row, column, 1)
             if levels is not None and part.levels is not None:
                 _copy(levels, part.levels, row, column, block)
@@ -158,7 +170,7 @@ class _Span(NamedTuple):
 
 
 def _spans(length: int, views: Views) -> Iterator[_Span]:
-    side = length if views.window is None else int(views.window / max(views.scales))
+    side = length if views.window is None else int(views.window / max(views.factors))
     if length <= side:
         yield _Span(0, length, 0, length)
         return
@@ -189,40 +201,56 @@ def _look(
     way: Way,
     policy: MaskPolicy | None,
     views: Views,
-) -> Prediction:
+) -> tuple[Prediction, Run]:
+    """What all looks together find, and the last one's pass."""
     if views.is_single:
-        return single(model.start(images, labels).follow(way, policy))
+        run = model.start(images, labels).follow(way, policy)
+        return single(run), run
     size, total, levels = (images.shape[2], images.shape[3]), None, None
-    common = _size(images, min(1.0, max(views.scales)))
-    for scale in views.scales:
-        scaled, truth = _scaled(images, labels, scale)
+    common = _size(images, min(1.0, max(views.factors)))
+    for scale in views.factors:
+        look, truth = scaled(images, labels, scale)
         for mirrored in (False, True)[: 1 + views.flip]:
-            shown = scaled.flip(3) if mirrored else scaled
-            run = model.start(shown, truth.flip(2) if mirrored and truth is not None else truth)
-            probabilities = run.follow(way, policy).logits().softmax(1)
+            shown = look.flip(3) if mirrored else look
+            target = truth.flip(2) if mirrored and truth is not None else truth
+            run = model.start(shown, target).follow(way, policy)
+            probabilities = run.logits().softmax(1)
             probabilities = probabilities.flip(3) if mirrored else probabilities
             if probabilities.shape[2:] != common:
                 probabilities = F.interpolate(probabilities, common, mode="bilinear", align_corners=False)
             total = probabilities if total is None else total.add_(probabilities)
-            if levels is None and run.mask is not None:  # of the first look
-                grid = block_shape(images, model.strides[-1])[1:]
-                cells = block_levels(run.mask, model.strides).float()[:, None]
-                levels = F.interpolate(cells, grid, mode="nearest")[:, 0].long()
+            if levels is None and run.mask is not None:
+                levels = block_levels(run.mask, model.strides)  # of the first look
     assert total is not None
-    return Prediction(total.max(1).indices if common == size else _enlarged(total, size), levels)
+    return at_size(total, levels, size, model.strides[-1]), run
 
 
-def _enlarged(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
-    """The classes of `[B, K, h, w]` at a larger size, bilinear, a strip of rows at a time: all pixels of all
-    classes would not fit into memory."""
-    rows, columns = (
-        (2 * torch.arange(length, device=probabilities.device) + 1) / length - 1 for length in size
-    )
+def at_size(scores: Tensor, levels: Tensor | None, size: tuple[int, int], block: int) -> Prediction:
+    """What was found in scaled images, at the size of the images themselves.
+
+    Args:
+        scores: logits or probabilities `[B, K, h, w]`; interpolated bilinearly.
+        levels: int64 `[B, hc, wc]`, None when dense; each block gets the nearest one's.
+        block: side of a block, px.
+    """
+    if levels is not None:
+        grid = [-(-length // block) for length in size]
+        levels = F.interpolate(levels[:, None].float(), grid, mode="nearest")[:, 0].long()
+    same = tuple(scores.shape[2:]) == size
+    return Prediction(scores.max(1).indices if same else _enlarged(scores, size), levels)
+
+
+def _enlarged(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """The classes of `[B, K, h, w]` at a larger size, bilinear. All pixels of all classes would not fit into
+    memory: on the CPU those are made where classes meet, elsewhere a strip of rows at a time."""
+    if scores.device.type == "cpu":
+        return upsample_classes(scores, size, 1, 1)
+    rows, columns = ((2 * torch.arange(length, device=scores.device) + 1) / length - 1 for length in size)
     strips = []
     for strip in rows.split(STRIP):
-        grid = torch.stack(torch.meshgrid(strip, columns, indexing="ij")[::-1], -1).to(probabilities)
-        grid = grid.expand(probabilities.shape[0], -1, -1, -1)
-        near = F.grid_sample(probabilities, grid, padding_mode="border", align_corners=False)
+        grid = torch.stack(torch.meshgrid(strip, columns, indexing="ij")[::-1], -1).to(scores)
+        grid = grid.expand(scores.shape[0], -1, -1, -1)
+        near = F.grid_sample(scores, grid, padding_mode="border", align_corners=False)
         strips.append(near.max(1).indices)
     return torch.cat(strips, 1)
 
@@ -232,16 +260,21 @@ def single(run: Run) -> Prediction:
     return Prediction(run.classes(), None if run.mask is None else run.levels)
 
 
-def _scaled(images: Tensor, labels: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+def scaled(images: Tensor, labels: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    """Images `[B, 3, H, W]` and labels at a scale, bilinear with antialiasing and nearest; at 1 as they are.
+
+    Raises:
+        ValueError: too small there.
+    """
     if scale == 1:
         return images, labels
     size = _size(images, scale)
     if min(size) < SMALLEST_SIDE:
         raise ValueError(f"images must be at least {SMALLEST_SIDE} px at a scale of {scale:g}")
-    scaled = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=scale < 1)
+    resized = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=scale < 1)
     if labels is None:
-        return scaled, None
-    return scaled, F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
+        return resized, None
+    return resized, F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
 
 
 def _size(images: Tensor, scale: float) -> tuple[int, int]:

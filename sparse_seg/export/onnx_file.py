@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from sparse_seg.checkpoint import digest_of
 from sparse_seg.errors import import_package
 from sparse_seg.export.static import StaticNetwork
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.version import __version__
 
 OPSET = 17  # tested with onnxruntime 1.20.1 (November 2024) to 1.32 and OpenVINO 2026.4
@@ -21,11 +21,11 @@ INSTALL = "pip install 'sparse_seg[export]'"
 
 
 def describe(
-    model: nn.Module, network: StaticNetwork, names: Sequence[str], colours: Sequence[Sequence[int]]
+    model: SelectiveNetwork, network: StaticNetwork, names: Sequence[str], colours: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
     """The file's metadata; with a digest of the weights, by which two files of one network know each
     other."""
-    options = network.options
+    options, card = network.options, model.card
     selective: dict[str, Any] = {"dense": options.dense}
     if options.dense is None:
         total = network.blocks[0] * network.blocks[1]
@@ -45,6 +45,7 @@ def describe(
         "mean": list(options.mean),
         "std": list(options.std),
         "size": list(options.size),
+        "frame": list(card.frame) if card and card.frame else None,
         "batch": options.batch,
         "input": options.input,
         "strides": list(network.strides),

@@ -31,7 +31,7 @@ class Runner:
         model: in eval mode, on its device.
         asked: `auto`, `torch`, `onnxruntime` or `openvino`.
         way: that all passes will follow.
-        logits: whether they will be asked for logits.
+        logits: whether they will be asked for logits; may change from pass to pass.
         refusal: why `auto` is to stay with PyTorch, if it is.
 
     Raises:
@@ -51,8 +51,8 @@ class Runner:
         self.torch = model.for_inference()
         self._auto = asked == AUTO
         self.policy = None if way.is_dense else model.policy_for(way)
-        self._seen, self._counts = Counter[torch.Size](), Counter[str]()
-        self._pays: dict[torch.Size, bool] = {}  # whether there is a graph for a size that came often
+        self._seen, self._counts = Counter[tuple[torch.Size, bool]](), Counter[str]()
+        self._pays: dict[tuple[torch.Size, bool], bool] = {}  # whether what came often has a graph
         self._fast: RuntimeSegmentor | None = None
         self._refusal = (refusal or (None if device == "cpu" else f"on {device}")) if self._auto else None
         if asked == TORCH or self._refusal:
@@ -104,18 +104,18 @@ class Runner:
 
     def _has_graph(self, images: Tensor) -> bool:
         """Whether images of this size get a graph, which is made now if it is not there."""
-        size = images.shape
-        self._seen[size] += 1
-        if size in self._pays:
-            return self._pays[size]
-        if self._seen[size] <= PATIENCE or len(self._pays) == SIZES or images[0, 0].numel() > PIXELS:
+        key = images.shape, self.logits
+        self._seen[key] += 1
+        if key in self._pays:
+            return self._pays[key]
+        if self._seen[key] <= PATIENCE or len(self._pays) == SIZES or images[0, 0].numel() > PIXELS:
             return False
         assert self._fast is not None
         try:
             self._fast.start(images).follow(self.way, self.policy).prepare(self.logits)
-            self._pays[size] = True
+            self._pays[key] = True
         except Exception as error:  # whatever exporter or runtime raise: PyTorch can do it
             first = next(iter(str(error).splitlines()), type(error).__name__)
             self._refusal = first if len(first) <= 200 else f"{first[:197]}..."
-            self._pays[size] = False
-        return self._pays[size]
+            self._pays[key] = False
+        return self._pays[key]

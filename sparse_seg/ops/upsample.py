@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MOST_VALUES = 2**26  # that are interpolated at once: 256 MB
+
 
 def upsample_logits(
     logits: Tensor,
@@ -65,19 +67,21 @@ def upsample_classes(
     mixed |= near != upper.index_select(2, columns.first)
     mixed |= near != upper.index_select(2, columns.second)
     result = near.index_select(2, columns.interval).index_select(1, rows.interval)
-    image, row, column = mixed.nonzero(as_tuple=True)  # N places, each with m x m pixels or fewer
     table = logits.permute(0, 2, 3, 1).reshape(-1, classes)
-    # `down` is [m, 1, N], `across` [m, N]: the share of the second cell, of two beside each other
-    mean = logits.new_zeros(classes, len(rows.pixels), len(columns.pixels), len(image))
-    down, across = rows.share.to(logits)[:, None, row], columns.share.to(logits)[:, column]
-    beside = (columns.first[column], 1 - across), (columns.second[column], across)
-    for cell_row, row_share in ((rows.first[row], 1 - down), (rows.second[row], down)):
-        start = (image * height + cell_row) * width
-        for cell_column, share in beside:
-            corner = table.index_select(0, start + cell_column).T.contiguous()
-            mean.addcmul_(corner[:, None, None], row_share * share)
-    pixels = (image * size[0] + rows.pixels[:, row])[:, None] * size[1] + columns.pixels[:, column]
-    result.view(-1)[pixels.view(-1)] = mean.max(0).indices.view(-1)
+    each = classes * len(rows.pixels) * len(columns.pixels)  # a place has m x m pixels or fewer
+    for places in mixed.nonzero().T.contiguous().split(max(1, MOST_VALUES // each), dim=1):
+        image, row, column = places  # [N] each
+        # `down` is [m, 1, N], `across` [m, N]: the share of the second cell, of two beside each other
+        mean = logits.new_zeros(classes, len(rows.pixels), len(columns.pixels), len(image))
+        down, across = rows.share.to(logits)[:, None, row], columns.share.to(logits)[:, column]
+        beside = (columns.first[column], 1 - across), (columns.second[column], across)
+        for cell_row, row_share in ((rows.first[row], 1 - down), (rows.second[row], down)):
+            start = (image * height + cell_row) * width
+            for cell_column, share in beside:
+                corner = table.index_select(0, start + cell_column).T.contiguous()
+                mean.addcmul_(corner[:, None, None], row_share * share)
+        pixels = (image * size[0] + rows.pixels[:, row])[:, None] * size[1] + columns.pixels[:, column]
+        result.view(-1)[pixels.view(-1)] = mean.max(0).indices.view(-1)
     return result
 
 
@@ -99,7 +103,7 @@ class _Axis(NamedTuple):
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # kept tensors must serve training, too
 def _axis(cells: int, length: int, stride: int, trained_stride: int, align_corners: bool) -> _Axis:
-    places = _places(torch.arange(length, device="cpu"), length, stride, trained_stride, align_corners)
+    places = _places(torch.arange(length, device="cpu"), cells, length, stride, trained_stride, align_corners)
     below = places.floor().long()
     cell, interval, count = below.unique(return_inverse=True, return_counts=True)
     pixels = (
@@ -124,7 +128,7 @@ def _interpolation_matrix(
     """`[ceil(length / every), cells]`: the share of each cell in each pixel, along one axis; kept where it is
     used, for a copy to a GPU waits for it."""
     pixels = (torch.arange(0, length, every, device="cpu") + every // 2).clamp_max(length - 1)
-    places = _places(pixels, length, stride, trained_stride, align_corners).clamp(0, cells - 1)
+    places = _places(pixels, cells, length, stride, trained_stride, align_corners).clamp(0, cells - 1)
     shares = (1 - (places[:, None] - torch.arange(cells, device="cpu")).abs()).clamp_min(0)
     return shares.to(device, dtype)
 
@@ -137,15 +141,17 @@ def axis_shares(
     """The two cells that each of `length` pixels of an axis lies between, int64 `[length]` each, and the
     share of the second, float64; as `upsample_logits` takes them."""
     pixels = torch.arange(length, device="cpu")
-    places = _places(pixels, length, stride, trained_stride, align_corners).clamp(0, cells - 1)
+    places = _places(pixels, cells, length, stride, trained_stride, align_corners).clamp(0, cells - 1)
     first = places.floor().long()
     second = (first + 1).clamp_max(cells - 1)
     return first.to(device), second.to(device), (places - first).to(device)
 
 
-def _places(pixels: Tensor, length: int, stride: int, trained_stride: int, align_corners: bool) -> Tensor:
+def _places(
+    pixels: Tensor, cells: int, length: int, stride: int, trained_stride: int, align_corners: bool
+) -> Tensor:
     """Where pixels int64 `[N]` of an axis lie among its cells, float64, the first cell at 0."""
-    trained_cells = -(-length // trained_stride)
+    trained_cells = cells if stride == trained_stride else -(-length // trained_stride)
     if align_corners:
         places = pixels.double() * ((trained_cells - 1) / max(length - 1, 1))
     else:

@@ -252,7 +252,8 @@ class Trainer:
         if self.processes.is_first:
             if is_best:
                 state: dict[str, Any] = {"iteration": self.iteration, "miou": metrics.miou}
-                save_best(self.work_dir, self.config, *content_of(model), **state)
+                frame = self.dataset.frame_size
+                save_best(self.work_dir, self.config, *content_of(model), frame=frame, **state)
             self.log.write(self.iteration, **logged(result, self.validation.classes))
         self.best, self.validated = max(self.best, metrics.miou), self.iteration
         self.console.validated(self.iteration, result, self.best)

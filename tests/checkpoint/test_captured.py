@@ -82,7 +82,12 @@ def test_the_way_back_is_the_modules_state_dict(saved: Path) -> None:
 
 def test_what_is_known_of_the_classes_is_in_the_file(tmp_path: Path) -> None:
     card = Card(
-        ("a", "b", "c"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)), (5, 6, 7), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+        ("a", "b", "c"),
+        ((1, 2, 3), (4, 5, 6), (7, 8, 9)),
+        (5, 6, 7),
+        (0.5, 0.5, 0.5),
+        (0.2, 0.2, 0.2),
+        frame=(360, 480),
     )
     save_model(network(card=card), tmp_path / "net.safetensors")
     found = load_model(tmp_path / "net.safetensors")

@@ -61,6 +61,30 @@ def test_a_checkpoint_alone_is_enough(config, weights, tmp_path):
         assert json.loads(file.metadata()["sparse_seg"])["weights"] == found.digest
 
 
+def test_the_training_frames_size_is_in_the_file_or_bounded_by_the_crop(config, weights, tmp_path):
+    path, twice = tmp_path / "a.safetensors", tuple(2 * side for side in config.data.crop)
+    for told, frame in (
+        ([360, 480], (360, 480)),
+        (None, None),
+        ([360], None),
+        ([360, 10**400], None),
+        ("a", None),
+    ):
+        save_checkpoint(path, config, weights, frame=told)
+        card = load_model(path).card
+        assert card is not None
+        assert (card.frame, card.at_most) == (frame, twice)
+    write_training(tmp_path / "old.pt", config, weights)
+    card = load_model(tmp_path / "old.pt").card
+    assert card is not None
+    assert (card.frame, card.at_most) == (None, twice)
+    for nothing in ({}, {"config": None}, {"config": {"data": {"crop": "256"}}}):
+        save(dataclasses.replace(load(path), training=nothing))
+        card = load_model(path).card
+        assert card is not None
+        assert (card.frame, card.at_most) == (None, None), "as of a converted file"
+
+
 @pytest.mark.parametrize("name", ["a.pt", "a.bin", "a"])
 def test_files_are_told_apart_by_content(name, config, weights, tmp_path):
     save_checkpoint(tmp_path / "new.safetensors", config, weights)

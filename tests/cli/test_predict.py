@@ -91,12 +91,42 @@ def test_a_large_photo_runs_through_windows_and_that_is_said(checkpoint, tmp_pat
     cv2.imwrite(str(tmp_path / "large.png"), np.zeros((300, 560, 3), np.uint8))
     shares = tmp_path / "s.json"
     arguments = ["predict", str(checkpoint), str(tmp_path / "large.png"), "--out", str(tmp_path / "out")]
+    arguments += ["--scales", "1"]
     for window, count in (("256", 2 * 4), ("0", 1), ("600", 1)):
         assert main([*arguments, "--window", window, "--json", str(shares)]) == 0
         said = capsys.readouterr().out
         assert ("large images in windows of 256 px, not exact near seams" in said) == (count > 1)
         (image,) = json.loads(shares.read_text())["images"].values()
         assert image["windows"] == count
+
+
+def test_photos_are_scaled_to_the_training_frames(checkpoint, tmp_path, capsys):
+    """As --scales asked for by hand does, which wins; frames of the trained size stay as they are."""
+    assert load(checkpoint).training["frame"] == [64, 96]
+    small = np.random.default_rng(1).integers(0, 256, (64, 96, 3), np.uint8)
+    frame, photo = tmp_path / "frame.png", tmp_path / "photo.png"
+    for file, factor in ((frame, 1), (photo, 8)):
+        cv2.imwrite(str(file), cv2.resize(small, None, fx=factor, fy=factor))
+
+    def ids(inputs: list[Path], *options: str, scales: list[float]) -> list[np.ndarray]:
+        arguments = ["predict", str(checkpoint), *map(str, inputs), "--out", str(tmp_path / "out"), *options]
+        assert main([*arguments, "--json", str(tmp_path / "s.json"), "--steps", "0", "0.5"]) == 0
+        scaled = "1 of 2 inputs scaled by 0.125 to the area of the training frames, 64x96 px; --scales 1: as"
+        assert (scaled in capsys.readouterr().out) == (not options)
+        said = json.loads((tmp_path / "s.json").read_text())["images"].values()
+        assert [image["scales"] for image in said] == [[scale] for scale in scales]
+        assert read_image(tmp_path / f"out/{inputs[-1].stem}_steps.png").shape[1] > 2 * 768
+        return [read_label(tmp_path / f"out/{file.stem}_ids.png") for file in inputs]
+
+    default = ids([frame, photo], scales=[1, 0.125])
+    as_they_are = ids([frame, photo], "--scales", "1", scales=[1, 1])
+    assert np.array_equal(default[0], as_they_are[0])
+    assert default[1].shape == (512, 768)
+    assert (default[1] != as_they_are[1]).mean() > 0.1
+    assert np.array_equal(default[1], ids([photo], "--scales", "0.125", scales=[0.125])[0])
+    found = sparse_seg.segment(checkpoint, photo)
+    assert np.array_equal(found.ids(), default[1])
+    assert repr(found).endswith("seen at 0.125)")
 
 
 def test_ids_only(checkpoint, photo, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_seg.checkpoint import load, save
 from sparse_seg.cli import main
 from sparse_seg.config import load_config
 from sparse_seg.data.reading import read_label
@@ -232,6 +234,22 @@ def test_the_previous_frames_uncertainty_chooses():
         assert sum(run.macs().values()) < sum(own.macs().values())
     small = model.start(images[0, ..., :48]).follow(None, policy)
     assert small.levels.shape == (1, 4, 3), "another size starts anew"
+
+
+def test_a_large_video_is_scaled_to_the_training_frames(checkpoint, video, tmp_path, capsys):
+    file = load(checkpoint)
+    save(replace(file, path=tmp_path / "small.safetensors", training={"frame": [45, 67]}))
+    arguments = ["predict", tmp_path / "small.safetensors", video, "--json", tmp_path / "s.json"]
+    for option, value, fine in (("--policy", "previous", 0.15), ("--fps", "0.01", 1), ("--fps", "1000", 0)):
+        out = tmp_path / f"out{value}"
+        assert main([*map(str, arguments), option, value, "--out", str(out)]) == 0
+        assert "1 of 1 inputs scaled by 0.701 to the area of the training frames" in capsys.readouterr().out
+        assert properties(out / "drive.mp4") == (FRAMES, RATE, SIZE)
+        (said,) = json.loads((tmp_path / "s.json").read_text())["images"].values()
+        assert said["scales"] == pytest.approx([0.7005], abs=1e-4)
+        assert said["fine_fraction"] == pytest.approx(fine, abs=0.1 if option == "--policy" else 0)
+    line = fails(capsys, *arguments, "--fps", "10", "--flip", "--out", tmp_path / "out", code=2)
+    assert "--fps: refines one look; leave out --flip" in line
 
 
 @pytest.mark.slow

@@ -112,6 +112,14 @@ def test_a_damaged_jpeg_among_images_is_named(tmp_path: Path) -> None:
         build_dataset("camvid", root, "train").check()
 
 
+def test_the_median_frame_is_known_after_the_check(tmp_path: Path) -> None:
+    sizes = [(300, 200), (48, 64), (64, 48), (64, 96), (200, 300)]
+    data = build_dataset("camvid", camvid(tmp_path, [np.zeros(size, np.uint8) for size in sizes]), "train")
+    assert data.frame_size is None
+    data.check()
+    assert data.frame_size == (64, 96), "by area, a frame that is there"
+
+
 def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
     root = camvid(tmp_path, [blocks([3, 4])] * 3)
     for folder in ("train", "trainannot"):

@@ -1,6 +1,7 @@
 """Windows that cover an image, and looks that are averaged."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from sparse_seg.evaluation.views import ONCE, Views, _spans, predict
 from sparse_seg.run.build import build_model
+from sparse_seg.run.card import Card
 from sparse_seg.run.way import Way
 from tests.reference import randomise
 
@@ -121,6 +123,36 @@ def test_a_policy_that_looks_back_gets_whole_images_in_order(model):
     levels(first, Views(256))
     levels(first, Views(flip=True))
     assert torch.equal(levels(second), own[1]), "windows and averages are not remembered"
+    half = Views(scales=(0.5,))
+    policy.remember(None)
+    levels(first, half)
+    assert not torch.equal(levels(second, half), levels(second, half, confidence)), "one look of any size is"
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale", "at_most"),
+    [
+        (360, 480, 1, 1),
+        (450, 600, 1, 1),  # near enough
+        (288, 384, 1, 1),
+        (3000, 4000, 0.12, 0.12),
+        (4000, 3000, 0.12, 0.12),
+        (1080, 1920, (172800 / 2073600) ** 0.5, (172800 / 2073600) ** 0.5),
+        (240, 320, 1.5, 1),
+        (90, 120, 2, 1),  # not by 4
+        (64, 200_000, 0.5, 0.5),  # no side below 32 px
+        (20, 200_000, 1, 1),
+    ],
+)
+def test_images_get_the_area_of_the_training_frames(height, width, scale, at_most):
+    known = (
+        Card.unnamed(3),
+        replace(Card.unnamed(3), frame=(360, 480)),
+        replace(Card.unnamed(3), at_most=(360, 480)),
+    )
+    assert [card.scale_for(height, width) for card in known] == pytest.approx([1, scale, at_most])
+    assert Views(scales=(0.5, 1)).at(0.1).factors == (0.5, 1), "what is asked for stays"
+    assert Views(flip=True).at(0.1) == Views(flip=True, scales=(0.1,))
 
 
 def test_what_cannot_be():

@@ -132,13 +132,15 @@ def test_command_line(tmp_path, capsys):
     from sparse_seg.training.checkpoint import save_checkpoint
 
     loaded = load_config(config)
-    save_checkpoint(tmp_path / "net.pt", loaded, build_model(loaded).state_dict())
+    save_checkpoint(tmp_path / "net.pt", loaded, build_model(loaded).state_dict(), frame=[256, 384])
     out = tmp_path / "net.onnx"
     arguments = ["export", str(config), str(tmp_path / "net.pt"), str(out), "--size", "64x96"]
     assert main([*arguments, "--fine-fraction", "0.2", "--policy", "confidence"]) == 0
-    assert "equal to the model in onnxruntime" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "equal to the model in onnxruntime" in said
+    assert "note: trained on frames of about 256x384 px; a --size near that suits it best" in said
     about = json.loads(onnx.load(out).metadata_props[0].value)
-    assert about["policy"] == "confidence"
+    assert (about["policy"], about["frame"]) == ("confidence", [256, 384])
     assert len(about["names"]) == len(about["colours"])
     assert main([*arguments, "--policy", "given", "--input", "uint8"]) == 0
     assert [one.name for one in onnx.load(out).graph.input] == ["images", "blocks"]

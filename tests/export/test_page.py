@@ -30,9 +30,9 @@ new MutationObserver(() => {
 NAMES = ["road", "car", "tree", "sky", "house"]
 
 
-def _picture(path: Path) -> None:
-    ramp = np.linspace(0, 255, 96, dtype=np.uint8)
-    cv2.imwrite(str(path), np.stack([np.tile(ramp, (64, 1))] * 3, 2))
+def _picture(path: Path, factor: int = 1) -> None:
+    ramp = np.linspace(0, 255, 96 * factor, dtype=np.uint8)
+    cv2.imwrite(str(path), np.stack([np.tile(ramp, (64 * factor, 1))] * 3, 2))
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
@@ -84,14 +84,17 @@ class _Server(http.server.SimpleHTTPRequestHandler):
 def test_run_onnx(tmp_path, kind):
     options = ExportOptions((64, 96), input=kind)
     export_onnx(kind_model("lite", "entropy"), tmp_path / "net.onnx", options, NAMES, check=False)
-    _picture(tmp_path / "street.png")
+    _picture(tmp_path / "street.png", 3)
     script = [sys.executable, str(EXAMPLES / "run_onnx.py"), "net.onnx", "street.png", "overlay.png"]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert any(name in done.stdout for name in NAMES)
+    assert done.stdout.endswith("; seen at 64x96 px\n")
     overlay = cv2.imread(str(tmp_path / "overlay.png"))
     assert overlay is not None
-    assert overlay.shape == (64, 96, 3)
+    assert overlay.shape == (192, 288, 3), "the picture's size"
+    ends = np.argwhere((overlay == 255).all(2)).max(0) + 1
+    assert (ends % 48 == 0).all(), "frames of fine blocks, three times as large"
     script[3] = "missing.png"
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -110,6 +110,16 @@ def test_classes_are_those_of_the_logits(
     assert torch.equal(upsample_classes(logits[:, :1], *rule), torch.zeros_like(expected)), "one class"
 
 
+def test_classes_at_any_size_a_few_places_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a whole grid, whose size no stride divides into that of the image."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 23, 31, dtype=torch.float64)
+    expected = F.interpolate(logits, (130, 301), mode="bilinear").argmax(1)
+    for values in (1, 2**12, 2**26):
+        monkeypatch.setattr("sparse_seg.ops.upsample.MOST_VALUES", values)
+        assert torch.equal(upsample_classes(logits, (130, 301), 1, 1), expected)
+
+
 def test_classes_in_float32_are_those_of_the_logits_but_where_two_are_equal() -> None:
     torch.manual_seed(0)
     logits = F.avg_pool2d(torch.randn(2, 11, 30, 40), 5, stride=1, padding=2)

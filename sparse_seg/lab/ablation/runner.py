@@ -166,7 +166,8 @@ class Ablation:
         model = load_model(self.checkpoint(network.source, seed), config).to(self.device)
         recalibrate_batch_norm(model, config, network.statistics)
         if self.processes.is_first:
-            save_checkpoint(self.checkpoint(name, seed), config, *content_of(model))
+            frame = None if model.card is None else model.card.frame
+            save_checkpoint(self.checkpoint(name, seed), config, *content_of(model), frame=frame)
 
     def evaluate(self, cell: Cell) -> None:
         """Measure a cell's accuracy and write its file."""

@@ -21,11 +21,9 @@ from sparse_seg.lab.report.overlays import (
     draw_blocks,
     draw_legend,
     draw_levels,
-    overlay,
     write_image,
 )
 from sparse_seg.run.card import Card
-from sparse_seg.run.refinement import refine
 
 
 def write_pictures(found: Segmentation, out: Path, ids_only: bool = False) -> None:
@@ -53,13 +51,14 @@ def write_levels(found: Segmentation, out: Path, strides: Sequence[int]) -> None
 def write_steps(segmenter: Segmenter, image: Image, out: Path, fractions: Sequence[float]) -> None:
     """Write `NAME_steps.png`, refinement to these rising fine fractions: a column per step, prediction above
     blocks; what a step changed is white."""
-    model, columns, before = segmenter.model, list[tuple[tuple[str, Image], ...]](), None
-    for fraction, step in zip(fractions, refine(model, segmenter.batch(image), fractions), strict=True):
-        label = step.logits[0].max(0).indices.cpu().numpy()
-        picture = overlay(image, label, segmenter.card.colours)
-        changed = np.zeros_like(label, bool) if before is None else label != before
-        picture[changed], before = 255, label
-        blocks = draw_levels(image, step.levels[0].cpu().numpy(), model.strides)
+    columns, before = list[tuple[tuple[str, Image], ...]](), None
+    for fraction, step in zip(fractions, segmenter.refine(image, fractions), strict=True):
+        found = segmenter.refined(image, step)
+        picture = found.overlay()
+        changed = np.zeros_like(found.classes, bool) if before is None else found.classes != before
+        picture[changed], before = 255, found.classes
+        assert found.levels is not None
+        blocks = draw_levels(image, found.levels, segmenter.model.strides)
         title = f"f={fraction:g}" + (f": {100 * changed.mean():.1f}% changed (white)" if columns else "")
         columns.append(((title, picture), ("", blocks)))
     write_image(f"{out}_steps.png", contact_sheet([[column[row] for column in columns] for row in (0, 1)]))

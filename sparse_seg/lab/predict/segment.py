@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ from sparse_seg.data.depth import find_depth
 from sparse_seg.data.reading import captured_stderr, read_image
 from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import DataError, import_package
-from sparse_seg.evaluation.views import ONCE, Prediction, Views, predict
+from sparse_seg.evaluation.views import ONCE, Prediction, Views, at_size, predict, scaled
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.segmentor import RuntimeSegmentor
 from sparse_seg.lab.report.overlays import overlay
 from sparse_seg.run.card import Card
 from sparse_seg.run.modes import eval_mode
-from sparse_seg.run.refinement import refine
+from sparse_seg.run.refinement import Refined, refine
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
+from sparse_seg.timing import now
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class Segmentation:
         levels: int64 `[ceil(H/s), ceil(W/s)]` for the coarsest stride s, 0 for that stride; None when dense.
         fine_blocks: bool, those at the finest stride; None when dense.
         block: side of a block, px.
+        scales: factors on the image's sides at which the network saw it.
     """
 
     image: Image
@@ -52,12 +55,14 @@ class Segmentation:
     fine_blocks: NDArray[np.bool_] | None
     block: int
     card: Card
+    scales: tuple[float, ...] = (1.0,)
 
     def __repr__(self) -> str:
         shares = [f"{name} {share:.0%}" for name, share in self.shares().items()]
         text = ", ".join(shares[:3]) + (f" and {len(shares) - 3} more" if len(shares) > 3 else "")
         blocks = "dense" if self.fine_blocks is None else f"{self.fine_blocks.mean():.0%} of the blocks fine"
-        return f"Segmentation({self.classes.shape[0]}x{self.classes.shape[1]} px: {text}; {blocks})"
+        seen = "" if self.scales == (1.0,) else f"; seen at {', '.join(f'{one:.3g}' for one in self.scales)}"
+        return f"Segmentation({self.classes.shape[0]}x{self.classes.shape[1]} px: {text}; {blocks}{seen})"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,7 +94,8 @@ class Segmenter:
 
     Args:
         model: on its device; its card gives mean, std and what the classes are.
-        views: whole or through windows, with or without test-time augmentation.
+        views: whole or through windows, with or without test-time augmentation. Where they name no scale, an
+            image is scaled to the size of the network's training frames, if they are known.
         runner: runs the network elsewhere: a `Runner`, or what `in_runtime` made of it.
     """
 
@@ -106,6 +112,7 @@ class Segmenter:
         else:
             self.policy = None if self.way.is_dense else (runner or model).policy_for(self.way)
         self.device = model.device
+        self._after = 0.0  # ms from the end of the last refinement to its result
         self.restart()
 
     def restart(self) -> None:
@@ -125,14 +132,20 @@ class Segmenter:
         """An image uint8 `[H, W, 3]` RGB as the network's input `[1, 3, H, W]`."""
         return normalise(image, self.card.mean, self.card.std)[None].to(self.device)
 
+    def views_of(self, image: Image) -> Views:
+        """How an image `[H, W, 3]` is looked at."""
+        return self.views.at(self.card.scale_for(*image.shape[:2]))
+
     def __call__(self, image: Image) -> Segmentation:
         """Raises a ValueError for an image of a wrong shape or dtype, or smaller than 32x32."""
         if image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image must be [H, W, 3] uint8 RGB, got {list(image.shape)} {image.dtype}")
         with eval_mode(self.model):
-            batch = self.batch(image)
-            found = predict(self.runner or self.model, batch, None, self.way, self.policy, self.views)
-        return self.result(image, found)
+            batch, views = self.batch(image), self.views_of(image)
+            if isinstance(self.runner, Runner):
+                self.runner.logits = not views.is_single
+            found = predict(self.runner or self.model, batch, None, self.way, self.policy, views)
+        return self._result(image, found, views.factors)
 
     def follow(self, image: Image, milliseconds: float | None = None) -> Segmentation:
         """The next frame of a video, whose policy may look back.
@@ -143,17 +156,36 @@ class Segmenter:
         if milliseconds is None:
             return self(image)
         with torch.inference_mode(), eval_mode(self.model):
-            model = self.runner.torch if isinstance(self.runner, Runner) else self.model
-            *_, last = refine(model, self.batch(image), milliseconds=milliseconds)
-        return self.result(image, Prediction(last.logits.max(1).indices, last.levels))
+            *_, last = self.refine(image, milliseconds=max(0.0, milliseconds - self._after))
+            start = now(self.device)
+            found = self.refined(image, last)
+            self._after = 1000 * (now(self.device) - start)
+        return found
 
-    def result(self, image: Image, found: Prediction) -> Segmentation:
-        """What was found in an image."""
+    def refine(
+        self, image: Image, fractions: Sequence[float] | None = None, milliseconds: float | None = None
+    ) -> Iterator[Refined]:
+        """Refine the coarse prediction of an image, whole and at the first of the views' scales; see
+        `Segmentor.refine`. `refined` makes a segmentation of a step."""
+        start = now(self.device)
+        model = self.runner.torch if isinstance(self.runner, Runner) else self.model
+        images, _ = scaled(self.batch(image), None, self.views_of(image).factors[0])
+        if milliseconds is not None:
+            milliseconds = max(0.0, milliseconds - 1000 * (now(self.device) - start))
+        return refine(model, images, fractions, milliseconds)
+
+    def refined(self, image: Image, step: Refined) -> Segmentation:
+        """A step of `refine`, at the image's size."""
+        height, width = image.shape[:2]
+        found = at_size(step.logits, step.levels, (height, width), self.model.strides[-1])
+        return self._result(image, found, self.views_of(image).factors[:1])
+
+    def _result(self, image: Image, found: Prediction, scales: tuple[float, ...]) -> Segmentation:
         strides = self.model.strides
         levels = None if found.levels is None else found.levels[0].cpu().numpy()
         fine = None if levels is None else levels == len(strides) - 1
         classes = found.classes[0].cpu().numpy().astype(np.uint8)
-        return Segmentation(image, classes, levels, fine, strides[-1], self.card)
+        return Segmentation(image, classes, levels, fine, strides[-1], self.card, scales)
 
 
 def segment(
@@ -171,7 +203,9 @@ def segment(
         image: a photo's path or the photo as Pillow opens it, turned upright as its EXIF orientation says; or
             uint8 `[H, W, 3]` RGB.
         way: how to run; by default selective under the model's own policy.
-        views: whole or through windows, with or without test-time augmentation.
+        views: whole or through windows, with or without test-time augmentation. Where they name no scale, the
+            image is scaled to the size of the network's training frames, if its file tells them;
+            `Views(scales=(1,))` takes it as it is. What is found has the image's own size.
         bits: of a file with 16 bits per channel, how many are used; None: 12 where no value is above 4095,
             else 16, and a warning is logged. For several pictures of a camera, set it.
 

@@ -52,7 +52,8 @@ def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoO
         out: folder and `NAME`.
 
     Returns:
-        `frames`, mean `shares` and `fine_fraction`, and `milliseconds`: the median time in the network.
+        `frames`, mean `shares` and `fine_fraction`, `scales` of a frame's sides at which the network saw it,
+        and `milliseconds`: the median time in the network, with scaling.
 
     Raises:
         DataError: it cannot be opened, is damaged (what could be read is written), has no frame, or no
@@ -61,7 +62,7 @@ def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoO
         OSError: a file cannot be written.
     """
     segmenter.restart()
-    times, fine, totals = list[float](), list[float](), dict[str, float]()
+    times, fine, totals, scales = list[float](), list[float](), dict[str, float](), list[float]()
     with _opened(source) as (frames, rate, count), _writers(out, options, rate) as write:
         spent = 0.0  # outside of the network, on the frame before
         try:
@@ -71,6 +72,7 @@ def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoO
                 found = segmenter.follow(image, budget)
                 end = now(segmenter.device)
                 write(found, len(times))
+                scales = list(found.scales)
                 times.append(1000 * (end - start))
                 spent = now(segmenter.device) - end
                 fine += [] if found.fine_blocks is None else [float(found.fine_blocks.mean())]
@@ -89,6 +91,7 @@ def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoO
         "frames": len(times),
         "shares": {name: total / len(times) for name, total in totals.items()},
         "fine_fraction": statistics.mean(fine) if fine else None,
+        "scales": scales,
         "milliseconds": statistics.median(times),
     }
 
