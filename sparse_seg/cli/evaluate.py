@@ -154,7 +154,7 @@ def _evaluate(config: Config, args: argparse.Namespace, processes: Processes, de
     dataset.check(args.limit)
     way, looks = Way(args.dense), views(args)
     refusal = "processes share the images" if processes.count > 1 else None  # results must not depend on it
-    runner = Runner(model, args.runtime, way, not looks.is_single, refusal)
+    runner = Runner(model, args.runtime, way, refusal)
     result = evaluate(model, dataset, config.data, way, args.limit, True, looks, processes, runner)
     if not processes.is_first:
         return

@@ -149,8 +149,7 @@ def run(args: argparse.Namespace) -> int:
     outputs.check(sources, input_files(config_file, config, checkpoint))
     model = build_network(load(checkpoint), config).to(args.device)
     way, looks = Way(args.dense, args.policy, args.fine_fraction), views(args)
-    refusal = "--fps refines" if args.fps else None
-    runner = Runner(model, args.runtime, way, not looks.is_single, refusal)
+    runner = Runner(model, args.runtime, way, "--fps refines" if args.fps else None)
     segmenter = Segmenter(model, way, looks, runner)
     check_legend(segmenter.card, args.out)
     told = config.data.bits if config is not None and args.bits is None else args.bits
@@ -161,8 +160,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"warning: {depth.note}", file=sys.stderr)
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    for source in bar(sources, "predict", len(sources), len(sources) > 1):
+    for number, source in enumerate(bar(sources, "predict", len(sources), len(sources) > 1)):
         try:
+            segmenter.restart(len(sources) - number if looks.is_single else None)
             outputs.check_names(source)
             results[str(source)] = _predict(segmenter, source, args, depth.bits)
         except DataError as error:
@@ -179,6 +179,8 @@ def run(args: argparse.Namespace) -> int:
     if any(result.get("windows", 1) > 1 for result in results.values()):
         print(f"large images in windows of {args.window} px, not exact near seams; --window 0: whole")
     print(runner.report())
+    if segmenter.frames:
+        print(f"{segmenter.frames / segmenter.seconds:.1f} frames/s in the network")
     print(f"{len(results)} images segmented" + (f"; pictures in {args.out}" if results else ""))
     return 1 if failed else 0
 

@@ -6,6 +6,8 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.refinement import refine
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
+from sparse_seg.timing import now
 
 _LOG = logging.getLogger(__name__)
 
@@ -90,7 +93,11 @@ class Segmenter:
     Args:
         model: on its device; its card gives mean, std and what the classes are.
         views: whole or through windows, with or without test-time augmentation.
-        runner: runs the network elsewhere: a `Runner`, or what `in_runtime` made of it.
+        runner: runs the network elsewhere: what `in_runtime` made of it.
+
+    Attributes:
+        frames, seconds: how many images went through the network, and how long they took there; what making
+            graphs took is left out.
     """
 
     def __init__(
@@ -101,17 +108,17 @@ class Segmenter:
         runner: Runner | RuntimeSegmentor | None = None,
     ) -> None:
         self.model, self.way, self.views, self.runner = model, way or Way(), views, runner
-        if isinstance(runner, Runner):
-            self.policy = runner.policy
-        else:
-            self.policy = None if self.way.is_dense else (runner or model).policy_for(self.way)
-        self.device = model.device
+        self.policy = None if self.way.is_dense else (runner or model).policy_for(self.way)
+        self.device, self.frames, self.seconds = model.device, 0, 0.0
         self.restart()
 
-    def restart(self) -> None:
-        """What follows is another video: a policy that looks back forgets the last one."""
+    def restart(self, frames: int | None = None) -> None:
+        """What follows is another video, of so many frames if that is known: a policy that looks back forgets
+        the last one."""
         if self.policy is not None:
             self.policy.remember(None)
+        if isinstance(self.runner, Runner):
+            self.runner.expect(frames)
 
     @functools.cached_property
     def card(self) -> Card:
@@ -129,8 +136,8 @@ class Segmenter:
         """Raises a ValueError for an image of a wrong shape or dtype, or smaller than 32x32."""
         if image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image must be [H, W, 3] uint8 RGB, got {list(image.shape)} {image.dtype}")
-        with eval_mode(self.model):
-            batch = self.batch(image)
+        batch = self.batch(image)
+        with eval_mode(self.model), self._timed():
             found = predict(self.runner or self.model, batch, None, self.way, self.policy, self.views)
         return self.result(image, found)
 
@@ -142,10 +149,18 @@ class Segmenter:
         """
         if milliseconds is None:
             return self(image)
-        with torch.inference_mode(), eval_mode(self.model):
-            model = self.runner.torch if isinstance(self.runner, Runner) else self.model
+        model = self.runner.torch if isinstance(self.runner, Runner) else self.model
+        with torch.inference_mode(), eval_mode(self.model), self._timed():
             *_, last = refine(model, self.batch(image), milliseconds=milliseconds)
         return self.result(image, Prediction(last.logits.max(1).indices, last.levels))
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        making = self.runner.seconds if self.runner else 0.0
+        start = now(self.device)
+        yield
+        self.seconds += now(self.device) - start - ((self.runner.seconds - making) if self.runner else 0.0)
+        self.frames += 1
 
     def result(self, image: Image, found: Prediction) -> Segmentation:
         """What was found in an image."""
@@ -157,7 +172,7 @@ class Segmenter:
 
 
 def segment(
-    model: Segmentor | RuntimeSegmentor | nn.Module | str | Path,
+    model: Segmentor | RuntimeSegmentor | Runner | nn.Module | str | Path,
     image: str | Path | Image | Any,
     way: Way | None = None,
     views: Views = ONCE,
@@ -182,17 +197,17 @@ def segment(
             32x32.
     """
     network, pixels = _network(model), _pixels(image, bits)
-    if isinstance(network, RuntimeSegmentor):
+    if isinstance(network, RuntimeSegmentor | Runner):
         return Segmenter(network.model, way, views, network)(pixels)
     return Segmenter(network, way, views)(pixels)
 
 
-def _network(model: Any) -> Segmentor | RuntimeSegmentor:
+def _network(model: Any) -> Segmentor | RuntimeSegmentor | Runner:
     """The network that is given, loaded or in a wrapper: for several GPUs, of averages, of torch.compile."""
     if isinstance(model, str | os.PathLike):
         return load_model(model if isinstance(model, str) else Path(model))
     inner = model
-    while not isinstance(inner, Segmentor | RuntimeSegmentor):
+    while not isinstance(inner, Segmentor | RuntimeSegmentor | Runner):
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(inner, nn.Module):
             raise ValueError(
