@@ -28,7 +28,7 @@ from sparse_seg.checkpoint.content import (
 )
 from sparse_seg.checkpoint.file import save
 from sparse_seg.config import ModelConfig, check_model
-from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
+from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError, first_line
 from sparse_seg.graph import Geometry
 from sparse_seg.graph.file import check_tensors
 from sparse_seg.ops import Graph
@@ -42,6 +42,7 @@ from sparse_seg.run.weights import check_finite, check_shapes, load_weights, met
 from sparse_seg.sites import Grid
 
 MOST_PIXELS = 2**20  # of a graph that is checked on the CPU
+
 
 def save_model(network: SelectiveNetwork, path: str | Path, card: Card | None = None) -> None:
     """Write a network as a checkpoint, which loads without the code that defined it.
@@ -196,8 +197,7 @@ def captured_network(
     except SparseSegError:
         raise
     except Exception as error:  # a graph that cannot be fails in many ways
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{path} is damaged: its graph cannot be: {first}") from None
+        raise CheckpointError(f"{path} is damaged: its graph cannot be: {first_line(error)}") from None
     check_finite(own | constants, path)
     load_policy(network, checkpoint)
     return network.eval()

@@ -2,8 +2,8 @@
 
 The network runs selective, with the config's mask policy, unless --dense names an output stride. With
 --compare, the same weights run dense at each of model.strides, and selective with each of --policies at each
-of the given fine fractions; the table then has multiply-adds and milliseconds too, all in one --runtime (auto:
-onnxruntime on the CPU, if it can run all rows). A policy may have options:
+of the given fine fractions; the table then has multiply-adds and milliseconds too, all of one runtime (auto:
+onnxruntime on the CPU, if it can run every row). A policy may have options:
 edge:cad, confidence:entropy,max,neighbours. Bounds for other masks are oracle (label boundaries),
 oracle:change (what the dense network changes) and oracle:gain (where it is right and the coarse one wrong);
 neither multiply-adds nor time of the last two's dense passes are counted.
@@ -194,10 +194,10 @@ def compare_and_report(
     check_outputs(_written(json_path, report_path), dataset.files())
     dataset.check(limit)
     ways = comparison_ways(model, policies, fractions, exchanges, merges)
-    fast, reason = comparison_runtime(model, dataset, ways, runtime)
+    fast, reason = comparison_runtime(model, dataset, config.data, ways, runtime)
     origin, rows = provenance() | {"runtime": fast.runtime if fast else TORCH}, list[dict[str, Any]]()
     subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, list(model.strides)]
-    subject += filter(None, [config.data.bits, fast and fast.runtime])
+    subject += filter(None, [config.data.bits, fast.runtime if fast else None])
     digest = hashlib.blake2b(loaded.path.read_bytes() + json.dumps(subject).encode(), digest_size=16)
     origin["subject"] = digest.hexdigest()
     if resume:
@@ -249,6 +249,7 @@ def _earlier(path: str | Path | None, subject: str) -> dict[str, Any]:
         raise ConfigError(f"{path} holds no comparison to resume; remove it or name another file") from None
     if earlier != subject:
         raise ConfigError(
-            f"{path} holds rows of other weights, images, strides or another runtime; name another --json file"
+            f"{path} holds rows of other weights, images or strides, or of another runtime; name another "
+            "--json file"
         )
     return {"rows": rows, "commits": commits}

@@ -90,8 +90,8 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         choices=CHOICES,
         default=AUTO,
         help="what runs the network; all give the same classes but for ties. auto: torch, and on the CPU "
-        "onnxruntime where that takes less time in all: its graph takes a second or more to make, and is kept "
-        f"for the next run; images of over {PIXELS / 2**20:g} megapixels stay in torch (default: auto)",
+        "onnxruntime where that takes less time in all: its graph takes a second or more to make, but is "
+        f"kept for the next run; images of over {PIXELS / 2**20:g} megapixels stay in torch (default: auto)",
     )
 
 

@@ -160,9 +160,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"warning: {depth.note}", file=sys.stderr)
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    for number, source in enumerate(bar(sources, "predict", len(sources), len(sources) > 1)):
+    for index, source in enumerate(bar(sources, "predict", len(sources), len(sources) > 1)):
         try:
-            segmenter.restart(len(sources) - number if looks.is_single else None)
+            runner.expect(len(sources) - index if looks.is_single else None)
             outputs.check_names(source)
             results[str(source)] = _predict(segmenter, source, args, depth.bits)
         except DataError as error:
@@ -180,7 +180,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"large images in windows of {args.window} px, not exact near seams; --window 0: whole")
     print(runner.report())
     if segmenter.frames:
-        print(f"{segmenter.frames / segmenter.seconds:.1f} frames/s in the network")
+        dense, stride = segmenter.dense_seconds(), model.strides[0]
+        beside = "" if dense is None else f"; dense OS{stride}: {1 / dense:.1f}"
+        print(f"{segmenter.frames / segmenter.seconds:.1f} frames/s in the network{beside}")
     print(f"{len(results)} images segmented" + (f"; pictures in {args.out}" if results else ""))
     return 1 if failed else 0
 

@@ -1,4 +1,4 @@
-"""Where passes run: PyTorch, another runtime, or whichever is faster for the images that are still to come."""
+"""Where passes run: in PyTorch, in another runtime, or where it takes less time in all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.errors import SparseSegError
+from sparse_seg.errors import SparseSegError, first_line
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.export.segmentor import RuntimeRun, RuntimeSegmentor
@@ -26,8 +26,8 @@ TORCH, AUTO = "torch", "auto"
 CHOICES = (AUTO, TORCH, *RUNTIMES)
 SIZES = 4  # that get graphs
 PIXELS = 2**21  # of the largest images that get one: a runtime keeps all memory that it ever needed
-# What `auto` reckons with; camvid-slim at 360x480, one thread of an AMD EPYC: a graph takes 1.35 s to make, and
-# an image 33 ms in onnxruntime in place of 52
+# What `auto` reckons with. camvid-slim at 360x480, one thread of an AMD EPYC: a graph takes 1.35 s to make,
+# and an image 33 ms in onnxruntime in place of 52
 SAVED = 0.25  # of PyTorch's time for an image, by a graph
 NODE_SECONDS = 0.011  # to make a graph, for each node of the network, and
 RUNS = 4  # as long as so many runs in PyTorch
@@ -70,13 +70,13 @@ class _Case:
 
 
 class Runner(Predicting):
-    """Starts a model's passes in one runtime; what it starts has `follow`, `take`, `classes`, `logits`, `mask`.
+    """Starts a model's passes; what it starts has `follow`, `take`, `classes`, `logits` and `mask`.
 
-    `auto`, on the CPU: images of one size, run one way, get a graph in onnxruntime if one is on disk, or if it
-    will save more time than it takes to make. What it will save follows from the time of an image in PyTorch,
-    which is measured, and from how many are still to come (`expect`); where nobody says how many, as many as
-    have been. At most `SIZES` graphs are made so, for images of up to `PIXELS`. All else runs in PyTorch, and
-    so does what no graph can run.
+    `auto`, on the CPU: images of one size, run one way, get a graph in onnxruntime if one is on disk, or if
+    it will save more time than it takes to make. What it will save follows from the time of an image in
+    PyTorch, which is measured, and from how many are still to come (`expect`); where nobody says how many, as
+    many as have been. At most `SIZES` graphs are made so, for images of up to `PIXELS`. All else runs in
+    PyTorch, and so does what no graph can run.
 
     Args:
         model: in eval mode, on its device.
@@ -84,6 +84,9 @@ class Runner(Predicting):
         way: that all passes will follow, if it is known: then what cannot run so is told at once.
         refusal: why `auto` is to stay with PyTorch, if it is.
         threads: of another runtime; None: as many as PyTorch uses.
+
+    Attributes:
+        last: where the last pass ran.
 
     Raises:
         SparseSegError: what is asked for is not installed, or cannot run this way.
@@ -105,6 +108,7 @@ class Runner(Predicting):
         device = model.device.type
         self._refusal = (refusal or (None if device == "cpu" else f"on {device}")) if self._auto else None
         self.fast: RuntimeSegmentor | None = None
+        self.last: RuntimeSegmentor | SelectiveNetwork = model
         if asked == TORCH or self._refusal:
             return
         try:
@@ -155,9 +159,13 @@ class Runner(Predicting):
         if self.fast is not None and self._auto:
             check_images(images)
             return _Run(self, images, labels)
-        name = TORCH if self.fast is None else self.fast.runtime
-        self._counts[name] += 1
-        return (self.fast or self.torch).start(images, labels)
+        return self._counted(self.fast or self.torch).start(images, labels)
+
+    def _counted(self, place: RuntimeSegmentor | SelectiveNetwork) -> RuntimeSegmentor | SelectiveNetwork:
+        """Count a pass at a place. Returns the place."""
+        self.last = place
+        self._counts[place.runtime if isinstance(place, RuntimeSegmentor) else TORCH] += 1
+        return place
 
     def report(self) -> str:
         """One line: what ran where, why not elsewhere, and what graphs took."""
@@ -191,10 +199,9 @@ class Runner(Predicting):
             if case.is_fast is None:
                 self._decide(case, run, logits)
             if case.is_fast:
-                self._counts[self.fast.runtime] += 1
+                self._counted(self.fast)
                 return run, case
-        self._counts[TORCH] += 1
-        return ask(self.torch.start(images, labels)), case
+        return ask(self._counted(self.torch).start(images, labels)), case
 
     def _decide(self, case: _Case, run: RuntimeRun, logits: bool) -> None:
         """Whether a case gets a graph, which is then made; it may stay open."""
@@ -206,8 +213,7 @@ class Runner(Predicting):
                 run.prepare(logits)
                 case.is_fast = True
         except Exception as error:  # whatever exporter or runtime raise: PyTorch can do it
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            self._refusal = first if len(first) <= 200 else f"{first[:197]}..."
+            self._refusal = first_line(error)
             case.is_fast = False
 
     def _pays(self, case: _Case, images: Tensor) -> bool:

@@ -15,17 +15,17 @@ from torch import Tensor
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
-from sparse_seg.errors import ConfigError, SparseSegError
+from sparse_seg.data.transforms import normalise
+from sparse_seg.errors import ConfigError, SparseSegError, first_line
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.evaluation.metrics import SegmentationMetrics
 from sparse_seg.export.runner import AUTO, PIXELS, TORCH
 from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.export.segmentor import GRAPHS, RuntimeSegmentor
-from sparse_seg.masks import MaskPolicy
+from sparse_seg.masks import MaskPolicy, block_shape
 from sparse_seg.progress import bar
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
-from sparse_seg.sites import grid_size
 from sparse_seg.timing import now
 
 
@@ -61,9 +61,10 @@ def comparison_ways(
 
 
 def comparison_runtime(
-    model: SelectiveNetwork, dataset: SegmentationDataset, ways: Sequence[Way], asked: str
+    model: SelectiveNetwork, dataset: SegmentationDataset, data: DataConfig, ways: Sequence[Way], asked: str
 ) -> tuple[RuntimeSegmentor | None, str]:
-    """What runs all ways, None for PyTorch; and why nothing else, if that is to be said.
+    """What runs all ways, with its graphs for the first image, or None for PyTorch; and why nothing else, if
+    that is to be said.
 
     Args:
         asked: `torch`, a runtime, or `auto`: onnxruntime, on the CPU, if it can run all ways, and images have
@@ -75,35 +76,39 @@ def comparison_runtime(
     if asked == TORCH:
         return None, ""
     try:
-        fast = RuntimeSegmentor(
-            model, RUNTIMES[0] if asked == AUTO else asked, most=max(GRAPHS, len(ways))
-        )
-        indices = {0, len(dataset) // 2, len(dataset) - 1} if asked == AUTO else {0}
-        sizes = sorted({dataset.load(index)[0].shape[:2] for index in indices})
-        if asked == AUTO and model.device.type != "cpu":
-            raise SparseSegError(f"on {model.device.type}")
-        if asked == AUTO and (len(sizes) > 1 or math.prod(sizes[0]) > PIXELS):
-            raise SparseSegError("images are large, or of several sizes, each of which needs its graphs")
+        if asked == AUTO:
+            _check_auto(model, dataset)
+        fast = RuntimeSegmentor(model, RUNTIMES[0] if asked == AUTO else asked, most=max(GRAPHS, len(ways)))
+        image = normalise(dataset.load(0)[0], data.mean, data.std)[None].to(model.device)
         for way in ways:
-            _check_way(fast, way, sizes[0])
-    except SparseSegError as error:
+            _prepare(fast, way, image)
+    except Exception as error:  # whatever exporter or runtime raise: PyTorch can do it
         if asked != AUTO:
             raise
-        return None, str(error)
+        return None, first_line(error)
     return fast, ""
 
 
-def _check_way(fast: RuntimeSegmentor, way: Way, size: Sequence[int]) -> None:
-    """Raises a SparseSegError for a way that no graph can run; bounds get their blocks from PyTorch."""
+def _check_auto(model: SelectiveNetwork, dataset: SegmentationDataset) -> None:
+    if model.device.type != "cpu":
+        raise SparseSegError(f"on {model.device.type}")
+    sizes = {dataset.load(index)[0].shape[:2] for index in (0, len(dataset) // 2, len(dataset) - 1)}
+    if len(sizes) > 1 or math.prod(next(iter(sizes))) > PIXELS:
+        raise SparseSegError("images are large, or of several sizes, each of which needs its graphs")
+
+
+def _prepare(fast: RuntimeSegmentor, way: Way, image: Tensor) -> None:
+    """Make the graph of a way; bounds get their blocks from PyTorch. Raises a SparseSegError where none can
+    run it."""
     policy = fast.policy_for(way)
     try:
-        blocks = math.prod(grid_size((size[0], size[1]), fast.strides[-1]))
-        if way.fine_fraction is not None and round(way.fine_fraction * blocks) == 0:
-            raise SparseSegError(f"no graph without a fine block, and this gives none of {blocks}")
-        if policy is not None and policy.is_bound:
-            fast.check_sites(way)
-        else:
-            fast.check(way, policy)
+        if policy is None or not policy.is_bound:
+            fast.start(image).follow(way, policy).prepare(logits=False)
+            return
+        fast.check_sites(way)
+        blocks = math.prod(block_shape(image, fast.strides[-1]))
+        if round((policy.fine_fraction or 0) * blocks) == 0:
+            raise SparseSegError(f"a graph needs a fine block, and this gives none of {blocks}")
     except SparseSegError as error:
         raise SparseSegError(f"{way.name}: {error}") from None
 

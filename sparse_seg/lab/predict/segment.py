@@ -34,6 +34,7 @@ from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 from sparse_seg.timing import now
 
+MANY = 100  # images, beside which three dense runs are few
 _LOG = logging.getLogger(__name__)
 
 
@@ -110,6 +111,7 @@ class Segmenter:
         self.model, self.way, self.views, self.runner = model, way or Way(), views, runner
         self.policy = None if self.way.is_dense else (runner or model).policy_for(self.way)
         self.device, self.frames, self.seconds = model.device, 0, 0.0
+        self._last: Image | None = None
         self.restart()
 
     def restart(self, frames: int | None = None) -> None:
@@ -136,7 +138,7 @@ class Segmenter:
         """Raises a ValueError for an image of a wrong shape or dtype, or smaller than 32x32."""
         if image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image must be [H, W, 3] uint8 RGB, got {list(image.shape)} {image.dtype}")
-        batch = self.batch(image)
+        self._last, batch = image, self.batch(image)
         with eval_mode(self.model), self._timed():
             found = predict(self.runner or self.model, batch, None, self.way, self.policy, self.views)
         return self.result(image, found)
@@ -154,12 +156,37 @@ class Segmenter:
             *_, last = refine(model, self.batch(image), milliseconds=milliseconds)
         return self.result(image, Prediction(last.logits.max(1).indices, last.levels))
 
+    def dense_seconds(self) -> float | None:
+        """What the dense network at the finest stride takes for the last image, where that ran.
+
+        None where that is not measured: the way is dense, the image was not seen whole and once, so few
+        images ran that three more count, or a graph would have to be made.
+        """
+        image = self._last
+        if image is None or self.way.is_dense or not self.views.is_single or self.frames < MANY:
+            return None
+        if self.views.count_windows(*image.shape[:2]) > 1:
+            return None
+        place: Any = self.runner.last if isinstance(self.runner, Runner) else self.runner or self.model
+        batch, way, times = self.batch(image), Way.dense(self.model.strides[0]), list[float]()
+        if isinstance(place, RuntimeSegmentor) and not place.find(
+            place.start(batch).follow(way).options(False)
+        ):
+            return None
+        with torch.inference_mode(), eval_mode(self.model):
+            for _ in range(3):
+                start = now(self.device)
+                place.start(batch).follow(way).classes()
+                times.append(now(self.device) - start)
+        return min(times)
+
     @contextmanager
     def _timed(self) -> Iterator[None]:
         making = self.runner.seconds if self.runner else 0.0
         start = now(self.device)
         yield
-        self.seconds += now(self.device) - start - ((self.runner.seconds - making) if self.runner else 0.0)
+        self.seconds += now(self.device) - start
+        self.seconds -= self.runner.seconds - making if self.runner else 0.0
         self.frames += 1
 
     def result(self, image: Image, found: Prediction) -> Segmentation:
