@@ -29,7 +29,7 @@ PIXELS = 2**21  # of the largest images that get one: a runtime keeps all memory
 # What `auto` reckons with. camvid-slim at 360x480, one thread of an AMD EPYC: a graph takes 1.35 s to make,
 # and an image 33 ms in onnxruntime in place of 52
 SAVED = 0.25  # of PyTorch's time for an image, by a graph
-NODE_SECONDS = 0.011  # to make a graph, for each node of the network, and
+NODE_SECONDS = 0.016  # to make a graph, for each node of the network, and
 RUNS = 4  # as long as so many runs in PyTorch
 
 
