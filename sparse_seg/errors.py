@@ -94,6 +94,12 @@ def choose_one(value: object, valid: Iterable[object]) -> str:
     return f"{shown(value)}{f'{near} Choose' if near else '; choose'} one of {', '.join(names)}"
 
 
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message, in a message of ours; its type, where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def shown(value: object) -> str:
     """A value in a message: its `repr` on one line, cut short."""
     try:

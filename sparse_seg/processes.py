@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_seg.errors import SparseSegError, TrainingError
+from sparse_seg.errors import SparseSegError, TrainingError, first_line
 
 TIMEOUT = timedelta(minutes=30)  # of a process that waits for the others
 PATIENCE = 5.0  # seconds in which the first process says what happened, before another one does
@@ -225,11 +225,7 @@ def _join(backend: str, settings: dict[str, Any]) -> None:
     except RuntimeError as error:
         name = f"{backend.upper()}_SOCKET_IFNAME"
         hint = f"; {name}={os.environ[name]} must be this machine's interface" if name in os.environ else ""
-        raise TrainingError(f"cannot join the processes of this job: {_first_line(error)}{hint}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise TrainingError(f"cannot join the processes of this job: {first_line(error)}{hint}") from None
 
 
 def _leave() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 
@@ -11,6 +12,8 @@ from hypothesis import settings
 
 settings.register_profile("steady", derandomize=True, deadline=None, database=None)
 settings.load_profile("steady")
+
+os.environ["SPARSE_SEG_CACHE"] = "off"  # no test leaves graphs to the next one, nor to who runs the tests
 
 torch.set_num_threads(1)  # tensors are tiny: more threads only wait for each other, many times slower
 

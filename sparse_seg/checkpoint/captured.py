@@ -7,6 +7,7 @@ graph says is checked before anything is built of it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from sparse_seg.checkpoint.content import (
 )
 from sparse_seg.checkpoint.file import save
 from sparse_seg.config import ModelConfig, check_model
-from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
+from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError, first_line
 from sparse_seg.graph import Geometry
 from sparse_seg.graph.file import check_tensors
 from sparse_seg.ops import Graph
@@ -39,6 +40,8 @@ from sparse_seg.run.selective import build_network
 from sparse_seg.run.values import Run
 from sparse_seg.run.weights import check_finite, check_shapes, load_weights, meta_module, part_of
 from sparse_seg.sites import Grid
+
+MOST_PIXELS = 2**20  # of a graph that is checked on the CPU
 
 
 def save_model(network: SelectiveNetwork, path: str | Path, card: Card | None = None) -> None:
@@ -195,8 +198,7 @@ def captured_network(
     except SparseSegError:
         raise
     except Exception as error:  # a graph that cannot be fails in many ways
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{path} is damaged: its graph cannot be: {first}") from None
+        raise CheckpointError(f"{path} is damaged: its graph cannot be: {first_line(error)}") from None
     check_finite(own | constants, path)
     load_policy(network, checkpoint)
     return network.eval()
@@ -228,7 +230,10 @@ def load_policy(network: SelectiveNetwork, checkpoint: Checkpoint) -> None:
 
 
 def _check(captured: Captured, own: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
-    """Run a graph on the meta device, which takes no memory, and compare all shapes with what it says.
+    """Run a graph on no images, which takes no memory, and compare all shapes with what it says.
+
+    On the CPU: the first batch norm on the meta device imports a compiler, which takes 1.5 s. Only a graph
+    of huge images, whose tables of upsampling take memory, runs there.
 
     Raises:
         ValueError: and many others, where it cannot be.
@@ -236,14 +241,15 @@ def _check(captured: Captured, own: Mapping[str, Tensor], constants: Mapping[str
     graph, both = captured.graph, own.keys() & constants.keys()
     if both or captured.parameters - own.keys():
         raise ValueError(f"{sorted(both | (captured.parameters - own.keys()))[:1]} is twice, or no parameter")
-    tensors = {name: torch.empty_like(one, device="meta") for name, one in {**own, **constants}.items()}
+    device = "cpu" if math.prod(graph.size) <= MOST_PIXELS else "meta"
+    tensors = {name: one.to(device) for name, one in {**own, **constants}.items()}
     check_tensors(graph, tensors)
     try:
         geometry = Geometry(graph)
     except SparseSegError as error:
         raise ValueError(str(error)) from None
     dtype = next((one.dtype for one in tensors.values()), torch.float32)
-    images = torch.empty(1, 3, *graph.size, dtype=dtype, device="meta")
+    images = torch.empty(0, 3, *graph.size, dtype=dtype, device=device)
     with torch.no_grad():
         values = Run(geometry, tensors, images).dense(geometry.own, geometry.nodes)
     for node in graph.nodes:

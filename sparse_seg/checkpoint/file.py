@@ -15,8 +15,8 @@ from sparse_seg.checkpoint import earlier
 from sparse_seg.checkpoint.content import Checkpoint, parse
 from sparse_seg.checkpoint.digest import digest_of
 from sparse_seg.checkpoint.names import as_today
-from sparse_seg.checkpoint.pickled import ZIP, first_line, load_pickled
-from sparse_seg.errors import CheckpointError, did_you_mean, shown
+from sparse_seg.checkpoint.pickled import ZIP, load_pickled
+from sparse_seg.errors import CheckpointError, did_you_mean, first_line, shown
 from sparse_seg.files import atomic_write
 
 FORMAT, FORMAT_VERSION = "sparse_seg.checkpoint", 4

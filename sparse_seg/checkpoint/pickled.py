@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.errors import CheckpointError
+from sparse_seg.errors import CheckpointError, first_line
 
 MOST_NESTED = 20  # containers within containers that are looked into
 ZIP = b"PK\x03\x04"
@@ -113,9 +113,3 @@ def _storages(content: Any, depth: int) -> Iterator[torch.UntypedStorage]:
     if depth < MOST_NESTED and isinstance(content, (Mapping, list, tuple)):
         for value in values:
             yield from _storages(value, depth + 1)
-
-
-def first_line(error: Exception) -> str:
-    """The beginning of an error's message, or its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__

@@ -2,7 +2,8 @@
 
 The network runs selective, with the config's mask policy, unless --dense names an output stride. With
 --compare, the same weights run dense at each of model.strides, and selective with each of --policies at each
-of the given fine fractions; the table then has multiply-adds and milliseconds too. A policy may have options:
+of the given fine fractions; the table then has multiply-adds and milliseconds too, all of one runtime (auto:
+onnxruntime on the CPU, if it can run every row). A policy may have options:
 edge:cad, confidence:entropy,max,neighbours. Bounds for other masks are oracle (label boundaries),
 oracle:change (what the dense network changes) and oracle:gain (where it is right and the coarse one wrong);
 neither multiply-adds nor time of the last two's dense passes are counted.
@@ -51,10 +52,11 @@ from sparse_seg.data import open_split
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.views import ONCE
-from sparse_seg.export.runner import AUTO, Runner
+from sparse_seg.export.runner import AUTO, TORCH, Runner
+from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.compare.report import comparison_table, write_comparison
-from sparse_seg.lab.compare.run import compare, comparison_ways, groups
+from sparse_seg.lab.compare.run import compare, comparison_runtime, comparison_ways, groups
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.summary import class_table, summary
 from sparse_seg.masks import POLICIES
@@ -112,8 +114,8 @@ def run(args: argparse.Namespace) -> int:
             args.usage_error(f"argument --{option}: only with --compare; add --compare F")
     if args.compare and views(args) != ONCE:
         args.usage_error("argument --compare: not with --flip, --scales or --window")
-    if args.compare and args.runtime != AUTO:
-        args.usage_error("argument --runtime: not with --compare; benchmark --runtimes compares them")
+    if args.accuracy_only and args.runtime in RUNTIMES:
+        args.usage_error("argument --runtime: not with --accuracy-only, which shares passes in torch")
     if args.resume and not args.json:
         args.usage_error("argument --resume: name the file to resume; add --json OUT")
     config = load_config(args.config, overrides(args))
@@ -138,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
             args.resume,
             not args.accuracy_only,
             args.merge or (),
+            TORCH if args.accuracy_only else args.runtime,
         )
     return 0
 
@@ -151,7 +154,7 @@ def _evaluate(config: Config, args: argparse.Namespace, processes: Processes, de
     dataset.check(args.limit)
     way, looks = Way(args.dense), views(args)
     refusal = "processes share the images" if processes.count > 1 else None  # results must not depend on it
-    runner = Runner(model, args.runtime, way, not looks.is_single, refusal)
+    runner = Runner(model, args.runtime, way, refusal)
     result = evaluate(model, dataset, config.data, way, args.limit, True, looks, processes, runner)
     if not processes.is_first:
         return
@@ -178,6 +181,7 @@ def compare_and_report(
     resume: bool = False,
     timed: bool = True,
     merges: Sequence[str] = (),
+    runtime: str = AUTO,
 ) -> None:
     """Compare the ways to run a checkpoint, print the table, and write the files asked for."""
     check_classes(config)
@@ -187,9 +191,10 @@ def compare_and_report(
     check_outputs(_written(json_path, report_path), dataset.files())
     dataset.check(limit)
     ways = comparison_ways(model, policies, fractions, exchanges, merges)
-    origin, rows = provenance(), list[dict[str, Any]]()
+    fast, reason = comparison_runtime(model, dataset, config.data, ways, runtime)
+    origin, rows = provenance() | {"runtime": fast.runtime if fast else TORCH}, list[dict[str, Any]]()
     subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, list(model.strides)]
-    subject += filter(None, [config.data.bits])
+    subject += filter(None, [config.data.bits, fast.runtime if fast else None])
     digest = hashlib.blake2b(loaded.path.read_bytes() + json.dumps(subject).encode(), digest_size=16)
     origin["subject"] = digest.hexdigest()
     if resume:
@@ -198,17 +203,19 @@ def compare_and_report(
         origin["commits"] = sorted({*earlier["commits"], str(origin["commit"])})  # of all runs that measured
     known = {row["network"] for row in rows}
     for part in groups([way for way in ways if way.name not in known]) if resume else [ways]:
-        rows += compare(model, dataset, config.data, part, limit, progress=True, timed=timed)
+        rows += compare(model, dataset, config.data, part, limit, progress=True, timed=timed, fast=fast)
         if json_path:
             atomic_write(json_path, json.dumps(origin | {"rows": rows}, indent=1) + "\n")
     print(comparison_table(rows).to_text())
+    print(f"runtime: {origin['runtime']}" + (f" ({reason})" if reason else ""))
     if report_path:
         own = network_settings(loaded, config)
         description = (
             f"{checkpoint}: {own.module or f'{own.backbone} x{own.width:g}, {own.head} head'}, on "
             f"{rows[0]['images']} images of {config.data.dataset} {split}. "
             "One set of weights, no retraining. "
-            f"{origin['machine']}, {origin['threads']} threads; milliseconds are medians over the images."
+            f"{origin['machine']}, {origin['threads']} threads; milliseconds are medians over the images, in "
+            f"{origin['runtime']}."
         )
         write_comparison(
             report_path, "Dense and selective", description, rows, model, dataset, config.data, ways, limit
@@ -226,7 +233,7 @@ def _earlier(path: str | Path | None, subject: str) -> dict[str, Any]:
     """The rows of an earlier comparison and the commits they are of; none if there is no such file.
 
     Raises:
-        ConfigError: the file holds something else, or rows of other weights, images or strides.
+        ConfigError: the file holds something else, or rows of other weights, images, strides or runtime.
     """
     assert path is not None
     if not Path(path).exists():
@@ -238,5 +245,8 @@ def _earlier(path: str | Path | None, subject: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path} holds no comparison to resume; remove it or name another file") from None
     if earlier != subject:
-        raise ConfigError(f"{path} holds rows of other weights, images or strides; name another --json file")
+        raise ConfigError(
+            f"{path} holds rows of other weights, images or strides, or of another runtime; name another "
+            "--json file"
+        )
     return {"rows": rows, "commits": commits}

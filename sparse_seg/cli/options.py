@@ -13,7 +13,7 @@ from sparse_seg.cli.arguments import fraction, number, whole_number
 from sparse_seg.config import Config, MaskConfig, config_files
 from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError, choose_one
 from sparse_seg.evaluation.views import Views
-from sparse_seg.export.runner import AUTO, CHOICES, PATIENCE, PIXELS, SIZES
+from sparse_seg.export.runner import AUTO, CHOICES, PIXELS
 from sparse_seg.masks import parse_policy
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
@@ -102,8 +102,8 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         choices=CHOICES,
         default=AUTO,
         help="what runs the network; all give the same classes but for ties. auto: torch, and on the CPU "
-        f"onnxruntime for up to {SIZES} sizes, each up to {PIXELS / 2**20:g} megapixels, that have come "
-        f"{PATIENCE} times: its graph takes seconds (default: auto)",
+        "onnxruntime where that takes less time in all: its graph takes a second or more to make, but is "
+        f"kept for the next run; images of over {PIXELS / 2**20:g} megapixels stay in torch (default: auto)",
     )
 
 

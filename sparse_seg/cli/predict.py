@@ -159,8 +159,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = _outputs(args)
     outputs.check(sources, input_files(config_file, config, checkpoint))
     model = build_network(load(checkpoint), config).to(args.device)
-    refusal = "--fps refines" if args.fps else None
-    runner = Runner(model, args.runtime, way, refusal=refusal)
+    runner = Runner(model, args.runtime, way, "--fps refines" if args.fps else None)
     segmenter = Segmenter(model, way, looks, runner)
     check_legend(segmenter.card, args.out)
     told = config.data.bits if config is not None and args.bits is None else args.bits
@@ -171,8 +170,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"warning: {depth.note}", file=sys.stderr)
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    for source in bar(sources, "predict", len(sources), len(sources) > 1):
+    for index, source in enumerate(bar(sources, "predict", len(sources), len(sources) > 1)):
         try:
+            runner.expect(len(sources) - index if looks.is_single else None)
             outputs.check_names(source)
             results[str(source)] = _predict(segmenter, source, args, depth.bits)
         except DataError as error:
@@ -192,6 +192,10 @@ def run(args: argparse.Namespace) -> int:
     if scales and args.scales is None:
         print(_scaled(segmenter.card, scales, len(results)))
     print(runner.report())
+    if segmenter.frames:
+        dense, stride = segmenter.dense_seconds(), model.strides[0]
+        beside = "" if dense is None else f"; dense OS{stride}: {1 / dense:.1f}"
+        print(f"{segmenter.frames / segmenter.seconds:.1f} frames/s in the network{beside}")
     print(f"{len(results)} images segmented" + (f"; pictures in {args.out}" if results else ""))
     return 1 if failed else 0
 

@@ -111,12 +111,14 @@ def measure(
     Args:
         with_loss: also measure the plain cross-entropy, at every `LOSS_STEP`-th pixel of rows and columns.
     """
-    policy = None if way.is_dense else model.policy_for(way)
+    policy = None if way.is_dense else (runner or model).policy_for(way)
     if policy is not None:
         policy.remember(None)
     device = model.device
     part = Part(SegmentationMetrics(len(dataset.classes), IGNORE_INDEX), images=len(frames))
     loader = evaluation_loader(dataset, data.mean, data.std, data.workers, frames)
+    if runner is not None:
+        runner.expect(len(frames) if views.is_single else None)
     with torch.inference_mode(), eval_mode(model):
         for image, label, index in bar(loader, "evaluate", len(frames), progress):
             if policy is not None and dataset.starts(index):

@@ -2,9 +2,9 @@
 
 from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.options import ExportOptions
-from sparse_seg.export.runner import Runner
+from sparse_seg.export.runner import Runner, in_runtime
 from sparse_seg.export.runtime import open_session
-from sparse_seg.export.segmentor import RuntimeSegmentor, in_runtime
+from sparse_seg.export.segmentor import RuntimeSegmentor
 from sparse_seg.export.static import StaticNetwork
 from sparse_seg.export.write import export_onnx
 

@@ -1,38 +1,92 @@
-"""Where a command's passes run: PyTorch, another runtime, or what pays by a rule."""
+"""Where passes run: in PyTorch, in another runtime, or where it takes less time in all."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_seg.errors import SparseSegError
+from sparse_seg.errors import SparseSegError, first_line
+from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import RUNTIMES
-from sparse_seg.export.segmentor import RuntimeRun, RuntimeSegmentor, in_runtime
+from sparse_seg.export.segmentor import RuntimeRun, RuntimeSegmentor
+from sparse_seg.masks import MaskPolicy
+from sparse_seg.run.images import check_images
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.passes import Pass
+from sparse_seg.run.predicting import Predicting
 from sparse_seg.run.way import Way
 
 TORCH, AUTO = "torch", "auto"
 CHOICES = (AUTO, TORCH, *RUNTIMES)
-PATIENCE = 10  # runs at a size that are left to PyTorch: a graph takes some seconds to make
 SIZES = 4  # that get graphs
 PIXELS = 2**21  # of the largest images that get one: a runtime keeps all memory that it ever needed
+# What `auto` reckons with. camvid-slim at 360x480, one thread of an AMD EPYC: a graph takes 1.35 s to make,
+# and an image 33 ms in onnxruntime in place of 52
+SAVED = 0.25  # of PyTorch's time for an image, by a graph
+NODE_SECONDS = 0.016  # to make a graph, for each node of the network, and
+RUNS = 4  # as long as so many runs in PyTorch
 
 
-class Runner:
-    """Starts a model's passes in one runtime; what it starts has `follow`, `classes`, `logits` and `mask`.
+def in_runtime(
+    model: SelectiveNetwork, runtime: str, threads: int | None = None
+) -> RuntimeSegmentor | Runner:
+    """A model run by onnxruntime or OpenVINO, for prediction: the same classes but for ties.
 
-    `auto`: a size of images that has come `PATIENCE` times gets a graph in onnxruntime, the first `SIZES` of
-    them up to `PIXELS`; all else runs in PyTorch, and so does what no graph can run.
+    Several threads may use it at once.
+
+    Args:
+        model: in eval mode; its device is where onnxruntime runs, if it is built for it.
+        runtime: `onnxruntime` or `openvino`; or `auto`, which runs in PyTorch until a graph in onnxruntime is
+            worth making, see `Runner`.
+        threads: of the processor; None: as many as PyTorch uses.
+
+    Raises:
+        SparseSegError: an unknown runtime, or one that is not installed.
+    """
+    if runtime == AUTO:
+        return Runner(model, threads=threads)
+    return RuntimeSegmentor(model, runtime, threads)
+
+
+@dataclass
+class _Case:
+    """Images of one size, run one way.
+
+    Args:
+        seen: how many came.
+        seconds: that PyTorch needs for one, the least so far; None: not measured.
+        is_fast: whether it has a graph; None: not decided.
+    """
+
+    seen: int = 0
+    seconds: float | None = None
+    is_fast: bool | None = None
+
+
+class Runner(Predicting):
+    """Starts a model's passes; what it starts has `follow`, `take`, `classes`, `logits` and `mask`.
+
+    `auto`, on the CPU: images of one size, run one way, get a graph in onnxruntime if one is on disk, or if
+    it will save more time than it takes to make. What it will save follows from the time of an image in
+    PyTorch, which is measured, and from how many are still to come (`expect`); where nobody says how many, as
+    many as have been. At most `SIZES` graphs are made so, for images of up to `PIXELS`. All else runs in
+    PyTorch, and so does what no graph can run.
 
     Args:
         model: in eval mode, on its device.
         asked: `auto`, `torch`, `onnxruntime` or `openvino`.
-        way: that all passes will follow.
-        logits: whether they will be asked for logits; may change from pass to pass.
+        way: that all passes will follow, if it is known: then what cannot run so is told at once.
         refusal: why `auto` is to stay with PyTorch, if it is.
+        threads: of another runtime; None: as many as PyTorch uses.
+
+    Attributes:
+        last: where the last pass ran.
 
     Raises:
         SparseSegError: what is asked for is not installed, or cannot run this way.
@@ -41,81 +95,184 @@ class Runner:
     def __init__(
         self,
         model: SelectiveNetwork,
-        asked: str,
-        way: Way,
-        logits: bool = False,
+        asked: str = AUTO,
+        way: Way | None = None,
         refusal: str | None = None,
+        threads: int | None = None,
     ) -> None:
-        self.way, self.logits, self.strides = way, logits, model.strides
-        device = model.device.type
-        self.torch = model.for_inference()
+        self.model, self.strides = model, model.strides
         self._auto = asked == AUTO
-        self.policy = None if way.is_dense else model.policy_for(way)
-        self._seen, self._counts = Counter[tuple[torch.Size, bool]](), Counter[str]()
-        self._pays: dict[tuple[torch.Size, bool], bool] = {}  # whether what came often has a graph
-        self._fast: RuntimeSegmentor | None = None
+        self._counts, self._cases = Counter[str](), dict[ExportOptions, _Case]()
+        self._policies = dict[Way, MaskPolicy | None]()
+        self._coming: int | None = None  # as counted from the first pass
+        device = model.device.type
         self._refusal = (refusal or (None if device == "cpu" else f"on {device}")) if self._auto else None
+        self.fast: RuntimeSegmentor | None = None
+        self.last: RuntimeSegmentor | SelectiveNetwork = model
         if asked == TORCH or self._refusal:
             return
         try:
-            fast = in_runtime(model, RUNTIMES[0] if self._auto else asked)
-            fast.check(way, self.policy)
-            self._fast = fast
+            fast = RuntimeSegmentor(model, RUNTIMES[0] if self._auto else asked, threads)
+            if way is not None:
+                fast.check(way, self.policy_for(way))
+            self.fast = fast
         except SparseSegError as error:
             if not self._auto:
                 raise
             self._refusal = str(error)
 
+    @cached_property
+    def torch(self) -> SelectiveNetwork:
+        """The model as PyTorch runs it."""
+        with torch.inference_mode(False):
+            return self.model.for_inference()
+
+    def __call__(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
+        return self.forward(images, fine_blocks)
+
     @property
     def seconds(self) -> float:
         """Spent on making graphs."""
-        return self._fast.seconds if self._fast else 0.0
+        return self.fast.seconds if self.fast else 0.0
 
     @property
     def runs(self) -> dict[str, int]:
         """How many passes each runtime had."""
         return dict(self._counts)
 
-    def start(self, images: Tensor, labels: Tensor | None = None) -> Pass | RuntimeRun:
+    def expect(self, passes: int | None) -> None:
+        """Say how many passes are still to come; None: unknown."""
+        self._coming = None if passes is None else passes + self._counts.total()
+
+    def policy_for(self, way: Way) -> MaskPolicy | None:
+        """The policy of a way, the same object each time; None when dense."""
+        if way not in self._policies:
+            self._policies[way] = None if way.is_dense else self.model.policy_for(way)
+        return self._policies[way]
+
+    def start(self, images: Tensor, labels: Tensor | None = None) -> Any:
         """Start a pass over normalised images `[B, 3, H, W]`; nothing is computed yet.
 
         Raises:
             ValueError: images of a wrong shape or dtype.
         """
-        if self._fast is not None and (not self._auto or self._has_graph(images)):
-            self._counts[self._fast.runtime] += 1
-            return self._fast.start(images, labels)
-        self._counts[TORCH] += 1
-        return self.torch.start(images, labels)
+        if self.fast is not None and self._auto:
+            check_images(images)
+            return _Run(self, images, labels)
+        return self._counted(self.fast or self.torch).start(images, labels)
+
+    def _counted(self, place: RuntimeSegmentor | SelectiveNetwork) -> RuntimeSegmentor | SelectiveNetwork:
+        """Count a pass at a place. Returns the place."""
+        self.last = place
+        self._counts[place.runtime if isinstance(place, RuntimeSegmentor) else TORCH] += 1
+        return place
 
     def report(self) -> str:
-        """One line: what ran where, and why not elsewhere."""
-        name = self._fast.runtime if self._fast else ""
+        """One line: what ran where, why not elsewhere, and what graphs took."""
+        name = self.fast.runtime if self.fast else ""
         fast, slow, reason = self._counts[name], self._counts[TORCH], self._refusal
-        if fast and not slow:
-            return f"runtime: {name}"
-        if fast:
-            text = f"runtime: {name} for {fast} of {fast + slow} runs, {TORCH} for the others"
-        else:
-            text = f"runtime: {TORCH}"
-            if name and not reason:
-                reason = f"a size gets a graph in {name} when it has come {PATIENCE} times"
-        return text + (f" ({reason})" if reason else "")
+        text = f"runtime: {name if fast else TORCH}"
+        if fast and slow:
+            text += f" for {fast} of {fast + slow} runs, {TORCH} for the others"
+        elif name and not fast:
+            reason = reason or f"too few images for a graph in {name}"
+        text += f" ({reason})" if reason else ""
+        if self.fast and self.fast.made:
+            place = self.fast.cache.folder
+            kept = f", kept in {place}" if place else ""
+            text += f"; {self.fast.made} graph{'s' * (self.fast.made > 1)} in {self.seconds:.1f} s{kept}"
+        return text
 
-    def _has_graph(self, images: Tensor) -> bool:
-        """Whether images of this size get a graph, which is made now if it is not there."""
-        key = images.shape, self.logits
-        self._seen[key] += 1
-        if key in self._pays:
-            return self._pays[key]
-        if self._seen[key] <= PATIENCE or len(self._pays) == SIZES or images[0, 0].numel() > PIXELS:
-            return False
-        assert self._fast is not None
+    def place(
+        self, ask: Callable[[Any], Any], images: Tensor, labels: Tensor | None, logits: bool
+    ) -> tuple[Any, _Case | None]:
+        """A run that is asked for, where it pays; and what it is a case of, if a graph could run it."""
+        assert self.fast is not None
+        case = None
         try:
-            self._fast.start(images).follow(self.way, self.policy).prepare(self.logits)
-            self._pays[key] = True
+            run = ask(self.fast.start(images, labels))
+            case = self._cases.setdefault(run.options(logits), _Case())
+        except (SparseSegError, ValueError) as error:  # PyTorch can do it, or says why not
+            self._refusal = str(error)
+        if case is not None:
+            case.seen += 1
+            if case.is_fast is None:
+                self._decide(case, run, logits)
+            if case.is_fast:
+                self._counted(self.fast)
+                return run, case
+        return ask(self._counted(self.torch).start(images, labels)), case
+
+    def _decide(self, case: _Case, run: RuntimeRun, logits: bool) -> None:
+        """Whether a case gets a graph, which is then made; it may stay open."""
+        assert self.fast is not None
+        try:
+            if case.seen == 1 and self.fast.find(run.options(logits)):
+                case.is_fast = True
+            elif self._pays(case, run.images):
+                run.prepare(logits)
+                case.is_fast = True
         except Exception as error:  # whatever exporter or runtime raise: PyTorch can do it
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            self._refusal = first if len(first) <= 200 else f"{first[:197]}..."
-            self._pays[key] = False
-        return self._pays[key]
+            self._refusal = first_line(error)
+            case.is_fast = False
+
+    def _pays(self, case: _Case, images: Tensor) -> bool:
+        """Whether a graph saves more time than it takes to make."""
+        graphs = sum(bool(other.is_fast) for other in self._cases.values())
+        if case.seconds is None or graphs >= SIZES or images[0, 0].numel() > PIXELS:
+            return False
+        past = self._counts.total()
+        coming = past if self._coming is None or self._coming <= past else self._coming - past
+        share = case.seen / sum(other.seen for other in self._cases.values())
+        cost = NODE_SECONDS * len(self.model.graph.nodes) + RUNS * case.seconds
+        return SAVED * case.seconds * coming * share > cost
+
+
+class _Run:
+    """A run whose place is chosen when something of it is asked for; else as a `Pass`."""
+
+    def __init__(self, runner: Runner, images: Tensor, labels: Tensor | None) -> None:
+        self.runner, self.images, self.labels = runner, images, labels
+        self._ask: Callable[[Any], Any] = lambda run: run.follow()
+        self._run: Any = None
+        self._case: _Case | None = None
+
+    def follow(self, way: Way | None = None, policy: MaskPolicy | None = None) -> _Run:
+        """Run this way. Returns the run itself."""
+        way = way or Way()
+        policy = policy or self.runner.policy_for(way)
+        self._ask, self._run = lambda run: run.follow(way, policy), None
+        return self
+
+    def take(self, fine_blocks: Tensor, way: Way | None = None) -> _Run:
+        """Run under this mask. Returns the run itself."""
+        self._ask, self._run = lambda run: run.take(fine_blocks, way), None
+        return self
+
+    def logits(self) -> Tensor:
+        """Logits `[B, K, H, W]` at the images' size."""
+        return self._result("logits")
+
+    def classes(self) -> Tensor:
+        """Classes int64 `[B, H, W]`, cheaper than through `logits`."""
+        return self._result("classes")
+
+    def __getattr__(self, name: str) -> Any:
+        """The mask, levels, and what policies ask."""
+        return getattr(self._placed(False), name)
+
+    def _result(self, name: str) -> Tensor:
+        first, before, start = self._run is None, self.runner.seconds, time.process_time()
+        run = self._placed(name == "logits")
+        result = getattr(run, name)()
+        # the processor's time, by threads: what others take of the machine changes it little
+        spent = (time.process_time() - start) / torch.get_num_threads()
+        case, made = self._case, self.runner.seconds > before
+        if first and not made and case is not None and case.seen > 1 and not case.is_fast:
+            case.seconds = min(spent, case.seconds or spent)
+        return result
+
+    def _placed(self, logits: bool) -> Any:
+        if self._run is None:
+            self._run, self._case = self.runner.place(self._ask, self.images, self.labels, logits)
+        return self._run

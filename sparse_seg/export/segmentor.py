@@ -7,6 +7,8 @@ import dataclasses
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
+from sparse_seg.export.cache import GraphCache
 from sparse_seg.export.check import check_run
 from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.options import ExportOptions, check_options
@@ -31,34 +34,26 @@ GRAPHS = 8  # kept: each holds the weights
 SIZE_TO_CHECK = (512, 512)  # px; which options fit does not depend on it
 
 
-def in_runtime(model: SelectiveNetwork, runtime: str, threads: int | None = None) -> RuntimeSegmentor:
-    """A model run by onnxruntime or OpenVINO, for prediction: the same classes but for ties.
-
-    Several threads may use it at once.
-
-    Args:
-        model: in eval mode; its device is where onnxruntime runs, if it is built for it.
-        runtime: `onnxruntime` or `openvino`.
-        threads: of the processor; None: as many as PyTorch uses.
-
-    Raises:
-        SparseSegError: an unknown runtime, or one that is not installed.
-    """
-    return RuntimeSegmentor(model, runtime, threads)
-
-
 class RuntimeSegmentor(Predicting):
     """What `in_runtime` makes. Graphs are made when they are needed, one for each size and batch of images,
-    each way to run and each number of given fine blocks; the latest `GRAPHS` are kept. The first images of
-    each graph run in PyTorch, too: a SparseSegError says where the results differ.
+    each way to run and each number of given fine blocks; the latest are kept in memory, and all on disk (see
+    `cache`). The first images of each new graph run in PyTorch, too: a SparseSegError says where the results
+    differ.
+
+    Args:
+        model: whose weights they are; it must not change.
+        most: how many graphs are kept in memory.
 
     Attributes:
-        model: whose weights they are; it must not change.
-        seconds: spent on making graphs so far.
+        seconds: spent on making graphs, and on opening them, so far; made: how many were made.
     """
 
-    def __init__(self, model: SelectiveNetwork, runtime: str, threads: int | None = None) -> None:
+    def __init__(
+        self, model: SelectiveNetwork, runtime: str, threads: int | None = None, most: int | None = None
+    ) -> None:
         check_runtime(runtime)
+        self.most, self.made = most or GRAPHS, 0
+        self.cache = GraphCache(model, runtime)
         self.model, self.runtime, self.threads = model, runtime, threads or torch.get_num_threads()
         self.strides, self.seconds = model.strides, 0.0
         self._sessions: OrderedDict[ExportOptions, Session] = OrderedDict()
@@ -113,7 +108,12 @@ class RuntimeSegmentor(Predicting):
         if session is not None:
             return session
         with _MAKING:
-            return self._kept(options) or self._made(options, arrays)
+            return self._cached(options) or self._made(options, arrays)
+
+    def find(self, options: ExportOptions) -> bool:
+        """Whether there is a graph for these options, in memory or on disk; it is then ready."""
+        with _MAKING:
+            return self._cached(options) is not None
 
     def _kept(self, options: ExportOptions) -> Session | None:
         with self._lock:
@@ -121,19 +121,46 @@ class RuntimeSegmentor(Predicting):
                 self._sessions.move_to_end(options)
             return self._sessions.get(options)
 
+    def _cached(self, options: ExportOptions) -> Session | None:
+        """The graph in memory, or the one on disk."""
+        session = self._kept(options)
+        if session is not None:
+            return session
+        with self._counted():
+            graph = self.cache.read(options)
+            if graph is None:
+                return None
+            with suppress(SparseSegError):  # one that does not open is made again
+                return self._keep(options, self._opened(graph))
+        return None
+
     def _made(self, options: ExportOptions, arrays: dict[str, np.ndarray]) -> Session:
-        start, device = time.perf_counter(), self.model.device
-        try:
-            with torch.autocast("cpu", enabled=False):
-                session = open_session(self._graph(options), self.runtime, self.threads, device)
-                check_run(self.model, options, torch.from_numpy(arrays["images"]), session(**arrays))
-        finally:
-            self.seconds += time.perf_counter() - start
+        with self._counted(), torch.autocast("cpu", enabled=False):
+            graph = self._graph(options)
+            session = self._opened(graph)
+            check_run(self.model, options, torch.from_numpy(arrays["images"]), session(**arrays))
+            self.cache.write(options, graph)
+            self.made += 1
+        return self._keep(options, session)
+
+    def _opened(self, graph: bytes) -> Session:
+        return open_session(graph, self.runtime, self.threads, self.model.device)
+
+    def _keep(self, options: ExportOptions, session: Session) -> Session:
         with self._lock:
-            while len(self._sessions) >= GRAPHS:
+            while len(self._sessions) >= self.most:
                 self._sessions.popitem(last=False)
             self._sessions[options] = session
         return session
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Adds the time inside to `seconds`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
 
     @cached_property
     def _folded(self) -> SelectiveNetwork:
@@ -244,8 +271,14 @@ class RuntimeRun:
         Raises:
             SparseSegError: it gives other results than PyTorch.
         """
+        self.segmentor.session(self.options(logits), self._arrays)
+
+    def options(self, logits: bool) -> ExportOptions:
+        """Of the graph that gives `logits` or `classes`."""
+        if self._options is None:
+            self.follow()
         assert self._options is not None
-        self.segmentor.session(dataclasses.replace(self._options, logits=logits), self._arrays)
+        return dataclasses.replace(self._options, logits=logits)
 
     @property
     def _arrays(self) -> dict[str, np.ndarray]:
@@ -261,14 +294,9 @@ class RuntimeRun:
         return self
 
     def _run(self, logits: bool) -> dict[str, Tensor]:
-        if self._options is None:
-            self.follow()
-        assert self._options is not None
+        options = self.options(logits)
         if not self._outputs or (logits and "logits" not in self._outputs):
             arrays = self._arrays
-            session = self.segmentor.session(dataclasses.replace(self._options, logits=logits), arrays)
-            device = self.images.device
-            self._outputs = {
-                name: torch.from_numpy(value).to(device) for name, value in session(**arrays).items()
-            }
+            found, device = self.segmentor.session(options, arrays)(**arrays), self.images.device
+            self._outputs = {name: torch.from_numpy(value).to(device) for name, value in found.items()}
         return self._outputs

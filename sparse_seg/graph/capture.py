@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_seg.errors import first_line
 from sparse_seg.graph.reading import CaptureFailed, Reader
 from sparse_seg.graph.rewrite import fold_pads
 from sparse_seg.ops import OPERATORS, Graph, Node, Spatial, UnknownOperator
@@ -119,8 +120,7 @@ def _captured(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str
 
 def _reason(error: Exception) -> str:
     """In one line, with the line of the module's code where PyTorch tells it."""
-    text = str(error).strip()
-    first = (text.splitlines() or [type(error).__name__])[0][:200]
+    text, first = str(error).strip(), first_line(error)
     if "data-dependent" in first:
         first = "what it runs depends on the values of the images"
     place = re.search(r'call raised this error:\n\s*File "([^"]+)", line (\d+), in \S+\n\s*(.+)', text)

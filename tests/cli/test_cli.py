@@ -337,7 +337,7 @@ def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     assert result["commits"] == [str(result["commit"])]
     assert "edge:cad, f=0.5, linear" in capsys.readouterr().out
     other = [*compare, "--limit", "1"]
-    assert "holds rows of other weights, images or strides" in fails(capsys, *other)
+    assert "holds rows of other weights, images or strides, or of another runtime" in fails(capsys, *other)
     assert json.loads(out.read_text()) == result
     out.write_text("{}")
     assert "holds no comparison to resume" in fails(capsys, *compare)

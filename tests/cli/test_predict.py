@@ -21,6 +21,7 @@ from sparse_seg.data.class_file import read_class_file
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.reading import read_label
 from sparse_seg.errors import DataError
+from sparse_seg.export import RuntimeSegmentor
 from sparse_seg.run.card import Card
 from sparse_seg.run.way import Way
 from tests.cli.test_cli import fails
@@ -327,13 +328,15 @@ def test_another_runtime_gives_the_same_ids(checkpoint, photo, tmp_path, capsys)
         out = tmp_path / runtime
         arguments = ["predict", str(checkpoint), str(photo), str(tmp_path / "small.png"), "--out", str(out)]
         assert main([*arguments, "--runtime", runtime]) == 0
-        assert f"runtime: {runtime}\n" in capsys.readouterr().out
+        assert f"runtime: {runtime}" in capsys.readouterr().out
         ids[runtime] = [read_label(out / f"{name}_ids.png") for name in ("photo", "small")]
     for found, expected in zip(ids["onnxruntime"], ids["torch"], strict=True):
         assert found.shape == expected.shape
         assert (found == expected).mean() > 0.99
     assert main([*arguments, "--runtime", "auto"]) == 0
-    assert "runtime: torch (a size gets a graph in onnxruntime when it has come" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "runtime: torch (too few images for a graph in onnxruntime)\n" in out
+    assert " frames/s in the network\n" in out
     assert main([*arguments, "--runtime", "onnxruntime", "--policy", "previous"]) == 1
     assert capsys.readouterr().err.startswith("error: mask policy previous needs more than the image")
     with pytest.raises(SystemExit) as stop:
@@ -352,16 +355,58 @@ def test_evaluation_in_another_runtime(checkpoint, tmp_path, capsys):
         arguments = ["evaluate", str(folder / "own.yaml"), str(checkpoint), "--json", str(out)]
         arguments += ["--set", f"data.root={folder / 'gone'}", "data.workers=0"]
         assert main([*arguments, "--runtime", runtime]) == 0
-        assert f"runtime: {runtime}\n" in capsys.readouterr().out
+        assert f"runtime: {runtime}" in capsys.readouterr().out
         said = json.loads(out.read_text())
         assert said["runtime"] == [runtime]
         scores[runtime] = said["result"]
     assert scores["onnxruntime"]["miou"] == pytest.approx(scores["torch"]["miou"], abs=0.5)
     assert scores["onnxruntime"]["fine_fraction"] == scores["torch"]["fine_fraction"]
     with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--runtime", "onnxruntime", "--compare", "0.1"])
+        main([*arguments, "--runtime", "onnxruntime", "--compare", "0.1", "--accuracy-only"])
     assert stop.value.code == 2
-    assert "--runtime: not with --compare" in capsys.readouterr().err
+    assert "--runtime: not with --accuracy-only" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_comparison_in_another_runtime(checkpoint, tmp_path, capsys, monkeypatch):
+    """The same rows but for ties and times, also of bounds; which runtime it was is said, and why not."""
+    pytest.importorskip("onnx", reason="needs the package onnx")
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    folder, rows = checkpoint.parents[1], {}
+    arguments = ["evaluate", str(folder / "own.yaml"), str(checkpoint)]
+    arguments += ["--set", f"data.root={folder / 'gone'}", "data.workers=0", "--compare", "0.2", "0.5"]
+    arguments += ["--policies", "confidence", "oracle", "oracle:gain", "--json"]
+    passes, start = [], RuntimeSegmentor.start
+
+    def counted(*given):
+        passes.append(given)
+        return start(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RuntimeSegmentor, "start", counted)
+        for runtime, asked in (("torch", "torch"), ("onnxruntime", "auto")):
+            out = tmp_path / f"{runtime}.json"
+            assert main([*arguments, str(out), "--runtime", asked]) == 0
+            assert f"runtime: {runtime}\n" in capsys.readouterr().out
+            said = json.loads(out.read_text())
+            assert said["runtime"] == runtime
+            rows[runtime] = said["rows"]
+            assert bool(passes) == (runtime == "onnxruntime")
+    for one, other in zip(rows["torch"], rows["onnxruntime"], strict=True):
+        assert other["miou"] == pytest.approx(one["miou"], abs=0.5)
+        for key in ("network", "policy", "fine_fraction", "gmacs", "images"):
+            assert other[key] == one[key]
+        assert other["milliseconds"] > 0
+    resumed = fails(capsys, *arguments, tmp_path / "onnxruntime.json", "--resume", "--runtime", "torch")
+    assert "or of another runtime" in resumed
+    for fraction, policy, reason in (
+        ("0.2", "previous", "selective, previous, f=0.2: mask policy previous needs more than the image"),
+        ("0.001", "oracle", "selective, oracle, f=0.001: a graph needs a fine block"),
+    ):
+        one = [*arguments[:-6], fraction, "--policies", policy, "--json", str(tmp_path / "one.json")]
+        assert reason in fails(capsys, *one, "--runtime", "onnxruntime")
+        assert main(one) == 0
+        assert f"runtime: torch ({reason}" in capsys.readouterr().out
 
 
 def test_16_bit_frames_of_a_folder_are_read_alike(checkpoint, tmp_path, capsys):

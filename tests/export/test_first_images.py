@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export import StaticNetwork, in_runtime, open_session
+from sparse_seg.export import RuntimeSegmentor, StaticNetwork, in_runtime, open_session
 from sparse_seg.export import runner as rules
 from sparse_seg.export.runner import Runner
 from sparse_seg.run.network import SelectiveNetwork
@@ -59,14 +59,15 @@ def test_a_wrong_graph_is_noticed(is_negated, ways, wrong, images, monkeypatch):
     for way, result in zip(ways, ("classes", "logits"), strict=False):
         with pytest.raises(SparseSegError, match=rf"than PyTorch: {wrong}.*\(--runtime torch\)$"):
             getattr(fast.start(images).follow(way), result)()
-    monkeypatch.setattr(rules, "PATIENCE", 0)
+    for name in ("NODE_SECONDS", "RUNS"):
+        monkeypatch.setattr(rules, name, 0)
     runner = Runner(model, "auto", ways[0])
-    for _ in range(2):
+    for _ in range(4):
         assert torch.equal(
             runner.start(images).follow(ways[0]).classes(),
             model.for_inference().start(images).follow(ways[0]).classes(),
         )
-    assert runner.runs == {"torch": 2}
+    assert runner.runs == {"torch": 4}
     assert runner.report().startswith("runtime: torch (the graph gives other results than PyTorch: ")
 
 
@@ -91,7 +92,7 @@ def test_threads_get_their_own_results(runtime):
     pytest.importorskip(runtime, reason=f"needs the package {runtime}")
     model, count = kind_model("lite", "entropy"), 4
     images = torch.randn(count, 1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    fast, alone = in_runtime(model, runtime, 1), in_runtime(model, runtime, 1)
+    fast, alone = RuntimeSegmentor(model, runtime, 1), in_runtime(model, runtime, 1)
     expected = [alone.classify(one)[0] for one in images]
     found: list[list[torch.Tensor]] = [[] for _ in range(count)]
     together = threading.Barrier(count)
@@ -108,7 +109,7 @@ def test_threads_get_their_own_results(runtime):
         thread.join()
     assert [len(one) for one in found] == [30] * count
     assert all(torch.equal(one, expected[number]) for number in range(count) for one in found[number])
-    assert len(fast._sessions) == 1
+    assert fast.made == 1
 
 
 def test_threads_share_the_dictionary_of_graphs(monkeypatch):

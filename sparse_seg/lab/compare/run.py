@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,19 +15,22 @@ from torch import Tensor
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.data.loader import evaluation_loader
-from sparse_seg.errors import ConfigError
+from sparse_seg.data.transforms import normalise
+from sparse_seg.errors import ConfigError, SparseSegError, first_line
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.evaluation.metrics import SegmentationMetrics
-from sparse_seg.masks import MaskPolicy
+from sparse_seg.export.runner import AUTO, PIXELS, TORCH
+from sparse_seg.export.runtime import RUNTIMES
+from sparse_seg.export.segmentor import GRAPHS, RuntimeSegmentor
+from sparse_seg.masks import MaskPolicy, block_shape
 from sparse_seg.progress import bar
-from sparse_seg.run.passes import Pass
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.timing import now
 
 
 def comparison_ways(
-    model: Segmentor,
+    model: SelectiveNetwork,
     policies: Sequence[str],
     fractions: Sequence[float],
     exchanges: Sequence[str] = (),
@@ -54,6 +58,59 @@ def comparison_ways(
         if (way.merge or model.merge) == "patch" and not model.refines(way):
             raise ConfigError(f"{way.name}: merge patch needs a coarse pass that no mask changes; drop it")
     return [*(Way.dense(stride) for stride in model.strides), *ways]
+
+
+def comparison_runtime(
+    model: SelectiveNetwork, dataset: SegmentationDataset, data: DataConfig, ways: Sequence[Way], asked: str
+) -> tuple[RuntimeSegmentor | None, str]:
+    """What runs all ways, with its graphs for the first image, or None for PyTorch; and why nothing else, if
+    that is to be said.
+
+    Args:
+        asked: `torch`, a runtime, or `auto`: onnxruntime, on the CPU, if it can run all ways, and images have
+            one size that gets a graph.
+
+    Raises:
+        SparseSegError: the runtime that is asked for is not installed, or cannot run one of the ways.
+    """
+    if asked == TORCH:
+        return None, ""
+    try:
+        if asked == AUTO:
+            _check_auto(model, dataset)
+        fast = RuntimeSegmentor(model, RUNTIMES[0] if asked == AUTO else asked, most=max(GRAPHS, len(ways)))
+        image = normalise(dataset.load(0)[0], data.mean, data.std)[None].to(model.device)
+        for way in ways:
+            _prepare(fast, way, image)
+    except Exception as error:  # whatever exporter or runtime raise: PyTorch can do it
+        if asked != AUTO:
+            raise
+        return None, first_line(error)
+    return fast, ""
+
+
+def _check_auto(model: SelectiveNetwork, dataset: SegmentationDataset) -> None:
+    if model.device.type != "cpu":
+        raise SparseSegError(f"on {model.device.type}")
+    sizes = {dataset.load(index)[0].shape[:2] for index in (0, len(dataset) // 2, len(dataset) - 1)}
+    if len(sizes) > 1 or math.prod(next(iter(sizes))) > PIXELS:
+        raise SparseSegError("images are large, or of several sizes, each of which needs its graphs")
+
+
+def _prepare(fast: RuntimeSegmentor, way: Way, image: Tensor) -> None:
+    """Make the graph of a way; bounds get their blocks from PyTorch. Raises a SparseSegError where none can
+    run it."""
+    policy = fast.policy_for(way)
+    try:
+        if policy is None or not policy.is_bound:
+            fast.start(image).follow(way, policy).prepare(logits=False)
+            return
+        fast.check_sites(way)
+        blocks = math.prod(block_shape(image, fast.strides[-1]))
+        if round((policy.fine_fraction or 0) * blocks) == 0:
+            raise SparseSegError(f"a graph needs a fine block, and this gives none of {blocks}")
+    except SparseSegError as error:
+        raise SparseSegError(f"{way.name}: {error}") from None
 
 
 def groups(ways: Sequence[Way]) -> list[list[Way]]:
@@ -96,19 +153,23 @@ class _Result:
 
 @torch.inference_mode()
 def compare(
-    model: Segmentor,
+    model: SelectiveNetwork,
     dataset: SegmentationDataset,
     data: DataConfig,
     ways: Sequence[Way],
     limit: int | None = None,
     progress: bool = False,
     timed: bool = True,
+    fast: RuntimeSegmentor | None = None,
 ) -> list[dict[str, Any]]:
     """Run every way on every image; returns a row of plain values for each.
 
     The ways take turns on each image, so that drift of the machine falls on all alike. Without `timed` all
     masks refine one coarse pass, which gives the same numbers to rounding (P4 of docs/method.md) several
     times faster. The oracles that run the dense network do so off the clock and the count.
+
+    Args:
+        fast: runs the ways, in place of the model; what it takes to make graphs is not timed.
     """
     device = model.device
     model.eval()
@@ -116,7 +177,7 @@ def compare(
     results = [
         _Result(
             way,
-            None if way.is_dense else model.policy_for(way),
+            None if way.is_dense else (fast or model).policy_for(way),
             SegmentationMetrics(len(dataset.classes), IGNORE_INDEX),
         )
         for way in ways
@@ -136,25 +197,29 @@ def compare(
                 classes = run.classes()
                 result.policy.remember(run)
             else:
-                classes, milliseconds = _timed(model.start(image, label), result)
+                classes, milliseconds = _timed(model, fast, image, label, result)
                 result.milliseconds += [milliseconds] if timed else []
             result.images += 1
             result.metrics.update(classes, label)
     return [result.as_row() for result in results]
 
 
-def _timed(run: Pass, result: _Result) -> tuple[Tensor, float]:
-    """Classes `[B, H, W]` and milliseconds; a bound's mask is made before the clock starts."""
-    device, policy, bound = run.images.device, result.policy, None
-    if policy is not None and policy.is_bound:
-        bound = policy(run)
-        run = run.model.start(run.images)
-    start = now(device)
-    if bound is None:
-        run.follow(result.way, policy)
-    else:
-        run.take(bound, result.way)
+def _timed(
+    model: SelectiveNetwork, fast: RuntimeSegmentor | None, image: Tensor, label: Tensor, result: _Result
+) -> tuple[Tensor, float]:
+    """Classes `[B, H, W]` and milliseconds; a bound's mask is made before the clock starts, and so is a
+    graph."""
+    policy, way = result.policy, result.way
+    bound = policy(model.start(image, label)) if policy is not None and policy.is_bound else None
+
+    def asked(run: Any) -> Any:
+        return run.follow(way, policy) if bound is None else run.take(bound, way)
+
+    if fast is not None:
+        asked(fast.start(image)).prepare(logits=False)
+    start = now(model.device)
+    run = asked((fast or model).start(image, label))
     classes = run.classes()
     if policy is not None:
         policy.remember(run)
-    return classes, 1000 * (now(device) - start)
+    return classes, 1000 * (now(model.device) - start)

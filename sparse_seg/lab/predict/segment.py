@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 from sparse_seg.timing import now
 
+MANY = 100  # images, beside which three dense runs are few
 _LOG = logging.getLogger(__name__)
 
 
@@ -97,6 +99,10 @@ class Segmenter:
         views: whole or through windows, with or without test-time augmentation. Where they name no scale, an
             image is scaled to the size of the network's training frames, if they are known.
         runner: runs the network elsewhere: a `Runner`, or what `in_runtime` made of it.
+
+    Attributes:
+        frames, seconds: how many images went through the network, and how long they took there; what making
+            graphs took is left out.
     """
 
     def __init__(
@@ -107,18 +113,19 @@ class Segmenter:
         runner: Runner | RuntimeSegmentor | None = None,
     ) -> None:
         self.model, self.way, self.views, self.runner = model, way or Way(), views, runner
-        if isinstance(runner, Runner):
-            self.policy = runner.policy
-        else:
-            self.policy = None if self.way.is_dense else (runner or model).policy_for(self.way)
-        self.device = model.device
+        self.policy = None if self.way.is_dense else (runner or model).policy_for(self.way)
+        self.device, self.frames, self.seconds = model.device, 0, 0.0
         self._after = 0.0  # ms from the end of the last refinement to its result
+        self._last: Image | None = None
         self.restart()
 
-    def restart(self) -> None:
-        """What follows is another video: a policy that looks back forgets the last one."""
+    def restart(self, frames: int | None = None) -> None:
+        """What follows is another video, of so many frames if that is known: a policy that looks back forgets
+        the last one."""
         if self.policy is not None:
             self.policy.remember(None)
+        if isinstance(self.runner, Runner):
+            self.runner.expect(frames)
 
     @functools.cached_property
     def card(self) -> Card:
@@ -140,10 +147,8 @@ class Segmenter:
         """Raises a ValueError for an image of a wrong shape or dtype, or smaller than 32x32."""
         if image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image must be [H, W, 3] uint8 RGB, got {list(image.shape)} {image.dtype}")
-        with eval_mode(self.model):
-            batch, views = self.batch(image), self.views_of(image)
-            if isinstance(self.runner, Runner):
-                self.runner.logits = not views.is_single
+        self._last, batch, views = image, self.batch(image), self.views_of(image)
+        with eval_mode(self.model), self._timed():
             found = predict(self.runner or self.model, batch, None, self.way, self.policy, views)
         return self._result(image, found, views.factors)
 
@@ -155,7 +160,7 @@ class Segmenter:
         """
         if milliseconds is None:
             return self(image)
-        with torch.inference_mode(), eval_mode(self.model):
+        with torch.inference_mode(), eval_mode(self.model), self._timed():
             *_, last = self.refine(image, milliseconds=max(0.0, milliseconds - self._after))
             start = now(self.device)
             found = self.refined(image, last)
@@ -180,6 +185,42 @@ class Segmenter:
         found = at_size(step.logits, step.levels, (height, width), self.model.strides[-1])
         return self._result(image, found, self.views_of(image).factors[:1])
 
+    def dense_seconds(self) -> float | None:
+        """What the dense network at the finest stride takes for the last image, where that ran.
+
+        None where that is not measured: the way is dense, the image was not seen whole and once, so few
+        images ran that three more count, or a graph would have to be made.
+        """
+        image = self._last
+        if image is None or self.way.is_dense or self.frames < MANY:
+            return None
+        views = self.views_of(image)
+        if not views.is_one_look or views.count_windows(*image.shape[:2]) > 1:
+            return None
+        place: Any = self.runner.last if isinstance(self.runner, Runner) else self.runner or self.model
+        batch, _ = scaled(self.batch(image), None, views.factors[0])
+        way, times = Way.dense(self.model.strides[0]), list[float]()
+        if isinstance(place, RuntimeSegmentor):
+            options = place.start(batch).follow(way).options(not views.is_single)
+            if not place.find(options):
+                return None
+        with torch.inference_mode(), eval_mode(self.model):
+            for _ in range(3):
+                start = now(self.device)
+                run = place.start(batch).follow(way)
+                (run.classes if views.is_single else run.logits)()
+                times.append(now(self.device) - start)
+        return min(times)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        making = self.runner.seconds if self.runner else 0.0
+        start = now(self.device)
+        yield
+        self.seconds += now(self.device) - start
+        self.seconds -= self.runner.seconds - making if self.runner else 0.0
+        self.frames += 1
+
     def _result(self, image: Image, found: Prediction, scales: tuple[float, ...]) -> Segmentation:
         strides = self.model.strides
         levels = None if found.levels is None else found.levels[0].cpu().numpy()
@@ -189,7 +230,7 @@ class Segmenter:
 
 
 def segment(
-    model: Segmentor | RuntimeSegmentor | nn.Module | str | Path,
+    model: Segmentor | RuntimeSegmentor | Runner | nn.Module | str | Path,
     image: str | Path | Image | Any,
     way: Way | None = None,
     views: Views = ONCE,
@@ -216,17 +257,17 @@ def segment(
             32x32.
     """
     network, pixels = _network(model), _pixels(image, bits)
-    if isinstance(network, RuntimeSegmentor):
+    if isinstance(network, RuntimeSegmentor | Runner):
         return Segmenter(network.model, way, views, network)(pixels)
     return Segmenter(network, way, views)(pixels)
 
 
-def _network(model: Any) -> Segmentor | RuntimeSegmentor:
+def _network(model: Any) -> Segmentor | RuntimeSegmentor | Runner:
     """The network that is given, loaded or in a wrapper: for several GPUs, of averages, of torch.compile."""
     if isinstance(model, str | os.PathLike):
         return load_model(model if isinstance(model, str) else Path(model))
     inner = model
-    while not isinstance(inner, Segmentor | RuntimeSegmentor):
+    while not isinstance(inner, Segmentor | RuntimeSegmentor | Runner):
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(inner, nn.Module):
             raise ValueError(

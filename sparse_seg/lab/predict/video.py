@@ -61,9 +61,10 @@ def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoO
         ValueError: frames too small for the network.
         OSError: a file cannot be written.
     """
-    segmenter.restart()
     times, fine, totals, scales = list[float](), list[float](), dict[str, float](), list[float]()
     with _opened(source) as (frames, rate, count), _writers(out, options, rate) as write:
+        most = min(filter(None, (count, options.limit)), default=None)
+        segmenter.restart(most)
         spent = 0.0  # outside of the network, on the frame before
         try:
             for image in bar(frames, str(source), count or None, unit="frame"):
