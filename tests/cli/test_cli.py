@@ -402,12 +402,12 @@ def test_predict_writes_pictures(capsys, trained, tmp_path):
 def test_predict_refuses_bad_images_and_writes_nothing_for_them(capsys, trained, tmp_path):
     config, checkpoint = trained
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    cv2.imwrite(str(tmp_path / "small.png"), np.zeros((20, 20, 3), np.uint8))
+    cv2.imwrite(str(tmp_path / "small.png"), np.zeros((12, 12, 3), np.uint8))
     out = tmp_path / "out"
     assert "broken.png: truncated, corrupt or not an image" in fails(
         capsys, "predict", config, checkpoint, tmp_path / "broken.png", "--out", out
     )
-    assert "small.png: images must be at least 32x32 px" in fails(
+    assert "small.png: images must be at least 32 px at a scale of 2" in fails(
         capsys, "predict", config, checkpoint, tmp_path / "small.png", "--out", out
     )
     (tmp_path / "other").mkdir()
