@@ -220,6 +220,12 @@ def test_names_in_the_readmes_example_exist():
             assert hasattr(owners[node.value.id], node.attr), node.attr
 
 
+def test_table_of_auto_is_the_result_file():
+    rows = measured("predict_auto")["rows"]
+    columns = [Column(count, f"{count} images", "{:.1f}") for count in ("1", "10", "30", "300")]
+    assert Table([Column("run", "run"), *columns], rows).to_markdown().strip() in page("performance_export")
+
+
 def test_page_of_config_keys_is_the_schema():
     assert page("config") == render(), "run: python -m sparse_seg.config.docs > docs/config.md"
 

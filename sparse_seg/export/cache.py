@@ -30,12 +30,16 @@ DIGEST = 16  # bytes, before a file's graph
 
 
 def folder() -> Path | None:
-    """`$SPARSE_SEG_CACHE`, else `sparse_seg` in `$XDG_CACHE_HOME` or `~/.cache`; None where it is off."""
-    named = os.environ.get(VARIABLE)
-    if named:
-        return None if named == OFF else Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sparse_seg"
+    """`$SPARSE_SEG_CACHE`, else `sparse_seg` in `$XDG_CACHE_HOME` or `~/.cache`; None where it is off, or the
+    user has no home."""
+    named, base = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME", "")
+    if named == OFF:
+        return None
+    path = Path(named) if named else Path(base if os.path.isabs(base) else "~/.cache", "sparse_seg")
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return None
 
 
 class GraphCache:

@@ -75,8 +75,8 @@ class Runner(Predicting):
     `auto`, on the CPU: images of one size, run one way, get a graph in onnxruntime if one is on disk, or if
     it will save more time than it takes to make. What it will save follows from the time of an image in
     PyTorch, which is measured, and from how many are still to come (`expect`); where nobody says how many, as
-    many as have been. At most `SIZES` graphs are made so, for images of up to `PIXELS`. All else runs in
-    PyTorch, and so does what no graph can run.
+    many as have been. At most `SIZES` graphs are made so. Images of over `PIXELS` run in PyTorch, and so does
+    what no graph can run.
 
     Args:
         model: in eval mode, on its device.
@@ -206,20 +206,22 @@ class Runner(Predicting):
     def _decide(self, case: _Case, run: RuntimeRun, logits: bool) -> None:
         """Whether a case gets a graph, which is then made; it may stay open."""
         assert self.fast is not None
+        if run.images[0, 0].numel() > PIXELS:
+            return
         try:
             if case.seen == 1 and self.fast.find(run.options(logits)):
                 case.is_fast = True
-            elif self._pays(case, run.images):
+            elif self._pays(case):
                 run.prepare(logits)
                 case.is_fast = True
         except Exception as error:  # whatever exporter or runtime raise: PyTorch can do it
             self._refusal = first_line(error)
             case.is_fast = False
 
-    def _pays(self, case: _Case, images: Tensor) -> bool:
+    def _pays(self, case: _Case) -> bool:
         """Whether a graph saves more time than it takes to make."""
         graphs = sum(bool(other.is_fast) for other in self._cases.values())
-        if case.seconds is None or graphs >= SIZES or images[0, 0].numel() > PIXELS:
+        if case.seconds is None or graphs >= SIZES:
             return False
         past = self._counts.total()
         coming = past if self._coming is None or self._coming <= past else self._coming - past

@@ -35,10 +35,9 @@ SIZE_TO_CHECK = (512, 512)  # px; which options fit does not depend on it
 
 
 class RuntimeSegmentor(Predicting):
-    """What `in_runtime` makes. Graphs are made when they are needed, one for each size and batch of images,
-    each way to run and each number of given fine blocks; the latest are kept in memory, and all on disk (see
-    `cache`). The first images of each new graph run in PyTorch, too: a SparseSegError says where the results
-    differ.
+    """A network in a runtime. Graphs are made when they are needed, one for each size and batch of images,
+    way to run and number of given fine blocks; the latest stay in memory, and all on disk (see `cache`). The
+    first images of each new graph run in PyTorch, too: a SparseSegError says where the results differ.
 
     Args:
         model: whose weights they are; it must not change.
@@ -124,15 +123,10 @@ class RuntimeSegmentor(Predicting):
     def _cached(self, options: ExportOptions) -> Session | None:
         """The graph in memory, or the one on disk."""
         session = self._kept(options)
-        if session is not None:
-            return session
-        with self._counted():
-            graph = self.cache.read(options)
-            if graph is None:
-                return None
-            with suppress(SparseSegError):  # one that does not open is made again
-                return self._keep(options, self._opened(graph))
-        return None
+        with self._counted(), suppress(SparseSegError):  # one that does not open is made again
+            if session is None and (graph := self.cache.read(options)) is not None:
+                session = self._keep(options, self._opened(graph))
+        return session
 
     def _made(self, options: ExportOptions, arrays: dict[str, np.ndarray]) -> Session:
         with self._counted(), torch.autocast("cpu", enabled=False):

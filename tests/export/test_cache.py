@@ -158,5 +158,7 @@ def test_where_the_folder_is(monkeypatch):
     assert cache.folder() == Path("/caches/sparse_seg")
     monkeypatch.setenv("SPARSE_SEG_CACHE", "~/own")
     assert cache.folder() == Path("/home/one/own")
+    monkeypatch.setenv("SPARSE_SEG_CACHE", "~nobody-has-this-name/own")
+    assert cache.folder() is None, "without a home there is no folder"
     monkeypatch.setenv("SPARSE_SEG_CACHE", "off")
     assert cache.folder() is None
