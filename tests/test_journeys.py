@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +109,23 @@ def test_the_readmes_first_example_runs_as_it_stands() -> None:
 
 
 @pytest.mark.slow
+def test_the_readmes_commands_for_a_file_of_weights() -> None:
+    write_foreign_files()
+    block = next(one for one in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "convert" in one)
+    for line in block.strip().splitlines():
+        program, *arguments = shlex.split(line)
+        if program == "sparse-seg":
+            assert main(arguments) == 0, line
+        else:
+            subprocess.run([sys.executable, ROOT / arguments[0], *arguments[1:]], check=True)
+    assert read_image(Path("overlay.png")).shape == (112, 80, 3)
+    assert read_image(Path("pictures/photo_overlay.png")).shape == (112, 80, 3)
+
+
+@pytest.mark.slow
 def test_the_readmes_second_example_runs() -> None:
     names: dict[str, Any] = {}
-    exec("import sparse_seg\n" + EXAMPLES[1], names)
+    exec(EXAMPLES[1], names)
     assert names["found"].classes.shape == (80, 112)
     with torch.inference_mode():
         for run in ("model", "fast"):
