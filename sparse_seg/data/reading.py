@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 from numpy.typing import NDArray
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from sparse_seg.data.headers import Header, read_header
@@ -136,15 +137,15 @@ def read_label(file: Path) -> Image:
     """
     data = _read_bytes(file)
     depth, png = _label_png(file, data)
-    if png.mode in ("1", "L", "P"):
-        values = _decode(file, data, cv2.IMREAD_GRAYSCALE)
-        if (
-            png.mode == "P"
-        ):  # which OpenCV paints; Pillow keeps the indices, but would leave missing rows black
-            with _damage_named(file):
-                return np.array(png, np.uint8)
+    is_flat = png.mode in ("1", "L", "P")
+    values = _decode(file, data, cv2.IMREAD_GRAYSCALE if is_flat else cv2.IMREAD_UNCHANGED)
+    if (
+        png.mode == "P"
+    ):  # OpenCV has painted the indices, which Pillow keeps, but it would leave missing rows black
+        with _damage_named(file):
+            return np.array(png)
+    if is_flat:
         return values // (255 // (2**depth - 1))  # values of few bits are spread over 0..255
-    values = _decode(file, data, cv2.IMREAD_UNCHANGED)
     opaque = values.ndim == 3 and (values.shape[2] == 3 or (values[..., 3] == 255).all())
     if depth > 8 or png.mode == "LA" or not opaque:
         raise DataError(
@@ -164,10 +165,10 @@ def read_label_palette(file: Path) -> list[tuple[int, int, int]]:
 def _label_png(file: Path, data: bytes) -> tuple[int, PngImageFile]:
     """A label's bits per channel, and the file, its pixels not read yet."""
     header = _header(file, data)
-    if header is not None and header.kind == "JPEG":
-        raise DataError(f"{file}: the label is a JPEG, which changes ids; save it as a PNG")
     if header is None:
         raise _damaged(file)
+    if header.kind == "JPEG":
+        raise DataError(f"{file}: the label is a JPEG, which changes ids; save it as a PNG")
     if header.kind != "PNG":
         raise DataError(f"{file}: the label is a {header.kind}; save it as an 8-bit PNG of class ids")
     return header.bits, _verified_png(file, data)
@@ -210,11 +211,10 @@ def _decode_jpeg(file: Path, data: bytes) -> Image:
     try:
         return simplejpeg.decode_jpeg(data, "RGB", strict=True)
     except ValueError as error:
-        if _HARMLESS in str(error):
-            return simplejpeg.decode_jpeg(data, "RGB", strict=False)
-        if "Corrupt JPEG data" in str(error):
+        if "Corrupt JPEG data" in str(error) and _HARMLESS not in str(error):
             raise DataError(f"{file}: the JPEG is damaged ({error}); restore it from the original") from None
-        raise _damaged(file) from None
+    with _damage_named(file):  # it is cut off, or whole and of a rare kind: Pillow tells these apart
+        return np.array(JpegImageFile(io.BytesIO(data)).convert("RGB"))
 
 
 def _decode(file: Path, data: bytes, flags: int) -> NDArray[Any]:

@@ -111,6 +111,23 @@ def test_a_jpeg_damaged_in_the_middle_is_named(tmp_path: Path, capfd: pytest.Cap
     assert capfd.readouterr().err == "", "the error says it"
 
 
+def test_whole_jpegs_of_rare_kinds_are_read(tmp_path: Path) -> None:
+    """Another sampling than cameras use, and a colour profile cut short."""
+    grey = np.full((8, 24, 3), 128, np.uint8)
+    made = cv2.imencode(".jpg", grey, [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x411111])[1].tobytes()
+    frame, scan = made.index(b"\xff\xc0"), made.index(b"\xff\xda") + 14
+    blocks = b"\x28\xa2\x80\x3f"  # three of brightness and two of colour, all zero
+    (tmp_path / "rare.jpg").write_bytes(
+        made[: frame + 11] + b"\x31" + made[frame + 12 : scan] + blocks + b"\xff\xd9"
+    )
+    np.testing.assert_array_equal(read_image(tmp_path / "rare.jpg"), grey)
+    profile = b"ICC_PROFILE\0\5\2" + bytes(20)
+    segment = b"\xff\xe2" + (len(profile) + 2).to_bytes(2, "big") + profile
+    (tmp_path / "plain.jpg").write_bytes(jpeg())
+    (tmp_path / "profile.jpg").write_bytes(jpeg()[:2] + segment + jpeg()[2:])
+    np.testing.assert_array_equal(read_image(tmp_path / "profile.jpg"), read_image(tmp_path / "plain.jpg"))
+
+
 def test_exif_turns_photos_that_ask_for_it(tmp_path: Path) -> None:
     orientation = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
     segment, data = b"Exif\0\0" + orientation, jpeg()
