@@ -24,8 +24,9 @@ from PIL.PngImagePlugin import PngImageFile
 from sparse_seg.data.headers import Header, read_header
 from sparse_seg.errors import DataError
 
-# what OpenCV prints of a damaged file our error says, with the file's name
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+# what OpenCV (5, or 4) prints of a damaged file our error says, with the file's name
+_LOGGING: Any = cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2
+_LOGGING.setLogLevel(0)
 
 Image = NDArray[np.uint8]
 
