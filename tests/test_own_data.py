@@ -15,10 +15,9 @@ from sparse_seg.cli import main
 from sparse_seg.config import check_training, load_config
 from sparse_seg.data.class_file import read_class_file
 from sparse_seg.data.dataset import read_image
-from sparse_seg.data.formats import PALETTE
 from sparse_seg.data.reading import read_label
 from tests.cli.test_video import properties
-from tests.data.files import palette, png, sideways_photo
+from tests.data.files import PALETTE, palette, png, sideways_photo
 
 PAGE = (Path(__file__).parents[1] / "docs/own-data.md").read_text()
 SHORT, LONG, CONFIG = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)

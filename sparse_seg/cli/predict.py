@@ -58,7 +58,7 @@ from sparse_seg.config import check_classes, load_config
 from sparse_seg.config.schema import BITS
 from sparse_seg.data.depth import find_depth
 from sparse_seg.data.folder import CLASS_FILE
-from sparse_seg.data.reading import captured_stderr, read_image
+from sparse_seg.data.reading import read_image
 from sparse_seg.errors import DataError
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.runtime import RUNTIMES
@@ -164,8 +164,7 @@ def run(args: argparse.Namespace) -> int:
     check_legend(segmenter.card, args.out)
     told = config.data.bits if config is not None and args.bits is None else args.bits
     images = [source.path for source in sources if isinstance(source.path, Path) and not source.is_video]
-    with captured_stderr():
-        depth = find_depth(images, told, "add --bits 10, 12, 14 or 16")
+    depth = find_depth(images, told, "add --bits 10, 12, 14 or 16")
     if depth.note:
         print(f"warning: {depth.note}", file=sys.stderr)
     results: dict[str, Any] = {}

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import typing
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from sparse_seg.config.keys import Key, all_keys, field_types, item_type, path_keys, plain_type, type_name
+from sparse_seg.config.keys import Key, all_keys, item_type, plain_type, type_name
 from sparse_seg.errors import ConfigError, choose_one, did_you_mean, shown
 
 MAX_TEXT = 4096  # characters
-MAX_OPTIONS_DEPTH = 8
 _T = TypeVar("_T")
 
 
@@ -34,8 +34,7 @@ def build(schema: type[_T], tree: Any, where: str, prefix: str = "", root: type 
         if not prefix:
             raise ConfigError(f"{where} must hold keys and values, not {shown(tree)}")
         raise ConfigError(f"{where}: '{prefix[:-1]}' holds keys of its own, not the value {shown(tree)}")
-    root, kinds, values = root or schema, field_types(schema), dict[str, Any]()
-    paths = path_keys(schema)
+    root, kinds, values = root or schema, typing.get_type_hints(schema), dict[str, Any]()
     for name, value in tree.items():
         full = f"{prefix}{name}"
         if name not in kinds:
@@ -45,8 +44,9 @@ def build(schema: type[_T], tree: Any, where: str, prefix: str = "", root: type 
             values[name] = build(kinds[name], value, where, f"{full}.", root)
         else:
             values[name] = _value(value, kinds[name], f"{where}: '{full}'")
-            if name in paths and value is not None:
-                values[name] = os.path.expanduser(value)
+    for field in dataclasses.fields(cast(Any, schema)):
+        if field.name in values and "key" in field.metadata and field.metadata["key"].path:
+            values[field.name] = values[field.name] and os.path.expanduser(values[field.name])
     return schema(**values)
 
 
@@ -85,39 +85,37 @@ def _value(value: Any, kind: Any, place: str) -> Any:
         return None
     if typing.get_origin(plain) is dict:
         return _options(value, place)
-    if not _fits(value, plain):
+    item = item_type(plain)
+    if item and isinstance(value, list):
+        return [_value(one, item, f"{place}, item {number},") for number, one in enumerate(value, 1)]
+    kinds: Any = list if item else (int, float) if plain is float else plain
+    if not isinstance(value, kinds) or isinstance(value, bool) != (plain is bool):
         raise ConfigError(f"{place} must be {type_name(plain)}, not {shown(value)}")
-    if isinstance(value, list):
-        return [_value(item, item_type(plain), place) for item in value]
     if isinstance(value, str):
         _check_text(value, place)
     return _number(value) if plain is float else value
 
 
-def _fits(value: Any, plain: Any) -> bool:
-    if item := item_type(plain):
-        return isinstance(value, list) and all(_fits(one, item) for one in value)
-    if isinstance(value, bool):
-        return plain is bool
-    return isinstance(value, (int, float) if plain is float else plain)
-
-
-def _options(value: Any, place: str, depth: int = 0) -> Any:
+def _options(value: Any, place: str) -> Any:
     """A part's own options: names with plain values, which the part itself checks."""
-    if depth > MAX_OPTIONS_DEPTH:
-        raise ConfigError(f"{place} is nested more than {MAX_OPTIONS_DEPTH} deep")
-    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        for name in value:
-            _check_text(name, place)
-        return {name: _options(item, place, depth + 1) for name, item in value.items()}
-    infinite = isinstance(value, float) and not math.isfinite(value)
-    if infinite or depth == 0 or not isinstance(value, (list, str, int, float, type(None))):
+    try:
+        plain = json.loads(json.dumps(value, allow_nan=False))
+        for text in _texts(plain):
+            _check_text(text, place)
+    except (TypeError, ValueError, RecursionError):  # ValueError: it is not finite, or holds itself
+        plain = None
+    if not isinstance(value, Mapping) or plain != value:
         raise ConfigError(f"{place} must be names with plain, finite values, not {shown(value)}")
-    if isinstance(value, list):
-        return [_options(item, place, depth + 1) for item in value]
-    if isinstance(value, str):
-        _check_text(value, place)
-    return value
+    return plain
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """The texts in plain values, names included."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, (list, dict)):
+        for one in (*tree, *(tree.values() if isinstance(tree, dict) else ())):
+            yield from _texts(one)
 
 
 def _number(value: float) -> float:

@@ -70,7 +70,7 @@ def section(schema: type[_T]) -> _T:
 
 def all_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Key, Any, Any]]:
     """Full name, `Key`, type and default of each key, including keys of sections."""
-    kinds = field_types(schema)
+    kinds = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         kind = kinds[field.name]
         if dataclasses.is_dataclass(kind):
@@ -86,23 +86,9 @@ def choices(schema: type, name: str) -> tuple[Any, ...]:
     return next(tuple(info.choices) for key_name, info, _, _ in all_keys(schema) if key_name == name)
 
 
-def path_keys(schema: type) -> set[str]:
-    """Names of a dataclass's own fields that are files or folders."""
-    return {field.name for field in dataclasses.fields(schema) if _is_path(field)}
-
-
-def _is_path(field: dataclasses.Field[Any]) -> bool:
-    return "key" in field.metadata and field.metadata["key"].path
-
-
 def function_keys(schema: type) -> list[str]:
     """Names of the keys that are part of what the network computes."""
     return [name for name, info, _, _ in all_keys(schema) if info.function]
-
-
-def field_types(schema: type) -> dict[str, Any]:
-    """The type of each field of a dataclass."""
-    return typing.get_type_hints(schema)
 
 
 def plain_type(kind: Any) -> tuple[Any, bool]:

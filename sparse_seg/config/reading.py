@@ -13,49 +13,21 @@ import yaml
 from sparse_seg.errors import ConfigError, did_you_mean, shown
 
 MAX_BYTES = 2**18  # of a file
-MAX_DEPTH = 16  # of nesting
-MAX_NODES = 5000  # values of a file, with those that aliases stand for
-MAX_BASES = 32  # files in a chain of `_base_`
 
 Tree = dict[str, Any]
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML follows YAML 1.1, where `1e-3` is a text; here it is a number, as in YAML 1.2. A key that stands
-    twice, of which PyYAML takes the last, is an error, and so is what would grow or nest beyond bounds."""
-
-    def __init__(self, text: bytes | str) -> None:
-        super().__init__(text)
-        self._depth, self._nodes, self._anchored = 0, 0, dict[str, int]()
-
-    def fetch_flow_collection_start(self, token: type) -> None:
-        if self.flow_level > MAX_DEPTH:  # the scanner runs ahead, and is slow on many open brackets
-            raise yaml.MarkedYAMLError(None, None, f"nested more than {MAX_DEPTH} deep", self.get_mark())
-        super().fetch_flow_collection_start(token)
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event, before = self.peek_event(), self._nodes
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise _fault(event, f"nested more than {MAX_DEPTH} deep")
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor in self.anchors and event.anchor not in self._anchored:
-                raise _fault(event, f"alias {event.anchor!r} refers to itself")
-            self._nodes += self._anchored.get(str(event.anchor), 0)
-        node = super().compose_node(parent, index)
-        self._depth, self._nodes = self._depth - 1, self._nodes + 1
-        if self._nodes > MAX_NODES:
-            raise _fault(event, f"more than {MAX_NODES} values")
-        if not isinstance(event, yaml.AliasEvent) and event.anchor is not None:
-            self._anchored[event.anchor] = self._nodes - before
-        return node
+    twice, of which PyYAML takes the last, is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set[Any]()
         for key_node, _ in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node)
             if key in seen:
-                raise _fault(key_node, f"key {shown(key)} is given twice; merge the two")
+                message = f"key {shown(key)} is given twice; merge the two"
+                raise yaml.MarkedYAMLError(None, None, message, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -65,10 +37,6 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
-
-
-def _fault(place: Any, message: str) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(None, None, message, place.start_mark)
 
 
 def parse_yaml(text: bytes | str, where: str) -> Any:
@@ -84,6 +52,8 @@ def parse_yaml(text: bytes | str, where: str) -> Any:
         reason = f"{error.context or ''} {error.problem or ''}{f' in line {mark.line + 1}' if mark else ''}"
     except (yaml.YAMLError, ValueError) as error:  # the latter for dates such as 2020-99-99
         reason = str(error)
+    except RecursionError:
+        reason = "nested too deep"
     except (LookupError, AttributeError, TypeError):  # PyYAML's own for `!!bool x`
         reason = "a value does not fit its tag"
     raise ConfigError(f"{where} is not valid YAML: {' '.join(reason.split())}")
@@ -112,8 +82,6 @@ def _read(path: Path, parents: tuple[Path, ...], done: dict[Path, Tree]) -> Tree
         raise ConfigError(f"config {shown(str(path))} cannot be read: {error}") from None
     if path in parents:
         raise ConfigError(f"{path}: _base_ files form a circle")
-    if len(parents) > MAX_BASES:
-        raise ConfigError(f"{path}: more than {MAX_BASES} files in a chain of _base_")
     if path in done:
         return done[path]
     tree = parse_yaml(_read_bytes(path), f"config {path}")
@@ -165,13 +133,10 @@ def parse_settings(settings: Sequence[str], option: str = "--set") -> Tree:
     tree: Tree = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
-        parts = key.strip().split(".")
         if not equals or not key.strip():
             raise ConfigError(f"{option} {shown(setting)}: write key=value, for instance data.root=../camvid")
-        if len(parts) > MAX_DEPTH or len(text) > MAX_BYTES:
-            raise ConfigError(f"{option} {shown(setting)}: no setting is as long")
         value = parse_yaml(text, f"{option} {shown(setting)}: the value")
-        for part in reversed(parts):
+        for part in reversed(key.strip().split(".")):
             value = {part: value}
         tree = overlay(tree, value)
     return tree

@@ -19,15 +19,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from sparse_seg.data.depth import Depth, find_depth
-from sparse_seg.data.reading import (
-    Image,
-    Picture,
-    captured_stderr,
-    decode_image,
-    jpeg_complaint,
-    read_image,
-    read_label,
-)
+from sparse_seg.data.reading import Image, Picture, decode_image, read_image, read_label
 from sparse_seg.errors import DataError
 
 __all__ = ["IGNORE_INDEX", "SMALLEST_SIDE", "ClassList", "Image", "SegmentationDataset", "read_image"]
@@ -224,13 +216,10 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         ]
         if self.depth.note:
             self.warn(self.depth.note)
-        with captured_stderr() as printed, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             results = list(pool.map(self._inspect, range(len(self))))
-            complaint = jpeg_complaint(printed())
         seen = [result for result in results if not isinstance(result, str)]
         faults += [result for result in results if isinstance(result, str)]
-        if complaint:  # of one of the images: which one is seen when they are read one by one
-            faults += filter(None, (_jpeg_fault(image) for image, _ in self.samples))
         if len(faults) > 1:
             raise DataError(f"{faults[0]} (faulty files in all: {len(faults)})")
         if faults:
@@ -297,14 +286,6 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
     def warn(self, message: str) -> None:
         """Log a warning about the split."""
         _LOG.warning("warning: %s: %s", self.label_folder, message)
-
-
-def _jpeg_fault(file: Path) -> str | None:
-    try:
-        read_image(file)
-    except DataError as error:
-        return str(error)
-    return None
 
 
 def _size(image: Image) -> str:

@@ -1,31 +1,32 @@
-"""Image and label files to arrays: whole or refused, and with the values that were stored."""
+"""Image and label files to arrays: whole or refused, and with the values that were stored.
+
+Decoders fill in what is missing in a damaged file, and few tell. simplejpeg raises what libjpeg only prints;
+Pillow verifies a PNG's checksums and keeps palette indices; OpenCV refuses a PNG with too few rows and reads
+most bit depths.
+"""
 
 import io
 import os
 import stat
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import PIL.Image
+import simplejpeg
 from numpy.typing import NDArray
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
-from sparse_seg.data.formats import (
-    GREY_ALPHA,
-    INFLATION,
-    JPEG_SIGNATURE,
-    PNG_SIGNATURE,
-    RGBA,
-    DamagedError,
-    Png,
-    read_jpeg,
-    read_png,
-)
-from sparse_seg.data.headers import Header, is_heic, other_format, read_header, without_orientation
+from sparse_seg.data.headers import Header, read_header
 from sparse_seg.errors import DataError
+
+# what OpenCV (5, or 4) prints of a damaged file our error says, with the file's name
+_LOGGING: Any = cv2.utils.logging if hasattr(cv2.utils, "logging") else cv2
+_LOGGING.setLogLevel(0)
 
 Image = NDArray[np.uint8]
 
@@ -35,7 +36,9 @@ IMAGE_SUFFIXES = frozenset(
 """Of image files, lower case."""
 
 GUESSED_BITS = (12, 16)  # of 16-bit files: whose values are all below 4096, and the others
-_LIMITS = {"PIXELS": 1 << 30, "WIDTH": 1 << 20, "HEIGHT": 1 << 20}  # OpenCV's OPENCV_IO_MAX_IMAGE_...
+_MOST_PIXELS, _LONGEST_SIDE = 1 << 30, 10**6  # that OpenCV reads
+# pixels that a byte may hold: zlib makes 1032 bytes of one, a JPEG's 8x8 block takes a bit, a blank WebP none
+_INFLATED, _PIXELS_PER_BYTE = 8 * 1032, {"JPEG": 512, "WEBP": 1 << 28}
 # how a stored picture becomes upright, by its orientation
 _TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     2: np.fliplr,
@@ -46,10 +49,26 @@ _TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
     8: np.rot90,
 }
-_JPEG_COMPLAINTS = ("Corrupt JPEG data", "Premature end of JPEG", "Inconsistent progression")
+_BACK = {6: 8, 8: 6}  # the others undo themselves
 _HARMLESS = "bad ICC marker"
-_CAPTURE = threading.RLock()
-_MOST = 1 << 20  # bytes that are looked at of what is printed
+# the first bytes of files that are not read: where they stand, and what they are
+_OTHERS = (
+    (0, b"8BPS", "a Photoshop document"),
+    (0, b"\xff\x0a", "a JPEG XL picture"),
+    (4, b"JXL ", "a JPEG XL picture"),
+    (4, b"ftypavif", "an AVIF picture"),
+    (4, b"ftyp", "a film, or a picture in a film's container"),
+    (0, b"v/1\x01", "an OpenEXR picture"),
+    (0, b"SIMPLE  =", "a FITS picture"),
+    (128, b"DICM", "a DICOM file"),
+    (0, b"GIF8", "a GIF"),
+    (0, b"%PDF", "a PDF"),
+    (0, b"<svg", "an SVG drawing"),
+    (0, b"<!DOCTYPE", "a web page"),
+    (0, b"<html", "a web page"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS (git lfs pull gets the file)"),
+)
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 class Picture(NamedTuple):
@@ -74,35 +93,23 @@ def read_image(file: Path, upright: bool = False, bits: int | None = None) -> Im
     Raises:
         DataError: the file is missing, damaged, too large, or no image of 8 or 16 bits per channel.
     """
-    with captured_stderr() as printed:
-        pixels = decode_image(file, upright, bits).pixels
-        complaint = jpeg_complaint(printed())
-    if complaint:
-        raise DataError(f"{file}: the JPEG is damaged ({complaint}); restore it from the original")
-    return pixels
+    return decode_image(file, upright, bits).pixels
 
 
 def decode_image(file: Path, upright: bool = False, bits: int | None = None) -> Picture:
-    """`read_image` without looking at what libjpeg prints, which is all it says of damage between markers."""
+    """`read_image`, with what is known of its bits."""
     data = _read_bytes(file)
-    if is_heic(data):
+    if _is_heic(data):
         return Picture(_read_heic(file, data), 8)
-    header, turn = read_header(data), None
-    with _damage_named(file):
-        if data.startswith(PNG_SIGNATURE):
-            data = read_png(data).data
-        elif data.startswith(JPEG_SIGNATURE):
-            data, width, height = read_jpeg(data)
-            header = Header("JPEG", width, height)
-        elif header is not None and header.width * header.height > 8 * INFLATION * len(data):
-            raise DamagedError("impossible size")
-    if header is not None:
-        _require_numbers(file, header)
-        _require_size(file, header.width, header.height)
-        if header.place is not None and header.orientation != 1:  # OpenCV would turn it, asked or not
-            data, turn = without_orientation(data, header.place), _TURNS.get(header.orientation)
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
-    image = _decode(file, data, flags if upright else flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    header = _header(file, data)
+    kind = header and header.kind
+    if kind == "JPEG":
+        image = _decode_jpeg(file, data)
+    else:
+        if kind == "PNG":
+            _verified_png(file, data)
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+        image = _decode(file, data, flags)[..., ::-1]
     used, highest = 8, None
     if image.dtype == np.uint16:
         highest = int(image.max())
@@ -110,58 +117,16 @@ def decode_image(file: Path, upright: bool = False, bits: int | None = None) -> 
         image = (np.minimum(image, 2**used - 1) >> (used - 8)).astype(np.uint8)
     if image.dtype != np.uint8:
         raise DataError(f"{file}: the image is {image.dtype}; save it with 8 or 16 bits per channel")
-    if upright and turn is not None:
-        image = turn(image)
-    return Picture(np.ascontiguousarray(image[..., ::-1]), used, highest)
+    if header is not None and upright != (kind == "TIFF"):  # which OpenCV turns, asked or not
+        turn = header.orientation if upright else _BACK.get(header.orientation, header.orientation)
+        image = _TURNS.get(turn, np.asarray)(image)
+    return Picture(np.ascontiguousarray(image), used, highest)
 
 
 def guessed_bits(highest: int) -> int:
     """How many of 16 bits are used, where this is the highest value."""
     fewer, all_of_them = GUESSED_BITS
     return fewer if highest < 1 << fewer else all_of_them
-
-
-def _require_numbers(file: Path, header: Header) -> None:
-    """Raises a DataError for a whole file whose values are none of 8 or 16 bits."""
-    if header.numbers != "unsigned" or header.bits > 16:
-        raise DataError(
-            f"{file}: is a {header.kind} of {header.bits}-bit {header.numbers} numbers, as tifffile or "
-            "rasterio reads; scale the values to 0..65535 and save it with 16 bits per channel, unsigned"
-        )
-
-
-def _require_size(file: Path, width: int, height: int) -> None:
-    """Raises a DataError for a picture that OpenCV refuses."""
-    limits = {}
-    for name, most in _LIMITS.items():
-        said = os.environ.get(f"OPENCV_IO_MAX_IMAGE_{name}", "")
-        limits[name] = int(said) if said.isdecimal() else most
-    if width * height > limits["PIXELS"] or width > limits["WIDTH"] or height > limits["HEIGHT"]:
-        raise DataError(
-            f"{file}: is {height}x{width} px, larger than OpenCV reads (2^30 pixels, 2^20 a side); cut it "
-            "into tiles, or set OPENCV_IO_MAX_IMAGE_PIXELS, OPENCV_IO_MAX_IMAGE_WIDTH or _HEIGHT"
-        )
-
-
-def _read_heic(file: Path, data: bytes) -> Image:
-    """`[H, W, 3]` uint8 RGB, upright: HEIC's container says itself how it is turned.
-
-    Raises:
-        DataError: Pillow's plugin for it is not installed, or the file is damaged.
-    """
-    try:
-        from PIL import Image as pillow
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        raise DataError(
-            f"{file}: is a HEIC photo; to read it, pip install pillow-heif, or save it as JPEG"
-        ) from None
-    register_heif_opener()
-    try:
-        with pillow.open(io.BytesIO(data)) as photo:
-            return np.array(photo.convert("RGB"), np.uint8)
-    except Exception:  # each version has errors of its own
-        raise _damaged(file) from None
 
 
 def read_label(file: Path) -> Image:
@@ -171,41 +136,121 @@ def read_label(file: Path) -> Image:
     Raises:
         DataError: the file is missing, damaged, or no such PNG.
     """
-    return _label_values(file, _label_png(file))
+    data = _read_bytes(file)
+    depth, png = _label_png(file, data)
+    is_flat = png.mode in ("1", "L", "P")
+    values = _decode(file, data, cv2.IMREAD_GRAYSCALE if is_flat else cv2.IMREAD_UNCHANGED)
+    if (
+        png.mode == "P"
+    ):  # OpenCV has painted the indices, which Pillow keeps, but it would leave missing rows black
+        with _damage_named(file):
+            return np.array(png)
+    if is_flat:
+        return values // (255 // (2**depth - 1))  # values of few bits are spread over 0..255
+    opaque = values.ndim == 3 and (values.shape[2] == 3 or (values[..., 3] == 255).all())
+    if depth > 8 or png.mode == "LA" or not opaque:
+        raise DataError(
+            f"{file}: the label is {len(png.getbands())}-channel {values.dtype}; "
+            "save it as a single-channel 8-bit PNG of class ids"
+        )
+    return np.ascontiguousarray(values[..., 2::-1])
 
 
 def read_label_palette(file: Path) -> list[tuple[int, int, int]]:
     """RGB of each index of a palette PNG; empty for other label PNGs."""
-    return _label_png(file).palette()
+    _, png = _label_png(file, _read_bytes(file))
+    entries = png.palette.palette if png.palette else b""
+    return list(zip(entries[0::3], entries[1::3], entries[2::3], strict=False))
 
 
-def _label_png(file: Path) -> Png:
-    data = _read_bytes(file)
-    if data.startswith(JPEG_SIGNATURE):
+def _label_png(file: Path, data: bytes) -> tuple[int, PngImageFile]:
+    """A label's bits per channel, and the file, its pixels not read yet."""
+    header = _header(file, data)
+    if header is None:
+        raise _damaged(file)
+    if header.kind == "JPEG":
         raise DataError(f"{file}: the label is a JPEG, which changes ids; save it as a PNG")
-    header = read_header(data)
-    if header is not None and header.kind != "PNG":
+    if header.kind != "PNG":
         raise DataError(f"{file}: the label is a {header.kind}; save it as an 8-bit PNG of class ids")
+    return header.bits, _verified_png(file, data)
+
+
+def _verified_png(file: Path, data: bytes) -> PngImageFile:
+    """A PNG that is whole by its chunks' checksums."""
     with _damage_named(file):
-        if not data.startswith(PNG_SIGNATURE):
-            raise DamagedError("no PNG")
-        png = read_png(data)
-    _require_size(file, png.width, png.height)
-    return png
+        PngImageFile(io.BytesIO(data)).verify()
+        return PngImageFile(io.BytesIO(data))
 
 
-def _label_values(file: Path, png: Png) -> Image:
-    values = _decode(file, png.bare(), cv2.IMREAD_UNCHANGED)
-    if png.depth < 8:
-        return values // (255 // (2**png.depth - 1))  # OpenCV spreads them over 0..255
-    transparent = png.colour == GREY_ALPHA or (png.colour == RGBA and not (values[..., 3] == 255).all())
-    if png.depth > 8 or transparent:
-        channels = 1 if values.ndim == 2 else values.shape[2]
+def _header(file: Path, data: bytes) -> Header | None:
+    """What a file says of its pixels, where that can be.
+
+    Raises:
+        DataError: it is broken, too large, or holds numbers that are no pixels.
+    """
+    with _damage_named(file):
+        header = read_header(io.BytesIO(data))
+    if header is None:
+        return None
+    if header.width * header.height > _PIXELS_PER_BYTE.get(header.kind, _INFLATED) * len(data):
+        raise _damaged(file)
+    if header.width * header.height > _MOST_PIXELS or max(header.width, header.height) > _LONGEST_SIDE:
         raise DataError(
-            f"{file}: the label is {channels}-channel {values.dtype}; "
-            "save it as a single-channel 8-bit PNG of class ids"
+            f"{file}: is {header.height}x{header.width} px, larger than OpenCV reads (2^30 pixels, a million "
+            "a side); cut it into tiles"
         )
-    return values if values.ndim == 2 else np.ascontiguousarray(values[..., 2::-1])
+    if header.numbers != "unsigned" or header.bits > 16:
+        raise DataError(
+            f"{file}: is a {header.kind} of {header.bits}-bit {header.numbers} numbers, as tifffile or "
+            "rasterio reads; scale the values to 0..65535 and save it with 16 bits per channel, unsigned"
+        )
+    return header
+
+
+def _decode_jpeg(file: Path, data: bytes) -> Image:
+    """`[H, W, 3]` uint8 RGB; libjpeg's warnings are errors, as half of a photo may be grey."""
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError as error:
+        if "Corrupt JPEG data" in str(error) and _HARMLESS not in str(error):
+            raise DataError(f"{file}: the JPEG is damaged ({error}); restore it from the original") from None
+    with _damage_named(file):  # it is cut off, or whole and of a rare kind: Pillow tells these apart
+        return np.array(JpegImageFile(io.BytesIO(data)).convert("RGB"))
+
+
+def _decode(file: Path, data: bytes, flags: int) -> NDArray[Any]:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error:
+        image = None
+    if image is not None:
+        return image
+    if what := next((what for at, mark, what in _OTHERS if data[at : at + len(mark)] == mark), ""):
+        raise DataError(f"{file}: is {what}, which is not read here; save it as PNG, JPEG or TIFF")
+    raise _damaged(file)
+
+
+def _is_heic(data: bytes) -> bool:
+    """Whether it is a photo in HEIF's container coded by HEVC, as phones take them."""
+    is_avif = b"avif" in data[8:64]  # its container may be HEIF's, too; OpenCV reads it
+    return data[4:8] == b"ftyp" and data[8:12] in _HEIC and not is_avif
+
+
+def _read_heic(file: Path, data: bytes) -> Image:
+    """`[H, W, 3]` uint8 RGB, upright: HEIC's container says itself how it is turned.
+
+    Raises:
+        DataError: Pillow's plugin for it is not installed, or the file is damaged.
+    """
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise DataError(
+            f"{file}: is a HEIC photo; to read it, pip install pillow-heif, or save it as JPEG"
+        ) from None
+    register_heif_opener()
+    with _damage_named(file), PIL.Image.open(io.BytesIO(data)) as photo:
+        return np.array(photo.convert("RGB"), np.uint8)
 
 
 def _read_bytes(file: Path) -> bytes:
@@ -228,61 +273,14 @@ def _read_bytes(file: Path) -> bytes:
 
 @contextmanager
 def _damage_named(file: Path) -> Iterator[None]:
+    """For what Pillow reads: each of its plugins has errors of its own."""
     try:
         yield
-    except DamagedError:
+    except MemoryError:
+        raise
+    except Exception:
         raise _damaged(file) from None
 
 
 def _damaged(file: Path) -> DataError:
     return DataError(f"{file}: truncated, corrupt or not an image; restore it from the original dataset")
-
-
-def _decode(file: Path, data: bytes, flags: int) -> NDArray[Any]:
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-    except cv2.error:  # instead of None, where the header promises an impossible size
-        image = None
-    if image is not None:
-        return image
-    if what := other_format(data):
-        raise DataError(f"{file}: is {what}, which is not read here; save it as PNG, JPEG or TIFF")
-    raise _damaged(file)
-
-
-def jpeg_complaint(printed: str) -> str:
-    """What libjpeg says of damage in the text it printed, or nothing."""
-    for line in printed.splitlines():
-        if line.startswith(_JPEG_COMPLAINTS) and _HARMLESS not in line:
-            return line.strip()
-    return ""
-
-
-@contextmanager
-def captured_stderr() -> Iterator[Callable[[], str]]:
-    """What C libraries print to file descriptor 2 meanwhile; libjpeg has no other way to report damage.
-
-    One thread at a time. What else is printed follows afterwards; without a descriptor 2 nothing is captured.
-    """
-    with _CAPTURE:
-        try:
-            saved = os.dup(2)
-        except OSError:
-            yield lambda: ""
-            return
-        memory = os.memfd_create("stderr")
-        os.dup2(memory, 2)
-        try:
-            yield lambda: os.pread(memory, _MOST, 0).decode(errors="replace")
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            with suppress(OSError):
-                os.write(2, _of_others(os.pread(memory, _MOST, 0)))
-            os.close(memory)
-
-
-def _of_others(printed: bytes) -> bytes:
-    """Without the lines of image libraries, which the caller's error says better."""
-    own = (b"libpng ", b"[ERROR:", b"[ WARN:", *(text.encode() for text in _JPEG_COMPLAINTS))
-    return b"".join(line for line in printed.splitlines(keepends=True) if not line.startswith(own))

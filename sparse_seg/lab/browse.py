@@ -18,7 +18,6 @@ from sparse_seg.config import Config
 from sparse_seg.data import IGNORE_INDEX, ClassList, SegmentationDataset, open_split
 from sparse_seg.data.batches import training_batches
 from sparse_seg.data.dataset import Image
-from sparse_seg.data.reading import captured_stderr
 from sparse_seg.errors import DataError
 from sparse_seg.files import check_outputs
 from sparse_seg.lab.report.html import Picture, Section, photo, write_report
@@ -97,7 +96,7 @@ def _read(name: str, dataset: SegmentationDataset) -> _Split:
         pixels = np.append(counts[: len(dataset.classes)], counts[IGNORE_INDEX])
         return _Frame(index, (label.shape[0], label.shape[1]), float(image.mean()), pixels)
 
-    with captured_stderr(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(look, range(len(dataset))):
             if isinstance(found, str):
                 split.faults.append(found)
@@ -105,7 +104,7 @@ def _read(name: str, dataset: SegmentationDataset) -> _Split:
                 split.frames.append(found)
     if not split.faults:
         try:
-            dataset.check()  # what only shows across files, and damage that only libjpeg's messages tell
+            dataset.check()  # what only shows across files
         except DataError as error:
             split.faults.append(str(error))
     return split

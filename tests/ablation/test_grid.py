@@ -48,7 +48,7 @@ def test_a_run_changes_mask_exchange_and_strides_alone(grid_file: Path) -> None:
         ("seeds: [0, 1]", "seeds: []", "seeds has 0 values"),
         ("seeds: [0, 1]", "seeds: [-1]", "seeds is [-1]; each must lie in [0, 4294967295]"),
         ("seeds: [0, 1]", "seeds: [0]\neval_images: 0", "eval_images is 0; it must lie in [1, 1e9]"),
-        ("seeds: [0, 1]", "seeds: [a]", "'seeds' must be a list, each a whole number"),
+        ("seeds: [0, 1]", "seeds: [a]", "'seeds', item 1, must be a whole number"),
         ("teacher: baseline", "teacher: taught", "network 'taught' is not defined above"),
         ("teacher: baseline", "teecher: baseline", "networks.taught: unknown key 'teecher'"),
         ("config: tiny.yaml, set", "config: tony.yaml, set", "tony.yaml does not exist; did you mean"),

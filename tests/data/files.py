@@ -7,7 +7,8 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from sparse_seg.data.formats import GREY, PNG_SIGNATURE
+GREY, PALETTE = 0, 3  # kinds of PNGs
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

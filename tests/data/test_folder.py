@@ -9,11 +9,10 @@ import yaml
 
 from sparse_seg.config import load_config, num_classes
 from sparse_seg.data import SegmentationDataset, build_dataset, dataset_classes
-from sparse_seg.data.formats import PALETTE
 from sparse_seg.data.palette import default_palette
 from sparse_seg.errors import ConfigError, DataError
 from sparse_seg.training.trainer import Trainer
-from tests.data.files import palette, png
+from tests.data.files import PALETTE, palette, png
 from tests.data.test_reading import scene
 
 NAMES = ["ground", "wall", "plant"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -20,9 +21,9 @@ from torch import nn
 from sparse_seg.checkpoint import load_model
 from sparse_seg.data.dataset import Image
 from sparse_seg.data.depth import find_depth
-from sparse_seg.data.reading import captured_stderr, read_image
+from sparse_seg.data.reading import read_image
 from sparse_seg.data.transforms import normalise
-from sparse_seg.errors import DataError, import_package
+from sparse_seg.errors import DataError
 from sparse_seg.evaluation.views import ONCE, Prediction, Views, at_size, predict, scaled
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.segmentor import RuntimeSegmentor
@@ -281,21 +282,18 @@ def _pixels(image: Any, bits: int | None) -> Image:
     if isinstance(image, np.ndarray):
         return image
     if isinstance(image, str | os.PathLike):
-        with captured_stderr():
-            depth = find_depth([Path(image)], bits, "set bits")
+        depth = find_depth([Path(image)], bits, "set bits")
         if depth.note:
             _LOG.warning("warning: %s", depth.note)
         return read_image(Path(image), upright=True, bits=depth.bits)
-    pillow = sys.modules.get("PIL.Image")  # whoever opened the picture has imported it
-    if pillow is None or not isinstance(image, pillow.Image):
+    if not isinstance(image, PIL.Image.Image):
         raise ValueError(f"image must be a path, a Pillow image or uint8 [H, W, 3] RGB, not {_kind(image)}")
     if image.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
         raise ValueError(
             f"an image of mode {image.mode} has over 8 bits per channel; give its path, or RGB bytes"
         )
     try:
-        upright = import_package("PIL.ImageOps", "Pillow is not installed").exif_transpose(image)
-        return np.array(upright.convert("RGB"))
+        return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
     except OSError as error:
         raise DataError(f"the image cannot be read: {error}; restore it from the original") from None
 
