@@ -227,6 +227,8 @@ def test_page_of_config_keys_is_the_schema():
 def test_table_of_gain_and_merges_is_the_result_file():
     columns = [column for column in comparison_table([]).columns if column.key != "milliseconds"]
     assert Table(columns, measured("camvid_light_gain")["rows"]).to_markdown().strip() in page("masks")
+    unseen = Table(columns, measured("street_lite0_unseen")["rows"])
+    assert unseen.to_markdown().strip() in page("results")
 
 
 def test_table_of_the_frame_before_is_the_result_files():
