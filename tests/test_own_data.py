@@ -20,7 +20,7 @@ from tests.cli.test_video import properties
 from tests.data.files import PALETTE, palette, png, sideways_photo
 
 PAGE = (Path(__file__).parents[1] / "docs/own-data.md").read_text()
-SHORT, LONG, CONFIG = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+SHORT, LONG, SEQUENCES, CONFIG = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS, MORE = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 (PYTHON,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 KNOWN = yaml.safe_load(LONG)
@@ -102,6 +102,13 @@ def test_from_a_folder_to_an_exported_network(kind, tmp_path, monkeypatch, capsy
     assert "my-data/test/images/b/bad.jpg: truncated, corrupt or not an image" in capsys.readouterr().err
     assert Path("runs/pictures/b/1_ids.png").exists(), "the others are done"
     assert not list(Path("runs/pictures").rglob("bad*"))
+
+
+def test_the_settings_for_frames_of_videos_are_read(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(SEQUENCES)
+    data = load_config(tmp_path / "own.yaml").data
+    assert data.train_on == ["train", "val"]
+    assert data.withheld == ["drive7", "0016E5"]
 
 
 def test_the_short_training_to_try_first_is_a_valid_one(tmp_path):

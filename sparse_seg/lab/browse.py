@@ -149,7 +149,7 @@ def _shared_sequences(splits: Sequence[_Split]) -> str:
     return (
         f"Frames of the same sequence, by their names, train and validate: {', '.join(told)}{more}. They are "
         "alike, so validation tells little of places that the network has not seen. To judge by those, "
-        f"withhold a whole sequence: --set data.train_on=[train,val] --set data.withheld=[{others[0]}]"
+        f"withhold a whole sequence: --set data.train_on=[train,val] --set 'data.withheld=[\"{others[0]}\"]'"
     )
 
 

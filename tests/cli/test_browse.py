@@ -1,5 +1,6 @@
 """The page before training: what it shows, what it calls odd, and faulty files."""
 
+import html
 import re
 from pathlib import Path
 
@@ -55,9 +56,9 @@ def test_sequences_on_both_sides_are_told(config, tmp_path):
                 file.rename(file.with_name(f"drive{number}_000.png" if number else "drive3_001.png"))
     out = tmp_path / "page.html"
     assert main(["browse", str(config), "--out", str(out)]) == 0
-    page = out.read_text()
+    page = html.unescape(out.read_text())
     assert "drive2 (1 train, 1 validate), drive3 (1 train, 1 validate)." in page
-    assert "--set data.withheld=[drive1]" in page
+    assert """--set 'data.withheld=["drive1"]'""" in page
 
 
 def test_odd_frames(config, tmp_path):

@@ -343,7 +343,7 @@ def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     assert "holds no comparison to resume" in fails(capsys, *compare)
     assert "--resume: name the file" in fails(capsys, *compare[:5], "--resume", code=2)
     wrong = fails(capsys, *compare, "--policies", "edge:canny", code=2)
-    assert "unknown option 'canny' in the mask policy 'edge:canny'; choose of blur, sobel, cad" in wrong
+    assert "mask policy 'edge:canny': unknown option 'canny'; choose one of blur, sobel, cad" in wrong
     assert "this network has no learned mask" in fails(capsys, *compare[:5], "--policies", "learned")
 
 
