@@ -90,7 +90,8 @@ def _value(value: Any, kind: Any, place: str) -> Any:
         return [_value(one, item, f"{place}, item {number},") for number, one in enumerate(value, 1)]
     kinds: Any = list if item else (int, float) if plain is float else plain
     if not isinstance(value, kinds) or isinstance(value, bool) != (plain is bool):
-        raise ConfigError(f"{place} must be {type_name(plain)}, not {shown(value)}")
+        hint = "; put it in quotes" if plain is str and isinstance(value, (int, float)) else ""
+        raise ConfigError(f"{place} must be {type_name(plain)}, not {shown(value)}{hint}")
     if isinstance(value, str):
         _check_text(value, place)
     return _number(value) if plain is float else value
