@@ -89,7 +89,7 @@ class ModelConfig:
         ("linear", "nearest", "none", "separate"),
     )
     engine: str = key(
-        "auto", "what runs 3x3 convolutions; auto: spconv on CUDA if it works", ("auto", "gather", "spconv")
+        "auto", "what runs 3x3 convolutions at extra sites; auto: gather", ("auto", "gather", "spconv")
     )
     merge: str = key(
         "whole",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from sparse_seg.graph import Geometry
@@ -105,7 +104,7 @@ class Windows:
         level = sites.levels[stride // 2]
         self.counted(node, level.plan.cells)
         source = value.densify(sites.exchange) if node.name in self.geometry.mixing else value.lattice
-        if source.stride == stride and self._is_for_spconv(node, sites.engine, source.rows):
+        if source.stride == stride and self._is_for_spconv(node, sites.engine):
             tensors, blocks = self.tensors_of(node), sites.apart.blocks(stride, base)[:-1]
             weight, bias = tensors["weight"], tensors.get("bias")
             rows = spconv.lattice_conv2d(level, taps, source.rows, weight, bias, blocks)
@@ -118,7 +117,7 @@ class Windows:
         sites, taps = value.sites, self.taps[node.name]
         level = sites.levels[stride]
         reads_all_extras = value.lattice.stride > stride and level.run == level.count > 0
-        if reads_all_extras and self._is_for_spconv(node, sites.engine, value.extras(stride)):
+        if reads_all_extras and self._is_for_spconv(node, sites.engine):
             tensors, blocks = self.tensors_of(node), sites.apart.of_extras(stride) if sites.apart else None
             weight, bias = tensors["weight"], tensors.get("bias")
             source = value.lattice.rows if level.exchange == "none" else value.complete(2 * stride)
@@ -132,12 +131,6 @@ class Windows:
         reads = Reads(table.rows, index, self.taps[node.name].number, table.make, table.parts)
         return operator.rows(node, self.tensors_of(node), reads)
 
-    def _is_for_spconv(self, node: Node, engine: str, rows: Tensor) -> bool:
-        if engine == "gather" or node.op != "conv2d" or node.options["groups"] != 1:
-            return False
-        if not spconv.fits(self.taps[node.name]):
-            return False
-        if engine == "auto":
-            compiles = torch.compiler.is_compiling()  # spconv's calls would break the graph
-            return not compiles and spconv.suits(rows.device, spconv.computing_dtype(rows))
-        return True
+    def _is_for_spconv(self, node: Node, engine: str) -> bool:
+        is_one = engine == "spconv" and node.op == "conv2d" and node.options["groups"] == 1
+        return is_one and spconv.fits(self.taps[node.name])

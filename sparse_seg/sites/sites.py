@@ -19,8 +19,7 @@ class Sites:
         levels: by stride, coarsest first.
         exchange: see `Level`.
         apart: of exchange rule `separate`, which is `none` without what `Apart` leaves out.
-        engine: what computes 3x3 convolutions at extra sites: `gather`, `spconv`, or `auto`: spconv on CUDA
-            where it works and runs the dtype, else gather.
+        engine: what computes 3x3 convolutions at extra sites: `gather`, `spconv`, or `auto`, which is gather.
     """
 
     def __init__(

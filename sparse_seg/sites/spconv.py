@@ -41,11 +41,6 @@ def fits(taps: Taps) -> bool:
     return taps.y == taps.x == (-taps.reach, 0, taps.reach)
 
 
-def suits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `engine: auto` should choose spconv for features of this device and dtype."""
-    return device.type == "cuda" and dtype in DTYPES and available(device.type)
-
-
 def available(device: str) -> bool:
     """Whether spconv imports and computes correctly on this device type (found out once)."""
     return isinstance(_outcome(device), _Works)

@@ -114,38 +114,6 @@ def test_an_unknown_engine_exchange_or_merge(way: Way, message: str) -> None:
         selective(trained(), size=(64, 64)).check_way(way)
 
 
-@torch.no_grad()
-def test_auto_takes_it_where_it_suits(monkeypatch: Any) -> None:
-    """By the device and the dtype that the convolution will run in."""
-    asked: list[str] = []
-
-    def available(device: str) -> bool:
-        asked.append(device)
-        return True
-
-    monkeypatch.setattr(spconv, "available", available)
-    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    fits = [dtype for dtype in dtypes if spconv.suits(torch.device("cuda"), dtype)]
-    assert fits == [torch.float32, torch.float16]
-    assert not spconv.suits(torch.device("cpu"), torch.float32)
-    assert asked == ["cuda", "cuda"]
-    seen: list[torch.dtype] = []
-
-    def suits(device: torch.device, dtype: torch.dtype) -> bool:
-        seen.append(dtype)
-        return False
-
-    monkeypatch.setattr(spconv, "suits", suits)
-    model, images = selective(trained(), size=(64, 64)), torch.randn(1, 3, 64, 64)
-    mask = torch.ones(1, 4, 4, dtype=torch.bool)
-    model(images, mask)
-    with torch.autocast("cpu", torch.bfloat16):
-        model(images, mask)
-    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
-    run(model, images, mask, engine="gather")
-    assert len(seen) == 4
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("exchange", EXCHANGES)
