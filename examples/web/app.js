@@ -2,7 +2,8 @@
 // Reads models.json, a list of exported files with rising budgets: ["f05.onnx", "f10.onnx", "f20.onnx"].
 
 const $ = (id) => document.getElementById(id);
-const view = $("view").getContext("2d", { willReadFrequently: true });
+const view = $("view").getContext("2d");  // as large as the picture
+const seen = document.createElement("canvas").getContext("2d", { willReadFrequently: true });  // as the network sees it
 const loaded = [];  // one {session, about} for each file, as they are needed
 let files = [], source = null, running = false, again = false, camera = null;
 
@@ -38,18 +39,22 @@ function colour(about, index) {
 }
 
 function paint(frame, outputs, about) {
-  const classes = outputs.classes.data, pixels = frame.data;
-  const palette = about.names.map((_, index) => colour(about, index));
-  for (let i = 0; i < classes.length; i++) {
-    const rgb = palette[classes[i]];
-    for (let c = 0; c < 3; c++) pixels[4 * i + c] = (pixels[4 * i + c] + rgb[c]) / 2;
-  }
-  view.putImageData(frame, 0, 0);
+  Object.assign(view.canvas, { width: frame.width, height: frame.height });
+  view.drawImage(frame, 0, 0);
+  const classes = outputs.classes.data, [height, width] = about.size, { width: across, height: down } = view.canvas;
+  const palette = about.names.map((_, index) => [...colour(about, index), 255]), colours = new ImageData(width, height);
+  classes.forEach((index, i) => colours.data.set(palette[index], 4 * i));
+  seen.putImageData(colours, 0, 0);
+  view.imageSmoothingEnabled = false;
+  view.globalAlpha = 0.5;
+  view.drawImage(seen.canvas, 0, 0, across, down);
+  view.globalAlpha = 1;
   if (!outputs.fine_blocks || !$("blocks").checked) return;
   const side = about.strides[about.strides.length - 1], columns = outputs.fine_blocks.dims[2];
+  const [right, below] = [side * across / width, side * down / height];
   view.strokeStyle = "rgba(255, 255, 255, 0.8)";
   outputs.fine_blocks.data.forEach((fine, i) => {
-    if (fine) view.strokeRect((i % columns) * side + 0.5, Math.floor(i / columns) * side + 0.5, side - 1, side - 1);
+    if (fine) view.strokeRect((i % columns) * right + 0.5, Math.floor(i / columns) * below + 0.5, right - 1, below - 1);
   });
 }
 
@@ -73,15 +78,16 @@ async function segment() {
     const [height, width] = about.size;
     $("budget").textContent = about.dense ? `dense, output stride ${about.dense}` :
       `${(100 * about.fine_fraction).toFixed(0)} %`;
-    Object.assign($("view"), { width, height });
-    view.drawImage(source, 0, 0, width, height);
-    const frame = view.getImageData(0, 0, width, height);
-    const images = toTensor(frame.data, about), start = performance.now();
+    const frame = await createImageBitmap(source);
+    Object.assign(seen.canvas, { width, height });
+    seen.drawImage(frame, 0, 0, width, height);
+    const images = toTensor(seen.getImageData(0, 0, width, height).data, about);
+    const start = performance.now();
     const outputs = await session.run({ images });
     const milliseconds = performance.now() - start;
     paint(frame, outputs, about);
     legend(about, outputs.classes.data);
-    say(`${milliseconds.toFixed(0)} ms for ${width} x ${height} px`);
+    say(`${milliseconds.toFixed(0)} ms; seen at ${width} x ${height} px`);
     document.body.dataset.done = String(Number(document.body.dataset.done || 0) + 1);
   } catch (error) {
     say(`Error: ${error.message}`);

@@ -44,7 +44,7 @@ def test_page(tmp_path):
     options = ExportOptions((64, 96))
     export_onnx(kind_model("lite", "entropy"), tmp_path / "net.onnx", options, NAMES, [(9, 99, 199)] * 5)
     (tmp_path / "models.json").write_text(json.dumps(["net.onnx"]))
-    _picture(tmp_path / "street.png")
+    _picture(tmp_path / "street.png", 3)
     index = tmp_path / "index.html"
     index.write_text(index.read_text().replace("</html>", REPORT + "</html>"))
     handler = functools.partial(_Server, directory=str(tmp_path))
@@ -54,8 +54,9 @@ def test_page(tmp_path):
         command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu"]
         page = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=300)
         server.shutdown()
-    assert re.search(r'<p id="status" role="status">\d+ ms for 96 x 64 px</p>', page.stdout), page.stdout
+    assert re.search(r'<p id="status" role="status">\d+ ms; seen at 96 x 64 px</p>', page.stdout), page.stdout
     assert 'data-done="1"' in page.stdout
+    assert 'width="288" height="192"' in page.stdout, "the picture's own size"
     assert any(f"</i>{name}</span>" in page.stdout for name in NAMES)
     assert ">29 %</output>" in page.stdout
 
