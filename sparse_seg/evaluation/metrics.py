@@ -96,9 +96,6 @@ class SegmentationMetrics:
             confusion=self.confusion.copy(),
         )
 
-    def _arguments(self) -> tuple[int, int, float]:
-        return self.num_classes, self.ignore_index, self.trimap_width
-
     def _check_range(self, values: np.ndarray, name: str) -> None:
         if values.size and not (values.min() >= 0 and values.max() < self.num_classes):
             raise ValueError(
