@@ -1,5 +1,6 @@
 """Puts a street together: draws a random plan, paints it from far to near, then photographs it."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -206,17 +207,12 @@ def _border(canvas: Canvas, rng: np.random.Generator, x: float, z: Span) -> None
             canvas.fill(rectangle(x, (y, y + 0.12), z), colour)
 
 
-_Drawable = tuple[float, Callable[[], None]]
-
-
-def _objects(canvas: Canvas, rng: np.random.Generator, plan: _Plan) -> list[_Drawable]:
+def _objects(canvas: Canvas, rng: np.random.Generator, plan: _Plan) -> list[tuple[float, Callable[[], None]]]:
     """(depth, how to draw it) of all that stands on the road and the pavements."""
-    items: list[_Drawable] = []
-    full = plan.density
+    items, full = list[tuple[float, Callable[[], None]]](), plan.density
 
-    def put(draw: Callable[..., None], x: float, z: float, kind: str = "", *more: object) -> None:
-        what = (kind,) if kind else ()
-        items.append((z, lambda: draw(canvas, rng, *what, plan.middle + x, z, *more)))
+    def put(draw: Callable[..., None], x: float, z: float, *more: object) -> None:
+        items.append((z, functools.partial(draw, canvas, rng, plan.middle + x, z, *more)))
 
     def row(first: float, last: float, step: Span) -> np.ndarray:
         return np.arange(plan.near + rng.uniform(1, first), last, rng.uniform(*step))
@@ -234,14 +230,15 @@ def _objects(canvas: Canvas, rng: np.random.Generator, plan: _Plan) -> list[_Dra
             put(draw_figure, side * (plan.road + rng.uniform(0.3, 0.8)), z, str(rng.choice(_POLES)), -side)
         if rng.random() < 0.45:
             for z in row(14, 110, (7, 16)):
-                put(draw_tree, side * (plan.road + rng.uniform(0.9, 1.6)), z, "", plan.leaves)
+                put(draw_tree, side * (plan.road + rng.uniform(0.9, 1.6)), z, plan.leaves)
         for z in rng.uniform(plan.near + 3, 50, rng.poisson(0.8)):
             put(draw_figure, side * (plan.front - 0.5), float(z), "bin", 1)
-    walks, rides = rng.poisson(2 + 9 * full), rng.poisson(0.8 * full + 0.2)
-    for kind, on_road, count in (
-        *(("person", 0.12, walks), ("cyclist", 1.0, rides), ("bicycle", 0.0, rng.poisson(0.4 * full + 0.1))),
+    for kind, on_road, expected in (
+        ("person", 0.12, 2 + 9 * full),
+        ("cyclist", 1.0, 0.2 + 0.8 * full),
+        ("bicycle", 0.0, 0.1 + 0.4 * full),
     ):
-        for _ in range(count):
+        for _ in range(rng.poisson(expected)):
             x = rng.choice([-1, 1]) * rng.uniform(plan.road + 0.3, plan.front - 0.3)
             x = rng.uniform(-plan.road, plan.road) if rng.random() < on_road else x
             put(draw_figure, x, plan.near + 2 + rng.gamma(2, 9), kind, int(rng.choice([-1, 1])))

@@ -85,7 +85,7 @@ FIGURES: dict[str, list[Part]] = {
 }
 
 
-def draw_figure(canvas: Canvas, rng: np.random.Generator, kind: str, x: float, z: float, ahead: int) -> None:
+def draw_figure(canvas: Canvas, rng: np.random.Generator, x: float, z: float, kind: str, ahead: int) -> None:
     """A figure of the table, some larger or smaller, that looks to the left (-1) or right (+1)."""
     wide, tall = rng.uniform(0.85, 1.15, 2)
     colours = {name: tone(rng, _COLOURS[name]) for name in dict.fromkeys(p.colour for p in FIGURES[kind])}
@@ -122,7 +122,7 @@ def draw_tree(
 VEHICLES = {"car": (4.2, 1.8, 1.6, 0.9), "truck": (7.5, 2.4, 3.2, 1.2), "bus": (10.5, 2.5, 3.0, 1.3)}
 
 
-def draw_vehicle(canvas: Canvas, rng: np.random.Generator, kind: str, x: float, z: float) -> None:
+def draw_vehicle(canvas: Canvas, rng: np.random.Generator, x: float, z: float, kind: str) -> None:
     """A car, truck or bus whose near end stands at depth z, its middle at x."""
     length, width, height, sill = np.array(VEHICLES[kind]) * rng.uniform(0.9, 1.1, 4)
     left, right, far = x - width / 2, x + width / 2, z + length
