@@ -211,8 +211,8 @@ def test_folders_that_are_missing_or_empty(root: Path) -> None:
     write(root / "train/a.jpg", jpeg())
     with pytest.raises(DataError, match=r"a\.png: a\.jpg has the same stem|a\.jpg: a\.png has the same stem"):
         build_dataset("camvid", root, "train")
-    for folder in ("empty", "emptyannot", "leftImg8bit/val", "half/gtFine/val"):
-        (root / folder).mkdir(parents=True)
+    for empty in ("empty", "emptyannot", "leftImg8bit/val", "half/gtFine/val"):
+        (root / empty).mkdir(parents=True)
     for name, folder, split, fault in (
         ("camvid", root, "empty", r"empty: no \.jpg or \.png image"),
         ("cityscapes", root, "val", "gtFine/val: no such folder"),

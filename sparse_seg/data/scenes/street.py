@@ -63,7 +63,7 @@ def render_scene(
     _paint_sky(canvas, rng)
     _paint_ground(canvas, rng, plan)
     if rng.random() < 0.6:  # buildings close the street
-        for x in np.arange(-70, 70, 14):
+        for x in range(-70, 70, 14):
             _building(canvas, rng, (x, x + 14.2), (plan.end, plan.end + 10))
     for side in (-1, 1):
         _paint_lots(canvas, rng, plan, side)
