@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -71,19 +71,18 @@ def import_package(name: str, missing: str, *needs: str) -> Any:
     raise SparseSegError(f"the package {package} is broken ({reason}); install it again")
 
 
-def did_you_mean(key: str, valid: Iterable[str] | Mapping[str, str]) -> str:
+def did_you_mean(key: str, valid: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest valid one, or nothing.
 
-    What all names share (`--` of options, `train.` in keys, `.yaml` in files) is not counted as likeness. Of
-    a mapping, the keys are compared and the values named.
+    What all names share (`--` of options, `train.` in keys, `.yaml` in files) is not counted as likeness.
     """
-    known = valid if isinstance(valid, Mapping) else {name: name for name in valid}
-    parts = [name.lstrip("-").split(".") for name in (key, *known)]
+    valid = list(valid)
+    parts = [name.lstrip("-").split(".") for name in (key, *valid)]
     for end in (0, -1):
         while min(map(len, parts)) > 1 and len({part[end] for part in parts}) == 1:
             parts = [part[1:] if end == 0 else part[:-1] for part in parts]
     short, *others = (".".join(part) for part in parts)
-    names = dict(zip(others, known.values(), strict=True))
+    names = dict(zip(others, valid, strict=True))
     near = difflib.get_close_matches(short, names, n=1)
     return f"; did you mean '{names[near[0]]}'?" if near else ""
 

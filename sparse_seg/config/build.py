@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -38,9 +39,7 @@ def build(schema: type[_T], tree: Any, where: str, prefix: str = "", root: type 
         full = f"{prefix}{name}"
         if name not in kinds:
             near = did_you_mean(full, [f"{prefix}{valid}" for valid in kinds])
-            last_parts = {known.split(".")[-1]: known for known, _, _, _ in all_keys(root)}
-            near = near or did_you_mean(str(name), last_parts)
-            raise ConfigError(f"{where}: unknown key {shown(full)}{near}")
+            raise ConfigError(f"{where}: unknown key {shown(full)}{near or _elsewhere(root, str(name))}")
         if dataclasses.is_dataclass(kinds[name]):
             values[name] = build(kinds[name], value, where, f"{full}.", root)
         else:
@@ -129,3 +128,10 @@ def _check_texts(value: Any, place: str) -> None:
     control = any(unicodedata.category(one) in ("Cc", "Cs") and one not in "\n\t" for one in value)
     if control or len(value) > MAX_TEXT:
         raise ConfigError(f"{place} is {shown(value)}; write a text of up to {MAX_TEXT} printable characters")
+
+
+def _elsewhere(root: type, name: str) -> str:
+    """A hint at the key of the same or a close last part anywhere in the schema."""
+    full = {known.split(".")[-1]: known for known, _, _, _ in all_keys(root)}
+    near = difflib.get_close_matches(name, full, n=1)
+    return f"; did you mean '{full[near[0]]}'?" if near else ""
