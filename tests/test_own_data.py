@@ -1,5 +1,7 @@
 """docs/own-data.md, followed to the letter: its files, its commands, its Python. Only counts are smaller."""
 
+import contextlib
+import io
 import json
 import re
 import shlex
@@ -32,76 +34,82 @@ SMALLER = {
 }
 
 
-def write_data(kind: str) -> None:
-    """Pictures of three materials; labels as ids, as a palette or as colours, some pixels ignored."""
+def write_data() -> None:
+    """Pictures of three materials; labels as ids, as a palette and as colours, some pixels ignored."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 2), ("test", 2)):
+    shown = [(0, 0, 0)] * 256
+    for value, rgb in zip(KNOWN["ids"], KNOWN["colours"], strict=True):
+        shown[value] = tuple(rgb)
+    for split, count in (("train", 4), ("val", 3), ("test", 2)):
         for number in range(count):
-            train_ids = rng.choice([0, 1, 2, 255], (4, 5), p=[0.4, 0.3, 0.2, 0.1]).astype(np.uint8)
-            train_ids = train_ids.repeat(64, 0).repeat(64, 1)
-            colours = np.array([*KNOWN["colours"], [0, 0, 0]], np.uint8)
-            colour = colours[np.where(train_ids == 255, 3, train_ids)]
-            name = f"{'ab'[number % 2]}/{number}"
-            image = Path("my-data", split, "images", f"{name}.jpg")
+            train_ids = rng.choice(4, (4, 5), p=[0.4, 0.3, 0.2, 0.1]).repeat(64, 0).repeat(64, 1)
+            ids = np.array([*KNOWN["ids"], 255], np.uint8)[train_ids]
+            colour = np.array(shown, np.uint8)[ids]
+            image = Path("my-data", split, "images", f"{'ab'[number % 2]}/{number}.jpg")
             image.parent.mkdir(parents=True, exist_ok=True)
             noise = rng.integers(0, 40, colour.shape)
             cv2.imwrite(str(image), (colour // 2 + 60 + noise).astype(np.uint8)[..., ::-1])
-            label = Path("my-data", split, "labels", f"{name}.png")
             if split == "test":
                 continue
+            label = Path("my-data", split, "labels", f"{'ab'[number % 2]}/{number}.png")
             label.parent.mkdir(parents=True, exist_ok=True)
-            ids = np.array([*KNOWN["ids"], 255], np.uint8)[np.where(train_ids == 255, 3, train_ids)]
-            if kind == "colours":
-                cv2.imwrite(str(label), colour[..., ::-1])
-            elif kind == "palette":
-                shown = [(0, 0, 0)] * 256
-                for value, rgb in zip(KNOWN["ids"], KNOWN["colours"], strict=True):
-                    shown[value] = tuple(rgb)
+            if number % 3 == 1:
                 label.write_bytes(png(ids, 8, PALETTE, palette(shown)))
             else:
-                cv2.imwrite(str(label), train_ids if kind == "names" else ids)
-    Path("my-data/classes.yaml").write_text(SHORT if kind == "names" else LONG)
+                cv2.imwrite(str(label), ids if number % 3 == 0 else colour[..., ::-1])
+    Path("my-data/classes.yaml").write_text(LONG)
 
 
-def follow(commands: str) -> None:
-    for line in commands.strip().splitlines():
-        program, *arguments = shlex.split(line)
-        assert program == "sparse-seg"
-        assert main(arguments) == 0, line
+def follow(commands: str) -> str:
+    """What the commands print."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for line in commands.strip().splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "sparse-seg"
+            assert main(arguments) == 0, line
+    return printed.getvalue()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["ids", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("names", "palette", "colours"))],
-)
-def test_from_a_folder_to_an_exported_network(kind, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_data(kind)
-    config = CONFIG
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory) -> tuple[Path, str]:
+    """The folder in which the page's commands ran, and what they printed."""
+    pytest.importorskip("onnxruntime")
+    folder, config = tmp_path_factory.mktemp("own"), CONFIG
     for number, smaller in SMALLER.items():
         assert number in config
         config = config.replace(number, smaller)
-    Path("own.yaml").write_text(config)
-    pytest.importorskip("onnxruntime")
-    follow(COMMANDS)
-    text = capsys.readouterr().out
+    with contextlib.chdir(folder):
+        write_data()
+        Path("own.yaml").write_text(config)
+        return folder, follow(COMMANDS)
+
+
+def test_from_a_folder_to_an_exported_network(followed, monkeypatch, capsys):
+    folder, text = followed
+    monkeypatch.chdir(folder)
     assert "selective, confidence, f=0.2" in text
     assert "2 images segmented; pictures in runs/pictures" in text
     assert "wall" in Path("runs/own.html").read_text()
-    values = set(np.unique(read_label(Path("runs/pictures/a/0_ids.png"))).tolist())
-    own = [0, 1, 2] if kind == "names" else KNOWN["ids"]
-    assert values <= set(own)
+    assert set(np.unique(read_label(Path("runs/pictures/a/0_ids.png"))).tolist()) <= set(KNOWN["ids"])
     found = read_class_file("runs/pictures/classes.yaml")
-    assert (list(found.classes.names), list(found.ids)) == (KNOWN["names"], own)
+    assert (list(found.classes.names), list(found.ids)) == (KNOWN["names"], KNOWN["ids"])
     assert len(json.loads(Path("runs/shares.json").read_text())["images"]) == 2
     assert Path("runs/own.onnx").stat().st_size > 10_000
     (predict,) = [line for line in COMMANDS.splitlines() if " predict " in line]
-    Path("my-data/test/images/b/bad.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    bad = Path("my-data/test/images/b/bad.jpg")
+    bad.write_bytes(b"\xff\xd8\xff no picture")
     Path("runs/pictures/b/1_ids.png").unlink()
     assert main(shlex.split(predict)[1:]) == 1
+    bad.unlink()
     assert "my-data/test/images/b/bad.jpg: truncated, corrupt or not an image" in capsys.readouterr().err
     assert Path("runs/pictures/b/1_ids.png").exists(), "the others are done"
     assert not list(Path("runs/pictures").rglob("bad*"))
+
+
+def test_names_alone_are_enough(tmp_path: Path) -> None:
+    (tmp_path / "classes.yaml").write_text(SHORT)
+    found = read_class_file(tmp_path / "classes.yaml")
+    assert (list(found.classes.names), found.ids) == (KNOWN["names"], (0, 1, 2))
 
 
 def test_the_settings_for_frames_of_videos_are_read(tmp_path: Path) -> None:
@@ -120,14 +128,8 @@ def test_the_short_training_to_try_first_is_a_valid_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_photos_videos_and_python(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_data("ids")
-    config = CONFIG
-    for number, smaller in SMALLER.items():
-        config = config.replace(number, smaller)
-    Path("own.yaml").write_text(config)
-    assert main(["train", "own.yaml", "--work-dir", "runs/own"]) == 0
+def test_photos_videos_and_python(followed, monkeypatch):
+    monkeypatch.chdir(followed[0])
     image = read_image(Path("my-data/test/images/a/0.jpg"))
     Path("photo.jpg").write_bytes(sideways_photo(image))
     writer = cv2.VideoWriter("drive.avi", cv2.VideoWriter.fourcc(*"MJPG"), 10, image.shape[1::-1])

@@ -9,7 +9,7 @@ import math
 import os
 import typing
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, TypeVar, cast
 
@@ -92,8 +92,7 @@ def _value(value: Any, kind: Any, place: str) -> Any:
     if not isinstance(value, kinds) or isinstance(value, bool) != (plain is bool):
         hint = "; put it in quotes" if plain is str and isinstance(value, (int, float)) else ""
         raise ConfigError(f"{place} must be {type_name(plain)}, not {shown(value)}{hint}")
-    if isinstance(value, str):
-        _check_text(value, place)
+    _check_texts(value, place)
     return _number(value) if plain is float else value
 
 
@@ -101,22 +100,12 @@ def _options(value: Any, place: str) -> Any:
     """A part's own options: names with plain values, which the part itself checks."""
     try:
         plain = json.loads(json.dumps(value, allow_nan=False))
-        for text in _texts(plain):
-            _check_text(text, place)
+        _check_texts(plain, place)
     except (TypeError, ValueError, RecursionError):  # ValueError: it is not finite, or holds itself
         plain = None
     if not isinstance(value, Mapping) or plain != value:
         raise ConfigError(f"{place} must be names with plain, finite values, not {shown(value)}")
     return plain
-
-
-def _texts(tree: Any) -> Iterator[str]:
-    """The texts in plain values, names included."""
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, (list, dict)):
-        for one in (*tree, *(tree.values() if isinstance(tree, dict) else ())):
-            yield from _texts(one)
 
 
 def _number(value: float) -> float:
@@ -127,7 +116,13 @@ def _number(value: float) -> float:
         return math.inf
 
 
-def _check_text(value: str, place: str) -> None:
+def _check_texts(value: Any, place: str) -> None:
+    """Raises a ConfigError for a text, or one in lists and options, that is too long or not printable."""
+    if isinstance(value, (list, dict)):
+        for one in (*value, *(value.values() if isinstance(value, dict) else ())):
+            _check_texts(one, place)
+    if not isinstance(value, str):
+        return
     if "${" in value or value == "???":  # what other config systems fill in
         raise ConfigError(f"{place} is {shown(value)}; write the text itself, nothing is filled in here")
     control = any(unicodedata.category(one) in ("Cc", "Cs") and one not in "\n\t" for one in value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,22 @@ def read_class_file(file: str | Path) -> ClassFile:
         if key not in _KEYS:
             near = did_you_mean(str(key), _KEYS) or f"; it may have {', '.join(_KEYS)}"
             raise ConfigError(f"{file}: unknown key {shown(key)}{near}")
-    names = _names(file, tree.get("names"))
-    ids = _ids(file, "ids", tree.get("ids", list(range(len(names)))), len(names))
-    ignored = _ids(file, "ignore", tree.get("ignore", [] if 255 in ids else [255]))
-    colours = _colours(file, "colours", tree["colours"], len(names)) if "colours" in tree else []
-    ignored_colours = _colours(file, "ignore_colours", tree.get("ignore_colours", []))
+    names = _list(file, "names", tree.get("names"), _is_name, "texts, such as [road, sky]")
+    if not 2 <= len(names) <= MOST_CLASSES:
+        raise ConfigError(
+            f"{file}: names has {len(names)} classes; give 2 to {MOST_CLASSES}, the background being one"
+        )
+    _differ(file, "names", names)
+    count, byte, triple = len(names), "whole numbers from 0 to 255", "[r, g, b], each from 0 to 255"
+    ids = _list(file, "ids", tree.get("ids", list(range(count))), _is_byte, byte, count)
+    ignored = _list(file, "ignore", tree.get("ignore", [] if 255 in ids else [255]), _is_byte, byte)
+    colours: list[Any] = []
+    if "colours" in tree:
+        colours = _list(file, "colours", tree["colours"], _is_colour, triple, count)
+    not_counted = _list(file, "ignore_colours", tree.get("ignore_colours", []), _is_colour, triple)
     _differ(file, "ids and ignore", [*ids, *ignored])
-    _differ(file, "colours and ignore_colours", [*colours, *ignored_colours])
-    if ignored_colours and not ignored:
+    _differ(file, "colours and ignore_colours", [*colours, *not_counted])
+    if not_counted and not ignored:
         raise ConfigError(f"{file}: ignore_colours needs a value in ignore; add one, such as 255")
     rgb_ids = tree.get("rgb_ids", False)
     if not isinstance(rgb_ids, bool) or (rgb_ids and colours):
@@ -68,57 +76,37 @@ def read_class_file(file: str | Path) -> ClassFile:
             f"{file}: rgb_ids is {shown(rgb_ids)}; give true or false, true without colours only"
         )
     train_ids = dict.fromkeys(ignored, IGNORE_INDEX) | {value: number for number, value in enumerate(ids)}
-    ids_of_colours = dict(zip(colours, ids, strict=False)) | dict.fromkeys(
-        ignored_colours, (ignored or [0])[0]
-    )
-    palette = tuple(colours) or default_palette(len(names))
-    return ClassFile(ClassList(tuple(names), palette), train_ids, ids_of_colours if colours else {}, rgb_ids)
+    palette = tuple((red, green, blue) for red, green, blue in colours) or default_palette(count)
+    ids_of_colours = dict(zip(palette, ids, strict=True)) if colours else {}
+    if colours and not_counted:
+        ids_of_colours |= dict.fromkeys(((red, green, blue) for red, green, blue in not_counted), ignored[0])
+    return ClassFile(ClassList(tuple(names), palette), train_ids, ids_of_colours, rgb_ids)
 
 
-def _names(file: str | Path, given: Any) -> list[str]:
-    """Raises a ConfigError unless there are two names or more, all different."""
-    if not isinstance(given, list) or not all(isinstance(name, str) and name.strip() for name in given):
-        raise ConfigError(f"{file}: names is {shown(given)}; it must be a list of texts, such as [road, sky]")
-    if not 2 <= len(given) <= MOST_CLASSES:
-        raise ConfigError(
-            f"{file}: names has {len(given)} classes; give 2 to {MOST_CLASSES}, the background being one"
-        )
-    _differ(file, "names", given)
-    return given
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
-def _ids(file: str | Path, key: str, given: Any, count: int | None = None) -> list[int]:
-    """Raises a ConfigError unless all are whole numbers from 0 to 255."""
-    if not isinstance(given, list) or not all(type(value) is int and 0 <= value <= 255 for value in given):
-        raise ConfigError(
-            f"{file}: {key} is {shown(given)}; it must be a list of whole numbers from 0 to 255"
-        )
-    _require_count(file, key, given, count)
-    return given
+def _is_byte(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 255
 
 
-def _colours(file: str | Path, key: str, given: Any, count: int | None = None) -> list[Colour]:
-    """Raises a ConfigError unless all are three whole numbers from 0 to 255."""
-    entries: list[Any] = given if isinstance(given, list) else [None]
-    for entry in entries:
-        fits = isinstance(entry, list) and len(entry) == 3
-        if not fits or not all(type(value) is int and 0 <= value <= 255 for value in entry):
-            raise ConfigError(
-                f"{file}: {key} is {shown(given)}; it must be a list of [r, g, b], each from 0 to 255"
-            )
-    _require_count(file, key, given, count)
-    return [(entry[0], entry[1], entry[2]) for entry in entries]
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_byte, value))
 
 
-def _require_count(file: str | Path, key: str, given: list[Any], count: int | None) -> None:
+def _list(
+    file: str | Path, key: str, given: Any, fits: Callable[[Any], bool], what: str, count: int | None = None
+) -> list[Any]:
+    """Raises a ConfigError unless a value is a list of what fits, so many where `count` tells."""
+    if not isinstance(given, list) or not all(map(fits, given)):
+        raise ConfigError(f"{file}: {key} is {shown(given)}; it must be a list of {what}")
     if count is not None and len(given) != count:
         raise ConfigError(f"{file}: {key} has {len(given)} values for {count} names; give one for each")
+    return given
 
 
-def _differ(file: str | Path, keys: str, values: Iterable[Any]) -> None:
-    seen = set()
-    for value in values:
-        if value in seen:
-            shows = list(value) if isinstance(value, tuple) else value
-            raise ConfigError(f"{file}: {keys}: {shown(shows)} stands twice; each may stand once")
-        seen.add(value)
+def _differ(file: str | Path, keys: str, values: list[Any]) -> None:
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ConfigError(f"{file}: {keys}: {shown(value)} stands twice; each may stand once")

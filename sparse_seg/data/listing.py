@@ -86,13 +86,10 @@ def _by_stem(folder: Path, files: list[Path]) -> dict[Path, Path]:
     for file in files:
         other = stems.setdefault(composed(file.relative_to(folder).with_suffix("")), file)
         if other is not file:
-            form = ", in another form of Unicode" if other.name != file.name and _is_same(other, file) else ""
+            same_look = other.name != file.name and composed(other) == composed(file)
+            form = ", in another form of Unicode" if same_look else ""
             raise DataError(f"{file}: {other.name} has the same stem{form}; keep one of the two")
     return stems
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    return composed(one) == composed(other)
 
 
 def composed(path: Path) -> Path:

@@ -188,15 +188,8 @@ def training_loader(
 
     cache: see `TrainingView`.
     """
-    return _Loader(
-        _Named(TrainingView(dataset, transform, seed, cache)),
-        collate_fn=_collate,
-        batch_sampler=keys,
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else each loader draws from torch's global state, and resuming differs
-    )
+    view = TrainingView(dataset, transform, seed, cache)
+    return _loader(view, workers, collate_fn=_collate, batch_sampler=keys)
 
 
 def evaluation_loader(
@@ -207,14 +200,17 @@ def evaluation_loader(
     frames: Sequence[int] | None = None,
 ) -> DataLoader[tuple[torch.Tensor, torch.Tensor, int]]:
     """The frames (default: all) one at a time: float32 `[1, 3, H, W]`, int64 `[1, H, W]`, index."""
+    return _loader(EvaluationView(dataset, mean, std), workers, batch_size=None, sampler=frames)
+
+
+def _loader(view: Dataset[Any], workers: int, **options: Any) -> DataLoader[Any]:
     return _Loader(
-        _Named(EvaluationView(dataset, mean, std)),
-        batch_size=None,
-        sampler=frames,
+        _Named(view),
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # else each loader draws from torch's global state, and resuming differs
+        **options,
     )
 
 

@@ -84,16 +84,6 @@ class TrainTransform:
         gamma: float = 0.0,
         tint: float = 0.0,
     ) -> None:
-        if min(crop) < 1:
-            raise ValueError(f"crop {crop}: both sides must be at least 1 px")
-        if not 0 < scale_range[0] <= scale_range[1]:
-            raise ValueError(f"scale_range {scale_range}: expected 0 < lowest <= highest")
-        if not 0 <= jitter < 1:
-            raise ValueError(f"jitter {jitter}: expected 0 <= jitter < 1")
-        if gamma < 0:
-            raise ValueError(f"gamma {gamma}: expected 0 or more")
-        if not 0 <= tint < 1:
-            raise ValueError(f"tint {tint}: expected 0 <= tint < 1")
         self.crop = crop
         self.scale_range = scale_range
         self.flip = flip

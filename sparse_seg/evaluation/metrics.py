@@ -46,11 +46,7 @@ class SegmentationMetrics:
     """Confusion matrices of a dataset: over all labelled pixels, and over the trimap band."""
 
     def __init__(self, num_classes: int, ignore_index: int = 255, trimap_width: float = 3) -> None:
-        """`trimap_width` in pixels. Raises ValueError for `num_classes` < 1 or a negative width."""
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if trimap_width < 0:
-            raise ValueError(f"trimap_width must not be negative, got {trimap_width}")
+        """`trimap_width` in pixels."""
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.trimap_width = trimap_width
@@ -95,9 +91,6 @@ class SegmentationMetrics:
             class_iou=class_iou.tolist(),
             confusion=self.confusion.copy(),
         )
-
-    def _arguments(self) -> tuple[int, int, float]:
-        return self.num_classes, self.ignore_index, self.trimap_width
 
     def _check_range(self, values: np.ndarray, name: str) -> None:
         if values.size and not (values.min() >= 0 and values.max() < self.num_classes):

@@ -31,11 +31,33 @@ def palette(colours: list[tuple[int, int, int]]) -> bytes:
     return chunk(b"PLTE", bytes(value for colour in colours for value in colour))
 
 
-def sideways_photo(image: np.ndarray) -> bytes:
-    """A JPEG of pixels `[H, W, 3]` RGB as phones store them, to be turned 90 degrees clockwise (EXIF 6)."""
-    jpeg = cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()
+def scene(height: int = 48, width: int = 64) -> np.ndarray:
+    """A smooth picture `[H, W, 3]` uint8."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    return np.asarray(cv2.GaussianBlur(noise, (0, 0), 2))
+
+
+def jpeg(height: int = 48, width: int = 64) -> bytes:
+    return cv2.imencode(".jpg", scene(height, width))[1].tobytes()
+
+
+def damaged_jpeg(height: int = 48, width: int = 64) -> bytes:
+    """Other bytes in the middle of the coded pixels."""
+    data = jpeg(height, width)
+    middle = len(data) * 2 // 3
+    noise = np.random.default_rng(0).integers(0, 255, 60, np.uint8).tobytes()
+    return data[:middle] + noise + data[middle + 60 :]
+
+
+def turn_by_exif(jpeg: bytes) -> bytes:
+    """The JPEG, to be turned 90 degrees clockwise (EXIF 6)."""
     exif = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+
+
+def sideways_photo(image: np.ndarray) -> bytes:
+    """A JPEG of pixels `[H, W, 3]` RGB as phones store them, to be turned 90 degrees clockwise."""
+    return turn_by_exif(cv2.imencode(".jpg", image[..., ::-1])[1].tobytes())
 
 
 _TURNS: dict[int, Any] = {

@@ -12,8 +12,7 @@ from sparse_seg.data import SegmentationDataset, build_dataset, dataset_classes
 from sparse_seg.data.palette import default_palette
 from sparse_seg.errors import ConfigError, DataError
 from sparse_seg.training.trainer import Trainer
-from tests.data.files import PALETTE, palette, png
-from tests.data.test_reading import scene
+from tests.data.files import PALETTE, palette, png, scene
 
 NAMES = ["ground", "wall", "plant"]
 COLOURS = [[10, 20, 30], [200, 0, 0], [0, 200, 0]]
@@ -109,22 +108,6 @@ def test_labels_are_checked_against_the_classes(root: Path, content, fault: str)
     with pytest.raises(DataError, match=rf"labels/a/x\.png: {fault}") as caught:
         label(root, content).check()
     assert "\n" not in str(caught.value)
-
-
-def test_faulty_labels_are_counted(root: Path) -> None:
-    (root / "train" / "images" / "b").mkdir()
-    assert cv2.imwrite(str(root / "train" / "images" / "b" / "x.png"), scene(40, 64))
-    label(root, np.full((40, 64), 8, np.uint8))
-    with pytest.raises(DataError, match=r"a/x\.png: label values \[8\] .*\(faulty files in all: 2\)"):
-        label(root, np.full((40, 64), 5, np.uint8), "b/x.png").check()
-
-
-def test_a_colour_label_without_colours_says_what_to_add(root: Path) -> None:
-    (root / "classes.yaml").write_text("names: [ground, wall, plant]\n")
-    with pytest.raises(
-        DataError, match=r"x\.png: the label holds colours, and .*classes\.yaml has none; add"
-    ):
-        label(root, RGB).check()
 
 
 def test_ids_three_times_are_read_where_that_is_said(root: Path) -> None:
@@ -252,66 +235,3 @@ train: {{iterations: 1, batch_size: 2, threads: 1}}
     assert 0 <= Trainer(loaded, tmp_path / "run").run() <= 1
     with pytest.raises(ConfigError, match=r"class_weights has 2 values for 3 classes"):
         load_config(config, ["train.loss.class_weights=[1, 2]"])
-
-
-def test_the_default_palette_is_vocs() -> None:
-    assert default_palette(22)[1:4] == ((128, 0, 0), (0, 128, 0), (128, 128, 0))
-    assert default_palette(22)[15] == (192, 128, 128)  # person
-    assert default_palette(22)[20:] == ((0, 64, 128), (128, 64, 128))
-    assert len(set(default_palette(256))) == 256
-
-
-def test_voc(tmp_path: Path) -> None:
-    stored = np.resize(np.array([0, 15, 20, 255], np.uint8), (40, 64))
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (tmp_path / folder).mkdir(parents=True)
-    for name in ("2007_000032", "2007_000033"):
-        assert cv2.imwrite(str(tmp_path / "JPEGImages" / f"{name}.jpg"), scene(40, 64))
-        content = png(stored, 8, PALETTE, palette(list(default_palette(256))))
-        (tmp_path / "SegmentationClass" / f"{name}.png").write_bytes(content)
-    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("2007_000033\n")
-    dataset = build_dataset("voc", tmp_path, "val")
-    assert dataset.check()[[0, 15, 20]].tolist() == [640] * 3
-    assert [dataset.name(index) for index in range(len(dataset))] == ["2007_000033"]
-    np.testing.assert_array_equal(dataset.load(0)[1], stored)
-    assert [dataset.classes.names[index] for index in (0, 15, 20)] == ["background", "person", "tvmonitor"]
-    with pytest.raises(DataError, match=r"Segmentation/train\.txt: no such list"):
-        build_dataset("voc", tmp_path, "train")
-    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("2007_000034")
-    with pytest.raises(DataError, match=r"2007_000034\.jpg: its label .* is missing"):
-        build_dataset("voc", tmp_path, "train").check()
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
-def test_a_voc_list_as_editors_save_it(tmp_path: Path, encoding: str) -> None:
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (tmp_path / folder).mkdir(parents=True)
-    file = tmp_path / "ImageSets/Segmentation/val.txt"
-    file.write_bytes("2007_000033\r\n2007_caf\u00e9\r\n".encode(encoding))
-    apart = tmp_path / "JPEGImages/2007_cafe\u0301.jpg"
-    apart.write_bytes(b"")
-    samples = build_dataset("voc", tmp_path, "val").samples
-    assert [image.name for image, _ in samples] == ["2007_000033.jpg", apart.name]
-    file.write_bytes(b"2007\xff\xfe\xfa")
-    with pytest.raises(DataError, match=r"val\.txt: is no text in UTF-8 or UTF-16; save it as UTF-8"):
-        build_dataset("voc", tmp_path, "val")
-
-
-def test_ade20k(tmp_path: Path) -> None:
-    stored = np.resize(np.array([0, 1, 3, 150], np.uint8), (40, 64))
-    for folder in ("images/validation", "annotations/validation"):
-        (tmp_path / folder).mkdir(parents=True)
-    assert cv2.imwrite(str(tmp_path / "images/validation/ADE_val_00000001.jpg"), scene(40, 64))
-    assert cv2.imwrite(str(tmp_path / "annotations/validation/ADE_val_00000001.png"), stored)
-    dataset = build_dataset("ade20k", tmp_path, "val")
-    assert dataset.check()[[0, 2, 149]].tolist() == [640] * 3
-    np.testing.assert_array_equal(dataset.load(0)[1], np.resize([255, 0, 2, 149], (40, 64)))
-    names = dataset.classes.names
-    assert len(set(names)) == 150
-    assert [names[index] for index in (0, 2, 44, 80, 149)] == [
-        "wall",
-        "sky",
-        "chest of drawers",
-        "bus",
-        "flag",
-    ]

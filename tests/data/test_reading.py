@@ -13,24 +13,20 @@ import pytest
 
 from sparse_seg.data.reading import decode_image, read_image, read_label, read_label_palette
 from sparse_seg.errors import DataError
-from tests.data.files import PALETTE, PNG_SIGNATURE, chunk, huge_png, palette, png, tiff, turned
-
-
-def scene(height: int = 48, width: int = 64) -> np.ndarray:
-    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    return np.asarray(cv2.GaussianBlur(noise, (0, 0), 2))
-
-
-def jpeg() -> bytes:
-    return cv2.imencode(".jpg", scene())[1].tobytes()
-
-
-def damaged_jpeg() -> bytes:
-    """Other bytes in the middle of the coded pixels."""
-    data = jpeg()
-    middle = len(data) * 2 // 3
-    noise = np.random.default_rng(0).integers(0, 255, 60, np.uint8).tobytes()
-    return data[:middle] + noise + data[middle + 60 :]
+from tests.data.files import (
+    PALETTE,
+    PNG_SIGNATURE,
+    chunk,
+    damaged_jpeg,
+    huge_png,
+    jpeg,
+    palette,
+    png,
+    scene,
+    tiff,
+    turn_by_exif,
+    turned,
+)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8])
@@ -129,10 +125,7 @@ def test_whole_jpegs_of_rare_kinds_are_read(tmp_path: Path) -> None:
 
 
 def test_exif_turns_photos_that_ask_for_it(tmp_path: Path) -> None:
-    orientation = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-    segment, data = b"Exif\0\0" + orientation, jpeg()
-    turned = data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
-    (tmp_path / "photo.jpg").write_bytes(turned)
+    (tmp_path / "photo.jpg").write_bytes(turn_by_exif(jpeg()))
     stored = read_image(tmp_path / "photo.jpg")
     np.testing.assert_array_equal(read_image(tmp_path / "photo.jpg", upright=True), np.rot90(stored, -1))
 

@@ -71,17 +71,6 @@ def test_band_on_larger_images() -> None:
             np.testing.assert_array_equal(boundary_band(label, width), slow_band(label, width))
 
 
-def test_border_with_ignored_pixels_is_no_boundary() -> None:
-    label = np.array([[0, 0, IGNORE, 1, 1]])
-    assert not boundary_band(label, 3).any()
-
-
-def test_band_width_counts_from_the_boundary_pixels() -> None:
-    label = np.repeat([0, 1], 6)[None].astype(np.uint8)
-    assert boundary_band(label, 0)[0].tolist() == [5 <= x <= 6 for x in range(12)]
-    assert boundary_band(label, 3)[0].tolist() == [2 <= x <= 9 for x in range(12)]
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_metrics_equal_their_definition(seed: int) -> None:
     prediction, label = random_pair(seed)
@@ -163,9 +152,3 @@ def test_bad_input_is_refused_and_counts_nothing(
     with pytest.raises(ValueError, match=message):
         metrics.update(prediction, label)
     assert metrics.result().confusion.sum() == 0
-
-
-@pytest.mark.parametrize("arguments", [(0, IGNORE, 3), (K, IGNORE, -1)])
-def test_bad_arguments_are_refused(arguments: tuple[int, int, float]) -> None:
-    with pytest.raises(ValueError, match="must"):
-        SegmentationMetrics(*arguments)

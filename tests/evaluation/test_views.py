@@ -33,6 +33,9 @@ def test_windows_cover_an_axis_once(length, overlap):
         assert span.start <= span.first < span.last <= span.stop <= length
         assert span.stop - span.start <= 256
         assert span.start % 32 == span.first % 32 == 0
+    for smallest in (Views(256, scales=(4.0,)), Views(640, scales=(10.0,))):
+        covered = [place for span in _spans(length, smallest) for place in range(span.first, span.last)]
+        assert covered == list(range(length))
     for one, other in itertools.pairwise(spans):
         assert one.stop - one.last >= min(overlap, 128) // 64 * 32 - 32
         assert other.first - other.start >= min(overlap, 128) // 64 * 32 - 32
@@ -155,16 +158,6 @@ def test_images_get_the_area_of_the_training_frames(height, width, scale, at_mos
     assert Views(flip=True).at(0.1) == Views(flip=True, scales=(0.1,))
 
 
-def test_what_cannot_be():
-    with pytest.raises(ValueError, match="use 256 or more"):
-        Views(64)
-    with pytest.raises(ValueError, match="must be positive"):
-        Views(scales=(0.0,))
-    model = build_model({"width": 0.125, "head_channels": 16, "num_classes": 4}).eval()
-    with pytest.raises(ValueError, match="at least 32 px at a scale"):
-        predict(model, torch.zeros(1, 3, 64, 64), views=Views(scales=(0.25,)))
-
-
 @pytest.mark.parametrize(
     ("views", "message"),
     [
@@ -176,6 +169,8 @@ def test_what_cannot_be():
             {"window": 256, "scales": (0.5, 4.01)},
             "show 63 px of an image at a scale of 4.01; use 257 or more",
         ),
+        ({"window": 64}, "use 256 or more"),
+        ({"scales": (0.0,)}, "scales must be positive"),
         ({"scales": ()}, "scales must be positive"),
         ({"scales": (1.0, float("nan"))}, "scales must be positive"),
         ({"scales": (float("inf"),)}, "scales must be positive"),
@@ -187,13 +182,9 @@ def test_impossible_views_are_refused(views, message):
         Views(**views)
 
 
-def test_the_smallest_windows_cover_an_axis():
-    for views in (Views(256, scales=(4.0,)), Views(640, scales=(10.0,))):
-        counted = [place for span in _spans(300, views) for place in range(span.first, span.last)]
-        assert counted == list(range(300))
-
-
-def test_no_image_is_refused(model):
+def test_images_that_cannot_be_are_refused(model):
+    with pytest.raises(ValueError, match="at least 32 px at a scale"):
+        predict(model, torch.zeros(1, 3, 64, 64), views=Views(scales=(0.25,)))
     for run in (model, model.dense, model.classify, lambda images: predict(model, images)):
         with pytest.raises(ValueError, match=r"one or more, not an empty batch \[0, 3, 64, 64\]"):
             run(torch.zeros(0, 3, 64, 64))

@@ -6,30 +6,29 @@ import multiprocessing
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
 from sparse_seg.data.cityscapes import IMAGE_SUFFIX, LABEL_SUFFIX, Cityscapes
-from sparse_seg.data.dataset import SMALLEST_SIDE, Image
+from sparse_seg.data.dataset import SMALLEST_SIDE
 from sparse_seg.data.scenes.street import render_scene
 from sparse_seg.errors import DataError
 
-_VERSION = 1  # raise it when the same seed gives other scenes than before
+_VERSION = 2  # raise it when the same seed gives other scenes than before
 _RECORD = "scenes.json"
 _SPLITS = ("train", "val")
 FRAMES = 10  # of a scene's video
 _CITY = "scenes"
+_Job = tuple[int, int]  # split and index
 _SCENES_PER_WORKER = 16  # fewer are not worth a process
-_PNG = [
-    cv2.IMWRITE_PNG_COMPRESSION,
-    1,
-]  # noise hardly compresses; level 1 is several times faster than the default
+_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]  # noise hardly compresses; level 1 is several times faster
 
 
 class ScenesDataset(Cityscapes):
@@ -82,26 +81,27 @@ def write_scenes(
             f"sides >= {SMALLEST_SIDE} px, seed >= 0, 0 < val_fraction < 1"
         )
     out = Path(out).absolute()
-    record: dict[str, object] = {
-        "version": _VERSION,
-        "count": count,
-        "size": list(size),
-        "seed": seed,
-        "val_fraction": val_fraction,
-    } | ({} if pan is None else {"pan": pan})
+    record = {"version": _VERSION, "count": count, "size": list(size), "seed": seed}
+    record |= {"val_fraction": val_fraction} | ({} if pan is None else {"pan": pan})
     if _holds(out, record):
         return False
     val_count = min(max(round(count * val_fraction), 1), count - 1)
+    jobs = [(0, index) for index in range(count - val_count)] + [(1, index) for index in range(val_count)]
     try:
         with _all_or_nothing(out) as folder:
-            _write_all(folder, (count - val_count, val_count), size, seed, progress, pan)
+            for kind in ("leftImg8bit", "gtFine"):
+                for split in _SPLITS:
+                    (folder / kind / split / _CITY).mkdir(parents=True)
+            done = _on_all_cores(functools.partial(_write_scene, folder, size, seed, pan), jobs)
+            for _ in tqdm(done, "scenes", count, disable=None if progress else True, unit="scene"):
+                pass
             (folder / _RECORD).write_text(json.dumps(record) + "\n")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
     return True
 
 
-def _holds(out: Path, record: dict[str, object]) -> bool:
+def _holds(out: Path, record: dict[str, Any]) -> bool:
     """Whether `out` holds these scenes already; a missing or empty folder does not."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -116,10 +116,11 @@ def _holds(out: Path, record: dict[str, object]) -> bool:
             f"{out}: holds other scenes ({json.dumps(found)}) than asked for ({json.dumps(record)}); "
             "choose another folder or remove it"
         )
-    images = len(list(out.glob(f"leftImg8bit/*/{_CITY}/*{IMAGE_SUFFIX}")))
-    labels = len(list(out.glob(f"gtFine/*/{_CITY}/*{LABEL_SUFFIX}")))
-    frames = FRAMES if "pan" in record else 1
-    if images != labels or images != frames * int(str(record["count"])):
+    images, labels = (
+        len(list(out.glob(f"{kind}/*/{_CITY}/*{suffix}")))
+        for kind, suffix in (("leftImg8bit", IMAGE_SUFFIX), ("gtFine", LABEL_SUFFIX))
+    )
+    if images != labels or images != record["count"] * (FRAMES if "pan" in record else 1):
         raise DataError(
             f"{out}: {images} images and {labels} labels of {record['count']} scenes are left; "
             "remove the folder and generate it again"
@@ -130,9 +131,8 @@ def _holds(out: Path, record: dict[str, object]) -> bool:
 @contextmanager
 def _all_or_nothing(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place at the end, or is removed if the work fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    folder.mkdir()
+    folder.mkdir(parents=True)
     try:
         yield folder
         folder.rename(out)
@@ -140,56 +140,27 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_all(
-    folder: Path,
-    counts: tuple[int, int],
-    size: tuple[int, int],
-    seed: int,
-    progress: bool,
-    pan: int | None,
-) -> None:
-    for split in _SPLITS:
-        for kind in ("leftImg8bit", "gtFine"):
-            (folder / kind / split / _CITY).mkdir(parents=True)
-    jobs = [(split_id, index) for split_id in (0, 1) for index in range(counts[split_id])]
-    write = functools.partial(_write_scene, folder, size, seed, pan)
-    with _workers(len(jobs)) as run:
-        for _ in tqdm(
-            run(write, jobs), "scenes", len(jobs), disable=None if progress else True, unit="scene"
-        ):
-            pass
-
-
-_Job = tuple[int, int]
-_Map = Callable[[Callable[[_Job], None], Iterable[_Job]], Iterable[None]]
-
-
-@contextmanager
-def _workers(jobs: int) -> Iterator[_Map]:
-    """A `map` over all cores.
-
-    Processes: most of a scene's time is Python, and two threads were no faster than one.
-    """
-    workers = min(os.cpu_count() or 1, jobs // _SCENES_PER_WORKER)
+def _on_all_cores(write: Callable[[_Job], None], jobs: list[_Job]) -> Iterator[None]:
+    """Processes: most of a scene's time is Python, and two threads were no faster than one."""
+    workers = min(os.cpu_count() or 1, len(jobs) // _SCENES_PER_WORKER)
     if workers < 2:
-        yield map
+        yield from map(write, jobs)
         return
     context = multiprocessing.get_context("fork")  # spawned ones would import torch first, for seconds
     with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (0,)) as pool:
-        yield functools.partial(pool.map, chunksize=4)
+        yield from pool.map(write, jobs, chunksize=4)
 
 
 def _write_scene(folder: Path, size: tuple[int, int], seed: int, pan: int | None, job: _Job) -> None:
-    split_id, index = job
+    split, index = job
     step, frames = pan or 0, 1 if pan is None else FRAMES
-    rng = np.random.default_rng([seed, split_id, index])
-    image, label = render_scene(rng, size, step * (frames - 1))
+    image, label = render_scene(np.random.default_rng([seed, split, index]), size, step * (frames - 1))
     for frame in range(frames):
         seen = slice(step * frame, step * frame + size[1])
-        stem = Path(_SPLITS[split_id], _CITY, f"{_CITY}_{index:06d}_{19 + frame:06d}")
-        _write_png(folder / "leftImg8bit" / f"{stem}{IMAGE_SUFFIX}", image[:, seen, ::-1])
-        _write_png(folder / "gtFine" / f"{stem}{LABEL_SUFFIX}", label[:, seen])
-
-
-def _write_png(file: Path, image: Image) -> None:
-    file.write_bytes(cv2.imencode(".png", image, _PNG)[1].tobytes())
+        stem = f"{_SPLITS[split]}/{_CITY}/{_CITY}_{index:06d}_{19 + frame:06d}"
+        for kind, suffix, pixels in (
+            ("leftImg8bit", IMAGE_SUFFIX, image[:, seen, ::-1]),
+            ("gtFine", LABEL_SUFFIX, label[:, seen]),
+        ):
+            data = cv2.imencode(".png", np.ascontiguousarray(pixels), _PNG)[1].tobytes()
+            (folder / kind / f"{stem}{suffix}").write_bytes(data)
