@@ -75,6 +75,7 @@ class MaskPolicy(nn.Module, ABC):
         threshold: float | None = None,
         middle_fraction: float | None = None,
         middle_threshold: float | None = None,
+        *,
         block: int = BLOCK,
         blur: bool = False,
     ) -> None:
