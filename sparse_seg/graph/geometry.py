@@ -308,16 +308,11 @@ class Geometry(Strides):
     @cached_property
     def kept_lattices(self) -> set[str]:
         """Values of a coarse pass that a mixed run reads."""
-        return (
-            self._kept(
-                "rows",
-                lambda node, user: (
-                    self._reads_sites(node, user) or self.lattice(user.name) > self.lattice(node.name)
-                ),
-            )
-            .difference(self.masked)
-            .union(self.vectors)
-        )
+
+        def reads(node: Node, user: Node) -> bool:
+            return self._reads_sites(node, user) or self.lattice(user.name) > self.lattice(node.name)
+
+        return (self._kept("rows", reads) - self.masked) | set(self.vectors)
 
     @cached_property
     def kept_rows(self) -> set[str]:
