@@ -101,24 +101,20 @@ def first_difference(graph: Graph, other: Graph) -> str | None:
 
 def _node(tree: Any, is_first: bool) -> Node:
     found = _fields(tree, NODE, "a node")
-    name, op, layer, shape = (found[key] for key in ("name", "op", "layer", "shape"))
+    name, op, inputs, options = (found[key] for key in ("name", "op", "inputs", "options"))
     _require(_is_text(name) and name != "", f"a node's name is {shown(name)}")
-    _require(
-        isinstance(op, str) and op in OPERATORS and op not in NEVER, f"{name}: unknown operator {shown(op)}"
-    )
+    known = isinstance(op, str) and op in OPERATORS and op not in NEVER
+    _require(known, f"{name}: unknown operator {shown(op)}")
     _require((op == "image") == is_first, f"{name}: the image stands first, and only there")
-    _require(_is_text(layer), f"{name}: its layer is {shown(layer)}")
-    inputs, (least, most) = found["inputs"], INPUTS.get(op, (1, 1))
+    for key, test in FIELDS.items():
+        _require(test(found[key]), f"{name}: its {key} is {shown(found[key])}")
+    least, most = INPUTS.get(op, (1, 1))
     _require(_texts(inputs) and least <= len(inputs) <= most, f"{name}: {op} cannot read {shown(inputs)}")
-    _require(_numbers(1, MOST_CHANNELS, None)(shape), f"{name}: its shape is {shown(shape)}")
-    _require(4 <= len(shape) <= MOST_AXES and shape[0] == 1, f"{name}: its shape is {shown(shape)}")
-    _require(math.prod(shape[1:-2]) <= MOST_CHANNELS, f"{name}: its shape {shape} has too many channels")
-    tensors, options = found["tensors"], found["options"]
-    _require(isinstance(tensors, Mapping) and _texts([*tensors, *tensors.values()]), f"{name}: its tensors")
-    _require(isinstance(options, Mapping), f"{name}: its options are {shown(options)}")
     for key, value in options.items():
         _require(key in OPTIONS and OPTIONS[key](value), f"{name}: its option {shown(key)} is {shown(value)}")
-    node = Node(name, op, tuple(inputs), dict(tensors), dict(options), tuple(shape), layer)
+    shape, tensors = tuple(found["shape"]), dict(found["tensors"])
+    _require(math.prod(shape[1:-2]) <= MOST_CHANNELS, f"{name}: its shape {shape} has too many channels")
+    node = Node(name, op, tuple(inputs), tensors, dict(options), shape, found["layer"])
     _check_padding(node)
     return node
 
@@ -141,28 +137,22 @@ def _fields(tree: Any, fields: Any, what: str) -> Mapping[str, Any]:
     return tree
 
 
-def _numbers(least: int, most: int, count: int | None) -> Test:
+def _numbers(least: int, most: int, count: int | None = None) -> Test:
     """Whether a value is a list of whole numbers within bounds."""
-
-    def test(value: Any) -> bool:
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) <= MOST_AXES
-            and (count is None or len(value) == count)
-            and all(type(number) is int and least <= number <= most for number in value)
-        )
-
-    return test
+    return lambda value: (
+        isinstance(value, (list, tuple))
+        and (len(value) <= MOST_AXES if count is None else len(value) == count)
+        and all(type(number) is int and least <= number <= most for number in value)
+    )
 
 
 def _whole(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= MOST_CHANNELS
+    return _numbers(0, MOST_CHANNELS)([value])
 
 
 def _number(value: Any) -> bool:
-    return value is None or (
-        (type(value) in (int, float) and abs(value) <= 1e300) or value in (math.inf, -math.inf)
-    )
+    finite = type(value) in (int, float) and abs(value) <= 1e300
+    return value is None or finite or value in (math.inf, -math.inf)
 
 
 def _is_bool(value: Any) -> bool:
@@ -177,17 +167,19 @@ def _texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(_is_text(one) for one in value)
 
 
-def _padding(value: Any) -> bool:
-    return value == "same" or _numbers(0, MOST_TAPS * MOST_DILATION, 2)(value)
-
-
+FIELDS: dict[str, Test] = {  # of a node, beside its name, operator and inputs
+    "layer": _is_text,
+    "shape": lambda value: _numbers(1, MOST_CHANNELS)(value) and len(value) >= 4 and value[0] == 1,
+    "tensors": lambda value: isinstance(value, Mapping) and _texts([*value, *value.values()]),
+    "options": lambda value: isinstance(value, Mapping),
+}
 OPTIONS: dict[str, Test] = {
     "kernel": _numbers(1, MOST_TAPS, 2),
     "stride": _numbers(1, MOST_STEP, 2),
     "dilation": _numbers(1, MOST_DILATION, 2),
-    "padding": _padding,
+    "padding": lambda value: value == "same" or _numbers(0, MOST_TAPS * MOST_DILATION, 2)(value),
     "size": _numbers(1, MOST_SIDE, 2),
-    **dict.fromkeys(("axes", "order"), _numbers(0, MOST_CHANNELS, None)),
+    **dict.fromkeys(("axes", "order"), _numbers(0, MOST_CHANNELS)),
     **dict.fromkeys(("groups", "start", "stop", "rank", "axis", "count", "natural"), _whole),
     **dict.fromkeys(("frozen", "first", "whole", "keep", "cell"), _is_bool),
     **dict.fromkeys(("align_corners", "nearest", "count_outside"), _is_bool),

@@ -18,7 +18,7 @@ lattice comes to depend on the mask, and P1 and P4 of docs/method.md do not hold
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 from sparse_seg.errors import SparseSegError
@@ -171,15 +171,25 @@ class Geometry(Strides):
 
     @cached_property
     def _behind_resizing(self) -> set[str]:
+        return self._flow(lambda node: node.op == "resize")
+
+    def _flow(
+        self, starts: Callable[[Node], bool], through: Callable[[Node], bool] = lambda node: True
+    ) -> set[str]:
+        """Values where something starts, and those `through` which it is handed on to their readers."""
         found = set[str]()
         for node in self.graph.nodes:
-            if node.op == "resize" or not found.isdisjoint(node.inputs):
+            if starts(node) or (through(node) and not found.isdisjoint(node.inputs)):
                 found.add(node.name)
         return found
 
+    def of_kind(self, kind: str) -> list[Node]:
+        """The nodes that make values of a kind, in order."""
+        return [node for node in self.graph.nodes if self.kind[node.name] == kind]
+
     @property
     def vectors(self) -> list[str]:
-        return [name for name, kind in self.kind.items() if kind == "vector"]
+        return [node.name for node in self.of_kind("vector")]
 
     @property
     def where_mixing(self) -> str:
@@ -222,27 +232,17 @@ class Geometry(Strides):
     @cached_property
     def masked(self) -> set[str]:
         """Values on rows and vectors that depend on the mask at the lattice, too."""
-        found = set(self.final_pools) | self.mixing
-        for node in self.graph.nodes:
-            if self.kind[node.name] != "late" and any(name in found for name in node.inputs):
-                found.add(node.name)
-        return found
+        starts = self.final_pools | self.mixing
+        return self._flow(lambda node: node.name in starts, lambda node: self.kind[node.name] != "late")
 
     @cached_property
     def features(self) -> str:
         """What a policy looks at: a last early feature, else the last early value that rows read."""
-        marked = [n.name for n in self.graph.nodes if "natural" in n.options and self.kind[n.name] == "early"]
-        if marked:
-            return marked[-1]
-        read = [
-            name
-            for node in self.graph.nodes
-            if self.kind[node.name] == "rows"
-            for name in node.inputs
-            if self.kind[name] == "early"
-        ]
-        order = {node.name: place for place, node in enumerate(self.graph.nodes)}
-        return max(read, key=order.__getitem__)
+        early = self.of_kind("early")
+        marked = [node.name for node in early if "natural" in node.options]
+        on_rows = {node.name for node in self.of_kind("rows")}
+        read = [node.name for node in early if any(user.name in on_rows for user in self.users[node.name])]
+        return (marked or read)[-1]
 
     def cells(self, stride: int) -> dict[str, int]:
         """Each value's stride where the network runs dense at an output stride, px; 0 of vectors."""
@@ -265,14 +265,14 @@ class Geometry(Strides):
     def near(self, size: tuple[int, int]) -> dict[int, list[Taps]]:
         """Taps that share the ghosts of near cells, by the stride of a level, for images of `size` px."""
         near: dict[int, list[Taps]] = {stride: [] for stride in self.strides[:-1]}
-        for node in self.graph.nodes:
-            if self.kind[node.name] != "rows" or self.window(node) is None or node.name in self.mixing:
+        for node in self.of_kind("rows"):
+            source = node.inputs[0]
+            if self.window(node) is None or node.name in self.mixing or self.kind[source] != "rows":
                 continue
-            source, taps = node.inputs[0], self.taps_inside(node, size)
-            for stride in near:
-                on_rows = self.kind[source] == "rows" and self.lattice(source) > stride
-                if on_rows and taps.reach <= NEAR * 2 * stride and taps not in near[stride]:
-                    near[stride].append(taps)
+            taps = self.taps_inside(node, size)
+            for stride, shared in near.items():
+                if self.lattice(source) > stride and taps.reach <= NEAR * 2 * stride and taps not in shared:
+                    shared.append(taps)
         return near
 
     def all_taps(self, size: tuple[int, int]) -> dict[str, Taps]:
@@ -308,56 +308,40 @@ class Geometry(Strides):
     @cached_property
     def kept_lattices(self) -> set[str]:
         """Values of a coarse pass that a mixed run reads."""
-        kept = {name for name, kind in self.kind.items() if kind == "vector"}
-        for node in self.graph.nodes:
-            if self.kind[node.name] == "rows" and node.name not in self.masked:
-                users = self.users[node.name]
-                if node.name == self.graph.output or any(self._reads_lattice(node, user) for user in users):
-                    kept.add(node.name)
-        return kept
 
-    def _reads_lattice(self, node: Node, user: Node) -> bool:
-        if self._reads_sites(user) or user.name in self.masked:
-            return True
-        return self.lattice(user.name) > self.lattice(node.name)
+        def reads(node: Node, user: Node) -> bool:
+            return self._reads_sites(node, user) or self.lattice(user.name) > self.lattice(node.name)
+
+        return (self._kept("rows", reads) - self.masked) | set(self.vectors)
 
     @cached_property
     def kept_rows(self) -> set[str]:
         """Values of a mixed run that a later one, with more sites, reads; and what a head's loss reads."""
-        kept = set[str]()
-        for node in self.graph.nodes:
-            if self.kind[node.name] == "rows":
-                users = self.users[node.name]
-                read = any(self._reads_sites(user) or user.name in self.masked for user in users)
-                if read or node.name == self.graph.output:
-                    kept.add(node.name)
-        return kept | {name for name, kind in self.kind.items() if kind == "vector"}
+        return self._kept("rows", self._reads_sites) | set(self.vectors)
 
     @cached_property
     def kept_late(self) -> set[str]:
         """Late values of a coarse pass that late ones in fine blocks read, or that are the output."""
+        return self._kept("late", lambda _, user: user.op == "resize" or self.window(user) is not None)
+
+    def _kept(self, kind: str, reads: Callable[[Node, Node], bool]) -> set[str]:
+        """The values of a kind of which some user `reads` more, and the output if it is one."""
         return {
             node.name
-            for node in self.graph.nodes
-            if self.kind[node.name] == "late"
-            and (
-                node.name == self.graph.output
-                or any(user.op == "resize" or self.window(user) is not None for user in self.users[node.name])
-            )
+            for node in self.of_kind(kind)
+            if node.name == self.graph.output or any(reads(node, user) for user in self.users[node.name])
         }
 
-    def _reads_sites(self, user: Node) -> bool:
-        """Whether a node reads other rows than its own."""
-        return self.kind[user.name] in ("late", "vector") or self.window(user) is not None
+    def _reads_sites(self, node: Node, user: Node) -> bool:
+        """Whether a user reads other rows than its own."""
+        others = self.kind[user.name] in ("late", "vector") or self.window(user) is not None
+        return others or user.name in self.masked
 
     @cached_property
     def exits(self) -> list[str]:
         """Values on rows that late ones read, or that are the output."""
-        late = [node for node in self.graph.nodes if self.kind[node.name] == "late"]
-        read = {name for node in late for name in node.inputs} | {self.graph.output}
-        return [
-            node.name for node in self.graph.nodes if node.name in read and self.kind[node.name] == "rows"
-        ]
+        read = {name for node in self.of_kind("late") for name in node.inputs} | {self.graph.output}
+        return [node.name for node in self.of_kind("rows") if node.name in read]
 
 
 def _power_of_two(taps: Taps) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ from sparse_seg.ops import OPERATORS, Graph, Node, Spatial, UnknownOperator
 from sparse_seg.ops.convolution import kernel_of
 
 Tensors = dict[str, Tensor]
+IGNORES = {"conv2d": 0.0, "max_pool2d": -math.inf, "avg_pool2d": 0.0}  # values that stand for no padding
 
 
 # -- padding -----------------------------------------------------------------------------------------------
@@ -34,65 +34,53 @@ def fold_pads(graph: Graph) -> Graph:
         if node.op == "pad":
             _push_pad(node, graph, users, replaced)
     nodes = [new for node in graph.nodes for new in replaced.get(node.name, [node])]
-    return dataclasses.replace(graph, nodes=nodes)
+    return replace(graph, nodes=nodes)
 
 
 def _push_pad(pad: Node, graph: Graph, users: dict[str, list[Node]], replaced: dict[str, list[Node]]) -> None:
-    value = pad.options["value"]
     source = graph.node(pad.inputs[0])
     replaced[pad.name] = []
-    outside: Node | None = None
 
     def start() -> Node:
         """The vector that stands outside."""
-        zeros = Node(f"{pad.name}.outside", "zeros", shape=(1, source.shape[1], 1, 1), layer=pad.layer)
+        shape = (1, source.shape[1], 1, 1)
+        zeros = Node(f"{pad.name}.outside", "zeros", shape=shape, layer=pad.layer)
         replaced[pad.name] = [zeros]
-        if value == 0:
-            return zeros
-        shifted = Node(
-            f"{pad.name}.value", "add", (zeros.name,), {}, {"number": value}, zeros.shape, pad.layer
-        )
-        replaced[pad.name].append(shifted)
-        return shifted
+        if pad.options["value"] != 0:
+            number = {"number": pad.options["value"]}
+            shifted = Node(f"{pad.name}.value", "add", (zeros.name,), {}, number, shape, pad.layer)
+            replaced[pad.name].append(shifted)
+        return replaced[pad.name][-1]
 
     def visit(padded: Node, name: str, outside: Node | None) -> None:
         """Users of a padded value read `name`, which is not."""
         for user in users[padded.name]:
             operator = OPERATORS[user.op]
             now = replaced.get(user.name, [user])[-1]
-            inputs = tuple(name if one == padded.name else one for one in now.inputs)
+            now = replace(now, inputs=tuple(name if one == padded.name else one for one in now.inputs))
             if isinstance(operator, Spatial) and operator.window(user).kernel != (1, 1):
-                _give_pad(user, now, inputs, pad, outside, replaced)
+                replaced[user.name] = _padded(now, pad, outside)
             elif len(user.inputs) == 1 and not (operator.is_pool or operator.needs_grid or user.op == "pad"):
                 if isinstance(operator, Spatial) and operator.window(user).stride != (1, 1):
                     raise UnknownOperator(f"{user.layer}: padding is read by a strided 1x1 convolution")
-                kept = replace(user, inputs=inputs, shape=(*user.shape[:-2], *source.size))
-                before = outside or start()
                 clone = replace(
                     user,
                     name=f"{user.name}.outside",
-                    inputs=(before.name,),
+                    inputs=((outside or start()).name,),
                     options=user.options | ({"frozen": True} if user.op == "batch_norm" else {}),
                     shape=(*user.shape[:-2], 1, 1),
                 )
-                replaced[user.name] = [clone, kept]
+                replaced[user.name] = [clone, replace(now, shape=(*user.shape[:-2], *source.size))]
                 visit(user, user.name, clone)
             else:
                 raise UnknownOperator(f"{pad.layer or 'the network'}: padding is read by {user.where}")
 
-    visit(pad, source.name, outside)
+    visit(pad, source.name, None)
 
 
-def _give_pad(
-    user: Node,
-    now: Node,
-    inputs: tuple[str, ...],
-    pad: Node,
-    outside: Node | None,
-    replaced: dict[str, list[Node]],
-) -> None:
-    """A window reads a padded value."""
-    value, options = pad.options["value"], dict(now.options)
+def _padded(user: Node, pad: Node, outside: Node | None) -> list[Node]:
+    """What gives a window's value without the pad; outside stands a vector, or the pad's own value."""
+    value, options = pad.options["value"], dict(user.options)
     if pad.options["pads"] == "same":
         if options["padding"] != [0, 0]:
             raise UnknownOperator(f"{user.where}: padded twice")
@@ -100,29 +88,21 @@ def _give_pad(
     else:
         left, _, above, _ = pad.options["pads"]
         options["padding"] = [options["padding"][0] + above, options["padding"][1] + left]
-    if user.op == "conv2d" and outside is None and value == 0:
-        replaced[user.name] = [replace(now, inputs=inputs, options=options)]
-    elif user.op == "conv2d" and outside is not None:
-        (name,) = inputs
-        shape = outside.shape
-        shifted = Node(
-            f"{user.name}.above", "sub", (name, outside.name), {}, {}, (*shape[:-2], *user.size), user.layer
-        )
-        conv = replace(now, name=f"{user.name}.conv", inputs=(shifted.name,), options=options)
-        weight, groups = {"weight": user.tensors["weight"]}, {"groups": user.options["groups"]}
-        constant = Node(
-            f"{user.name}.outside", "conv2d_of_constant", (outside.name,), weight, groups,
-            (*user.shape[:-2], 1, 1), user.layer,
-        )  # fmt: skip
-        total = Node(user.name, "add", (conv.name, constant.name), {}, {}, user.shape, user.layer)
-        replaced[user.name] = [shifted, conv, constant, total]
-    elif user.op == "max_pool2d" and value == -math.inf and outside is None:
-        replaced[user.name] = [replace(now, inputs=inputs, options=options)]
-    elif user.op == "avg_pool2d" and value == 0 and outside is None:
-        options["count_outside"] = True
-        replaced[user.name] = [replace(now, inputs=inputs, options=options)]
-    else:
+    if outside is None and IGNORES.get(user.op) == value:
+        options |= {"count_outside": True} if user.op == "avg_pool2d" else {}
+        return [replace(user, options=options)]
+    if outside is None or user.op != "conv2d":
         raise UnknownOperator(f"{user.where}: reads padding of {value}")
+    (name,) = user.inputs
+    shape = (*outside.shape[:-2], *user.size)
+    shifted = Node(f"{user.name}.above", "sub", (name, outside.name), {}, {}, shape, user.layer)
+    conv = replace(user, name=f"{user.name}.conv", inputs=(shifted.name,), options=options)
+    constant = Node(
+        f"{user.name}.outside", "conv2d_of_constant", (outside.name,), {"weight": user.tensors["weight"]},
+        {"groups": user.options["groups"]}, (*user.shape[:-2], 1, 1), user.layer,
+    )  # fmt: skip
+    total = Node(user.name, "add", (conv.name, constant.name), {}, {}, user.shape, user.layer)
+    return [shifted, conv, constant, total]
 
 
 # -- for prediction ----------------------------------------------------------------------------------------
@@ -138,53 +118,40 @@ def fold_norms(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Graph, Tens
     state = _State(graph, dict(tensors))
     for rule in RULES:
         state.apply(rule)
-    graph = dataclasses.replace(graph, nodes=state.nodes, output=state.names.get(graph.output, graph.output))
-    graph = graph.pruned()
-    names = {name for node in graph.nodes for name in node.tensors.values()}
-    return graph, {name: state.tensors[name] for name in names}
+    names = {name for node in state.graph.nodes for name in node.tensors.values()}
+    return state.graph, {name: state.tensors[name] for name in names}
 
 
 class _State:
     """A graph while it is rewritten."""
 
     def __init__(self, graph: Graph, tensors: Tensors) -> None:
-        self.nodes, self.tensors, self.output = list(graph.nodes), tensors, graph.output
-        self.names: dict[str, str] = {}  # of values that others stand for now
+        self.graph, self.tensors = graph, tensors
 
     def apply(self, rule: Callable[[Node, _State], list[Node] | None]) -> None:
         """A rule gives what stands in a node's place, the last of it makes its value; None: the node stays.
 
         An empty list: its first input stands for it.
         """
-        self.users = Graph(self.nodes, self.output, (0, 0)).users()
-        self.by_name = {node.name: node for node in self.nodes}
-        nodes = []
-        for old in self.nodes:
-            node = replace(old, inputs=tuple(self.names.get(name, name) for name in old.inputs))
+        self.users, self.by_name = self.graph.users(), self.graph.by_name
+        names: dict[str, str] = {}  # of values that others stand for now
+        nodes: list[Node] = []
+        for old in self.graph.nodes:
+            node = replace(old, inputs=tuple(names.get(name, name) for name in old.inputs))
             made = rule(node, self)
-            if made is None:
-                made = [node]
-            elif not made:
-                self.names[node.name] = node.inputs[0]
-            for one in made:
-                self.by_name[one.name] = one
+            made = [node] if made is None else made
+            if not made:
+                names[node.name] = node.inputs[0]
+            self.by_name.update((one.name, one) for one in made)
             nodes += made
-        self.nodes = [
-            replace(node, inputs=tuple(self.names.get(name, name) for name in node.inputs)) for node in nodes
-        ]
-        needed = {self.names.get(self.output, self.output)}
-        kept = []
-        for node in reversed(self.nodes):
-            if node.name in needed or node.op == "image":
-                needed.update(node.inputs)
-                kept.append(node)
-        self.nodes, self.output = kept[::-1], self.names.get(self.output, self.output)
+        output = names.get(self.graph.output, self.graph.output)
+        self.graph = replace(self.graph, nodes=nodes, output=output).pruned()
 
     def of(self, node: Node) -> Tensors:
         return {role: self.tensors[name] for role, name in node.tensors.items()}
 
     def has_one_user(self, name: str) -> bool:
-        return len(self.users.get(name, ())) == 1 and name != self.output
+        return len(self.users.get(name, ())) == 1 and name != self.graph.output
 
     def keep(self, name: str, tensor: Tensor) -> str:
         """Enter a tensor that the network has not."""
@@ -271,25 +238,21 @@ def _part_joined(node: Node, state: _State) -> list[Node] | None:
     vectors = [part.size == (1, 1) for part in parts]
     if not any(vectors) or all(vectors):
         return None
-    own, first, columns = state.of(node), 0, []
-    for part in parts:
-        columns.append(slice(first, first + part.shape[1]))
-        first += part.shape[1]
+    weight = kernel_of(state.of(node)["weight"])
+    columns = weight.split([part.shape[1] for part in parts], 1)
     made: list[Node] = []
-    for is_vector in (False, True):
+    for suffix, is_vector in (("grid", False), ("vector", True)):
         chosen = [number for number, one in enumerate(vectors) if one == is_vector]
+        own = torch.cat([columns[number] for number in chosen], 1)
+        size = parts[chosen[0]].size
         names = tuple(parts[number].name for number in chosen)
-        weight = torch.cat([kernel_of(own["weight"])[:, columns[number]] for number in chosen], 1)
-        suffix = "vector" if is_vector else "grid"
         if len(names) > 1:
-            channels = sum(parts[number].shape[1] for number in chosen)
-            shape = (1, channels, *parts[chosen[0]].size)
+            shape = (1, int(own.shape[1]), *size)
             made.append(Node(f"{node.name}.{suffix}.joined", "cat", names, {}, {}, shape, node.layer))
             names = (made[-1].name,)
-        tensors: dict[str, str] = {"weight": state.keep(f"{node.name}.{suffix}.weight", weight)}
+        tensors = {"weight": state.keep(f"{node.name}.{suffix}.weight", own)}
         if is_vector and "bias" in node.tensors:
             tensors["bias"] = node.tensors["bias"]
-        size = (1, 1) if is_vector else node.size
         shape = (1, node.shape[1], *size)
         made.append(
             Node(f"{node.name}.{suffix}", "conv2d", names, tensors, dict(node.options), shape, node.layer)

@@ -1,7 +1,6 @@
 """Mask policies: which blocks are worth full resolution."""
 
 from sparse_seg.masks.base import (
-    BLOCK,
     Frames,
     MaskPolicy,
     Run,
@@ -12,7 +11,7 @@ from sparse_seg.masks.base import (
 )
 from sparse_seg.masks.build import POLICIES, build_policy, parse_policy
 from sparse_seg.masks.confidence import REDUCTIONS, UNCERTAINTIES, ConfidencePolicy
-from sparse_seg.masks.edge import RULES, EdgePolicy, cad_edges, gradient_magnitude
+from sparse_seg.masks.edge import RULES, EdgePolicy, gradient_magnitude
 from sparse_seg.masks.gain import GainPolicy, gain_net
 from sparse_seg.masks.learned import LearnedPolicy, cad_mask_net, mask_net, straight_through
 from sparse_seg.masks.oracle import ORACLES, OraclePolicy, block_mean, label_boundary
@@ -20,7 +19,6 @@ from sparse_seg.masks.random import RandomPolicy
 from sparse_seg.masks.uniform import UniformPolicy
 
 __all__ = [
-    "BLOCK",
     "ORACLES",
     "POLICIES",
     "REDUCTIONS",
@@ -41,7 +39,6 @@ __all__ = [
     "block_shape",
     "blur_scores",
     "build_policy",
-    "cad_edges",
     "cad_mask_net",
     "gain_net",
     "gradient_magnitude",

@@ -11,21 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_seg.errors import choose_one
+
 BLOCK = 16  # pixels of a block's side: a block is one cell of the coarsest grid, by default that of stride 16
 
 
-class Inputs(Protocol):
-    """images: normalised, `[B, 3, H, W]`. labels: int64 `[B, H, W]`, or None."""
+class Run(Protocol):
+    """What a policy may ask: a pass over images (`run/passes.py`), which computes what is asked for.
 
-    @property
-    def images(self) -> Tensor: ...
+    images: normalised, `[B, 3, H, W]`. labels: int64 `[B, H, W]`, or None.
+    """
 
-    @property
-    def labels(self) -> Tensor | None: ...
-
-
-class Run(Inputs, Protocol):
-    """What a policy may ask: a pass over images (`run/passes.py`), which computes what is asked for."""
+    images: Tensor
+    labels: Tensor | None
 
     def features(self) -> Tensor:
         """Output `[B, C, h, w]` of the last stage before the mask."""
@@ -37,7 +35,7 @@ class Run(Inputs, Protocol):
         """Classes `[B, H, W]` of the dense network at the finest and at the coarsest stride."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Frames:
     """Images, and perhaps labels, alone: enough for a policy that asks for nothing else."""
 
@@ -77,6 +75,7 @@ class MaskPolicy(nn.Module, ABC):
         threshold: float | None = None,
         middle_fraction: float | None = None,
         middle_threshold: float | None = None,
+        *,
         block: int = BLOCK,
         blur: bool = False,
     ) -> None:
@@ -121,7 +120,7 @@ class MaskPolicy(nn.Module, ABC):
         """Scores `[B, ceil(H/block), ceil(W/block)]` of the blocks of a run's images."""
 
     @torch.no_grad()
-    def forward(self, run: Inputs) -> Tensor:
+    def forward(self, run: Run | Frames) -> Tensor:
         """The fine blocks, bool `[B, ceil(H/block), ceil(W/block)]`, or with three strides int64 levels."""
         return self.cut(self.scores(run))  # type: ignore[arg-type]
 
@@ -155,6 +154,13 @@ class MaskPolicy(nn.Module, ABC):
         names = ("fine_fraction", "middle_fraction", "threshold", "middle_threshold")
         text = ", ".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None)
         return text + (", blur" if self.blur else "")
+
+
+def one_of(what: str, value: str, valid: Sequence[str]) -> str:
+    """A value that is one of the valid ones. Raises a ValueError with the nearest of these."""
+    if value not in valid:
+        raise ValueError(f"unknown {what} {choose_one(value, valid)}")
+    return value
 
 
 def blur_scores(scores: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.config.keys import choices
-from sparse_seg.errors import choose_one
-from sparse_seg.masks.base import MaskPolicy, Run
+from sparse_seg.masks.base import MaskPolicy, Run, one_of
 from sparse_seg.masks.oracle import label_boundary
 
 UNCERTAINTIES, REDUCTIONS = choices(MaskConfig, "uncertainty"), choices(MaskConfig, "reduce")
@@ -40,22 +39,16 @@ class ConfidencePolicy(MaskPolicy):
 
     def __init__(
         self,
-        fine_fraction: float | None = None,
-        threshold: float | None = None,
+        *cut: float | None,
         uncertainty: str = "entropy",
         reduce: str = "max",
         neighbours: bool = False,
         stored_dtype: torch.dtype | str | None = None,
         **levels: Any,
     ) -> None:
-        super().__init__(fine_fraction, threshold, **levels)
-        for name, value, valid in (
-            ("uncertainty", uncertainty, UNCERTAINTIES),
-            ("reduction", reduce, REDUCTIONS),
-        ):
-            if value not in valid:
-                raise ValueError(f"unknown {name} {choose_one(value, valid)}")
-        self.uncertainty, self.reduce, self.neighbours = uncertainty, reduce, neighbours
+        super().__init__(*cut, **levels)
+        self.uncertainty = one_of("uncertainty", uncertainty, UNCERTAINTIES)
+        self.reduce, self.neighbours = one_of("reduction", reduce, REDUCTIONS), neighbours
         self.stored_dtype = getattr(torch, stored_dtype) if isinstance(stored_dtype, str) else stored_dtype
 
     def scores(self, run: Run) -> Tensor:

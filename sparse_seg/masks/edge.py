@@ -9,8 +9,7 @@ from torch import Tensor
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.config.keys import choices
-from sparse_seg.errors import choose_one
-from sparse_seg.masks.base import Inputs, MaskPolicy, block_shape
+from sparse_seg.masks.base import Frames, MaskPolicy, Run, block_shape, one_of
 
 RULES = choices(MaskConfig, "edge")
 CAD_GREY, CAD_DILATION, CAD_STRIDE, CAD_BLOCK = (0.299, 0.587, 0.114), 11, 8, 32  # weights; px
@@ -27,19 +26,11 @@ class EdgePolicy(MaskPolicy):
 
     OPTIONS: ClassVar[dict[str, str]] = {"edge": "rule"}
 
-    def __init__(
-        self,
-        fine_fraction: float | None = None,
-        threshold: float | None = None,
-        rule: str = "sobel",
-        **levels: Any,
-    ) -> None:
-        super().__init__(fine_fraction, threshold, **levels)
-        if rule not in RULES:
-            raise ValueError(f"unknown edge rule {choose_one(rule, RULES)}")
-        self.rule = rule
+    def __init__(self, *cut: float | None, rule: str = "sobel", **levels: Any) -> None:
+        super().__init__(*cut, **levels)
+        self.rule = one_of("edge rule", rule, RULES)
 
-    def scores(self, run: Inputs) -> Tensor:
+    def scores(self, run: Run | Frames) -> Tensor:
         images = run.images
         if self.rule == "sobel":
             return F.max_pool2d(gradient_magnitude(images), self.block, ceil_mode=True).squeeze(1)

@@ -21,15 +21,8 @@ class NetPolicy(MaskPolicy):
 
     needs_net = True
 
-    def __init__(
-        self,
-        fine_fraction: float | None = None,
-        threshold: float | None = None,
-        *,
-        net: nn.Module,
-        **levels: Any,
-    ) -> None:
-        super().__init__(fine_fraction, threshold, **levels)
+    def __init__(self, *cut: float | None, net: nn.Module, **levels: Any) -> None:
+        super().__init__(*cut, **levels)
         self.net = net
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.config.keys import choices
-from sparse_seg.errors import choose_one
-from sparse_seg.masks.base import MaskPolicy, Run
+from sparse_seg.masks.base import MaskPolicy, Run, one_of
 
 ORACLES = choices(MaskConfig, "oracle")
 
@@ -34,28 +33,21 @@ class OraclePolicy(MaskPolicy):
     is_bound = True
 
     def __init__(
-        self,
-        fine_fraction: float | None = None,
-        threshold: float | None = None,
-        ignore_index: int = 255,
-        rule: str = "boundary",
-        **levels: Any,
+        self, *cut: float | None, ignore_index: int = 255, rule: str = "boundary", **levels: Any
     ) -> None:
-        super().__init__(fine_fraction, threshold, **levels)
-        if rule not in ORACLES:
-            raise ValueError(f"unknown oracle rule {choose_one(rule, ORACLES)}")
-        self.ignore_index, self.rule = ignore_index, rule
+        super().__init__(*cut, **levels)
+        self.ignore_index, self.rule = ignore_index, one_of("oracle rule", rule, ORACLES)
 
     def scores(self, run: Run) -> Tensor:
-        if run.labels is None and self.rule != "change":
+        labels = run.labels
+        if labels is None and self.rule != "change":
             raise ValueError(
                 f"the oracle policy ({self.rule}) reads labels: give them (model.start(images, labels)), or "
                 "choose another policy"
             )
-        if self.rule == "boundary":
-            assert run.labels is not None
-            return block_mean(label_boundary(run.labels, self.ignore_index).float(), self.block)
-        return self.class_scores(*run.dense_classes(), run.labels)
+        if labels is not None and self.rule == "boundary":
+            return block_mean(label_boundary(labels, self.ignore_index).float(), self.block)
+        return self.class_scores(*run.dense_classes(), labels)
 
     def class_scores(self, fine: Tensor, coarse: Tensor, labels: Tensor | None) -> Tensor:
         """Scores `[B, ceil(H/block), ceil(W/block)]` by `change` or `gain`.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparse_seg.masks.base import Inputs, MaskPolicy, block_shape
+from sparse_seg.masks.base import Frames, MaskPolicy, Run, block_shape
 
 
 class RandomPolicy(MaskPolicy):
@@ -16,17 +16,11 @@ class RandomPolicy(MaskPolicy):
     OPTIONS: ClassVar[dict[str, str]] = {"seed": "seed"}
     reads_image_alone: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        fine_fraction: float | None = None,
-        threshold: float | None = None,
-        seed: int = 0,
-        **levels: Any,
-    ) -> None:
-        super().__init__(fine_fraction, threshold, **levels)
+    def __init__(self, *cut: float | None, seed: int = 0, **levels: Any) -> None:
+        super().__init__(*cut, **levels)
         self.seed = seed
 
-    def scores(self, run: Inputs) -> Tensor:
+    def scores(self, run: Run | Frames) -> Tensor:
         images = run.images
         generator = None if self.training else torch.Generator().manual_seed(self.seed)
         return torch.rand(block_shape(images, self.block), generator=generator).to(images.device)

@@ -6,20 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_seg.masks.base import Inputs, MaskPolicy, block_shape
+from sparse_seg.masks.base import Frames, MaskPolicy, Run, block_shape
 
 
 class UniformPolicy(MaskPolicy):
     """`fine_fraction` 0 (all coarse) or 1 (all fine); every block scores 0.5 against a `threshold`."""
 
-    def __init__(
-        self, fine_fraction: float | None = None, threshold: float | None = None, **levels: Any
-    ) -> None:
-        super().__init__(fine_fraction, threshold, **levels)
-        if fine_fraction not in (None, 0, 1):
+    def __init__(self, *cut: float | None, **levels: Any) -> None:
+        super().__init__(*cut, **levels)
+        if self.fine_fraction not in (None, 0, 1):
             raise ValueError(
-                f"the uniform policy takes fine_fraction 0 or 1, not {fine_fraction}; random takes any"
+                f"the uniform policy takes fine_fraction 0 or 1, not {self.fine_fraction}; random takes any"
             )
 
-    def scores(self, run: Inputs) -> Tensor:
+    def scores(self, run: Run | Frames) -> Tensor:
         return run.images.new_full(block_shape(run.images, self.block), 0.5)

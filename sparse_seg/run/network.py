@@ -41,7 +41,8 @@ class SelectiveNetwork(Segmentor):
         """
         if self.is_folded:
             return self
-        self.require_eval()
+        if self.training:
+            raise ValueError("call model.eval() before for_inference(): batch statistics cannot be folded")
         with torch.no_grad():
             graph, tensors = fold_norms(self.graph, self.tensors)
         folded = type(self)(

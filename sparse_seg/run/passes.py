@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
 from sparse_seg.ops import OPERATORS, Node
-from sparse_seg.ops.upsample import at_least_float32, upsample_classes, upsample_logits
+from sparse_seg.ops.upsample import at_least_float32, upsample_classes
 from sparse_seg.run.images import check_images, warn_of_bytes
 from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.patch import patched
@@ -160,11 +160,11 @@ class Pass:
         if self._coarse is None and self.model.separates(self._way):
             with self.context():
                 beside = self._run.dense(self.model.strides[-1])
-            return self._upsample(self._run.output(beside), every)
+            return self._run.upsample(self._run.output(beside), every)
         if self._coarse is None:
             self.start_coarse(stored_dtype)
         assert self._coarse is not None
-        return self._upsample(self._run.output(self._coarse), every)
+        return self._run.upsample(self._run.output(self._coarse), every)
 
     @torch.no_grad()
     def start_coarse(self, stored_dtype: torch.dtype | None = None) -> Pass:
@@ -256,20 +256,17 @@ class Pass:
 
     def logits(self) -> Tensor:
         """Logits `[B, K, H, W]` at the images' size, in float32 or more."""
-        return self._upsample(self._grid())
+        return self._run.upsample(self._grid())
 
     def upsample(self, grid_logits: Tensor, every: int = 1) -> Tensor:
         """Logits `[B, K, h, w]` of this pass's grid at every `every`-th pixel of the images."""
-        return self._upsample(Grid(grid_logits, self._grid().stride), every)
+        return self._run.upsample(Grid(grid_logits, self._grid().stride), every)
 
     def classes(self) -> Tensor:
         """Classes int64 `[B, H, W]`, cheaper than through `logits`."""
         grid, geometry = self._grid(), self.model.geometry
-        align = geometry.graph.align_corners
-        logits = at_least_float32(grid.tensor)
-        return upsample_classes(
-            logits, self._run.size, grid.stride, geometry.trained(geometry.graph.output), align
-        )
+        logits, trained = at_least_float32(grid.tensor), geometry.trained(geometry.graph.output)
+        return upsample_classes(logits, self._run.size, grid.stride, trained, geometry.graph.align_corners)
 
     def values(self, late: bool = True) -> Values:
         """The run's values by name, among them those that losses read (`run/exits.py`).
@@ -285,7 +282,7 @@ class Pass:
     def decoded(self, values: Values) -> Tensor:
         """Logits `[B, K, H, W]` that late values give of these in place of the run's own."""
         with self.context():
-            return self._upsample(self._run.late(values))
+            return self._run.upsample(self._run.late(values))
 
     def macs(self) -> dict[str, int]:
         """Multiply-adds so far, for the whole batch: of `early`, `rows` and `late` values, and of the `mask`.
@@ -351,19 +348,8 @@ class Pass:
     def context(self) -> Iterator[None]:
         """Gradients as when the pass was made; a folded network runs in its weights' dtype."""
         off = torch.autocast(self.images.device.type, enabled=False)
-        with torch.set_grad_enabled(self._with_grad):
-            if not self.model.is_folded:
-                yield
-            else:
-                with off:
-                    yield
-
-    def _upsample(self, grid: Grid, every: int = 1) -> Tensor:
-        geometry = self.model.geometry
-        logits, align = at_least_float32(grid.tensor), geometry.graph.align_corners
-        return upsample_logits(
-            logits, self._run.size, grid.stride, geometry.trained(geometry.graph.output), align, every
-        )
+        with torch.set_grad_enabled(self._with_grad), off if self.model.is_folded else nullcontext():
+            yield
 
     def _count(self, node: Node, places: int) -> None:
         tensors = {role: self._run.tensors[name] for role, name in node.tensors.items()}

@@ -155,7 +155,7 @@ def patched(run: Run, sites: Sites, coarse: Mapping[str, Any] | None, values: Ma
             known[name] = [value.densify(stride=one) if is_mixed else value for one in strides]
         return known[name]
 
-    late = [node for node in geometry.graph.nodes if geometry.kind[node.name] == "late"]
+    late = geometry.of_kind("late")
     left = Counter([geometry.graph.output, *(name for node in late for name in node.inputs)])
     for node in late:
         read = list(zip(*map(forms, node.inputs), strict=True))
@@ -177,7 +177,9 @@ def _late(
     forms: list[Any] = [run.dense_node(node, read[0]) if coarse is None else coarse.get(node.name)]
     for fine, inputs in zip(levels, read[1:], strict=True):
         rows, stride = _computed(run, fine, node, inputs), fine.strides[node.name]
-        _count(run, fine, node, rows)
+        if run.count is not None:
+            inside = fine.inside(stride)
+            run.counted(node, int(rows.shape[0] if inside is None else inside.shape[0]))
         forms.append(Patches(forms[-1], rows, stride, fine))
     return forms
 
@@ -185,17 +187,11 @@ def _late(
 def _joined(run: Run, levels: Sequence[Fine], node: Node, read: Sequence[Any]) -> list[Any]:
     """A node whose statistics are those of all values at once, see above."""
     grid, *patches = read
-    parts, inside = [grid.rows], [fine.inside(one.stride) for fine, one in zip(levels, patches, strict=True)]
-    for one, places in zip(patches, inside, strict=True):
-        parts.append(one.rows if places is None else one.rows.index_select(0, places))
-    lengths = [part.shape[0] for part in parts]
-    run.counted(node, sum(lengths))
-    out = OPERATORS[node.op].apply(node, run.tensors_of(node), [torch.cat(parts)], True).split(lengths)
+    inside = [fine.inside(one.stride) for fine, one in zip(levels, patches, strict=True)]
+    first, *rest = run.joined(node, [one.rows for one in read], [None, *inside])
     size = grid_size(run.size, grid.stride)
-    forms: list[Any] = [Grid(rows_to_grid(out[0], run.batch, size), grid.stride)]
-    for fine, one, rows, places in zip(levels, patches, out[1:], inside, strict=True):
-        if places is not None:
-            rows = rows.new_zeros(one.rows.shape[0], rows.shape[1]).index_copy(0, places, rows)
+    forms: list[Any] = [Grid(rows_to_grid(first, run.batch, size), grid.stride)]
+    for fine, one, rows in zip(levels, patches, rest, strict=True):
         forms.append(Patches(forms[-1], rows, one.stride, fine))
     return forms
 
@@ -206,29 +202,17 @@ def _computed(run: Run, fine: Fine, node: Node, read: Sequence[Any]) -> Tensor:
     if node.op == "resize":
         return _resized(run, fine, node, read[0], stride)
     if node.name in run.taps and isinstance(operator, Spatial):
-        table, index, taps = _window(run, fine, node, read[0], stride)
+        taps = run.dilated(node, read[0].stride)
+        table, index = _table(fine, read[0], fine.reads(taps, stride, read[0].stride))
         return operator.rows(node, tensors, Reads(table, index, taps.number))
     return operator.apply(node, tensors, [_rows(fine, one, stride) for one in read], False)
 
 
-def _count(run: Run, fine: Fine, node: Node, rows: Tensor) -> None:
-    if run.count is not None:
-        inside = fine.inside(fine.strides[node.name])
-        run.counted(node, int(rows.shape[0] if inside is None else inside.shape[0]))
-
-
-def _source(fine: Fine, value: Any) -> tuple[Tensor, int, Tensor | None]:
-    """A table of a value's places, its stride, and the rows of places in it (None: as they are numbered)."""
+def _table(fine: Fine, value: Grid | Patches, places: Tensor) -> tuple[Tensor, Tensor]:
+    """A table of a value's places, and the rows in it of flat places at the value's stride."""
     if isinstance(value, Patches):
-        return value.table, value.stride, fine.numbers(value.stride)
-    return value.table.rows, value.stride, None
-
-
-def _window(run: Run, fine: Fine, node: Node, value: Any, stride: int) -> tuple[Tensor, Tensor, Taps]:
-    table, source, numbers = _source(fine, value)
-    taps = run.dilated(node, source)
-    index = fine.reads(taps, stride, source)
-    return table, index if numbers is None else numbers.index_select(0, index), taps
+        return value.table, fine.numbers(value.stride).index_select(0, places)
+    return value.table.rows, places
 
 
 def _rows(fine: Fine, value: Any, stride: int) -> Tensor:
@@ -236,9 +220,8 @@ def _rows(fine: Fine, value: Any, stride: int) -> Tensor:
     if isinstance(value, Patches) and value.stride == stride:
         return value.rows
     if not isinstance(value, Tensor):
-        table, source, numbers = _source(fine, value)
-        index = fine.reads(HERE, stride, source)
-        return table.index_select(0, index if numbers is None else numbers.index_select(0, index))
+        table, index = _table(fine, value, fine.reads(HERE, stride, value.stride))
+        return table.index_select(0, index)
     vectors = value.reshape(*map(int, value.shape[:-2]))
     if vectors.shape[0] == 1:
         return vectors
@@ -254,9 +237,8 @@ def _resized(run: Run, fine: Fine, node: Node, value: Any, stride: int) -> Tenso
     if not run.lies_between(node, value.stride, stride):
         whole = value.complete() if isinstance(value, Patches) else value
         return _rows(fine, run.resize(node, whole, stride), stride)
-    table, source, numbers = _source(fine, value)
-    down, across = run.shares(node, source, stride)
-    (height, width), (rows, columns) = grid_size(run.size, stride), grid_size(run.size, source)
+    down, across = run.shares(node, value.stride, stride)
+    (height, width), (rows, columns) = grid_size(run.size, stride), grid_size(run.size, value.stride)
     cells = fine.cells(stride)
     inside = cells < run.batch * height * width
     image, y, x = cells // (height * width), cells // width % height, cells % width
@@ -265,7 +247,7 @@ def _resized(run: Run, fine: Fine, node: Node, value: Any, stride: int) -> Tenso
         for column, column_share in ((across[0], 1 - across[2]), (across[1], across[2])):
             place = (image * rows + row.index_select(0, y)) * columns + column.index_select(0, x)
             place = place.where(inside, run.batch * rows * columns)
-            index = place if numbers is None else numbers.index_select(0, place)
+            table, index = _table(fine, value, place)
             share = row_share.index_select(0, y) * column_share.index_select(0, x)
             total = total + table.index_select(0, index) * share.to(table.dtype)[:, None]
     return total

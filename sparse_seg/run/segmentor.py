@@ -208,11 +208,6 @@ class Segmentor(Predicting, nn.Module):
         """
         return (step.logits for step in refine(self, images, fractions, milliseconds))
 
-    def require_eval(self) -> None:
-        """Raises a ValueError in training mode, in which no norm can be folded."""
-        if self.training:
-            raise ValueError("call model.eval() before for_inference(): batch statistics cannot be folded")
-
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`; a folded network refuses to train.
 

@@ -185,9 +185,8 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
     found = grid.tensor
     if found.shape[2:] != expected.shape[2:]:
         full = (int(expected.shape[2]), int(expected.shape[3]))
-        found = upsample_logits(
-            found, full, grid.stride, geometry.trained(geometry.graph.output), geometry.graph.align_corners
-        )
+        trained = geometry.trained(network.graph.output)  # in the module's dtype, as it does it itself
+        found = upsample_logits(found, full, grid.stride, trained, network.graph.align_corners)
     error = _relative(found, expected)
     if error <= TOLERANCE:
         return

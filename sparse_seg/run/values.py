@@ -6,6 +6,7 @@ docs/method.md); a mixed run adds the rows of extra sites, and what depends on t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from sparse_seg.graph import Geometry
 from sparse_seg.ops import OPERATORS, Node, Spatial
-from sparse_seg.ops.upsample import axis_shares, upsample_logits
+from sparse_seg.ops.upsample import at_least_float32, axis_shares, upsample_logits
 from sparse_seg.run.windows import Windows
-from sparse_seg.sites import Grid, Level, Mixed, Sites, grid_size
+from sparse_seg.sites import Grid, Level, Mixed, Sites, grid_size, rows_to_grid
 
 Value = Any  # a Grid, a Mixed, or a tensor: a vector of each image `[B, C, 1, 1]`
 Values = dict[str, Value]
@@ -91,8 +92,8 @@ class Run(Windows):
         hidden = self.geometry.first - self.geometry.entries
         # early values stand where they do in each such run; of those, `early` keeps what others read
         shares = stride >= self.geometry.strides[0] and hidden.isdisjoint(kept)
-        nodes, values = (self._later, dict(self.early())) if shares else (self.geometry.graph.nodes, {})
-        nodes = [node for node in nodes if late or self.geometry.kind[node.name] != "late"]
+        nodes = self._later(late) if shares else self.geometry.graph.nodes
+        values = dict(self.early()) if shares else {}
         return self._run(nodes, values, kept, lambda node, read: self._dense(node, read, cells))
 
     def mixed(
@@ -118,28 +119,28 @@ class Run(Windows):
             kind, name = self.geometry.kind[node.name], node.name
             known = coarse is not None and name not in self.geometry.masked
             if kind == "rows":
-                lattice = (
-                    self._restored((coarse or {}).get(name)) if known else self._lattice(node, read, sites)
-                )
+                stored = (coarse or {}).get(name)
+                lattice = self._restored(stored) if known else self._lattice(node, read, sites)
                 return self._mixed(node, read, sites, lattice, (before or {}).get(name))
             if kind == "vector":
                 return coarse[name] if known and coarse and name in coarse else self._vector(node, read)
             return self._dense(node, [_grid(one) for one in read], cells)
 
-        nodes = [node for node in self._later if late or self.geometry.kind[node.name] != "late"]
+        nodes = self._later(late)
         kept = self.geometry.kept_rows if late else self.geometry.kept_rows | self.geometry.entries
         return self._run(nodes, dict(self.early()), {*kept, *wanted}, compute, coarse or ())
 
-    @property
-    def _later(self) -> list[Node]:
-        """What is not early."""
-        return [node for node in self.geometry.graph.nodes if node.name not in self.geometry.first]
+    def _later(self, late: bool) -> list[Node]:
+        """What is not early, with late values or without."""
+        first, kind = self.geometry.first, self.geometry.kind
+        nodes = (node for node in self.geometry.graph.nodes if node.name not in first)
+        return [node for node in nodes if late or kind[node.name] != "late"]
 
     def late(self, values: Mapping[str, Value]) -> Grid:
         """The output, from the values that late ones read: early, vectors, and rows; these may be others than
         a run gave."""
         cells, known = self.geometry.cells(self.geometry.strides[0]), dict(values)
-        late = [node for node in self.geometry.graph.nodes if self.geometry.kind[node.name] == "late"]
+        late = self.geometry.of_kind("late")
         for node in late:
             known.pop(node.name, None)
         self._run(late, known, (), lambda node, read: self._dense(node, [_grid(one) for one in read], cells))
@@ -148,6 +149,12 @@ class Run(Windows):
     def output(self, values: Mapping[str, Value]) -> Grid:
         """The grid of logits in what a run gave."""
         return _grid(values[self.geometry.graph.output])
+
+    def upsample(self, grid: Grid, every: int = 1) -> Tensor:
+        """A grid of logits in float32 or more at every `every`-th pixel of the images."""
+        logits, graph = at_least_float32(grid.tensor), self.geometry.graph
+        trained = self.geometry.trained(graph.output)
+        return upsample_logits(logits, self.size, grid.stride, trained, graph.align_corners, every)
 
     # -- one node ------------------------------------------------------------------------------------------
 
@@ -169,10 +176,7 @@ class Run(Windows):
             known: names of values that belong to another run.
         """
         nodes, self._shared = list(nodes), {*values, *kept, *known}
-        left: dict[str, int] = {}
-        for node in nodes:
-            for name in node.inputs:
-                left[name] = left.get(name, 0) + 1
+        left = Counter(name for node in nodes for name in node.inputs)
         wanted = {*kept, self.geometry.graph.output}
         for node in nodes:
             if node.name not in values:
@@ -230,18 +234,14 @@ class Run(Windows):
 
     def resize(self, node: Node, source: Value, cell: int) -> Value:
         """Bilinear, with the offset that the network was captured with, whatever the strides are now."""
-        if not isinstance(source, Grid):  # a vector of several places
-            mode, align = (
-                ("nearest", None)
-                if node.options.get("nearest")
-                else ("bilinear", node.options["align_corners"])
-            )
-            return Grid(
-                F.interpolate(source, grid_size(self.size, cell), mode=mode, align_corners=align), cell
-            )
         captured, to = self.geometry.trained(node.inputs[0]), self.geometry.captured[node.name]
         size, align = grid_size(self.size, cell), node.options["align_corners"]
-        if node.options.get("nearest"):
+        nearest = bool(node.options.get("nearest"))
+        if not isinstance(source, Grid):  # a vector of several places
+            mode = "nearest" if nearest else "bilinear"
+            made = F.interpolate(source, size, mode=mode, align_corners=None if nearest else align)
+            return Grid(made, cell)
+        if nearest:
             before = captured if captured >= to else source.stride
             return Grid(_nearest(source, size, grid_size(self.size, before), before), cell)
         if not self.lies_between(node, source.stride, cell):
@@ -288,13 +288,14 @@ class Run(Windows):
     ) -> Mixed:
         """A node on rows, given its lattice."""
         if node.name in self.geometry.masked:  # a last pooling changes with each step, so all sites do
-            read, sites, before = [_whole(one) for one in read], sites.whole, None
+            read = [one.whole if isinstance(one, Mixed) else one for one in read]
+            sites, before = sites.whole, None
         stride, operator = self.geometry.lattice(node.name), OPERATORS[node.op]
         levels = {one: level for one, level in sites.levels.items() if one < stride}
-        for level in levels.values() if self.count is not None else ():
-            self.counted(node, level.num_run)
         if self.trains(node) and operator.joins:
             return self._joined(node, read[0], sites, levels, stride)
+        for level in levels.values() if self.count is not None else ():
+            self.counted(node, level.num_run)
         if node.name in self.taps:
             rows = self.extra_rows(node, read[0], sites, levels)
         else:
@@ -310,21 +311,27 @@ class Run(Windows):
         """A node whose statistics are those of all sites, lattice and extra ones at once."""
         grid = source.lattice if isinstance(source, Mixed) else source
         lattice = Grid(grid.thinned(stride), stride)
-        parts = [lattice.rows]
-        for one, level in levels.items():
-            rows = _rows(source, one, level)
-            parts.append(rows if level.valid is None else rows.index_select(0, level.valid))
-        lengths = [part.shape[0] for part in parts]
-        self.counted(node, lengths[0])
-        out = OPERATORS[node.op].apply(node, self.tensors_of(node), [torch.cat(parts)], True).split(lengths)
-        batch, _, height, width = lattice.tensor.shape
-        first = out[0].reshape(batch, height, width, -1).permute(0, 3, 1, 2)
-        result: dict[int, Tensor] = {}
-        for (one, level), part in zip(levels.items(), out[1:], strict=True):
-            if level.valid is not None:
-                part = part.new_zeros(3 * level.run, part.shape[1]).index_copy(0, level.valid, part)
-            result[one] = part
-        return Mixed(Grid(first, stride), result, sites)
+        parts = [lattice.rows, *(_rows(source, one, level) for one, level in levels.items())]
+        first, *extras = self.joined(node, parts, [None, *(level.valid for level in levels.values())])
+        size = grid_size(self.size, stride)
+        rows = dict(zip(levels, extras, strict=True))
+        return Mixed(Grid(rows_to_grid(first, self.batch, size), stride), rows, sites)
+
+    def joined(self, node: Node, parts: Sequence[Tensor], inside: Sequence[Tensor | None]) -> list[Tensor]:
+        """A node whose statistics are those of all `parts` at once, each `[n, C]`.
+
+        Args:
+            inside: which rows of each part lie inside the images; None: all. Others become zero.
+        """
+        pairs = list(zip(parts, inside, strict=True))
+        taken = [part if rows is None else part.index_select(0, rows) for part, rows in pairs]
+        lengths = [part.shape[0] for part in taken]
+        self.counted(node, sum(lengths))
+        made = OPERATORS[node.op].apply(node, self.tensors_of(node), [torch.cat(taken)], True)
+        return [
+            out if rows is None else out.new_zeros(part.shape[0], out.shape[1]).index_copy(0, rows, out)
+            for out, (part, rows) in zip(made.split(lengths), pairs, strict=True)
+        ]
 
     def trains(self, node: Node) -> bool:
         """Whether a node behaves as in training."""
@@ -347,10 +354,6 @@ def _is_whole(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (
         tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     )
-
-
-def _whole(value: Value) -> Value:
-    return value.whole if isinstance(value, Mixed) else value
 
 
 def _grid(value: Value) -> Value:

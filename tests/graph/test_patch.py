@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_seg
 from sparse_seg.registry import HEADS
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.selective import build_network
 from sparse_seg.run.way import Way
 from tests.conversion.cases import randomise
 from tests.reference import relative_error
@@ -94,49 +91,6 @@ def test_one_step_equals_two(head: str, strides: tuple[int, ...]) -> None:
     forms = net.float(), net.for_inference()
     single, fast = (one.start(given.float()).take(mask, PATCH).logits() for one in forms)
     assert relative_error(fast, single) < 1e-5
-
-
-@pytest.mark.parametrize("head", ["lite", "deeplabv3", "fcn"])
-def test_each_cell_has_the_logits_of_its_own_level(head: str) -> None:
-    """On the logits' grid, of heads with one window behind the rows: in fine blocks as decoded whole,
-    elsewhere the coarse logits, bilinear."""
-    net, given = network(head, [8, 16]), images(90, 106)
-    mask = levels(net, given).bool()
-    found = net.start(given).take(mask, PATCH).grid_logits()
-    fine = net.start(given).take(mask).grid_logits()
-    coarse = net.start(given).follow(Way.dense(16)).grid_logits()
-    assert relative_error(found, torch.where(_enlarged(mask, fine), fine, _doubled(coarse, fine))) < 1e-12
-
-
-@pytest.mark.parametrize("head", ["lite", "fcn"])
-@torch.no_grad()
-def test_three_levels_are_merged_one_by_one(head: str) -> None:
-    """At the middle stride that is the merge of a network with two strides; deeplabv3 pools all sites."""
-    net, given = network(head, [8, 16, 32]), images(90, 106)
-    mask = levels(net, given)
-    two = build_network(net.graph, net.module, {}, dataclasses.replace(net.settings, strides=[16, 32])).eval()
-    found = net.start(given).take(mask, PATCH).grid_logits()
-    fine = net.start(given).take(mask).grid_logits()
-    middle = two.start(given).take(mask > 0, PATCH).grid_logits()
-    expected = torch.where(_enlarged(mask == 2, fine), fine, _doubled(middle, fine))
-    assert relative_error(found, expected) < 1e-12
-
-
-def _enlarged(mask: Tensor, grid: Tensor) -> Tensor:
-    """A mask of blocks on a grid of a power of two times their resolution."""
-    factor = 1
-    while factor * mask.shape[1] < grid.shape[2]:
-        factor *= 2
-    wide = mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    return wide[:, None, : grid.shape[2], : grid.shape[3]]
-
-
-def _doubled(coarse: Tensor, fine: Tensor) -> Tensor:
-    """At the size of `fine`, whose cell 2i is cell i of `coarse`."""
-    padded = F.pad(coarse, (0, 1, 0, 1), mode="replicate")
-    full = (2 * padded.shape[2] - 1, 2 * padded.shape[3] - 1)
-    padded = F.interpolate(padded, full, mode="bilinear", align_corners=True)
-    return padded[:, :, : fine.shape[2], : fine.shape[3]]
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])

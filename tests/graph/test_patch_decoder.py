@@ -175,18 +175,6 @@ def _up(grid: Tensor, stride: int, size: torch.Size) -> Tensor:
     return grid
 
 
-@torch.no_grad()
-def test_it_costs_the_share_of_fine_blocks() -> None:
-    net, images = network(), torch.randn(1, 3, 128, 128).double()
-    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
-    mask[0, :2] = True
-    late = [net.start(images).take(mask, way).macs()["late"] for way in (PATCH, Way())]
-    dense = net.start(images).follow(Way.dense(8)).macs()["late"]
-    coarse = net.start(images).follow(Way.dense(16)).macs()["late"]
-    assert late[1] == dense
-    assert late[0] == coarse + dense // 4
-
-
 def test_a_pass_with_gradients_gives_the_same_and_they_reach_the_images() -> None:
     net, images = network(), torch.randn(1, 3, 64, 96).double().requires_grad_()
     logits = net.start(images).follow(PATCH).logits()

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_seg import build_model
 from sparse_seg.masks import ConfidencePolicy, top_blocks
-from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.run import refinement
 from sparse_seg.run.passes import Pass
 from sparse_seg.run.way import Way
@@ -315,15 +314,6 @@ def test_training_under_a_confidence_mask() -> None:
         assert ours.grad is None or (theirs.grad is not None and torch.allclose(ours.grad, theirs.grad)), name
     for buffer, other in zip(model.buffers(), reference.buffers(), strict=True):
         assert torch.equal(buffer, other)
-
-
-@pytest.mark.parametrize("size", [(64, 96), (33, 47)], ids=str)
-@pytest.mark.parametrize("stride", [8, 16])
-def test_upsampling_to_every_fourth_pixel(size: tuple[int, int], stride: int) -> None:
-    logits = torch.randn(2, 3, -(-size[0] // stride), -(-size[1] // stride), dtype=torch.float64)
-    full = upsample_logits(logits, size, stride, 8)
-    ys, xs = ([min(4 * i + 2, length - 1) for i in range(-(-length // 4))] for length in size)
-    assert torch.allclose(upsample_logits(logits, size, stride, 8, every=4), full[:, :, ys][:, :, :, xs])
 
 
 @torch.no_grad()
