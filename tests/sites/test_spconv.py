@@ -15,7 +15,7 @@ from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.sites import EXCHANGES, SEPARATE, EngineError, spconv
 from tests.captured import trained
-from tests.reference import MASKS, block_mask, relative_error
+from tests.reference import block_mask, relative_error
 from tests.sites.level_case import Case, taps
 
 pytestmark = [
@@ -35,12 +35,10 @@ def run(model: SelectiveNetwork, images: Tensor, mask: Tensor, **way: Any) -> Te
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", RULES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("kind", ["full", "random", "corner"])
 @torch.no_grad()
 def test_equals_a_slow_reference(kind: str, size: tuple[int, int], exchange: str, device: str) -> None:
     """Also beyond the border of odd sizes, where extra sites hold what no place may read."""
-    if kind == "empty":
-        return  # a level without sites is not run by spconv
     case = Case(kind, size, exchange, device)
     for spacing in SPACINGS:
         assert relative_error(case.found(spacing), case.expected(spacing)) < 1e-5, spacing
