@@ -98,8 +98,9 @@ def _problem(
     """What is wrong with a graph's outputs by the model's own, under the mask that the graph chose (None:
     dense); nothing if they are right."""
     run, problem = model.start(images), ""
-    if mask is None:
-        return _difference(found, run.follow(Way(options.dense)).logits())
+    if options.dense is not None:
+        return _difference(found, run.follow(Way.dense(options.dense)).logits())
+    assert mask is not None
     if not options.given and options.fine_fraction is None:
         policy = _plain_copy(options.policy or model.policy)
         fine = torch.from_numpy(found["fine_blocks"])
