@@ -41,9 +41,9 @@ def check_graph(graph: bytes, model: Segmentor, network: StaticNetwork, images: 
         inputs, normalised = random_inputs(network, generator)
         names = interface(network)[0]
         found = session(**{name: value.numpy() for name, value in zip(names, inputs, strict=True)})
-        logits, blocks = _expected(outside, network, inputs, normalised, found)
-        wrong = 0 if blocks is None else int((blocks.numpy() != found["fine_blocks"]).sum())
-        if problem := _too_many(wrong, found) or _difference(found, logits):
+        if problem := _problem(
+            outside, network.options, normalised, found, chosen_levels(network, inputs, found)
+        ):
             raise SparseSegError(f"the exported graph differs from the model: {problem}; nothing is written")
 
 
@@ -53,8 +53,6 @@ def check_run(
 ) -> None:
     """Compare what a graph with these options gave with PyTorch, as `check_graph` does.
 
-    Scores that are equal to rounding may rank blocks otherwise, however many: an empty image has such.
-
     Args:
         images: normalised, float32 `[B, 3, H, W]`, on the CPU.
         found: the graph's outputs by name.
@@ -62,16 +60,8 @@ def check_run(
     Raises:
         SparseSegError: they differ.
     """
-    run, problem = _plain_copy(model).start(images), ""
-    if options.dense is not None:
-        run.follow(Way.dense(options.dense))
-    else:
-        mask = torch.from_numpy(found["fine_blocks"])
-        if not options.given:
-            policy = _plain_copy(options.policy or model.policy)
-            problem = _too_many(_clearly_otherwise(policy, run, mask), found)
-        run.take(mask, Way(merge=options.merge))
-    if problem := problem or _difference(found, run.logits()):
+    mask = None if options.dense is not None else torch.from_numpy(found["fine_blocks"])
+    if problem := _problem(_plain_copy(model), options, images, found, mask):
         raise SparseSegError(
             f"the graph gives other results than PyTorch: {problem}; run this network in PyTorch "
             "(--runtime torch)"
@@ -98,29 +88,41 @@ def random_inputs(network: StaticNetwork, generator: torch.Generator) -> tuple[t
     return (first, *others), (images - mean) / std
 
 
-def _expected(
+def _problem(
     model: Segmentor,
-    network: StaticNetwork,
-    inputs: tuple[Tensor, ...],
-    normalised: Tensor,
-    found: dict[str, np.ndarray],
-) -> tuple[Tensor, Tensor | None]:
-    """The logits that a graph should have given with the blocks that it chose, and the model's own blocks."""
-    options = network.options
+    options: ExportOptions,
+    images: Tensor,
+    found: Mapping[str, np.ndarray],
+    mask: Tensor | None,
+) -> str:
+    """What is wrong with a graph's outputs by the model's own, under the mask that the graph chose (None:
+    dense); nothing if they are right."""
+    run, problem = model.start(images), ""
     if options.dense is not None:
-        return model.dense(normalised, options.dense), None
-    blocks = None
-    if network.choice is not None and options.fine_fraction is None:
-        blocks = model.classify(normalised, policy=options.policy)[1]
-        assert blocks is not None
-        blocks = blocks if blocks.dtype == torch.bool else blocks == len(network.strides) - 1
+        return _difference(found, run.follow(Way.dense(options.dense)).logits())
+    assert mask is not None
+    if not options.given and options.fine_fraction is None:
+        policy = _plain_copy(options.policy or model.policy)
+        fine = torch.from_numpy(found["fine_blocks"])
+        wrong = _clearly_otherwise(policy, run, fine)
+        if wrong > max(2, MOST_BLOCKS * fine.numel()):
+            problem = f"{wrong} blocks are chosen otherwise"
+    return problem or _difference(found, run.take(mask, Way(merge=options.merge)).logits())
+
+
+def chosen_levels(
+    network: StaticNetwork, inputs: tuple[Tensor, ...], found: Mapping[str, np.ndarray]
+) -> Tensor | None:
+    """The mask that a graph chose, with three strides the blocks' levels; None when dense."""
+    if network.options.dense is not None:
+        return None
     mask = torch.from_numpy(found["fine_blocks"])
-    if network.ranking.middle:
-        chosen = network.grid_logits(*inputs)[1]
-        assert chosen is not None
-        levels = torch.zeros(mask.shape, dtype=torch.int64).flatten(1)
-        mask = levels.scatter(1, chosen, 1).reshape(mask.shape).where(~mask, 2)
-    return model.start(normalised).take(mask, Way(merge=network.merge)).logits(), blocks
+    if not network.ranking.middle:
+        return mask
+    chosen = network.grid_logits(*inputs)[1]
+    assert chosen is not None
+    levels = torch.zeros(mask.shape, dtype=torch.int64).flatten(1)
+    return levels.scatter(1, chosen, 1).reshape(mask.shape).where(~mask, 2)
 
 
 def _plain_copy(module: _Module) -> _Module:
@@ -128,19 +130,15 @@ def _plain_copy(module: _Module) -> _Module:
     return copy.deepcopy(module).cpu().float().eval()
 
 
-def _clearly_otherwise(policy: MaskPolicy, run: Pass, mask: Tensor) -> int:
-    """How many blocks of a mask, bool `[B, Hc, Wc]`, a policy chooses otherwise, but for ties."""
-    expected, scores = policy(run).flatten(1), policy.scores(run)
+def _clearly_otherwise(policy: MaskPolicy, run: Pass, fine: Tensor) -> int:
+    """How many of the fine blocks, bool `[B, Hc, Wc]`, a policy chooses otherwise, but for ties: scores that
+    are equal to rounding may rank blocks otherwise, however many; an empty image has such."""
+    own, scores = policy(run).flatten(1), policy.scores(run)
+    own = own if own.dtype == torch.bool else own == 2
     scores = (blur_scores(scores) if policy.blur else scores).flatten(1)
-    cut = scores.sort(1, descending=True).values[:, mask[0].sum() - 1, None]
+    cut = scores.sort(1, descending=True).values[:, fine[0].sum() - 1, None]
     clear = (scores - cut).abs() > TOLERANCE * max(1.0, scores.abs().max().item())
-    return int(((expected != mask.flatten(1)) & clear).sum())
-
-
-def _too_many(wrong: int, found: Mapping[str, np.ndarray]) -> str:
-    """What is wrong if so many blocks are chosen otherwise; nothing if they are few."""
-    few = "fine_blocks" not in found or wrong <= max(2, MOST_BLOCKS * found["fine_blocks"].size)
-    return "" if few else f"{wrong} blocks are chosen otherwise"
+    return int(((own != fine.flatten(1)) & clear).sum())
 
 
 def _difference(found: Mapping[str, np.ndarray], logits: Tensor) -> str:

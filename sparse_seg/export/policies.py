@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,33 +14,29 @@ from sparse_seg.export.upsample import Upsample
 from sparse_seg.masks import MaskPolicy, blur_scores
 
 
+@dataclass
 class StaticRun:
     """What a policy may ask in a static network, see `masks.Run` (but what only bounds may); it is
     computed then.
 
     Args:
         images: normalised.
-        features: of the last stage before the mask.
+        last: features of the last stage before the mask.
         coarse: makes the coarse pass's logits on their grid.
         upsampled: of the grid of logits, at every so many pixels.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        features: Tensor,
-        coarse: Callable[[], Tensor],
-        upsampled: Callable[[Tensor, int], Tensor],
-    ) -> None:
-        self.images, self._features, self._coarse, self._upsampled = images, features, coarse, upsampled
-
-    labels = None
+    images: Tensor
+    last: Tensor
+    coarse: Callable[[], Tensor]
+    upsampled: Callable[[Tensor, int], Tensor]
+    labels: None = None
 
     def features(self) -> Tensor:
-        return self._features
+        return self.last
 
     def coarse_logits(self, every: int = 1, stored_dtype: torch.dtype | None = None) -> Tensor:
-        return self._upsampled(self._coarse(), every)
+        return self.upsampled(self.coarse(), every)
 
 
 class Normalisation(nn.Module):
@@ -90,19 +87,15 @@ class Choice(nn.Module):
         return self.upsamples[str(every)](logits)
 
 
-class Ranking(nn.Module):
-    """The blocks of the highest scores.
+class Ranking(NamedTuple):
+    """The blocks of the highest scores: how many of an image get the finest stride, and with three strides
+    the middle one; and whether scores are blurred before."""
 
-    Args:
-        fine, middle: how many blocks of an image get the finest stride, and with three strides the middle
-            one.
-    """
+    fine: int
+    middle: int
+    blur: bool
 
-    def __init__(self, fine: int, middle: int, blur: bool) -> None:
-        super().__init__()
-        self.fine, self.middle, self.blur = fine, middle, blur
-
-    def forward(self, scores: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor) -> Tensor:
         """Scores `[B, Hc, Wc]` to block numbers `[B, fine + middle]`, in rank."""
         scores = blur_scores(scores) if self.blur else scores
         flat, count = scores.flatten(1), self.fine + self.middle

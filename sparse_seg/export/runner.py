@@ -15,11 +15,10 @@ from torch import Tensor
 from sparse_seg.errors import SparseSegError, first_line
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import RUNTIMES
-from sparse_seg.export.segmentor import RuntimeRun, RuntimeSegmentor
+from sparse_seg.export.segmentor import Elsewhere, RuntimeRun, RuntimeSegmentor
 from sparse_seg.masks import MaskPolicy
 from sparse_seg.run.images import check_images
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.predicting import Predicting
 from sparse_seg.run.way import Way
 
 TORCH, AUTO = "torch", "auto"
@@ -69,7 +68,7 @@ class _Case:
     is_fast: bool | None = None
 
 
-class Runner(Predicting):
+class Runner(Elsewhere):
     """Starts a model's passes; what it starts has `follow`, `take`, `classes`, `logits` and `mask`.
 
     `auto`, on the CPU: images of one size, run one way, get a graph in onnxruntime if one is on disk, or if
@@ -100,10 +99,9 @@ class Runner(Predicting):
         refusal: str | None = None,
         threads: int | None = None,
     ) -> None:
-        self.model, self.strides = model, model.strides
+        super().__init__(model)
         self._auto = asked == AUTO
         self._counts, self._cases = Counter[str](), dict[ExportOptions, _Case]()
-        self._policies = dict[Way, MaskPolicy | None]()
         self._coming: int | None = None  # as counted from the first pass
         device = model.device.type
         self._refusal = (refusal or (None if device == "cpu" else f"on {device}")) if self._auto else None
@@ -127,9 +125,6 @@ class Runner(Predicting):
         with torch.inference_mode(False):
             return self.model.for_inference()
 
-    def __call__(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
-        return self.forward(images, fine_blocks)
-
     @property
     def seconds(self) -> float:
         """Spent on making graphs."""
@@ -143,12 +138,6 @@ class Runner(Predicting):
     def expect(self, passes: int | None) -> None:
         """Say how many passes are still to come; None: unknown."""
         self._coming = None if passes is None else passes + self._counts.total()
-
-    def policy_for(self, way: Way) -> MaskPolicy | None:
-        """The policy of a way, the same object each time; None when dense."""
-        if way not in self._policies:
-            self._policies[way] = None if way.is_dense else self.model.policy_for(way)
-        return self._policies[way]
 
     def start(self, images: Tensor, labels: Tensor | None = None) -> Any:
         """Start a pass over normalised images `[B, 3, H, W]`; nothing is computed yet.

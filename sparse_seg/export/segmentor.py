@@ -34,7 +34,24 @@ GRAPHS = 8  # kept: each holds the weights
 SIZE_TO_CHECK = (512, 512)  # px; which options fit does not depend on it
 
 
-class RuntimeSegmentor(Predicting):
+class Elsewhere(Predicting):
+    """A model whose passes may run in another runtime."""
+
+    def __init__(self, model: SelectiveNetwork) -> None:
+        self.model, self.strides = model, model.strides
+        self._policies: dict[Way, MaskPolicy | None] = {}
+
+    def __call__(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
+        return self.forward(images, fine_blocks)
+
+    def policy_for(self, way: Way) -> MaskPolicy | None:
+        """The policy of a way, the same object each time, since graphs are kept by it; None when dense."""
+        if way not in self._policies:  # of threads that ask at once the first one wins
+            self._policies.setdefault(way, None if way.is_dense else self.model.policy_for(way))
+        return self._policies[way]
+
+
+class RuntimeSegmentor(Elsewhere):
     """A network in a runtime. Graphs are made when they are needed, one for each size and batch of images,
     way to run and number of given fine blocks; the latest stay in memory, and all on disk (see `cache`). The
     first images of each new graph run in PyTorch, too: a SparseSegError says where the results differ.
@@ -51,17 +68,13 @@ class RuntimeSegmentor(Predicting):
         self, model: SelectiveNetwork, runtime: str, threads: int | None = None, most: int | None = None
     ) -> None:
         check_runtime(runtime)
-        self.most, self.made = most or GRAPHS, 0
+        super().__init__(model)
+        self.runtime, self.threads = runtime, threads or torch.get_num_threads()
+        self.most, self.made, self.seconds = most or GRAPHS, 0, 0.0
         self.cache = GraphCache(model, runtime)
-        self.model, self.runtime, self.threads = model, runtime, threads or torch.get_num_threads()
-        self.strides, self.seconds = model.strides, 0.0
         self._sessions: OrderedDict[ExportOptions, Session] = OrderedDict()
         self._lock = threading.Lock()  # of the dictionary: others run their graphs while one is made
         self._checked: set[tuple[Way, MaskPolicy | None]] = set()
-        self._policies: dict[Way, MaskPolicy] = {}
-
-    def __call__(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
-        return self.forward(images, fine_blocks)
 
     def start(self, images: Tensor, labels: Tensor | None = None) -> RuntimeRun:
         """Start a run over images, float32 `[B, 3, H, W]`; nothing is computed yet.
@@ -73,12 +86,6 @@ class RuntimeSegmentor(Predicting):
         if images.dtype != torch.float32:
             raise ValueError(f"a runtime takes float32 images, not {images.dtype}")
         return RuntimeRun(self, images)
-
-    def policy_for(self, way: Way) -> MaskPolicy | None:
-        """The policy of a way, the same object each time, since graphs are kept by it; None when dense."""
-        if way.is_dense:
-            return None
-        return self._policies.get(way) or self._policies.setdefault(way, self.model.policy_for(way))
 
     def check(self, way: Way, policy: MaskPolicy | None = None) -> None:
         """Raises a SparseSegError, of one line, for a way that no graph can run."""

@@ -76,7 +76,10 @@ class Spatial(Operator):
     skips_outside: ClassVar[bool] = False
 
     def window(self, node: Node) -> Window:
-        raise NotImplementedError
+        """As the options kernel, stride, dilation and padding (or `same`) say."""
+        kernel, stride, dilation = (pair(node.options[name]) for name in ("kernel", "stride", "dilation"))
+        padding = node.options["padding"]
+        return Window(kernel, stride, dilation, None if padding == "same" else pair(padding, 0))
 
     def grid(
         self, node: Node, tensors: Tensors, grid: Tensor, stride: Pair, dilation: Pair, pads: Pads
@@ -150,14 +153,3 @@ def pair(value: Any, default: int = 1) -> tuple[int, int]:
         return value, value
     first, *rest = value
     return int(first), int(rest[0] if rest else first)
-
-
-def window_of(node: Node) -> Window:
-    """The window that a node's options kernel, stride, dilation and padding (or `same`) give."""
-    options, padding = node.options, node.options["padding"]
-    return Window(
-        pair(options["kernel"]),
-        pair(options["stride"]),
-        pair(options["dilation"]),
-        None if padding == "same" else pair(padding, 0),
-    )

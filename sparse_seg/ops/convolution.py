@@ -18,11 +18,9 @@ from sparse_seg.ops.base import (
     Spatial,
     Tensors,
     UnknownOperator,
-    Window,
     operator,
     pair,
     reads,
-    window_of,
 )
 from sparse_seg.ops.node import Node
 
@@ -74,9 +72,6 @@ class Conv2d(Spatial):
     """Tensors: weight `[O, I / groups, kh, kw]`, or `[O, I]` of a linear layer; bias `[O]` or none."""
 
     skips_outside = True
-
-    def window(self, node: Node) -> Window:
-        return window_of(node)
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
         """1x1: on grids `[B, I, h, w]`, vectors `[B, I, 1, 1]`, or rows `[N, I]`."""

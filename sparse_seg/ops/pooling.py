@@ -16,11 +16,9 @@ from sparse_seg.ops.base import (
     Spatial,
     Tensors,
     UnknownOperator,
-    Window,
     operator,
     pair,
     reads,
-    window_of,
 )
 from sparse_seg.ops.node import Node
 
@@ -29,9 +27,6 @@ MOST_PLACES = 64  # along a side, that a pooling gives whatever the image
 
 class Pool(Spatial):
     """A window of one channel. Options: kernel, stride, dilation, padding."""
-
-    def window(self, node: Node) -> Window:
-        return window_of(node)
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
         return inputs[0]  # a window of one place

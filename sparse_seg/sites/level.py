@@ -51,7 +51,6 @@ class Level:
         self.counts = counts
         self.near = tuple(near) if exchange != "none" else ()
         self._kept: dict[Hashable, Any] = {}
-        self._numberings: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def kind(self, taps: Taps) -> str:
         """Which table the taps read: that with `near` ghosts, with those of `all` cells, or with `none`."""
@@ -66,22 +65,22 @@ class Level:
 
         return self.cached(("table", taps), build)
 
-    def grid_rows(self, taps: Taps, stride: int, first: int = 1) -> Tensor:
-        """`[(4 - first) * run * T]`: what taps read in a complete grid, as `LevelPlan.in_grid`."""
+    def grid_rows(self, taps: Taps, stride: int) -> Tensor:
+        """`[3 * run * T]`: what taps read in a complete grid, as `LevelPlan.in_grid`."""
 
         def build() -> Tensor:
-            return self.plan.in_grid(taps, stride, first).index_select(1, self.run_cells).reshape(-1)
+            return self.plan.in_grid(taps, stride).index_select(1, self.run_cells).reshape(-1)
 
-        return self.cached(("grid", taps, stride, first), build)
+        return self.cached(("grid", taps, stride), build)
 
-    def table(self, source: Tensor, extras: Tensor, kind: str, exchange: str | None = None) -> Tensor:
+    def table(self, source: Tensor, extras: Tensor, kind: str) -> Tensor:
         """`[3 * K + 3 * n + 1, C]`: sites, n ghosts for each phase, and zero for outside.
 
         source: `[cells, C]`, values of the complete grid at twice the stride; extras: `[3 * K, C]`.
         """
         parts = [extras]
         if kind != "none":
-            parts.append(self.ghosts(source, self._numbering(kind)[1], exchange or self.exchange))
+            parts.append(self.ghosts(source, self._numbering(kind)[1], self.exchange))
         return torch.cat([*parts, source.new_zeros(1, int(source.shape[1]))])
 
     def complete(self, source: Tensor, extras: Tensor, exchange: str = "linear") -> Tensor:
@@ -107,10 +106,8 @@ class Level:
         """`[n]`: which of the `3 * run` rows lie inside the image; None where all do."""
         if self.plan.is_even:
             return None
-        if "valid" not in self._kept:
-            inside = self.plan.inside.index_select(1, self.run_cells).reshape(-1)
-            self._kept["valid"] = inside.nonzero().reshape(-1)
-        return self._kept["valid"]
+        inside = self.plan.inside
+        return self.cached("valid", lambda: inside[:, self.run_cells].reshape(-1).nonzero().reshape(-1))
 
     @property
     def num_run(self) -> int:
@@ -130,9 +127,8 @@ class Level:
 
     def image_of_row(self) -> Tensor:
         """`[3 * run]`: which image of the batch an extra site belongs to."""
-        if "image" not in self._kept:
-            self._kept["image"] = (self.run_cells // (self.plan.cells // self.plan.batch)).repeat(3)
-        return self._kept["image"]
+        each = self.plan.cells // self.plan.batch
+        return self.cached("image", lambda: (self.run_cells // each).repeat(3))
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         """What is derived from the level, built at the first call with `key` and kept with it."""
@@ -142,26 +138,24 @@ class Level:
 
     def _places(self) -> Tensor:
         """`[fine cells]`: the row of each place among those of the source, the extra sites, all ghosts."""
-        if "places" not in self._kept:
-            cells, sites = self.plan.cells, 3 * self.count
-            device = self.cells.device
-            rows = torch.cat(
-                [torch.arange(cells, device=device), torch.arange(3 * cells, device=device) + (cells + sites)]
-            )
+
+        def build() -> Tensor:
+            cells, sites, device = self.plan.cells, 3 * self.count, self.cells.device
+            first = torch.arange(cells, device=device)
+            rows = torch.cat([first, torch.arange(3 * cells, device=device) + (cells + sites)])
             if sites:  # OpenVINO reads no scatter of nothing
                 places = torch.arange(cells, cells + sites, device=device)
                 rows = rows.scatter(0, self._numbers() + cells, places)
-            self._kept["places"] = rows.index_select(0, self.plan.phases_of_fine)
-        return self._kept["places"]
+            return rows.index_select(0, self.plan.phases_of_fine)
+
+        return self.cached("places", build)
 
     def _numbering(self, kind: str) -> tuple[Tensor, Tensor | None]:
         """`[3 * cells + 1]`, the table's row for each number of `LevelPlan.around_sites`; cells of ghosts.
 
         The cells are None where all have ghosts, or none has.
         """
-        if kind not in self._numberings:
-            self._numberings[kind] = self._numbered(kind)
-        return self._numberings[kind]
+        return self.cached(kind, lambda: self._numbered(kind))
 
     def _numbered(self, kind: str) -> tuple[Tensor, Tensor | None]:
         device, sites, every = self.cells.device, 3 * self.count, 3 * self.plan.cells + 1

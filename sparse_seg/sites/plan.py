@@ -8,13 +8,13 @@ over the whole batch, image by image. A table holds numbers alone, so it is made
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (y, x) of phases 0 to 3 in a cell
 # where there is no site, phases 1 to 3 are this mean of their cell and the ones right, below, and diagonal
 MIX = ((0.5, 0.5, 0.0, 0.0), (0.5, 0.0, 0.5, 0.0), (0.25, 0.25, 0.25, 0.25))
 
@@ -97,40 +97,19 @@ class LevelPlan:
         """
 
         def build() -> Tensor:
-            y, x = self._places(self.coarse, taps, 2 * self.stride)
-            tables = []
-            for index, (down, right) in enumerate(PHASES[1:]):
-                inside = _inside(y, x, self.coarse) & _inside(2 * y + down, 2 * x + right, self.fine)
-                numbers = self._number(y, x, self.coarse) + index * self.cells
-                tables.append(numbers.where(self._each(inside), 3 * self.cells))
-            return torch.stack(tables)
+            outside = torch.tensor([3 * self.cells], device=self.device)
+            return torch.cat([self.phases_of_fine - self.cells, outside])[self.in_grid(taps, self.stride)]
 
         return self._kept(("sites", taps), build)
 
     def around_cells(self, taps: Taps) -> Tensor:
         """`[cells, T]`: the cells that taps read around each cell; `cells` is outside."""
+        return self._kept(("cells", taps), lambda: self._around(taps, 2 * self.stride, 2 * self.stride)[0])
 
-        def build() -> Tensor:
-            y, x = self._places(self.coarse, taps, 2 * self.stride)
-            numbers = self._number(y, x, self.coarse)
-            return numbers.where(self._each(_inside(y, x, self.coarse)), self.cells)
-
-        return self._kept(("cells", taps), build)
-
-    def in_grid(self, taps: Taps, stride: int, first: int = 1) -> Tensor:
-        """`[4 - first, cells, T]`: what taps read around phases `first` to 3 in a complete grid at `stride`
-        px, as its flat cells; the number of its cells is outside. Stride and taps fit ours and the grid."""
-
-        def build() -> Tensor:
-            size, scale = grid_size(self.image, stride), self.stride // stride
-            tables = []
-            for down, right in PHASES[first:]:
-                y, x = self._places(self.coarse, taps, stride, 2 * scale, (scale * down, scale * right))
-                numbers = self._number(y, x, size)
-                tables.append(numbers.where(self._each(_inside(y, x, size)), self.batch * size[0] * size[1]))
-            return torch.stack(tables)
-
-        return self._kept(("grid", taps, stride, first), build)
+    def in_grid(self, taps: Taps, stride: int) -> Tensor:
+        """`[3, cells, T]`: what taps read around phases 1, 2, 3 in a complete grid at `stride` px, as its
+        flat cells; the number of its cells is outside. Stride and taps fit ours and the grid."""
+        return self._kept(("grid", taps, stride), lambda: self._around(taps, self.stride, stride)[1:])
 
     def cells_at(self, stride: int) -> Tensor:
         """`[cells, n]`: the n flat places at `stride` px of each cell; the number of all if outside."""
@@ -139,24 +118,25 @@ class LevelPlan:
     def taps_at(self, taps: Taps, stride: int, source: int) -> Tensor:
         """`[cells, n, T]`: what taps read in a complete grid at `source` px around the n places at `stride`
         px of each cell; the number of its places is outside, and what places outside the image read."""
+        key = "places", taps, stride, source
+        return self._kept(key, lambda: self._around(taps, stride, source).transpose(0, 1).contiguous())
 
-        def build() -> Tensor:
-            size, own = grid_size(self.image, source), grid_size(self.image, stride)
-            count = max(1, 2 * self.stride // stride)
-            tables = []
-            for down, right in ((y, x) for y in range(count) for x in range(count)):
-                here = self._places(self.coarse, HERE, 1, count, (down, right))
-                y, x = (place * stride for place in here)
-                rows = torch.tensor(taps.y, device=self.device).repeat_interleave(len(taps.x))
-                columns = torch.tensor(taps.x, device=self.device).repeat(len(taps.y))
-                read_y = torch.div(y + rows, source, rounding_mode="floor")
-                read_x = torch.div(x + columns, source, rounding_mode="floor")
-                inside = _inside(read_y, read_x, size) & _inside(*here, own)
-                numbers = self._number(read_y, read_x, size)
-                tables.append(numbers.where(self._each(inside), self.batch * size[0] * size[1]))
-            return torch.stack(tables, 1)
-
-        return self._kept(("places", taps, stride, source), build)
+    def _around(self, taps: Taps, stride: int, source: int) -> Tensor:
+        """The same as `[n, cells, T]`."""
+        size, own = grid_size(self.image, source), grid_size(self.image, stride)
+        count = max(1, 2 * self.stride // stride)
+        down = torch.tensor(taps.y, device=self.device).repeat_interleave(len(taps.x))
+        right = torch.tensor(taps.x, device=self.device).repeat(len(taps.y))
+        cells = [count * axis[:, None] for axis in _cells(self.coarse, self.device)]
+        tables = []
+        for phase in itertools.product(range(count), repeat=2):
+            y, x = (axis + shift for axis, shift in zip(cells, phase, strict=True))
+            read_y = torch.div(stride * y + down, source, rounding_mode="floor")
+            read_x = torch.div(stride * x + right, source, rounding_mode="floor")
+            inside = _inside(read_y, read_x, size) & _inside(y, x, own)
+            numbers = self._number(read_y, read_x, size)
+            tables.append(numbers.where(inside.repeat(self.batch, 1), self.batch * size[0] * size[1]))
+        return torch.stack(tables)
 
     @property
     def corners(self) -> Tensor:
@@ -185,7 +165,7 @@ class LevelPlan:
     def fine_of_phases(self) -> Tensor:
         """`[4, cells]`: the place in the level's own grid of each cell's phases 0 to 3; `fine_cells` where it
         lies outside."""
-        return self.in_grid(HERE, self.stride, 0)[:, :, 0]
+        return self._kept("fine", lambda: self._around(HERE, self.stride, self.stride)[:, :, 0])
 
     @property
     def inside(self) -> Tensor:
@@ -202,32 +182,10 @@ class LevelPlan:
                 self._tables[key] = build()
         return self._tables[key]
 
-    def _places(
-        self,
-        size: tuple[int, int],
-        taps: Taps,
-        stride: int,
-        scale: int = 1,
-        shift: tuple[int, int] = (0, 0),
-    ) -> tuple[Tensor, Tensor]:
-        """`[cells of an image, T]` each: rows and columns of a grid at `stride` that taps read around
-        `scale * cell + shift`."""
-        y, x = _cells(size, self.device)
-        down = torch.tensor(taps.y, device=self.device) // stride + shift[0]
-        right = torch.tensor(taps.x, device=self.device) // stride + shift[1]
-        rows, columns = len(taps.y), len(taps.x)
-        return (
-            (scale * y)[:, None] + down.repeat_interleave(columns),
-            (scale * x)[:, None] + right.repeat(rows),
-        )
-
     def _number(self, y: Tensor, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Places `[n, ...]` of one image as numbers `[B * n, ...]` over the batch."""
         first = torch.arange(self.batch, device=self.device) * (size[0] * size[1])
         return (first.view(-1, *[1] * y.ndim) + (y * size[1] + x)).flatten(0, 1)
-
-    def _each(self, inside: Tensor) -> Tensor:
-        return inside.repeat(self.batch, *[1] * (inside.ndim - 1))
 
 
 def _cells(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.errors import SparseSegError
+from sparse_seg.errors import SparseSegError, first_line
 from sparse_seg.sites.level import Level
 from sparse_seg.sites.plan import Taps
 
@@ -43,7 +43,7 @@ def fits(taps: Taps) -> bool:
 
 def available(device: str) -> bool:
     """Whether spconv imports and computes correctly on this device type (found out once)."""
-    return isinstance(_outcome(device), _Works)
+    return not _outcome(device)[1]
 
 
 def computing_dtype(rows: Tensor) -> torch.dtype:
@@ -210,42 +210,33 @@ def _layer(in_channels: int, out_channels: int, dilation: int, device: str, trai
 # -- whether it works --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Works:
-    library: Any  # the module spconv.pytorch
-
-
-@dataclass(frozen=True)
-class _Fails:
-    message: str
-
-
 def _library(device: str) -> Any:
     """The module `spconv.pytorch`, once it has shown on this device that it computes what it should."""
-    outcome = _outcome(device)
-    if isinstance(outcome, _Fails):
-        raise EngineError(outcome.message)
-    return outcome.library
+    library, problem = _outcome(device)
+    if problem:
+        raise EngineError(f"{problem}; {_how_to_install()}")
+    return library
 
 
 @functools.cache
-def _outcome(device: str) -> _Works | _Fails:
+def _outcome(device: str) -> tuple[Any, str]:
+    """The library, and what is wrong with it, if anything is."""
     try:
         library = _import()
     except Exception as error:  # a mismatched build fails in many ways
         if isinstance(error, ModuleNotFoundError) and error.name in ("spconv", "spconv.pytorch"):
-            return _Fails(f"spconv is not installed; {_how_to_install()}")
-        return _Fails(f"spconv cannot be imported ({_reason(error)}); {_how_to_install()}")
+            return None, "spconv is not installed"
+        return None, f"spconv cannot be imported ({first_line(error)})"
     if library.ops.CPU_ONLY_BUILD:
-        return _Fails(f"the CPU-only build of spconv computes wrong numbers; {_how_to_install()}")
+        return None, "the CPU-only build of spconv computes wrong numbers"
     try:
         error_found = _self_check(library, device)
     except Exception as error:
-        return _Fails(f"spconv fails on {device} ({_reason(error)}); {_how_to_install()}")
+        return None, f"spconv fails on {device} ({first_line(error)})"
     if not error_found < TOLERANCE:
         wrong = f"computes wrong numbers on {device} (relative error {error_found:.1g})"
-        return _Fails(f"the installed spconv {wrong}; {_how_to_install()}")
-    return _Works(library)
+        return None, f"the installed spconv {wrong}"
+    return library, ""
 
 
 def _import() -> Any:
@@ -273,11 +264,6 @@ def _self_check(library: Any, device: str) -> float:
         found = _submanifold(library, rows.to(device), weight.to(device), places, 1, needs_grad=False)
         errors.append((found - expected).abs().max() / expected.abs().max())
     return torch.stack(errors).max().item()
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _how_to_install(

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from sparse_seg import build_model
 from sparse_seg.export import StaticNetwork
-from sparse_seg.export.check import random_inputs
+from sparse_seg.export.check import chosen_levels, random_inputs
 from sparse_seg.export.onnx_file import interface
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.way import Way
 from tests.reference import randomise, relative_error
 
 DEEP = {"backbone": "resnet50", "depths": [1, 1, 2, 2]}
@@ -92,7 +93,9 @@ def compare(
         expected = model.dense(images, network.options.dense)
     else:
         assert mask is not None
-        expected = model(images, fine_blocks=_levels(network, inputs, mask))
+        levels = chosen_levels(network, inputs, {"fine_blocks": mask.numpy()})
+        assert levels is not None
+        expected = model.start(images).take(levels, Way(merge=network.merge)).logits()
         if network.choice is not None:
             chosen = model.classify(images)[1]
             assert chosen is not None
@@ -105,14 +108,6 @@ def compare(
     clear = top.values[:, 0] - top.values[:, 1] > 1e-5 * expected.abs().max()
     assert torch.equal(found["classes"][clear].long(), top.indices[:, 0][clear])
     assert clear.float().mean() > 0.99
-
-
-def _levels(network: StaticNetwork, inputs: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-    if not network.ranking.middle:
-        return mask
-    chosen = network.grid_logits(*inputs)[1]
-    assert chosen is not None
-    return torch.zeros(mask.flatten(1).shape).scatter(1, chosen, 1).long().view_as(mask).where(~mask, 2)
 
 
 def cases(network: StaticNetwork, count: int) -> list[tuple[tuple[Tensor, ...], Tensor]]:

@@ -7,12 +7,11 @@ from torch import nn
 
 from sparse_seg import selective
 from sparse_seg.export import ExportOptions, StaticNetwork, to_onnx
-from sparse_seg.ops import Reads, convolution
 from sparse_seg.run.values import Run
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Taps
 from tests.export.networks import ASPP, Excite, captured, conv
-from tests.reference import block_mask, relative_error
+from tests.reference import relative_error
 
 
 class Atrous(nn.Module):
@@ -72,22 +71,6 @@ def test_which_taps_reach_an_image():
     assert Taps((64, 128), (0,)).inside((64, 64)) == (slice(0, 1), slice(0, 1))
 
 
-@torch.no_grad()
-def test_grouped_taps_in_tiles(monkeypatch):
-    """Parts of the sites at a time give the same numbers, down to one site at a time."""
-    network = captured("depthwise spread")
-    images, blocks = torch.randn(2, 3, 64, 96), block_mask("random", (2, 4, 6))
-    whole = network(images, fine_blocks=blocks)
-    for size in (1, 3000):
-        monkeypatch.setattr(convolution, "GROUPED_BYTES", size)
-        assert relative_error(network(images, fine_blocks=blocks), whole) < 1e-6
-    reads = Reads(torch.randn(7, 2), torch.arange(12) % 7, 3)
-    parts = list(reads.tiles(2 * 3 * 2 * 4))
-    assert [len(part.index) for part in parts] == [6, 6]
-    assert torch.equal(torch.cat([part.values() for part in parts]), reads.values())
-    assert len(list(Reads(reads.table, reads.index[:0], 3).tiles(8))) == 1  # no site
-
-
 def test_only_a_heads_last_pooling_weighs_all_sites():
     """A backbone's last squeeze-and-excite reads the lattice, which then is not computed twice."""
     torch.manual_seed(0)
@@ -95,20 +78,6 @@ def test_only_a_heads_last_pooling_weighs_all_sites():
     assert [graph.nodes[name].layer for name in graph.final_pools] == ["aspp"]
     alone = selective(Atrous(head=False).eval(), (8, 16), "edge", size=(64, 128)).geometry
     assert [alone.nodes[name].layer for name in alone.final_pools] == ["body.1"]
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_it_is_one_graph_of_fixed_shapes():
-    """torch.export and torch.compile take it whole: no branch and no shape depends on the data."""
-    form = StaticNetwork(captured("aspp", "entropy"), ExportOptions((64, 96), ghosts=False, tiles=False))
-    images = torch.rand(1, 3, 64, 96)
-    program = torch.export.export(form, form.example())
-    compiled = torch.compile(form, fullgraph=True, backend="eager")
-    for outputs in (program.module()(images), compiled(images)):
-        assert all(torch.equal(a, b) for a, b in zip(outputs, form(images), strict=True))
-    values = [node.meta.get("val") for node in program.graph.nodes]
-    assert not [value for value in values if isinstance(value, torch.SymInt)]
 
 
 def test_uneven_padding_is_part_of_the_convolution():

@@ -4,10 +4,12 @@ import functools
 import http.server
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -113,16 +115,29 @@ def exported(tmp_path_factory) -> Path:
     return folder
 
 
-def _run_example(folder: Path, *arguments: str) -> tuple[int, str]:
-    """Exit code of the example in a folder, and the one line that it prints, wherever."""
-    script = [sys.executable, str(EXAMPLES / "run_onnx.py"), *arguments]
-    done = subprocess.run(script, cwd=folder, capture_output=True, text=True, check=False)
-    (line,) = (done.stdout + done.stderr).strip().splitlines()
-    return done.returncode, line
+@pytest.fixture
+def run_example(exported, monkeypatch, capsys) -> Callable[..., tuple[object, str]]:
+    """Gives the exit code of the example in the folder, and the one line that it prints, wherever."""
+
+    def run(*arguments: str) -> tuple[object, str]:
+        monkeypatch.chdir(exported)
+        monkeypatch.setattr(sys, "argv", ["run_onnx.py", *arguments])
+        code: object = 0
+        try:
+            runpy.run_path(str(EXAMPLES / "run_onnx.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        if isinstance(code, str):
+            said, code = said._replace(err=said.err + code), 1
+        (line,) = (said.out + said.err).strip().splitlines()
+        return code, line
+
+    return run
 
 
-def test_run_onnx_takes_a_batch(exported):
-    code, line = _run_example(exported, "two.onnx", "street.png", "two.png")
+def test_run_onnx_takes_a_batch(exported, run_example):
+    code, line = run_example("two.onnx", "street.png", "two.png")
     assert code == 0, line
     assert cv2.imread(str(exported / "two.png")) is not None
 
@@ -139,8 +154,8 @@ def test_run_onnx_takes_a_batch(exported):
         (["given.onnx", "street.png", "a.png"], 1, "given.onnx wants to be told its fine blocks"),
     ],
 )
-def test_run_onnx_says_what_is_wrong(exported, arguments, code, message):
+def test_run_onnx_says_what_is_wrong(exported, run_example, arguments, code, message):
     before = {path: path.read_bytes() for path in exported.iterdir()}
-    found, line = _run_example(exported, *arguments)
+    found, line = run_example(*arguments)
     assert (found, line[: len(message)]) == (code, message)
     assert {path: path.read_bytes() for path in exported.iterdir()} == before

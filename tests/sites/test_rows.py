@@ -146,9 +146,12 @@ def test_convolutions(
     assert_near(found, expected)
 
 
-@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize(
+    ("exchange", "needed"),
+    [(rule, (True, True)) for rule in RULES] + [("linear", (True, False)), ("linear", (False, True))],
+    ids=str,
+)
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("exchange", RULES)
 def test_gradcheck(exchange: str, groups: int, needed: tuple[bool, bool], device: str) -> None:
     rows = Rows((3, 4), 1, exchange, seed=1, device=device)
     grid, weight = random(2, 2, 3, 4, device=device), random(2, 2 // groups, 3, 3, seed=1, device=device)
@@ -159,12 +162,11 @@ def test_gradcheck(exchange: str, groups: int, needed: tuple[bool, bool], device
         assert torch.autograd.gradcheck(conv, leaves, nondet_tol=1e-12)
 
 
-@pytest.mark.parametrize("exchange", RULES)
 @pytest.mark.parametrize("groups", [1, CHANNELS])
 @pytest.mark.parametrize("sites", [0, 7])
-def test_many_tiles(sites: int, groups: int, exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tiles(sites: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tile borders change nothing, in either direction; a tile has one site at least."""
-    rows = Rows((11, 12), 2, exchange)
+    rows = Rows((11, 12), 2)
     leaves = random(2, CHANNELS, 11, 12), weight_of(groups)
     assert min(level.num_run for level in rows.sites.levels.values()) > 3 * 7, "several tiles"
     for window in WINDOWS:

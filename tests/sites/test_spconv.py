@@ -15,7 +15,7 @@ from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.sites import EXCHANGES, SEPARATE, EngineError, spconv
 from tests.captured import trained
-from tests.reference import MASKS, block_mask, relative_error
+from tests.reference import block_mask, relative_error
 from tests.sites.level_case import Case, taps
 
 pytestmark = [
@@ -35,12 +35,10 @@ def run(model: SelectiveNetwork, images: Tensor, mask: Tensor, **way: Any) -> Te
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", RULES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("kind", ["full", "random", "corner"])
 @torch.no_grad()
 def test_equals_a_slow_reference(kind: str, size: tuple[int, int], exchange: str, device: str) -> None:
     """Also beyond the border of odd sizes, where extra sites hold what no place may read."""
-    if kind == "empty":
-        return  # a level without sites is not run by spconv
     case = Case(kind, size, exchange, device)
     for spacing in SPACINGS:
         assert relative_error(case.found(spacing), case.expected(spacing)) < 1e-5, spacing
@@ -89,14 +87,14 @@ def test_networks_equal_gather(
 
 
 def test_dense_networks_and_coarse_masks_have_nothing_for_it(fresh: None, monkeypatch: Any) -> None:
-    monkeypatch.setattr(spconv, "_outcome", lambda device: spconv._Fails("spconv is not installed"))
+    monkeypatch.setattr(spconv, "_outcome", lambda device: (None, "spconv is not installed"))
     model, images = selective(trained(), size=(64, 64)), torch.randn(1, 3, 64, 64)
     model.settings = dataclasses.replace(model.settings, engine="spconv")
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     with torch.no_grad():
         assert model.dense(images).isfinite().all()
         assert model(images, mask).isfinite().all()
-        with pytest.raises(EngineError, match=r"^spconv is not installed$"):
+        with pytest.raises(EngineError, match=r"^spconv is not installed; "):
             model(images, ~mask)
         assert run(model, images, ~mask, engine="auto").isfinite().all()
 
