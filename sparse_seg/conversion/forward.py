@@ -12,17 +12,10 @@ from torch import Tensor
 from sparse_seg.checkpoint import Checkpoint, Origin, save
 from sparse_seg.checkpoint.captured import own_captured
 from sparse_seg.checkpoint.content import MODULE
-from sparse_seg.config import ModelConfig
-from sparse_seg.conversion.mapping import (
-    Entry,
-    Mapped,
-    expected_shapes,
-    map_tensors,
-    resolve_config,
-    to_ours,
-)
+from sparse_seg.config import ModelConfig, model_config
+from sparse_seg.conversion.mapping import Entry, Mapped, expected_shapes, map_tensors, to_ours
 from sparse_seg.conversion.naming import Named, find_network
-from sparse_seg.conversion.plan import Options, Plan, as_two_classes
+from sparse_seg.conversion.plan import Plan, as_two_classes
 from sparse_seg.conversion.reading import SourceFile, StateDict, read_source
 from sparse_seg.conversion.sources import (
     SOURCES,
@@ -198,7 +191,7 @@ class _Wanted:
 def _convert(file: SourceFile, named: Named, wanted: _Wanted) -> Conversion:
     tensors = named.tensors
     name = find_source(tensors) if wanted.source == "auto" else asked_source(tensors, wanted.source)
-    plan: Plan = SOURCES[name].plan(tensors, Options(wanted.output_stride))
+    plan: Plan = SOURCES[name].plan(tensors, wanted.output_stride)
     if plan.config.get("num_classes") == 1:
         as_two_classes(plan, wanted.threshold)
     elif wanted.threshold is not None:
@@ -212,7 +205,7 @@ def _convert(file: SourceFile, named: Named, wanted: _Wanted) -> Conversion:
             f"it is the classifier {plan.arch} and has no segmentation head; to convert its backbone "
             "alone add --allow-missing head"
         )
-    config = resolve_config(plan, wanted.overrides)
+    config = model_config({**plan.config, **wanted.overrides})
     shapes = expected_shapes(config, plan.has_head)
     mapped = map_tensors(tensors, plan, shapes)
     if named.outside:

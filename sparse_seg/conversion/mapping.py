@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_seg.checkpoint.content import ASIDE, MODULE
-from sparse_seg.config import ModelConfig, model_config
+from sparse_seg.config import ModelConfig
 from sparse_seg.conversion.plan import Plan, Tensors
 from sparse_seg.errors import CheckpointError
 from sparse_seg.run.weights import meta_module
@@ -62,15 +62,6 @@ def expected_shapes(config: ModelConfig, has_head: bool) -> dict[str, tuple[int,
     }
 
 
-def resolve_config(plan: Plan, overrides: Mapping[str, object]) -> ModelConfig:
-    """The plan's config with the user's changes.
-
-    Raises:
-        ConfigError: unknown key or impossible value.
-    """
-    return model_config({**plan.config, **overrides})
-
-
 def map_tensors(tensors: Tensors, plan: Plan, expected: Mapping[str, tuple[int, ...]]) -> Mapped:
     """Find the source's tensor for each of ours and a reason for each that is left over.
 
@@ -82,18 +73,14 @@ def map_tensors(tensors: Tensors, plan: Plan, expected: Mapping[str, tuple[int, 
     fresh = dict(plan.fresh)
     faults: list[str] = []
     for ours, wanted in expected.items():
-        module, _, leaf = ours.rpartition(".")
-        if module not in plan.modules:
-            faults.append(f"{ours}, which the changed settings ask for, is missing")
-            continue
-        theirs = f"{plan.modules[module]}.{leaf}"
-        if theirs in tensors:
+        theirs = plan.own.source_name(ours)
+        if ours in plan.own.theirs:
             shape, added = tensors[theirs].shape, int(ours in plan.added)
             shapes = source_shapes(wanted, added)
             if tuple(shape) not in shapes:
                 faults.append(f"{theirs} is {list(shape)}, a {plan.arch} has {list(shapes[0])}")
             network.append(Entry(MODULE + ours, theirs, list(shape), plan.rolls.get(ours), added))
-        elif leaf == COUNTER:
+        elif ours.endswith(COUNTER):
             fresh[MODULE + ours] = torch.zeros((), dtype=torch.int64)
         else:
             faults.append(f"{theirs} is missing")
