@@ -55,7 +55,7 @@ def _package_names(backbone: EfficientNetLite) -> Pairs:
     for stage, blocks in enumerate(backbone.blocks):
         for index, block in enumerate(cast(nn.Sequential, blocks)):
             layers = [name for name, one in block.named_children() if list(one.parameters())]
-            for ours, theirs in zip(layers, LAYERS[block.expands], strict=True):
+            for ours, theirs in zip(layers, LAYERS[bool(block.expands)], strict=True):
                 pairs.append((f"backbone.blocks.{stage}.{index}.{ours}.", f"_blocks.{count}.{theirs}."))
             count += 1
     return pairs
