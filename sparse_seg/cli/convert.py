@@ -174,38 +174,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _shared(args: argparse.Namespace) -> dict[str, Any]:
+    """What both conversions are told."""
+    return {
+        "overrides": parse_settings(args.set or []),
+        "trust": bool(args.trust),
+        "prefix": args.prefix,
+        "drop": args.drop or (),
+        "mean": args.mean,
+        "std": args.std,
+        "classes": None if args.classes is None else read_classes(args.classes),
+    }
+
+
 def _of_source(args: argparse.Namespace) -> Conversion:
-    return convert(
-        args.src,
-        vars(args)["from"] or "auto",
-        args.arch,
-        args.num_classes,
-        args.output_stride,
-        parse_settings(args.set or []),
-        args.allow_missing or (),
-        bool(args.trust),
-        args.prefix,
-        args.drop or (),
-        args.mean,
-        args.std,
-        None if args.classes is None else read_classes(args.classes),
-        args.threshold,
-    )
+    expected = vars(args)["from"] or "auto", args.arch, args.num_classes, args.output_stride
+    missing = args.allow_missing or ()
+    return convert(args.src, *expected, allow_missing=missing, threshold=args.threshold, **_shared(args))
 
 
 def _of_module(args: argparse.Namespace) -> ModuleConversion:
-    conversion = convert_module(
-        args.src,
-        args.module,
-        parse_settings(args.args or [], "--args"),
-        parse_settings(args.set or []),
-        bool(args.trust),
-        args.prefix,
-        args.drop or (),
-        args.mean,
-        args.std,
-        None if args.classes is None else read_classes(args.classes),
-    )
+    arguments = parse_settings(args.args or [], "--args")
+    conversion = convert_module(args.src, args.module, arguments, **_shared(args))
     found = conversion.network.num_classes
     if args.num_classes not in (None, found):
         raise CheckpointError(f"{args.module} has {found} classes, not {args.num_classes}; give it by --args")

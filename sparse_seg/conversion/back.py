@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from sparse_seg.checkpoint.content import ASIDE, MODULE, Checkpoint
+from sparse_seg.checkpoint.content import ASIDE, MODULE
 from sparse_seg.checkpoint.file import SUFFIX, load
 from sparse_seg.conversion.mapping import COUNTER, Entry
 from sparse_seg.errors import CheckpointError
@@ -26,9 +24,23 @@ def to_dense(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: missing, damaged or foreign file, or one that no conversion wrote.
     """
     checkpoint = load(path)
-    entries, aliases = _read(checkpoint)
-    dense = {entry.theirs: to_theirs(checkpoint.weights[entry.ours], entry) for entry in entries}
-    return dense | {name: dense[other] for name, other in aliases.items()}
+    if checkpoint.origin.is_trained_here:
+        raise CheckpointError(f"{path} was trained by sparse_seg: there is no source to go back to")
+    weights, back = checkpoint.weights, checkpoint.origin.back
+    owed = {name for name in weights if name.startswith((MODULE, ASIDE)) and not name.endswith(COUNTER)}
+    try:
+        entries = [Entry(*item) for item in back["entries"]]
+        dense = {str(entry.theirs): to_theirs(weights[entry.ours], entry) for entry in entries}
+        twins = {str(name): dense[other] for name, other in back["aliases"].items()}
+        used = {entry.ours for entry in entries}
+        is_whole = (
+            owed <= used and len(used) == len(dense) == len(entries) > 0 and not dense.keys() & twins.keys()
+        )
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise CheckpointError(f"{path} is damaged: what it says of the way back does not fit its tensors")
+    return dense | twins
 
 
 def to_theirs(tensor: Tensor, entry: Entry) -> Tensor:
@@ -51,56 +63,3 @@ def write_dense(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         buffer = io.BytesIO()  # on a full disk torch.save raises RuntimeError, which tells nothing
         torch.save(dict(tensors), buffer)
         atomic_write(path, buffer.getvalue())
-
-
-def _read(checkpoint: Checkpoint) -> tuple[list[Entry], dict[str, str]]:
-    """What the file says of the way back, checked against its tensors.
-
-    Raises:
-        CheckpointError: it does not name each of them, as the source had it, once.
-    """
-    path, weights, back = checkpoint.path, checkpoint.weights, checkpoint.origin.back
-    if checkpoint.origin.is_trained_here:
-        raise CheckpointError(f"{path} was trained by sparse_seg: there is no source to go back to")
-    entries, aliases = back.get("entries"), back.get("aliases")
-    if isinstance(entries, list) and isinstance(aliases, dict):
-        found = [entry for entry in map(_entry, entries) if entry]
-        names, stored = {entry.theirs for entry in found}, {entry.ours for entry in found}
-        owed = {name for name in weights if name.startswith((MODULE, ASIDE))}
-        if (
-            len(found) == len(names) == len(stored) == len(entries) > 0
-            and stored <= set(weights)
-            and all(name in stored or name.endswith(COUNTER) for name in owed)
-            and all(_fits(weights[entry.ours], entry) for entry in found)
-            and all(isinstance(other, str) and other in names for other in aliases.values())
-            and not names & set(aliases)
-        ):
-            return found, aliases
-    raise CheckpointError(f"{path} is damaged: what it says of the way back does not fit its tensors")
-
-
-def _entry(item: Any) -> Entry | None:
-    """An entry as JSON has it; None where it is none."""
-    if not isinstance(item, list) or len(item) != 5:
-        return None
-    ours, theirs, shape, roll, added = item
-    whole = (
-        isinstance(ours, str)
-        and isinstance(theirs, str)
-        and _is_counts(shape)
-        and (roll is None or (_is_counts(roll) and len(roll) == 2 and roll[0] < len(shape)))
-        and _is_counts([added])
-    )
-    return Entry(ours, theirs, shape, roll and (roll[0], roll[1]), added) if whole else None
-
-
-def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**40 for number in value)
-
-
-def _fits(tensor: Tensor, entry: Entry) -> bool:
-    """Whether a tensor of ours has as many values as the source's."""
-    if entry.added and not tensor.ndim:
-        return False
-    own = (max(tensor.shape[0] - entry.added, 0), *tensor.shape[1:]) if entry.added else tensor.shape
-    return math.prod(own) == math.prod(entry.shape)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 
 from sparse_seg.conversion import vainf
-from sparse_seg.conversion.backbone import find_backbone
-from sparse_seg.conversion.plan import CLASSIFIER, Options, Plan, Tensors, assumed_stride, output_channels
+from sparse_seg.conversion.plan import CLASSIFIER, Pairs, Plan, Tensors, assumed_stride
 from sparse_seg.errors import CheckpointError
 
 MASK_NET, OURS = "backbone.mask_estimator.", "policy.net."  # CAD's prefix and ours
@@ -26,30 +25,50 @@ def detect(tensors: Tensors) -> bool:
     return any(mark in tensors for mark in marks) or (fcn and "classifier.project.0.weight" not in tensors)
 
 
-def plan(tensors: Tensors, options: Options) -> Plan:
+def plan(tensors: Tensors, output_stride: int | None) -> Plan:
     """See `Plan`.
 
     Raises:
         CheckpointError: an output stride other than what the names tell.
     """
     learned = "backbone.layer4_low_res.0.conv2.weight" in tensors
-    stages = {"layer3": "layer3_low_res", "layer4": "layer4_low_res"} if learned else {}
-    renamed = {name: _stage_name(name, stages) for name in tensors}
-    backbone = find_backbone({new: tensors[name] for name, new in renamed.items() if new}, "backbone.")
-    modules = {ours: _cad_name(tensors, theirs, stages) for ours, theirs in backbone.modules.items()}
-    stride, assumed = _output_stride(tensors, options, learned)
-    result = Plan("", backbone.config, modules, assumed=assumed)
-    if "classifier.classifier.0.weight" in tensors and not vainf.detect(tensors):
-        name = _add_fcn(result, tensors, stride)
-    else:
-        name = vainf.add_head(result, tensors, stride)
-    kind = "_ad" if learned else "_ap" if "backbone.layer4.0.conv2.conv.weight" in tensors else ""
-    result.arch = f"{name}{kind}_{backbone.name}"
+    flat = [stage for stage in (3, 4) if f"backbone.layer{stage}.0.conv2.conv.weight" in tensors]
+    stride, assumed = _output_stride(output_stride, 3 if learned else min(flat, default=None))
+    result = vainf.plan_at(tensors, stride, [*_stage_names(learned, flat), *_fcn_names(tensors)])
+    result.assumed = assumed
+    head, _, backbone = result.arch.partition("_")
+    result.arch = f"{head}{'_ad' if learned else '_ap' if flat else ''}_{backbone}"
     result.dropped = {"backbone.fc.": CLASSIFIER}
     _add_mask_net(result, tensors)
     if learned:
         _drop_high_resolution(result, tensors)
     return result
+
+
+def _stage_names(learned: bool, flat: list[int]) -> Pairs:
+    """The stages that the mask decides on: low-resolution twins, or with 1-D convolutions."""
+    if learned:
+        return [(f"backbone.layer{stage}.", f"backbone.layer{stage}_low_res.") for stage in (3, 4)]
+    parts = {"conv2": "conv2.conv", "downsample.0": "downsample.conv1", "downsample.1": "downsample.norm1"}
+    blocks = [f"backbone.layer{stage}.#" for stage in flat]
+    return [(f"{block}.{ours}.", f"{block}.{own}.") for block in blocks for ours, own in parts.items()]
+
+
+def _fcn_names(tensors: Tensors) -> Pairs:
+    if f"{vainf.SEQUENCE}.0.weight" not in tensors or "classifier.project.0.weight" in tensors:
+        return []
+    places = {"refine.0": 0, "refine.1": 1, "classifier": 4}
+    return [(f"head.{ours}.", f"{vainf.SEQUENCE}.{place}.") for ours, place in places.items()]
+
+
+def _output_stride(asked: int | None, first: int | None) -> tuple[int, list[str]]:
+    """The first stage that the mask decides on is that below the output stride."""
+    if first is None:
+        return assumed_stride(asked, 8)
+    told = {3: 8, 4: 16}[first]
+    if asked not in (None, told):
+        raise CheckpointError(f"its names tell output stride {told}, not {asked}")
+    return told, []
 
 
 def _add_mask_net(result: Plan, tensors: Tensors) -> None:
@@ -67,53 +86,6 @@ def _add_mask_net(result: Plan, tensors: Tensors) -> None:
             if not tensor.ndim or tensor.shape[0] != 2:
                 raise CheckpointError(f"{name} is {list(tensor.shape)}, where CAD's mask net has two logits")
             result.fresh[OURS + name.removeprefix(MASK_NET)] = tensor[:1] - tensor[1:]
-
-
-def _stage_name(name: str, stages: dict[str, str]) -> str:
-    """A source's name in the common naming; empty for the high-resolution twin."""
-    if "_high_res." in name:
-        return ""
-    for ours, theirs in stages.items():
-        name = name.replace(f"backbone.{theirs}.", f"backbone.{ours}.")
-    return name
-
-
-def _cad_name(tensors: Tensors, module: str, stages: dict[str, str]) -> str:
-    """CAD's name of a backbone's module, from the common one."""
-    for ours, theirs in stages.items():
-        module = module.replace(f"backbone.{ours}.", f"backbone.{theirs}.")
-    if f"{module}.conv.weight" in tensors:
-        return f"{module}.conv"
-    for common, own in (("downsample.0", "downsample.conv1"), ("downsample.1", "downsample.norm1")):
-        if module.endswith(common) and f"{module.removesuffix(common)}{own}.weight" in tensors:
-            return module.removesuffix(common) + own
-    return module
-
-
-def _output_stride(tensors: Tensors, options: Options, learned: bool) -> tuple[int, list[str]]:
-    """Stages with 1-D convolutions are those below the output stride; the learned mask is at 8."""
-    told = None
-    if learned or "backbone.layer3.0.conv2.conv.weight" in tensors:
-        told = 8
-    elif "backbone.layer4.0.conv2.conv.weight" in tensors:
-        told = 16
-    if told is None:
-        return assumed_stride(options, 8)
-    if options.output_stride not in (None, told):
-        raise CheckpointError(f"its names tell output stride {told}, not {options.output_stride}")
-    return told, []
-
-
-def _add_fcn(result: Plan, tensors: Tensors, stride: int) -> str:
-    modules = {"refine.0": 0, "refine.1": 1, "classifier": 4}
-    result.modules |= {f"head.{ours}": f"classifier.classifier.{i}" for ours, i in modules.items()}
-    result.config |= {
-        "head": "fcn",
-        "head_channels": output_channels(tensors, "classifier.classifier.0.weight"),
-        "num_classes": output_channels(tensors, "classifier.classifier.4.weight"),
-        "trained_stride": stride,
-    }
-    return "fcn"
 
 
 def _drop_high_resolution(result: Plan, tensors: Tensors) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
+from torch import nn
 
-from sparse_seg.conversion.plan import CLASSIFIER, Options, Plan, Tensors
+from sparse_seg.conversion.plan import CLASSIFIER, Pairs, Plan, Renamed, Tensors
 from sparse_seg.errors import CheckpointError
 from sparse_seg.networks.efficientnet_lite import EPS, EfficientNetLite
 from sparse_seg.registry import BACKBONES
@@ -24,26 +25,23 @@ def detect(tensors: Tensors) -> bool:
     return _is_package(tensors) or ("conv_stem.weight" in tensors and "blocks.0.0.conv_dw.weight" in tensors)
 
 
-def plan(tensors: Tensors, options: Options) -> Plan:
+def plan(tensors: Tensors, output_stride: int | None) -> Plan:
     """See `Plan`.
 
     Raises:
         CheckpointError: another EfficientNet, or an output stride is asked for.
     """
-    if options.output_stride is not None:
+    if output_stride is not None:
         raise CheckpointError("--output-stride is for networks with a head: this is a backbone alone")
     for name in VARIANTS:
         with torch.device("meta"):
             backbone = BACKBONES[name]()
-        modules = _modules(backbone, _is_package(tensors))
-        own = {f"{modules[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": one
-               for key, one in backbone.state_dict().items()}  # fmt: skip
-        if all(key in tensors and tensors[key].shape == one.shape for key, one in own.items() if one.ndim):
+        own = Renamed(tensors, _package_names(backbone) if _is_package(tensors) else [("backbone.", "")])
+        shapes = {f"backbone.{key}": one.shape for key, one in backbone.state_dict().items() if one.ndim}
+        if all(key in own.theirs and tensors[own.theirs[key]].shape == one for key, one in shapes.items()):
+            dropped = dict.fromkeys(DROPPED[_is_package(tensors)], CLASSIFIER)
             config = {"backbone": name, "bn_eps": EPS}
-            found = Plan(name, config, {f"backbone.{ours}": theirs for ours, theirs in modules.items()})
-            found.dropped = dict.fromkeys(DROPPED[_is_package(tensors)], CLASSIFIER)
-            found.has_head = False
-            return found
+            return Plan(own, name, config, dropped=dropped, has_head=False)
     raise CheckpointError(f"it is an EfficientNet, but none of {', '.join(VARIANTS)}")
 
 
@@ -51,20 +49,13 @@ def _is_package(tensors: Tensors) -> bool:
     return "_conv_stem.weight" in tensors and "_blocks.0._depthwise_conv.weight" in tensors
 
 
-def _modules(backbone: EfficientNetLite, is_package: bool) -> dict[str, str]:
-    """Our modules to the source's; timm's are named as ours."""
-    own = [name for name, module in backbone.named_modules() if list(module.parameters(recurse=False))]
-    if not is_package:
-        return {name: name for name in own}
-    modules, count = {"conv_stem": "_conv_stem", "bn1": "_bn0"}, 0
+def _package_names(backbone: EfficientNetLite) -> Pairs:
+    """The package numbers all blocks, and a block's layers by what they do."""
+    pairs, count = [("backbone.conv_stem.", "_conv_stem."), ("backbone.bn1.", "_bn0.")], 0
     for stage, blocks in enumerate(backbone.blocks):
-        found: Any = blocks
-        for index, block in enumerate(found):
-            prefix = f"blocks.{stage}.{index}."
-            layers = [name for name in own if name.startswith(prefix)]
-            modules |= {
-                ours: f"_blocks.{count}.{theirs}"
-                for ours, theirs in zip(layers, LAYERS[block.expands], strict=True)
-            }
+        for index, block in enumerate(cast(nn.Sequential, blocks)):
+            layers = [name for name, one in block.named_children() if list(one.parameters())]
+            for ours, theirs in zip(layers, LAYERS[bool(block.expands)], strict=True):
+                pairs.append((f"backbone.blocks.{stage}.{index}.{ours}.", f"_blocks.{count}.{theirs}."))
             count += 1
-    return modules
+    return pairs

@@ -7,31 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sparse_seg.checkpoint import Checkpoint, Origin, save
 from sparse_seg.checkpoint.captured import own_captured
-from sparse_seg.checkpoint.content import MODULE
-from sparse_seg.config import ModelConfig
-from sparse_seg.conversion.mapping import (
-    Entry,
-    Mapped,
-    expected_shapes,
-    map_tensors,
-    resolve_config,
-    to_ours,
-)
+from sparse_seg.config import ModelConfig, model_config
+from sparse_seg.conversion.mapping import Mapped, map_tensors
 from sparse_seg.conversion.naming import Named, find_network
-from sparse_seg.conversion.plan import Options, Plan, as_two_classes
+from sparse_seg.conversion.plan import Plan, as_two_classes
 from sparse_seg.conversion.reading import SourceFile, StateDict, read_source
 from sparse_seg.conversion.sources import (
     SOURCES,
     asked_source,
     check_expected,
     check_file_name,
+    check_head,
     find_source,
     is_known,
-    unknown,
 )
 from sparse_seg.conversion.told import Scaling, check_classes, scaling_of
 from sparse_seg.data.class_file import ClassFile
@@ -51,7 +41,7 @@ class Conversion:
         plan: what the source tells about it.
         config: model settings with all values.
         scaling: of the input.
-        mapped: which tensor is which; shapes: of our module's tensors.
+        mapped: which tensor is which, and their values.
         told: the classes, by the caller.
     """
 
@@ -62,18 +52,7 @@ class Conversion:
     config: ModelConfig
     scaling: Scaling
     mapped: Mapped
-    shapes: dict[str, tuple[int, ...]]
     told: ClassFile | None = None
-
-    def network(self) -> dict[str, Tensor]:
-        """The network's tensors, by a file's names."""
-        return self.mapped.fresh | {entry.ours: self._tensor(entry) for entry in self.mapped.network}
-
-    def _tensor(self, entry: Entry) -> Tensor:
-        tensor, name = self.named.tensors[entry.theirs], entry.ours.removeprefix(MODULE)
-        if name not in self.shapes:
-            return tensor
-        return to_ours(tensor, self.shapes[name], entry, self.plan.added.get(name, 0.0))
 
     @property
     def classes(self) -> list[str] | None:
@@ -103,12 +82,12 @@ class Conversion:
             self.plan.learned_net,
             self.scaling.known,
             self.plan.assumed,
-            {"entries": entries, "aliases": self.mapped.aliases},
+            {"entries": entries, "aliases": self.plan.aliases},
         )
         save(
             Checkpoint(
                 Path(path),
-                self.network() | {entry.ours: self._tensor(entry) for entry in aside},
+                self.mapped.weights,
                 self.config,
                 None if classes is None else tuple(classes),
                 None if colours is None else tuple((red, green, blue) for red, green, blue in colours),
@@ -163,14 +142,15 @@ def convert(
         ConfigError: overrides that are impossible.
     """
     file = read_source(path, trust)
-    wanted = _Wanted(
-        source, arch, num_classes, output_stride, overrides or {}, "head" in allow_missing, threshold
-    )
     failed: list[tuple[StateDict, SparseSegError]] = []
     for candidate in _with_buffers(file.candidates):
         try:
             named = find_network(candidate.tensors, is_known, prefix, drop)
-            conversion = _convert(file, named, wanted)
+            name, plan = _plan(named, source, output_stride, threshold)
+            check_expected(plan, arch, num_classes)
+            check_file_name(file, plan, output_stride)
+            check_head(plan, named, "head" in allow_missing)
+            conversion = _convert(file, named, name, plan, overrides or {})
         except (CheckpointError, ConfigError) as error:
             failed.append((candidate, error))
             continue
@@ -182,49 +162,32 @@ def convert(
     raise type(fault)(f"{path}: {fault}") from None
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What the caller of `convert` asks for."""
-
-    source: str
-    arch: str | None
-    num_classes: int | None
-    output_stride: int | None
-    overrides: Mapping[str, Any]
-    headless: bool
-    threshold: float | None
-
-
-def _convert(file: SourceFile, named: Named, wanted: _Wanted) -> Conversion:
-    tensors = named.tensors
-    name = find_source(tensors) if wanted.source == "auto" else asked_source(tensors, wanted.source)
-    plan: Plan = SOURCES[name].plan(tensors, Options(wanted.output_stride))
+def _plan(named: Named, source: str, output_stride: int | None, threshold: float | None) -> tuple[str, Plan]:
+    """The source, and what it tells."""
+    name = find_source(named.tensors) if source == "auto" else asked_source(named.tensors, source)
+    plan: Plan = SOURCES[name].plan(named.tensors, output_stride)
     if plan.config.get("num_classes") == 1:
-        as_two_classes(plan, wanted.threshold)
-    elif wanted.threshold is not None:
+        as_two_classes(plan, threshold)
+    elif threshold is not None:
         raise CheckpointError("--threshold is for networks of one logit, which it is not")
-    check_expected(plan, wanted.arch, wanted.num_classes)
-    check_file_name(file, plan, wanted.output_stride)
-    if named.outside and not plan.has_head:
-        raise unknown([*named.outside, *tensors])
-    if not plan.has_head and not wanted.headless:
-        raise CheckpointError(
-            f"it is the classifier {plan.arch} and has no segmentation head; to convert its backbone "
-            "alone add --allow-missing head"
-        )
-    config = resolve_config(plan, wanted.overrides)
-    shapes = expected_shapes(config, plan.has_head)
-    mapped = map_tensors(tensors, plan, shapes)
+    return name, plan
+
+
+def _convert(
+    file: SourceFile, named: Named, source: str, plan: Plan, overrides: Mapping[str, Any]
+) -> Conversion:
+    config = model_config({**plan.config, **overrides})
+    mapped = map_tensors(named.tensors, plan, config)
     if named.outside:
         more = f" (and {len(named.outside) - 1} more)" if len(named.outside) > 1 else ""
         raise CheckpointError(
             f"{named.outside[0]}{more} has no place in it; leave it out with --drop "
             f"{named.outside[0].partition('.')[0]}"
         )
-    scaling = Scaling(known=f"ImageNet's, the convention of {name}")
+    scaling = Scaling(known=f"ImageNet's, the convention of {source}")
     if named.mean is not None and named.std is not None:
         scaling = Scaling(named.mean, named.std, "from the file")
-    return Conversion(name, file, named, plan, config, scaling, mapped, shapes)
+    return Conversion(source, file, named, plan, config, scaling, mapped)
 
 
 def _with_buffers(candidates: Sequence[StateDict]) -> list[StateDict]:

@@ -6,14 +6,14 @@ Every step only moves values or adds rows, so `back.py` can undo it bit for bit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_seg.checkpoint.content import ASIDE, MODULE
-from sparse_seg.config import ModelConfig, model_config
+from sparse_seg.config import ModelConfig
 from sparse_seg.conversion.plan import Plan, Tensors
 from sparse_seg.errors import CheckpointError
 from sparse_seg.run.weights import meta_module
@@ -34,84 +34,62 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass
 class Mapped:
-    """A whole file: every tensor of the source in one of these.
+    """A whole file: every tensor of the source is in an entry, or the same as another.
 
     Args:
+        weights: by a file's names of ours, of the network and what it does not need.
         network: entries of the network; aside: of what it does not need, by reason.
-        fresh: our tensors that are none of the source's, with their values: counters that it lacks, and
-            those of `Plan.fresh`.
-        aliases: the source's name to another of its names with the same values.
+        counters: how many of ours start at 0, for the source has none.
     """
 
+    weights: dict[str, Tensor]
     network: list[Entry]
     aside: dict[str, list[Entry]]
-    fresh: dict[str, Tensor]
-    aliases: dict[str, str]
+    counters: int = 0
 
 
-def expected_shapes(config: ModelConfig, has_head: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes of our network's tensors by name.
-
-    Raises:
-        ConfigError: an impossible config.
-    """
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in meta_module(config).state_dict().items()
-        if has_head or name.startswith("backbone.")
-    }
-
-
-def resolve_config(plan: Plan, overrides: Mapping[str, object]) -> ModelConfig:
-    """The plan's config with the user's changes.
-
-    Raises:
-        ConfigError: unknown key or impossible value.
-    """
-    return model_config({**plan.config, **overrides})
-
-
-def map_tensors(tensors: Tensors, plan: Plan, expected: Mapping[str, tuple[int, ...]]) -> Mapped:
+def map_tensors(tensors: Tensors, plan: Plan, config: ModelConfig) -> Mapped:
     """Find the source's tensor for each of ours and a reason for each that is left over.
 
     Raises:
         CheckpointError: a tensor that is missing, of another shape, or without a place; names the first and
             how many there are.
+        ConfigError: an impossible config.
     """
-    network: list[Entry] = []
-    fresh = dict(plan.fresh)
-    faults: list[str] = []
-    for ours, wanted in expected.items():
-        module, _, leaf = ours.rpartition(".")
-        if module not in plan.modules:
-            faults.append(f"{ours}, which the changed settings ask for, is missing")
+    result, used, faults = Mapped(dict(plan.fresh), [], {}), set(plan.aliases), list[str]()
+    for ours, wanted in meta_module(config).state_dict().items():
+        if not plan.has_head and not ours.startswith("backbone."):
             continue
-        theirs = f"{plan.modules[module]}.{leaf}"
-        if theirs in tensors:
-            shape, added = tensors[theirs].shape, int(ours in plan.added)
-            shapes = source_shapes(wanted, added)
-            if tuple(shape) not in shapes:
+        theirs, added = plan.own.source_name(ours), int(ours in plan.added)
+        if ours in plan.own.theirs:
+            shape, shapes = tensors[theirs].shape, source_shapes(tuple(wanted.shape), added)
+            used.add(theirs)
+            if tuple(shape) in shapes:
+                entry = Entry(MODULE + ours, theirs, list(shape), plan.rolls.get(ours), added)
+                value = to_ours(tensors[theirs], wanted.shape, entry, plan.added.get(ours, 0.0))
+                result.network.append(entry)
+                result.weights[entry.ours] = value
+            else:
                 faults.append(f"{theirs} is {list(shape)}, a {plan.arch} has {list(shapes[0])}")
-            network.append(Entry(MODULE + ours, theirs, list(shape), plan.rolls.get(ours), added))
-        elif leaf == COUNTER:
-            fresh[MODULE + ours] = torch.zeros((), dtype=torch.int64)
+        elif ours.endswith(COUNTER):
+            result.counters += 1
+            result.weights[MODULE + ours] = torch.zeros((), dtype=torch.int64)
         else:
             faults.append(f"{theirs} is missing")
-    used = {entry.theirs for entry in network}
-    aside: dict[str, list[Entry]] = {}
     for theirs, tensor in tensors.items():
-        if theirs in used or theirs in plan.aliases:
-            continue
         found = _kept_or_dropped(theirs, plan)
+        if theirs in used:
+            continue
         if found is None:
             faults.append(f"{theirs} {list(tensor.shape)} has no place in it")
-            continue
-        ours, reason = found
-        aside.setdefault(reason, []).append(Entry(ours, theirs, list(tensor.shape)))
+        else:
+            ours, reason = found
+            result.aside.setdefault(reason, []).append(Entry(ours, theirs, list(tensor.shape)))
+            result.weights[ours] = tensor
     if faults:
         more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
         raise CheckpointError(f"it is no {plan.arch}: {faults[0]}{more}")
-    return Mapped(network, aside, fresh, dict(plan.aliases))
+    return result
 
 
 def _kept_or_dropped(theirs: str, plan: Plan) -> tuple[str, str] | None:
@@ -133,7 +111,7 @@ def source_shapes(shape: tuple[int, ...], added: int) -> list[tuple[int, ...]]:
     return [shape, (*shape[:2], *flat[window])] if window in flat else [shape]
 
 
-def to_ours(tensor: Tensor, shape: tuple[int, ...], entry: Entry, before: float = 0.0) -> Tensor:
+def to_ours(tensor: Tensor, shape: Sequence[int], entry: Entry, before: float = 0.0) -> Tensor:
     """A source's tensor in our shape; `before` fills the rows that it lacks."""
     if entry.roll is not None:
         tensor = torch.roll(tensor, -entry.roll[1], entry.roll[0])

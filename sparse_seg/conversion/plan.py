@@ -1,9 +1,14 @@
-"""What every source tells about a state dict: the network it is, and which tensor is which of ours."""
+"""What every source tells about a state dict: the network it is, and which tensor is which of ours.
+
+Our networks are plain modules of PyTorch, so a source is a table of names: once its tensors bear ours,
+`read_settings` reads from them all that tensors can tell, whatever the source.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +17,74 @@ from torch import Tensor
 from sparse_seg.errors import CheckpointError
 
 Tensors = Mapping[str, Tensor]
+Pairs = list[tuple[str, str]]
 AUXILIARY = "auxiliary head, used in training only"
 CLASSIFIER = "classifier of images"
 
+WIDTH = 64  # channels of the stem of all ResNets
+BASIC = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}  # blocks of each stage
+BOTTLENECK = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}
 
-@dataclass
-class Options:
-    """What tensors cannot tell, from the user; None where the source's default is meant."""
 
-    output_stride: int | None = None
+class Renamed:
+    """A source's state dict by our names.
+
+    Args:
+        tensors: by the source's names.
+        pairs: what ours and the source's names begin with, `#` for a number; the first pair that fits counts.
+
+    Attributes:
+        theirs: our name of each tensor to the source's.
+    """
+
+    def __init__(self, tensors: Tensors, pairs: Pairs) -> None:
+        self.tensors, self.pairs = tensors, pairs
+        backward = [(theirs, ours) for ours, theirs in pairs]
+        found = {name: _translated(name, backward) for name in tensors}
+        self.theirs = {ours: name for name, ours in found.items() if ours is not None}
+
+    def __contains__(self, module: str) -> bool:
+        return f"{module}.weight" in self.theirs
+
+    def source_name(self, ours: str) -> str:
+        """The source's name of a tensor of ours, which it may lack."""
+        return self.theirs.get(ours) or _translated(ours, self.pairs) or ours
+
+    def shape(self, module: str) -> tuple[int, ...]:
+        """Of a module's weight.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        name = self.source_name(f"{module}.weight")
+        if name not in self.tensors or not self.tensors[name].ndim:
+            raise CheckpointError(f"{name} is missing")
+        return tuple(self.tensors[name].shape)
+
+    def count(self, module: str) -> int:
+        """How many numbered modules it has."""
+        return count_modules(self.theirs, f"{module}.")
+
+    def separable(self, module: str) -> str:
+        """How a 3x3 with its norm is made: plain, or depthwise and 1x1, with a norm between or not."""
+        if f"{module}.3" in self:
+            return "normed"
+        return "linear" if f"{module}.1" in self and len(self.shape(f"{module}.1")) > 1 else "none"
+
+
+def _translated(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
+    for before, after in pairs:
+        found = re.match(re.escape(before).replace(r"\#", r"(\d+)"), name)
+        if found is not None:
+            numbers = iter(found.groups())
+            return re.sub("#", lambda _: next(numbers), after) + name[found.end() :]  # noqa: B023
+    return None
+
+
+def count_modules(names: Iterable[str], prefix: str) -> int:
+    """How many numbered modules stand under `prefix`, which ends with a dot."""
+    numbers = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
+    return sum(number.isdecimal() for number in numbers)
 
 
 @dataclass
@@ -28,9 +92,9 @@ class Plan:
     """How to convert a state dict.
 
     Args:
+        own: its tensors by our names.
         arch: the source's name for the network, such as `deeplabv3_resnet50`.
         config: model settings, as `ModelConfig` has them; only what differs from its defaults.
-        modules: our module (as `head.aspp.convs.0.0`) to the source's; every module of ours with tensors.
         rolls: our tensors whose channels the source has in another order: (axis, how many of the source's
             first channels stand last in ours). Axes are those of the source's tensor.
         dropped: prefix of the source's names to the reason why the network needs no such tensors.
@@ -46,9 +110,9 @@ class Plan:
         has_head: False for a backbone alone.
     """
 
+    own: Renamed
     arch: str
     config: dict[str, Any]
-    modules: dict[str, str]
     rolls: dict[str, tuple[int, int]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     added: dict[str, float] = field(default_factory=dict)
@@ -61,6 +125,94 @@ class Plan:
     assumed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     has_head: bool = True
+
+
+def resnet_plan(tensors: Tensors, pairs: Pairs, prefix: str, rate: int = 12, has_head: bool = True) -> Plan:
+    """The plan of a ResNet and, where it has one, its head.
+
+    Args:
+        pairs: names of what is special; prefix: of the ResNet's, with its dot, by torchvision's names.
+        rate: the smallest dilation of ASPP, of which the others are multiples.
+
+    Raises:
+        CheckpointError: a part that tells settings is missing.
+    """
+    stem, first = f"{prefix}stem.", f"{prefix}layer1.0.downsample."
+    backbone = [("backbone.", prefix)]
+    if f"{stem}0.weight" in tensors:  # mmsegmentation
+        backbone = [("backbone.bn1.", f"{stem}7."), ("backbone.conv1.", stem), *backbone]
+    if f"{first}2.weight" in tensors:  # timm: behind a mean, which is an identity in layer1
+        shift = [(f"backbone.layer1.0.downsample.{part}.", f"{first}{part + 1}.") for part in (0, 1)]
+        backbone = [*shift, *backbone]
+    own = Renamed(tensors, [*pairs, *backbone])
+    return Plan(own, *read_settings(own, rate, has_head), has_head=has_head)
+
+
+def read_settings(own: Renamed, rate: int, has_head: bool) -> tuple[str, dict[str, Any]]:
+    """The network's name and the settings that its tensors tell.
+
+    Raises:
+        CheckpointError: a tensor that tells one is missing.
+    """
+    depths = [own.count(f"backbone.layer{stage}") for stage in (1, 2, 3, 4)]
+    if not all(depths):
+        missing = own.source_name(f"backbone.layer{depths.index(0) + 1}.0.conv1.weight")
+        raise CheckpointError(f"it has no whole ResNet: {missing} is missing")
+    named = BASIC if "backbone.layer1.0.conv3" not in own else BOTTLENECK
+    name = min(named, key=lambda one: abs(sum(named[one]) - sum(depths)))
+    width, shortcut = own.shape("backbone.bn1")[0] / WIDTH, own.shape("backbone.layer2.0.downsample.1")
+    deep, pooled = "backbone.conv1.0" in own, len(shortcut) > 1
+    config: dict[str, Any] = {"backbone": name}
+    config |= {"depths": depths} if named[name] != depths else {}
+    config |= {"width": width} if width != 1 else {}
+    config |= {"stem": "deep"} if deep else {}
+    config |= {"shortcut": "avg_pool"} if pooled else {}
+    name += "d" if pooled else "c" if deep else ""
+    if not has_head:
+        return name, config
+    config |= _head_settings(own, rate)
+    return f"{config['head']}_{name}", config
+
+
+def _head_settings(own: Renamed, rate: int) -> dict[str, Any]:
+    config: dict[str, Any] = {"num_classes": own.shape("head.classifier")[0]}
+    count, refine = own.count("head.aspp.convs"), own.separable("head.refine")
+    if not count:
+        return config | {"head": "fcn", "head_channels": own.shape("head.refine.0")[0]}
+    config |= {
+        "head": "deeplabv3",
+        "head_channels": own.shape("head.aspp.convs.0.0")[0],
+        "aspp_rates": [rate * (index + 1) for index in range(count - 2)],
+        "aspp_separable": own.separable("head.aspp.convs.1.0"),
+        "aspp_projection": "head.aspp.project.0" in own,
+        "separable": refine,
+    }
+    if not own.count("head.decoder"):
+        return config
+    separable = own.separable("head.decoder.0")
+    config |= {
+        "head": "deeplabv3plus",
+        "refine": "head.refine.0" in own,
+        "separable": separable,
+        "low_level_channels": own.shape("head.low_level.0")[0],
+        "decoder_convs": own.count("head.decoder"),
+    }
+    return config | ({"refine_separable": refine} if config["refine"] and refine != separable else {})
+
+
+def conv_names(tensors: Tensors, ours: str, conv: str, norm: str) -> Pairs:
+    """Names of a 3x3 and its norm; a separable one has its parts under itself (smp) or `body` (VainF)."""
+    part = next((one for one in (f"{conv}.", f"{conv}.body.") if f"{one}0.weight" in tensors), None)
+    layers = [conv, norm] if part is None else [f"{part}0", f"{part}1", norm]
+    return [(f"{ours}.{place}.", f"{layer}.") for place, layer in enumerate(layers)]
+
+
+def assumed_stride(asked: int | None, default: int) -> tuple[int, list[str]]:
+    """The output stride asked for or the source's default, and the line that says so."""
+    if asked is not None:
+        return asked, []
+    other = 24 - default
+    return default, [f"output stride {default} (tensors cannot tell; else use --output-stride {other})"]
 
 
 def as_two_classes(plan: Plan, told: float | None) -> None:
@@ -77,72 +229,3 @@ def as_two_classes(plan: Plan, told: float | None) -> None:
     plan.notes.append(f"its one logit is now class 1's (foreground); class 0's is always {level:.4g}")
     if told is None:
         plan.assumed.append(f"foreground above probability {threshold:g} (else use --threshold)")
-
-
-def count_modules(tensors: Tensors, prefix: str) -> int:
-    """How many numbered modules stand under `prefix`, which ends with a dot."""
-    numbers = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
-    return len([number for number in numbers if number.isdecimal()])
-
-
-def output_channels(tensors: Tensors, name: str) -> int:
-    """First size of a tensor.
-
-    Raises:
-        CheckpointError: there is no such tensor.
-    """
-    if name not in tensors or not tensors[name].ndim:
-        raise CheckpointError(f"{name} is missing")
-    return tensors[name].shape[0]
-
-
-def assumed_stride(options: Options, default: int) -> tuple[int, list[str]]:
-    """The output stride asked for or the source's default, and the line that says so."""
-    if options.output_stride is not None:
-        return options.output_stride, []
-    other = 24 - default
-    return default, [f"output stride {default} (tensors cannot tell; else use --output-stride {other})"]
-
-
-def aspp_modules(tensors: Tensors, theirs: str) -> tuple[dict[str, str], int, str]:
-    """Modules of ASPP in torchvision's naming, which smp, VainF and CAD share.
-
-    Args:
-        theirs: prefix of `convs.0.0`, with its dot.
-
-    Returns:
-        Our modules to theirs, the count of rates, and which separable form it has.
-    """
-    rates = count_modules(tensors, f"{theirs}convs.") - 2
-    pool = f"convs.{rates + 1}"
-    same = ["convs.0.0", "convs.0.1", f"{pool}.1", f"{pool}.2", "project.0", "project.1"]
-    modules, separable = {f"head.aspp.{name}": f"{theirs}{name}" for name in same}, "none"
-    for index in range(1, rates + 1):
-        conv = f"convs.{index}.0"
-        parts = separable_names(tensors, f"{theirs}{conv}")
-        modules |= {f"head.aspp.{conv}.{place}": part for place, part in enumerate(parts)}
-        separable = "linear" if parts else separable
-        whole = [f"convs.{index}.1"] if parts else [conv, f"convs.{index}.1"]
-        modules |= {f"head.aspp.{name}": f"{theirs}{name}" for name in whole}
-    return modules, rates, separable
-
-
-def separable_names(tensors: Tensors, conv: str) -> list[str]:
-    """Names of the depthwise and pointwise parts of a convolution (smp: 0, 1; VainF: body.0, body.1)."""
-    for parts in (("0", "1"), ("body.0", "body.1")):
-        if f"{conv}.{parts[0]}.weight" in tensors:
-            return [f"{conv}.{part}" for part in parts]
-    return []
-
-
-def dense_conv_modules(tensors: Tensors, ours: str, conv: str, norm: str) -> tuple[dict[str, str], str]:
-    """Modules of a dense 3x3 with its norm, plain or separable, and which of the two it is.
-
-    Args:
-        ours: prefix of our sequence, such as `head.refine.`.
-        conv, norm: the source's modules.
-    """
-    names = separable_names(tensors, conv)
-    if not names:
-        return {f"{ours}0": conv, f"{ours}1": norm}, "none"
-    return {f"{ours}0": names[0], f"{ours}1": names[1], f"{ours}2": norm}, "linear"

@@ -31,14 +31,15 @@ def report(conversion: Conversion) -> str:
             for reason, entries in conversion.mapped.aside.items()
         ),
     ]
-    if conversion.mapped.aliases:
-        lines.append(("twins", f"{len(conversion.mapped.aliases)} tensors, the same values by another name"))
+    if plan.aliases:
+        lines.append(("twins", f"{len(plan.aliases)} tensors, the same values by another name"))
     lines.append(
         ("left over", "none; missing: none" + (" but the head, as allowed" if not plan.has_head else ""))
     )
-    counters = [name for name in conversion.mapped.fresh if name.endswith("num_batches_tracked")]
-    if counters:
-        lines.append(("", f"{len(counters)} num_batches_tracked start at 0: the source has none"))
+    if conversion.mapped.counters:
+        lines.append(
+            ("", f"{conversion.mapped.counters} num_batches_tracked start at 0: the source has none")
+        )
     lines.append(("input", str(conversion.scaling)))
     lines += [("classes", ", ".join(conversion.classes))] if conversion.classes else []
     lines += [("note", line) for line in plan.notes]

@@ -9,17 +9,7 @@ from __future__ import annotations
 
 import re
 
-from sparse_seg.conversion.backbone import find_backbone
-from sparse_seg.conversion.plan import (
-    CLASSIFIER,
-    Options,
-    Plan,
-    Tensors,
-    aspp_modules,
-    assumed_stride,
-    dense_conv_modules,
-    output_channels,
-)
+from sparse_seg.conversion.plan import CLASSIFIER, Plan, Tensors, assumed_stride, conv_names, resnet_plan
 from sparse_seg.errors import CheckpointError
 
 # other decoders of smp: a part of their names that no other has
@@ -43,47 +33,43 @@ def detect(tensors: Tensors) -> bool:
     return head and any(name.startswith("encoder.") for name in tensors)
 
 
-def plan(tensors: Tensors, options: Options) -> Plan:
+def plan(tensors: Tensors, output_stride: int | None) -> Plan:
     """See `Plan`.
 
     Raises:
         CheckpointError: another decoder than DeepLab's, or another encoder than a ResNet.
     """
     _check_supported(tensors)
+    pairs = [("head.classifier.", "segmentation_head.0.")]
     plus = "decoder.block1.0.weight" in tensors
-    backbone = find_backbone(tensors, "encoder.")
-    stride, assumed = assumed_stride(options, 16 if plus else 8)
-    old = "decoder.0.convs.0.0.weight" in tensors  # before version 0.4
-    prefix = "decoder.aspp.0." if plus else "decoder.0." if old else "decoder.aspp."
-    aspp, rates, aspp_separable = aspp_modules(tensors, prefix)
-    conv, norm = ("decoder.1", "decoder.2") if old else ("decoder.conv", "decoder.bn")
     if plus:
-        conv, norm = "decoder.aspp.1", "decoder.aspp.2"
-    refine, separable = dense_conv_modules(tensors, "head.refine.", conv, norm)
-    modules = backbone.modules | aspp | refine | {"head.classifier": "segmentation_head.0"}
-    config = backbone.config | {
-        "head": "deeplabv3plus" if plus else "deeplabv3",
-        "head_channels": output_channels(tensors, f"{prefix}convs.0.0.weight"),
-        "num_classes": output_channels(tensors, "segmentation_head.0.weight"),
-        "aspp_rates": [12 * (index + 1) for index in range(rates)],
-        "aspp_separable": aspp_separable,
-        "separable": separable,
+        pairs += [("head.aspp.", "decoder.aspp.0."), ("head.low_level.", "decoder.block1.")]
+        pairs += conv_names(tensors, "head.refine", "decoder.aspp.1", "decoder.aspp.2")
+        pairs += conv_names(tensors, "head.decoder.0", "decoder.block2.0", "decoder.block2.1")
+    elif "decoder.0.convs.0.0.weight" in tensors:  # before version 0.4
+        pairs += [
+            ("head.aspp.", "decoder.0."),
+            ("head.refine.0.", "decoder.1."),
+            ("head.refine.1.", "decoder.2."),
+        ]
+    else:
+        pairs += [
+            ("head.aspp.", "decoder.aspp."),
+            *conv_names(tensors, "head.refine", "decoder.conv", "decoder.bn"),
+        ]
+    result = resnet_plan(tensors, pairs, "encoder.")
+    stride, result.assumed = assumed_stride(output_stride, 16 if plus else 8)
+    result.config |= {
         "align_corners": True,
         "trained_stride": stride,
         "entry_spacings": [4, 16 if stride == 8 else 8, 32],
     }
-    if plus:
-        decoder, _ = dense_conv_modules(tensors, "head.decoder.0.", "decoder.block2.0", "decoder.block2.1")
-        modules |= decoder
-        modules |= {"head.low_level.0": "decoder.block1.0", "head.low_level.1": "decoder.block1.1"}
-        config["low_level_channels"] = output_channels(tensors, "decoder.block1.0.weight")
-    assumed.append("ASPP rates 12, 24, 36 (else use --set aspp_rates=[...])")
-    note = (
+    result.assumed.append("ASPP rates 12, 24, 36 (else use --set aspp_rates=[...])")
+    result.notes.append(
         f"entries of dilated stages have the stage's own spacing, as in smp at output stride {stride}; smp's "
         f"own network of output stride {24 - stride} has another spacing at layer3's entry, so these weights "
         "run at that stride here compute something else than there"
     )
-    result = Plan(f"{config['head']}_{backbone.name}", config, modules, assumed=assumed, notes=[note])
     result.dropped = {"classification_head.": CLASSIFIER}
     return result
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from sparse_seg.conversion import cad, efficientnet, mmseg, smp, timm, torchvision, vainf
+from sparse_seg.conversion.naming import Named
 from sparse_seg.conversion.plan import Plan, Tensors
 from sparse_seg.conversion.reading import SourceFile
 from sparse_seg.errors import CheckpointError, choose_one
@@ -42,9 +43,9 @@ def find_source(tensors: Tensors) -> str:
 
 def unknown(names: Sequence[str]) -> CheckpointError:
     """The error of names that are of no source."""
-    first = ", ".join(names[:3])
+    first, known = ", ".join(names[:3]), ", ".join(sorted(SOURCES))
     return CheckpointError(
-        f"its names ({first}, ...) are of no network that can be converted; known are those of {_listed()}"
+        f"its names ({first}, ...) are of no network that can be converted; known are those of {known}"
     )
 
 
@@ -63,10 +64,6 @@ def asked_source(tensors: Tensors, source: str) -> str:
     raise CheckpointError(f"its tensors are not named like {source}'s but like {find_source(tensors)}'s")
 
 
-def _listed() -> str:
-    return ", ".join(sorted(SOURCES))
-
-
 def check_expected(plan: Plan, arch: str | None, num_classes: int | None) -> None:
     """Raises a CheckpointError for another network or count of classes than the caller expects."""
     if arch is not None and arch != plan.arch:
@@ -76,6 +73,19 @@ def check_expected(plan: Plan, arch: str | None, num_classes: int | None) -> Non
         raise CheckpointError(f"it has {found or 'no'} classes, not {num_classes}")
 
 
+def check_head(plan: Plan, named: Named, is_optional: bool) -> None:
+    """Raises a CheckpointError for a backbone alone, unless that is asked for and all that the file holds."""
+    if plan.has_head:
+        return
+    if named.outside:
+        raise unknown([*named.outside, *named.tensors])
+    if not is_optional:
+        raise CheckpointError(
+            f"it is the classifier {plan.arch} and has no segmentation head; to convert its backbone "
+            "alone add --allow-missing head"
+        )
+
+
 def check_file_name(file: SourceFile, plan: Plan, output_stride: int | None) -> None:
     """What tensors cannot tell is assumed only where no name says another: a stride, as CAD's `..._os16_...`
     does, or timm's ResNets that pool before strides, whose tensors are those of plain ones.
@@ -83,7 +93,12 @@ def check_file_name(file: SourceFile, plan: Plan, output_stride: int | None) -> 
     Raises:
         CheckpointError: a name does.
     """
-    _check_pooling(file)
+    for name in (file.path.name, file.arch):
+        if found := re.search(r"resnet(aa|blur)\d+[a-z]?", name.lower()):
+            raise CheckpointError(
+                f"it is timm's {found[0]} by its name: that it pools before strides is not supported, and no "
+                "tensor shows it; if it is another network, rename the file"
+            )
     said = re.search(r"(?<![a-z])os(8|16)(?!\d)", file.path.name.lower())
     assumed = any(line.startswith("output stride") for line in plan.assumed)
     if output_stride is None and assumed and said and int(said[1]) != plan.config["trained_stride"]:
@@ -91,13 +106,3 @@ def check_file_name(file: SourceFile, plan: Plan, output_stride: int | None) -> 
             f"its tensors cannot tell the output stride, and its name says {said[1]}: add --output-stride "
             "8 or 16"
         )
-
-
-def _check_pooling(file: SourceFile) -> None:
-    """timm's ResNets that pool before each stride have the tensors of those that do not: only names tell."""
-    for name in (file.path.name, file.arch):
-        if found := re.search(r"resnet(aa|blur)\d+[a-z]?", name.lower()):
-            raise CheckpointError(
-                f"it is timm's {found[0]} by its name: that it pools before strides is not supported, and no "
-                "tensor shows it; if it is another network, rename the file"
-            )

@@ -6,74 +6,44 @@ default to 8, the training script to 16.
 
 from __future__ import annotations
 
-from sparse_seg.conversion.backbone import find_backbone
-from sparse_seg.conversion.plan import (
-    Options,
-    Plan,
-    Tensors,
-    aspp_modules,
-    assumed_stride,
-    dense_conv_modules,
-    output_channels,
-    separable_names,
-)
+from sparse_seg.conversion.plan import Pairs, Plan, Tensors, assumed_stride, conv_names, resnet_plan
+
+SEQUENCE = "classifier.classifier"
 
 
 def detect(tensors: Tensors) -> bool:
     """Whether the names are VainF's (CAD's dense networks have the same)."""
-    heads = ("classifier.classifier.0.convs.0.0.weight", "classifier.aspp.convs.0.0.weight")
+    heads = (f"{SEQUENCE}.0.convs.0.0.weight", "classifier.aspp.convs.0.0.weight")
     return "backbone.conv1.weight" in tensors and any(name in tensors for name in heads)
 
 
-def plan(tensors: Tensors, options: Options) -> Plan:
+def plan(tensors: Tensors, output_stride: int | None) -> Plan:
     """See `Plan`."""
-    backbone = find_backbone(tensors, "backbone.")
-    stride, assumed = assumed_stride(options, 8)
-    result = Plan("", backbone.config, backbone.modules, assumed=assumed)
-    name = add_head(result, tensors, stride)
-    result.arch = f"{name}_{backbone.name}"
+    stride, assumed = assumed_stride(output_stride, 8)
+    result = plan_at(tensors, stride)
+    result.assumed = assumed
     return result
 
 
-def add_head(result: Plan, tensors: Tensors, stride: int) -> str:
-    """Complete a backbone's plan by the head, run at `stride`; returns its name."""
-    plus = "classifier.aspp.convs.0.0.weight" in tensors
-    prefix = "classifier.aspp." if plus else "classifier.classifier.0."
-    aspp, rates, aspp_separable = aspp_modules(tensors, prefix)
-    result.modules |= aspp
-    result.config |= {
-        "head": "deeplabv3plus" if plus else "deeplabv3",
-        "head_channels": output_channels(tensors, f"{prefix}convs.0.0.weight"),
-        "aspp_rates": [96 // stride * (index + 1) for index in range(rates)],
-        "aspp_separable": aspp_separable,
-        "trained_stride": stride,
-    }
-    if plus:
-        _add_decoder(result, tensors)
-    else:
-        modules, separable = dense_conv_modules(
-            tensors, "head.refine.", "classifier.classifier.1", "classifier.classifier.2"
-        )
-        result.modules |= modules | {"head.classifier": "classifier.classifier.4"}
-        result.config |= {"separable": separable}
-    last = "classifier.classifier.3.weight" if plus else "classifier.classifier.4.weight"
-    result.config |= {"num_classes": output_channels(tensors, last)}
-    return result.config["head"]
+def plan_at(tensors: Tensors, stride: int, special: Pairs | None = None) -> Plan:
+    """The plan of a network trained at `stride`, with `special` names of its backbone."""
+    pairs = [*(special or []), *_head_names(tensors)]
+    result = resnet_plan(tensors, pairs, "backbone.", 96 // stride)
+    result.config["trained_stride"] = stride
+    if result.config["head"] == "deeplabv3plus":  # the skip's channels stand before ASPP's, in ours behind
+        skip, depthwise = result.config["low_level_channels"], result.config["separable"] != "none"
+        result.rolls["head.decoder.0.0.weight"] = (0 if depthwise else 1, skip)
+        result.rolls |= {"head.decoder.0.1.weight": (1, skip)} if depthwise else {}
+    return result
 
 
-def _add_decoder(result: Plan, tensors: Tensors) -> None:
-    """deeplabv3plus: no 3x3 after ASPP, one after the skip, whose channels stand before ASPP's."""
-    conv = "classifier.classifier.0"
-    modules, separable = dense_conv_modules(tensors, "head.decoder.0.", conv, "classifier.classifier.1")
-    result.modules |= modules | {
-        "head.low_level.0": "classifier.project.0",
-        "head.low_level.1": "classifier.project.1",
-        "head.classifier": "classifier.classifier.3",
-    }
-    skip = output_channels(tensors, "classifier.project.0.weight")
-    result.config |= {"refine": False, "low_level_channels": skip, "separable": separable}
-    if separable_names(tensors, conv):
-        result.rolls["head.decoder.0.0.weight"] = (0, skip)
-        result.rolls["head.decoder.0.1.weight"] = (1, skip)
-    else:
-        result.rolls["head.decoder.0.0.weight"] = (1, skip)
+def _head_names(tensors: Tensors) -> Pairs:
+    if f"{SEQUENCE}.0.convs.0.0.weight" in tensors:
+        aspp, last = f"{SEQUENCE}.0.", f"{SEQUENCE}.4."
+        conv = conv_names(tensors, "head.refine", f"{SEQUENCE}.1", f"{SEQUENCE}.2")
+    else:  # no 3x3 after ASPP, one after the skip
+        aspp, last = "classifier.aspp.", f"{SEQUENCE}.3."
+        conv = conv_names(tensors, "head.decoder.0", f"{SEQUENCE}.0", f"{SEQUENCE}.1")
+        conv.append(("head.low_level.", "classifier.project."))
+    body = ("head.aspp.convs.#.0.#.", f"{aspp}convs.#.0.body.#.")
+    return [body, ("head.aspp.", aspp), *conv, ("head.classifier.", last)]

@@ -7,6 +7,7 @@ tell, such as ASPP's rates, are the same in all of its forms.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from torch import Tensor
 from sparse_seg.networks.segmenter import build_module
 from sparse_seg.ops import OPERATORS
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.values import Run, Values
+from sparse_seg.run.values import Run
 from sparse_seg.run.way import Way
-from sparse_seg.sites import Grid, Mixed, Sites
+from sparse_seg.sites import Mixed, Sites
 
 SIZE = (129, 161)  # height, width in px: odd, so that borders are checked too
 TOLERANCE = 1e-4  # relative; float32 rounding over a hundred layers stays well below
@@ -24,26 +25,31 @@ TOLERANCE = 1e-4  # relative; float32 rounding over a hundred layers stays well 
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest difference over largest value of two ways to run."""
+    """Largest difference over largest value of two ways to run; `must` it vanish in this network
+    (docs/method.md)?"""
 
     name: str
     value: float
+    must: bool = True
 
     @property
     def agrees(self) -> bool:
         return self.value < TOLERANCE  # false for nan
 
+    def __str__(self) -> str:
+        verdict = "ok" if self.agrees else "DIFFERS" if self.must else "inexact"
+        return f"{verdict:<9} {self.value:8.1e}  {self.name}"
+
 
 @dataclass(frozen=True)
 class Verification:
-    """Differences that must vanish, and those that need not in this network (docs/method.md)."""
+    """All differences, those that must vanish first."""
 
-    exact: list[Difference]
-    inexact: list[Difference]
+    differences: list[Difference]
 
     @property
     def agrees(self) -> bool:
-        return all(difference.agrees for difference in self.exact)
+        return all(one.agrees for one in self.differences if one.must)
 
 
 @torch.no_grad()
@@ -58,22 +64,19 @@ def verify(model: SelectiveNetwork, seed: int = 0) -> Verification:
     images = torch.randn(1, 3, *SIZE, generator=generator).to(next(iter(model.tensors.values())))
     blocks = (1, -(-SIZE[0] // coarsest), -(-SIZE[1] // coarsest))
     some = torch.rand(blocks, generator=generator) < 0.3
-    result, name = Verification([], []), f"dense OS{finest}"
-    dense = model.dense(images, finest)
+    found, dense = list[Difference](), model.dense(images, finest)
     if model.settings.module is None:
-        plain = _plain(model, finest)(images)
-        result.exact.append(Difference(f"logits, {name} against plain nn.Conv2d", relative(dense, plain)))
-    all_fine = relative(model(images, fine_blocks=torch.ones_like(some)), dense)
-    where = result.inexact if _pools_rows(model) else result.exact
-    where.append(Difference(f"P2: logits, all-fine against {name}", all_fine))
-    where = result.exact if geometry.refines else result.inexact
-    where += _lattice_differences(model, images, some)
+        error = relative(dense, _plain(model, finest)(images))
+        found.append(Difference(f"logits, dense OS{finest} against plain nn.Conv2d", error))
+    error = relative(model(images, fine_blocks=torch.ones_like(some)), dense)
+    found.append(Difference(f"P2: logits, all-fine against dense OS{finest}", error, not _pools_rows(model)))
+    found += _lattice_differences(model, images, some)
     if geometry.refines:
         refined = model.start(images).start_coarse().take(some).logits()
         one = model.start(images).take(some, Way()).logits()
         error = relative(refined, one)
-        result.exact.append(Difference("P4: a refined coarse pass against a single one", error))
-    return result
+        found.append(Difference("P4: a refined coarse pass against a single one", error))
+    return Verification(sorted(found, key=lambda difference: not difference.must))
 
 
 def _pools_rows(model: SelectiveNetwork) -> bool:
@@ -109,15 +112,12 @@ def _lattice_differences(model: SelectiveNetwork, images: Tensor, blocks: Tensor
         f"P1: the same against dense OS{finest} at every {places} cell": fine,
     }
     return [
-        Difference(name, max(_lattice_error(found[one], values, one) for one in on_rows))
+        Difference(name, max(_lattice_error(found[one], values[one]) for one in on_rows), geometry.refines)
         for name, values in names.items()
     ]
 
 
-def _lattice_error(mixed: object, values: Values, name: str) -> float:
-    grid = values[name]
-    assert isinstance(mixed, Mixed)
-    assert isinstance(grid, Grid)
+def _lattice_error(mixed: Any, grid: Any) -> float:
     return relative(mixed.lattice.tensor, grid.thinned(mixed.lattice.stride))
 
 
@@ -128,10 +128,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 def explain(result: Verification, model: SelectiveNetwork) -> list[str]:
     """Lines for the terminal: each difference, whether P1 holds, and what it means."""
-    lines = [f"{'ok' if one.agrees else 'DIFFERS':<9} {one.value:8.1e}  {one.name}" for one in result.exact]
-    lines += [
-        f"{'ok' if one.agrees else 'inexact':<9} {one.value:8.1e}  {one.name}" for one in result.inexact
-    ]
+    lines = [str(difference) for difference in result.differences]
     dense = f"the dense network of output stride {model.strides[-1]}"
     if model.geometry.refines:
         lines.append(

@@ -126,7 +126,7 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], ModelConfig, str]:
         return part_of(own.weights, MODULE), own.config, f"{own.origin.source} {own.origin.arch}".strip()
     conversion = convert(found, allow_missing=("head",))
     origin = "; assumed ".join((f"{conversion.source} {conversion.plan.arch}", *conversion.plan.assumed))
-    return part_of(conversion.network(), MODULE), conversion.config, origin
+    return part_of(conversion.mapped.weights, MODULE), conversion.config, origin
 
 
 def packaged(name: str) -> Path | None:

@@ -4,11 +4,12 @@ import functools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_seg import load_model
 from sparse_seg.checkpoint import load_backbone
-from sparse_seg.conversion import convert, find_source, to_dense, write_dense
+from sparse_seg.conversion import convert, to_dense, write_dense
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.values import Run
 from sparse_seg.run.way import Way
@@ -61,11 +62,10 @@ def test_logits_at_the_sources_own_stride(name, size, folder):
         assert relative_error(model(images, fine_blocks=all_fine(size)), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("smp")])
 @torch.no_grad()
-def test_logits_before_upsampling_at_the_other_stride(name, size, folder):
-    model, images, stride = converted(name, folder), images_of(size), 24 - CASES[name].stride
+def test_logits_before_upsampling_at_the_other_stride(name, folder):
+    model, images, stride = converted(name, folder), images_of((67, 93)), 24 - CASES[name].stride
     network = at_stride(name, stride)
     expected = network.grid_logits(network.backbone_of()(images))
     found = model.start(images).follow(Way.dense(stride)).grid_logits()
@@ -91,13 +91,12 @@ def lattice(model: SelectiveNetwork, images: Tensor, blocks: Tensor) -> Tensor:
     return value.lattice.tensor
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", ["smp deeplabv3", "smp deeplabv3 separable", "smp deeplabv3plus 8"])
 @torch.no_grad()
-def test_smps_features_at_the_other_stride(name, size, folder):
+def test_smps_features_at_the_other_stride(name, folder):
     """smp's entries are spaced by the output stride it was trained at; its features at 8, sampled, are
     those of the same weights at 16."""
-    model, images = converted(name, folder), images_of(size)
+    model, images = converted(name, folder), images_of((67, 93))
     expected = network_of(name).encoder(images)[3][:, :, ::2, ::2]
     assert relative_error(features(model, images, 16)[3], expected) < TOLERANCE
 
@@ -116,7 +115,7 @@ def test_p1(name, folder):
     assert model.geometry.refines == CASES[name].p1
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES[:2], ids=str)
 @pytest.mark.parametrize("name", BACKBONES)
 @torch.no_grad()
 def test_features_of_classifiers(name, size, folder):
@@ -133,22 +132,15 @@ def test_features_of_classifiers(name, size, folder):
     assert relative_error(found[:, :, ::2, ::2], expected[3]) < TOLERANCE
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("name", CASES | BACKBONES)
-def test_the_way_back(name, suffix, folder):
-    """Bit for bit, all of them, in the source's order."""
+def test_the_way_back(name, folder):
+    """Bit for bit, all of them; classifiers as safetensors, the others as PyTorch's file."""
     converted(name, folder)
-    expected = state_of(name)
-    dense = to_dense(folder / f"{name}.safetensors")
-    write_dense(folder / f"back{suffix}", dense)
-    if suffix == ".pth":
-        dense = torch.load(folder / "back.pth", weights_only=True)
-    assert dense.keys() == expected.keys()
+    dense, expected = to_dense(folder / f"{name}.safetensors"), state_of(name)
+    path = folder / ("back.safetensors" if name in BACKBONES else "back.pth")
+    write_dense(path, dense)
+    back = load_file(path) if name in BACKBONES else torch.load(path, weights_only=True)
+    assert dense.keys() == back.keys() == expected.keys()
     for key, tensor in expected.items():
-        assert dense[key].dtype == tensor.dtype
-        assert torch.equal(dense[key], tensor), key
-
-
-@pytest.mark.parametrize("name", CASES | BACKBONES)
-def test_the_source_is_found(name):
-    assert find_source(state_of(name)) == (CASES | BACKBONES)[name].source
+        assert back[key].dtype == tensor.dtype
+        assert torch.equal(back[key], tensor), key

@@ -13,7 +13,7 @@ from sparse_seg import load_model, segment
 from sparse_seg.checkpoint import load
 from sparse_seg.cli import main
 from sparse_seg.config import load_config
-from sparse_seg.conversion import convert, to_dense
+from sparse_seg.conversion import SOURCES, convert, find_source, to_dense
 from sparse_seg.errors import CheckpointError
 from tests.conversion.cases import network_of, state_of
 from tests.reference import relative_error
@@ -79,8 +79,6 @@ NAMES = {
     "checkpointed blocks": lambda name: name.replace("layer3.0.", "layer3.0._checkpoint_wrapped_module."),
     "FSDP": lambda name: "_fsdp_wrapped_module." + name.replace(".0.", ".0._fsdp_wrapped_module."),
     "parallel sub-module": lambda name: name.replace("backbone.", "backbone.module."),
-    "compiled whole": lambda name: f"_orig_mod.{name}",
-    "net": lambda name: f"net.{name}",
     "deeper": lambda name: f"student.segmentor.{name}",
 }
 
@@ -114,8 +112,8 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE)
-@pytest.mark.parametrize("prefix", ["", "model."])
-def test_what_training_keeps_beside_a_network_is_left_out_and_reported(prefix, beside, tmp_path):
+def test_what_training_keeps_beside_a_network_is_left_out_and_reported(beside, tmp_path):
+    prefix = "model." if "epoch" in beside else ""
     conversion = converted(tmp_path, under(torchvision(), prefix) | beside)
     assert same(conversion.named.tensors, torchvision())
     assert any("left out" in note and next(iter(beside)) in note for note in conversion.named.notes)
@@ -289,8 +287,7 @@ ONE_LOGIT = {  # the classifier, and the probability above which the source take
 }
 
 
-@pytest.mark.parametrize("told", [None, 0.8])
-@pytest.mark.parametrize("name", ONE_LOGIT)
+@pytest.mark.parametrize(("name", "told"), [*((name, None) for name in ONE_LOGIT), ("torchvision fcn", 0.8)])
 @torch.no_grad()
 def test_one_logit_becomes_two_classes_of_the_same_function(name, told, tmp_path):
     (classifier, usual), state = ONE_LOGIT[name], dict(state_of(name))
@@ -342,13 +339,16 @@ DECODERS = {
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_other_networks_of_smp_are_named(name, tmp_path):
-    state = {key: value for key, value in state_of("smp deeplabv3").items() if not key.startswith("decoder.")}
-    extra = {"decoder.blocks.1.conv1.0.weight": torch.zeros(1)} if name == "MAnet" else {}
+def test_other_networks_of_smp_are_named(name):
+    """smp's MAnet has Unet's names, too."""
+    names = ["encoder.conv1.weight", DECODERS[name], "segmentation_head.0.weight"]
+    names += ["decoder.blocks.1.conv1.0.weight"] if name == "MAnet" else []
+    state = {key: torch.zeros(3) for key in names}
+    assert find_source(state) == "smp"
     with pytest.raises(
         CheckpointError, match=f"it is a {name} of smp, which is not supported; of smp, DeepLabV3"
     ):
-        converted(tmp_path, state | {DECODERS[name]: torch.zeros(3)} | extra)
+        SOURCES["smp"].plan(state, None)
 
 
 def test_other_encoders_of_smp_are_named(tmp_path):
