@@ -66,10 +66,12 @@ def save_model(network: SelectiveNetwork, path: str | Path, card: Card | None = 
         )
     if network.is_folded:
         raise CheckpointError("a network made by for_inference() is not saved; save the one it was made of")
-    card, told = card or network.card, ()
-    if card is not None:
-        told = card.names, card.colours, card.ids, card.mean, card.std, "as told", card.frame
-    write_network(network, path, *told)
+    card = card or network.card
+    if card is None:
+        write_network(network, path)
+    else:
+        told = card.names, card.colours, card.ids
+        write_network(network, path, *told, card.mean, card.std, "as told", card.frame)
 
 
 def write_network(

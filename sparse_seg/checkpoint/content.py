@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -112,7 +112,7 @@ class Checkpoint:
         } | ({} if self.captured is None else {"graph": self.captured.description()})
 
 
-def is_state_dict(value: Any) -> bool:
+def is_state_dict(value: Any) -> TypeGuard[Mapping[str, Tensor]]:
     """Whether a value is tensors by name."""
     return isinstance(value, Mapping) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()

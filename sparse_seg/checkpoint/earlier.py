@@ -86,8 +86,13 @@ def from_conversion(metadata: Mapping[str, str], tensors: dict[str, Tensor], pat
             for name, tensor in tensors.items()
             if name.startswith(_CAD_LOGITS)
         }
-        origin = {"source": metadata["source"], "arch": metadata["arch"], "back": back}
-        origin |= {"has_head": metadata["holds"] == "network", "learned_net": "cad_mask_net"}
+        origin = {
+            "source": metadata["source"],
+            "arch": metadata["arch"],
+            "has_head": metadata["holds"] == "network",
+            "learned_net": "cad_mask_net",
+            "back": back,
+        }
         version = metadata["version"]
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, RecursionError, RuntimeError):
         raise CheckpointError(f"{path} is damaged: what it says of itself cannot be read") from None

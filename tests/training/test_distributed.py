@@ -110,7 +110,9 @@ def in_processes(count: int, work: Callable[..., None], folder: Path, *arguments
 
 def _join(rank: int, store: str, count: int, work: Callable[..., None], arguments: tuple) -> None:
     torch.set_num_threads(1)
-    importlib.import_module("torch.distributed.nn")  # first, as in joined_processes: else threads outlive Python
+    importlib.import_module(
+        "torch.distributed.nn"
+    )  # first, as in joined_processes: else threads outlive Python
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
     work(Processes(rank, count), *arguments)
     torch.distributed.destroy_process_group()
