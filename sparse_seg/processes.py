@@ -14,10 +14,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from queue import SimpleQueue
 from threading import Thread
 from types import FrameType
 from typing import Any, TypeVar
@@ -31,7 +31,6 @@ from sparse_seg.errors import SparseSegError, TrainingError, first_line
 
 TIMEOUT = timedelta(minutes=30)  # of a process that waits for the others
 PATIENCE = 5.0  # seconds in which the first process says what happened, before another one does
-_Module = TypeVar("_Module", bound=nn.Module)
 _T = TypeVar("_T")
 
 
@@ -66,12 +65,6 @@ class Processes:
         if not self.is_first:
             sequence = np.random.SeedSequence([seed, iteration, self.rank])
             torch.manual_seed(int(sequence.generate_state(1)[0]))
-
-    def share_norms(self, model: _Module, device: torch.device) -> _Module:
-        """The model with batch norms that see the whole batch, where the device can."""
-        if self.count == 1 or device.type != "cuda":
-            return model
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     # -- what all do at the same time ----------------------------------------------------------------------
 
@@ -164,11 +157,11 @@ class Processes:
 
 @contextmanager
 def _loss_named() -> Iterator[None]:
-    """Raises ProcessLost where a connection to another process breaks."""
+    """Raises ProcessLost where a connection to another process breaks, with what gloo or NCCL says."""
     try:
         yield
-    except RuntimeError:  # of gloo and NCCL alike, with their own words
-        raise ProcessLost from None
+    except RuntimeError as error:
+        raise ProcessLost(f" or cannot be reached ({first_line(error)})") from None
 
 
 @contextmanager
@@ -241,22 +234,16 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def _interruptible(work: Callable[[], object]) -> None:
     """Work that waits in C++, in a thread: Python hears no signal before such a call returns."""
-    ended: SimpleQueue[Exception | None] = SimpleQueue()
+    done: Future[object] = Future()
 
     def run() -> None:
         try:
-            work()
+            done.set_result(work())
         except Exception as error:
-            ended.put(error)
-        else:
-            ended.put(None)
+            done.set_exception(error)
 
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    error = ended.get()
-    thread.join()
-    if error is not None:
-        raise error
+    Thread(target=run, daemon=True).start()
+    done.result()
 
 
 def _speaks(store: Any, rank: int) -> bool:

@@ -31,6 +31,7 @@ from sparse_seg.config import ModelConfig, check_model
 from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError, first_line
 from sparse_seg.graph import Geometry
 from sparse_seg.graph.file import check_tensors
+from sparse_seg.masks import cad_mask_net, mask_net
 from sparse_seg.ops import Graph
 from sparse_seg.run.build import check_policy, own_graph
 from sparse_seg.run.card import Card
@@ -41,6 +42,7 @@ from sparse_seg.run.values import Run
 from sparse_seg.run.weights import check_finite, check_shapes, load_weights, meta_module, part_of
 from sparse_seg.sites import Grid
 
+NETS: dict[str, Callable[[int, int], nn.Module]] = {"mask_net": mask_net, "cad_mask_net": cad_mask_net}
 MOST_PIXELS = 2**20  # of a graph that is checked on the CPU
 
 
@@ -89,6 +91,13 @@ def write_network(
     if names is not None and len(names) != count:
         raise CheckpointError(f"{len(names)} class names are given, and the network has {count} classes")
     weights, captured = content_of(network)
+    entries = [
+        [name, name.partition(".")[2], list(tensor.shape), None, 0]
+        for name, tensor in weights.items()
+        if name.startswith((MODULE, ASIDE))
+    ]
+    back = {"entries": entries, "aliases": {}}
+    known = {"ids": ids, "frame": frame}
     save(
         Checkpoint(
             Path(path),
@@ -98,22 +107,11 @@ def write_network(
             None if colours is None else tuple(colours),
             tuple(mean),
             tuple(std),
-            origin_of(settings, weights, normalisation),
-            ({} if ids is None else {"ids": list(ids)}) | ({} if frame is None else {"frame": list(frame)}),
+            Origin("module", settings.module or "", normalisation=normalisation, back=back),
+            {name: list(values) for name, values in known.items() if values is not None},
             captured=captured,
         )
     )
-
-
-def origin_of(settings: ModelConfig, weights: Mapping[str, Tensor], normalisation: str) -> Origin:
-    """The origin of a module's weights, with the way back to its state dict."""
-    entries = [
-        [name, name.partition(".")[2], list(tensor.shape), None, 0]
-        for name, tensor in weights.items()
-        if name.startswith((MODULE, ASIDE))
-    ]
-    back = {"entries": entries, "aliases": {}}
-    return Origin("module", settings.module or "", normalisation=normalisation, back=back)
 
 
 def content_of(network: SelectiveNetwork) -> tuple[dict[str, Tensor], Captured]:
@@ -131,11 +129,8 @@ def content_of(network: SelectiveNetwork) -> tuple[dict[str, Tensor], Captured]:
 
 
 def own_captured(settings: ModelConfig) -> Captured:
-    """The graph of a network of ours, without memory for its tensors.
-
-    Raises:
-        ConfigError: an impossible config.
-    """
+    """The graph of a network of ours, without memory for its tensors. Raises a ConfigError for impossible
+    settings."""
     module = meta_module(settings)
     return _captured(own_graph(settings, module), module)
 
@@ -160,10 +155,11 @@ def recaptured(checkpoint: Checkpoint, settings: ModelConfig) -> Checkpoint:
     path, unused = checkpoint.path, MODULE + AUXILIARY  # which only training uses, may be missing or not
     weights = {name: one for name, one in checkpoint.weights.items() if not name.startswith(unused)}
     try:
-        planned = meta_module(settings).state_dict()
+        module = meta_module(settings)
+        planned = module.state_dict()
         planned = {name: one for name, one in planned.items() if not name.startswith(AUXILIARY)}
         check_shapes(planned, part_of(weights, MODULE), path)
-        captured = own_captured(settings)
+        captured = _captured(own_graph(settings, module), module)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return dataclasses.replace(checkpoint, weights=weights, captured=captured)
@@ -172,18 +168,19 @@ def recaptured(checkpoint: Checkpoint, settings: ModelConfig) -> Checkpoint:
 def captured_network(
     checkpoint: Checkpoint,
     settings: ModelConfig,
-    net: Callable[[int, int], nn.Module],
     card: Card,
 ) -> SelectiveNetwork:
-    """The network of a file, in eval mode; `settings` say how it runs, `net` makes a learned policy's.
+    """The network of a file, in eval mode; `settings` say how it runs.
 
     Raises:
         CheckpointError: a graph that cannot be, or tensors that do not fit it.
         NotSelective: nothing of it can run selectively at these strides.
         ConfigError: impossible settings.
     """
-    path, captured = checkpoint.path, checkpoint.captured
+    path, captured, net = checkpoint.path, checkpoint.captured, checkpoint.origin.learned_net
     assert captured is not None
+    if net not in NETS:
+        raise CheckpointError(f"{path} has a mask net {net!r} that this version does not know")
     own, constants = part_of(checkpoint.weights, MODULE), part_of(checkpoint.weights, CONSTANTS)
     if checkpoint.config.module is None:
         own = {name: _computed(one) for name, one in own.items()}
@@ -193,14 +190,22 @@ def captured_network(
         settings = dataclasses.replace(
             settings, module=checkpoint.config.module, module_args=checkpoint.config.module_args
         )
-        network = build_network(captured.graph, module, constants, settings, card, net)
+        network = build_network(captured.graph, module, constants, settings, card, NETS[net])
         check_policy(network)
     except SparseSegError:
         raise
     except Exception as error:  # a graph that cannot be fails in many ways
         raise CheckpointError(f"{path} is damaged: its graph cannot be: {first_line(error)}") from None
     check_finite(own | constants, path)
-    load_policy(network, checkpoint)
+    if network.policy.state_dict():
+        found = part_of(checkpoint.weights, POLICY)
+        if not found:
+            raise CheckpointError(
+                f"{path} holds no net of a mask: train one with train.init={path} (see "
+                "configs/camvid_mask.yaml), fit one by sparse-seg fit-gain for policy gain, or choose "
+                "another model.mask.policy"
+            )
+        load_weights(network.policy, found, path)
     return network.eval()
 
 
@@ -209,24 +214,6 @@ def _computed(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point():
         return tensor.to(torch.float32)
     return tensor if tensor.is_complex() or tensor.dtype == torch.bool else tensor.to(torch.int64)
-
-
-def load_policy(network: SelectiveNetwork, checkpoint: Checkpoint) -> None:
-    """Copy a file's mask net into a network whose policy has one.
-
-    Raises:
-        CheckpointError: there is none, or it does not fit.
-    """
-    if not network.policy.state_dict():
-        return
-    found, path = part_of(checkpoint.weights, POLICY), checkpoint.path
-    if not found:
-        raise CheckpointError(
-            f"{path} holds no net of a mask: train one with train.init={path} (see "
-            "configs/camvid_mask.yaml), fit one by sparse-seg fit-gain for policy gain, or choose another "
-            "model.mask.policy"
-        )
-    load_weights(network.policy, found, path)
 
 
 def _check(captured: Captured, own: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -22,6 +21,8 @@ MODULE, CONSTANTS, POLICY = "module.", "constants.", "policy."
 AUXILIARY = "auxiliary."  # below MODULE, of ours: a head that only training uses
 PARTS = (MODULE, CONSTANTS, POLICY, ASIDE)
 EARLIER_PARTS = ("backbone.", "head.", AUXILIARY)  # of a module, up to format 2
+MOST_NUMBER = 1e300
+Test = Callable[[Any], bool]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -33,7 +34,7 @@ class Origin:
         source: `sparse_seg` for those of our training, else a name in `conversion.SOURCES`.
         arch: the source's name for the network, as `deeplabv3_resnet50`.
         has_head: False for a backbone alone.
-        learned_net: which net `policy.net.*` is, see `network.NETS`.
+        learned_net: which net `policy.net.*` is, see `captured.NETS`.
         normalisation: how mean and std are known, in words; empty where nobody said, so that a config may
             have others.
         assumed: what the source's tensors could not tell and what was taken for it, one line each.
@@ -111,24 +112,32 @@ class Checkpoint:
         } | ({} if self.captured is None else {"graph": self.captured.description()})
 
 
+def is_state_dict(value: Any) -> TypeGuard[Mapping[str, Tensor]]:
+    """Whether a value is tensors by name."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
+
+
 def parse(description: Mapping[str, Any], weights: dict[str, Tensor], path: Path, digest: str) -> Checkpoint:
     """A checkpoint from what its file says, which may be anything.
 
     Raises:
         CheckpointError: an entry that is missing, unknown or impossible.
     """
-    captured = None
-    if "graph" in description:
-        captured = _captured(description["graph"], path)
-        description = {name: value for name, value in description.items() if name != "graph"}
-    found = _entries(description, _PARTS, path, "")
-    origin = Origin(**_entries(found.pop("origin"), _ORIGIN, path, "origin."))
-    model = found.pop("model")
+    found = dict(description)
+    captured = _captured(found.pop("graph"), path) if "graph" in found else None
+    _check(found, _ENTRIES, path)
+    _check(found["origin"], _ORIGIN, path, "origin.")
     try:
-        config = model_config(model)
+        config = model_config(found.pop("model"))
     except ConfigError as error:
         raise CheckpointError(f"{path}: its model settings are damaged: {error}") from None
-    checkpoint = Checkpoint(path, weights, config, origin=origin, digest=digest, captured=captured, **found)
+    found["origin"] = Origin(**found["origin"])
+    for name in ("classes", "colours", "mean", "std"):
+        if found[name] is not None:
+            found[name] = tuple(tuple(one) if isinstance(one, list) else one for one in found[name])
+    checkpoint = Checkpoint(path, weights, config, **found, digest=digest, captured=captured)
     _check_sizes(checkpoint)
     return checkpoint
 
@@ -150,13 +159,16 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
     classes, captured = config.num_classes, checkpoint.captured
     given = classes if captured is None else captured.graph.node(captured.graph.output).shape[1]
     parts = sum(config.depths or []) + len(config.aspp_rates) + config.decoder_convs
+    names, colours = (
+        classes if one is None else len(one) for one in (checkpoint.classes, checkpoint.colours)
+    )
     faults = {
         f"{strange[:1]} is of no part of a network": bool(strange),
         "it has no graph": captured is None and config.module is not None,
         f"its graph gives {given} logits for {classes} classes": given != classes,
         "it has no class count": classes is None and checkpoint.origin.has_head,
-        "its class names are not as many as its classes": _differs(checkpoint.classes, classes),
-        "its colours are not as many as its classes": _differs(checkpoint.colours, classes),
+        "its class names are not as many as its classes": names != classes,
+        "its colours are not as many as its classes": colours != classes,
         # what has no tensors in the file need not be built to see that
         f"its settings ask for {parts} blocks and it holds {count} tensors": parts > count + 4,
     }
@@ -165,74 +177,43 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{checkpoint.path} is damaged: {fault}")
 
 
-def _differs(values: tuple[Any, ...] | None, count: int | None) -> bool:
-    return values is not None and len(values) != count
-
-
-def _entries(tree: Any, parts: Mapping[str, Callable[[Any], Any]], path: Path, where: str) -> dict[str, Any]:
-    """The values of exactly these keys, each through its check."""
-    if not isinstance(tree, Mapping) or set(tree) != set(parts):
-        names = sorted(set(tree) ^ set(parts), key=str) if isinstance(tree, Mapping) else [where or "all"]
-        raise CheckpointError(f"{path} is damaged: {where}{names[0]} is missing or unknown in what it says")
-    result = {}
-    for name, check in parts.items():
-        try:
-            result[name] = check(tree[name])
-        except (ValueError, TypeError, OverflowError):
+def _check(tree: Mapping[str, Any], tests: Mapping[str, Test], path: Path, where: str = "") -> None:
+    """Raises a CheckpointError unless the tree has exactly these keys, with values that pass."""
+    for name in sorted(tree.keys() ^ tests.keys(), key=str):
+        raise CheckpointError(f"{path} is damaged: {where}{name} is missing or unknown in what it says")
+    for name, test in tests.items():
+        if not test(tree[name]):
             text = repr(tree[name])[:60]
-            raise CheckpointError(f"{path} is damaged: it says {where}{name} is {text}") from None
-    return result
+            raise CheckpointError(f"{path} is damaged: it says {where}{name} is {text}")
 
 
-def _of(kind: type) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise ValueError
-        return value
-
-    return check
+def _is(kind: type) -> Test:
+    return lambda value: isinstance(value, kind)
 
 
-def _texts(value: Any) -> list[str]:
-    return [_of(str)(text) for text in _of(list)(value)]
+def _list_of(test: Test, count: int | None = None) -> Test:
+    return lambda value: isinstance(value, list) and count in (None, len(value)) and all(map(test, value))
 
 
-def _names(value: Any) -> tuple[str, ...] | None:
-    return None if value is None else tuple(_texts(value))
+def _number_above(lowest: float) -> Test:
+    return lambda value: isinstance(value, (int, float)) and lowest < value < MOST_NUMBER
 
 
-def _colours(value: Any) -> tuple[tuple[int, ...], ...] | None:
-    if value is None:
-        return None
-    colours = tuple(tuple(_of(int)(part) for part in _of(list)(colour)) for colour in _of(list)(value))
-    if any(len(colour) != 3 or min(colour) < 0 or max(colour) > 255 for colour in colours):
-        raise ValueError
-    return colours
-
-
-def _numbers(lowest: float) -> Callable[[Any], tuple[float, ...]]:
-    def check(value: Any) -> tuple[float, ...]:
-        numbers = tuple(float(_of((int, float))(number)) for number in _of(list)(value))  # type: ignore[arg-type]
-        if len(numbers) != 3 or not all(math.isfinite(number) and number > lowest for number in numbers):
-            raise ValueError
-        return numbers
-
-    return check
-
-
-_PARTS: dict[str, Callable[[Any], Any]] = {
-    "version": _of(str),
-    "model": _of(dict),
-    "classes": _names,
-    "colours": _colours,
-    "mean": _numbers(-math.inf),
-    "std": _numbers(0),
-    "origin": _of(dict),
-    "training": _of(dict),
+_text, _texts = _is(str), _list_of(_is(str))
+_colours = _list_of(_list_of(lambda value: isinstance(value, int) and 0 <= value <= 255, 3))
+_ENTRIES: dict[str, Test] = {
+    "version": _text,
+    "model": _is(dict),
+    "classes": lambda value: value is None or _texts(value),
+    "colours": lambda value: value is None or _colours(value),
+    "mean": _list_of(_number_above(-MOST_NUMBER), 3),
+    "std": _list_of(_number_above(0), 3),
+    "origin": _is(dict),
+    "training": _is(dict),
 }
-_ORIGIN: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("source", "arch", "learned_net", "normalisation"), _of(str)),
-    "has_head": _of(bool),
+_ORIGIN: dict[str, Test] = {
+    **dict.fromkeys(("source", "arch", "learned_net", "normalisation"), _text),
+    "has_head": _is(bool),
     "assumed": _texts,
-    "back": _of(dict),
+    "back": _is(dict),
 }

@@ -1,4 +1,4 @@
-"""Files of version 0.1, in today's terms: `.pt` of training, `.safetensors` of conversion.
+"""Files of version 0.1, and weights of formats up to 2, in today's terms.
 
 A `.pt` file of training is still how its resumable state is kept (see `training/checkpoint.py`).
 """
@@ -6,20 +6,33 @@ A `.pt` file of training is still how its resumable state is kept (see `training
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from sparse_seg.checkpoint.content import ASIDE, IMAGENET_MEAN, IMAGENET_STD, Checkpoint, parse
+from sparse_seg.checkpoint.content import (
+    ASIDE,
+    EARLIER_PARTS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MODULE,
+    PARTS,
+    Checkpoint,
+    is_state_dict,
+    parse,
+)
 from sparse_seg.checkpoint.digest import digest_of
+from sparse_seg.config import ModelConfig
 from sparse_seg.data import DATASETS
 from sparse_seg.errors import CheckpointError
 
 CONVERTED = "sparse_seg.converted"
 _CAD_NET, _CAD_LOGITS = "mask_net.", "mask_net.7."  # of conversions, with CAD's own two logits
-_ORIGIN = {"arch": "", "has_head": True, "learned_net": "mask_net", "assumed": [], "back": {}}
+_ROWS = re.compile(r"backbone\.layer\d\.\d+\.conv\d\.weight|head\.aspp\.atrous\.\d+\.(depthwise\.)?weight")
 
 
 def from_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
@@ -28,7 +41,9 @@ def from_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
     Raises:
         CheckpointError: an entry that is missing or impossible.
     """
-    weights = _tensors(content.get("ema") or content.get("model"), path)
+    weights = content.get("ema") or content.get("model")
+    if not is_state_dict(weights):
+        raise CheckpointError(f"{path} is damaged: its weights are no tensors by name")
     config = content.get("config")
     model, data = (_mapping(config, part) for part in ("model", "data"))
     classifier = weights.get("module.head.classifier.weight", weights.get("head.classifier.weight"))
@@ -36,24 +51,21 @@ def from_training(content: Mapping[str, Any], path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is to resume from; its network is in best.safetensors beside it")
     if not model or classifier is None or not classifier.ndim:
         raise CheckpointError(f"{path} is damaged: it holds no whole network with its config")
-    classes = _class_list(data.get("dataset"), classifier.shape[0])
-    description = {
-        "version": content.get("version"),
-        "model": dict(model) | {"num_classes": classifier.shape[0]},
-        "classes": classes and list(classes.names),
-        "colours": classes and [list(colour) for colour in classes.palette],
-        "mean": data.get("mean"),
-        "std": data.get("std"),
-        "origin": _ORIGIN | {"source": "sparse_seg", "normalisation": "as trained"},
-        "training": {"config": config},
-    }
-    return parse(description, weights, path, digest_of(weights))
-
-
-def _class_list(dataset: Any, count: int) -> Any:
-    """A dataset's classes, if it is known here and has as many."""
+    count, dataset = classifier.shape[0], data.get("dataset")
     known = DATASETS.get(dataset) if isinstance(dataset, str) else None
-    return known.classes if known is not None and len(known.classes) == count else None
+    classes = known.classes if known is not None and len(known.classes) == count else None
+    return _parsed(
+        dict(weights),
+        path,
+        {"source": "sparse_seg", "normalisation": "as trained"},
+        version=content.get("version"),
+        model=dict(model) | {"num_classes": count},
+        classes=classes and list(classes.names),
+        colours=classes and [list(colour) for colour in classes.palette],
+        mean=data.get("mean"),
+        std=data.get("std"),
+        training={"config": config},
+    )
 
 
 def from_conversion(metadata: Mapping[str, str], tensors: dict[str, Tensor], path: Path) -> Checkpoint:
@@ -63,37 +75,36 @@ def from_conversion(metadata: Mapping[str, str], tensors: dict[str, Tensor], pat
         CheckpointError: an entry that is missing or impossible.
     """
     try:
-        entries = json.loads(metadata["tensors"])
-        renamed = {entry[0]: _new_name(entry[0], entry[1]) for entry in entries}
-        back = {
-            "entries": [[renamed[entry[0]], *entry[1:], 0] for entry in entries],
-            "aliases": json.loads(metadata["aliases"]),
-        }
-        model, classes = json.loads(metadata["config"]), json.loads(metadata["classes"])
-        source, arch, version = (metadata[key] for key in ("source", "arch", "version"))
-        has_head = metadata["holds"] == "network"
+        model, classes, entries, aliases = (
+            json.loads(metadata[key]) for key in ("config", "classes", "tensors", "aliases")
+        )
+        renamed = {ours: _new_name(ours, theirs) for ours, theirs, *_ in entries}
+        back = {"entries": [[renamed[ours], *rest, 0] for ours, *rest in entries], "aliases": aliases}
         weights = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
         weights |= {
             name.replace(_CAD_NET, "policy.net."): tensor[:1] - tensor[1:]
             for name, tensor in tensors.items()
             if name.startswith(_CAD_LOGITS)
         }
+        origin = {
+            "source": metadata["source"],
+            "arch": metadata["arch"],
+            "has_head": metadata["holds"] == "network",
+            "learned_net": "cad_mask_net",
+            "back": back,
+        }
+        version = metadata["version"]
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, RecursionError, RuntimeError):
         raise CheckpointError(f"{path} is damaged: what it says of itself cannot be read") from None
-    description = {
-        "version": version,
-        "model": model,
-        "classes": classes,
-        "colours": None,
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
-        "origin": _ORIGIN
-        | {
-            **{"source": source, "arch": arch, "has_head": has_head, "back": back},
-            **{"learned_net": "cad_mask_net", "normalisation": ""},
-        },
-        "training": {},
-    }
+    mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
+    return _parsed(weights, path, origin, version=version, model=model, classes=classes, mean=mean, std=std)
+
+
+def _parsed(weights: dict[str, Tensor], path: Path, origin: Mapping[str, Any], **said: Any) -> Checkpoint:
+    """What a file says, with what these versions did not say."""
+    unsaid = {"arch": "", "has_head": True, "learned_net": "mask_net", "normalisation": ""}
+    whole = {**unsaid, "assumed": [], "back": {}, **origin}
+    description = {"colours": None, "training": {}, "origin": whole, **said}
     return parse(description, weights, path, digest_of(weights))
 
 
@@ -103,14 +114,65 @@ def _new_name(ours: str, theirs: str) -> str:
     return "policy.net." + ours.removeprefix(_CAD_NET) if ours.startswith(_CAD_NET) else ours
 
 
-def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
-    ):
-        raise CheckpointError(f"{path} is damaged: its weights are no tensors by name")
-    return dict(state)
-
-
 def _mapping(tree: Any, key: str) -> Mapping[str, Any]:
     value = tree.get(key) if isinstance(tree, Mapping) else None
     return value if isinstance(value, Mapping) else {}
+
+
+# -- weights of formats up to 2, whose networks kept layouts of their own ------------------------------------
+
+
+def as_today(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint of any format, as this version writes it."""
+    config, origin, entries = checkpoint.config, checkpoint.origin, checkpoint.origin.back.get("entries")
+    if isinstance(entries, list):
+        back = {"entries": [_entry(entry, config) for entry in entries]}
+        origin = replace(origin, back=origin.back | back)
+    weights = {
+        _todays_name(name, config): _todays_layout(name, tensor)
+        for name, tensor in checkpoint.weights.items()
+    }
+    return replace(checkpoint, origin=origin, weights=weights)
+
+
+def _entry(entry: Any, config: ModelConfig) -> Any:
+    """An entry of the way back, without the word on its layout."""
+    if not isinstance(entry, list) or len(entry) != 6 or not isinstance(entry[0], str):
+        return entry
+    return [_todays_name(entry[0], config), *entry[1:3], *entry[4:]]
+
+
+def _todays_name(name: str, config: ModelConfig) -> str:
+    if name.startswith(PARTS):
+        return name
+    if config.shortcut == "avg_pool":  # the mean has a place of its own
+        name = re.sub(r"(layer[234]\.0\.downsample\.)(\d)", lambda m: f"{m[1]}{int(m[2]) + 1}", name)
+    part, _, own = name.partition("head.aspp.")
+    return MODULE + (part + "head.aspp." + _aspp(own, config) if own else name)
+
+
+def _aspp(name: str, config: ModelConfig) -> str:
+    count, pointwise = len(config.aspp_rates), "3" if config.aspp_separable == "normed" else "1"
+    kind, _, rest = name.partition(".")
+    if kind == "point":
+        return f"convs.0.{rest}"
+    if kind == "pool":
+        place, _, leaf = rest.partition(".")
+        return f"convs.{count + 1}.{int(place) + 1}.{leaf}"
+    if kind not in ("atrous", "atrous_bn"):
+        return name
+    branch, _, leaf = rest.partition(".")
+    if kind == "atrous_bn":
+        return f"convs.{int(branch) + 1}.1.{leaf}"
+    for own, place in (("depthwise", "0"), ("norm", "1"), ("pointwise", pointwise)):
+        if leaf.startswith(f"{own}."):
+            leaf = leaf.replace(own, place, 1)
+    return f"convs.{int(branch) + 1}.0.{leaf}"
+
+
+def _todays_layout(name: str, tensor: Tensor) -> Tensor:
+    """3x3 convolutions on rows were stored `[O, 3, 3, I]`, 1x1 ones `[O, I]`."""
+    if _ROWS.fullmatch(name) and tensor.ndim == 4:
+        return tensor.permute(0, 3, 1, 2).contiguous()
+    is_point = tensor.ndim == 2 and name.startswith(EARLIER_PARTS)
+    return tensor[:, :, None, None] if is_point else tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from sparse_seg.checkpoint import earlier
 from sparse_seg.checkpoint.content import Checkpoint, parse
 from sparse_seg.checkpoint.digest import digest_of
-from sparse_seg.checkpoint.names import as_today
 from sparse_seg.checkpoint.pickled import ZIP, load_pickled
 from sparse_seg.errors import CheckpointError, did_you_mean, first_line, shown
 from sparse_seg.files import atomic_write
 
 FORMAT, FORMAT_VERSION = "sparse_seg.checkpoint", 4
 KEY = "sparse_seg"  # of the JSON text among the metadata
+_ABOUT_FILE = ("format", "format_version", "weights")  # in that text, which else is of the checkpoint
 SUFFIX = ".safetensors"
 SHIPPED = Path(__file__).parents[1] / "weights"  # by name; a card beside each says what it is
 MOST_HEADER = 10**8  # bytes, by the format
@@ -28,23 +28,14 @@ MOST_HEADER = 10**8  # bytes, by the format
 
 def save(checkpoint: Checkpoint) -> None:
     """Write a checkpoint to its `path`. Raises OSError where the folder cannot be written."""
-    weights, seen = dict[str, Tensor](), set[int]()
-    for name, tensor in checkpoint.weights.items():
-        own = _plain(tensor)
-        if own.data_ptr() in seen:  # one parameter by two names
-            own = own.clone()
-        weights[name] = own
-        seen.add(own.data_ptr())
+    # with memory of their own, on which the safetensors library insists: a module has parameters by two names
+    weights = {
+        name: tensor.detach().cpu().clone().contiguous() for name, tensor in checkpoint.weights.items()
+    }
     content = {"format": FORMAT, "format_version": FORMAT_VERSION} | checkpoint.description()
     content["weights"] = digest_of(weights)
     content["digest"] = digest_of(content)
     atomic_write(checkpoint.path, safetensors.torch.save(weights, {KEY: json.dumps(content)}))
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """With memory of its own, which the safetensors library insists on."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -56,7 +47,7 @@ def load(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: missing, damaged or foreign file.
     """
-    return as_today(_load(find(path)))
+    return earlier.as_today(_load(find(path)))
 
 
 def _load(path: Path) -> Checkpoint:
@@ -73,18 +64,14 @@ def _load(path: Path) -> Checkpoint:
         content = None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: what it says of itself cannot be read")
-    return _verified(content, weights, path)
-
-
-def _verified(content: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Checkpoint:
-    version = content.pop("format_version", None)
-    if content.pop("format", None) == FORMAT and isinstance(version, int) and version > FORMAT_VERSION:
+    version = content.get("format_version")
+    if content.get("format") == FORMAT and isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(f"{path} is of a later sparse_seg (format {version}); update the package")
     digest, found = content.pop("digest", None), digest_of(weights)
-    signed = {"format": FORMAT, "format_version": version} | content
-    if digest_of(signed) != digest or content.pop("weights", None) != found:
-        raise CheckpointError(f"{path} is damaged: its digest is wrong; copy it again")
-    return parse(content, weights, path, found)
+    if digest_of(content) != digest or content.get("weights") != found:
+        raise _damaged(path)
+    said = {name: value for name, value in content.items() if name not in _ABOUT_FILE}
+    return parse(said, weights, path, found)
 
 
 def load_pt(path: str | Path) -> dict[str, Any]:
@@ -103,7 +90,7 @@ def load_pt(path: str | Path) -> dict[str, Any]:
     except (RecursionError, RuntimeError, TypeError):  # nested without end, or tensors of other devices
         whole = False
     if not whole:
-        raise CheckpointError(f"{path} is damaged: its digest is wrong; copy it again")
+        raise _damaged(path)
     return content
 
 
@@ -118,27 +105,25 @@ def find(path: str | Path) -> Path:
     if not str(path):
         raise CheckpointError(f"the checkpoint's name is empty; name a file, or one of {', '.join(names)}")
     try:
-        return _find(_shipped(path) or Path(path), names)
+        path = found = _shipped(path) or Path(path)
+        other = {SUFFIX: ".pt", ".pt": SUFFIX}.get(path.suffix)
+        if other and not path.exists() and path.with_suffix(other).is_file():
+            found = path.with_suffix(other)
+        if found.is_dir():
+            raise CheckpointError(
+                f"{path} is a folder; name the checkpoint in it, such as {path / 'best.pt'}"
+            )
+        if not found.exists():
+            known = f"{', '.join(names)}{did_you_mean(str(path), names)}"
+            raise CheckpointError(f"checkpoint {path} does not exist; name a file, or one of {known}")
+        if not found.is_file():
+            raise CheckpointError(f"{path} is no regular file")
+        found.open("rb").close()
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read ({error.strerror}); check its permissions") from None
     except (OSError, ValueError) as error:  # too long, or with a null character
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"checkpoint {shown(str(path))} cannot be read: {reason}") from None
-
-
-def _find(path: Path, names: Sequence[str]) -> Path:
-    suffix = {SUFFIX: ".pt", ".pt": SUFFIX}.get(path.suffix)
-    other = path.with_suffix(suffix) if suffix else path
-    found = path if path.exists() or not other.is_file() else other
-    if found.is_dir():
-        raise CheckpointError(f"{path} is a folder; name the checkpoint in it, such as {path / 'best.pt'}")
-    if not found.exists():
-        known = f"{', '.join(names)}{did_you_mean(str(path), names)}"
-        raise CheckpointError(f"checkpoint {path} does not exist; name a file, or one of {known}")
-    if not found.is_file():
-        raise CheckpointError(f"{path} is no regular file")
-    try:
-        found.open("rb").close()
-    except OSError as error:
-        raise CheckpointError(f"{path} may not be read ({error.strerror}); check its permissions") from None
     return found
 
 
@@ -194,6 +179,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({first_line(error)})") from None
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: its digest is wrong; copy it again")
 
 
 def _foreign(path: Path) -> CheckpointError:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_seg.checkpoint.captured import captured_network, recaptured
 from sparse_seg.checkpoint.content import ASIDE, AUXILIARY, MODULE, POLICY, Checkpoint
@@ -26,15 +26,12 @@ from sparse_seg.config import (
 from sparse_seg.data import dataset_classes, dataset_ids
 from sparse_seg.errors import CheckpointError
 from sparse_seg.graph.file import first_difference
-from sparse_seg.masks import cad_mask_net, mask_net
 from sparse_seg.networks.segmenter import captured_stride
 from sparse_seg.registry import POOLING_HEADS
 from sparse_seg.run.build import build_model, with_strides
 from sparse_seg.run.card import Card
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.weights import load_weights, part_of
-
-NETS: dict[str, Callable[[int, int], nn.Module]] = {"mask_net": mask_net, "cad_mask_net": cad_mask_net}
 
 
 def load_model(path: str | Path, config: Config | None = None) -> SelectiveNetwork:
@@ -65,7 +62,7 @@ def build_network(checkpoint: Checkpoint, config: Config | None = None) -> Selec
         # the graph of an earlier file's, or where another output stride is the one to capture
         if checkpoint.captured is None or captured_stride(chosen) != captured_stride(checkpoint.config):
             checkpoint = recaptured(checkpoint, chosen)
-    return captured_network(checkpoint, chosen, _net(checkpoint), read_card(checkpoint, config))
+    return captured_network(checkpoint, chosen, read_card(checkpoint, config))
 
 
 def read_card(checkpoint: Checkpoint, config: Config | None = None) -> Card:
@@ -80,23 +77,13 @@ def read_card(checkpoint: Checkpoint, config: Config | None = None) -> Card:
     if not ids or len(ids) != count or not all(type(value) is int and 0 <= value <= 255 for value in ids):
         ids = unnamed.ids
     scaling = checkpoint if config is None else config.data
-    return Card(
-        names or unnamed.names,
-        colours or unnamed.colours,
-        tuple(ids),
-        scaling.mean,
-        scaling.std,
-        *_frame_sizes(checkpoint.training),
-    )
-
-
-def _frame_sizes(training: Mapping[str, Any]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-    """`frame` and `at_most` of a card. Files of earlier versions tell the crop alone: frames may have been
-    twice as high and wide."""
-    frame, crop = _size(training.get("frame")), None
+    frame, crop = _size(checkpoint.training.get("frame")), None
     with suppress(LookupError, TypeError):
-        crop = _size(training["config"]["data"]["crop"])
-    return frame, crop and (2 * crop[0], 2 * crop[1])
+        crop = _size(checkpoint.training["config"]["data"]["crop"])
+    # files of earlier versions tell the crop alone: frames may have been twice as high and wide
+    at_most = crop and (2 * crop[0], 2 * crop[1])
+    names, colours = names or unnamed.names, colours or unnamed.colours
+    return Card(names, colours, tuple(ids), scaling.mean, scaling.std, frame, at_most)
 
 
 def _size(value: Any) -> tuple[int, int] | None:
@@ -155,9 +142,8 @@ def initial_weights(checkpoint: Checkpoint, model: SelectiveNetwork, config: Con
                 f"{where}"
             )
     kept = {name: one for name, one in own.items() if name.startswith((POLICY, MODULE + AUXILIARY))}
-    aside = {MODULE + name: tensor for name, tensor in part_of(found, ASIDE).items()}
-    network = {name: one for name, one in found.items() if name in own or name.startswith(MODULE)}
-    return kept | {name: one for name, one in aside.items() if name in own} | network
+    aside = {MODULE + name: one for name, one in part_of(found, ASIDE).items() if MODULE + name in own}
+    return kept | aside | {name: one for name, one in found.items() if name in own or name.startswith(MODULE)}
 
 
 def check_fits(checkpoint: Checkpoint, config: Config, whole: bool = False) -> None:
@@ -202,10 +188,3 @@ def function_of(model: ModelConfig) -> dict[str, Any]:
     values = {f"model.{name}": attrgetter(name)(model) for name in function_keys(ModelConfig)}
     del values["model.num_classes"]
     return values if model.head in POOLING_HEADS else values | {"model.aspp_rates": None}
-
-
-def _net(checkpoint: Checkpoint) -> Callable[[int, int], nn.Module]:
-    name = checkpoint.origin.learned_net
-    if name not in NETS:
-        raise CheckpointError(f"{checkpoint.path} has a mask net {name!r} that this version does not know")
-    return NETS[name]

@@ -37,26 +37,26 @@ def load_pickled(path: Path, weights_only: bool = True) -> Any:
     records = _checked_records(path) if is_zip else []
     stored = is_zip and all(record.compress_type == zipfile.ZIP_STORED for record in records)
     try:
-        with warnings.catch_warnings():
+        # torch.load would go by the name `.safetensors`
+        with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong, the error says
-            if path.suffix == ".safetensors":  # torch.load would go by the name
-                with path.open("rb") as file:
-                    content = torch.load(file, "cpu", weights_only=weights_only)
-            else:
-                content = torch.load(path, "cpu", weights_only=weights_only, mmap=stored)
+            by_name = path.suffix != ".safetensors"
+            source, mapped = (path, stored) if by_name else (file, False)
+            content = torch.load(source, "cpu", weights_only=weights_only, mmap=mapped)
         if is_zip:
             _check_sizes(content, records, path)
         return content
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted is None or not weights_only:
-            raise CheckpointError(f"{path} is truncated or no PyTorch checkpoint") from None
-        raise CheckpointError(
-            f"{path} holds a pickled {wanted[1]}, and loading it can run code; if you trust its author "
-            "convert it with --trust, else ask for its state dict alone"
-        ) from None
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) if weights_only else None
+        problem = "is truncated or no PyTorch checkpoint"
+        if wanted is not None:
+            problem = (
+                f"holds a pickled {wanted[1]}, and loading it can run code; if you trust its author "
+                "convert it with --trust, else ask for its state dict alone"
+            )
+        raise CheckpointError(f"{path} {problem}") from None
     except ImportError as error:
         needed = f"the package {error.name}" if error.name else first_line(error)
         raise CheckpointError(f"{path} needs {needed}; install it, or save the state dict alone") from None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.checkpoint.content import Captured, Checkpoint
+from sparse_seg.checkpoint.content import Captured, Checkpoint, is_state_dict
 from sparse_seg.checkpoint.digest import digest_of
 from sparse_seg.checkpoint.file import FORMAT, find, is_safetensors, load_pt, save
 from sparse_seg.checkpoint.loading import check_same, function_of
@@ -33,7 +33,6 @@ from sparse_seg.version import __version__
 
 BEST, LAST = "best.safetensors", "last.pt"
 LOG = "log.jsonl"  # beside them
-_STATE_KEYS = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
 
 
 def run_files(work_dir: Path) -> list[Path]:
@@ -115,7 +114,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """Read a state: `config`, `model`, `ema`, `optimizer`, `scaler`, `progress`, `random`.
 
     Raises:
-        CheckpointError: missing, damaged or foreign file, or one of weights alone.
+        CheckpointError: missing, damaged or foreign file, one of weights alone, or one whose config does not
+            fit this version's schema.
     """
     path = find(path)
     state = {} if is_safetensors(path) else load_pt(path)
@@ -124,20 +124,17 @@ def load_state(path: str | Path) -> dict[str, Any]:
     for name, check in _PARTS.items():
         if name not in state or not check(state[name]):
             raise CheckpointError(f"{path} is damaged: its {name!r} cannot be resumed from")
-    state["config"] = state_config(state, path)
-    return state
-
-
-def state_config(state: Mapping[str, Any], path: str | Path) -> Config:
-    """The resolved config in a state.
-
-    Raises:
-        CheckpointError: it does not fit this version's schema.
-    """
     try:
-        return config_from_dict(state["config"], "its config")
+        return state | {"config": config_from_dict(state["config"], "its config")}
     except ConfigError as error:
         raise CheckpointError(f"{path} cannot be resumed from: {error}") from None
+
+
+def is_complete(state: Mapping[str, Any], iterations: int, work_dir: Path) -> bool:
+    """Whether the state of a run in `work_dir` is its end, with its last validation done."""
+    progress = state["progress"]
+    done = progress["iteration"]
+    return done >= iterations and progress.get("validated", done) >= done and best_of(work_dir).exists()
 
 
 def restore_optimizer(
@@ -152,40 +149,26 @@ def restore_optimizer(
         CheckpointError: momenta of other parameters, or damaged ones.
     """
     own = optimizer.state_dict()["param_groups"]
-    groups, momenta = state.get("param_groups"), state.get("state")
-    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-    fits = (
-        isinstance(groups, list)
-        and isinstance(momenta, Mapping)
-        and [_params(group) for group in groups] == [_params(group) for group in own]
-        and all(index in range(len(shapes)) for index in momenta)
-        and all(_fits(entry, _STATE_KEYS[kind], shapes[index]) for index, entry in momenta.items())
-    )
+    shapes = dict(enumerate(one.shape for group in optimizer.param_groups for one in group["params"]))
+    try:
+        fits = [group["params"] for group in state["param_groups"]] == [group["params"] for group in own]
+        for index, entry in state["state"].items():
+            fits = fits and set(entry) in (_MOMENTA[kind], set())  # plain SGD has none
+            fits = fits and all(_is_momentum(name, one, shapes[index]) for name, one in entry.items())
+    except (LookupError, TypeError, AttributeError):
+        fits = False
     if not fits:
         raise CheckpointError(f"{path}: its optimizer's state is damaged or of another network")
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in own]
-    optimizer.load_state_dict({"state": momenta, "param_groups": own})
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)
+    optimizer.load_state_dict({"state": state["state"], "param_groups": own})
 
 
-def _params(group: Any) -> Any:
-    return group.get("params") if isinstance(group, Mapping) else None
-
-
-def _fits(entry: Any, keys: set[str], shape: torch.Size) -> bool:
-    """Whether one parameter's momenta are whole; plain SGD has none."""
-    if not isinstance(entry, Mapping) or set(entry) not in (keys, set()):
-        return False
-    for name, value in entry.items():
-        if value is None and name == "momentum_buffer":
-            continue
-        whole = isinstance(value, Tensor) and value.is_floating_point()
-        if not whole or value.shape != (torch.Size() if name == "step" else shape):
-            return False
-        if not torch.isfinite(value).all() or (name in ("step", "exp_avg_sq") and (value < 0).any()):
-            return False
-    return True
+def _is_momentum(name: str, value: Any, shape: torch.Size) -> bool:
+    """Whether a value is one parameter's momentum, finite and of its shape."""
+    if value is None:
+        return name == "momentum_buffer"
+    whole = isinstance(value, Tensor) and value.is_floating_point() and bool(value.isfinite().all())
+    shape, may_be_negative = (torch.Size() if name == "step" else shape), name not in ("step", "exp_avg_sq")
+    return whole and value.shape == shape and (may_be_negative or not (value < 0).any())
 
 
 def check_same_function(config: Config, trained: Config, path: str | Path) -> None:
@@ -194,34 +177,21 @@ def check_same_function(config: Config, trained: Config, path: str | Path) -> No
     Raises:
         CheckpointError: they differ.
     """
-    check_same(_function(config), _function(trained), path)
-
-
-def _function(config: Config) -> dict[str, Any]:
-    settings: dict[str, Any] = {"model.num_classes": num_classes(config)}
-    settings |= {"data.mean": config.data.mean, "data.std": config.data.std}
-    return function_of(config.model) | settings
-
-
-def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    asked, own = (
+        function_of(one.model)
+        | {"model.num_classes": num_classes(one), "data.mean": one.data.mean, "data.std": one.data.std}
+        for one in (config, trained)
     )
-
-
-def _is_scaler(value: Any) -> bool:
-    """Of a loss scaler that is switched off, nothing."""
-    return isinstance(value, Mapping) and all(_is_number(number, 0) for number in value.values())
-
-
-_COUNTS = ("iteration", "loss_count", "validated")  # earlier versions did not say when they validated
+    check_same(asked, own, path)
 
 
 def _is_progress(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and set(value) - {"validated"} == {"iteration", "best", "loss_sum", "loss_count"}
-        and all(type(value.get(name, 0)) is int and value.get(name, 0) >= 0 for name in _COUNTS)
+    if not isinstance(value, Mapping):
+        return False
+    counts = {"validated": 0} | {name: one for name, one in value.items() if name not in ("best", "loss_sum")}
+    return (  # earlier versions did not say when they validated
+        value.keys() | {"validated"} == {"iteration", "best", "validated", "loss_sum", "loss_count"}
+        and all(type(count) is int and count >= 0 for count in counts.values())
         and all(_is_number(value[name], -math.inf) for name in ("best", "loss_sum"))
     )
 
@@ -235,12 +205,14 @@ def _is_random(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == own.dtype and value.shape == own.shape
 
 
+_MOMENTA = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
 _PARTS: dict[str, Callable[[Any], bool]] = {
     "config": lambda value: isinstance(value, Mapping),
-    "model": _is_state_dict,
-    "ema": lambda value: value is None or _is_state_dict(value),
+    "model": is_state_dict,
+    "ema": lambda value: value is None or is_state_dict(value),
     "optimizer": lambda value: isinstance(value, Mapping),
-    "scaler": _is_scaler,
+    # of a loss scaler that is switched off, nothing
+    "scaler": lambda value: isinstance(value, Mapping) and all(_is_number(one, 0) for one in value.values()),
     "progress": _is_progress,
     "random": _is_random,
 }

@@ -9,8 +9,7 @@ import torch
 from sparse_seg.config import Config
 from sparse_seg.errors import TrainingError
 from sparse_seg.processes import Processes
-from sparse_seg.training.checkpoint import LAST, best_of, load_state
-from sparse_seg.training.stopping import is_complete
+from sparse_seg.training.checkpoint import LAST, best_of, is_complete, load_state
 from sparse_seg.training.trainer import Trainer
 
 

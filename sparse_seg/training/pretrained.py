@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_seg.checkpoint import find, load
 from sparse_seg.checkpoint.content import ASIDE, MODULE
@@ -48,7 +48,9 @@ def initial_model(config: Config, device: torch.device, processes: Processes, st
     if train.freeze:
         model.requires_grad_(False)
         model.policy.requires_grad_(True)
-    return processes.share_norms(model, device)
+    if processes.count > 1 and device.type == "cuda":  # norms that see the whole batch
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
 
 
 def load_module(network: SelectiveNetwork, path: str | Path) -> str:

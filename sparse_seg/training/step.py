@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,14 @@ from torch import Tensor
 
 from sparse_seg.checkpoint.content import EARLIER_PARTS
 from sparse_seg.config import TrainConfig
-from sparse_seg.errors import CheckpointError, SparseSegError
+from sparse_seg.errors import CheckpointError, SparseSegError, TrainingError, out_of_memory
 from sparse_seg.processes import Processes
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.weights import load_weights
 from sparse_seg.training.checkpoint import best_of, restore_optimizer
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.schedule import build_optimizer, learning_rate, update_average
-from sparse_seg.training.stopping import Diverged, UndoPoint, memory_named
+from sparse_seg.training.stopping import Diverged
 
 
 class Step:
@@ -52,13 +54,16 @@ class Step:
             SparseSegError, OSError: it failed, and nothing has changed; of the same kind in each process, but
                 `FailedElsewhere` where it was another one that failed.
         """
-        undo = UndoPoint(self.model)
+        random, buffers = torch.get_rng_state(), [buffer.clone() for buffer in self.model.buffers()]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(iteration, self.config)
         try:
             loss = self._gradients(images.to(self.device), labels.to(self.device), iteration)
-        except (SparseSegError, OSError):
-            undo.restore()
+        except (SparseSegError, OSError):  # a forward pass changes these alone
+            torch.set_rng_state(random)
+            with torch.no_grad():
+                for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(value)
             raise
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -70,7 +75,7 @@ class Step:
         """Compute the gradients of a batch; returns its loss."""
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
-        with self.processes.together(self.device), memory_named():
+        with self.processes.together(self.device), _memory_named():
             with torch.autocast(self.device.type, getattr(torch, config.amp_dtype), enabled=config.amp):
                 loss = self.objective(self.model, images, labels)
             whole_loss = self.processes.mean(loss)
@@ -116,6 +121,17 @@ class Step:
             torch.set_rng_state(state["random"])
         except (RuntimeError, KeyError):
             raise CheckpointError(f"{path} is damaged: its random or scaler state is none") from None
+
+
+@contextmanager
+def _memory_named() -> Iterator[None]:
+    """Raises a TrainingError where a step finds no memory, on GPU or CPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingError("no memory for a step; lower train.batch_size or data.crop") from None
 
 
 def _require_finite(value: Tensor, name: str, iteration: int) -> None:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import errno
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
-from sparse_seg.errors import DataError, SparseSegError, TrainingError, out_of_memory
+from sparse_seg.errors import DataError, SparseSegError, TrainingError, first_line
 from sparse_seg.processes import FailedElsewhere, Processes, ProcessLost
 from sparse_seg.progress import say
-from sparse_seg.training.checkpoint import best_of
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a batch system's, a lost terminal's
 _Result = TypeVar("_Result")
@@ -87,7 +84,7 @@ class Stop:
         except RuntimeError as error:
             if not device_failed(error):
                 raise
-            self.failure = self.failure or DeviceFailed(f"the GPU failed: {str(error).splitlines()[0]}")
+            self.failure = self.failure or DeviceFailed(f"the GPU failed: {first_line(error)}")
         return None
 
     def is_due(self) -> bool:
@@ -115,39 +112,6 @@ def device_failed(error: RuntimeError) -> bool:
     text = str(error)
     told = any(name in text for name in ("CUDA error", "cudaError", "cuDNN error"))
     return told and not any(fault in text for fault in ("device-side assert", "no kernel image"))
-
-
-class UndoPoint:
-    """State that a forward pass changes: batch statistics and the random state."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.random = model, torch.get_rng_state()
-        self.buffers = [buffer.clone() for buffer in model.buffers()]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for buffer, value in zip(self.model.buffers(), self.buffers, strict=True):
-            buffer.copy_(value)
-        torch.set_rng_state(self.random)
-
-
-@contextmanager
-def memory_named() -> Iterator[None]:
-    """Raises a TrainingError where a step finds no memory, on GPU or CPU."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise TrainingError("no memory for a step; lower train.batch_size or data.crop") from None
-
-
-def is_complete(state: Mapping[str, Any], iterations: int, work_dir: Path) -> bool:
-    """Whether the state of a run in `work_dir` is its end, with its last validation done."""
-    progress = state.get("progress", {})
-    done = progress.get("iteration", 0)
-    validated = progress.get("validated", done) >= done and best_of(work_dir).exists()
-    return done >= iterations and validated
 
 
 def reason(error: Exception) -> str:

@@ -22,6 +22,7 @@ from sparse_seg.training.checkpoint import (
     LAST,
     best_of,
     check_work_dir,
+    is_complete,
     load_state,
     save_best,
     save_state,
@@ -41,11 +42,12 @@ from sparse_seg.training.stopping import (
     Diverged,
     Stop,
     ending,
-    is_complete,
     reason,
     signals_to,
 )
 from sparse_seg.training.validation import logged, validate
+
+PROGRESS = ("iteration", "best", "validated", "loss_sum", "loss_count")  # attributes that a state keeps
 
 
 class Trainer:
@@ -116,10 +118,8 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.model = initial_model(config, self.device, self.processes, starts=state is None)
         check_batch(config, self.processes, self.device, self.model)
-        distill = train.distill
-        teacher = None
-        if distill.teacher is not None:
-            teacher = Teacher(distill.teacher, config, distill.cache, self.device)
+        path, cache = train.distill.teacher, train.distill.cache
+        teacher = None if path is None else Teacher(path, config, cache, self.device)
         self.objective = Objective(train, teacher).to(self.device)
         self.step = Step(self.model, self.objective, train, self.device, self.processes)
         self.ema, self.optimizer = self.step.average, self.step.optimizer
@@ -251,9 +251,12 @@ class Trainer:
         is_best = metrics.miou > self.best
         if self.processes.is_first:
             if is_best:
-                state: dict[str, Any] = {"iteration": self.iteration, "miou": metrics.miou}
-                frame = self.dataset.frame_size
-                save_best(self.work_dir, self.config, *content_of(model), frame=frame, **state)
+                said: dict[str, Any] = {
+                    "frame": self.dataset.frame_size,
+                    "iteration": self.iteration,
+                    "miou": metrics.miou,
+                }
+                save_best(self.work_dir, self.config, *content_of(model), **said)
             self.log.write(self.iteration, **logged(result, self.validation.classes))
         self.best, self.validated = max(self.best, metrics.miou), self.iteration
         self.console.validated(self.iteration, result, self.best)
@@ -263,13 +266,7 @@ class Trainer:
     def save(self) -> None:
         """Write `last.pt`, with everything that the next step depends on: the first process's, for all."""
         if self.processes.is_first:
-            progress = {
-                "iteration": self.iteration,
-                "best": self.best,
-                "validated": self.validated,
-                "loss_sum": self.loss_sum,
-                "loss_count": self.loss_count,
-            }
+            progress = {name: getattr(self, name) for name in PROGRESS}
             weights, state = self.model.state_dict(), self.step.state()
             save_state(self.last, self.config, weights, progress=progress, **state)
         self.saved = self.iteration
@@ -277,9 +274,8 @@ class Trainer:
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         self.step.restore(state, path)
         progress = state["progress"]
-        self.iteration, self.best = progress["iteration"], progress["best"]
-        self.loss_sum, self.loss_count = progress["loss_sum"], progress["loss_count"]
-        self.validated = progress.get("validated", self.iteration)
+        for name in PROGRESS:  # earlier versions did not say when they validated
+            setattr(self, name, progress.get(name, progress["iteration"]))
         if not best_of(self.work_dir).exists():
             self.best = -1.0  # another folder's best is not here: the next validation writes this one's
             if self.iteration >= self.config.train.iterations:

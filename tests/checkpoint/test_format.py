@@ -116,24 +116,40 @@ def test_training_files_of_version_0_1(config, weights, tmp_path):
     assert same(load_model(tmp_path / "last.pt", config).state_dict(), weights)
 
 
-@pytest.mark.parametrize("name", ["torchvision deeplabv3", "cad learned mask", "smp deeplabv3plus"])
-def test_converted_files_of_version_0_1(name, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["torchvision deeplabv3", "cad learned mask", "smp deeplabv3plus", "mmseg deeplabv3plus r18"]
+)
+def test_converted_files_of_earlier_formats(name, tmp_path):
     torch.save(state_of(name), tmp_path / "source.pth")
     conversion = convert(tmp_path / "source.pth")
-    conversion.write(tmp_path / "new.safetensors")
+    paths = [tmp_path / f"{version}.safetensors" for version in ("today", "2", "0.1")]
+    conversion.write(paths[0])
+    write_format_2(paths[1], conversion)
+    write_converted(paths[2], conversion)
+    today, format_2, version_0_1 = map(load, paths)
+    assert (format_2.config, format_2.origin, format_2.captured) == (today.config, today.origin, None)
+    for path, old in zip(paths[1:], (format_2, version_0_1), strict=True):
+        assert old.config == today.config
+        assert same(old.weights, today.weights)
+        assert same(to_dense(path), state_of(name))
+    networks = load_model(paths[1]), load_model(paths[0])
+    assert networks[0].graph == networks[1].graph
+    assert same(*(network.state_dict() for network in networks))
+
+
+def test_the_scaling_of_version_0_1_is_not_known(tmp_path):
+    torch.save(state_of("cad learned mask"), tmp_path / "source.pth")
+    conversion = convert(tmp_path / "source.pth")
     write_converted(tmp_path / "old.safetensors", conversion)
-    old, new = load(tmp_path / "old.safetensors"), load(tmp_path / "new.safetensors")
-    assert old.config == new.config
-    assert same(old.weights, new.weights)
-    assert same(to_dense(tmp_path / "old.safetensors"), state_of(name))
+    conversion.write(tmp_path / "new.safetensors")
     (tmp_path / "run.yaml").write_text(f"data: {{root: {tmp_path}, mean: [0.5, 0.5, 0.5]}}")
-    classes = "camvid" if new.config.num_classes == 11 else "scenes"
-    settings = [f"data.dataset={classes}", f"model.num_classes={new.config.num_classes}"]
-    load_model(tmp_path / "old.safetensors", load_config(tmp_path / "run.yaml", settings))  # says no mean
+    settings = ["data.dataset=scenes", f"model.num_classes={conversion.config.num_classes}"]
+    config = load_config(tmp_path / "run.yaml", settings)
+    load_model(tmp_path / "old.safetensors", config)
     with pytest.raises(
         CheckpointError, match=r"trained with data\.mean \[0\.485, .* --set data\.mean=\[0\.485,"
     ):
-        load_model(tmp_path / "new.safetensors", load_config(tmp_path / "run.yaml", settings))
+        load_model(tmp_path / "new.safetensors", config)
 
 
 def test_a_file_that_format_2_wrote():
@@ -150,21 +166,6 @@ def test_a_file_that_format_2_wrote():
             ("mixed", found(images, torch.arange(12).reshape(1, 3, 4) % 3 == 0)),
         ):
             assert relative_error(logits, expected[name]) < 1e-6
-
-
-@pytest.mark.parametrize("name", ["mmseg deeplabv3plus r18", "cad learned mask"])
-def test_converted_files_of_format_2(name, tmp_path):
-    torch.save(state_of(name), tmp_path / "source.pth")
-    conversion = convert(tmp_path / "source.pth")
-    write_format_2(tmp_path / "old.safetensors", conversion)
-    conversion.write(tmp_path / "new.safetensors")
-    old, new = load(tmp_path / "old.safetensors"), load(tmp_path / "new.safetensors")
-    assert (old.config, old.origin, old.captured) == (new.config, new.origin, None)
-    assert same(old.weights, new.weights)
-    assert same(to_dense(tmp_path / "old.safetensors"), state_of(name))
-    networks = [load_model(tmp_path / f"{age}.safetensors") for age in ("old", "new")]
-    assert networks[0].graph == networks[1].graph
-    assert same(*(network.state_dict() for network in networks))
 
 
 def test_half_precision_is_computed_with_as_single(tmp_path):

@@ -40,11 +40,6 @@ def test_camvid_slim_has_the_weights_that_its_results_were_measured_with() -> No
     assert load("camvid-slim").digest == "00655fe5a765605f4804a441b55f83db"
 
 
-def test_an_unknown_name_names_the_known_ones() -> None:
-    with pytest.raises(CheckpointError, match="does not exist; name a file, or one of camvid-slim"):
-        sparse_seg.load_model("camvid-tall")
-
-
 def test_a_file_of_the_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "camvid-slim").write_bytes(b"other")

@@ -1,10 +1,12 @@
-"""A tiny run: eight synthetic scenes and the smallest network."""
+"""A tiny run: eight synthetic scenes and the smallest network; nothing writes into what tests share."""
 
 from pathlib import Path
 
 import pytest
 
+from sparse_seg.config import load_config
 from sparse_seg.data.scenes import write_scenes
+from sparse_seg.training.trainer import Trainer
 
 
 @pytest.fixture(scope="session")
@@ -14,10 +16,10 @@ def scenes(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
-def tiny(scenes, tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def tiny(scenes, tmp_path_factory) -> Path:
     """Config file of a run of six iterations."""
-    path = tmp_path / "tiny.yaml"
+    path = tmp_path_factory.mktemp("tiny") / "tiny.yaml"
     path.write_text(
         f"""
 model: {{backbone: resnet18, width: 0.125, head_channels: 16, auxiliary: true}}
@@ -28,3 +30,11 @@ train:
 """
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory) -> Path:
+    """The folder of that run."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    Trainer(load_config(tiny), folder).run()
+    return folder

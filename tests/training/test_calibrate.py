@@ -83,18 +83,11 @@ def test_a_threshold_is_there_already(dataset: SegmentationDataset) -> None:
 
 @pytest.mark.slow
 def test_from_a_checkpoint_to_one_with_a_threshold(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    work, out = tmp_path / "work", tmp_path / "out.safetensors"
-    assert main(["train", str(tiny), "--work-dir", str(work)]) == 0
-    command = [
-        "calibrate",
-        str(tiny),
-        str(work / "best.safetensors"),
-        "--set",
-        "model.mask.policy=confidence",
-    ]
-    capsys.readouterr()
+    out = tmp_path / "out.safetensors"
+    command = ["calibrate", str(tiny), str(trained / "best.safetensors")]
+    command += ["--set", "model.mask.policy=confidence"]
     assert main([*command, "--fine-fraction", "0.25", "--out", str(out), "--limit", "4"]) == 0
     printed = capsys.readouterr().out
     assert "policy confidence: 0.250 of the blocks of 4 frames" in printed

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sparse_seg.config import TrainConfig, changes, load_config
+from sparse_seg.data.cityscapes import CITYSCAPES_CLASSES
 from sparse_seg.training import console as console_module
 from sparse_seg.training.console import Console
 from sparse_seg.training.log import TrainingLog
@@ -64,15 +65,10 @@ def test_a_bar_shows_no_best_before_there_is_one(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_validation_is_logged_whole(tiny, tmp_path):
-    trainer = Trainer(load_config(tiny, ["train.iterations=3"]), tmp_path / "run")
-    trainer.run()
-    (line,) = [
-        line
-        for line in map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
-        if "miou" in line
-    ]
-    assert list(line["class_iou"]) == list(trainer.validation.classes.names)
+def test_a_validation_is_logged_whole(trained):
+    lines = map(json.loads, (trained / "log.jsonl").read_text().splitlines())
+    *_, line = (line for line in lines if "miou" in line)
+    assert list(line["class_iou"]) == list(CITYSCAPES_CLASSES.names)
     known = [iou for iou in line["class_iou"].values() if iou is not None]
     assert sum(known) / len(known) == pytest.approx(line["miou"])
     assert 0 < line["val_loss"] < 10
@@ -94,13 +90,7 @@ def test_changed_settings_are_named(tiny):
 
 
 @pytest.mark.slow
-def test_an_evaluation_without_a_terminal_returns_no_carriage(tiny, tmp_path):
-    Trainer(load_config(tiny, ["train.iterations=1"]), tmp_path / "run").run()
-    command = [
-        sys.executable,
-        str(ROOT / "tools/evaluate.py"),
-        str(tiny),
-        str(tmp_path / "run/best.safetensors"),
-    ]
+def test_an_evaluation_without_a_terminal_returns_no_carriage(tiny, trained):
+    command = [sys.executable, str(ROOT / "tools/evaluate.py"), str(tiny), str(trained / "best.safetensors")]
     done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "\r" not in done.stdout + done.stderr

@@ -17,7 +17,6 @@ from sparse_seg.run.way import Way
 from sparse_seg.training import distillation
 from sparse_seg.training.checkpoint import save_checkpoint
 from sparse_seg.training.distillation import Teacher, TeacherOutputs, likeness_difference, logits_divergence
-from sparse_seg.training.trainer import Trainer
 from tests.reference import block_mask, randomise
 
 
@@ -166,31 +165,3 @@ def test_teachers_that_do_not_fit(
 def test_missing_teacher(teacher: tuple[Config, Path]) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         Teacher("nowhere.pt", teacher[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("network", ["dense", "selective"])
-def test_training_with_a_teacher_resumes_bit_for_bit(
-    teacher: tuple[Config, Path], tiny: Path, tmp_path: Path, network: str
-) -> None:
-    overrides = [f"train.distill.teacher={teacher[1]}", f"train.distill.cache={tmp_path / 'cache'}"]
-    config = load_config(tiny, [*overrides, f"train.network={network}", "train.loss.coarse_weight=0.4"])
-    whole = Trainer(config, tmp_path / "whole")
-    whole.run()
-    part = Trainer(config, tmp_path / "part")
-    part.config.train.iterations, part.config.train.eval_every = 6, 100
-    steps, step = 0, part._step
-
-    def stop_after_three(images: Tensor, labels: Tensor) -> float:
-        nonlocal steps
-        steps += 1
-        part.stop.requested = steps == 3
-        return step(images, labels)
-
-    part._step = stop_after_three  # type: ignore[method-assign]
-    with pytest.raises(Exception, match="stopped at iteration 3"):
-        part.run()
-    rest = Trainer(config, tmp_path / "part", resume=True)
-    rest.run()
-    own, others = whole.model.state_dict(), rest.model.state_dict()
-    assert all(torch.equal(own[name], others[name]) for name in own)

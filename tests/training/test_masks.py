@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparse_seg import build_model, load_model
 from sparse_seg.config import LossConfig, MaskConfig, load_config
-from sparse_seg.errors import CheckpointError, ConfigError, TrainingError
+from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.masks import LearnedPolicy, block_mean, parse_policy, straight_through
 from sparse_seg.run.network import SelectiveNetwork
@@ -155,10 +155,9 @@ FROZEN = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["supervised", "straight_through"])
-def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> None:
+def test_a_mask_is_trained_on_a_frozen_network(tiny, trained, tmp_path, mode: str) -> None:
     """The network's weights and statistics stay; the checkpoint serves the learned mask and any other."""
-    Trainer(load_config(tiny), tmp_path / "dense").run()
-    start = tmp_path / "dense" / "best.pt"
+    start = trained / "best.pt"
     config = load_config(tiny, [*FROZEN, f"train.init={start}", f"train.mask_loss={mode}"])
     Trainer(config, tmp_path / "mask").run()
     model = load_model(tmp_path / "mask" / "best.pt")
@@ -180,29 +179,6 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, tmp_path, mode: str) -> Non
     assert policy.fine_fraction == 0.5
     with pytest.raises(ConfigError, match="this network has no learned mask: set model"):
         load_model(start).policy_for(Way.policy("learned"))
-
-
-@pytest.mark.slow
-def test_a_mask_and_its_network_are_trained_together_and_resumed(tiny, tmp_path, monkeypatch) -> None:
-    config = load_config(tiny, ["model.mask.policy=learned", "train.network=selective"])
-    whole = Trainer(config, tmp_path / "whole")
-    first = whole.model.module.get_parameter("backbone.conv1.weight").clone()
-    whole.run()
-    assert not torch.equal(whole.model.module.get_parameter("backbone.conv1.weight"), first)
-    broken = Trainer(config, tmp_path / "broken")
-    after_step = broken._after_step
-
-    def then_stop() -> None:
-        after_step()
-        broken.stop.requested = True
-
-    monkeypatch.setattr(broken, "_after_step", then_stop)
-    with pytest.raises(TrainingError, match="stopped at iteration 1"):
-        broken.run()
-    resumed = Trainer(config, tmp_path / "broken", resume=True)
-    resumed.run()
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(

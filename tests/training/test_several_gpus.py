@@ -69,7 +69,7 @@ def test_a_killed_process_ends_the_job_with_one_line_and_it_resumes(checkout: Pa
     found = kill(checkout, job, rank)
     assert found.code == 1
     (line,) = found.lines  # and none of torchrun, which after 30 s kills what does not end
-    assert line.startswith("error: another process of this job has ended; ")
+    assert re.match(r"error: another process of this job has ended( or cannot be reached \(.*\))?; ", line)
     assert "run/last.pt" in line
     assert "resume with --work-dir run --resume" in line
     assert re.search(

@@ -1,8 +1,5 @@
 """Going on from what another training left: whole states, or one line that says why not."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -28,8 +25,8 @@ train: {{iterations: 2, batch_size: 2, optimizer: adamw, ema_decay: 0.9, eval_ev
     return folder
 
 
-def resume(finished, tmp_path, content=None, **options):
-    config = load_config(finished / "tiny.yaml", ["train.iterations=3", *options.get("overrides", [])])
+def resume(finished, tmp_path, content=None):
+    config = load_config(finished / "tiny.yaml", ["train.iterations=3"])
     path = finished / "run" / LAST
     if content is not None:
         path = tmp_path / LAST
@@ -93,13 +90,23 @@ CHANGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def trainer(finished, tmp_path_factory):
+    """What all damaged states are restored into."""
+    return Trainer(
+        load_config(finished / "tiny.yaml", ["train.iterations=3"]), tmp_path_factory.mktemp("own")
+    )
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_damaged_states_are_refused_in_one_line(change, finished, tmp_path):
-    content = content_of(finished)
+def test_damaged_states_are_refused_in_one_line(change, finished, trainer, tmp_path):
+    content, path = content_of(finished), tmp_path / LAST
     change(content)
+    torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"last\.pt") as caught:
-        resume(finished, tmp_path, content)
+        trainer._restore(load_state(path), path)
     assert "\n" not in str(caught.value)
+    assert trainer.iteration == 0
 
 
 def test_a_state_of_an_earlier_version_says_how_to_go_on(finished, tmp_path):
@@ -116,30 +123,3 @@ def test_weights_alone_cannot_be_gone_on_from(finished):
     for name in ("best.safetensors", "best.pt"):
         with pytest.raises(CheckpointError, match=r"holds weights only; resume from last\.pt"):
             load_state(finished / "run" / name)
-
-
-@pytest.mark.parametrize(
-    "line", ["\n", '{"iteration": 1, "lo', "\x00\x00\n", "[]\n", '{"iteration": "x"}\n', '{"loss": 1}\n']
-)
-def test_lines_of_the_log_that_a_crash_spoilt_are_left_out(line, finished, tmp_path):
-    (tmp_path / "again").mkdir()
-    log = (finished / "run/log.jsonl").read_text()
-    (tmp_path / "again/log.jsonl").write_text(log + line)
-    resume(finished, tmp_path)
-    kept = (tmp_path / "again/log.jsonl").read_text()
-    assert kept == log
-    assert [json.loads(text)["iteration"] for text in kept.splitlines()]
-
-
-def test_frames_on_the_device_resume_bit_for_bit(tmp_path: Path, tiny: Path) -> None:
-    def trained(name: str, iterations: int, resume: bool = False) -> dict[str, torch.Tensor]:
-        own = load_config(tiny, ["data.on_device=true", "train.lr=0.01", "train.poly_power=0"])
-        own.train.iterations = iterations
-        trainer = Trainer(own, tmp_path / name, resume)
-        trainer.run()
-        return trainer.model.state_dict()
-
-    whole = trained("whole", 3)
-    trained("parts", 1)
-    parts = trained("parts", 3, resume=True)
-    assert all(torch.equal(value, parts[name]) for name, value in whole.items())

@@ -5,9 +5,11 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from sparse_seg.training import trainer as trainer_module
 from sparse_seg.training.checkpoint import load_state
 from sparse_seg.training.finish import finish_training
 from sparse_seg.training.log import TrainingLog
-from sparse_seg.training.stopping import AlreadyTrained
+from sparse_seg.training.stopping import AlreadyTrained, DeviceFailed, Stop
 from sparse_seg.training.trainer import Trainer
 from tests.training.test_trainer import log_of
 
@@ -204,17 +206,6 @@ def test_a_loss_that_is_not_finite_costs_no_step(tiny, tmp_path):
     assert_goes_on_as_unbroken(config, tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_loss_that_is_not_finite_at_once_does_not_say_resume(tiny, tmp_path):
-    trainer = Trainer(load_config(tiny), tmp_path / "run")
-    poison(trainer, 0)
-    message = stopped(trainer, TrainingError)
-    assert message.endswith(
-        "at iteration 0; no checkpoint was written yet; lower train.lr or set train.clip_grad_norm, then "
-        "start again"
-    )
-    Trainer(load_config(tiny, ["train.iterations=1"]), tmp_path / "run").run()  # as it says
-
-
 def test_advice_within_something_larger_can_be_followed(tiny, tmp_path, monkeypatch):
     step = Trainer._step
 
@@ -226,76 +217,69 @@ def test_advice_within_something_larger_can_be_followed(tiny, tmp_path, monkeypa
         finish_training(load_config(tiny), tmp_path / "run")
 
 
-def test_no_memory_for_a_step_is_one_line(tiny, tmp_path, monkeypatch):
-    trainer = Trainer(load_config(tiny, RARELY), tmp_path / "run")
-
-    def refuse(*arguments):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
-
-    at_iteration(trainer, 2, lambda: monkeypatch.setattr(trainer.objective, "forward", refuse))
-    message = stopped(trainer, TrainingError)
-    assert message.startswith("no memory for a step; lower train.batch_size or data.crop; the last good")
-    assert state_of(tmp_path / "run")["progress"]["iteration"] == 2
-
-
 @pytest.mark.parametrize(
-    "error",
+    ("error", "message"),
     [
-        torch.AcceleratorError("CUDA error: an illegal instruction was encountered\nSearch for it"),
-        RuntimeError("merge_sort: failed to synchronize: cudaErrorIllegalInstruction: an illegal"),
-        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED after an illegal instruction"),
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+            r"no memory for a step; lower train.batch_size or data.crop; the last good .* of iteration 3; .*",
+        ),
+        (  # what it held is lost: nothing is saved from there
+            torch.AcceleratorError("CUDA error: an illegal instruction was encountered\nSearch for it"),
+            r"the GPU failed: .* illegal[^\n]*; the last good .*last.pt, of iteration 2; resume .*",
+        ),
     ],
-    ids=["torch", "thrust", "cudnn"],
+    ids=["memory", "gpu"],
 )
-def test_a_gpu_that_fails_is_one_line(error, tiny, tmp_path, monkeypatch):
-    """What it held is lost: nothing is saved from there, and the last checkpoint is named."""
+def test_a_step_without_memory_or_gpu_is_one_line(error, message, tiny, tmp_path, monkeypatch):
     trainer = Trainer(load_config(tiny), tmp_path / "run")
 
     def fail(*arguments):
         raise error
 
     at_iteration(trainer, 3, lambda: monkeypatch.setattr(trainer.objective, "forward", fail))
-    message = stopped(trainer, TrainingError)
-    assert re.fullmatch(
-        r"the GPU failed: .* illegal[^\n]*; the last good checkpoint is .*last.pt, of iteration 2; resume .*",
-        message,
-    )
-    assert state_of(tmp_path / "run")["progress"]["iteration"] == 2
+    assert re.fullmatch(message, stopped(trainer, TrainingError))
+    assert f"of iteration {state_of(tmp_path / 'run')['progress']['iteration']};" in message
 
 
-@pytest.mark.parametrize("text", ["a fault of ours", "CUDA error: device-side assert triggered"])
-def test_other_errors_keep_their_traceback(text, tiny, tmp_path, monkeypatch):
-    trainer = Trainer(load_config(tiny), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("text", "is_the_gpus"),
+    [
+        ("merge_sort: failed to synchronize: cudaErrorIllegalInstruction: an illegal", True),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED after an illegal instruction", True),
+        ("a fault of ours", False),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_errors_that_are_not_the_gpus_keep_their_traceback(text, is_the_gpus):
+    stop = Stop(Processes(), torch.device("cpu"))
 
-    def fail(*arguments):
+    def fail():
         raise RuntimeError(text)
 
-    monkeypatch.setattr(trainer.objective, "forward", fail)
-    with pytest.raises(RuntimeError, match=text):
-        trainer.run()
+    with nullcontext() if is_the_gpus else pytest.raises(RuntimeError, match=text):
+        assert stop.attempt(fail) is None
+    assert isinstance(stop.failure, DeviceFailed) == is_the_gpus
 
 
-def test_a_finished_run_resumed_exits_0_and_says_so(tiny, tmp_path, capsys):
-    arguments = ["train", str(tiny), "--work-dir", str(tmp_path / "run"), "--set", "train.iterations=1"]
+def test_a_finished_run_resumed_exits_0_and_says_so(tiny, trained, tmp_path, capsys):
+    written = (trained / "last.pt").stat().st_mtime_ns
+    arguments = ["train", str(tiny), "--work-dir", str(trained), "--set", "data.root=not_needed", "--resume"]
     assert main(arguments) == 0
-    written = (tmp_path / "run/last.pt").stat().st_mtime_ns
-    capsys.readouterr()
-    assert main([*arguments, "data.root=not_needed", "--resume"]) == 0
     assert (
-        "run is already trained to iteration 1; raise train.iterations to continue" in capsys.readouterr().out
+        "run is already trained to iteration 6; raise train.iterations to continue" in capsys.readouterr().out
     )
-    assert (tmp_path / "run/last.pt").stat().st_mtime_ns == written
-    with pytest.raises(TrainingError, match="already trained to iteration 1") as caught:
-        Trainer(load_config(tiny, ["train.iterations=1"]), tmp_path / "new", tmp_path / "run/last.pt")
+    assert (trained / "last.pt").stat().st_mtime_ns == written
+    with pytest.raises(TrainingError, match="already trained to iteration 6") as caught:
+        Trainer(load_config(tiny), tmp_path / "new", trained / "last.pt")
     assert not isinstance(caught.value, AlreadyTrained), "the new folder holds no trained network"
 
 
-def test_a_finished_run_without_its_best_makes_up_for_it(tiny, tmp_path):
-    config = load_config(tiny, ["train.iterations=2"])
-    best = Trainer(config, tmp_path / "run").run()
-    (tmp_path / "run/best.safetensors").unlink()
-    assert Trainer(config, tmp_path / "run", resume=True).run() == best
-    assert (tmp_path / "run/best.safetensors").exists()
+def test_a_finished_run_without_its_best_makes_up_for_it(tiny, trained, tmp_path):
+    shutil.copy(trained / "last.pt", tmp_path)
+    best = log_of(trained)[-1]["miou"]  # of its end
+    assert Trainer(load_config(tiny), tmp_path, resume=True).run() == best
+    assert (tmp_path / "best.safetensors").exists()
 
 
 @pytest.mark.parametrize(
