@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_seg.cli import COMMANDS, evaluate, main
+from sparse_seg.cli import COMMANDS, main
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.scenes import ScenesDataset, write_scenes
+from sparse_seg.lab.compare import files
 from sparse_seg.lab.report.overlays import GAP, LEGEND_HEIGHT
 
 ROOT = Path(__file__).parents[2]
@@ -320,13 +321,13 @@ def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     assert main([*compare, "--policies", "random"]) == 0
     before = json.loads(out.read_text())["rows"]
     measured: list[str] = []
-    whole = evaluate.compare
+    whole = files.compare
 
     def note(model, dataset, data, rows, *others, **options):
         measured.extend(row.name for row in rows)
         return whole(model, dataset, data, rows, *others, **options)
 
-    monkeypatch.setattr(evaluate, "compare", note)
+    monkeypatch.setattr(files, "compare", note)
     assert main([*compare, "--policies", "random", "edge:cad", "--exchange", "none", "linear"]) == 0
     names = [
         f"selective, {spec}, f=0.5, {rule}" for spec in ("random", "edge:cad") for rule in ("none", "linear")

@@ -48,7 +48,7 @@ class Segmentation:
         classes: uint8 `[H, W]`, positions in `names` and `colours`.
         levels: int64 `[ceil(H/s), ceil(W/s)]` for the coarsest stride s, 0 for that stride; None when dense.
         fine_blocks: bool, those at the finest stride; None when dense.
-        block: side of a block, px.
+        strides: of the network, px, finest first.
         scales: factors on the image's sides at which the network saw it.
     """
 
@@ -56,7 +56,7 @@ class Segmentation:
     classes: NDArray[np.uint8]
     levels: NDArray[np.int64] | None
     fine_blocks: NDArray[np.bool_] | None
-    block: int
+    strides: tuple[int, ...]
     card: Card
     scales: tuple[float, ...] = (1.0,)
 
@@ -66,6 +66,11 @@ class Segmentation:
         blocks = "dense" if self.fine_blocks is None else f"{self.fine_blocks.mean():.0%} of the blocks fine"
         seen = "" if self.scales == (1.0,) else f"; seen at {', '.join(f'{one:.3g}' for one in self.scales)}"
         return f"Segmentation({self.classes.shape[0]}x{self.classes.shape[1]} px: {text}; {blocks}{seen})"
+
+    @property
+    def block(self) -> int:
+        """Side of a block, px."""
+        return self.strides[-1]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -227,7 +232,7 @@ class Segmenter:
         levels = None if found.levels is None else found.levels[0].cpu().numpy()
         fine = None if levels is None else levels == len(strides) - 1
         classes = found.classes[0].cpu().numpy().astype(np.uint8)
-        return Segmentation(image, classes, levels, fine, strides[-1], self.card, scales)
+        return Segmentation(image, classes, levels, fine, tuple(strides), self.card, scales)
 
 
 def segment(
