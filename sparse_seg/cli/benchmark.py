@@ -178,9 +178,16 @@ def _runtimes(args: argparse.Namespace, subject: Subject, peers: dict[str, Timed
     """The network, and peers, in other runtimes, on the subject's first image."""
     model, image = subject.float_model.cpu(), subject.images[:1].cpu().float().contiguous()
     accuracies = read_accuracies(args.accuracy, model) if args.accuracy else None
-    given = {"peers": peers, "fractions": args.fine_fraction or ()}
-    ways = args.threads, args.runtimes, merges(model), args.repeats
-    timed = time_network(model, image.numpy(), *ways, **given)
+    timed = time_network(
+        model,
+        image.numpy(),
+        args.threads,
+        args.runtimes,
+        merges(model),
+        args.repeats,
+        peers=peers,
+        fractions=args.fine_fraction or (),
+    )
     rows = [{"threads": args.threads} | row for row in runtime_rows(timed, accuracies)]
     print(f"{args.threads} threads, a process each; shares are of the way from dense OS16 to OS8")
     columns = [column for column in RUNTIME_COLUMNS if any(column.key in row for row in rows)]

@@ -175,11 +175,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         content = {"classes": segmenter.card.names, "images": results, "failed": failed}
         write_result(args.json, content)
-    _report(args, segmenter, results)
+    _report(args, segmenter, runner, results)
     return 1 if failed else 0
 
 
-def _report(args: argparse.Namespace, segmenter: Segmenter, results: dict[str, Any]) -> None:
+def _report(
+    args: argparse.Namespace, segmenter: Segmenter, runner: Runner, results: dict[str, dict[str, Any]]
+) -> None:
     for name, result in results.items():
         if "frames" in result:
             print(f"{name}: {result['frames']} frames, {result['milliseconds']:.1f} ms in the network each")
@@ -188,7 +190,7 @@ def _report(args: argparse.Namespace, segmenter: Segmenter, results: dict[str, A
     scales = [result["scales"][0] for result in results.values() if result["scales"] != [1.0]]
     if scales and args.scales is None:
         print(_scaled(segmenter.card, scales, len(results)))
-    print(segmenter.runner.report())
+    print(runner.report())
     if segmenter.frames:
         dense, stride = segmenter.dense_seconds(), segmenter.model.strides[0]
         beside = "" if dense is None else f"; dense OS{stride}: {1 / dense:.1f}"

@@ -20,7 +20,8 @@ import torch
 from sparse_seg.errors import MeasurementError
 
 Run = Callable[[], Any]
-K, T = TypeVar("K"), TypeVar("T")
+K = TypeVar("K")
+T = TypeVar("T")
 SPAWN = multiprocessing.get_context("spawn")
 MIB = 2**20
 _M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -3, 2**16  # mallopt(3); bytes

@@ -226,15 +226,6 @@ def test_the_checkpoint_is_looked_at_before_the_data(capsys, trained, tmp_path):
     assert "does not fit the config" in fails(capsys, "evaluate", config, checkpoint, *compare, *wrong)
 
 
-def test_hints_are_near(capsys, trained):
-    config, _ = trained
-    for name in ("train.lrr", "train.lossy.fine_weight"):
-        assert "did you mean" in fails(capsys, "train", config, "--set", f"{name}=1")
-    for name in ("train.foo", "model.xyz"):
-        assert "did you mean" not in fails(capsys, "train", config, "--set", f"{name}=1")
-    assert "did you mean" not in fails(capsys, "train", config.with_name("camvid.yaml"))
-
-
 def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
     config, _ = trained
     write_scenes(tmp_path / "scenes", 4, (64, 96), val_fraction=0.5)
@@ -444,27 +435,6 @@ def test_demo_says_resume_hint(capsys, tmp_path, monkeypatch):
     assert "interrupted; run it again to resume" in fails(capsys, "demo", "--out", tmp_path)
     monkeypatch.setattr("sparse_seg.__file__", str(tmp_path / "package/__init__.py"))
     assert "is not there: run from a checkout" in fails(capsys, "demo", "--out", tmp_path)
-
-
-@pytest.mark.slow
-def test_benchmark_prints_and_writes(capsys, trained, tmp_path):
-    config, checkpoint = trained
-    arguments = ["--size", "64x96", "--repeats", "1", "--fine-fraction", "0.1", "0.5", "--batch", "2"]
-    arguments += ["--scopes", "network", "train", "--no-memory", "--engines", "gather", "--device", "cpu"]
-    files = ["--checkpoint", str(checkpoint), "--json", str(tmp_path / "b.json")]
-    assert main(["benchmark", str(config), *arguments, *files]) == 0
-    out, errors = capsys.readouterr()
-    assert "\r" not in errors, "no bar without a terminal"
-    assert re.search(r"^network +selective f=0.1 +gather +\d+\.\d ", out, re.M)
-    assert "2 x 64x96 px, edge mask; medians of 1" in out
-    written = json.loads((tmp_path / "b.json").read_text())
-    assert {"command", "commit", "machine", "threads", "date", "notes", "parameters"} <= set(written)
-    assert written["checkpoint_bytes"] > 4 * written["parameters"]
-    for scope, names in (
-        ("network", {"dense OS8", "dense OS16", "selective f=0.1", "selective f=0.5"}),
-        ("train", {"dense OS8", "selective f=0.1", "selective f=0.5"}),
-    ):
-        assert {row["network"] for row in written["rows"] if row["scope"] == scope} == names
 
 
 def test_benchmark_errors(capsys, trained, tmp_path):

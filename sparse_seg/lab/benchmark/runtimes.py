@@ -122,7 +122,8 @@ def time_network(
     """
     size = (int(image.shape[2]), int(image.shape[3]))
     ways = {"fine": Way.dense(model.strides[0]), "coarse": Way.dense(model.strides[-1])}
-    for merge, fraction in itertools.product(merges, fractions or [None]):
+    shares: Sequence[float | None] = fractions or [None]
+    for merge, fraction in itertools.product(merges, shares):
         ways[f"selective {form_of(merge, fraction)}"] = Way(merge=merge, fine_fraction=fraction)
     with tempfile.TemporaryDirectory() as folder:
         graphs: dict[str, Timed] = {}

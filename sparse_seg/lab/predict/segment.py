@@ -277,7 +277,7 @@ def _network(model: Any) -> Segmentor | RuntimeSegmentor | Runner:
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(inner, nn.Module):
             raise ValueError(
-                f"model must be a checkpoint's path or a network of this package, not {_kind(model)}"
+                f"model must be a checkpoint's path or a network of this package, not {type(model).__name__}"
             )
     return inner
 
@@ -292,7 +292,9 @@ def _pixels(image: Any, bits: int | None) -> Image:
             _LOG.warning("warning: %s", depth.note)
         return read_image(Path(image), upright=True, bits=depth.bits)
     if not isinstance(image, PIL.Image.Image):
-        raise ValueError(f"image must be a path, a Pillow image or uint8 [H, W, 3] RGB, not {_kind(image)}")
+        raise ValueError(
+            f"image must be a path, a Pillow image or uint8 [H, W, 3] RGB, not {type(image).__name__}"
+        )
     if image.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
         raise ValueError(
             f"an image of mode {image.mode} has over 8 bits per channel; give its path, or RGB bytes"
@@ -301,7 +303,3 @@ def _pixels(image: Any, bits: int | None) -> Image:
         return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
     except OSError as error:
         raise DataError(f"the image cannot be read: {error}; restore it from the original") from None
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
