@@ -82,7 +82,7 @@ def test_benchmark(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_benchmark_in_a_runtime(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At the fractions asked for, of which a comparison tells the accuracy."""
-    rows = [
+    rows: list[dict[str, object]] = [
         {"output_stride": stride, "policy": None, "fine_fraction": None, "miou": miou}
         for stride, miou in ((8, 60.0), (16, 50.0))
     ]
