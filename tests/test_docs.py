@@ -14,7 +14,7 @@ from sparse_seg import build_model
 from sparse_seg.config import load_config
 from sparse_seg.config.docs import render
 from sparse_seg.lab.ablation.report import ablation_table
-from sparse_seg.lab.benchmark.tables import COLUMNS
+from sparse_seg.lab.benchmark.measure import COLUMNS
 from sparse_seg.lab.compare.report import comparison_table, fraction_table
 from sparse_seg.lab.report.tables import Column, Table
 from sparse_seg.run.network import SelectiveNetwork

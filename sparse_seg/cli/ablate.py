@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where all is kept (default: runs/ablation/CONFIG's name)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="list the remaining work with a time estimate, and stop"
+        "--dry-run",
+        action="store_true",
+        help="list the remaining work, estimate its time, and stop",
     )
     add_device(parser)
 
@@ -108,8 +110,9 @@ def _print_remaining(ablation: Ablation) -> None:
     ]
     print(Table([Column("what", "what"), Column("state", "left")], shown).to_text())
     left = [row["seconds"] for row in rows if not row["done"]]
+    total = f"about {_duration(sum(left))} for one process on {ablation.device}"
     print(
-        f"{len(left)} of {len(rows)} left, about {_duration(sum(left))} for one process on {ablation.device}"
+        f"{len(left)} of {len(rows)} left, {total}: an estimate by multiply-adds, and by logs where there are"
     )
 
 

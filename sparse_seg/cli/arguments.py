@@ -35,18 +35,20 @@ def _is_option(text: str) -> bool:
     return text[:1] == "-" and text[1:2].strip("0123456789. ") != "" and " " not in text
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`256x512` as (height, width) in pixels.
+def size(lowest: int = 1) -> Callable[[str], tuple[int, int]]:
+    """An argument type: `256x512` as (height, width), px, both at least `lowest`."""
 
-    Raises:
-        argparse.ArgumentTypeError: not two positive whole numbers.
-    """
-    height, separator, width = text.lower().partition("x")
-    if not (separator and height.isdecimal() and width.isdecimal() and int(height) > 0 and int(width) > 0):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size; write HEIGHTxWIDTH in pixels, as in 256x512"
-        )
-    return int(height), int(width)
+    def parse(text: str) -> tuple[int, int]:
+        height, separator, width = text.lower().partition("x")
+        if not (separator and height.isdecimal() and width.isdecimal() and int(height) > 0 < int(width)):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a size; write HEIGHTxWIDTH in pixels, as in 256x512"
+            )
+        if min(int(height), int(width)) < lowest:
+            raise argparse.ArgumentTypeError(f"{text!r}: both sides must be at least {lowest} px")
+        return int(height), int(width)
+
+    return parse
 
 
 def whole_number(lowest: int) -> Callable[[str], int]:

@@ -19,17 +19,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparse_seg.cli.arguments import parse_size, whole_number
+from sparse_seg.cli.arguments import fraction, size, whole_number
 from sparse_seg.cli.options import (
     CHECKPOINT,
     add_config,
     add_device,
-    fraction,
     input_files,
     merges,
     output_file,
@@ -40,35 +38,39 @@ from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
 from sparse_seg.export.runtime import RUNTIMES, check_runtime
 from sparse_seg.files import atomic_write, check_outputs
-from sparse_seg.lab.benchmark.measure import cases, measure
+from sparse_seg.lab.benchmark.measure import COLUMNS, cases, measure
 from sparse_seg.lab.benchmark.peers import PEERS
-from sparse_seg.lab.benchmark.runtimes import COLUMNS, TORCH, Timed, peer_graphs, time_network
+from sparse_seg.lab.benchmark.runtimes import COLUMNS as RUNTIME_COLUMNS
+from sparse_seg.lab.benchmark.runtimes import TORCH, Timed, peer_graphs, read_accuracies, time_network
 from sparse_seg.lab.benchmark.runtimes import rows as runtime_rows
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
-from sparse_seg.lab.benchmark.tables import benchmark_table
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.tables import Table
 from sparse_seg.masks import POLICIES
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
 SCOPES = ("network", "train")
+FRACTIONS = (0.05, 0.1, 0.2, 0.3, 1.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--checkpoint", metavar="C", help=f"{CHECKPOINT} (default: random ones)")
     parser.add_argument(
-        "--size", type=_size, default=(512, 1024), metavar="HxW", help="of the images, px (default: 512x1024)"
+        "--size",
+        type=size(SMALLEST_SIDE),
+        default=(512, 1024),
+        metavar="HxW",
+        help="of the images, px (default: 512x1024)",
     )
     parser.add_argument("--batch", type=whole_number(1), default=1, metavar="N", help="images (default: 1)")
     parser.add_argument(
         "--fine-fraction",
         nargs="+",
         type=fraction,
-        default=[0.05, 0.1, 0.2, 0.3, 1.0],
         metavar="F",
-        help="selective at these shares of fine blocks (default: 0.05 0.1 0.2 0.3 1.0)",
+        help="selective at these shares of fine blocks (default: 0.05 0.1 0.2 0.3 1.0; the config's of "
+        "--runtimes)",
     )
     parser.add_argument(
         "--engines",
@@ -148,12 +150,14 @@ def run(args: argparse.Namespace) -> int:
     if "train" in args.scopes and args.batch < 2 and subject.model.norms_vectors:
         raise ConfigError("a training step needs --batch 2 or more: a norm sees one vector of each image")
     for scope in dict.fromkeys(args.scopes):
-        todo = cases(scope, args.fine_fraction, list(dict.fromkeys(args.engines)), strides, args.policies)
+        todo = cases(
+            scope, args.fine_fraction or FRACTIONS, list(dict.fromkeys(args.engines)), strides, args.policies
+        )
         if args.peers and scope != "train":
-            todo += [Case(scope, "peer", Way.dense(strides[0]), peer=name) for name in PEERS]
+            todo += [Case(scope, Way.dense(strides[0]), peer=name) for name in PEERS]
         rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
     if rows:
-        print(benchmark_table(rows).to_text())
+        print(Table(COLUMNS, rows).to_text())
     timed = _runtimes(args, subject, peers) if args.runtimes else []
     origin = provenance() | {
         "setup": {"size": args.size, "batch": args.batch, "device": str(args.device), "dtype": args.dtype},
@@ -173,28 +177,22 @@ def run(args: argparse.Namespace) -> int:
 def _runtimes(args: argparse.Namespace, subject: Subject, peers: dict[str, Timed]) -> list[dict[str, Any]]:
     """The network, and peers, in other runtimes, on the subject's first image."""
     model, image = subject.float_model.cpu(), subject.images[:1].cpu().float().contiguous()
-    accuracies = _accuracies(args.accuracy, model) if args.accuracy else None
+    accuracies = read_accuracies(args.accuracy, model) if args.accuracy else None
     timed = time_network(
-        model, image.numpy(), args.threads, args.runtimes, merges(model), args.repeats, peers=peers
+        model,
+        image.numpy(),
+        args.threads,
+        args.runtimes,
+        merges(model),
+        args.repeats,
+        peers=peers,
+        fractions=args.fine_fraction or (),
     )
     rows = [{"threads": args.threads} | row for row in runtime_rows(timed, accuracies)]
     print(f"{args.threads} threads, a process each; shares are of the way from dense OS16 to OS8")
-    columns = [column for column in COLUMNS if any(column.key in row for row in rows)]
+    columns = [column for column in RUNTIME_COLUMNS if any(column.key in row for row in rows)]
     print(Table(columns, rows).to_text())
     return rows
-
-
-def _accuracies(path: str, model: Segmentor) -> tuple[float, float, dict[str, float]]:
-    """mIoU of dense OS16 and OS8, and of the selective network by merge, from a comparison's file."""
-    try:
-        found = json.loads(Path(path).read_text())["rows"]
-        dense = {row["output_stride"]: row["miou"] for row in found if row["policy"] is None}
-        ends = dense[model.strides[-1]], dense[model.strides[0]]
-        own = [row for row in found if row["policy"] and row["policy"].partition(":")[0] == model.policy.name]
-        own = [row for row in own if row["fine_fraction"] == model.policy.fine_fraction]
-        return *ends, {row.get("merge") or model.merge: row["miou"] for row in own}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path} is no JSON file of evaluate --compare with both dense runs") from None
 
 
 def _footer(origin: dict[str, Any]) -> str:
@@ -208,10 +206,3 @@ def _footer(origin: dict[str, Any]) -> str:
         *origin["notes"],
     ]
     return "\n".join(lines)
-
-
-def _size(text: str) -> tuple[int, int]:
-    size = parse_size(text)
-    if min(size) < SMALLEST_SIDE:
-        raise argparse.ArgumentTypeError(f"{text!r}: both sides must be at least {SMALLEST_SIDE} px")
-    return size

@@ -16,13 +16,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from sparse_seg.checkpoint import build_network, load, save
-from sparse_seg.cli.arguments import fraction, whole_number
-from sparse_seg.cli.options import add_config, add_device, input_files, output_file, overrides
-from sparse_seg.config import check_classes, load_config
-from sparse_seg.data import open_split
+from sparse_seg.checkpoint import save
+from sparse_seg.cli.arguments import fraction
+from sparse_seg.cli.options import add_config, add_data, add_device, opened, output_file
 from sparse_seg.evaluation.calibrate import calibrate
-from sparse_seg.files import check_outputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,20 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fine-fraction", type=fraction, metavar="F", help="share of all blocks (default: the config's)"
     )
     parser.add_argument("--out", type=output_file, metavar="OUT", help="checkpoint to write, .safetensors")
-    parser.add_argument("--split", default="train", help="split of the dataset (default: train)")
-    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="use the first N frames only")
+    add_data(parser, "train")
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args.config, overrides(args))
-    check_classes(config)
-    loaded = load(args.checkpoint)
-    model = build_network(loaded, config).to(args.device)
-    dataset = open_split(config.data, args.split)
-    if args.out:
-        check_outputs([args.out], [*input_files(args.config, config, args.checkpoint), *dataset.files()])
-    dataset.check(args.limit)
+    config, loaded, model, dataset, *_ = opened(args, args.device, args.out)
     found = calibrate(model.for_inference(), dataset, config.data, args.limit, progress=True)
     cuts: dict[str, Any] = {"threshold": found.threshold, "middle_threshold": found.middle_threshold}
     settings = " ".join(f"model.mask.{key}={value:.6g}" for key, value in cuts.items() if value is not None)

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import sparse_seg
 from sparse_seg.cli.arguments import whole_number
-from sparse_seg.cli.evaluate import compare_and_report
 from sparse_seg.cli.options import add_device, input_files, output_folder
 from sparse_seg.config import Config, load_config
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import ConfigError, TrainingError
 from sparse_seg.files import check_outputs
+from sparse_seg.lab.compare.files import compare_and_report
+from sparse_seg.lab.opened import open_checkpoint
 from sparse_seg.lab.report.overlays import write_image
 from sparse_seg.training.checkpoint import run_files
 from sparse_seg.training.finish import finish_training
@@ -65,15 +66,8 @@ def _run(out: Path, config: Config, args: argparse.Namespace) -> None:
     print(f"demo: 5 to 8 minutes on 2 idle cores, most of it training; all goes to {out}", flush=True)
     write_scenes(out / "scenes", args.count, progress=True)
     checkpoint = finish_training(config, out / "training", args.device)
-    compare_and_report(
-        config,
-        checkpoint,
-        POLICIES,
-        FRACTIONS,
-        device=args.device,
-        json_path=out / "comparison.json",
-        report_path=out / "report.html",
-    )
+    subject = open_checkpoint(config, checkpoint, args.device)
+    compare_and_report(subject, POLICIES, FRACTIONS, out / "comparison.json", out / "report.html")
     scene = min((out / "scenes/leftImg8bit/val").rglob("*.png"))
     found = sparse_seg.segment(checkpoint, scene)
     write_image(out / "picture.png", found.overlay())

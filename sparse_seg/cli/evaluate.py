@@ -24,40 +24,33 @@ examples:
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from sparse_seg.checkpoint import build_network, load, load_model, network_settings
-from sparse_seg.cli.arguments import fraction, whole_number
+from sparse_seg.cli.arguments import fraction
 from sparse_seg.cli.options import (
     add_config,
+    add_data,
     add_device,
     add_network,
     add_runtime,
     add_views,
     input_files,
+    opened,
     output_file,
     overrides,
     policy,
     views,
 )
-from sparse_seg.config import Config, ModelConfig, check_classes, load_config
+from sparse_seg.config import ModelConfig, load_config
 from sparse_seg.config.keys import choices
-from sparse_seg.data import open_split
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.views import ONCE
-from sparse_seg.export.runner import AUTO, TORCH, Runner
+from sparse_seg.export.runner import TORCH, Runner
 from sparse_seg.export.runtime import RUNTIMES
-from sparse_seg.files import atomic_write, check_outputs
-from sparse_seg.lab.compare.report import comparison_table, write_comparison
-from sparse_seg.lab.compare.run import compare, comparison_runtime, comparison_ways, groups
-from sparse_seg.lab.provenance import provenance
+from sparse_seg.files import check_outputs
+from sparse_seg.lab.compare.files import compare_and_report, written
+from sparse_seg.lab.opened import Opened
+from sparse_seg.lab.provenance import write_result
 from sparse_seg.lab.report.summary import class_table, summary
 from sparse_seg.masks import POLICIES
 from sparse_seg.processes import Processes, joined_processes
@@ -99,8 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", type=output_file, metavar="OUT", help="with --compare: also write an HTML report"
     )
-    parser.add_argument("--split", default="val", help="split of the dataset (default: val)")
-    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="measure the first N images only")
+    add_data(parser, "val")
     parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the result to this file")
     add_views(parser)
     add_runtime(parser)
@@ -118,135 +110,42 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("argument --runtime: not with --accuracy-only, which shares passes in torch")
     if args.resume and not args.json:
         args.usage_error("argument --resume: name the file to resume; add --json OUT")
-    config = load_config(args.config, overrides(args))
-    check_outputs(_written(args.json, args.report), input_files(args.config, config, args.checkpoint))
+    config, files = load_config(args.config, overrides(args)), written(args.json, args.report)
+    check_outputs(files, input_files(args.config, config, args.checkpoint))
     with joined_processes(args.device) as (processes, device):
-        if args.compare is None:
-            _evaluate(config, args, processes, device)
-            return 0
-        if processes.count > 1:
+        if args.compare is not None and processes.count > 1:
             raise ConfigError("--compare measures time, which takes one process: run it without torchrun")
+        subject = opened(args, device, *files, config=config)
+        if args.compare is None:
+            _evaluate(subject, args, processes)
+            return 0
         compare_and_report(
-            config,
-            args.checkpoint,
+            subject,
             args.policies or ["edge", "oracle"],
             args.compare,
-            args.split,
-            args.limit,
-            device,
             args.json,
             args.report,
             args.exchange or (),
+            args.merge or (),
             args.resume,
             not args.accuracy_only,
-            args.merge or (),
             TORCH if args.accuracy_only else args.runtime,
         )
     return 0
 
 
-def _evaluate(config: Config, args: argparse.Namespace, processes: Processes, device: torch.device) -> None:
+def _evaluate(subject: Opened, args: argparse.Namespace, processes: Processes) -> None:
     """Evaluate one way; processes share the frames, and the first one prints."""
-    check_classes(config)
-    model = load_model(args.checkpoint, config).to(device)
-    dataset = open_split(config.data, args.split)
-    check_outputs(_written(args.json), dataset.files())
-    dataset.check(args.limit)
+    config, _, model, dataset, _, limit = subject
     way, looks = Way(args.dense), views(args)
     refusal = "processes share the images" if processes.count > 1 else None  # results must not depend on it
     runner = Runner(model, args.runtime, way, refusal)
-    result = evaluate(model, dataset, config.data, way, args.limit, True, looks, processes, runner)
+    result = evaluate(model, dataset, config.data, way, limit, True, looks, processes, runner)
     if not processes.is_first:
         return
     print(class_table(result, dataset.classes).to_text())
     print(summary(result))
     print(runner.report())
     if args.json:
-        content = provenance() | {"runtime": list(runner.runs)}
-        content |= {"classes": dataset.classes.names, "result": result.as_dict()}
-        atomic_write(args.json, json.dumps(content, indent=1) + "\n")
-
-
-def compare_and_report(
-    config: Config,
-    checkpoint: str | Path,
-    policies: Sequence[str],
-    fractions: Sequence[float],
-    split: str = "val",
-    limit: int | None = None,
-    device: torch.device | str = "cpu",
-    json_path: str | Path | None = None,
-    report_path: str | Path | None = None,
-    exchanges: Sequence[str] = (),
-    resume: bool = False,
-    timed: bool = True,
-    merges: Sequence[str] = (),
-    runtime: str = AUTO,
-) -> None:
-    """Compare the ways to run a checkpoint, print the table, and write the files asked for."""
-    check_classes(config)
-    loaded = load(checkpoint)
-    model = build_network(loaded, config).to(device)
-    dataset = open_split(config.data, split)
-    check_outputs(_written(json_path, report_path), dataset.files())
-    dataset.check(limit)
-    ways = comparison_ways(model, policies, fractions, exchanges, merges)
-    fast, reason = comparison_runtime(model, dataset, config.data, ways, runtime)
-    origin, rows = provenance() | {"runtime": fast.runtime if fast else TORCH}, list[dict[str, Any]]()
-    subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, list(model.strides)]
-    subject += filter(None, [config.data.bits, fast.runtime if fast else None])
-    digest = hashlib.blake2b(loaded.path.read_bytes() + json.dumps(subject).encode(), digest_size=16)
-    origin["subject"] = digest.hexdigest()
-    if resume:
-        earlier = _earlier(json_path, origin["subject"])
-        rows = earlier["rows"]
-        origin["commits"] = sorted({*earlier["commits"], str(origin["commit"])})  # of all runs that measured
-    known = {row["network"] for row in rows}
-    for part in groups([way for way in ways if way.name not in known]) if resume else [ways]:
-        rows += compare(model, dataset, config.data, part, limit, progress=True, timed=timed, fast=fast)
-        if json_path:
-            atomic_write(json_path, json.dumps(origin | {"rows": rows}, indent=1) + "\n")
-    print(comparison_table(rows).to_text())
-    print(f"runtime: {origin['runtime']}" + (f" ({reason})" if reason else ""))
-    if report_path:
-        own = network_settings(loaded, config)
-        description = (
-            f"{checkpoint}: {own.module or f'{own.backbone} x{own.width:g}, {own.head} head'}, on "
-            f"{rows[0]['images']} images of {config.data.dataset} {split}. "
-            "One set of weights, no retraining. "
-            f"{origin['machine']}, {origin['threads']} threads; milliseconds are medians over the images, in "
-            f"{origin['runtime']}."
-        )
-        write_comparison(
-            report_path, "Dense and selective", description, rows, model, dataset, config.data, ways, limit
-        )
-        print(f"report: {report_path}")
-
-
-def _written(json_path: str | Path | None, report_path: str | Path | None = None) -> list[Path]:
-    """The files asked for; a report has a picture beside it."""
-    pages = [Path(report_path), Path(report_path).with_suffix(".png")] if report_path else []
-    return [Path(json_path), *pages] if json_path else pages
-
-
-def _earlier(path: str | Path | None, subject: str) -> dict[str, Any]:
-    """The rows of an earlier comparison and the commits they are of; none if there is no such file.
-
-    Raises:
-        ConfigError: the file holds something else, or rows of other weights, images, strides or runtime.
-    """
-    assert path is not None
-    if not Path(path).exists():
-        return {"rows": [], "commits": []}
-    try:
-        found = json.loads(Path(path).read_text())
-        rows = [row for row in found["rows"] if row["network"]]
-        commits, earlier = found.get("commits", [str(found["commit"])]), found.get("subject", subject)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{path} holds no comparison to resume; remove it or name another file") from None
-    if earlier != subject:
-        raise ConfigError(
-            f"{path} holds rows of other weights, images or strides, or of another runtime; name another "
-            "--json file"
-        )
-    return {"rows": rows, "commits": commits}
+        content = {"runtime": list(runner.runs), "classes": dataset.classes.names, "result": result.as_dict()}
+        write_result(args.json, content)

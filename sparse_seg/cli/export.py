@@ -20,7 +20,7 @@ import dataclasses
 
 from sparse_seg.checkpoint import build_network, load
 from sparse_seg.checkpoint.loading import read_card
-from sparse_seg.cli.arguments import parse_size, whole_number
+from sparse_seg.cli.arguments import size, whole_number
 from sparse_seg.cli.options import add_config, add_network, input_files, output_file, overrides
 from sparse_seg.config import ModelConfig, check_classes, load_config
 from sparse_seg.config.keys import choices
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, checkpoint=True, optional=True)
     parser.add_argument("out", metavar="OUT.onnx", type=output_file, help="file to write")
     parser.add_argument(
-        "--size", type=parse_size, required=True, metavar="HxW", help="size of the images in pixels"
+        "--size", type=size(), required=True, metavar="HxW", help="size of the images in pixels"
     )
     add_network(parser)
     parser.add_argument("--policy", choices=POLICIES, help="mask policy (default: the config's)")
@@ -86,11 +86,11 @@ def run(args: argparse.Namespace) -> int:
         tiles=not args.static,
     )
     metadata = export_onnx(model, args.out, options, card.names, card.colours)
-    size, fraction = "x".join(map(str, args.size)), metadata.get("fine_fraction")
+    side, fraction = "x".join(map(str, args.size)), metadata.get("fine_fraction")
     kind = (
         f"dense at output stride {args.dense}" if fraction is None else f"{100 * fraction:.1f} % fine blocks"
     )
-    print(f"{args.out}: {size} px, {kind}; equal to the model in onnxruntime")
+    print(f"{args.out}: {side} px, {kind}; equal to the model in onnxruntime")
     frame = card.frame or card.at_most
     if frame is not None and card.scale_for(*args.size) != 1:
         print(f"note: trained on frames of about {frame[0]}x{frame[1]} px; a --size near that suits it best")

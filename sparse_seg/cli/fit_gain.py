@@ -15,13 +15,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from sparse_seg.checkpoint import build_network, load, save
-from sparse_seg.cli.arguments import whole_number
-from sparse_seg.cli.options import add_config, add_device, input_files, merges, output_file
-from sparse_seg.config import check_classes, load_config
-from sparse_seg.data import open_split
+from sparse_seg.checkpoint import save
+from sparse_seg.cli.options import add_config, add_data, add_device, merges, opened, output_file
 from sparse_seg.errors import ConfigError
-from sparse_seg.files import check_outputs
 from sparse_seg.run.way import Way
 from sparse_seg.training.gain import collect, fit
 
@@ -29,8 +25,7 @@ from sparse_seg.training.gain import collect, fit
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, checkpoint=True)
     parser.add_argument("out", type=output_file, metavar="OUT", help="checkpoint to write, .safetensors")
-    parser.add_argument("--split", default="train", help="split of the dataset (default: train)")
-    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="use the first N frames only")
+    add_data(parser, "train")
     parser.add_argument(
         "--without-labels",
         action="store_true",
@@ -41,18 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args.config, args.set)
-    check_classes(config)
-    loaded = load(args.checkpoint)
-    model = build_network(loaded, config).to(args.device)
+    config, loaded, model, dataset, *_ = opened(args, args.device, args.out)
     if not model.refines(Way()):
         raise ConfigError(
             "policy gain refines a coarse pass, which model.dilate_second=false, model.exchange=separate and "
             "layers of a module that mix phases do not allow; choose another policy"
         )
-    dataset = open_split(config.data, args.split)
-    check_outputs([args.out], [*input_files(args.config, config, args.checkpoint), *dataset.files()])
-    dataset.check(args.limit)
     merge = merges(model)[-1]
     samples = collect(
         model.for_inference(), dataset, config.data, not args.without_labels, args.limit, args.seed, merge

@@ -10,7 +10,7 @@ examples:
 
 import argparse
 
-from sparse_seg.cli.arguments import parse_size, whole_number
+from sparse_seg.cli.arguments import size, whole_number
 from sparse_seg.cli.options import output_folder
 from sparse_seg.data.scenes import FRAMES, SMALLEST_SIDE, write_scenes
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--size",
-        type=_scene_size,
+        type=size(SMALLEST_SIDE),
         default=(256, 512),
         metavar="HxW",
         help=f"height and width, px, from {SMALLEST_SIDE} (default: 256x512)",
@@ -53,10 +53,3 @@ def run(args: argparse.Namespace) -> int:
     written = write_scenes(args.out, args.count, args.size, args.seed, progress=True, pan=args.pan)
     print(f"{args.count} scenes {'written to' if written else 'are already in'} {args.out}")
     return 0
-
-
-def _scene_size(text: str) -> tuple[int, int]:
-    size = parse_size(text)
-    if min(size) < SMALLEST_SIDE:
-        raise argparse.ArgumentTypeError(f"{text!r}: both sides must be at least {SMALLEST_SIDE} px")
-    return size

@@ -10,10 +10,12 @@ import torch
 
 from sparse_seg.checkpoint import find, is_checkpoint
 from sparse_seg.cli.arguments import fraction, number, whole_number
-from sparse_seg.config import Config, MaskConfig, config_files
+from sparse_seg.config import Config, MaskConfig, config_files, load_config
 from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError, choose_one
 from sparse_seg.evaluation.views import Views
 from sparse_seg.export.runner import AUTO, CHOICES, PIXELS
+from sparse_seg.files import check_outputs
+from sparse_seg.lab.opened import Opened, open_checkpoint
 from sparse_seg.masks import parse_policy
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
@@ -34,6 +36,12 @@ def add_config(parser: argparse.ArgumentParser, checkpoint: bool = False, option
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"
     )
+
+
+def add_data(parser: argparse.ArgumentParser, split: str) -> None:
+    """`--split` and `--limit`."""
+    parser.add_argument("--split", default=split, help=f"split of the dataset (default: {split})")
+    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="use the first N images only")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -107,11 +115,22 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def opened(
+    args: argparse.Namespace, device: torch.device, *outputs: str | Path | None, config: Config | None = None
+) -> Opened:
+    """CONFIG, CHECKPOINT, and the data of `add_data`; no output may be one of their files."""
+    config = config or load_config(args.config, overrides(args))
+    written = [file for file in outputs if file]
+    check_outputs(written, input_files(args.config, config, args.checkpoint))
+    return open_checkpoint(config, args.checkpoint, device, args.split, args.limit, written)
+
+
 def overrides(args: argparse.Namespace) -> list[str]:
     """`--set`, plus the setting that `--fine-fraction` abbreviates."""
-    if args.fine_fraction is None:
+    fraction = getattr(args, "fine_fraction", None)
+    if fraction is None:
         return args.set
-    return [*args.set, f"model.mask.fine_fraction={args.fine_fraction}", "model.mask.threshold=null"]
+    return [*args.set, f"model.mask.fine_fraction={fraction}", "model.mask.threshold=null"]
 
 
 def policy(text: str) -> str:

@@ -33,7 +33,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,23 +57,14 @@ from sparse_seg.config import check_classes, load_config
 from sparse_seg.config.schema import BITS
 from sparse_seg.data.depth import find_depth
 from sparse_seg.data.folder import CLASS_FILE
-from sparse_seg.data.reading import read_image
 from sparse_seg.errors import DataError
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.runtime import RUNTIMES
-from sparse_seg.files import atomic_write
-from sparse_seg.lab.predict.inputs import Source, find_sources
-from sparse_seg.lab.predict.outputs import Outputs
-from sparse_seg.lab.predict.pictures import (
-    check_legend,
-    write_legend,
-    write_levels,
-    write_pictures,
-    write_steps,
-)
+from sparse_seg.lab.predict.inputs import Outputs, find_sources
+from sparse_seg.lab.predict.pictures import STEPS, check_legend, write_legend, write_pictures
 from sparse_seg.lab.predict.segment import Segmenter
-from sparse_seg.lab.predict.video import VideoOptions, write_video
-from sparse_seg.lab.provenance import provenance
+from sparse_seg.lab.predict.video import write_video
+from sparse_seg.lab.provenance import write_result
 from sparse_seg.masks import POLICIES
 from sparse_seg.progress import bar
 from sparse_seg.run.card import NEAR, Card
@@ -152,11 +142,10 @@ def run(args: argparse.Namespace) -> int:
     if config_file is not None:
         config = load_config(config_file, args.set)
         check_classes(config)
-    sources = find_sources(inputs)
+    sources, outputs = find_sources(inputs), _outputs(args)
     for path in map(Path, inputs):
-        if path.is_dir() and Path(args.out).resolve().is_relative_to(path.resolve()):
+        if path.is_dir() and outputs.folder.resolve().is_relative_to(path.resolve()):
             args.usage_error(f"argument --out: {path} holds the images; name another folder than {args.out}")
-    outputs = _outputs(args)
     outputs.check(sources, input_files(config_file, config, checkpoint))
     model = build_network(load(checkpoint), config).to(args.device)
     runner = Runner(model, args.runtime, way, "--fps refines" if args.fps else None)
@@ -173,15 +162,26 @@ def run(args: argparse.Namespace) -> int:
         try:
             runner.expect(len(sources) - index if looks.is_single else None)
             outputs.check_names(source)
-            results[str(source)] = _predict(segmenter, source, args, depth.bits)
-        except DataError as error:
-            failed[str(source)] = str(error)
-            tqdm.write(f"error: {error}", file=sys.stderr)
+            if source.is_video:
+                found = write_video(segmenter, source, outputs, args.fps, args.limit)
+            else:
+                found = write_pictures(segmenter, source, outputs, depth.bits, args.steps or ())
+            results[str(source)] = found
+        except (DataError, ValueError) as error:
+            failed[str(source)] = str(error if isinstance(error, DataError) else f"{source}: {error}")
+            tqdm.write(f"error: {failed[str(source)]}", file=sys.stderr)
     if results:
         write_legend(segmenter.card, args.out, args.ids_only)
     if args.json:
-        content = provenance() | {"classes": segmenter.card.names, "images": results, "failed": failed}
-        atomic_write(args.json, json.dumps(content, indent=1) + "\n")
+        content = {"classes": segmenter.card.names, "images": results, "failed": failed}
+        write_result(args.json, content)
+    _report(args, segmenter, runner, results)
+    return 1 if failed else 0
+
+
+def _report(
+    args: argparse.Namespace, segmenter: Segmenter, runner: Runner, results: dict[str, dict[str, Any]]
+) -> None:
     for name, result in results.items():
         if "frames" in result:
             print(f"{name}: {result['frames']} frames, {result['milliseconds']:.1f} ms in the network each")
@@ -192,35 +192,10 @@ def run(args: argparse.Namespace) -> int:
         print(_scaled(segmenter.card, scales, len(results)))
     print(runner.report())
     if segmenter.frames:
-        dense, stride = segmenter.dense_seconds(), model.strides[0]
+        dense, stride = segmenter.dense_seconds(), segmenter.model.strides[0]
         beside = "" if dense is None else f"; dense OS{stride}: {1 / dense:.1f}"
         print(f"{segmenter.frames / segmenter.seconds:.1f} frames/s in the network{beside}")
     print(f"{len(results)} images segmented" + (f"; pictures in {args.out}" if results else ""))
-    return 1 if failed else 0
-
-
-def _predict(
-    segmenter: Segmenter, source: Source, args: argparse.Namespace, bits: int | None
-) -> dict[str, Any]:
-    """Segment one input and write its files; what --json says of it."""
-    out = Path(args.out, source.name)
-    try:
-        if source.is_video or isinstance(source.path, int):
-            options = VideoOptions(args.fps, args.limit, args.video_ids or args.ids_only, args.video_blocks)
-            return write_video(segmenter, source, out, options)
-        image = read_image(source.path, upright=True, bits=bits)
-        found = segmenter(image)
-    except ValueError as error:
-        raise DataError(f"{source}: {error}") from None
-    write_pictures(found, out, args.ids_only)
-    if args.show_levels:
-        write_levels(found, out, segmenter.model.strides)
-    if args.steps:
-        write_steps(segmenter, image, out, args.steps)
-    fine = None if found.fine_blocks is None else float(found.fine_blocks.mean())
-    windows = segmenter.views_of(image).count_windows(*image.shape[:2])
-    said = {"shares": found.shares(), "fine_fraction": fine, "windows": windows}
-    return said | {"scales": list(found.scales)}
 
 
 def _scaled(card: Card, scales: list[float], total: int) -> str:
@@ -238,11 +213,10 @@ def _scaled(card: Card, scales: list[float], total: int) -> str:
 
 def _outputs(args: argparse.Namespace) -> Outputs:
     """What is to be written."""
-    selective = args.dense is None
-    kinds = {"ids": True, "overlay": not args.ids_only, "classes": not args.ids_only}
-    kinds |= {"blocks": not args.ids_only and selective, "levels": args.show_levels and selective}
-    kinds["steps"] = bool(args.steps)
-    others = [Path(args.out, CLASS_FILE), *([] if args.ids_only else [Path(args.out, "legend.png")])]
+    selective, all_kinds = args.dense is None, not args.ids_only
+    kinds = {"ids": True, "overlay": all_kinds, "classes": all_kinds, "blocks": all_kinds and selective}
+    kinds |= {"levels": args.show_levels and selective, STEPS: bool(args.steps)}
+    others = [Path(args.out, CLASS_FILE), *([Path(args.out, "legend.png")] if all_kinds else [])]
     return Outputs(
         Path(args.out),
         [kind for kind, asked in kinds.items() if asked],

@@ -9,15 +9,20 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from sparse_seg.errors import MeasurementError
 
 Run = Callable[[], Any]
+K = TypeVar("K")
+T = TypeVar("T")
+SPAWN = multiprocessing.get_context("spawn")
 MIB = 2**20
 _M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -3, 2**16  # mallopt(3); bytes
 
@@ -48,14 +53,14 @@ class Latency:
 
 
 def interleaved(
-    runs: Mapping[str, Run], repeats: int, device: torch.device, warmup: int = 1
-) -> dict[str, Latency]:
+    runs: Mapping[K, Run], repeats: int, device: torch.device, warmup: int = 1
+) -> dict[K, Latency]:
     """Time each run `repeats` times, in turns (A B C A B C), so that drift of the machine falls on all alike.
 
     Warm-up rounds come before and are not timed. On CUDA the time is that between two events on the stream;
     the host's share counts if it is the longer. Uses `torch.get_num_threads()` threads.
     """
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[K, list[float]] = {name: [] for name in runs}
     for repeat in range(warmup + repeats):
         for name, run in runs.items():
             milliseconds = _cuda_time(run) if device.type == "cuda" else _cpu_time(run)
@@ -91,24 +96,24 @@ def peak_memory(prepare: Callable[..., Run], arguments: tuple[Any, ...], device:
     """
     if device.type == "cuda":
         return _cuda_peak(prepare(*arguments))
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(
-        target=_measure_in_child, args=(sender, torch.get_num_threads(), prepare, arguments), daemon=True
-    )
-    child.start()
-    sender.close()
+    with ProcessPoolExecutor(1, SPAWN) as pool:
+        failure = "memory cannot be measured"
+        return in_child(pool, failure, _cpu_peak, torch.get_num_threads(), prepare, arguments)
+
+
+def in_child(pool: ProcessPoolExecutor, failure: str, work: Callable[..., T], *arguments: Any) -> T:
+    """What `work(*arguments)` gives in a process of the pool; all must be picklable.
+
+    Raises:
+        MeasurementError: `failure`, and why: the work failed, or its process was killed.
+    """
     try:
-        result = receiver.recv()
-    except EOFError:
-        result = None
-    finally:
-        receiver.close()
-        child.join()
-    if isinstance(result, float):
-        return result
-    reason = result or f"its process died with exit code {child.exitcode}; is there enough memory?"
-    raise MeasurementError(f"memory cannot be measured: {reason}")
+        return pool.submit(work, *arguments).result()
+    except BrokenProcessPool:
+        reason = "its process died; is there enough memory?"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    raise MeasurementError(f"{failure}: {reason}")
 
 
 def _cuda_peak(run: Run) -> float:
@@ -119,15 +124,6 @@ def _cuda_peak(run: Run) -> float:
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / MIB
-
-
-def _measure_in_child(
-    sender: Any, threads: int, prepare: Callable[..., Run], arguments: tuple[Any, ...]
-) -> None:
-    try:
-        sender.send(_cpu_peak(threads, prepare, arguments))
-    except Exception as error:
-        sender.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _cpu_peak(threads: int, prepare: Callable[..., Run], arguments: tuple[Any, ...]) -> float:

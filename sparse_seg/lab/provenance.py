@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparse_seg.files import atomic_write
 from sparse_seg.version import __version__
 
 NAME = "name = sparse_seg\n"  # in the checkout's setup.cfg
@@ -30,6 +33,11 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
+
+
+def write_result(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file: where it comes from, and the content."""
+    atomic_write(path, json.dumps(provenance() | dict(content), indent=1) + "\n")
 
 
 def _commit() -> str | None:

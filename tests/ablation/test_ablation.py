@@ -221,8 +221,8 @@ def test_what_another_process_has_in_hand_is_left_to_it(
         ["a", "b", "c"],
         lambda job: tmp_path / f"{job}.lock",
         lambda job: job == "b" and finished.is_set(),
-        lambda job: job != "a" or "c" in done,
         done.append,
+        lambda job: job != "a" or "c" in done,
     )
     thread.join()
     assert done == ["c", "a"], "a waits for c, and b was done by the other"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import cv2
@@ -67,9 +68,33 @@ def test_benchmark(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     common = ("benchmark", folder / "data.yaml", "--checkpoint", folder / "net.safetensors")
     sizes = ("--size", "64x96", "--repeats", 1, "--fine-fraction", 0.2, "--no-memory")
     options = ("--engines", "gather", "--scopes", "network", "train", "--json", tmp_path / "rows.json")
-    run(capsys, *common, *sizes, *options)
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [f"{row['scope']}, {row['network']}" for row in rows] == [
+    out = run(capsys, *common, *sizes, *options, "--batch", 2)
+    assert re.search(r"^network +selective f=0.2 +gather +\d+\.\d ", out, re.M)
+    assert "2 x 64x96 px, confidence mask; medians of 1" in out
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert {"command", "commit", "machine", "threads", "date", "notes", "parameters"} <= set(written)
+    assert written["checkpoint_bytes"] > 4 * written["parameters"]
+    assert [f"{row['scope']}, {row['network']}" for row in written["rows"]] == [
         *("network, dense OS8", "network, dense OS16", "network, selective f=0.2"),
         *("train, dense OS8", "train, selective f=0.2"),
     ]
+
+
+def test_benchmark_in_a_runtime(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the fractions asked for, of which a comparison tells the accuracy."""
+    rows: list[dict[str, object]] = [
+        {"output_stride": stride, "policy": None, "fine_fraction": None, "miou": miou}
+        for stride, miou in ((8, 60.0), (16, 50.0))
+    ]
+    rows.append({"output_stride": None, "policy": "confidence", "fine_fraction": 0.2, "miou": 58.0})
+    (tmp_path / "accuracy.json").write_text(json.dumps({"rows": rows}))
+    common = ("benchmark", folder / "data.yaml", "--checkpoint", folder / "net.safetensors", "--scopes")
+    options = ("--runtimes", "torch", "--fine-fraction", 0.2, 0.4, "--accuracy", tmp_path / "accuracy.json")
+    out = tmp_path / "out.json"
+    run(capsys, *common, "--size", "64x96", "--repeats", 1, *options, "--json", out)
+    found = {row["run"]: row for row in json.loads(out.read_text())["runtimes"]}
+    assert {name for name in found if " whole" in name} == {
+        f"selective torch whole f={fraction}" for fraction in (0.2, 0.4)
+    }
+    assert found["selective torch whole f=0.2"]["accuracy_share"] == pytest.approx(0.8)
+    assert "lift" not in found["selective torch whole f=0.4"]

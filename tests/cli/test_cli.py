@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_seg.cli import COMMANDS, evaluate, main
+from sparse_seg.cli import COMMANDS, main
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.scenes import ScenesDataset, write_scenes
+from sparse_seg.lab.compare import files
 from sparse_seg.lab.report.overlays import GAP, LEGEND_HEIGHT
 
 ROOT = Path(__file__).parents[2]
@@ -225,15 +226,6 @@ def test_the_checkpoint_is_looked_at_before_the_data(capsys, trained, tmp_path):
     assert "does not fit the config" in fails(capsys, "evaluate", config, checkpoint, *compare, *wrong)
 
 
-def test_hints_are_near(capsys, trained):
-    config, _ = trained
-    for name in ("train.lrr", "train.lossy.fine_weight"):
-        assert "did you mean" in fails(capsys, "train", config, "--set", f"{name}=1")
-    for name in ("train.foo", "model.xyz"):
-        assert "did you mean" not in fails(capsys, "train", config, "--set", f"{name}=1")
-    assert "did you mean" not in fails(capsys, "train", config.with_name("camvid.yaml"))
-
-
 def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
     config, _ = trained
     write_scenes(tmp_path / "scenes", 4, (64, 96), val_fraction=0.5)
@@ -320,13 +312,13 @@ def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     assert main([*compare, "--policies", "random"]) == 0
     before = json.loads(out.read_text())["rows"]
     measured: list[str] = []
-    whole = evaluate.compare
+    whole = files.compare
 
     def note(model, dataset, data, rows, *others, **options):
         measured.extend(row.name for row in rows)
         return whole(model, dataset, data, rows, *others, **options)
 
-    monkeypatch.setattr(evaluate, "compare", note)
+    monkeypatch.setattr(files, "compare", note)
     assert main([*compare, "--policies", "random", "edge:cad", "--exchange", "none", "linear"]) == 0
     names = [
         f"selective, {spec}, f=0.5, {rule}" for spec in ("random", "edge:cad") for rule in ("none", "linear")
@@ -443,27 +435,6 @@ def test_demo_says_resume_hint(capsys, tmp_path, monkeypatch):
     assert "interrupted; run it again to resume" in fails(capsys, "demo", "--out", tmp_path)
     monkeypatch.setattr("sparse_seg.__file__", str(tmp_path / "package/__init__.py"))
     assert "is not there: run from a checkout" in fails(capsys, "demo", "--out", tmp_path)
-
-
-@pytest.mark.slow
-def test_benchmark_prints_and_writes(capsys, trained, tmp_path):
-    config, checkpoint = trained
-    arguments = ["--size", "64x96", "--repeats", "1", "--fine-fraction", "0.1", "0.5", "--batch", "2"]
-    arguments += ["--scopes", "network", "train", "--no-memory", "--engines", "gather", "--device", "cpu"]
-    files = ["--checkpoint", str(checkpoint), "--json", str(tmp_path / "b.json")]
-    assert main(["benchmark", str(config), *arguments, *files]) == 0
-    out, errors = capsys.readouterr()
-    assert "\r" not in errors, "no bar without a terminal"
-    assert re.search(r"^network +selective f=0.1 +gather +\d+\.\d ", out, re.M)
-    assert "2 x 64x96 px, edge mask; medians of 1" in out
-    written = json.loads((tmp_path / "b.json").read_text())
-    assert {"command", "commit", "machine", "threads", "date", "notes", "parameters"} <= set(written)
-    assert written["checkpoint_bytes"] > 4 * written["parameters"]
-    for scope, names in (
-        ("network", {"dense OS8", "dense OS16", "selective f=0.1", "selective f=0.5"}),
-        ("train", {"dense OS8", "selective f=0.1", "selective f=0.5"}),
-    ):
-        assert {row["network"] for row in written["rows"] if row["scope"] == scope} == names
 
 
 def test_benchmark_errors(capsys, trained, tmp_path):

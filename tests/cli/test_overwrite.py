@@ -12,8 +12,7 @@ import torch
 from sparse_seg.cli import main
 from sparse_seg.config import load_config
 from sparse_seg.data.scenes import write_scenes
-from sparse_seg.lab.predict.inputs import find_sources
-from sparse_seg.lab.predict.outputs import Outputs
+from sparse_seg.lab.predict.inputs import Outputs, find_sources
 from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import save_checkpoint
 from tests.cli.test_cli import fails

@@ -1,7 +1,6 @@
 """Reports: one file without references to others, text escaped, written whole or not at all."""
 
 import base64
-import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -83,13 +82,3 @@ def test_pictures_stand_in_rows(count: int, columns: int) -> None:
     text = Section("Pictures", pictures=[plot(PNG)] * count).to_html()
     assert f"repeat({columns}, " in text
     assert text.count("<figure>") == count
-
-
-def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_report(tmp_path / "report.html", "Title", SECTIONS)
-    assert not list(tmp_path.iterdir())

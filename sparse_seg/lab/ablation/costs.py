@@ -102,20 +102,14 @@ def prepare(checkpoint: Path, config: Config, output_stride: int | None, device:
 
 
 def step_seconds(ablation: Ablation, name: str) -> float:
-    """Seconds of a training step of a network, with random images of its config's crop and batch size.
-
-    A teacher is run as if nothing of it were cached; as long as it is not trained, a third of its own step
-    is taken for it.
-    """
+    """Seconds of a training step of a network, with random images of its config's crop and batch size. A
+    teacher is run as if nothing of it were cached."""
     config, device = ablation.config(name, ablation.grid.spec.seeds[0]), ablation.device
-    distill = config.train.distill
-    taught = distill.teacher is not None and Path(distill.teacher).exists()
-    teacher = Teacher(str(distill.teacher), config, device=device) if taught else None
+    taught = config.train.distill.teacher
+    teacher = None if taught is None else Teacher(taught, config, device=device)
     model = build_model(config).to(device).train()
     objective = Objective(config.train, teacher).to(device)
     images = torch.randn(config.train.batch_size, 3, *config.data.crop, device=device)
     labels = torch.zeros(config.train.batch_size, *config.data.crop, dtype=torch.int64, device=device)
     timed = interleaved({"": lambda: objective(model, images, labels).backward()}, 3, device)
-    seconds = timed[""].median / 1000
-    network = ablation.grid.networks[name].teacher
-    return seconds + step_seconds(ablation, network) / 3 if network is not None and not taught else seconds
+    return timed[""].median / 1000

@@ -90,12 +90,9 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
     table, seeds = ablation_table(rows), seed_table(rows)
     classes = class_table(rows, dataset.classes.names)
     plots = {key: _pareto(rows, key, label) for key, label in PLOTS.items()}
-    atomic_write(work_dir / "table.md", table.to_markdown() + "\n")
-    atomic_write(work_dir / "table.csv", table.to_csv())
-    atomic_write(work_dir / "classes.md", classes.to_markdown() + "\n")
-    atomic_write(work_dir / "seeds.md", seeds.to_markdown() + "\n")
-    for key, content in plots.items():
-        atomic_write(work_dir / f"pareto_{key}.png", content)
+    contents: list[str | bytes] = [f"{one.to_markdown()}\n" for one in (table, classes, seeds)]
+    for name, content in zip(FILES[1:], [*contents, table.to_csv(), *plots.values()], strict=True):
+        atomic_write(work_dir / name, content)
     text = (
         f"{spec.description}\n\nSeeds: {', '.join(map(str, spec.seeds))}. ± is the standard deviation over "
         "them. The last three columns are percent of the first row's. ms (in one run, taking turns) and peak "
@@ -117,7 +114,7 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
 
 PLOTS = {"gmacs": "GMACs per image", "milliseconds": "ms per image"}
 FILES = (
-    *("report.html", "table.md", "table.csv", "classes.md", "seeds.md"),
+    *("report.html", "table.md", "classes.md", "seeds.md", "table.csv"),
     *(f"pareto_{key}.png" for key in PLOTS),
 )
 

@@ -142,15 +142,14 @@ class Ablation:
             self.grid.trainings,
             lambda job: self.folder(*job) / ".lock",
             lambda job: self.is_trained(*job),
-            lambda job: all(self.is_trained(name, job[1]) for name in self.grid.networks[job[0]].others),
             lambda job: self.train(*job),
+            lambda job: all(self.is_trained(name, job[1]) for name in self.grid.networks[job[0]].others),
         )
         _finish(
             self.processes,
             self.grid.cells,
             lambda cell: self._cell_path(cell).with_suffix(".lock"),
             lambda cell: self.result(cell) is not None,
-            lambda cell: True,
             self.evaluate,
         )
 
@@ -211,33 +210,26 @@ def _finish(
     jobs: Sequence[_T],
     lock_of: Callable[[_T], Path],
     is_done: Callable[[_T], bool],
-    is_ready: Callable[[_T], bool],
     work: Callable[[_T], None],
+    is_ready: Callable[[_T], bool] = lambda job: True,
 ) -> None:
     """Do all jobs that are not done; those that another run holds come last. The first process decides."""
+
+    def take(job: _T, held: ExitStack) -> str:
+        """Take a job's lock, held until `held` ends, if the job can be done now."""
+        if not (is_ready(job) and held.enter_context(locked(lock_of(job)))):
+            return "busy"
+        return "done" if is_done(job) else "to do"
+
     left = processes.decided(lambda: [job for job in jobs if not is_done(job)])
     while left:
         before = len(left)
         for job in list(left):
             with ExitStack() as held:
-                state = processes.decided(partial(_take, job, lock_of, is_done, is_ready, held))
-                if state == "busy":
-                    continue
+                state = processes.decided(partial(take, job, held))
                 if state == "to do":
                     work(job)
-            left.remove(job)
+            if state != "busy":
+                left.remove(job)
         if len(left) == before:
             time.sleep(WAIT)
-
-
-def _take(
-    job: _T,
-    lock_of: Callable[[_T], Path],
-    is_done: Callable[[_T], bool],
-    is_ready: Callable[[_T], bool],
-    held: ExitStack,
-) -> str:
-    """Take a job's lock, held until `held` ends, if the job can be done now."""
-    if not (is_ready(job) and held.enter_context(locked(lock_of(job)))):
-        return "busy"
-    return "done" if is_done(job) else "to do"

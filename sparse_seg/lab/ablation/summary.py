@@ -52,7 +52,8 @@ def _row(
         "dense": cell.run.output_stride is not None,
         "policy": cell.run.policy,
         "exchange": cell.run.exchange,
-        "distillation": ablation.grid.networks[cell.network].teacher is not None or _distils(train),
+        "distillation": ablation.grid.networks[cell.network].teacher is not None
+        or train.distill.teacher is not None,
         "boundary": emphasises_detail(train),
         "seeds": [member.seed for member, _ in members],
         "mious": mious,
@@ -60,7 +61,7 @@ def _row(
         "miou_std": statistics.stdev(mious) if len(mious) > 1 else None,
         "boundary_miou": 100 * statistics.fmean(one["boundary_miou"] for one in metrics),
         "class_iou": [
-            _mean([100 * value for value in values if value is not None])
+            statistics.fmean([100 * value for value in values if value is not None] or [math.nan])
             for values in zip(*(one["class_iou"] for one in metrics), strict=True)
         ],
         "step_seconds": measured["steps"].get(cell.network),
@@ -68,15 +69,7 @@ def _row(
     }
 
 
-def _distils(train: TrainConfig) -> bool:
-    return train.distill.teacher is not None
-
-
 def emphasises_detail(train: TrainConfig) -> bool:
     """Whether any of the weights that stress detail is on."""
     loss = train.loss
     return loss.reads_coarse_logits or max(loss.boundary_weight, loss.fine_weight) > 0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else math.nan

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,20 +20,6 @@ from sparse_seg.lab.latency import Run, interleaved
 from sparse_seg.run.way import Way
 
 PRECISIONS = {"fp32": (torch.float32, False), "tf32": (torch.float32, True), "fp16": (torch.float16, True)}
-
-
-@contextmanager
-def precision(tf32: bool) -> Iterator[None]:
-    """Whether convolutions and matrix products of float32 may run in TF32 (10 bits of mantissa)."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
 
 
 def measure_gpu(
@@ -53,7 +38,8 @@ def measure_gpu(
         notes: told which runs fail, and why.
     """
     runs, differences, expected = dict[str, Run](), dict[str, float](), dict[str, Tensor]()
-    with precision(tf32), torch.inference_mode():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    with torch.inference_mode():
         subject = Subject(setup)
         for name, kind, make in ways(subject, fraction, compiled):
             try:
@@ -67,15 +53,8 @@ def measure_gpu(
             differences[name] = ((logits - first).abs().max() / first.abs().max()).item()
             runs[name] = run
         times = interleaved(runs, repeats, subject.device, warmup=2)
-    return [
-        {
-            "run": name,
-            "milliseconds": latency.median,
-            "spread": latency.spread,
-            "difference": differences[name],
-        }
-        for name, latency in times.items()
-    ]
+    rows = {name: {"milliseconds": one.median, "spread": one.spread} for name, one in times.items()}
+    return [{"run": name} | row | {"difference": differences[name]} for name, row in rows.items()]
 
 
 def ways(
@@ -86,20 +65,12 @@ def ways(
     dense = {stride: subject.dense_module(Way.dense(stride))[0] for stride in (8, 16)}
 
     def selective(engine: str) -> Run:
-        return subject.run(Case("network", "selective", Way(None, None, fraction, engine=engine)))
+        return subject.run(Case("network", Way(None, None, fraction, engine=engine)))
 
     def static() -> Callable[[Tensor], Tensor]:
-        setup = subject.setup
+        size, batch = subject.setup.size, subject.setup.batch
         options = ExportOptions(
-            setup.size,
-            setup.batch,
-            None,
-            fraction,
-            mean=(0,) * 3,
-            std=(1,) * 3,
-            logits=True,
-            ghosts=False,
-            tiles=False,
+            size, batch, None, fraction, mean=(0,) * 3, std=(1,) * 3, logits=True, ghosts=False, tiles=False
         )
         network = StaticNetwork(copy.deepcopy(subject.float_model).cpu(), options)
         network.to(subject.device, subject.dtype)
@@ -145,19 +116,15 @@ def graphed(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[],
 
 def table(cells: Sequence[Sequence[dict[str, Any]]]) -> str:
     """Markdown, a line a run; beside it the ratio to the fastest dense OS8 of its cell."""
-    names = ("network", "size", "batch", "precision", "run", "ms", "±", "of dense OS8")
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    keys = ("network", "size", "batch", "precision", "run", "ms", "±", "of dense OS8")
+    lines = [f"| {' | '.join(keys)} |", "|---" * len(keys) + "|"]
     for rows in cells:
         dense = [row["milliseconds"] for row in rows if row["run"].startswith("dense OS8")]
         for row in rows:
-            ratio = f"{row['milliseconds'] / min(dense):.2f}" if dense else "–"
-            values = [
-                row["network"],
-                "x".join(map(str, row["size"])),
-                row["batch"],
-                row["precision"],
-                row["run"],
+            values = [row[key] for key in keys[:5]] + [
+                f"{row[key]:.2f}" for key in ("milliseconds", "spread")
             ]
-            values += [f"{row['milliseconds']:.2f}", f"{row['spread']:.2f}", ratio]
+            values[1] = "x".join(map(str, row["size"]))
+            values.append(f"{row['milliseconds'] / min(dense):.2f}" if dense else "–")
             lines.append(f"| {' | '.join(map(str, values))} |")
     return "\n".join(lines) + "\n"

@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparse_seg.errors import SparseSegError
+from sparse_seg.errors import SparseSegError, first_line
 from sparse_seg.lab.benchmark.subject import Case, Subject, prepare_case
-from sparse_seg.lab.latency import Latency, Run, interleaved, peak_memory
+from sparse_seg.lab.latency import Run, interleaved, peak_memory
+from sparse_seg.lab.report.tables import Column
 from sparse_seg.progress import bar
 from sparse_seg.run.way import Way
+
+COLUMNS = (
+    Column("scope", "scope"),
+    Column("network", "network"),
+    Column("form", "form"),
+    Column("milliseconds", "ms", "{:.1f}"),
+    Column("spread", "±", "{:.1f}"),
+    Column("gmacs", "GMACs", "{:.2f}"),
+    Column("speedup", "speed-up", "{:.2f}"),
+    Column("mac_ratio", "MAC ratio", "{:.2f}"),
+    Column("speedup_per_mac_ratio", "speed-up / MAC ratio", "{:.2f}"),
+    Column("peak_mib", "peak MiB", "{:.0f}"),
+)
 
 
 def cases(
@@ -25,13 +39,12 @@ def cases(
         policies: beside the config's own, by the engine gather; `given`: the config's mask, ready made.
     """
     ends = (strides[0], strides[-1]) if scope == "network" else strides[:1]
-    rows = [Case(scope, "dense", Way.dense(stride)) for stride in ends]
+    rows = [Case(scope, Way.dense(stride)) for stride in ends]
     for fraction in fractions:
-        rows += [Case(scope, "selective", Way(None, None, fraction, engine=engine)) for engine in engines]
+        rows += [Case(scope, Way(None, None, fraction, engine=engine)) for engine in engines]
         for policy in policies if scope == "network" else ():
             given = policy == "given"
-            way = Way(None, None if given else policy, fraction, engine="gather")
-            rows.append(Case(scope, "selective", way, given))
+            rows.append(Case(scope, Way(None, None if given else policy, fraction, engine="gather"), given))
     return rows
 
 
@@ -53,45 +66,23 @@ def measure(
         try:
             run = subject.run(case)
             run()
+            runs[case] = run
         except Exception as error:  # a peer's may be of any kind
             refused = case.way.engine == "spconv" and isinstance(error, SparseSegError)
-            if case.kind != "peer" and not refused:
+            if case.peer is None and not refused:
                 raise
-            reason = str(error) if refused else _first_line(error)
-            notes(f"{case.scope}: {case.form} not measured: {reason}")
-            continue
-        runs[case] = run
-    named = {f"{number}": run for number, run in enumerate(runs.values())}
-    times = interleaved(named, repeats, subject.device, warmup=1)
+            reason = str(error) if refused else f"{type(error).__name__}: {first_line(error)}"
+            notes(f"{case.scope}: {case.as_row()['form']} not measured: {reason}")
+    times = interleaved(runs, repeats, subject.device, warmup=1)
     results: list[dict[str, Any]] = []
-    for number, case in enumerate(bar(runs, "memory", len(runs), progress and memory, "run")):
-        measured = memory and case.kind != "peer"
+    for case, time in bar(times.items(), "memory", len(times), progress and memory, "run"):
+        measured = memory and case.peer is None
         peak = peak_memory(prepare_case, (subject.setup, case), subject.device) if measured else None
-        result = _result(case, times[f"{number}"], subject.macs(case), peak)
-        results.append(result | {"stored_mib": subject.stored_mib(case)})
-    return _with_ratios(results)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _result(case: Case, time: Latency, macs: int, peak: float | None) -> dict[str, Any]:
-    return case.as_row() | {
-        "milliseconds": time.median,
-        "spread": time.spread,
-        "quartiles": time.quartiles,
-        "samples": time.samples,
-        "gmacs": macs / 1e9,
-        "peak_mib": peak,
-    }
-
-
-def _with_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Speed-up and ratio of multiply-adds over the first row."""
-    for row in results:
-        row["speedup"] = results[0]["milliseconds"] / row["milliseconds"]
-        row["mac_ratio"] = results[0]["gmacs"] / row["gmacs"]
+        row = case.as_row() | subject.costs(case) | {"milliseconds": time.median, "spread": time.spread}
+        row |= {"quartiles": time.quartiles, "samples": time.samples, "peak_mib": peak}
+        first = results[0] if results else row
+        row["speedup"] = first["milliseconds"] / row["milliseconds"]
+        row["mac_ratio"] = first["gmacs"] / row["gmacs"]
         row["speedup_per_mac_ratio"] = row["speedup"] / row["mac_ratio"]
+        results.append(row)
     return results

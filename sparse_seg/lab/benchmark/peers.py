@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sparse_seg.errors import MeasurementError
+from sparse_seg.export.runtime import RUNTIMES, open_session
 from sparse_seg.lab.latency import Run
 
 TOLERANCE = 1e-2  # largest difference over largest value: a peer that computes something else is no peer
@@ -41,55 +40,18 @@ def _torch_compile(module: nn.Module, given: Tensor) -> Run:
     return torch.inference_mode()(lambda: compiled(given))
 
 
-def _onnxruntime(module: nn.Module, given: Tensor) -> Run:
-    import onnxruntime
-
-    _needs_cpu(given)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "network.onnx")
-        path.write_bytes(_onnx(module, given))
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    inputs = {session.get_inputs()[0].name: given.contiguous().numpy()}
-    return lambda: session.run(None, inputs)[0]
-
-
-def _openvino(module: nn.Module, given: Tensor) -> Run:
-    import openvino
-
-    _needs_cpu(given)
-    network = openvino.convert_model(io.BytesIO(_onnx(module, given)))
-    settings = {
-        "INFERENCE_PRECISION_HINT": "f32" if given.dtype == torch.float32 else "f16",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    request = openvino.compile_model(network, "CPU", settings).create_infer_request()
-    array = given.contiguous().numpy()
-    return lambda: request.infer([array], share_inputs=True)[0]
-
-
-def _onnx(module: nn.Module, given: Tensor) -> bytes:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    buffer = io.BytesIO()
-    torch.onnx.export(
-        module,
-        (given.contiguous(),),
-        buffer,  # type: ignore[arg-type]  # the exporter without dynamo takes it
-        dynamo=False,
-        opset_version=17,
-    )
-    return buffer.getvalue()
-
-
-def _needs_cpu(given: Tensor) -> None:
+def _exported(runtime: str, module: nn.Module, given: Tensor) -> Run:
     if given.device.type != "cpu":
         raise MeasurementError("tried on the CPU only")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    given, graph = given.contiguous(), io.BytesIO()
+    options = {"input_names": ["images"], "dynamo": False, "opset_version": 17}
+    torch.onnx.export(module, (given,), graph, **options)  # type: ignore[arg-type]  # without dynamo it can
+    session, images = open_session(graph.getvalue(), runtime, torch.get_num_threads()), given.numpy()
+    return lambda: next(iter(session(images=images).values()))
 
 
-PEERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+PEERS: dict[str, Callable[[nn.Module, Tensor], Run]] = {
     "torch.compile": _torch_compile,
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
+    **{runtime: partial(_exported, runtime) for runtime in RUNTIMES},
 }

@@ -5,30 +5,32 @@ Processes take turns, so that drift of the machine falls on all alike.
 
 from __future__ import annotations
 
-import multiprocessing
+import itertools
+import json
 import os
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sparse_seg.errors import ConfigError, MeasurementError, import_package
+from sparse_seg.errors import ConfigError, import_package
 from sparse_seg.export.onnx_file import INSTALL
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import RUNTIMES, open_session
 from sparse_seg.export.write import export_onnx
-from sparse_seg.lab.latency import Latency
+from sparse_seg.lab.latency import SPAWN, Latency, Run, in_child, interleaved
 from sparse_seg.lab.report.tables import Column
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
 TORCH = "torch"  # in place of a runtime: the network itself
+_run: Run  # of a process that times one graph
 
 
 @dataclass(frozen=True)
@@ -58,62 +60,41 @@ def time_graphs(
     Raises:
         MeasurementError: a graph failed to load or to run.
     """
-    context = multiprocessing.get_context("spawn")
-    workers: dict[str, tuple[Any, Connection]] = {}
+    pools = {name: ProcessPoolExecutor(1, SPAWN) for name in graphs}
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     try:
         for name, graph in graphs.items():
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, graph, images, threads), daemon=True)
-            process.start()
-            theirs.close()
-            workers[name] = process, ours
-            _receive(name, ours)
+            in_child(pools[name], f"{name} cannot be timed", _open, graph, images, threads)
         for _ in range(turns):
-            for name, (_, connection) in workers.items():
-                connection.send(runs)
-                samples[name] += _receive(name, connection)
+            for name, pool in pools.items():
+                samples[name] += in_child(pool, f"{name} cannot be timed", _time, runs)
     finally:
-        for process, connection in workers.values():
-            connection.close()
-            process.join(timeout=10)
-            process.terminate()
+        for pool in pools.values():
+            pool.shutdown()
     return {name: Latency(tuple(values)) for name, values in samples.items()}
 
 
-def _receive(name: str, connection: Connection) -> list[float]:
-    try:
-        answer = connection.recv()
-    except EOFError:
-        answer = "its process died"
-    if isinstance(answer, str):
-        raise MeasurementError(f"{name} cannot be timed: {answer}")
-    return answer
-
-
-def _work(connection: Connection, graph: Timed, images: np.ndarray, threads: int) -> None:
-    """Answer each number of runs with as many milliseconds, until the other side closes."""
+def _open(graph: Timed, images: np.ndarray, threads: int) -> None:
+    """In a process of its own: make ready what `_time` runs."""
+    global _run
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    try:
-        if graph.runtime == TORCH:
-            session = _torch_session(graph.path, threads)
-        else:
-            session = open_session(graph.path, graph.runtime, threads)
-        given = {graph.input: images}
-        session(**given)
-        connection.send([])
-        while True:
-            runs, times = connection.recv(), []
-            session(**given)
-            for _ in range(runs):
-                start = time.perf_counter()
-                session(**given)
-                times.append(1000 * (time.perf_counter() - start))
-            connection.send(times)
-    except (EOFError, BrokenPipeError):
-        return
-    except Exception as error:
-        connection.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    if graph.runtime == TORCH:
+        _run = _torch_run(graph.path, images, threads)
+    else:
+        _run = partial(open_session(graph.path, graph.runtime, threads), **{graph.input: images})
+    _run()
+
+
+def _time(runs: int) -> tuple[float, ...]:
+    """Milliseconds of each run, after one that does not count."""
+    return interleaved({"": _run}, runs, torch.device("cpu"))[""].samples
+
+
+def _torch_run(path: str, images: np.ndarray, threads: int) -> Run:
+    torch.set_num_threads(threads)
+    model, way = torch.load(path, weights_only=False)  # written by time_network
+    fast, given = model.for_inference(), torch.from_numpy(images)
+    return torch.inference_mode()(lambda: fast.start(given).follow(way).classes())
 
 
 def time_network(
@@ -125,6 +106,7 @@ def time_network(
     turns: int = 10,
     runs: int = 5,
     peers: Mapping[str, Timed] | None = None,
+    fractions: Sequence[float] = (),
 ) -> dict[str, Latency]:
     """Time a model's two dense forms and its selective one in each runtime.
 
@@ -132,30 +114,42 @@ def time_network(
         image: normalised, float32 `[1, 3, H, W]`; a selective run's time depends on it, by its ghosts.
         runtimes: of exported graphs; `torch` for the network made by `for_inference`.
         peers: other graphs, which take their turns as well, see `peer_graphs`.
+        fractions: of fine blocks; none: the model's own.
 
     Returns:
-        By name: `fine RUNTIME`, `coarse RUNTIME`, `selective RUNTIME MERGE`, and the names of `peers`.
+        By name: `fine RUNTIME`, `coarse RUNTIME`, `selective RUNTIME MERGE` (and `f=FRACTION`), and the names
+        of `peers`.
     """
     size = (int(image.shape[2]), int(image.shape[3]))
-    ends = {"fine": model.strides[0], "coarse": model.strides[-1]}
-    ways = {kind: Way.dense(stride) for kind, stride in ends.items()}
-    ways |= {f"selective {merge}": Way(merge=merge) for merge in merges}
+    ways = {"fine": Way.dense(model.strides[0]), "coarse": Way.dense(model.strides[-1])}
+    shares: Sequence[float | None] = fractions or [None]
+    for merge, fraction in itertools.product(merges, shares):
+        ways[f"selective {form_of(merge, fraction)}"] = Way(merge=merge, fine_fraction=fraction)
     with tempfile.TemporaryDirectory() as folder:
         graphs: dict[str, Timed] = {}
-        for number, (form, way) in enumerate(ways.items()):
-            kind, _, merge = form.partition(" ")
+        for number, (name, way) in enumerate(ways.items()):
+            kind, _, form = name.partition(" ")
             for runtime in runtimes:
-                path = f"{folder}/{number}.onnx"
+                path = f"{folder}/{number}.{'pt' if runtime == TORCH else 'onnx'}"
                 if runtime == TORCH:
-                    path = f"{folder}/{number}.pt"
                     torch.save((model, way), path)
                 elif not os.path.exists(path):
                     options = ExportOptions(
-                        size, dense=way.output_stride, merge=way.merge, mean=(0, 0, 0), std=(1, 1, 1)
+                        size,
+                        dense=way.output_stride,
+                        fine_fraction=way.fine_fraction,
+                        merge=way.merge,
+                        mean=(0, 0, 0),
+                        std=(1, 1, 1),
                     )
                     export_onnx(model, path, options, check=False)
-                graphs[f"{kind} {runtime} {merge}".strip()] = Timed(path, runtime)
+                graphs[f"{kind} {runtime} {form}".strip()] = Timed(path, runtime)
         return time_graphs(graphs | dict(peers or {}), image, threads, turns, runs)
+
+
+def form_of(merge: str, fraction: float | None) -> str:
+    """The end of a selective run's name."""
+    return merge if fraction is None else f"{merge} f={fraction:g}"
 
 
 def peer_graphs(paths: Sequence[str], runtimes: Sequence[str], shape: Sequence[int]) -> dict[str, Timed]:
@@ -210,18 +204,6 @@ def _only_input(path: str, shape: Sequence[int]) -> str:
     return given[0].name
 
 
-def _torch_session(path: str, threads: int) -> Callable[..., object]:
-    torch.set_num_threads(threads)
-    model, way = torch.load(path, weights_only=False)  # written by time_network
-    fast = model.for_inference()
-
-    @torch.inference_mode()
-    def session(images: np.ndarray) -> object:
-        return fast.start(torch.from_numpy(images)).follow(way).classes()
-
-    return session
-
-
 def share(value: float, coarse: float, fine: float) -> float:
     """How far a value lies on the way from that of the dense coarse network to that of the dense fine one."""
     return (value - coarse) / (fine - coarse)
@@ -235,9 +217,26 @@ def lift(accuracies: tuple[float, float, float], times: tuple[float, float, floa
     return share(*accuracies) - share(*times)
 
 
-def best(timed: Mapping[str, Latency], kind: str) -> float:
-    """The fastest median among the runs whose name begins with `kind`."""
-    return min(run.median for name, run in timed.items() if name.startswith(kind))
+def read_accuracies(path: str, model: SelectiveNetwork) -> tuple[float, float, dict[str, float]]:
+    """mIoU of the dense coarse network, of the dense fine one, and of the selective one by form, from a
+    comparison's file.
+
+    Raises:
+        ConfigError: there is no such file, or one without both dense runs.
+    """
+    try:
+        found = json.loads(Path(path).read_text())["rows"]
+        dense = {row["output_stride"]: row["miou"] for row in found if row["policy"] is None}
+        selective: dict[str, float] = {}
+        for row in found:
+            if row["policy"] and row["policy"].partition(":")[0] == model.policy.name:
+                merge, fraction = row.get("merge") or model.merge, row["fine_fraction"]
+                selective[form_of(merge, fraction)] = row["miou"]
+                if fraction == model.policy.fine_fraction:
+                    selective[merge] = row["miou"]
+        return dense[model.strides[-1]], dense[model.strides[0]], selective
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} is no JSON file of evaluate --compare with both dense runs") from None
 
 
 def rows(
@@ -248,17 +247,19 @@ def rows(
 
     Args:
         timed: of `time_network`.
-        accuracies: mIoU of the dense coarse network, of the dense fine one, and of the selective by merge.
+        accuracies: of `read_accuracies`.
     """
-    fine, coarse = best(timed, "fine"), best(timed, "coarse")
+    fine, coarse = (
+        min(run.median for name, run in timed.items() if name.startswith(kind)) for kind in ("fine", "coarse")
+    )
     found = list[dict[str, Any]]()
     for name, run in timed.items():
-        ms, merge = run.median, name.split()[-1] if name.startswith("selective") else ""
+        ms, (kind, _, *form) = run.median, name.split(maxsplit=2)
         row = {"run": name, "milliseconds": ms, "least": min(run.samples), "of_fine": ms / fine}
-        if not name.startswith("peer"):
+        if kind != "peer":
             row["time_share"] = share(ms, coarse, fine)
-        if accuracies is not None and merge in accuracies[2]:
-            ends, selective = accuracies[:2], accuracies[2][merge]
+        if kind == "selective" and accuracies is not None and form[0] in accuracies[2]:
+            ends, selective = accuracies[:2], accuracies[2][form[0]]
             row["accuracy_share"] = share(selective, *ends)
             row["lift"] = lift((selective, *ends), (ms, coarse, fine))
         found.append(row)

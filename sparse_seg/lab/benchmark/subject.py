@@ -1,25 +1,28 @@
-"""What a benchmark runs: one network, its input, and the cases to measure."""
+"""What a benchmark runs: one network, a rendered scene, and the cases to measure."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg.checkpoint import load_model
 from sparse_seg.config import Config
+from sparse_seg.data.cityscapes import Cityscapes
 from sparse_seg.data.dataset import IGNORE_INDEX
+from sparse_seg.data.scenes import render_scene
+from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.cost import count_macs
-from sparse_seg.lab.benchmark.inputs import randomise_norms, scenes
 from sparse_seg.lab.benchmark.peers import peer_run
 from sparse_seg.lab.latency import Run
-from sparse_seg.masks import MaskPolicy
 from sparse_seg.run.build import build_model
 from sparse_seg.run.passes import Pass
 from sparse_seg.run.segmentor import Segmentor
@@ -41,46 +44,34 @@ class Setup:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured.
+    """A row of a benchmark.
 
     Args:
         scope: `network`, images to logits by the form that `for_inference` makes; `train`, a step.
-        kind: `dense`, `selective`, or `peer`, dense in another runtime.
         way: how the network runs; its mask is None for the config's policy.
         given: whether the mask is made beforehand.
-        peer: name of the other runtime.
+        peer: name of another runtime, for the dense network.
     """
 
     scope: str
-    kind: str
     way: Way
     given: bool = False
     peer: str | None = None
 
-    @property
-    def name(self) -> str:
-        if self.kind == "selective":
-            mask = "given" if self.given else self.way.mask or "selective"
-            return f"{mask} f={self.way.fine_fraction:g}"
-        return f"{self.kind} OS{self.way.output_stride}"
-
-    @property
-    def form(self) -> str:
-        if self.kind == "dense":
-            return "conv2d"
-        return self.peer or self.way.engine or "gather"
-
     def as_row(self) -> dict[str, Any]:
         """Plain values."""
+        way, kind = self.way, "peer" if self.peer else "dense" if self.way.is_dense else "selective"
+        policy = "given" if self.given else way.mask
+        share = f"{policy or kind} f={way.fine_fraction or 0:g}"
         return {
             "scope": self.scope,
-            "kind": self.kind,
-            "output_stride": self.way.output_stride,
-            "fine_fraction": self.way.fine_fraction,
-            "engine": self.peer or self.way.engine,
-            "policy": "given" if self.given else self.way.mask,
-            "network": self.name,
-            "form": self.form,
+            "kind": kind,
+            "output_stride": way.output_stride,
+            "fine_fraction": way.fine_fraction,
+            "engine": self.peer or way.engine,
+            "policy": policy,
+            "network": f"{kind} OS{way.output_stride}" if way.is_dense else share,
+            "form": "conv2d" if kind == "dense" else self.peer or way.engine or "gather",
         }
 
 
@@ -111,7 +102,6 @@ class Subject:
         self.float_model: Any = model.eval().to(self.device)  # a Segmentor
         images, labels = scenes(setup.config, setup.size, setup.batch)
         self.images, self.labels = images.to(self.device, self.dtype), labels.to(self.device)
-        self._costs: dict[tuple[Way, bool], int] = {}
 
     @cached_property
     def model(self) -> Any:
@@ -129,60 +119,42 @@ class Subject:
     def training_copy(self) -> Any:
         return copy.deepcopy(self.float_model).train()
 
-    def policy(self, way: Way) -> MaskPolicy | None:
-        return None if way.is_dense else self.model.policy_for(way)
-
     def fine_blocks(self, way: Way) -> Tensor:
         """The mask by the config's policy on this input."""
         policy = self.model.policy_for(dataclasses.replace(way, mask=None))
         with torch.inference_mode():
             return policy(self.model.start(self.images, self.labels)).clone()
 
-    def start(self, model: Segmentor, case: Case) -> Pass:
-        """A pass of a case, with the mask chosen, or given."""
-        run = model.start(self.images, self.labels)
+    def starter(self, model: Segmentor, case: Case) -> Callable[[], Pass]:
+        """What starts a pass of a case. What a mask needs, and the mask, is made anew each time, unless it is
+        given."""
         if case.given:
-            return run.take(self.fine_blocks(case.way), case.way)
-        return run.follow(case.way, self.policy(case.way))
-
-    def macs(self, case: Case) -> int:
-        """Multiply-adds of one forward, or of a training step: of the forward and both gradients (x 3)."""
-        key = case.way, case.given
-        if key not in self._costs:
-            with torch.inference_mode():
-                given = self.start(self.model, case).macs() if case.given else None
-            counts = given or count_macs(self.model, self.images, case.way, self.labels)
-            self._costs[key] = sum(counts.values())
-        return self._costs[key] * (3 if case.scope == "train" else 1)
+            blocks = self.fine_blocks(case.way)
+            return lambda: model.start(self.images, self.labels).take(blocks, case.way)
+        policy = None if case.way.is_dense else self.model.policy_for(case.way)
+        return lambda: model.start(self.images, self.labels).follow(case.way, policy)
 
     @torch.inference_mode()
-    def stored_mib(self, case: Case) -> float | None:
-        """MiB of the activations that a case keeps for refining, if it does."""
-        if case.scope == "train" or case.way.is_dense:
-            return None
-        run = self.start(self.model, case)
-        if run.memory is None:
-            return None
-        run.grid_logits()
-        return run.memory.num_bytes / 2**20
-
-    # -- runs ----------------------------------------------------------------------------------------------
+    def costs(self, case: Case) -> dict[str, float | None]:
+        """`gmacs` of one forward, or of a training step (of the forward and both gradients: x 3);
+        `stored_mib` of the activations that a case keeps for refining, if it does."""
+        run = self.starter(self.model, case)()
+        counts = run.macs() if case.given else count_macs(self.model, self.images, case.way, self.labels)
+        is_train = case.scope == "train"
+        kept = None if is_train or case.way.is_dense else run.memory
+        if kept is not None:
+            run.grid_logits()
+        gmacs = sum(counts.values()) * (3 if is_train else 1) / 1e9
+        return {"gmacs": gmacs, "stored_mib": None if kept is None else kept.num_bytes / 2**20}
 
     def run(self, case: Case) -> Run:
-        """What to call to run once; what a mask needs, and the mask itself, is made anew each time."""
+        """What to call to run a case once."""
         if case.scope == "train":
             return self._training_step(case)
-        if case.kind == "peer":
-            assert case.peer is not None
+        if case.peer is not None:
             return peer_run(case.peer, *self.dense_module(case.way))
-        model, policy = self.folded_model, self.policy(case.way)
-        fixed = self.fine_blocks(case.way) if case.given else None
-
-        def run() -> Tensor:
-            one = model.start(self.images, self.labels)
-            return (one.follow(case.way, policy) if fixed is None else one.take(fixed, case.way)).logits()
-
-        return torch.inference_mode()(run)
+        start = self.starter(self.folded_model, case)
+        return torch.inference_mode()(lambda: start().logits())
 
     def dense_module(self, way: Way) -> tuple[nn.Module, Tensor]:
         """The network dense at a stride, and what it is given; channels_last."""
@@ -192,7 +164,8 @@ class Subject:
 
     def _training_step(self, case: Case) -> Run:
         """Forward, cross-entropy, backward, SGD; half precision by autocast."""
-        network, policy = self.training_copy, self.policy(case.way)
+        network = self.training_copy
+        policy = None if case.way.is_dense else self.model.policy_for(case.way)
         optimizer = build_optimizer(network, dataclasses.replace(self.setup.config.train, optimizer="sgd"))
         images, half = self.images.float(), self.dtype != torch.float32
 
@@ -209,3 +182,30 @@ class Subject:
 def prepare_case(setup: Setup, case: Case) -> Run:
     """For a child process: the run of a case."""
     return Subject(setup).run(case)
+
+
+def scenes(config: Config, size: tuple[int, int], batch: int) -> tuple[Tensor, Tensor]:
+    """Rendered street scenes: normalised images `[B, 3, H, W]` and train ids `[B, H, W]` (int64)."""
+    data, ids = config.data, np.full(256, IGNORE_INDEX)
+    ids[list(Cityscapes.train_ids)] = list(Cityscapes.train_ids.values())
+    pairs = [render_scene(np.random.default_rng(seed), size) for seed in range(batch)]
+    images = torch.stack([normalise(image, data.mean, data.std) for image, _ in pairs])
+    labels = torch.stack([torch.from_numpy(ids[label].astype(np.int64)) for _, label in pairs])
+    classes = config.model.num_classes
+    return images, labels if classes is None else labels.where(labels < classes, IGNORE_INDEX)
+
+
+@torch.no_grad()
+def randomise_norms(model: Segmentor, seed: int = 0) -> None:
+    """Statistics of every batch norm near those of its activations, so that these keep order one."""
+    generator = torch.Generator().manual_seed(seed)
+    module = model.module.train()  # the dense network that was captured
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+    module(torch.randn(2, 3, *model.graph.size, generator=generator))
+    for norm in norms:
+        assert norm.running_var is not None
+        norm.running_var.mul_(torch.rand(norm.num_features, generator=generator) + 0.5).add_(0.05)
+        norm.momentum = 0.1
+    model.eval()

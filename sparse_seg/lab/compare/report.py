@@ -9,6 +9,7 @@ from typing import Any
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.lab.frames import Case, explore
+from sparse_seg.lab.opened import Opened
 from sparse_seg.lab.report.explorer import SCRIPT, STYLE
 from sparse_seg.lab.report.html import Part, Picture, Section, plot, write_report
 from sparse_seg.lab.report.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
@@ -48,11 +49,8 @@ def write_comparison(
     title: str,
     description: str,
     rows: Rows,
-    model: Segmentor,
-    dataset: SegmentationDataset,
-    data: DataConfig,
+    opened: Opened,
     ways: Sequence[Way],
-    limit: int | None = None,
 ) -> None:
     """Write the report: table, curves of quality against cost, frames run dense and under the first policy.
 
@@ -60,8 +58,8 @@ def write_comparison(
 
     Args:
         ways: those of the rows, as `comparison_ways` gives them.
-        limit: choose among the first so many frames.
     """
+    model, dataset, data = opened.model, opened.dataset, opened.config.data
     dense = [way for way in ways if way.is_dense]
     first = ways[len(dense)]
     rules = first.mask, first.exchange, first.merge
@@ -80,7 +78,7 @@ def write_comparison(
             {names.index(ways[number].name): link for number, link in links.items()},
         ),
         Section("Quality against cost", CHORD, pictures=_curves(rows, dense), pictures_per_row=2),
-        explore(cases, chosen, dataset, min(len(dataset), limit or len(dataset))),
+        explore(cases, chosen, dataset, min(len(dataset), opened.limit or len(dataset))),
     ]
     named = runs_on_image(model, dataset, data, 0, [*dense, steps[chosen]])
     rows_of_three = [named[start : start + 3] for start in range(0, len(named), 3)]

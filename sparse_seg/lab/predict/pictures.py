@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import yaml
 
 from sparse_seg.config import parse_yaml
 from sparse_seg.data.dataset import Image
 from sparse_seg.data.folder import CLASS_FILE
+from sparse_seg.data.reading import read_image
 from sparse_seg.errors import ConfigError, DataError
 from sparse_seg.files import atomic_write
+from sparse_seg.lab.predict.inputs import Outputs, Source
 from sparse_seg.lab.predict.segment import Segmentation, Segmenter
 from sparse_seg.lab.report.overlays import (
     colourise,
@@ -26,42 +28,70 @@ from sparse_seg.lab.report.overlays import (
 from sparse_seg.run.card import Card
 
 
-def write_pictures(found: Segmentation, out: Path, ids_only: bool = False) -> None:
-    """Write `NAME_ids.png`; unless `ids_only` also `NAME_overlay.png`, `NAME_classes.png` and, if selective,
-    `NAME_blocks.png`.
+def show_blocks(found: Segmentation) -> Image:
+    """The image of a selective run, darkened where it is coarse."""
+    assert found.fine_blocks is not None
+    return draw_blocks(found.image, found.fine_blocks, found.block)
+
+
+def show_levels(found: Segmentation) -> Image:
+    """The image of a selective run with every block in the colour of its stride, and a legend."""
+    assert found.levels is not None
+    return draw_levels(found.image, found.levels, found.strides)
+
+
+PICTURES: dict[str, Callable[[Segmentation], Image]] = {
+    "ids": Segmentation.ids,
+    "overlay": Segmentation.overlay,
+    "classes": lambda found: colourise(found.classes, found.colours),
+    "blocks": show_blocks,
+    "levels": show_levels,
+}
+STEPS = "steps"
+
+
+def write_pictures(
+    segmenter: Segmenter, source: Source, outputs: Outputs, bits: int | None, fractions: Sequence[float] = ()
+) -> dict[str, Any]:
+    """Segment an image file and write the pictures that are asked for.
 
     Args:
-        out: folder and `NAME`.
+        bits: see `segment`.
+        fractions: of the steps, see `draw_steps`.
+
+    Returns:
+        `shares` of classes, `fine_fraction`, the number of `windows`, and the `scales` of the image's sides
+        at which the network saw it.
+
+    Raises:
+        DataError: it cannot be read.
+        ValueError: it is too small for the network.
     """
-    write_image(f"{out}_ids.png", found.ids())
-    if ids_only:
-        return
-    write_image(f"{out}_overlay.png", found.overlay())
-    write_image(f"{out}_classes.png", colourise(found.classes, found.colours))
-    if found.fine_blocks is not None:
-        write_image(f"{out}_blocks.png", draw_blocks(found.image, found.fine_blocks, found.block))
+    assert isinstance(source.path, Path)
+    image = read_image(source.path, upright=True, bits=bits)
+    found = segmenter(image)
+    for kind, file in zip(outputs.pictures, outputs.files(source), strict=True):
+        write_image(file, draw_steps(segmenter, image, fractions) if kind == STEPS else PICTURES[kind](found))
+    fine = None if found.fine_blocks is None else float(found.fine_blocks.mean())
+    windows = segmenter.views_of(image).count_windows(*image.shape[:2])
+    said = {"shares": found.shares(), "fine_fraction": fine, "windows": windows}
+    return said | {"scales": list(found.scales)}
 
 
-def write_levels(found: Segmentation, out: Path, strides: Sequence[int]) -> None:
-    """Write `NAME_levels.png`, every block in the colour of its stride; nothing if dense."""
-    if found.levels is not None:
-        write_image(f"{out}_levels.png", draw_levels(found.image, found.levels, strides))
-
-
-def write_steps(segmenter: Segmenter, image: Image, out: Path, fractions: Sequence[float]) -> None:
-    """Write `NAME_steps.png`, refinement to these rising fine fractions: a column per step, prediction above
-    blocks; what a step changed is white."""
-    columns, before = list[tuple[tuple[str, Image], ...]](), None
+def draw_steps(segmenter: Segmenter, image: Image, fractions: Sequence[float]) -> Image:
+    """Refinement to these rising fine fractions: a column per step, prediction above blocks; what a step
+    changed is white."""
+    top, bottom, before = list[tuple[str, Image]](), list[tuple[str, Image]](), None
     for fraction, step in zip(fractions, segmenter.refine(image, fractions), strict=True):
         found = segmenter.refined(image, step)
-        picture = found.overlay()
-        changed = np.zeros_like(found.classes, bool) if before is None else found.classes != before
-        picture[changed], before = 255, found.classes
-        assert found.levels is not None
-        blocks = draw_levels(image, found.levels, segmenter.model.strides)
-        title = f"f={fraction:g}" + (f": {100 * changed.mean():.1f}% changed (white)" if columns else "")
-        columns.append(((title, picture), ("", blocks)))
-    write_image(f"{out}_steps.png", contact_sheet([[column[row] for column in columns] for row in (0, 1)]))
+        picture, title = found.overlay(), f"f={fraction:g}"
+        if before is not None:
+            changed = found.classes != before
+            picture[changed], title = 255, f"{title}: {100 * changed.mean():.1f}% changed (white)"
+        before = found.classes
+        top.append((title, picture))
+        bottom.append(("", show_levels(found)))
+    return contact_sheet([top, bottom])
 
 
 def write_legend(card: Card, out: str | Path, ids_only: bool = False) -> None:

@@ -48,7 +48,7 @@ class Segmentation:
         classes: uint8 `[H, W]`, positions in `names` and `colours`.
         levels: int64 `[ceil(H/s), ceil(W/s)]` for the coarsest stride s, 0 for that stride; None when dense.
         fine_blocks: bool, those at the finest stride; None when dense.
-        block: side of a block, px.
+        strides: of the network, px, finest first.
         scales: factors on the image's sides at which the network saw it.
     """
 
@@ -56,7 +56,7 @@ class Segmentation:
     classes: NDArray[np.uint8]
     levels: NDArray[np.int64] | None
     fine_blocks: NDArray[np.bool_] | None
-    block: int
+    strides: tuple[int, ...]
     card: Card
     scales: tuple[float, ...] = (1.0,)
 
@@ -66,6 +66,11 @@ class Segmentation:
         blocks = "dense" if self.fine_blocks is None else f"{self.fine_blocks.mean():.0%} of the blocks fine"
         seen = "" if self.scales == (1.0,) else f"; seen at {', '.join(f'{one:.3g}' for one in self.scales)}"
         return f"Segmentation({self.classes.shape[0]}x{self.classes.shape[1]} px: {text}; {blocks}{seen})"
+
+    @property
+    def block(self) -> int:
+        """Side of a block, px."""
+        return self.strides[-1]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -227,7 +232,7 @@ class Segmenter:
         levels = None if found.levels is None else found.levels[0].cpu().numpy()
         fine = None if levels is None else levels == len(strides) - 1
         classes = found.classes[0].cpu().numpy().astype(np.uint8)
-        return Segmentation(image, classes, levels, fine, strides[-1], self.card, scales)
+        return Segmentation(image, classes, levels, fine, tuple(strides), self.card, scales)
 
 
 def segment(
@@ -272,7 +277,7 @@ def _network(model: Any) -> Segmentor | RuntimeSegmentor | Runner:
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(inner, nn.Module):
             raise ValueError(
-                f"model must be a checkpoint's path or a network of this package, not {_kind(model)}"
+                f"model must be a checkpoint's path or a network of this package, not {type(model).__name__}"
             )
     return inner
 
@@ -287,7 +292,9 @@ def _pixels(image: Any, bits: int | None) -> Image:
             _LOG.warning("warning: %s", depth.note)
         return read_image(Path(image), upright=True, bits=depth.bits)
     if not isinstance(image, PIL.Image.Image):
-        raise ValueError(f"image must be a path, a Pillow image or uint8 [H, W, 3] RGB, not {_kind(image)}")
+        raise ValueError(
+            f"image must be a path, a Pillow image or uint8 [H, W, 3] RGB, not {type(image).__name__}"
+        )
     if image.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
         raise ValueError(
             f"an image of mode {image.mode} has over 8 bits per channel; give its path, or RGB bytes"
@@ -296,7 +303,3 @@ def _pixels(image: Any, bits: int | None) -> Image:
         return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
     except OSError as error:
         raise DataError(f"the image cannot be read: {error}; restore it from the original") from None
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__

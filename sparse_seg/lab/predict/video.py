@@ -6,7 +6,6 @@ import os
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import numpy as np
 
 from sparse_seg.data.dataset import Image
 from sparse_seg.errors import DataError
-from sparse_seg.lab.predict.inputs import Source
+from sparse_seg.lab.predict.inputs import Outputs, Source
+from sparse_seg.lab.predict.pictures import show_blocks
 from sparse_seg.lab.predict.segment import Segmentation, Segmenter
-from sparse_seg.lab.report.overlays import draw_blocks, write_image
+from sparse_seg.lab.report.overlays import write_image
 from sparse_seg.progress import bar
 from sparse_seg.timing import now
 
@@ -27,29 +27,16 @@ SLOWEST, TIME_BASE = 0.002, 65535  # frames/s that OpenCV can tell; the finest c
 LEAST_READ = 0.95  # of the frames that a file promises; some promise a few too many
 
 
-@dataclass(frozen=True)
-class VideoOptions:
-    """What to do with each frame.
+def write_video(
+    segmenter: Segmenter, source: Source, outputs: Outputs, fps: float | None = None, limit: int | None = None
+) -> dict[str, Any]:
+    """Write `NAME.mp4`, the frames with the classes' colours over them, at the source's size (even, as the
+    codec wants it) and rate, see `writable_rate`. Ctrl-C ends a camera's video.
 
     Args:
         fps: frames per second to keep up with, by refinement within the time that is left; None: each frame
             runs as images do.
         limit: stop after so many frames.
-        ids, blocks: also write `NAME_ids/000000.png` and so on; `NAME_blocks.mp4`.
-    """
-
-    fps: float | None = None
-    limit: int | None = None
-    ids: bool = False
-    blocks: bool = False
-
-
-def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoOptions) -> dict[str, Any]:
-    """Write `NAME.mp4`, the frames with the classes' colours over them, at the source's size (even, as the
-    codec wants it) and rate, see `writable_rate`. Ctrl-C ends a camera's video.
-
-    Args:
-        out: folder and `NAME`.
 
     Returns:
         `frames`, mean `shares` and `fine_fraction`, `scales` of a frame's sides at which the network saw it,
@@ -62,14 +49,14 @@ def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoO
         OSError: a file cannot be written.
     """
     times, fine, totals, scales = list[float](), list[float](), dict[str, float](), list[float]()
-    with _opened(source) as (frames, rate, count), _writers(out, options, rate) as write:
-        most = min(filter(None, (count, options.limit)), default=None)
+    with _opened(source) as (frames, rate, count), _writers(source, outputs, rate) as write:
+        most = min(filter(None, (count, limit)), default=None)
         segmenter.restart(most)
         spent = 0.0  # outside of the network, on the frame before
         try:
             for image in bar(frames, str(source), count or None, unit="frame"):
                 start = now(segmenter.device)
-                budget = None if options.fps is None else max(0.0, 1000 * (1 / options.fps - spent))
+                budget = None if fps is None else max(0.0, 1000 * (1 / fps - spent))
                 found = segmenter.follow(image, budget)
                 end = now(segmenter.device)
                 write(found, len(times))
@@ -79,14 +66,14 @@ def write_video(segmenter: Segmenter, source: Source, out: Path, options: VideoO
                 fine += [] if found.fine_blocks is None else [float(found.fine_blocks.mean())]
                 for name, share in found.shares().items():
                     totals[name] = totals.get(name, 0.0) + share
-                if len(times) == options.limit:
+                if len(times) == limit:
                     break
         except KeyboardInterrupt:
             if not isinstance(source.path, int):
                 raise
     if not times:
         raise DataError(f"{source}: no frame could be read")
-    if len(times) < LEAST_READ * min(count, options.limit or count):
+    if len(times) < LEAST_READ * min(count, limit or count):
         raise DataError(f"{source}: only {len(times)} of {count} frames could be read; it is damaged")
     return {
         "frames": len(times),
@@ -121,8 +108,9 @@ def _frames(video: cv2.VideoCapture) -> Iterator[Image]:
 
 
 @contextmanager
-def _writers(out: Path, options: VideoOptions, rate: float) -> Iterator[Any]:
+def _writers(source: Source, outputs: Outputs, rate: float) -> Iterator[Any]:
     """A function that adds a frame; the files get their names when all is done."""
+    out = Path(outputs.folder, source.name)
     writers: dict[Path, cv2.VideoWriter] = {}
 
     def add(file: Path, picture: Image) -> None:
@@ -141,10 +129,10 @@ def _writers(out: Path, options: VideoOptions, rate: float) -> Iterator[Any]:
 
     def write(found: Segmentation, number: int) -> None:
         add(Path(f"{out}.mp4"), found.overlay())
-        if options.ids:
+        if outputs.ids:
             write_image(Path(f"{out}_ids", f"{number:06d}.png"), found.ids())
-        if options.blocks and found.fine_blocks is not None:
-            add(Path(f"{out}_blocks.mp4"), draw_blocks(found.image, found.fine_blocks, found.block))
+        if outputs.blocks:
+            add(Path(f"{out}_blocks.mp4"), show_blocks(found))
 
     try:
         yield write

@@ -1,6 +1,6 @@
 """The figures of docs/method.md, drawn from the tables that the networks run on.
 
-python -m sparse_seg.lab.report.figures docs/figures
+python docs/figures/draw.py docs/figures
 """
 
 from __future__ import annotations
