@@ -38,7 +38,7 @@ def initial_model(config: Config, device: torch.device, processes: Processes, st
             fit.
     """
     model, train, pretrained = build_model(config), config.train, config.model.pretrained
-    if pretrained is not None and starts:
+    if pretrained is not None and train.init is None and starts:  # init has every weight
         report = (load_own if config.model.module is None else load_module)(model, pretrained)
         if processes.is_first:
             say(report)

@@ -226,6 +226,15 @@ def test_the_checkpoint_is_looked_at_before_the_data(capsys, trained, tmp_path):
     assert "does not fit the config" in fails(capsys, "evaluate", config, checkpoint, *compare, *wrong)
 
 
+def test_hints_are_near(capsys, trained):
+    config, _ = trained
+    for name in ("train.lrr", "train.lossy.fine_weight"):
+        assert "did you mean" in fails(capsys, "train", config, "--set", f"{name}=1")
+    for name in ("train.foo", "model.xyz"):
+        assert "did you mean" not in fails(capsys, "train", config, "--set", f"{name}=1")
+    assert "did you mean" not in fails(capsys, "train", config.with_name("camvid.yaml"))
+
+
 def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
     config, _ = trained
     write_scenes(tmp_path / "scenes", 4, (64, 96), val_fraction=0.5)

@@ -1,5 +1,6 @@
 """Geometry and colours of pictures, at sizes that no block divides."""
 
+import os
 from pathlib import Path
 
 import cv2
@@ -160,3 +161,13 @@ def test_contact_sheet() -> None:
     sheet = contact_sheet([[("a", grey(32, 40)), ("b", grey(32, 40))], [("c", grey(32, 40))]])
     assert sheet.shape[1] == 80 + GAP
     assert (sheet[sheet.shape[0] // 2 + 22 :, 41:] == 255).all()
+
+
+def test_write_image_leaves_nothing_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match=r"cannot write image .*picture.png: disk full"):
+        write_image(tmp_path / "picture.png", grey(2, 2))
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """The cost curve is an image with its series and references on it, and leaves no global state."""
 
+import subprocess
 import sys
 
 import cv2
@@ -38,3 +39,14 @@ def test_missing_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SparseSegError, match=r"pip install 'sparse_seg\[plots\]'"):
         cost_curve(SERIES, "x", "y")
+
+
+@pytest.mark.slow
+def test_matplotlib_loads_late_and_pyplot_never() -> None:
+    code = (
+        "import sys; from sparse_seg.lab.report.plots import cost_curve\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "cost_curve({'a': [(1, 2)]}, 'x', 'y')\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
