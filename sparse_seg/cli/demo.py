@@ -1,9 +1,9 @@
 """The main job in one command, on synthetic scenes: 5 to 8 minutes on 2 idle cores.
 
 Makes scenes, trains a small dense network at output stride 8, then runs the same weights dense (OS8, OS16)
-and selective (policy confidence) at several fine fractions, without retraining. Prints a table and writes
-report.html, report.png, comparison.json and one segmented picture. An interrupted demo resumes where it
-stopped.
+and selective (policy confidence) at several fine fractions, without retraining, on one thread (of several,
+this small network leaves each too little to do). Prints a table and writes report.html, report.png,
+comparison.json and one segmented picture. An interrupted demo resumes where it stopped.
 
 example:
   sparse-seg demo --out runs/demo
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+import torch
 
 import sparse_seg
 from sparse_seg.cli.arguments import whole_number
@@ -67,6 +69,7 @@ def _run(out: Path, config: Config, args: argparse.Namespace) -> None:
     write_scenes(out / "scenes", args.count, progress=True)
     checkpoint = finish_training(config, out / "training", args.device)
     subject = open_checkpoint(config, checkpoint, args.device)
+    torch.set_num_threads(1)
     compare_and_report(subject, POLICIES, FRACTIONS, out / "comparison.json", out / "report.html")
     scene = min((out / "scenes/leftImg8bit/val").rglob("*.png"))
     found = sparse_seg.segment(checkpoint, scene)

@@ -71,8 +71,8 @@ def compare_and_report(
             f"{loaded.path}: {own.module or f'{own.backbone} x{own.width:g}, {own.head} head'}, on "
             f"{rows[0]['images']} images of {config.data.dataset} {split}. "
             "One set of weights, no retraining. "
-            f"{origin['machine']}, {origin['threads']} threads; milliseconds are medians over the images, in "
-            f"{origin['runtime']}."
+            f"{origin['machine']}, threads: {origin['threads']}; milliseconds are medians over the images, "
+            f"in {origin['runtime']}."
         )
         write_comparison(report_path, "Dense and selective", description, rows, opened, ways)
         print(f"report: {report_path}")
