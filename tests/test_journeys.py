@@ -86,7 +86,7 @@ def test_foreign_checkpoints_to_pictures(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_the_first_photo_with_the_weights_of_the_package() -> None:
-    (command,) = re.findall(r"`sparse-seg (predict camvid-slim photo\.jpg [^`]*)`", README)
+    (command,) = re.findall(r"`sparse-seg (predict street-lite0 photo\.jpg [^`]*)`", README)
     assert main(shlex.split(command)) == 0
     assert read_image(Path("D/photo_overlay.png")).shape == (112, 80, 3)
     names = read_class_file("D/classes.yaml").classes.names

@@ -75,7 +75,7 @@ def _run(out: Path, config: Config, args: argparse.Namespace) -> None:
     found = sparse_seg.segment(checkpoint, scene)
     write_image(out / "picture.png", found.overlay())
     print(f"picture: {out / 'picture.png'}, {found}")
-    print("a photo of a street: sparse-seg predict camvid-slim PHOTO --out runs/pictures")
+    print("a photo of a street: sparse-seg predict street-lite0 PHOTO --out runs/pictures")
 
 
 def _default_config() -> Path:

@@ -21,8 +21,8 @@ from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
 CHECKPOINT = (
-    "weights: a file, trained here or converted; or the name of shipped ones, camvid-slim (their config is "
-    "configs/camvid_light.yaml)"
+    "weights: a file, trained here or converted; or the name of shipped ones, street-lite0 or camvid-slim "
+    "(their configs: street_lite0.yaml, camvid_light.yaml)"
 )
 
 

@@ -20,7 +20,7 @@ than the training frames, whose size the checkpoint tells, are scaled to the are
 CONFIG is optional: CHECKPOINT says how the network runs. With one, its mask, strides, mean and std are used.
 
 examples:
-  sparse-seg predict camvid-slim street.jpg --out runs/pictures
+  sparse-seg predict street-lite0 street.jpg --out runs/pictures
   sparse-seg predict runs/camvid_r18/best.safetensors street.jpg --out runs/pictures
   sparse-seg predict runs/camvid_r18/best.safetensors photos/ --fine-fraction 0.3 --json shares.json --out out
   sparse-seg predict r101.safetensors photo.jpg --scales 0.25 --flip --out out

@@ -97,7 +97,7 @@ def test_what_is_misspelt(capsys, command, complaint):
 
 def test_misspelt_weights(capsys, tmp_path):
     line = fails(capsys, "export", "camvid-slimm", tmp_path / "x.onnx", "--size", "64x64")
-    assert line.endswith("name a file, or one of camvid-slim; did you mean 'camvid-slim'?")
+    assert line.endswith("name a file, or one of camvid-slim, street-lite0; did you mean 'camvid-slim'?")
     line = fails(capsys, "convert", ROOT / "setup.cfg", tmp_path / "x.safetensors", "--classes", "cityscape")
     assert "unknown classes 'cityscape'; did you mean 'cityscapes'? Choose one of voc, " in line
 
