@@ -351,11 +351,11 @@ def test_escape_codes_do_not_reach_the_terminal(tmp_path):
         ("..", r"^\.\. is a folder; name the checkpoint in it"),
         ("/", r"^/ is a folder; name the checkpoint in it"),
         (Path(), r"^\. is a folder; name the checkpoint in it"),
-        ("", r"^the checkpoint's name is empty; name a file, or one of camvid-slim$"),
+        ("", r"^the checkpoint's name is empty; name a file, or one of camvid-slim, street-lite0$"),
         ("x" * 300, r"^checkpoint 'x+\.\.\. cannot be read: File name too long$"),
         ("a\0b", r"^checkpoint a\\x00b does not exist"),
         ("camvid-slimm", r"^checkpoint camvid-slimm does not exist; name .*; did you mean 'camvid-slim'\?$"),
-        ("CamVid", r"^checkpoint CamVid does not exist; name a file, or one of camvid-slim$"),
+        ("CamVid", r"^checkpoint CamVid does not exist; name a file, or one of camvid-slim, street-lite0$"),
     ],
 )
 def test_names_that_are_none(name, message):
