@@ -33,21 +33,18 @@ from sparse_seg.cli.options import (
     add_network,
     add_runtime,
     add_views,
-    input_files,
     opened,
     output_file,
-    overrides,
     policy,
     views,
 )
-from sparse_seg.config import ModelConfig, load_config
+from sparse_seg.config import ModelConfig
 from sparse_seg.config.keys import choices
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.views import ONCE
 from sparse_seg.export.runner import TORCH, Runner
 from sparse_seg.export.runtime import RUNTIMES
-from sparse_seg.files import check_outputs
 from sparse_seg.lab.compare.files import compare_and_report, written
 from sparse_seg.lab.opened import Opened
 from sparse_seg.lab.provenance import write_result
@@ -110,12 +107,10 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("argument --runtime: not with --accuracy-only, which shares passes in torch")
     if args.resume and not args.json:
         args.usage_error("argument --resume: name the file to resume; add --json OUT")
-    config, files = load_config(args.config, overrides(args)), written(args.json, args.report)
-    check_outputs(files, input_files(args.config, config, args.checkpoint))
     with joined_processes(args.device) as (processes, device):
         if args.compare is not None and processes.count > 1:
             raise ConfigError("--compare measures time, which takes one process: run it without torchrun")
-        subject = opened(args, device, *files, config=config)
+        subject = opened(args, device, *written(args.json, args.report))
         if args.compare is None:
             _evaluate(subject, args, processes)
             return 0

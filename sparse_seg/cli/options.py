@@ -115,11 +115,9 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def opened(
-    args: argparse.Namespace, device: torch.device, *outputs: str | Path | None, config: Config | None = None
-) -> Opened:
+def opened(args: argparse.Namespace, device: torch.device, *outputs: str | Path | None) -> Opened:
     """CONFIG, CHECKPOINT, and the data of `add_data`; no output may be one of their files."""
-    config = config or load_config(args.config, overrides(args))
+    config = load_config(args.config, overrides(args))
     written = [file for file in outputs if file]
     check_outputs(written, input_files(args.config, config, args.checkpoint))
     return open_checkpoint(config, args.checkpoint, device, args.split, args.limit, written)

@@ -30,11 +30,16 @@ def to_dense(path: str | Path) -> dict[str, Tensor]:
     owed = {name for name in weights if name.startswith((MODULE, ASIDE)) and not name.endswith(COUNTER)}
     try:
         entries = [Entry(*item) for item in back["entries"]]
-        dense = {str(entry.theirs): to_theirs(weights[entry.ours], entry) for entry in entries}
-        twins = {str(name): dense[other] for name, other in back["aliases"].items()}
+        dense = {entry.theirs: to_theirs(weights[entry.ours], entry) for entry in entries}
+        twins = {name: dense[other] for name, other in back["aliases"].items()}
         used = {entry.ours for entry in entries}
         is_whole = (
-            owed <= used and len(used) == len(dense) == len(entries) > 0 and not dense.keys() & twins.keys()
+            owed <= used
+            and len(used) == len(dense) == len(entries) > 0
+            and not dense.keys() & twins.keys()
+            and all(isinstance(name, str) for name in dense)
+            and all(list(dense[entry.theirs].shape) == entry.shape for entry in entries)  # -1 is told by none
+            and all(min(*(entry.roll or (0,)), entry.added) >= 0 for entry in entries)
         )
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         is_whole = False

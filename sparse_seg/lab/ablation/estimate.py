@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,10 +71,14 @@ class _Costs:
 
     def cell(self, cell: Cell) -> float:
         config, run = self.ablation.cell_config(cell), cell.run
-        dataset = open_split(config.data, "val")
-        count = min(len(dataset), self.grid.spec.eval_images or len(dataset))
+        return self._pixels * self._macs(config, run.output_stride, run.fraction) / self.rate
+
+    @cached_property
+    def _pixels(self) -> int:
+        """Of all frames that an evaluation sees, if they are as large as the first."""
+        dataset = open_split(next(iter(self.grid.configs.values())).data, "val")
         height, width = dataset.load(0)[0].shape[:2]
-        return count * height * width * self._macs(config, run.output_stride, run.fraction) / self.rate
+        return min(len(dataset), self.grid.spec.eval_images or len(dataset)) * height * width
 
     def _log(self, name: str, seed: int) -> tuple[int, float]:
         """Steps of a training so far, and their seconds."""
