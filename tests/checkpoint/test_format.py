@@ -290,7 +290,10 @@ def test_a_later_format_is_named(config, weights, tmp_path, monkeypatch):
 def test_the_way_back_needs_all_its_entries(tmp_path):
     torch.save(state_of("torchvision fcn"), tmp_path / "source.pth")
     path = tmp_path / "a.safetensors"
-    for entries in ([], None, 3, [["a", "b", [1], None, 0]], [[1] * 5]):
+    convert(tmp_path / "source.pth").write(path)
+    first, *rest = load(path).origin.back["entries"]
+    odd = [[first[0], 7, *first[2:]], [*first[:2], [-1, *first[2][1:]], *first[3:]], [*first[:4], -1]]
+    for entries in ([], None, 3, [["a", "b", [1], None, 0]], [[1] * 5], *([one, *rest] for one in odd)):
         convert(tmp_path / "source.pth").write(path)
         found = load(path)
         origin = dataclasses.replace(found.origin, back=found.origin.back | {"entries": entries})
