@@ -20,13 +20,13 @@ from sparse_seg.run.exits import last_exit
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid
 
-CONTENT = 2  # which kind of outputs a file holds; another number for another kind
+CONTENT = 3  # which kind of outputs a file holds; another number for another kind
 MOST_SITES = 1024  # per image whose likeness is compared: pairs grow with the square
 
 
 class TeacherOutputs(NamedTuple):
-    """At the asked output stride: the grid of logits `[B, K, h, w]`, and the features `[B, C, h', w']` that
-    the last late value is made of (`run/exits.py`)."""
+    """The grid of logits `[B, K, h, w]`, and the features `[B, C, h', w']` that the last late value is made of
+    (`run/exits.py`)."""
 
     logits: Tensor
     features: Tensor
@@ -34,6 +34,8 @@ class TeacherOutputs(NamedTuple):
 
 class Teacher:
     """A trained network, run dense, in eval mode and without gradients; outputs are rounded to float16.
+
+    Images come as the student's normalisation leaves them, and are brought to the teacher's own.
 
     Args:
         path: its checkpoint (of our training, or converted).
@@ -45,7 +47,7 @@ class Teacher:
 
     Raises:
         CheckpointError: missing or foreign file.
-        ConfigError: another number of classes, normalisation, or upsampling offset than the student's.
+        ConfigError: another number of classes or upsampling offset than the student's.
     """
 
     def __init__(
@@ -60,27 +62,48 @@ class Teacher:
         _check_fits(checkpoint, config)
         self.cache = None if cache is None else Path(cache)
         self._digest = checkpoint.digest.encode()
+        self._to_own = None
+        if checkpoint.origin.normalisation:
+            mean, std, own_mean, own_std = (
+                torch.tensor(values, device=device)[:, None, None]
+                for values in (config.data.mean, config.data.std, checkpoint.mean, checkpoint.std)
+            )
+            if not (torch.equal(mean, own_mean) and torch.equal(std, own_std)):
+                self._to_own = std / own_std, (mean - own_mean) / own_std
 
-    def __call__(self, images: Tensor, output_stride: int) -> TeacherOutputs:
-        """Outputs for normalised images `[B, 3, H, W]` at `output_stride`, in the images' dtype."""
+    def __call__(self, images: Tensor, output_stride: int, grid_stride: int) -> TeacherOutputs:
+        """Outputs for normalised images `[B, 3, H, W]`, in their dtype.
+
+        Args:
+            output_stride: to run at, px; a teacher without it runs at its finest.
+            grid_stride: of the logits, px; those of another grid are interpolated in the middle of its cells.
+        """
         if self.cache is None:
-            outputs = self._run(images, output_stride)
+            outputs = self._run(images, output_stride, grid_stride)
         else:
-            outputs = self._cached(images, output_stride, self.cache)
+            outputs = self._cached(images, (output_stride, grid_stride), self.cache)
         return TeacherOutputs(*(grid.to(images) for grid in outputs))
 
     @torch.no_grad()
-    def _run(self, images: Tensor, output_stride: int) -> TeacherOutputs:
-        run = self.model.start(images).follow(Way.dense(output_stride))
+    def _run(self, images: Tensor, output_stride: int, grid_stride: int) -> TeacherOutputs:
+        if self._to_own is not None:
+            scale, shift = self._to_own
+            images = images * scale + shift
+        strides = self.model.strides
+        run = self.model.start(images)
+        run.follow(Way.dense(output_stride if output_stride in strides else strides[0]))
         features: Grid = last_exit(run)[0]
-        return TeacherOutputs(run.grid_logits().half(), features.tensor.half())
+        logits = run.grid_logits()
+        if run.grid_stride != grid_stride:
+            logits = run.upsample(logits, grid_stride)
+        return TeacherOutputs(logits.half(), features.tensor.half())
 
-    def _cached(self, images: Tensor, output_stride: int, cache: Path) -> TeacherOutputs:
-        paths = [self._path(cache, image, output_stride) for image in images]
+    def _cached(self, images: Tensor, strides: tuple[int, int], cache: Path) -> TeacherOutputs:
+        paths = [self._path(cache, image, strides) for image in images]
         found = {index: kept for index, path in enumerate(paths) if (kept := _read(path)) is not None}
         new = [index for index in range(len(paths)) if index not in found]
         if new:
-            outputs = self._run(images[new], output_stride)
+            outputs = self._run(images[new], *strides)
             for index, logits, features in zip(new, *outputs, strict=True):
                 found[index] = TeacherOutputs(logits.cpu().clone(), features.cpu().clone())
                 buffer = io.BytesIO()
@@ -89,9 +112,9 @@ class Teacher:
         ordered = [found[index] for index in range(len(paths))]
         return TeacherOutputs(*(torch.stack(grids) for grids in zip(*ordered, strict=True)))
 
-    def _path(self, cache: Path, image: Tensor, output_stride: int) -> Path:
+    def _path(self, cache: Path, image: Tensor, strides: tuple[int, int]) -> Path:
         content = hashlib.blake2b(self._digest, digest_size=16)
-        content.update(f"{CONTENT} {output_stride} {image.dtype} {list(image.shape)}".encode())
+        content.update(f"{CONTENT} {strides} {image.dtype} {list(image.shape)}".encode())
         content.update(image.cpu().contiguous().numpy().data)
         name = content.hexdigest()
         return cache / name[:2] / f"{name}.pt"
@@ -107,14 +130,9 @@ def _read(path: Path) -> TeacherOutputs | None:
 
 def _check_fits(teacher: Checkpoint, config: Config) -> None:
     own, path = teacher.config, teacher.path
-    values: list[tuple[str, Any, Any]] = [
-        ("classes", own.num_classes, num_classes(config)),
-    ]
+    values: list[tuple[str, Any, Any]] = [("classes", own.num_classes, num_classes(config))]
     if own.module is None and config.model.module is None:
         values.append(("model.trained_stride", own.trained_stride, config.model.trained_stride))
-    if teacher.origin.normalisation:
-        values += [("data.mean", list(teacher.mean), config.data.mean)]
-        values += [("data.std", list(teacher.std), config.data.std)]
     for name, own, students in values:
         if own != students:
             raise ConfigError(

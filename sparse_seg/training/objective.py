@@ -60,12 +60,7 @@ class Objective(nn.Module):
     def _distill(self, teacher: Teacher, run: Pass, fine: Tensor | None) -> Tensor:
         """fine: pixels `[B, H, W]` of fine blocks."""
         config, logits = self.config.distill, run.grid_logits()
-        taught = teacher(run.images, run.output_stride)
-        if taught.logits.shape != logits.shape:
-            raise TrainingError(
-                f"train.distill.teacher gives logits {list(taught.logits.shape[1:])}, and the network "
-                f"{list(logits.shape[1:])}: choose a teacher whose logits have the same stride"
-            )
+        taught = teacher(run.images, run.output_stride, run.grid_stride)
 
         def weights(grid: Tensor, stride: int) -> Tensor:
             weights = torch.ones_like(grid[:, 0], dtype=torch.float32)
