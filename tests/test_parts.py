@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparse_seg import build_model, load_model
 from sparse_seg.cli import main
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks import MaskPolicy, Run
-from sparse_seg.networks.segmenter import build_module
+from sparse_seg.masks import MaskPolicy, PolicyInput
+from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.registry import BACKBONES, HEADS, POLICIES
 from sparse_seg.run.exits import last_exit
 from sparse_seg.run.network import SelectiveNetwork
@@ -91,7 +91,7 @@ class Surprise(MaskPolicy):
         super().__init__(fine_fraction, **more)
         self.power = power
 
-    def scores(self, run: Run) -> Tensor:
+    def scores(self, run: PolicyInput) -> Tensor:
         features = run.features().abs().mean(1, keepdim=True)
         logits = run.coarse_logits(every=self.block)
         strength = F.adaptive_avg_pool2d(features, (logits.shape[2], logits.shape[3])).squeeze(1)

@@ -38,7 +38,7 @@ from sparse_seg.run.card import Card
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.segmentor import Tensors
 from sparse_seg.run.selective import build_network
-from sparse_seg.run.values import Run
+from sparse_seg.run.values import Interpreter
 from sparse_seg.run.weights import check_finite, check_shapes, load_weights, meta_module, part_of
 from sparse_seg.sites import Grid
 
@@ -238,7 +238,7 @@ def _check(captured: Captured, own: Mapping[str, Tensor], constants: Mapping[str
     dtype = next((one.dtype for one in tensors.values()), torch.float32)
     images = torch.empty(0, 3, *graph.size, dtype=dtype, device=device)
     with torch.no_grad():
-        values = Run(geometry, tensors, images).dense(geometry.own, geometry.nodes)
+        values = Interpreter(geometry, tensors, images).dense(geometry.own, geometry.nodes)
     for node in graph.nodes:
         value = values[node.name]
         shape = tuple((value.tensor if isinstance(value, Grid) else value).shape)

@@ -26,7 +26,7 @@ from sparse_seg.config import (
 from sparse_seg.data import dataset_classes, dataset_ids
 from sparse_seg.errors import CheckpointError
 from sparse_seg.graph.file import first_difference
-from sparse_seg.networks.segmenter import captured_stride
+from sparse_seg.networks.encoder_decoder import captured_stride
 from sparse_seg.registry import POOLING_HEADS
 from sparse_seg.run.build import build_model, with_strides
 from sparse_seg.run.card import Card

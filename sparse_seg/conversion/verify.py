@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.networks.segmenter import build_module
+from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.ops import OPERATORS
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.values import Run
+from sparse_seg.run.values import Interpreter
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Mixed, Sites
 
@@ -96,7 +96,7 @@ def _plain(model: SelectiveNetwork, stride: int) -> torch.nn.Module:
 def _lattice_differences(model: SelectiveNetwork, images: Tensor, blocks: Tensor) -> list[Difference]:
     """Values on rows at the coarse sites under a mask, against the dense network at both ends."""
     geometry, finest, coarsest = model.geometry, model.strides[0], model.strides[-1]
-    run = Run(geometry, model.tensors, images)
+    run = Interpreter(geometry, model.tensors, images)
     size = (int(images.shape[2]), int(images.shape[3]))
     plans, levels = model.plans(1, size, images.device), blocks.long() * (len(model.strides) - 1)
     found = run.mixed(Sites.of_mask(levels, plans, model.exchange, geometry.near(size)), None)

@@ -70,7 +70,7 @@ class SegmentationMetrics:
         self._check_range(predicted, "prediction")
         self._check_range(labelled[valid], "label")
         images = labelled.reshape(-1, *labelled.shape[-2:])
-        bands = [boundary_band(image, self.trimap_width, self.ignore_index) for image in images]
+        bands = [trimap(image, self.trimap_width, self.ignore_index) for image in images]
         band = np.array(bands, bool).reshape(labelled.shape)
         self.confusion += self._count(predicted[valid], labelled[valid])
         self.boundary_confusion += self._count(predicted[band], labelled[band])
@@ -104,7 +104,7 @@ class SegmentationMetrics:
         return counts.reshape(self.num_classes, self.num_classes)
 
 
-def boundary_band(label: np.ndarray, width: float, ignore_index: int = 255) -> npt.NDArray[np.bool_]:
+def trimap(label: np.ndarray, width: float, ignore_index: int = 255) -> npt.NDArray[np.bool_]:
     """The trimap: labelled pixels at most `width` px (Euclidean) from a pixel on a class boundary.
 
     A pixel is on a boundary if one of its 4 neighbours has another class; a border with ignored pixels is

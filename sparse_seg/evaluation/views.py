@@ -23,10 +23,10 @@ LEAST_SIDE = 2 * ALIGNMENT  # px of the image in a window, for two to overlap
 STRIP = 256  # rows
 
 
-class Run(Protocol):
+class PassLike(Protocol):
     """A pass over images, wherever it runs."""
 
-    def follow(self, way: Way | None = None, policy: MaskPolicy | None = None) -> Run: ...
+    def follow(self, way: Way | None = None, policy: MaskPolicy | None = None) -> PassLike: ...
 
     def logits(self) -> Tensor: ...
 
@@ -39,13 +39,13 @@ class Run(Protocol):
     def levels(self) -> Tensor: ...
 
 
-class Runs(Protocol):
+class ModelLike(Protocol):
     """What starts passes: a network, or its form in another runtime."""
 
     @property
     def strides(self) -> Sequence[int]: ...
 
-    def start(self, images: Tensor, labels: Tensor | None = None) -> Run: ...
+    def start(self, images: Tensor, labels: Tensor | None = None) -> PassLike: ...
 
 
 class Prediction(NamedTuple):
@@ -122,7 +122,7 @@ ONCE = Views()
 
 @torch.inference_mode()
 def predict(
-    model: Runs,
+    model: ModelLike,
     images: Tensor,
     labels: Tensor | None = None,
     way: Way | None = None,
@@ -195,13 +195,13 @@ def _copy(whole: Tensor, part: Tensor, row: _Span, column: _Span, cell: int) -> 
 
 
 def _look(
-    model: Runs,
+    model: ModelLike,
     images: Tensor,
     labels: Tensor | None,
     way: Way,
     policy: MaskPolicy | None,
     views: Views,
-) -> tuple[Prediction, Run]:
+) -> tuple[Prediction, PassLike]:
     """What all looks together find, and the last one's pass."""
     if views.is_single:
         run = model.start(images, labels).follow(way, policy)
@@ -255,7 +255,7 @@ def _enlarged(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.cat(strips, 1)
 
 
-def single(run: Run) -> Prediction:
+def single(run: PassLike) -> Prediction:
     """What a pass found."""
     return Prediction(run.classes(), None if run.mask is None else run.levels)
 

@@ -16,7 +16,7 @@ from sparse_seg.masks import MaskPolicy, blur_scores
 
 @dataclass
 class StaticRun:
-    """What a policy may ask in a static network, see `masks.Run` (but what only bounds may); it is
+    """What a policy may ask in a static network, see `masks.PolicyInput` (but what only bounds may); it is
     computed then.
 
     Args:

@@ -17,7 +17,7 @@ from sparse_seg.ops import Graph
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.patch import patched
 from sparse_seg.run.segmentor import Tensors
-from sparse_seg.run.values import Run
+from sparse_seg.run.values import Interpreter
 from sparse_seg.sites import LevelPlan, Sites, grid_size
 
 
@@ -67,7 +67,7 @@ class StaticNetwork(nn.Module):
         centred, geometry = self._centred(images), self.geometry
         weights = dict(self.weights.named_buffers())
         tensors = {own: weights[name] for own, name in self.names.items()}
-        run = Run(geometry, tensors, centred / self.std if self.has_std else centred)
+        run = Interpreter(geometry, tensors, centred / self.std if self.has_std else centred)
         if self.options.dense is not None:
             return run.output(run.dense(self.options.dense)).tensor, None
         patches = self.merge == "patch"

@@ -3,7 +3,7 @@
 from sparse_seg.masks.base import (
     Frames,
     MaskPolicy,
-    Run,
+    PolicyInput,
     block_levels,
     block_shape,
     blur_scores,
@@ -31,8 +31,8 @@ __all__ = [
     "LearnedPolicy",
     "MaskPolicy",
     "OraclePolicy",
+    "PolicyInput",
     "RandomPolicy",
-    "Run",
     "UniformPolicy",
     "block_levels",
     "block_mean",

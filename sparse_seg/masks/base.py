@@ -16,7 +16,7 @@ from sparse_seg.errors import choose_one
 BLOCK = 16  # pixels of a block's side: a block is one cell of the coarsest grid, by default that of stride 16
 
 
-class Run(Protocol):
+class PolicyInput(Protocol):
     """What a policy may ask: a pass over images (`run/passes.py`), which computes what is asked for.
 
     images: normalised, `[B, 3, H, W]`. labels: int64 `[B, H, W]`, or None.
@@ -116,11 +116,11 @@ class MaskPolicy(nn.Module, ABC):
         return type(self).__name__.removesuffix("Policy").lower()
 
     @abstractmethod
-    def scores(self, run: Run) -> Tensor:
+    def scores(self, run: PolicyInput) -> Tensor:
         """Scores `[B, ceil(H/block), ceil(W/block)]` of the blocks of a run's images."""
 
     @torch.no_grad()
-    def forward(self, run: Run | Frames) -> Tensor:
+    def forward(self, run: PolicyInput | Frames) -> Tensor:
         """The fine blocks, bool `[B, ceil(H/block), ceil(W/block)]`, or with three strides int64 levels."""
         return self.cut(self.scores(run))  # type: ignore[arg-type]
 

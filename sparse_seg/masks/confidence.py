@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.config.keys import choices
-from sparse_seg.masks.base import MaskPolicy, Run, one_of
+from sparse_seg.masks.base import MaskPolicy, PolicyInput, one_of
 from sparse_seg.masks.oracle import label_boundary
 
 UNCERTAINTIES, REDUCTIONS = choices(MaskConfig, "uncertainty"), choices(MaskConfig, "reduce")
@@ -51,7 +51,7 @@ class ConfidencePolicy(MaskPolicy):
         self.reduce, self.neighbours = one_of("reduction", reduce, REDUCTIONS), neighbours
         self.stored_dtype = getattr(torch, stored_dtype) if isinstance(stored_dtype, str) else stored_dtype
 
-    def scores(self, run: Run) -> Tensor:
+    def scores(self, run: PolicyInput) -> Tensor:
         return self.logit_scores(run.coarse_logits(self.sample, self.stored_dtype))
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_seg.masks.base import Run
+from sparse_seg.masks.base import PolicyInput
 from sparse_seg.masks.confidence import entropy
 from sparse_seg.masks.learned import NetPolicy, conv_macs
 
@@ -35,7 +35,7 @@ class GainPolicy(NetPolicy):
     ) -> nn.Module:
         return gain_net(classes)
 
-    def scores(self, run: Run) -> Tensor:
+    def scores(self, run: PolicyInput) -> Tensor:
         dtype = next((weight.dtype for weight in self.parameters()), torch.float32)
         return self.net(self.read(run.coarse_logits(self.sample)).to(dtype)).float().squeeze(1)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks.base import MaskPolicy, Run
+from sparse_seg.masks.base import MaskPolicy, PolicyInput
 
 HIDDEN = 32  # channels; with 512 features at stride 8 under 0.4 % of a coarse DeepLabV3-ResNet-50
 CAD_HIDDEN = (128, 64, 64)  # channels of CAD's
@@ -43,7 +43,7 @@ class LearnedPolicy(NetPolicy):
     ) -> nn.Module:
         return learned_net(features, factor)
 
-    def scores(self, run: Run) -> Tensor:
+    def scores(self, run: PolicyInput) -> Tensor:
         return self.feature_scores(run.features())
 
     def feature_scores(self, features: Tensor) -> Tensor:

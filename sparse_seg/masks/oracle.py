@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.config.keys import choices
-from sparse_seg.masks.base import MaskPolicy, Run, one_of
+from sparse_seg.masks.base import MaskPolicy, PolicyInput, one_of
 
 ORACLES = choices(MaskConfig, "oracle")
 
@@ -38,7 +38,7 @@ class OraclePolicy(MaskPolicy):
         super().__init__(*cut, **levels)
         self.ignore_index, self.rule = ignore_index, one_of("oracle rule", rule, ORACLES)
 
-    def scores(self, run: Run) -> Tensor:
+    def scores(self, run: PolicyInput) -> Tensor:
         labels = run.labels
         if labels is None and self.rule != "change":
             raise ValueError(

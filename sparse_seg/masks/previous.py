@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparse_seg.masks.base import Run, block_shape
+from sparse_seg.masks.base import PolicyInput, block_shape
 from sparse_seg.masks.confidence import ConfidencePolicy
 
 
@@ -21,7 +21,7 @@ class PreviousPolicy(ConfidencePolicy):
     reads_image_alone: ClassVar[bool] = False
     _last: Tensor | None = None
 
-    def scores(self, run: Run) -> Tensor:
+    def scores(self, run: PolicyInput) -> Tensor:
         if self.training or self._last is None or self._last.shape != block_shape(run.images, self.block):
             return super().scores(run)
         return self._last

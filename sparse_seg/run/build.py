@@ -20,7 +20,7 @@ from sparse_seg.config.schema import STRIDES
 from sparse_seg.errors import ConfigError, SparseSegError, did_you_mean
 from sparse_seg.graph import capture
 from sparse_seg.masks import mask_net
-from sparse_seg.networks.segmenter import build_module, captured_stride
+from sparse_seg.networks.encoder_decoder import build_module, captured_stride
 from sparse_seg.ops import Graph
 from sparse_seg.run.card import Card
 from sparse_seg.run.modes import eval_mode

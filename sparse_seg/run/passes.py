@@ -22,7 +22,7 @@ from sparse_seg.run.images import check_images, warn_of_bytes
 from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.patch import patched
 from sparse_seg.run.segmentor import Segmentor
-from sparse_seg.run.values import Run, Values
+from sparse_seg.run.values import Interpreter, Values
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid, Mixed, Sites, grid_size
 
@@ -56,7 +56,7 @@ class Pass:
         self._counts: dict[str, int] = {}
         frozen = model.frozen if model.training else ()
         tensors = model.tensors
-        self._run = Run(model.geometry, tensors, self.images, model.training, self._count, frozen)
+        self._run = Interpreter(model.geometry, tensors, self.images, model.training, self._count, frozen)
         self._coarse: Values | None = None  # of the coarse pass that can be refined
         self._sites: Sites | None = None
         self._values: Values | None = None

@@ -24,7 +24,7 @@ from torch import Tensor
 from sparse_seg.errors import SparseSegError
 from sparse_seg.graph import Geometry
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
-from sparse_seg.run.values import Run
+from sparse_seg.run.values import Interpreter
 from sparse_seg.sites import HERE, Grid, Level, Mixed, Sites, Taps, grid_size, plan_of, rows_to_grid
 
 
@@ -87,7 +87,7 @@ class Fine:
         level: whose cells are the blocks.
     """
 
-    def __init__(self, run: Run, level: Level) -> None:
+    def __init__(self, run: Interpreter, level: Level) -> None:
         self.run, self.level, self.plan = run, level, level.plan
         self.strides = run.geometry.cells(level.plan.stride)  # of each value's places
         self._kept: dict[Any, Tensor] = {}
@@ -137,7 +137,9 @@ class Fine:
         return self._kept[key]
 
 
-def patched(run: Run, sites: Sites, coarse: Mapping[str, Any] | None, values: Mapping[str, Any]) -> Grid:
+def patched(
+    run: Interpreter, sites: Sites, coarse: Mapping[str, Any] | None, values: Mapping[str, Any]
+) -> Grid:
     """The grid of logits at the finest stride.
 
     Args:
@@ -169,7 +171,11 @@ def patched(run: Run, sites: Sites, coarse: Mapping[str, Any] | None, values: Ma
 
 
 def _late(
-    run: Run, levels: Sequence[Fine], node: Node, read: Sequence[Any], coarse: Mapping[str, Any] | None
+    run: Interpreter,
+    levels: Sequence[Fine],
+    node: Node,
+    read: Sequence[Any],
+    coarse: Mapping[str, Any] | None,
 ) -> list[Any]:
     """A node's value: its grid at the coarsest stride, if known, and its patches at each level."""
     if run.trains(node) and OPERATORS[node.op].joins:
@@ -184,7 +190,7 @@ def _late(
     return forms
 
 
-def _joined(run: Run, levels: Sequence[Fine], node: Node, read: Sequence[Any]) -> list[Any]:
+def _joined(run: Interpreter, levels: Sequence[Fine], node: Node, read: Sequence[Any]) -> list[Any]:
     """A node whose statistics are those of all values at once, see above."""
     grid, *patches = read
     inside = [fine.inside(one.stride) for fine, one in zip(levels, patches, strict=True)]
@@ -196,7 +202,7 @@ def _joined(run: Run, levels: Sequence[Fine], node: Node, read: Sequence[Any]) -
     return forms
 
 
-def _computed(run: Run, fine: Fine, node: Node, read: Sequence[Any]) -> Tensor:
+def _computed(run: Interpreter, fine: Fine, node: Node, read: Sequence[Any]) -> Tensor:
     """`[K * n, C]`: a node at the places of split blocks."""
     operator, stride, tensors = OPERATORS[node.op], fine.strides[node.name], run.tensors_of(node)
     if node.op == "resize":
@@ -230,7 +236,7 @@ def _rows(fine: Fine, value: Any, stride: int) -> Tensor:
     return vectors.index_select(0, (fine.level.cells // per_image).repeat_interleave(count))
 
 
-def _resized(run: Run, fine: Fine, node: Node, value: Any, stride: int) -> Tensor:
+def _resized(run: Interpreter, fine: Fine, node: Node, value: Any, stride: int) -> Tensor:
     """Bilinear, from the four places around each; others, which compute little, on the whole grid."""
     if isinstance(value, Tensor):
         return _rows(fine, value, stride)

@@ -15,7 +15,7 @@ from sparse_seg.config.keys import choices
 from sparse_seg.errors import SparseSegError, choose_one
 from sparse_seg.graph import Geometry
 from sparse_seg.masks import POLICIES, MaskPolicy, block_levels, build_policy
-from sparse_seg.networks.segmenter import Segmenter
+from sparse_seg.networks.encoder_decoder import EncoderDecoder
 from sparse_seg.ops import OPERATORS, Graph
 from sparse_seg.run.card import Card
 from sparse_seg.run.patch import check_patch
@@ -134,7 +134,7 @@ class Segmentor(Predicting, nn.Module):
     @property
     def auxiliary(self) -> tuple[Any, ...]:
         """The auxiliary head, and the name of the value that it reads, the last feature but one; or none."""
-        if not isinstance(self.module, Segmenter) or self.module.auxiliary is None:
+        if not isinstance(self.module, EncoderDecoder) or self.module.auxiliary is None:
             return ()
         features = [node.name for node in self.graph.nodes if "natural" in node.options]
         return self.module.auxiliary, features[-2]

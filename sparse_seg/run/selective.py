@@ -19,7 +19,7 @@ from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.run.card import Card
 from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.values import Run
+from sparse_seg.run.values import Interpreter
 
 SIZE = (512, 1024)  # px, of the example image
 TOLERANCE = 1e-4  # of the check against the module, relative; float32 in another order gives 1e-6
@@ -177,7 +177,7 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
         for hook in hooks:
             hook.remove()
     geometry = network.geometry
-    run = Run(geometry, network.tensors, images)
+    run = Interpreter(geometry, network.tensors, images)
     values = run.dense(geometry.own, geometry.nodes)
     grid = run.output(values)
     if expected.shape[1] == 1:

@@ -24,7 +24,7 @@ Value = Any  # a Grid, a Mixed, or a tensor: a vector of each image `[B, C, 1, 1
 Values = dict[str, Value]
 
 
-class Run(Windows):
+class Interpreter(Windows):
     """Runs a graph over images.
 
     Args:

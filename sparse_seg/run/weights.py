@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparse_seg.config import ModelConfig
 from sparse_seg.errors import CheckpointError, ConfigError
-from sparse_seg.networks.segmenter import Segmenter, build_module, captured_stride
+from sparse_seg.networks.encoder_decoder import EncoderDecoder, build_module, captured_stride
 
 
 def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -20,7 +20,7 @@ def part_of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-def meta_module(settings: ModelConfig) -> Segmenter:
+def meta_module(settings: ModelConfig) -> EncoderDecoder:
     """The module of a config as it is captured, on the meta device: no memory or time for values.
 
     Raises:

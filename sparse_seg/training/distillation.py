@@ -25,7 +25,7 @@ MOST_SITES = 1024  # per image whose likeness is compared: pairs grow with the s
 
 
 class TeacherOutputs(NamedTuple):
-    """The grid of logits `[B, K, h, w]`, and the features `[B, C, h', w']` that the last late value is made of
+    """Logits `[B, K, h, w]`, and the features `[B, C, h', w']` that the last late value is made of
     (`run/exits.py`)."""
 
     logits: Tensor

@@ -76,7 +76,7 @@ class SegmentationLoss(nn.Module):
         """Weights `[B, H, W]` of pixels; None where all count alike."""
         config, weights = self.config, None
         if config.boundary_weight > 0:
-            near = boundary_band(labels, config.boundary_width)
+            near = near_boundary(labels, config.boundary_width)
             weights = 1 + config.boundary_weight * near
         if config.fine_weight > 0 and fine_pixels is not None:
             weights = (1 if weights is None else weights) + config.fine_weight * fine_pixels
@@ -102,7 +102,7 @@ def check_class_weights(pixels: NDArray[np.int64], weights: list[float] | None) 
         raise ConfigError("train.loss.class_weights is 0 for every class in the train labels; raise some")
 
 
-def boundary_band(labels: Tensor, width: int) -> Tensor:
+def near_boundary(labels: Tensor, width: int) -> Tensor:
     """bool `[B, H, W]`: pixels within `width` px (rows or columns) of a boundary between two known labels."""
     boundary = label_boundary(labels, IGNORE_INDEX)[:, None].float()
     reach = width - 1  # the two pixels at the boundary are within 1 px of it

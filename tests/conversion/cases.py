@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.values import Run
+from sparse_seg.run.values import Interpreter
 from tests.conversion.deeplabs import Mmseg, Smp, VainF
 from tests.conversion.networks import Network, ResNet, Torchvision
 
@@ -252,5 +252,5 @@ def stages(model: SelectiveNetwork) -> list[str]:
 
 def features(model: SelectiveNetwork, images: Tensor, stride: int) -> list[Tensor]:
     """Of the four stages, dense."""
-    values = Run(model.geometry, model.tensors, images).dense(stride, model.geometry.nodes)
+    values = Interpreter(model.geometry, model.tensors, images).dense(stride, model.geometry.nodes)
     return [values[name].tensor for name in stages(model)]

@@ -11,7 +11,7 @@ from sparse_seg import load_model
 from sparse_seg.checkpoint import load_backbone
 from sparse_seg.conversion import convert, to_dense, write_dense
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.values import Run
+from sparse_seg.run.values import Interpreter
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid, Mixed, Sites
 from tests.conversion.cases import BACKBONES, CASES, at_stride, features, network_of, stages, state_of
@@ -85,7 +85,7 @@ def lattice(model: SelectiveNetwork, images: Tensor, blocks: Tensor) -> Tensor:
     sites = Sites.of_mask(blocks.long(), plans, model.exchange, geometry.near(size))
     last = stages(model)[3]
     geometry.kept_rows = geometry.kept_rows | {last}  # a head of 1x1 convolutions needs it no longer
-    value = Run(geometry, model.tensors, images).mixed(sites)[last]
+    value = Interpreter(geometry, model.tensors, images).mixed(sites)[last]
     assert isinstance(value, Mixed)
     assert isinstance(value.lattice, Grid)
     return value.lattice.tensor

@@ -13,7 +13,7 @@ from sparse_seg.lab.benchmark import peers
 from sparse_seg.lab.benchmark.measure import COLUMNS, cases, measure
 from sparse_seg.lab.benchmark.peers import peer_run
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
-from sparse_seg.networks.segmenter import build_module
+from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.run.passes import Pass
 from sparse_seg.run.way import Way
 from tests.reference import relative_error

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_seg import build_model, selective
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_parameters
-from sparse_seg.networks.segmenter import build_module
+from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.run.way import Way
 from tests import captured
 from tests.reference import VARIANTS, random_model, variant_model
@@ -24,7 +24,7 @@ def test_dense_count_is_pytorchs(variant, output_stride):
     module = build_module(model.settings, output_stride).eval().double()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(images)
-    flops = counter.get_flop_counts()["Segmenter"]
+    flops = counter.get_flop_counts()["EncoderDecoder"]
     counts = count_macs(model, images, Way.dense(output_stride))
     assert 2 * sum(counts.values()) == flops[torch.ops.aten.convolution]
     assert list(counts) == PARTS
@@ -63,13 +63,13 @@ def test_published_figures_of_deeplabv3_resnet101(output_stride, backbone, whole
     with FlopCounterMode(display=False) as counter:
         module(images)
     flops = counter.get_flop_counts()
-    parts = "Segmenter", "Segmenter.backbone"
+    parts = "EncoderDecoder", "EncoderDecoder.backbone"
     counts = {part: flops[part][torch.ops.aten.convolution] // 2 for part in parts}
-    assert round(counts["Segmenter.backbone"] / 1e9, 2) == backbone
+    assert round(counts["EncoderDecoder.backbone"] / 1e9, 2) == backbone
     if whole:
-        assert round(counts["Segmenter"] / 1e9, 2) == whole
+        assert round(counts["EncoderDecoder"] / 1e9, 2) == whole
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta tensors
-    assert sum(count_macs(model, images, Way.dense(output_stride)).values()) == counts["Segmenter"]
+    assert sum(count_macs(model, images, Way.dense(output_stride)).values()) == counts["EncoderDecoder"]
 
 
 def test_a_policy_counts_with_the_passes_it_asks_for():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from sparse_seg.evaluation.metrics import SegmentationMetrics, boundary_band
+from sparse_seg.evaluation.metrics import SegmentationMetrics, trimap
 
 IGNORE = 255
 K = 4
@@ -62,13 +62,13 @@ def random_pair(seed: int, shape: tuple[int, ...] = (3, 24, 31)) -> tuple[np.nda
 @settings(deadline=None, max_examples=60)
 @given(labels, st.sampled_from([0, 1, 1.5, 2, 3, 5]))
 def test_band_is_the_euclidean_neighbourhood_of_boundaries(label: np.ndarray, width: float) -> None:
-    np.testing.assert_array_equal(boundary_band(label, width, IGNORE), slow_band(label, width))
+    np.testing.assert_array_equal(trimap(label, width, IGNORE), slow_band(label, width))
 
 
 def test_band_on_larger_images() -> None:
     for label in random_pair(3)[1]:
         for width in (1, 3, 5):
-            np.testing.assert_array_equal(boundary_band(label, width), slow_band(label, width))
+            np.testing.assert_array_equal(trimap(label, width), slow_band(label, width))
 
 
 @pytest.mark.parametrize("seed", range(4))

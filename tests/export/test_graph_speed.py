@@ -7,7 +7,7 @@ from torch import nn
 
 from sparse_seg import selective
 from sparse_seg.export import ExportOptions, StaticNetwork, to_onnx
-from sparse_seg.run.values import Run
+from sparse_seg.run.values import Interpreter
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Taps
 from tests.export.networks import ASPP, Excite, captured, conv
@@ -39,7 +39,7 @@ def test_taps_that_are_always_outside_are_left_out(size):
     module = Atrous().double().eval()
     network = selective(module, (8, 16), "edge", size=(64, 128)).eval()
     images = torch.randn(2, 3, *size, dtype=torch.float64)
-    run = Run(network.geometry, network.tensors, images)
+    run = Interpreter(network.geometry, network.tensors, images)
     counts = [run.taps[node.name].number for node in network.graph.nodes if node.layer.endswith("atrous.2.0")]
     assert counts == [1]  # 320 px
     assert relative_error(network.dense(images, 8), module(images)) < 1e-12

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg import build_model
-from sparse_seg.networks.segmenter import build_module
+from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.registry import BACKBONES
 from tests.reference import randomise, relative_error
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg import build_model
+from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.networks.heads import LRASPPHead
-from sparse_seg.networks.segmenter import build_module
 from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.registry import BACKBONES
 from sparse_seg.run.network import SelectiveNetwork

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_seg import build_model
-from sparse_seg.networks.segmenter import Segmenter, build_module
+from sparse_seg.networks.encoder_decoder import EncoderDecoder, build_module
 from sparse_seg.run.network import SelectiveNetwork
 from tests.reference import VARIANTS, random_model, randomise, relative_error, variant_model
 
@@ -21,7 +21,7 @@ def fresh(backbone: str = "resnet18", head: str = "lite") -> SelectiveNetwork:
     return model.eval()
 
 
-def twin(model: SelectiveNetwork, output_stride: int) -> Segmenter:
+def twin(model: SelectiveNetwork, output_stride: int) -> EncoderDecoder:
     """The plain network of the same weights at an output stride."""
     plain = build_module(model.settings, output_stride).to(next(model.parameters()))
     plain.load_state_dict(model.module.state_dict())

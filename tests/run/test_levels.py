@@ -7,7 +7,7 @@ from torch import Tensor
 from sparse_seg import build_model
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import Frames
-from sparse_seg.networks.segmenter import build_module
+from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Mixed

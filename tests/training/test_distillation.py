@@ -123,7 +123,9 @@ def test_teacher_of_another_normalisation_sees_the_same_pictures(
     teacher: tuple[Config, Path], tiny: Path
 ) -> None:
     config, path = teacher
-    other = load_config(tiny, ["model.auxiliary=false", "data.mean=[0.5, 0.4, 0.3]", "data.std=[0.5, 0.2, 0.1]"])
+    other = load_config(
+        tiny, ["model.auxiliary=false", "data.mean=[0.5, 0.4, 0.3]", "data.std=[0.5, 0.2, 0.1]"]
+    )
     pictures = values(2, 3, 64, 80).float().sigmoid()
     seen = [
         (pictures - torch.tensor(one.data.mean)[:, None, None]) / torch.tensor(one.data.std)[:, None, None]

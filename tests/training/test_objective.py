@@ -18,7 +18,7 @@ from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import save_checkpoint
 from sparse_seg.training.distillation import Teacher
-from sparse_seg.training.losses import Outputs, SegmentationLoss, boundary_band
+from sparse_seg.training.losses import Outputs, SegmentationLoss, near_boundary
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.statistics import recalibrate_batch_norm
 from sparse_seg.training.trainer import Trainer
@@ -35,7 +35,7 @@ def batch(size: tuple[int, int] = (70, 101), classes: int = 5) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
-def test_boundary_band_is_its_definition(width: int) -> None:
+def test_near_boundary_is_its_definition(width: int) -> None:
     labels = batch((41, 53))[1]
     expected = torch.zeros_like(labels, dtype=torch.bool)
     touching = [
@@ -51,7 +51,7 @@ def test_boundary_band_is_its_definition(width: int) -> None:
     ]
     for b, y, x in touching:
         expected[b, max(y - width + 1, 0) : y + width, max(x - width + 1, 0) : x + width] = True
-    assert torch.equal(boundary_band(labels, width), expected)
+    assert torch.equal(near_boundary(labels, width), expected)
     assert 0 < expected.sum() < expected.numel()
 
 
@@ -62,7 +62,7 @@ def test_emphasis_weights_pixels() -> None:
     fine, classes = torch.rand(2, 41, 53, generator=generator) < 0.3, [1.0, 2.0, 0.5, 1.0, 3.0]
     config = LossConfig(boundary_weight=2.0, boundary_width=2, fine_weight=0.5, class_weights=classes)
     loss = SegmentationLoss(config)(Outputs(logits, None), labels, None, fine)
-    weights = (1 + 2.0 * boundary_band(labels, 2) + 0.5 * fine) * (labels != 255)
+    weights = (1 + 2.0 * near_boundary(labels, 2) + 0.5 * fine) * (labels != 255)
     weights = weights * torch.tensor(classes)[labels.where(labels != 255, 0)]
     losses = F.cross_entropy(logits, labels, ignore_index=255, reduction="none")
     torch.testing.assert_close(loss, (losses * weights).sum() / weights.sum())

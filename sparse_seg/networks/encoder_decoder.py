@@ -18,7 +18,7 @@ DEFAULT_NUM_CLASSES = 19  # Cityscapes
 OF_BACKBONES = ("width", "depths", "stem", "shortcut", "entry_spacings", "dilate_second")
 
 
-class Segmenter(nn.Module):
+class EncoderDecoder(nn.Module):
     """Images to logits, dense at one output stride.
 
     Args:
@@ -56,7 +56,9 @@ class Segmenter(nn.Module):
         return upsample_logits(at_least_float32(logits), size, *strides, self.align_corners)
 
 
-def build_module(settings: ModelConfig, output_stride: int, trained_stride: int | None = None) -> Segmenter:
+def build_module(
+    settings: ModelConfig, output_stride: int, trained_stride: int | None = None
+) -> EncoderDecoder:
     """A dense network with fresh weights, at an output stride in px.
 
     Args:
@@ -75,7 +77,7 @@ def build_module(settings: ModelConfig, output_stride: int, trained_stride: int 
     for layer in head.modules():
         if isinstance(layer, ToLowLevel):
             layer.trained_stride = trained
-    module = Segmenter(backbone, head, output_stride, trained, settings.align_corners, auxiliary)
+    module = EncoderDecoder(backbone, head, output_stride, trained, settings.align_corners, auxiliary)
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eps = settings.bn_eps
