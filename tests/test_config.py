@@ -298,7 +298,7 @@ def test_options_of_parts_pass_through(tmp_path):
     assert load_config(write(tmp_path, to_yaml(config), "again.yaml")) == config
 
 
-@pytest.mark.parametrize("settings", [{"mask": {"policy": "gain"}}, {"merge": "patch"}], ids=str)
-def test_undilated_networks_have_no_coarse_pass(settings: dict) -> None:
+@pytest.mark.parametrize("settings", [{"dilate_second": False}, {"exchange": "separate"}], ids=str)
+def test_patch_needs_a_coarse_pass_that_no_mask_changes(settings: dict) -> None:
     with pytest.raises(ConfigError, match="needs a coarse pass that does not depend on the mask"):
-        model_config({"backbone": "resnet18", "dilate_second": False} | settings)
+        model_config({"backbone": "resnet18", "merge": "patch"} | settings)

@@ -33,7 +33,7 @@ from sparse_seg.graph import Geometry
 from sparse_seg.graph.file import check_tensors
 from sparse_seg.masks import cad_mask_net, mask_net
 from sparse_seg.ops import Graph
-from sparse_seg.run.build import check_policy, own_graph
+from sparse_seg.run.build import own_graph
 from sparse_seg.run.card import Card
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.segmentor import Tensors
@@ -191,7 +191,6 @@ def captured_network(
             settings, module=checkpoint.config.module, module_args=checkpoint.config.module_args
         )
         network = build_network(captured.graph, module, constants, settings, card, NETS[net])
-        check_policy(network)
     except SparseSegError:
         raise
     except Exception as error:  # a graph that cannot be fails in many ways

@@ -10,7 +10,6 @@ from sparse_seg.registry import DATASETS, POOLING_HEADS
 
 MAX_PIXELS = 2**31  # of a training step's crops
 LEAST_WEIGHT = 1e-6  # that one class at least must have
-READ_COARSE = ("confidence", "gain", "previous")  # policies that look at a coarse pass
 ENTRY_STRIDES = (4, 8, 16)  # natural strides of the stages before layer2..layer4, px
 
 
@@ -49,15 +48,9 @@ def check_model(model: ModelConfig) -> None:
     _check_module(model)
     mask, strides = model.mask, model.own_strides
     _require(
-        model.dilate_second or (mask.policy not in READ_COARSE and model.merge != "patch"),
-        f"model.mask.policy={mask.policy} with model.merge={model.merge} needs a coarse pass that does not "
-        "depend on the mask, which model.dilate_second=false makes it do: choose another policy, and merge "
-        "whole",
-    )
-    _require(
-        model.exchange != "separate" or model.merge != "patch",
+        model.merge != "patch" or (model.dilate_second and model.exchange != "separate"),
         "model.merge=patch needs a coarse pass that does not depend on the mask, which "
-        "model.exchange=separate makes it do: set model.merge=whole",
+        "model.exchange=separate and model.dilate_second=false make it do: set model.merge=whole",
     )
     entries = zip(model.entry_spacings, ENTRY_STRIDES, strict=True)
     _require(

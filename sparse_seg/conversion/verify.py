@@ -139,7 +139,8 @@ def explain(result: Verification, model: SelectiveNetwork) -> list[str]:
         lines.append(
             f"P1 does not hold: coarse sites depend on the mask and differ from {dense}, for "
             f"{model.geometry.where_mixing} mixes phases. Between all-coarse and all-fine expect a larger "
-            "loss; no coarse pass is refined (P4), so choose a policy that reads none, as edge"
+            "loss; no coarse pass is refined (P4), so that a policy that reads one, as confidence, costs a "
+            "second pass: edge reads none"
         )
         if not model.settings.dilate_second:
             lines[-1] += (

@@ -74,16 +74,7 @@ class StaticNetwork(nn.Module):
         kept = geometry.kept_lattices | (geometry.kept_late if patches else set())
         coarse = run.dense(self.strides[-1], kept)
         features = run.early()[geometry.features].thinned(self.strides[0])
-
-        def coarse_logits() -> Tensor:
-            if not geometry.refines:
-                raise SparseSegError(
-                    f"{geometry.where_mixing} makes the lattice depend on the mask, so no policy can read a "
-                    "coarse pass: export with --policy edge or given, or with --dense"
-                )
-            return run.output(coarse).tensor
-
-        chosen = self._choose(centred / self.std, features, coarse_logits, blocks)
+        chosen = self._choose(centred / self.std, features, lambda: run.output(coarse).tensor, blocks)
         near = geometry.near(self.options.size) if self.options.ghosts else {}
         sites = Sites.of_numbers(chosen, self.ranking.fine, self.plans, self.exchange, near)
         values = run.mixed(sites, coarse if geometry.refines else None, late=not patches)

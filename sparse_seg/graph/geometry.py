@@ -149,13 +149,18 @@ class Geometry(Strides):
 
     def _require_windows(self) -> None:
         for node in self.graph.nodes:
+            stride = self.captured[node.name]
+            if stride > self.own and node.name in self.natural:
+                raise NotSelective(
+                    f"{node.where} is at {stride} px, behind an upsampling from {self.own}: "
+                    "a network of several branches at once, as HRNet, cannot run selectively"
+                )
+        for node in self.graph.nodes:
             if self.window(node) is not None and self.kind[node.inputs[0]] == self.kind[node.name] == "rows":
                 return
         finest, coarsest = self.strides[0], self.strides[-1]
-        spacings = [
-            self.spacing(node) for node in self.graph.nodes if self.window(node) and node.op == "conv2d"
-        ]
-        most = max((one for one in spacings if one), default=0)
+        before = (node for node in self.graph.nodes if node.name not in self._behind_resizing)
+        most = max((self.spacing(node) for node in before if node.op == "conv2d"), default=0)
         raise NotSelective(
             f"nothing of this network can run selectively at strides {finest} and {coarsest}: its "
             f"convolutions' taps lie at most {most} px apart before its first upsampling, and must lie "

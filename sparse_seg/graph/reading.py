@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from sparse_seg.errors import SparseSegError
@@ -17,6 +18,9 @@ PREFIX = "module."
 # operators of PyTorch's that change nothing that matters here
 SAME = {"contiguous", "clone", "alias", "detach", "detach_", "to", "_to_copy", "lift_fresh_copy", "type_as"}
 SHAPES = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "_unsafe_view", "unflatten"}
+MOVES = {"permute", "transpose", "expand", "expand_as"}
+# names of tensors that no state dict has
+CONSTANT, COMPUTED = "constant.", "computed."  # the latter are computed of parameters
 
 
 class CaptureFailed(SparseSegError):
@@ -58,6 +62,9 @@ class Reader:
         self.vectors: set[str] = set()
         self.known: dict[fx.Node, Any] = {}
         self.constants: dict[str, Tensor] = {}
+        self.lifted = program.state_dict, program.constants
+        parameters = program.graph_signature.inputs_to_parameters.values()
+        self.parameters = {name.removeprefix(PREFIX) for name in parameters}
 
     def read(self) -> tuple[Graph, dict[str, Tensor]]:
         signature = self.program.graph_signature
@@ -80,15 +87,16 @@ class Reader:
         align_corners = False
         if last.op == "resize" and last.size == self.size:
             align_corners, last = last.options["align_corners"], self.nodes[last.inputs[0]]
-        graph = Graph(list(self.nodes.values()), last.name, self.size, align_corners)
-        return graph.pruned(), self.constants
+        graph = Graph(list(self.nodes.values()), last.name, self.size, align_corners).pruned()
+        used = {name for node in graph.nodes for name in node.tensors.values()}
+        return graph, {name: tensor for name, tensor in self.constants.items() if name in used}
 
     def _placeholder(self, node: fx.Node, lifted: dict[str, str], constants: dict[str, str]) -> None:
         shape = tuple(node.meta["val"].shape) if isinstance(node.meta.get("val"), Tensor) else ()
         if node.name in lifted:
             self.known[node] = Constant(lifted[node.name].removeprefix(PREFIX), shape)
         elif node.name in constants:
-            name = f"constant.{len(self.constants)}"
+            name = f"{CONSTANT}{len(self.constants)}"
             self.constants[name] = self.program.constants[constants[node.name]].detach().clone()
             self.known[node] = Constant(name, shape)
         else:
@@ -105,9 +113,13 @@ class Reader:
             self.known[node] = Unknown(f"{node.target} is not known to run on sites")
             return
         call = Call(self, node, schema)
-        unknown = [found for arg in node.all_input_nodes if isinstance(found := self.known.get(arg), Unknown)]
+        inputs = [self.known.get(one) for one in node.all_input_nodes]
+        unknown = [found for found in inputs if isinstance(found, Unknown)]
+        result: Any
         if unknown:
-            result: Any = unknown[0]
+            result = unknown[0]
+        elif call.operator not in SAME | SHAPES and inputs and all(isinstance(i, Constant) for i in inputs):
+            result = self._computed(node)
         else:
             try:
                 result = self._result(call)
@@ -117,11 +129,31 @@ class Reader:
         if call.operator.endswith("_") and not call.operator.startswith("_") and node.all_input_nodes:
             self.known[node.all_input_nodes[0]] = result  # in place: whoever reads that value sees the result
 
+    @torch.no_grad()
+    def _computed(self, node: fx.Node) -> Any:
+        """What is computed of the network's tensors alone, as a standardised weight is: a new constant."""
+        values = node.target(  # type: ignore[operator]
+            *fx.map_arg(node.args, lambda one: self._value(self.known[one])),
+            **fx.map_arg(node.kwargs, lambda one: self._value(self.known[one])),
+        )
+        if not isinstance(values, Tensor):
+            return Unknown(f"{node.target} of parameters gives several tensors")
+        read = {self.known[one].name for one in node.all_input_nodes}
+        trains = any(name in self.parameters or name.startswith(COMPUTED) for name in read)
+        name = f"{COMPUTED if trains else CONSTANT}{len(self.constants)}"
+        self.constants[name] = values.detach().clone()
+        return Constant(name, tuple(values.shape))
+
+    def _value(self, constant: Constant) -> Tensor:
+        places = (constant.name, self.constants), *((PREFIX + constant.name, one) for one in self.lifted)
+        found = next(tensors[name] for name, tensors in places if name in tensors)
+        return found.detach().reshape(constant.shape)
+
     def _result(self, call: Call) -> Any:
         name = call.operator
         if name in SAME:
             return self.known[call.node.all_input_nodes[0]]
-        if name in SHAPES or name in ("permute", "transpose", "expand", "expand_as"):
+        if name in SHAPES | MOVES:
             return call.reshaped()
         read = READERS.get(name)
         if read is None:
@@ -272,6 +304,16 @@ class Call:
             return Ref(found.name, form)
         options = {"axes": list(axes), "rank": len(shape) - 3}
         return self._enter(self.node.name, "view", [found], {}, (1, *axes, *shape[-2:]), form, options)
+
+    def stacked(self) -> Ref:
+        """Values of one channel axis, joined along a new one before it."""
+        refs, shape = self._refs(["tensors"]), tuple(self.node.meta["val"].shape)
+        if self.argument("dim", 0) != 1 or len(shape) != 5 or any(ref.form != "first" for ref in refs):
+            raise UnknownOperator(f"{self.where}: values stacked along another axis than the channels")
+        joined = (1, shape[1] * shape[2], *shape[3:])
+        row = self._enter(f"{self.node.name}.row", "cat", refs, {}, joined, "first", {})
+        options = {"axes": list(shape[1:3]), "rank": 1}
+        return self._enter(self.node.name, "view", [row], {}, shape, "first", options)
 
     def _permuted(self, ref: Ref, shape: tuple[int, ...]) -> Ref:
         rank = len(shape) - (2 if ref.form == "flat" else 0)

@@ -14,7 +14,7 @@ class Strides:
 
     Attributes:
         captured: each value's stride as captured, px; 0 of vectors.
-        own: output stride of the network as captured.
+        own: output stride of the network as captured, px: the largest up to its first upsampling.
 
     Raises:
         UnknownOperator: a geometry that cannot be.
@@ -59,12 +59,12 @@ class Strides:
         return stride
 
     def _own(self) -> int:
+        own = 1
         for node in self.graph.nodes:
-            if node.op == "resize" and self.captured[node.inputs[0]]:
-                before = self.captured[node.inputs[0]]
-                if before > self.captured[node.name] and before > 1:
-                    return before
-        return self.captured[self.graph.output]
+            own = max(own, self.captured[node.name])
+            if node.op == "resize" and self.captured[node.inputs[0]] > self.captured[node.name]:
+                break
+        return own
 
     def window(self, node: Node) -> Window | None:
         """A node's window, if it reads more than one place of a grid."""

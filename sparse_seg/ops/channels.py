@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, operator, reads
+from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, operator, pair, reads
 from sparse_seg.ops.node import Node
 
 
@@ -39,6 +40,11 @@ def read_cat(call: Any) -> Any:
     if call.channel_axis(call.argument("dim"), "tensors") != 1:
         raise UnknownOperator(f"{call.where}: values joined along another axis than the channels")
     return call.make("cat", ["tensors"], {})
+
+
+@reads("stack")
+def read_stack(call: Any) -> Any:
+    return call.stacked()
 
 
 @operator("slice")
@@ -123,6 +129,35 @@ class Softmax(Operator):
 def read_softmax(call: Any) -> Any:
     axis = call.channel_axis(call.argument("dim"), call.first)
     return call.make("softmax", [call.first], {}, axis=axis)
+
+
+@operator("conv1d")
+class Conv1d(Operator):
+    """Of a vector, along the last of its two channel axes: efficient attention (Wang et al., CVPR 2020).
+    Tensors: weight `[O, I, k]`, bias `[O]` or none. Options: padding, dilation, groups."""
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        x, options = inputs[0], node.options
+        sides = options["padding"], options["dilation"], options["groups"]
+        out = F.conv1d(x.flatten(2), tensors["weight"], tensors.get("bias"), 1, *sides)
+        return out.reshape(*out.shape, *x.shape[3:])
+
+    def macs(self, node: Node, tensors: Tensors) -> int:
+        return tensors["weight"].numel() * node.shape[2]
+
+    def check(self, node: Node, tensors: Tensors) -> None:
+        weight = tensors["weight"].shape
+        if len(weight) != 3 or len(node.shape) != 5 or weight[0] != node.shape[1]:
+            raise ValueError(f"weight {list(weight)} does not give {list(node.shape)}")
+
+
+@reads("conv1d")
+def read_conv1d(call: Any) -> Any:
+    if not call.is_vector("input") or pair(call.argument("stride")) != (1, 1):
+        raise UnknownOperator(f"{call.where}: a conv1d over places, or with a stride")
+    tensors = {name: call.tensor(name) for name in ("weight", "bias")}
+    options = {name: pair(call.argument(name), 0)[0] for name in ("padding", "dilation")}
+    return call.make("conv1d", ["input"], tensors, **options, groups=call.argument("groups"))
 
 
 @operator("sum")

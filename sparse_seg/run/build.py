@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from sparse_seg.config import RUN_SETTINGS, Config, ModelConfig, model_config
-from sparse_seg.config.rules import READ_COARSE
 from sparse_seg.config.schema import STRIDES
 from sparse_seg.errors import ConfigError, SparseSegError, did_you_mean
 from sparse_seg.graph import capture
@@ -138,7 +137,6 @@ def capture_module(
     """The network of what `import_module` made, as settings say; see `build_model`."""
     with torch.device("cpu"):  # the graph is compared with the module, by values
         network = captured(module, settings, SIZE, card, learned_net)
-    check_policy(network)
     found, asked = network.num_classes, settings.num_classes
     if asked is not None and found != asked:
         raise ConfigError(
@@ -146,16 +144,6 @@ def capture_module(
             "model.num_classes or the dataset); tell it by model.module_args, as num_classes"
         )
     return network
-
-
-def check_policy(network: SelectiveNetwork) -> None:
-    """Raises a ConfigError for a policy that reads a coarse pass which the mask changes."""
-    policy, geometry = network.mask.policy, network.geometry
-    if policy in READ_COARSE and not geometry.refines:
-        raise ConfigError(
-            f"model.mask.policy={policy} needs a coarse pass that does not depend on the mask, which "
-            f"{geometry.where_mixing} makes it do: choose another policy, as edge"
-        )
 
 
 def _imported(name: str) -> Any:

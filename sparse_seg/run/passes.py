@@ -145,19 +145,17 @@ class Pass:
     def coarse_logits(self, every: int = 1, stored_dtype: torch.dtype | None = None) -> Tensor:
         """Logits of the dense network at the coarsest stride, at every `every`-th pixel.
 
-        In eval mode without gradients this pass then refines what was run here. With exchange `separate` it
-        cannot: the coarse pass then shares early values alone.
+        In eval mode without gradients this pass then refines what was run here. Where the lattice depends on
+        the mask (exchange `separate`, or layers that mix phases) it cannot: the coarse pass is then one of
+        its own, which shares early values alone.
 
         Returns:
             Float32 or more, `[B, K, ceil(H/every), ceil(W/every)]`.
-
-        Raises:
-            ValueError: the lattice depends on the mask.
         """
         if self.model.training or self._with_grad:
             with eval_mode(self.model):
                 return Pass(self.model, self.images).coarse_logits(every, stored_dtype)
-        if self._coarse is None and self.model.separates(self._way):
+        if self._coarse is None and not self.model.refines(self._way):
             with self.context():
                 beside = self._run.dense(self.model.strides[-1])
             return self._run.upsample(self._run.output(beside), every)

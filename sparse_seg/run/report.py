@@ -51,7 +51,8 @@ class Report:
             if shares[part] > 0.05:
                 text += f"; {100 * shares[part]:.0f} % {what} cost the same for every mask"
         if self.mixing:
-            text += f"; {self.mixing[0]} mixes phases, so that a coarse pass cannot be refined"
+            text += f"; {self.mixing[0]} mixes phases, so that no coarse pass is refined: policy confidence "
+            text += "runs one in addition"
         return text
 
     def __str__(self) -> str:

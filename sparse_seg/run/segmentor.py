@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from sparse_seg.config import MaskConfig, ModelConfig
 from sparse_seg.config.keys import choices
-from sparse_seg.errors import SparseSegError, choose_one
+from sparse_seg.errors import SparseSegError, TrainingError, choose_one
 from sparse_seg.graph import Geometry
+from sparse_seg.graph.reading import COMPUTED
 from sparse_seg.masks import POLICIES, MaskPolicy, block_levels, build_policy
 from sparse_seg.networks.encoder_decoder import EncoderDecoder
 from sparse_seg.ops import OPERATORS, Graph
@@ -209,14 +210,26 @@ class Segmentor(Predicting, nn.Module):
         return (step.logits for step in refine(self, images, fractions, milliseconds))
 
     def train(self, mode: bool = True) -> Self:
-        """As `nn.Module.train`; a folded network refuses to train.
+        """As `nn.Module.train`.
 
         Raises:
-            ValueError: the network is a folded one.
+            ValueError, TrainingError: see `check_trains`.
         """
-        if mode and self.is_folded:
-            raise ValueError("a network made by for_inference() cannot train: train the one it was made of")
+        if mode:
+            self.check_trains()
         return super().train(mode)
+
+    def check_trains(self) -> None:
+        """Raises an error of one line where the network cannot train: a ValueError of a folded one, a
+        TrainingError of one with computed weights."""
+        if self.is_folded:
+            raise ValueError("a network made by for_inference() cannot train: train the one it was made of")
+        for node in self.graph.nodes:
+            if any(name.startswith(COMPUTED) for name in node.tensors.values()):
+                raise TrainingError(
+                    f"{node.where} computes its weight of parameters, and its values were taken once: call "
+                    "module.eval() before selective(); to train, train the module itself"
+                )
 
     def fine_pixels(self, fine_blocks: Tensor, images: Tensor) -> Tensor:
         """The pixels of the blocks `[B, Hc, Wc]` that are at the finest stride, bool `[B, H, W]`."""

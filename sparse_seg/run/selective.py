@@ -62,6 +62,7 @@ def selective(
         CaptureFailed: `torch.export` cannot trace the module.
         GraphDiffers: the graph does not give the module's output on an example; names the first layer.
         ConfigError: an unknown policy, or impossible settings.
+        TrainingError: the module is in training mode and computes weights of parameters, as weight norm does.
     """
     mask = parse_policy(policy, dataclasses.replace(MaskConfig(), fine_fraction=fine_fraction))
     chosen = None if strides is None else list(check_strides(strides))
@@ -87,6 +88,8 @@ def captured(
             graph = _two_classes(graph)
         network = build_network(graph, module, constants, settings, card, learned_net)
         check_graph(network, module, size)
+    if module.training:
+        network.check_trains()
     network.training = module.training  # alone: parts of the module may be frozen
     network.policy.train(module.training)
     return network
@@ -197,14 +200,19 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
 
 
 def _first_difference(network: SelectiveNetwork, values: dict[str, Any], seen: dict[str, Any]) -> str:
-    last = {node.layer: node for node in network.graph.nodes if node.layer}
+    last: dict[str, Node] = {}  # of a layer and all that it holds, in the order in which layers end
+    for node in network.graph.nodes:
+        parts = node.layer.split(".")
+        for layer in (".".join(parts[:count]) for count in range(len(parts), 0, -1)):
+            last.pop(layer, None)
+            last[layer] = node
     for layer, node in last.items():
         value, theirs = values.get(node.name), seen.get(layer)
         tensor = getattr(value, "tensor", value)
         if not isinstance(tensor, Tensor) or not isinstance(theirs, Tensor) or tensor.shape != theirs.shape:
             continue
         if _relative(tensor, theirs) > TOLERANCE:
-            return f", first in {node.where}"
+            return f", first in {layer}"
     return ""
 
 

@@ -20,11 +20,12 @@ from sparse_seg import load_model, save_model, selective
 from sparse_seg.checkpoint import digest_of, load
 from sparse_seg.config import config_from_dict
 from sparse_seg.conversion import to_dense
-from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.errors import CheckpointError
 from sparse_seg.graph import capture
 from sparse_seg.graph.file import first_difference, from_json, to_json
 from sparse_seg.run.card import Card
 from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from tests import captured
 from tests.reference import relative_error
 
@@ -123,13 +124,17 @@ def test_a_config_says_how_it_runs(saved: Path) -> None:
         loaded(mask={"policy": "learned"})
 
 
-def test_what_mixes_phases_needs_another_policy(tmp_path: Path) -> None:
-    own = selective(captured.trained(mixing=True), policy="edge", size=SIZE)
+@torch.no_grad()
+def test_what_mixes_phases_asks_a_coarse_pass_of_its_own(tmp_path: Path) -> None:
+    own = selective(captured.trained(mixing=True), size=SIZE).eval()
     save_model(own, tmp_path / "net.safetensors")
-    assert torch.equal(load_model(tmp_path / "net.safetensors")(images()), own(images()))
-    config = config_from_dict({"model": {"num_classes": 3, "mask": {"policy": "confidence"}}}, "test")
-    with pytest.raises(ConfigError, match=r"conv2d in late\.1\.0 makes it do: choose another policy"):
-        load_model(tmp_path / "net.safetensors", config)
+    loaded = load_model(tmp_path / "net.safetensors")
+    logits = loaded(images())
+    assert torch.equal(logits, own(images()))
+    policy: Any = own.policy
+    coarse = own.start(images()).follow(Way.dense(own.strides[-1]))
+    blocks = policy.cut(policy.logit_scores(coarse.upsample(coarse.grid_logits(), policy.sample)))
+    assert torch.equal(logits, own(images(), blocks))
 
 
 def test_what_is_not_saved(tmp_path: Path) -> None:

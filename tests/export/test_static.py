@@ -34,6 +34,11 @@ def test_policies(kind, policy):
     _check(kind, policy, ExportOptions((47, 101), 3, logits=True), 2)
 
 
+@torch.no_grad()
+def test_a_coarse_pass_beside_a_lattice_that_the_mask_changes():
+    _check("undilated", "entropy", ExportOptions((47, 101), 2, logits=True), 2)
+
+
 @pytest.mark.parametrize("stride", [8, 16, 32])
 @pytest.mark.parametrize("kind", ["lite", "smp's plus", "undilated", "4 8 16"])
 @torch.no_grad()

@@ -63,6 +63,26 @@ class Strided(Toy):
         self.b, self.d = nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
 
 
+class Pyramid(Strided):
+    """Two resolutions joined behind the last stage, whose stride is 32, the finer first."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        fine = self.b(self.stem(images))
+        coarse = self.d(fine)
+        size = images.shape[2] // 8, images.shape[3] // 8
+        return self.head(F.interpolate(fine, size) + F.interpolate(coarse, size))
+
+
+class Branches(Strided):
+    """A branch that goes on down after it was brought up for another one, as HRNet's."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        stem = self.stem(images)
+        coarse = self.b(stem)
+        fine = stem + F.interpolate(coarse, stem.shape[2:])
+        return self.head(fine + F.interpolate(self.d(coarse), stem.shape[2:]))
+
+
 class Vector(Toy):
     def forward(self, images: Tensor) -> Tensor:
         return self.body(images).mean((2, 3))
@@ -76,6 +96,8 @@ class Vector(Toy):
         (Branching, r"Branching at 64x64: what it runs depends on the values of the images \(test_messages"),
         (Reflecting, r"^b: padding by reflect"),
         (Strided, r"nothing of this network can run selectively .* build it with dilation in place"),
+        (Pyramid, r"at strides 32 and 64: .* taps lie at most 16 px apart .* must lie 64"),
+        (Branches, r"conv2d in d is at 32 px, behind an upsampling from 16: a network of several branches"),
         (Vector, r"the network gives \[1, 8, 1, 1\], not logits"),
         (lambda: Toy(track_running_stats=False), r"^stem.1: a batch norm without running statistics"),
         (lambda: Toy().to("meta"), r"stem.0.weight is on the meta device .* load the weights first"),
@@ -123,7 +145,7 @@ def test_a_graph_that_differs_names_the_first_layer():
     for node in wrong.nodes:
         if node.layer == "b":
             node.options["dilation"], node.options["padding"] = [4, 4], [4, 4]
-    with pytest.raises(GraphDiffers, match=r"of the logits, first in conv2d in b"):
+    with pytest.raises(GraphDiffers, match=r"of the logits, first in b"):
         check_graph(build_network(wrong, module, {}, network.settings), module, SIZE)
 
 

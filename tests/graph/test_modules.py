@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_seg import selective
+from sparse_seg import load_model, save_model, selective
+from sparse_seg.errors import TrainingError
 from sparse_seg.run.selective import GraphDiffers
 from sparse_seg.run.way import Way
 from tests.graph.toys import Gated, Toy
@@ -86,6 +88,43 @@ class First(Toy):
         return super().forward(images), self.stem(images)
 
 
+class Attended(Toy):
+    """Selective kernels (Li et al., CVPR 2019), with efficient channel attention's convolution (Wang et al.,
+    CVPR 2020) where they have two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Conv1d(1, 2, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.a(self.stem(images))
+        paths = torch.stack([self.b(x), self.d(x)], 1)
+        pooled = paths.sum(1).mean((2, 3))
+        weights = self.attention(pooled[:, None]).softmax(1)[:, :, :, None, None]
+        return self.head(self.b((paths * weights).sum(1)))
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation (Qiao et al., 2019), as timm has it, with a scale for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8, 3, padding=2, dilation=2)
+        self.gain = nn.Parameter(torch.rand(8, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scale = self.weight.reshape(1, 8, -1), (self.gain * 0.3).view(-1)
+        weight = F.batch_norm(rows, None, None, weight=scale, training=True, momentum=0.0)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, padding=2, dilation=2)
+
+
+class Computed(Toy):
+    """Weights that are computed of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.d = Standardised(), nn.utils.parametrizations.weight_norm(self.d)
+
+
 def sequential() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU6(), nn.Conv2d(8, 8, 3, 2, 1),
@@ -100,7 +139,8 @@ def sync_norms() -> nn.Module:
 
 @pytest.mark.parametrize(
     "build",
-    [Shared, Alias, Gated, Tied, Normalising, Summed, Scaled, Padding, First, sequential, sync_norms,
+    [Shared, Alias, Gated, Tied, Normalising, Summed, Scaled, Padding, First, Attended, Computed, sequential,
+     sync_norms,
      lambda: Toy(affine=False), lambda: Toy(momentum=None), lambda: Toy().requires_grad_(False)],
 )  # fmt: skip
 @torch.no_grad()
@@ -113,7 +153,20 @@ def test_modules(build: Any):
     found = run.logits() if expected.shape[2:] == images.shape[2:] else run.grid_logits()
     assert relative_error(found, expected) < 1e-12
     blocks = torch.ones(2, 4, 6, dtype=torch.bool)
-    assert relative_error(network(images, blocks), network.dense(images, 8)) < 1e-12
+    pools_rows = build is Attended  # vectors pooled of rows read the lattice: docs/method.md
+    assert relative_error(network(images, blocks), network.dense(images, 8)) < (0.01 if pools_rows else 1e-12)
+
+
+def test_computed_weights_are_saved_and_do_not_train(tmp_path: Path):
+    module = Computed().eval()
+    network, images = selective(module, size=SIZE), torch.randn(1, 3, 64, 96)
+    save_model(network, tmp_path / "net.safetensors")
+    with torch.inference_mode():
+        assert torch.equal(load_model(tmp_path / "net.safetensors")(images), network(images))
+        assert relative_error(network.for_inference()(images), network(images)) < 1e-5
+    for refused in (network.train, lambda: selective(module.train(), size=SIZE)):
+        with pytest.raises(TrainingError, match=r"^conv2d in b computes its weight of parameters"):
+            refused()
 
 
 def test_a_change_in_place_through_a_view_is_found():

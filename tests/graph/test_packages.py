@@ -94,6 +94,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "smp Res2Net-50": (smp("timm-res2net50_26w_4s"), False),
     "smp ResNeSt-14": (smp("timm-resnest14d"), False),
     "timm ResNet-18-D": (smp("tu-resnet18d"), False),
+    "timm NFNet-L0": (smp("tu-nfnet_l0"), False),
+    "timm ECA-ResNet-26": (smp("tu-ecaresnet26t"), False),
+    "timm SK-ResNet-18": (smp("tu-skresnet18"), True),
+    "timm GENet": (smp("tu-gernet_s"), True),
     "timm ConvNeXt": (smp("tu-convnext_atto"), False),
     "timm MobileNetV4": (smp("tu-mobilenetv4_conv_small"), False),
     "Hugging Face MobileNetV2": (hugging_face, False),
@@ -127,6 +131,7 @@ def test_network(name: str):
     blocks = torch.rand(2, -(-SIZE[0] // coarse), -(-SIZE[1] // coarse)) < 0.5
     every = torch.ones_like(blocks)
     assert network.geometry.refines != mixes
+    assert network(images).isfinite().all()
     # pooled vectors read the lattice: docs/method.md
     assert relative_error(network(images, every), network.dense(images, fine)) < (1e-10 if mixes else 0.1)
     if mixes:
