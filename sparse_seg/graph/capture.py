@@ -18,6 +18,7 @@ from sparse_seg.errors import first_line
 from sparse_seg.graph.reading import CaptureFailed, Reader
 from sparse_seg.graph.rewrite import fold_pads
 from sparse_seg.ops import OPERATORS, Graph, Node, Spatial, UnknownOperator
+from sparse_seg.ops.own_code import Part, able_parts, standing_in
 
 KEYS = ("out", "logits")  # of what networks return
 
@@ -103,10 +104,44 @@ def _pads_before(graph: Graph, node: Node) -> list[int] | None:
 
 
 def _captured(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str, Tensor]]:
+    """Parts with operators that are unknown run by their own code, where they can."""
     tensor = next(iter(module.parameters()), torch.zeros(1))
     images = torch.zeros(1, 3, *size, dtype=tensor.dtype, device=tensor.device)
+    able: dict[str, Part] | None = None
+    parts: dict[str, Part] = {}
+    while True:
+        try:
+            return _exported(module, images, parts)
+        except UnknownOperator as error:
+            if able is None:
+                try:
+                    able = able_parts(module, images)
+                except Exception:  # of the module's own code: it may trace and not run
+                    raise error from None
+            names = {name for layer in error.layers if (name := _able_part(layer, able, parts)) is not None}
+            if not names:
+                raise
+            parts |= {name: able[name] for name in names}
+            parts = {one: part for one, part in parts.items() if not _is_inside(one, parts)}
+
+
+def _able_part(layer: str, able: Mapping[str, Part], parts: Mapping[str, Part]) -> str | None:
+    """The smallest part around a layer that is able to, and no part yet."""
+    around = (layer.rsplit(".", above)[0] for above in range(layer.count(".") + 1))
+    return next((one for one in around if one in able and one not in parts), None)
+
+
+def _is_inside(name: str, parts: Mapping[str, Part]) -> bool:
+    """Whether a part lies in another one."""
+    return any(name.startswith(f"{one}.") for one in parts)
+
+
+def _exported(
+    module: nn.Module, images: Tensor, parts: Mapping[str, Part]
+) -> tuple[Graph, dict[str, Tensor]]:
+    size = int(images.shape[2]), int(images.shape[3])
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _quiet():
+        with torch.no_grad(), warnings.catch_warnings(), _quiet(), standing_in(parts.values()):
             warnings.simplefilter("ignore")
             program = torch.export.export(Logits(module), (images,), strict=False)
     except CaptureFailed:
@@ -115,7 +150,7 @@ def _captured(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str
         raise CaptureFailed(
             f"torch.export cannot trace {type(module).__name__} at {size[0]}x{size[1]}: {_reason(error)}"
         ) from error
-    return Reader(program, size).read()
+    return Reader(program, size, parts).read()
 
 
 def _reason(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.errors import shown
+from sparse_seg.errors import CheckpointError, shown
 from sparse_seg.ops import OPERATORS, Graph, Node
 from sparse_seg.ops.norm import COUNT
 from sparse_seg.ops.pointwise import BINARY
@@ -30,7 +30,17 @@ Test = Callable[[Any], bool]
 
 
 def to_json(graph: Graph) -> dict[str, Any]:
-    """Plain values."""
+    """Plain values.
+
+    Raises:
+        CheckpointError: a part of it runs by its own code.
+    """
+    own = next((node.layer for node in graph.nodes if node.op == "module"), None)
+    if own is not None:
+        raise CheckpointError(
+            f"{own} runs by its own code, which no file of ours holds: keep the module's own file and call "
+            "selective() anew, or export to ONNX"
+        )
     return dataclasses.asdict(graph)
 
 

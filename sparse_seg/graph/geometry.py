@@ -128,6 +128,8 @@ class Geometry(Strides):
                 operator = OPERATORS[user.op]
                 if operator.is_pool and self._gated(user, natural) <= self.strides[0]:
                     bounds.append(captured)  # a gate of early values is early
+                elif operator.needs_grid and user.name in natural:
+                    bounds.append(natural[user.name])  # before the rows, where all is early
                 elif operator.is_pool or operator.needs_grid or self.kind.get(user.name) == "late":
                     bounds.append(kept)
                 elif user.name in natural:
@@ -159,6 +161,8 @@ class Geometry(Strides):
             if self.window(node) is not None and self.kind[node.inputs[0]] == self.kind[node.name] == "rows":
                 return
         finest, coarsest = self.strides[0], self.strides[-1]
+        parts = [node.layer for node in self.graph.nodes if node.op == "module"]
+        own = f"; {parts[0]} runs by its own code, and all behind it is dense" if parts else ""
         before = (node for node in self.graph.nodes if node.name not in self._behind_resizing)
         most = max((self.spacing(node) for node in before if node.op == "conv2d"), default=0)
         raise NotSelective(
@@ -166,6 +170,7 @@ class Geometry(Strides):
             f"convolutions' taps lie at most {most} px apart before its first upsampling, and must lie "
             f"{2 * finest} px apart; "
             "build it with dilation in place of strides (output stride 8 or 16), or give smaller strides"
+            + own
         )
 
     def trained(self, name: str) -> int:

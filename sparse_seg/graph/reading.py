@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from sparse_seg.errors import SparseSegError
 from sparse_seg.ops import OPERATORS, READERS, Graph, Node, UnknownOperator
+from sparse_seg.ops.own_code import Part
 
 PREFIX = "module."
 # operators of PyTorch's that change nothing that matters here
@@ -51,13 +52,14 @@ class Unknown:
     """What no operator here makes; an error once the output needs it."""
 
     message: str
+    layer: str = ""
 
 
 class Reader:
-    """Of one exported program, for images of `size` px."""
+    """Of one exported program, for images of `size` px; `parts` run by their own code."""
 
-    def __init__(self, program: Any, size: tuple[int, int]) -> None:
-        self.program, self.size = program, size
+    def __init__(self, program: Any, size: tuple[int, int], parts: Mapping[str, Part]) -> None:
+        self.program, self.size, self.parts = program, size, parts
         self.nodes: dict[str, Node] = {}
         self.vectors: set[str] = set()
         self.known: dict[fx.Node, Any] = {}
@@ -78,7 +80,9 @@ class Reader:
                 output = node.args[0][-1]
         found = self.known.get(output)
         if isinstance(found, Unknown):
-            raise UnknownOperator(found.message)
+            error = UnknownOperator(found.message)
+            error.layers = [one.layer for one in self._unknown(output) if one.layer]
+            raise error
         if not isinstance(found, Ref):
             raise CaptureFailed("the network's output does not depend on its images")
         last = self.nodes[found.name]
@@ -90,6 +94,18 @@ class Reader:
         graph = Graph(list(self.nodes.values()), last.name, self.size, align_corners).pruned()
         used = {name for node in graph.nodes for name in node.tensors.values()}
         return graph, {name: tensor for name, tensor in self.constants.items() if name in used}
+
+    def _unknown(self, output: fx.Node) -> list[Unknown]:
+        """All unknown operators that a value depends on, each once."""
+        left, seen, found = [output], set[fx.Node](), dict[Unknown, None]()
+        while left:
+            node = left.pop()
+            if node not in seen:
+                seen.add(node)
+                left.extend(node.all_input_nodes)
+                if isinstance(one := self.known.get(node), Unknown):
+                    found[one] = None
+        return list(found)
 
     def _placeholder(self, node: fx.Node, lifted: dict[str, str], constants: dict[str, str]) -> None:
         shape = tuple(node.meta["val"].shape) if isinstance(node.meta.get("val"), Tensor) else ()
@@ -124,7 +140,7 @@ class Reader:
             try:
                 result = self._result(call)
             except UnknownOperator as error:
-                result = Unknown(str(error))
+                result = Unknown(str(error), call.layer)
         self.known[node] = result
         if call.operator.endswith("_") and not call.operator.startswith("_") and node.all_input_nodes:
             self.known[node.all_input_nodes[0]] = result  # in place: whoever reads that value sees the result
@@ -198,6 +214,10 @@ class Call:
 
     def is_vector(self, name: str) -> bool:
         return self._ref(name).name in self.reader.vectors
+
+    def are_grids(self, name: str) -> bool:
+        """Whether a list has nothing but grids whose axes are as in `Node.shape`."""
+        return all(ref.form == "first" and ref.name not in self.reader.vectors for ref in self._refs([name]))
 
     def is_last(self, name: str) -> bool:
         """Whether a value's channels are its last axis."""

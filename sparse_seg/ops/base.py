@@ -6,7 +6,7 @@ are `[N, C]`, a vector of each image `[B, C, 1, 1]`. So what treats each place b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,7 +21,13 @@ Pads = tuple[int, int, int, int]  # places left, right, above, below; negative: 
 
 
 class UnknownOperator(SparseSegError):
-    """The network has an operator that no family knows; the message names it and where it stands."""
+    """The network has an operator that no family knows; the message names it and where it stands.
+
+    Attributes:
+        layers: the modules in which such operators stand, as far as they are known.
+    """
+
+    layers: Sequence[str] = ()
 
 
 class Operator:

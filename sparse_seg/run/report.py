@@ -28,7 +28,8 @@ class Row:
 class Report:
     """Where a network's convolutions run. `print` it.
 
-    size: of the image that multiply-adds are for, px; fraction: of fine blocks.
+    size: of the image that multiply-adds are for, px; fraction: of fine blocks; mixing: layers that mix
+    phases; own: layers that run by their own code.
     """
 
     rows: list[Row]
@@ -36,6 +37,7 @@ class Report:
     size: tuple[int, int]
     fraction: float
     mixing: list[str]
+    own: list[str]
 
     def total(self, column: str, part: str | None = None) -> int:
         """Multiply-adds, `dense` or `selective`, of a part or of all."""
@@ -53,6 +55,9 @@ class Report:
         if self.mixing:
             text += f"; {self.mixing[0]} mixes phases, so that no coarse pass is refined: policy confidence "
             text += "runs one in addition"
+        if self.own:
+            verb = "runs by its" if len(self.own) == 1 else "run by their"
+            text += f"; {', '.join(self.own)} {verb} own code, on complete grids"
         return text
 
     def __str__(self) -> str:
@@ -100,4 +105,5 @@ def report(network: Segmentor) -> Report:
             selective = round(places * macs)
         rows.append(Row(node.layer, part, geometry.spacing(node), dense, selective))
     mixing = [geometry.nodes[name].layer for name in geometry.mixing]
-    return Report(rows, network.strides, size, fraction, sorted(mixing))
+    own = [node.layer for node in geometry.graph.nodes if node.op == "module"]
+    return Report(rows, network.strides, size, fraction, sorted(mixing), own)
