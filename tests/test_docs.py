@@ -16,7 +16,7 @@ from sparse_seg.config.docs import render
 from sparse_seg.lab.ablation.report import ablation_table
 from sparse_seg.lab.benchmark.measure import COLUMNS
 from sparse_seg.lab.compare.report import comparison_table, fraction_table
-from sparse_seg.lab.report.tables import Column, Table
+from sparse_seg.lab.report.tables import Column, Table, table
 from sparse_seg.run.network import SelectiveNetwork
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def speed_table(name: str) -> Table:
         if row["scope"] != "stages" and not row["fast"] and row["network"] != "dense OS8"
     ]
     shown = ("network", "form", "milliseconds", "spread", "gmacs", "speedup", "mac_ratio", "peak_mib")
-    return Table([column for column in COLUMNS if column.key in shown], rows)
+    return table(rows, [key for key in COLUMNS if key in shown])
 
 
 def test_table_of_runtimes_is_the_result_files():

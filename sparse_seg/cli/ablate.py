@@ -24,9 +24,8 @@ from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.ablation.costs import measure_costs
 from sparse_seg.lab.ablation.estimate import remaining
 from sparse_seg.lab.ablation.grid import load_grid
-from sparse_seg.lab.ablation.report import FILES, ablation_table, write_ablation
+from sparse_seg.lab.ablation.report import FILES, ablation_table, summarise, write_ablation
 from sparse_seg.lab.ablation.runner import Ablation
-from sparse_seg.lab.ablation.summary import summarise
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.tables import Column, Table
 from sparse_seg.processes import joined_processes

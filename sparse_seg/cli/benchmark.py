@@ -40,12 +40,11 @@ from sparse_seg.export.runtime import RUNTIMES, check_runtime
 from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.benchmark.measure import COLUMNS, cases, measure
 from sparse_seg.lab.benchmark.peers import PEERS
-from sparse_seg.lab.benchmark.runtimes import COLUMNS as RUNTIME_COLUMNS
 from sparse_seg.lab.benchmark.runtimes import TORCH, Timed, peer_graphs, read_accuracies, time_network
 from sparse_seg.lab.benchmark.runtimes import rows as runtime_rows
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
 from sparse_seg.lab.provenance import provenance
-from sparse_seg.lab.report.tables import Table
+from sparse_seg.lab.report.tables import table
 from sparse_seg.masks import POLICIES
 from sparse_seg.run.way import Way
 
@@ -157,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
             todo += [Case(scope, Way.dense(strides[0]), peer=name) for name in PEERS]
         rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
     if rows:
-        print(Table(COLUMNS, rows).to_text())
+        print(table(rows, COLUMNS).to_text())
     timed = _runtimes(args, subject, peers) if args.runtimes else []
     origin = provenance() | {
         "setup": {"size": args.size, "batch": args.batch, "device": str(args.device), "dtype": args.dtype},
@@ -190,8 +189,7 @@ def _runtimes(args: argparse.Namespace, subject: Subject, peers: dict[str, Timed
     )
     rows = [{"threads": args.threads} | row for row in runtime_rows(timed, accuracies)]
     print(f"{args.threads} threads, a process each; shares are of the way from dense OS16 to OS8")
-    columns = [column for column in RUNTIME_COLUMNS if any(column.key in row for row in rows)]
-    print(Table(columns, rows).to_text())
+    print(table(rows).to_text())
     return rows
 
 

@@ -111,7 +111,7 @@ def test_rows_are_sane(subject, scope):
     coarse = [row for row in rows if row["output_stride"] == 16]
     assert len(coarse) == (scope == "network")
     assert all(row["gmacs"] < gmacs[0] for row in coarse)
-    assert all(any(column.key in row for row in rows) for column in COLUMNS)
+    assert all(any(key in row for row in rows) for key in COLUMNS)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 
 from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.lab.frames import most_different, numbers
-from sparse_seg.lab.report.explorer import SCRIPT, STYLE, Explorer, Frame, Shot
+from sparse_seg.lab.report.explorer import Explorer, Frame, Shot
 from sparse_seg.lab.report.html import Section, photo, write_report
 from sparse_seg.lab.report.tables import Column, Table
 from tests.reporting.browser import Browser, needs_browser, opened
@@ -39,7 +39,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = Table([Column("network", "network")], [{"network": name} for name, _ in STEPS])
     sections = [Section("Table", table=table, links={0: "#step-0", 2: "#step-2"})]
     path = tmp_path_factory.mktemp("page") / "report.html"
-    write_report(path, "Report", [*sections, Explorer("Look", "around", STEPS, frames, 1)], STYLE, SCRIPT)
+    write_report(path, "Report", [*sections, Explorer("Look", "around", STEPS, frames, 1)])
     return path
 
 

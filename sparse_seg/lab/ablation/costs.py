@@ -32,11 +32,18 @@ def cost_key(ablation: Ablation, cell: Cell) -> str:
 
     (But for the last upsampling on the CPU, which has less to do where a network sees larger areas.)
     """
-    model = to_dict(ablation.cell_config(cell).model)
-    if cell.run.output_stride is not None:
-        for name in ("mask", "strides", "exchange"):
-            del model[name]
-    return json.dumps([cell.run.output_stride, model], sort_keys=True)
+    config = ablation.cell_config(cell)
+    if cell.run.is_dense:
+        return dense_key(config, cell.run.output_stride)
+    return json.dumps([None, to_dict(config.model)], sort_keys=True)
+
+
+def dense_key(config: Config, stride: int | None) -> str:
+    """The same for networks that cost the same when they run dense at a stride."""
+    model = to_dict(config.model)
+    for name in ("mask", "strides", "exchange"):
+        del model[name]
+    return json.dumps([stride, model], sort_keys=True)
 
 
 def measure_costs(ablation: Ablation) -> dict[str, Any]:

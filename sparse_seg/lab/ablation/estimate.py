@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from sparse_seg.config import Config, to_dict
+from sparse_seg.config import Config
 from sparse_seg.data import open_split
 from sparse_seg.evaluation.cost import count_macs
+from sparse_seg.lab.ablation.costs import dense_key
 from sparse_seg.lab.ablation.grid import Cell
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.latency import interleaved
@@ -71,7 +72,7 @@ class _Costs:
 
     def cell(self, cell: Cell) -> float:
         config, run = self.ablation.cell_config(cell), cell.run
-        return self._pixels * self._macs(config, run.output_stride, run.fraction) / self.rate
+        return self._pixels * self._macs(config, run.output_stride, run.fine_fraction) / self.rate
 
     @cached_property
     def _pixels(self) -> int:
@@ -95,10 +96,7 @@ class _Costs:
             strides = config.model.own_strides
             fine, coarse = self._macs(config, strides[0]), self._macs(config, strides[-1])
             return coarse + fraction * (fine - coarse)
-        settings = to_dict(config.model)
-        for name in ("mask", "strides", "exchange"):
-            del settings[name]
-        key = json.dumps([stride, settings], sort_keys=True)
+        key = dense_key(config, stride)
         if key not in self._known:
             model = build_model(config).to(self.ablation.device)
             way, image = Way.dense(stride or model.dense_stride), torch.zeros(1, 3, SIDE, SIDE)

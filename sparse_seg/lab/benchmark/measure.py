@@ -8,21 +8,12 @@ from typing import Any
 from sparse_seg.errors import SparseSegError, first_line
 from sparse_seg.lab.benchmark.subject import Case, Subject, prepare_case
 from sparse_seg.lab.latency import Run, interleaved, peak_memory
-from sparse_seg.lab.report.tables import Column
 from sparse_seg.progress import bar
 from sparse_seg.run.way import Way
 
 COLUMNS = (
-    Column("scope", "scope"),
-    Column("network", "network"),
-    Column("form", "form"),
-    Column("milliseconds", "ms", "{:.1f}"),
-    Column("spread", "±", "{:.1f}"),
-    Column("gmacs", "GMACs", "{:.2f}"),
-    Column("speedup", "speed-up", "{:.2f}"),
-    Column("mac_ratio", "MAC ratio", "{:.2f}"),
-    Column("speedup_per_mac_ratio", "speed-up / MAC ratio", "{:.2f}"),
-    Column("peak_mib", "peak MiB", "{:.0f}"),
+    *("scope", "network", "form", "milliseconds", "spread", "gmacs"),
+    *("speedup", "mac_ratio", "speedup_per_mac_ratio", "peak_mib"),
 )
 
 

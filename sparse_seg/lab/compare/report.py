@@ -10,11 +10,10 @@ from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.lab.frames import Case, explore
 from sparse_seg.lab.opened import Opened
-from sparse_seg.lab.report.explorer import SCRIPT, STYLE
 from sparse_seg.lab.report.html import Part, Picture, Section, plot, write_report
 from sparse_seg.lab.report.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
-from sparse_seg.lab.report.plots import cost_curve
-from sparse_seg.lab.report.tables import Column, Table
+from sparse_seg.lab.report.plots import COSTS, cost_curve
+from sparse_seg.lab.report.tables import COLUMNS, Column, Table, table
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
@@ -23,14 +22,7 @@ Rows = Sequence[dict[str, Any]]
 
 def comparison_table(rows: Rows) -> Table:
     """Accuracy and cost, one line per way."""
-    columns = [
-        Column("network", "network"),
-        Column("miou", "mIoU %", "{:.2f}"),
-        Column("boundary_miou", "boundary mIoU %", "{:.2f}"),
-        Column("gmacs", "GMACs", "{:.2f}"),
-        Column("milliseconds", "ms", "{:.1f}"),
-    ]
-    return Table(columns, list(rows))
+    return table(rows, ("network", "miou", "boundary_miou", "gmacs", "milliseconds"))
 
 
 def fraction_table(rows: Rows, key: str, exchange: str | None = None) -> Table:
@@ -41,7 +33,7 @@ def fraction_table(rows: Rows, key: str, exchange: str | None = None) -> Table:
         lines.setdefault(row["policy"], {"policy": row["policy"]})[f"{row['fine_fraction']:g}"] = row[key]
     fractions = sorted({row["fine_fraction"] for row in own})
     columns = [Column(f"{fraction:g}", f"f={fraction:g}", "{:.2f}") for fraction in fractions]
-    return Table([Column("policy", "policy"), *columns], list(lines.values()))
+    return Table([COLUMNS["policy"], *columns], list(lines.values()))
 
 
 def write_comparison(
@@ -83,14 +75,13 @@ def write_comparison(
     named = runs_on_image(model, dataset, data, 0, [*dense, steps[chosen]])
     rows_of_three = [named[start : start + 3] for start in range(0, len(named), 3)]
     write_image(Path(path).with_suffix(".png"), contact_sheet(rows_of_three))
-    write_report(path, title, sections, STYLE, SCRIPT)
+    write_report(path, title, sections)
 
 
 CHORD = (
     "Dotted: the chord between the dense networks, which a mixture of both reaches. Only what lies above it "
     "is worth its cost."
 )
-_COSTS = {"gmacs": "GMACs per image", "milliseconds": "ms per image"}
 _QUALITIES = {"miou": "mIoU %", "boundary_miou": "boundary mIoU %"}
 
 
@@ -98,7 +89,7 @@ def _curves(rows: Rows, dense: Sequence[Way]) -> list[Picture]:
     """Each quality against each cost that was measured."""
     pictures = []
     for key, label in _QUALITIES.items():
-        for cost, unit in _COSTS.items():
+        for cost, unit in COSTS.items():
             if any(row[cost] is None for row in rows):
                 continue
             series: dict[str, list[tuple[float, float]]] = {}
