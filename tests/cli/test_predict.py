@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -57,6 +58,11 @@ train: {{iterations: 2, batch_size: 2}}
     return folder / "run/best.safetensors"
 
 
+@pytest.fixture(scope="module")
+def model(checkpoint) -> sparse_seg.SelectiveNetwork:
+    return sparse_seg.load_model(checkpoint)
+
+
 @pytest.fixture
 def photo(tmp_path) -> Path:
     image = np.random.default_rng(1).integers(0, 256, (75, 97, 3), np.uint8)
@@ -72,6 +78,7 @@ def test_a_checkpoint_alone_names_classes_ids_and_colours(checkpoint, photo, tmp
     ids = read_label(tmp_path / "out/photo_ids.png")
     assert ids.shape == (75, 97)
     assert set(np.unique(ids)) <= set(IDS)
+    assert not (tmp_path / "out/photo_levels.png").exists(), "not asked for"
     known = read_class_file(tmp_path / "out/classes.yaml")
     assert known.classes.names == tuple(NAMES)
     assert [known.train_ids[value] for value in IDS] == [0, 1, 2]
@@ -130,42 +137,32 @@ def test_photos_are_scaled_to_the_training_frames(checkpoint, tmp_path, capsys):
     assert repr(found).endswith("seen at 0.125)")
 
 
-def test_ids_only(checkpoint, photo, tmp_path):
-    out = tmp_path / "out"
-    assert main(["predict", str(checkpoint), str(photo), "--out", str(out), "--ids-only"]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["classes.yaml", "photo_ids.png"]
-
-
-def test_sub_folders_stay_apart_and_a_bad_file_is_skipped(checkpoint, photo, tmp_path, capsys):
+def test_sub_folders_stay_apart_and_bad_files_are_skipped(checkpoint, photo, tmp_path, capsys):
+    """Also one whose name is too long for the file system: for all files, or for the overlay alone."""
     folder = tmp_path / "in"
     for name in ("a", "b/c"):
         (folder / name).mkdir(parents=True)
         (folder / name / "x.png").write_bytes(photo.read_bytes())
     (folder / "b" / "bad.jpg").write_bytes(b"\xff\xd8\xff no picture")
-    arguments = ["predict", checkpoint, folder, "--out", tmp_path / "out", "--json", tmp_path / "s.json"]
-    assert f"{folder}/b/bad.jpg: truncated, corrupt or not an image" in fails(capsys, *arguments)
-    written = {
-        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*_ids.png")
-    }
-    assert written == {"a/x_ids.png", "b/c/x_ids.png"}
+    long = [folder / f"{'z' * length}.png" for length in (240, 251)]
+    for file in long:
+        file.write_bytes(photo.read_bytes())
+    out = tmp_path / "out"
+    arguments = ["predict", checkpoint, folder, "--out", out, "--ids-only", "--json", tmp_path / "s.json"]
+    assert main([*map(str, arguments)]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert lines[0].endswith("b/bad.jpg: truncated, corrupt or not an image")
+    assert "its name is too long to write" in lines[1]
+    assert lines[1].endswith("as the file system takes 255 bytes; rename it")
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*.*")}
+    kept = {"a/x_ids.png", "b/c/x_ids.png", f"{long[0].stem}_ids.png"}
+    assert written == kept | {"classes.yaml"}
     said = json.loads((tmp_path / "s.json").read_text())
-    assert len(said["images"]) == 2
-    assert list(said["failed"]) == [f"{folder}/b/bad.jpg"]
-    inside = ["predict", checkpoint, folder, "--out", folder / "out"]
-    assert f"{folder} holds the images" in fails(capsys, *inside, code=2)
-
-
-@pytest.mark.parametrize("length", [251, 240])  # letters: too many for all files, for the overlay alone
-def test_a_name_too_long_for_the_file_system_is_skipped(checkpoint, photo, tmp_path, capsys, length):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for name in ("a" * length + ".png", "b.png"):
-        (folder / name).write_bytes(photo.read_bytes())
-    line = fails(capsys, "predict", checkpoint, folder, "--out", tmp_path / "out")
-    assert "its name is too long to write" in line
-    assert line.endswith("as the file system takes 255 bytes; rename it")
-    written = {path.name.partition("_")[0] for path in (tmp_path / "out").iterdir()}
-    assert written == {"b", "classes.yaml", "legend.png"}, "nothing of the first, all of the second"
+    assert len(said["images"]) == 3
+    assert list(said["failed"]) == [f"{folder}/b/bad.jpg", str(long[1])]
+    line = fails(capsys, "predict", checkpoint, long[0], "--out", out / "all")
+    assert "_overlay.png" in line
+    assert not (out / "all").exists(), "nothing of a file whose overlay has too long a name"
 
 
 def test_a_broken_runtime_is_one_line(checkpoint, photo, tmp_path, capsys, monkeypatch):
@@ -214,43 +211,36 @@ def test_what_stands_where(checkpoint, photo, tmp_path, capsys):
     )
 
 
-def test_segment(checkpoint, photo):
-    found = sparse_seg.segment(checkpoint, photo)
-    model = sparse_seg.load_model(checkpoint)
-    again = sparse_seg.segment(model.for_inference(), read_image(photo))
-    assert found.names == again.names == tuple(NAMES)
+def test_segment(checkpoint, model, photo):
+    """By a file's name, by a network, and by one in a wrapper."""
+    found, pixels = sparse_seg.segment(checkpoint, photo), read_image(photo)
+    assert found.names == tuple(NAMES)
     assert len(found.colours) == 3
     assert found.classes.dtype == np.uint8
     assert found.classes.shape == found.overlay().shape[:2] == (75, 97)
     assert found.fine_blocks is not None
     assert found.fine_blocks.dtype == bool
     assert found.fine_blocks.shape == (5, 7)
-    assert (found.classes == again.classes).mean() > 0.999
-    assert sparse_seg.segment(model, photo, Way.dense(8)).fine_blocks is None
+    folded = sparse_seg.segment(model.for_inference(), pixels)
+    assert (found.classes == folded.classes).mean() > 0.999
+    compiled: Any = torch.compile(model, backend="eager")
+    for network in (model, torch.nn.DataParallel(model), AveragedModel(model), compiled):
+        again = sparse_seg.segment(network, pixels)
+        assert (again.classes == found.classes).all()
+        assert again.names == found.names
     with pytest.raises(ValueError, match=r"must be \[H, W, 3\] uint8 RGB"):
         sparse_seg.segment(model, np.zeros((64, 64), np.uint8))
     with pytest.raises(ValueError, match="expected uint8"):
         sparse_seg.segment(model, np.zeros((64, 64, 3), np.float32))
-
-
-def test_segment_takes_a_network_in_a_wrapper(checkpoint, photo):
-    model = sparse_seg.load_model(checkpoint)
-    expected = sparse_seg.segment(model, photo)
-    compiled: Any = torch.compile(model, backend="eager")
-    for wrapped in (torch.nn.DataParallel(model), AveragedModel(model), compiled):
-        found = sparse_seg.segment(wrapped, photo)
-        assert (found.classes == expected.classes).all()
-        assert found.names == expected.names
     others: list[Any] = [torch.nn.Linear(3, 3), torch.nn.DataParallel(torch.nn.Linear(3, 3)), None, 3]
     for nothing in others:
         with pytest.raises(ValueError, match=r"^model must be a checkpoint's path or a network of this pack"):
             sparse_seg.segment(nothing, photo)
 
 
-def test_segment_runs_in_another_runtime(checkpoint, photo, monkeypatch):
+def test_segment_runs_in_another_runtime(model, photo):
     pytest.importorskip("onnx", reason="needs the package onnx")
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-    model = sparse_seg.load_model(checkpoint)
     expected, fast = sparse_seg.segment(model, photo), sparse_seg.in_runtime(model, "onnxruntime")
     found = sparse_seg.segment(fast, photo)
     assert (found.classes == expected.classes).mean() > 0.99
@@ -264,40 +254,40 @@ def test_segment_runs_in_another_runtime(checkpoint, photo, monkeypatch):
     assert dense.fine_blocks is None
 
 
-def test_segment_takes_a_pillow_image(checkpoint, photo, tmp_path):
-    pillow = pytest.importorskip("PIL.Image", reason="needs the package Pillow")
-    model, pixels = sparse_seg.load_model(checkpoint), read_image(photo)
+def test_segment_takes_a_pillow_image(model, photo, tmp_path):
+    pixels = read_image(photo)
     (tmp_path / "sideways.jpg").write_bytes(sideways_photo(pixels))
     files = {"grey": pixels[..., 0], "clear": np.dstack([pixels, pixels[..., :1]])}
     for name, values in files.items():
         assert cv2.imwrite(str(tmp_path / f"{name}.png"), values)
     for file in (photo, tmp_path / "sideways.jpg", tmp_path / "grey.png", tmp_path / "clear.png"):
-        with pillow.open(file) as image:
+        with PIL.Image.open(file) as image:
             opened, read = sparse_seg.segment(model, image), sparse_seg.segment(model, file)
         assert opened.image.shape == read.image.shape
         assert np.abs(opened.image.astype(int) - read.image).max() <= 2, "JPEG decoders round differently"
     cv2.imwrite(str(tmp_path / "deep.png"), pixels[..., 0].astype(np.uint16) * 256)
     deep = r"an image of mode I.* has over 8 bits per channel; give its path"
-    with pillow.open(tmp_path / "deep.png") as image, pytest.raises(ValueError, match=deep):
+    with PIL.Image.open(tmp_path / "deep.png") as image, pytest.raises(ValueError, match=deep):
         sparse_seg.segment(model, image)
     (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:9000])
     cut = r"the image cannot be read: .*; restore it from the original"
-    with pillow.open(tmp_path / "cut.png") as image, pytest.raises(DataError, match=cut):
+    with PIL.Image.open(tmp_path / "cut.png") as image, pytest.raises(DataError, match=cut):
         sparse_seg.segment(model, image)
     for nothing in (torch.zeros(64, 64, 3), None, [[1]]):
         with pytest.raises(ValueError, match=r"^image must be a path, a Pillow image or uint8 \[H, W, 3\]"):
             sparse_seg.segment(model, nothing)
 
 
-def test_what_was_found_prints_short(checkpoint, photo):
-    found = sparse_seg.segment(checkpoint, photo, Way(fine_fraction=0.2))
+def test_what_was_found_prints_short(model, photo):
+    found = sparse_seg.segment(model, photo, Way(fine_fraction=0.2))
     shares = found.shares()
     assert all(type(share) is float for share in shares.values())
     assert sum(shares.values()) == pytest.approx(1)
     first, share = next(iter(shares.items()))
     assert repr(found).startswith(f"Segmentation(75x97 px: {first} {share:.0%}")
     assert repr(found).endswith("; 20% of the blocks fine)")
-    dense = sparse_seg.segment(checkpoint, photo, Way.dense(8))
+    dense = sparse_seg.segment(model, photo, Way.dense(8))
+    assert dense.fine_blocks is None
     many = replace(dense, classes=np.arange(4, dtype=np.uint8)[None], card=Card.unnamed(4))
     assert repr(many) == "Segmentation(1x4 px: class 0 25%, class 1 25%, class 2 25% and 1 more; dense)"
 
@@ -374,7 +364,7 @@ def test_a_comparison_in_another_runtime(checkpoint, tmp_path, capsys, monkeypat
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
     folder, rows = checkpoint.parents[1], {}
     arguments = ["evaluate", str(folder / "own.yaml"), str(checkpoint)]
-    arguments += ["--set", f"data.root={folder / 'gone'}", "data.workers=0", "--compare", "0.2", "0.5"]
+    arguments += ["--set", f"data.root={folder / 'gone'}", "data.workers=0", "--compare", "0.2"]
     arguments += ["--policies", "confidence", "oracle", "oracle:gain", "--json"]
     passes, start = [], RuntimeSegmentor.start
 
@@ -403,7 +393,7 @@ def test_a_comparison_in_another_runtime(checkpoint, tmp_path, capsys, monkeypat
         ("0.2", "previous", "selective, previous, f=0.2: mask policy previous needs more than the image"),
         ("0.001", "oracle", "selective, oracle, f=0.001: a graph needs a fine block"),
     ):
-        one = [*arguments[:-6], fraction, "--policies", policy, "--json", str(tmp_path / "one.json")]
+        one = [*arguments[:-5], fraction, "--policies", policy, "--json", str(tmp_path / "one.json")]
         assert reason in fails(capsys, *one, "--runtime", "onnxruntime")
         assert main(one) == 0
         assert f"runtime: torch ({reason}" in capsys.readouterr().out
