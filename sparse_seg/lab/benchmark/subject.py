@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from sparse_seg.checkpoint import load_model
 from sparse_seg.config import Config
@@ -195,17 +196,8 @@ def scenes(config: Config, size: tuple[int, int], batch: int) -> tuple[Tensor, T
     return images, labels if classes is None else labels.where(labels < classes, IGNORE_INDEX)
 
 
-@torch.no_grad()
 def randomise_norms(model: Segmentor, seed: int = 0) -> None:
-    """Statistics of every batch norm near those of its activations, so that these keep order one."""
-    generator = torch.Generator().manual_seed(seed)
-    module = model.module.train()  # the dense network that was captured
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.momentum = 1.0
-    module(torch.randn(2, 3, *model.graph.size, generator=generator))
-    for norm in norms:
-        assert norm.running_var is not None
-        norm.running_var.mul_(torch.rand(norm.num_features, generator=generator) + 0.5).add_(0.05)
-        norm.momentum = 0.1
+    """Give every batch norm the statistics of its activations, so that these keep order one."""
+    images = torch.randn(2, 3, *model.graph.size, generator=torch.Generator().manual_seed(seed))
+    update_bn([images], model.module)  # the dense network that was captured
     model.eval()
