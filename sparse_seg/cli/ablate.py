@@ -21,8 +21,7 @@ from sparse_seg.cli.arguments import option
 from sparse_seg.cli.options import CHECKPOINT, add_config, add_device, input_files, output_folder
 from sparse_seg.errors import TrainingError
 from sparse_seg.files import check_outputs
-from sparse_seg.lab.ablation.costs import measure_costs
-from sparse_seg.lab.ablation.estimate import remaining
+from sparse_seg.lab.ablation.costs import measure_costs, remaining
 from sparse_seg.lab.ablation.grid import load_grid
 from sparse_seg.lab.ablation.report import FILES, ablation_table, summarise, write_ablation
 from sparse_seg.lab.ablation.runner import Ablation

@@ -32,14 +32,12 @@ from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
 from sparse_seg.export.runtime import RUNTIMES, check_runtime
 from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.benchmark.measure import COLUMNS, cases, measure
-from sparse_seg.lab.benchmark.peers import PEERS
 from sparse_seg.lab.benchmark.runtimes import TORCH, Timed, peer_graphs, read_accuracies, time_network
 from sparse_seg.lab.benchmark.runtimes import rows as runtime_rows
-from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
+from sparse_seg.lab.benchmark.subject import PEERS, Setup, Subject
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.tables import table
 from sparse_seg.masks import POLICIES
-from sparse_seg.run.way import Way
 
 SCOPES = ("network", "train")
 ENGINES = ["gather", "spconv"]
@@ -96,12 +94,9 @@ def run(args: argparse.Namespace) -> int:
     strides = subject.model.strides
     if "train" in args.scopes and args.batch < 2 and subject.model.norms_vectors:
         raise ConfigError("a training step needs --batch 2 or more: a norm sees one vector of each image")
+    fractions, engines = args.fine_fraction or FRACTIONS, list(dict.fromkeys(args.engines))
     for scope in dict.fromkeys(args.scopes):
-        todo = cases(
-            scope, args.fine_fraction or FRACTIONS, list(dict.fromkeys(args.engines)), strides, args.policies
-        )
-        if args.peers and scope != "train":
-            todo += [Case(scope, Way.dense(strides[0]), peer=name) for name in PEERS]
+        todo = cases(scope, fractions, engines, strides, args.policies, PEERS if args.peers else ())
         rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
     if rows:
         print(table(rows, COLUMNS).to_text())

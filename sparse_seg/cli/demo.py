@@ -23,7 +23,7 @@ from sparse_seg.config import Config, load_config
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import ConfigError, TrainingError
 from sparse_seg.files import check_outputs
-from sparse_seg.lab.compare.files import compare_and_report
+from sparse_seg.lab.compare.report import compare_and_report
 from sparse_seg.lab.opened import open_checkpoint
 from sparse_seg.lab.report.overlays import write_image
 from sparse_seg.training.checkpoint import run_files

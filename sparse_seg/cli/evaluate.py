@@ -46,7 +46,7 @@ from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.views import ONCE
 from sparse_seg.export.runner import TORCH, Runner
 from sparse_seg.export.runtime import RUNTIMES
-from sparse_seg.lab.compare.files import compare_and_report, written
+from sparse_seg.lab.compare.report import compare_and_report, written
 from sparse_seg.lab.opened import Opened
 from sparse_seg.lab.provenance import write_result
 from sparse_seg.lab.report.tables import Column, Table

@@ -18,7 +18,7 @@ import torch
 from sparse_seg.cli import COMMANDS, demo, main
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.scenes import ScenesDataset, write_scenes
-from sparse_seg.lab.compare import files
+from sparse_seg.lab.compare import report
 from sparse_seg.lab.report.overlays import GAP, LEGEND_HEIGHT
 
 ROOT = Path(__file__).parents[2]
@@ -279,12 +279,12 @@ def test_compare_writes_table_and_report(capsys, trained, tmp_path):
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
     assert len(rows) == 6
     assert all(row["network"] in out for row in rows)
-    report = (tmp_path / "r.html").read_text()
+    page = (tmp_path / "r.html").read_text()
     # four curves; for each of the two images three pictures, dense OS8, four steps, and blocks of two
-    assert report.count("<img") == 4 + 2 * (3 + 1 + 4 + 2)
-    assert report.count('href="#step-') == 4
-    assert 'src="data:image' in report
-    assert "http" not in re.sub(r'src="[^"]*"', "", report)
+    assert page.count("<img") == 4 + 2 * (3 + 1 + 4 + 2)
+    assert page.count('href="#step-') == 4
+    assert 'src="data:image' in page
+    assert "http" not in re.sub(r'src="[^"]*"', "", page)
 
 
 @pytest.mark.slow
@@ -296,13 +296,13 @@ def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     assert main([*compare, "--policies", "random"]) == 0
     before = json.loads(out.read_text())["rows"]
     measured: list[str] = []
-    whole = files.compare
+    whole = report.compare
 
     def note(model, dataset, data, rows, *others, **options):
         measured.extend(row.name for row in rows)
         return whole(model, dataset, data, rows, *others, **options)
 
-    monkeypatch.setattr(files, "compare", note)
+    monkeypatch.setattr(report, "compare", note)
     assert main([*compare, "--policies", "random", "edge:cad", "--exchange", "none", "linear"]) == 0
     names = [
         f"selective, {spec}, f=0.5, {rule}" for spec in ("random", "edge:cad") for rule in ("none", "linear")

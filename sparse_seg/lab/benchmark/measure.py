@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sparse_seg.errors import SparseSegError, first_line
@@ -23,11 +23,13 @@ def cases(
     engines: Sequence[str],
     strides: Sequence[int],
     policies: Sequence[str] = (),
+    peers: Iterable[str] = (),
 ) -> list[Case]:
     """All rows of a scope, the baseline (dense at the finest of the strides) first.
 
     Args:
         policies: beside the config's own, by the engine gather; `given`: the config's mask, ready made.
+        peers: other runtimes, for the baseline. These two are of scope `network` alone.
     """
     ends = (strides[0], strides[-1]) if scope == "network" else strides[:1]
     rows = [Case(scope, Way.dense(stride)) for stride in ends]
@@ -36,7 +38,7 @@ def cases(
         for policy in policies if scope == "network" else ():
             given = policy == "given"
             rows.append(Case(scope, Way(None, None if given else policy, fraction, engine="gather"), given))
-    return rows
+    return rows + [Case(scope, rows[0].way, peer=peer) for peer in peers if scope == "network"]
 
 
 def measure(

@@ -113,7 +113,7 @@ class Table:
 COLUMNS = {
     column.key: column
     for column in (
-        *(Column(key, key) for key in ("scope", "network", "form", "run", "exchange", "policy")),
+        *(Column(key, key) for key in ("scope", "network", "form", "run", "exchange")),
         *(Column("distillation_mark", "distil"), Column("boundary_mark", "detail")),
         *(Column("miou", "mIoU %", "{:.2f}"), Column("miou_std", "±", "{:.2f}")),
         Column("boundary_miou", "boundary mIoU %", "{:.2f}"),
