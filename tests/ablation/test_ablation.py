@@ -26,7 +26,7 @@ from sparse_seg.lab.ablation.report import class_table, seed_table, summarise
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.processes import Processes
 from sparse_seg.run.way import Way
-from tests.cli.test_cli import fails
+from tests.cli.commands import fails
 
 ROOT = Path(__file__).parents[2]
 

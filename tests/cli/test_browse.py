@@ -9,8 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from sparse_seg.cli import main
-from tests.cli.test_cli import fails
+from tests.cli.commands import done, fails
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def write(folder: Path, split: str, number: int, image: np.ndarray, ids: np.ndar
 
 def test_a_page(config, tmp_path, capsys):
     out = tmp_path / "page.html"
-    assert main(["browse", str(config), "--out", str(out), "--count", "5"]) == 0
+    done("browse", config, "--out", out, "--count", "5")
     assert f"page: {out}" in capsys.readouterr().out
     page = out.read_text()
     headings = re.findall(r"<h2>(.*?)</h2>", page)
@@ -64,7 +63,7 @@ def test_sequences_on_both_sides_are_told(config, tmp_path):
                 file = tmp_path / f"data/{split}/{kind}/{number if split == 'train' else number - 2:03d}.png"
                 file.rename(file.with_name(f"drive{number}_000.png" if number else "drive3_001.png"))
     out = tmp_path / "page.html"
-    assert main(["browse", str(config), "--out", str(out)]) == 0
+    done("browse", config, "--out", out)
     page = html.unescape(out.read_text())
     assert "drive2 (1 train, 1 validate), drive3 (1 train, 1 validate)." in page
     assert """--set 'data.withheld=["drive1"]'""" in page
@@ -79,7 +78,7 @@ def test_odd_frames(config, tmp_path):
     small = np.tile(np.arange(40, dtype=np.uint8) % 3, (40, 1))
     write(tmp_path, "train", 7, np.full((40, 40, 3), 90, np.uint8), small)
     out = tmp_path / "page.html"
-    assert main(["browse", str(config), "--out", str(out)]) == 0
+    done("browse", config, "--out", out)
     page = out.read_text()
     assert "3 frames look odd" in page
     assert "003: nearly all sand; 1 classes; very dark" in page
@@ -114,6 +113,6 @@ def test_16_bit_images_are_looked_at_and_said(config, tmp_path, caplog):
         for number in range(count):
             image = np.full((64, 96, 3), 3000, np.uint16)
             assert cv2.imwrite(str(tmp_path / f"data/{split}/images/{number:03d}.png"), image)
-    assert main(["browse", str(config), "--out", str(tmp_path / "page.html"), "--count", "2"]) == 0
+    done("browse", config, "--out", tmp_path / "page.html", "--count", "2")
     assert len(caplog.messages) == 2
     assert "62 of 62 images have 16 bits per channel but no value above 4095" in caplog.messages[0]

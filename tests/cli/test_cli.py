@@ -20,8 +20,10 @@ from sparse_seg.data.dataset import read_image
 from sparse_seg.data.scenes import ScenesDataset, write_scenes
 from sparse_seg.lab.compare import report
 from sparse_seg.lab.report.overlays import GAP, LEGEND_HEIGHT
+from tests.cli.commands import done, fails
 
 ROOT = Path(__file__).parents[2]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +39,8 @@ data: {{root: {folder / "scenes"}, crop: [64, 64]}}
 train: {{iterations: 2, batch_size: 2}}
 """
     )
-    assert main(["train", str(config), "--work-dir", str(folder / "run")]) == 0
+    done("train", config, "--work-dir", folder / "run")
     return config, folder / "run/best.pt"
-
-
-def fails(capsys, *arguments, code=1) -> str:
-    """Run a command that must fail; its one line of complaint."""
-    capsys.readouterr()
-    result: object
-    try:
-        result = main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        result = stop.code
-    assert result == code
-    errors = capsys.readouterr().err
-    lines = re.sub(r"[^\n]*\r", "", errors).strip().splitlines()
-    complaints = [line for line in lines if "error:" in line]
-    assert len(complaints) == 1, errors
-    assert "Traceback" not in errors
-    return complaints[0]
 
 
 def test_help_has_examples_and_the_overview_purposes(capsys):
@@ -115,18 +100,12 @@ def test_every_tool_is_a_command():
 
 @pytest.mark.slow
 def test_tool_and_module_run_as_programs():
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for command in ([str(ROOT / "tools/train.py")], ["-m", "sparse_seg", "train"]):
-        done = subprocess.run(
-            [sys.executable, *command, "nothing.yaml"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 1
-        assert done.stderr.startswith("error: config ")
-        assert done.stderr.count("\n") == 1
+        ran = [sys.executable, *command, "nothing.yaml"]
+        ended = subprocess.run(ran, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
+        assert ended.returncode == 1
+        assert ended.stderr.startswith("error: config ")
+        assert ended.stderr.count("\n") == 1
 
 
 def test_usage_errors(capsys, trained):
@@ -233,48 +212,42 @@ def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
 
 
 def test_class_names_on_a_terminal_without_their_letters(trained, monkeypatch):
-    config, checkpoint = trained
     monkeypatch.setattr(ScenesDataset, "classes", replace(ScenesDataset.classes, names=("Straße",) * 19))
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr("sys.stdout", terminal)
-    assert main(["evaluate", str(config), str(checkpoint), "--dense", "16"]) == 0
+    done("evaluate", *trained, "--dense", 16)
     terminal.seek(0)
     assert "Stra?e " in terminal.read()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_closed_streams(trained, tmp_path, closed):
     """As some schedulers and service managers start a job."""
-    config, _ = trained
-    command = f"{sys.executable} -m sparse_seg train {config} --work-dir {tmp_path}/run {closed}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=environment, check=False, capture_output=True)
-    assert done.returncode == 0
+    command = f"{sys.executable} -m sparse_seg train {trained[0]} --work-dir {tmp_path}/run {closed}"
+    ended = subprocess.run(["sh", "-c", command], cwd=ROOT, env=ONE_THREAD, capture_output=True)
+    assert ended.returncode == 0
     assert (tmp_path / "run/best.safetensors").is_file()
-    assert not done.stderr
+    assert not ended.stderr
 
 
 def test_evaluate_prints_and_writes(capsys, trained, tmp_path):
-    config, checkpoint = trained
-    arguments = ["evaluate", str(config), str(checkpoint), "--json", str(tmp_path / "out.json")]
-    assert main([*arguments, "--fine-fraction", "0.5"]) == 0
+    done("evaluate", *trained, "--json", tmp_path / "out.json", "--fine-fraction", 0.5)
     out = capsys.readouterr().out
     assert re.search(r"mIoU \d+\.\d\d  boundary mIoU .*fine fraction 0\.500; 2 images", out)
     assert re.search(r"^bicycle +", out, re.M)
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["result"]["fine_fraction"] == 0.5
     assert {"command", "commit", "machine", "threads", "date"} <= set(written)
-    assert main([*arguments, "--dense", "8"]) == 0
+    done("evaluate", *trained, "--dense", 8)
     assert "(dense;" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_compare_writes_table_and_report(capsys, trained, tmp_path):
     pytest.importorskip("matplotlib")
-    config, checkpoint = trained
-    files = ["--json", str(tmp_path / "c.json"), "--report", str(tmp_path / "r.html")]
-    assert main(["evaluate", str(config), str(checkpoint), "--compare", "0.1", "0.5", *files]) == 0
+    files = ("--json", tmp_path / "c.json", "--report", tmp_path / "r.html")
+    done("evaluate", *trained, "--compare", 0.1, 0.5, *files)
     out = capsys.readouterr().out
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
     assert len(rows) == 6
@@ -290,10 +263,9 @@ def test_compare_writes_table_and_report(capsys, trained, tmp_path):
 @pytest.mark.slow
 def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     """--resume keeps the rows there are and measures the others, policy by policy."""
-    config, checkpoint = trained
     out = tmp_path / "rows.json"
-    compare = ["evaluate", str(config), str(checkpoint), "--compare", "0.5", "--json", str(out), "--resume"]
-    assert main([*compare, "--policies", "random"]) == 0
+    compare = ["evaluate", *trained, "--compare", 0.5, "--json", out, "--resume"]
+    done(*compare, "--policies", "random")
     before = json.loads(out.read_text())["rows"]
     measured: list[str] = []
     whole = report.compare
@@ -303,7 +275,7 @@ def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
         return whole(model, dataset, data, rows, *others, **options)
 
     monkeypatch.setattr(report, "compare", note)
-    assert main([*compare, "--policies", "random", "edge:cad", "--exchange", "none", "linear"]) == 0
+    done(*compare, "--policies", "random", "edge:cad", "--exchange", "none", "linear")
     names = [
         f"selective, {spec}, f=0.5, {rule}" for spec in ("random", "edge:cad") for rule in ("none", "linear")
     ]
@@ -312,8 +284,8 @@ def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     assert result["rows"][: len(before)] == before
     assert result["commits"] == [str(result["commit"])]
     assert "edge:cad, f=0.5, linear" in capsys.readouterr().out
-    other = [*compare, "--limit", "1"]
-    assert "holds rows of other weights, images or strides, or of another runtime" in fails(capsys, *other)
+    other = fails(capsys, *compare, "--limit", 1)
+    assert "holds rows of other weights, images or strides, or of another runtime" in other
     assert json.loads(out.read_text()) == result
     out.write_text("{}")
     assert "holds no comparison to resume" in fails(capsys, *compare)
@@ -324,15 +296,14 @@ def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
 
 def test_predict_writes_pictures(capsys, trained, tmp_path, caplog):
     """Of every kind, for the images of a folder; what else is there is told."""
-    config, checkpoint = trained
     frames, out = tmp_path / "frames", tmp_path / "out"
     frames.mkdir()
     image = np.random.default_rng(0).integers(0, 256, (75, 97, 3), np.uint8)
     for name in ("a.png", "b.jpg"):
         cv2.imwrite(str(frames / name), image)
     (frames / "notes.txt").write_text("no image")
-    predict = ["predict", str(config), str(checkpoint), str(frames), "--out"]
-    assert main([*predict, str(out), "--show-levels", "--steps", "0", "0.1", "0.5"]) == 0
+    predict = ["predict", *trained, frames, "--out"]
+    done(*predict, out, "--show-levels", "--steps", 0, 0.1, 0.5)
     assert not capsys.readouterr().err, "no bar without a terminal"
     assert "1 of 3 files are left out, such as notes.txt; names end in .avi, " in caplog.text
     shapes = dict.fromkeys(("blocks", "classes", "ids", "overlay"), (75, 97, 3))
@@ -346,26 +317,23 @@ def test_predict_writes_pictures(capsys, trained, tmp_path, caplog):
     assert f"{frames} holds the images; name another folder than {frames}" in message
     assert sorted(frames.iterdir()) == kept
     assert "fractions must rise" in fails(capsys, *predict, out, "--steps", "0.5", "0.1", code=2)
-    assert main([*predict, str(tmp_path / "d"), "--dense", "8"]) == 0
+    done(*predict, tmp_path / "d", "--dense", 8)
     assert len(list((tmp_path / "d").iterdir())) == 2 * 3 + 2
 
 
 def test_predict_refuses_bad_images_and_writes_nothing_for_them(capsys, trained, tmp_path):
-    config, checkpoint = trained
+    (tmp_path / "other").mkdir()
     (tmp_path / "broken.png").write_bytes(b"not an image")
     cv2.imwrite(str(tmp_path / "small.png"), np.zeros((12, 12, 3), np.uint8))
-    out = tmp_path / "out"
-    assert "broken.png: truncated, corrupt or not an image" in fails(
-        capsys, "predict", config, checkpoint, tmp_path / "broken.png", "--out", out
-    )
-    assert "small.png: images must be at least 32 px at a scale of 2" in fails(
-        capsys, "predict", config, checkpoint, tmp_path / "small.png", "--out", out
-    )
-    (tmp_path / "other").mkdir()
     cv2.imwrite(str(tmp_path / "other/small.jpg"), np.zeros((40, 40, 3), np.uint8))
-    assert "would write to the same pictures" in fails(
-        capsys, "predict", config, checkpoint, tmp_path / "small.png", tmp_path / "other", "--out", out
-    )
+    out = tmp_path / "out"
+    for images, complaint in (
+        (("broken.png",), "broken.png: truncated, corrupt or not an image"),
+        (("small.png",), "small.png: images must be at least 32 px at a scale of 2"),
+        (("small.png", "other"), "would write to the same pictures"),
+    ):
+        files = [tmp_path / image for image in images]
+        assert complaint in fails(capsys, "predict", *trained, *files, "--out", out)
     assert not out.exists() or not list(out.iterdir())
 
 
@@ -374,20 +342,20 @@ def test_demo_in_small(capsys, tmp_path, monkeypatch):
     """From any folder, and into one whose name would not be valid YAML."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    arguments = ["demo", "--out", "a: [demo", "--count", "10", "--device", "cpu"]
+    arguments = ["demo", "--out", "a: [demo", "--count", 10, "--device", "cpu", "--set"]
     small = ["train.iterations=2", "model.width=0.125", "train.batch_size=2", "data.crop=[64, 64]"]
     small += ["train.warmup_iterations=0"]
     monkeypatch.setattr(demo, "FRACTIONS", (0.3,))
-    assert main([*arguments, "--set", *small]) == 0
+    done(*arguments, *small)
     first = capsys.readouterr().out
     assert "dense OS8" in first
     assert "minutes" in first.splitlines()[0]
     assert all((tmp_path / "a: [demo" / name).exists() for name in ("report.html", "picture.png"))
-    assert main([*arguments, "--set", *small]) == 0  # a second run reuses scenes and weights
+    done(*arguments, *small)  # a second run reuses scenes and weights
     assert "best validation" not in capsys.readouterr().err
 
 
-def test_demo_says_resume_hint(capsys, tmp_path, monkeypatch):
+def test_demo_says_what_it_lacks(capsys, tmp_path, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 

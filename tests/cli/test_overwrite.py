@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_seg.cli import main
 from sparse_seg.config import load_config
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.lab.predict.inputs import Outputs, find_sources
 from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import save_checkpoint
-from tests.cli.test_cli import fails
+from tests.cli.commands import done, fails
 from tests.reference import randomise
 
 NET = "model: {width: 0.125, head_channels: 16}\n"
@@ -185,10 +184,10 @@ def test_a_foreign_class_file_stands(folder, capsys):
     Path("o/classes.yaml").write_text("no: [yaml")
     assert "o/classes.yaml is there and says other classes" in refused(capsys, *predict, "o")
     for _ in range(2):  # its own is no foreign one, and stays
-        assert main([*predict, "p", "--ids-only"]) == 0
+        done(*predict, "p", "--ids-only")
     own = Path("p/classes.yaml")
     own.write_text("# mine\n" + own.read_text())
-    assert main([*predict, "p", "--ids-only"]) == 0
+    done(*predict, "p", "--ids-only")
     assert own.read_text().startswith("# mine\n")
 
 
@@ -213,10 +212,10 @@ def test_a_training_keeps_configs_and_checkpoints(folder, capsys):
 def test_a_run_resumes_from_its_own_config(folder):
     train = ["train", "--work-dir", "run"]
     batch = ["--set", "train.batch_size=2"]
-    assert main([*train, "own.yaml", *batch]) == 0
-    assert main([*train, "run/config.yaml", "--resume", "--set", "train.iterations=2"]) == 0
+    done(*train, "own.yaml", *batch)
+    done(*train, "run/config.yaml", "--resume", "--set", "train.iterations=2")
     os.remove("run/last.pt")
-    assert main([*train, "own.yaml", *batch]) == 0, "a config.yaml that a run wrote is replaced"
+    done(*train, "own.yaml", *batch)  # a config.yaml that a run wrote is replaced
 
 
 def test_an_ablation_and_a_demo_keep_their_configs(folder, capsys):
@@ -235,7 +234,7 @@ def test_an_ablation_and_a_demo_keep_their_configs(folder, capsys):
 def test_what_is_written_is_what_was_checked(folder):
     """The files that a prediction checks beforehand are those that it writes."""
     every = ["--show-levels", "--steps", "0.1", "0.5", "--video-ids", "--video-blocks"]
-    assert main(["predict", "net.safetensors", "photo.png", "drive.mp4", "--out", "o", *every]) == 0
+    done("predict", "net.safetensors", "photo.png", "drive.mp4", "--out", "o", *every)
     kinds = ("ids", "overlay", "classes", "blocks", "levels", "steps")
     outputs = Outputs(Path("o"), kinds, True, True)
     expected = {file for source in find_sources(["photo.png", "drive.mp4"]) for file in outputs.files(source)}

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from sparse_seg.checkpoint import load, save
-from sparse_seg.cli import main
 from sparse_seg.config import load_config
 from sparse_seg.data.reading import read_label
 from sparse_seg.lab.predict.segment import Segmenter
@@ -21,7 +20,7 @@ from sparse_seg.masks.previous import PreviousPolicy
 from sparse_seg.run.build import build_model
 from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import save_checkpoint
-from tests.cli.test_cli import fails
+from tests.cli.commands import done, fails
 from tests.reference import randomise
 
 FRAMES, RATE, SIZE = 9, 12.5, (96, 64)  # width, height
@@ -64,7 +63,7 @@ def test_there_and_back(checkpoint, video, tmp_path, capsys):
     """Two videos of one content: a policy that looks back forgets the one before."""
     out, again = tmp_path / "out", shutil.copy(video, video.with_name("again.avi"))
     more = ["--video-ids", "--video-blocks", "--policy", "previous", "--json", str(tmp_path / "v.json")]
-    assert main(["predict", str(checkpoint), str(video.parent), "--out", str(out), *more]) == 0
+    done("predict", checkpoint, video.parent, "--out", out, *more)
     said = capsys.readouterr()
     assert f"{video}: {FRAMES} frames, " in said.out
     assert not said.err, "no bar without a terminal"
@@ -100,7 +99,7 @@ def test_rates_that_mpeg4_cannot_tell_become_the_nearest(checkpoint, video, tmp_
         shutil.copy(video, name)
     with monkeypatch.context() as patch:  # files of such rates are hard to make
         patch.setattr(cv2, "VideoCapture", lambda path: AtRate(real(path), names[Path(path).name]))
-        assert main(["predict", str(checkpoint), *names, "--out", ".", "--limit", "1", "--video-blocks"]) == 0
+        done("predict", checkpoint, *names, "--out", ".", "--limit", "1", "--video-blocks")
     for name, rate in names.items():
         for file in (f"{name[:-4]}.mp4", f"{name[:-4]}_blocks.mp4"):
             assert properties(Path.cwd() / file) == (1, pytest.approx(rates[rate]), SIZE)
@@ -158,7 +157,7 @@ def test_a_camera(checkpoint, video, tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     arguments = ["predict", str(checkpoint), "camera:0", "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--limit", "5"]) == 0
+    done(*arguments, "--limit", "5")
     assert properties(tmp_path / "out/camera0.mp4")[0] == 5
     follow, calls = Segmenter.follow, []
 
@@ -167,7 +166,7 @@ def test_a_camera(checkpoint, video, tmp_path, capsys, monkeypatch):
         return stop() if len(calls) > 3 else follow(self, image, budget)
 
     monkeypatch.setattr(Segmenter, "follow", three)
-    assert main(arguments) == 0, "Ctrl-C"
+    done(*arguments)  # Ctrl-C
     assert properties(tmp_path / "out/camera0.mp4")[0] == 3
 
 
@@ -208,7 +207,7 @@ def test_a_large_video_is_scaled_and_kept_up_with(checkpoint, video, tmp_path, c
     arguments = ["predict", tmp_path / "small.safetensors", video, "--json", tmp_path / "s.json"]
     for option, value, fine in (("--policy", "previous", 0.15), ("--fps", "0.01", 1), ("--fps", "1000", 0)):
         out = tmp_path / f"out{value}"
-        assert main([*map(str, arguments), option, value, "--limit", "4", "--out", str(out)]) == 0
+        done(*arguments, option, value, "--limit", "4", "--out", out)
         assert "1 of 1 inputs scaled by 0.701 to the area of the training frames" in capsys.readouterr().out
         assert properties(out / "drive.mp4") == (4, RATE, SIZE)
         (said,) = json.loads((tmp_path / "s.json").read_text())["images"].values()
@@ -226,7 +225,7 @@ def test_a_video_changes_over_to_onnxruntime(checkpoint, video, tmp_path, capsys
     monkeypatch.setattr("sparse_seg.export.runner.RUNS", 0.25 * 6)  # as long as six frames are more to come
     for runtime in ("torch", "auto"):
         arguments = ["predict", str(checkpoint), str(video), "--out", str(tmp_path / runtime)]
-        assert main([*arguments, "--runtime", runtime, "--ids-only"]) == 0
+        done(*arguments, "--runtime", runtime, "--ids-only")
     assert "runtime: onnxruntime for 7 of 9 runs, torch for the others" in capsys.readouterr().out
     for number in range(FRAMES):
         ids = [read_label(tmp_path / one / f"drive_ids/{number:06d}.png") for one in ("torch", "auto")]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparse_seg.config import Config, check_config, key, load_config, parse_tree, read_yaml
+from sparse_seg.config import Config, check_config, key, load_config, num_classes, parse_tree, read_yaml
 from sparse_seg.config.schema import COUNT, SEED
 from sparse_seg.errors import CheckpointError, ConfigError, choose_one
 from sparse_seg.masks import build_policy
@@ -152,6 +152,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     if len(set(spec.seeds)) < len(spec.seeds):
         raise ConfigError(f"{path}: 'seeds' must be different numbers, not {spec.seeds}")
     networks, configs = dict[str, NetworkSpec](), dict[str, Config]()
+    built: list[object] = []
     for name, entry in network_trees.items():
         where = f"{path}: networks.{name}"
         network = parse_tree(NetworkSpec, entry, where)
@@ -163,7 +164,10 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
             chosen = [*spec.set, *network.set, *overrides]
             configs[str(name)] = load_config(path.parent / str(network.config), chosen)
             with _named(where), torch.device("meta"):  # fail now, not when training starts
-                build_model(configs[str(name)])
+                model = configs[str(name)].model, num_classes(configs[str(name)])
+                if model not in built:
+                    build_model(configs[str(name)])
+                    built.append(model)
                 if network.init is not None:
                     check_same_function(configs[str(name)], configs[network.init], f"init {network.init}")
     if len({slug(name) for name in networks}) < len(networks):
