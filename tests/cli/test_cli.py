@@ -244,23 +244,6 @@ def test_evaluate_prints_and_writes(capsys, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_compare_writes_table_and_report(capsys, trained, tmp_path):
-    pytest.importorskip("matplotlib")
-    files = ("--json", tmp_path / "c.json", "--report", tmp_path / "r.html")
-    done("evaluate", *trained, "--compare", 0.1, 0.5, *files)
-    out = capsys.readouterr().out
-    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
-    assert len(rows) == 6
-    assert all(row["network"] in out for row in rows)
-    page = (tmp_path / "r.html").read_text()
-    # four curves; for each of the two images three pictures, dense OS8, four steps, and blocks of two
-    assert page.count("<img") == 4 + 2 * (3 + 1 + 4 + 2)
-    assert page.count('href="#step-') == 4
-    assert 'src="data:image' in page
-    assert "http" not in re.sub(r'src="[^"]*"', "", page)
-
-
-@pytest.mark.slow
 def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     """--resume keeps the rows there are and measures the others, policy by policy."""
     out = tmp_path / "rows.json"

@@ -91,10 +91,9 @@ class Segmentation:
 
     def shares(self) -> dict[str, float]:
         """The share of the pixels that each class has, the largest first, without those that have none."""
-        counts = np.bincount(self.classes.ravel(), minlength=len(self.names))
-        order = np.argsort(-counts, kind="stable")
-        total = counts.sum()
-        return {self.names[number]: float(counts[number] / total) for number in order if counts[number]}
+        shares = np.bincount(self.classes.ravel(), minlength=len(self.names)) / self.classes.size
+        order = np.argsort(-shares, kind="stable")
+        return {self.names[number]: float(shares[number]) for number in order if shares[number]}
 
 
 class Segmenter:
