@@ -97,12 +97,12 @@ def test_faulty_files_are_listed(config, tmp_path, capsys):
     assert "2 faulty files: training will refuse them" in page
     assert "val/images/001.png: its label" in page
     assert "Augmentation" not in page
-    for split in ("val", "train"):  # of nothing else
+    for split in ("train", "val"):  # of nothing else
         labels = sorted((tmp_path / f"data/{split}/labels").iterdir())
         for label in labels:
             label.write_bytes(b"no picture")
         complaint = fails(capsys, "browse", config, "--out", out)
-        assert "000.png: truncated, corrupt or not an image" in complaint
+        assert "train/labels/000.png: truncated, corrupt or not an image" in complaint
     assert "62 faulty files: training will refuse them" in out.read_text()
 
 

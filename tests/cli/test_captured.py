@@ -83,8 +83,9 @@ def test_benchmark(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
 
 
+@pytest.mark.slow
 def test_benchmark_in_a_runtime(folder: Path, tmp_path: Path) -> None:
-    """At the fractions asked for, of which a comparison tells the accuracy."""
+    """At the fraction asked for, of which a comparison tells the accuracy."""
     rows: list[dict[str, object]] = [
         {"output_stride": stride, "policy": None, "fine_fraction": None, "miou": miou}
         for stride, miou in ((8, 60.0), (16, 50.0))
@@ -92,11 +93,8 @@ def test_benchmark_in_a_runtime(folder: Path, tmp_path: Path) -> None:
     rows.append({"output_stride": None, "policy": "confidence", "fine_fraction": 0.2, "miou": 58.0})
     (tmp_path / "accuracy.json").write_text(json.dumps({"rows": rows}))
     common = ("benchmark", folder / "data.yaml", "--checkpoint", folder / "net.safetensors", "--scopes")
-    options = ("--runtimes", "torch", "--fine-fraction", 0.2, 0.4, "--accuracy", tmp_path / "accuracy.json")
+    options = ("--runtimes", "torch", "--fine-fraction", 0.2, "--accuracy", tmp_path / "accuracy.json")
     done(*common, "--size", "64x96", "--repeats", 1, *options, "--json", tmp_path / "out.json")
     found = {row["run"]: row for row in json.loads((tmp_path / "out.json").read_text())["runtimes"]}
-    assert {name for name in found if " whole" in name} == {
-        f"selective torch whole f={fraction}" for fraction in (0.2, 0.4)
-    }
+    assert {"fine torch", "coarse torch", "selective torch whole f=0.2"} <= set(found)
     assert found["selective torch whole f=0.2"]["accuracy_share"] == pytest.approx(0.8)
-    assert "lift" not in found["selective torch whole f=0.4"]

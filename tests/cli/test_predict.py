@@ -148,7 +148,7 @@ def test_sub_folders_stay_apart_and_bad_files_are_skipped(checkpoint, photo, tmp
     arguments = ["predict", checkpoint, folder, "--out", out, "--ids-only", "--json", tmp_path / "s.json"]
     assert main([*map(str, arguments)]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert lines[0].endswith("b/bad.jpg: truncated, corrupt or not an image")
+    assert f"{folder}/b/bad.jpg: truncated, corrupt or not an image" in lines[0]
     assert "its name is too long to write" in lines[1]
     assert lines[1].endswith("as the file system takes 255 bytes; rename it")
     written = {path.relative_to(out).as_posix() for path in out.rglob("*.*")}
