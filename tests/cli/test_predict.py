@@ -234,7 +234,7 @@ def test_segment(checkpoint, model, photo):
 def test_segment_takes_a_pillow_image(model, photo, tmp_path):
     pixels = read_image(photo)
     (tmp_path / "sideways.jpg").write_bytes(sideways_photo(pixels))
-    files = {"grey": pixels[..., 0], "clear": np.dstack([pixels, pixels[..., :1]])}
+    files: dict[str, np.ndarray] = {"grey": pixels[..., 0], "clear": np.dstack([pixels, pixels[..., :1]])}
     files["deep"] = pixels[..., 0].astype(np.uint16) * 256
     for name, values in files.items():
         assert cv2.imwrite(str(tmp_path / f"{name}.png"), values)

@@ -23,8 +23,10 @@ from tests.reporting.test_html import Outline
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (apt-get install chromium)")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900")
-FLAGS += ("--virtual-time-budget=3000", "--dump-dom")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"),
+    *("--virtual-time-budget=3000", "--dump-dom"),
+)
 STEPS = [("dense OS16", "mIoU 50.00 %"), ("f=0.1", "mIoU 55.00 %"), ("dense OS8", "mIoU 60.00 %")]
 PROBE = """<script>addEventListener("load", async () => {
 const one = (selector) => document.querySelector(selector);
