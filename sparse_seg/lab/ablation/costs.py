@@ -4,6 +4,7 @@ estimate of the time that the remaining work takes, for which no network is time
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_param
 from sparse_seg.files import atomic_write, locked
 from sparse_seg.lab.ablation.grid import Cell
 from sparse_seg.lab.ablation.runner import Ablation
-from sparse_seg.lab.latency import Run, interleaved, peak_memory
+from sparse_seg.lab.latency import SPAWN, Run, interleaved, peak_memory
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.run.build import build_model
 from sparse_seg.run.way import Way
@@ -65,18 +66,20 @@ def measure_costs(ablation: Ablation) -> dict[str, Any]:
     for cell in ablation.grid.cells:
         distinct.setdefault(cost_key(ablation, cell), cell)
     trained = {name for name, network in ablation.grid.networks.items() if network.source is None}
-    with locked(path.with_suffix(".lock"), wait=True):
+    with locked(path.with_suffix(".lock"), wait=True), ProcessPoolExecutor(1, SPAWN) as pool:
         if path.exists():
             kept = json.loads(path.read_text())
             if set(distinct) <= set(kept["costs"]) and trained <= set(kept["steps"]):
                 return kept
-        content = provenance() | {"costs": _measure(ablation, distinct)}
+        content = provenance() | {"costs": _measure(ablation, distinct, pool)}
         content["steps"] = {name: step_seconds(ablation, name) for name in trained}
         atomic_write(path, json.dumps(content, indent=1) + "\n")
         return content
 
 
-def _measure(ablation: Ablation, distinct: dict[str, Cell]) -> dict[str, dict[str, Any]]:
+def _measure(
+    ablation: Ablation, distinct: dict[str, Cell], pool: ProcessPoolExecutor
+) -> dict[str, dict[str, Any]]:
     costs, runs = dict[str, dict[str, Any]](), dict[str, Run]()
     for key, cell in distinct.items():
         config, checkpoint = ablation.cell_config(cell), ablation.checkpoint(cell.network, cell.seed)
@@ -89,7 +92,7 @@ def _measure(ablation: Ablation, distinct: dict[str, Cell]) -> dict[str, dict[st
             "gmacs": sum(macs.values()) / 1e9,
             "parameters": count_parameters(model),
             "checkpoint_mb": checkpoint_bytes(model) / 1e6,
-            "peak_mib": peak_memory(prepare, arguments, ablation.device),
+            "peak_mib": peak_memory(prepare, arguments, ablation.device, pool),
         }
     for key, latency in interleaved(runs, REPEATS, ablation.device, warmup=2).items():
         costs[key] |= {"milliseconds": latency.median, "milliseconds_spread": latency.spread}
