@@ -206,6 +206,9 @@ def randomise_norms(model: Segmentor, seed: int = 0) -> None:
     """Give every batch norm the statistics of its activations, so that these keep order one."""
     images = torch.randn(2, 3, *model.graph.size, generator=torch.Generator().manual_seed(seed))
     update_bn([images], model.module)  # the dense network that was captured
+    for name, values in model.module.named_buffers():
+        if name.endswith("running_var"):
+            values.add_(0.05)  # what is pooled varies too little to be divided by
     model.eval()
 
 
