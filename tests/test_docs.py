@@ -15,8 +15,8 @@ from sparse_seg.config import load_config
 from sparse_seg.config.docs import render
 from sparse_seg.lab.ablation.report import ablation_table
 from sparse_seg.lab.benchmark.measure import COLUMNS
-from sparse_seg.lab.compare.report import comparison_table, fraction_table
-from sparse_seg.lab.report.tables import Column, Table
+from sparse_seg.lab.compare.report import comparison_table
+from sparse_seg.lab.report.tables import Column, Table, table
 from sparse_seg.run.network import SelectiveNetwork
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def speed_table(name: str) -> Table:
         if row["scope"] != "stages" and not row["fast"] and row["network"] != "dense OS8"
     ]
     shown = ("network", "form", "milliseconds", "spread", "gmacs", "speedup", "mac_ratio", "peak_mib")
-    return Table([column for column in COLUMNS if column.key in shown], rows)
+    return table(rows, [key for key in COLUMNS if key in shown])
 
 
 def test_table_of_runtimes_is_the_result_files():
@@ -148,6 +148,17 @@ def test_tables_of_the_longer_training_are_the_result_file():
 
 def test_table_of_ways_to_train_is_the_result_file():
     assert by_run(measured("ablation_camvid_ways")["rows"], mean_and_seeds) in page("ablation")
+
+
+def fraction_table(rows: list[dict[str, Any]], key: str, exchange: str | None = None) -> Table:
+    """One value of the selective rows: a line per policy, a column per fine fraction, under one rule."""
+    own = [row for row in rows if row["policy"] and row["exchange"] == exchange]
+    lines: dict[str, dict[str, Any]] = {}
+    for row in own:
+        lines.setdefault(row["policy"], {"policy": row["policy"]})[f"{row['fine_fraction']:g}"] = row[key]
+    fractions = sorted({row["fine_fraction"] for row in own})
+    columns = [Column(f"{fraction:g}", f"f={fraction:g}", "{:.2f}") for fraction in fractions]
+    return Table([Column("policy", "policy"), *columns], list(lines.values()))
 
 
 def measured(name: str) -> dict[str, Any]:

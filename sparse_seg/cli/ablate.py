@@ -15,19 +15,17 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from sparse_seg.cli.arguments import option
 from sparse_seg.cli.options import CHECKPOINT, add_config, add_device, input_files, output_folder
 from sparse_seg.errors import TrainingError
-from sparse_seg.files import atomic_write, check_outputs
-from sparse_seg.lab.ablation.costs import measure_costs
-from sparse_seg.lab.ablation.estimate import remaining
+from sparse_seg.files import check_outputs
+from sparse_seg.lab.ablation.costs import measure_costs, remaining
 from sparse_seg.lab.ablation.grid import load_grid
-from sparse_seg.lab.ablation.report import FILES, ablation_table, write_ablation
+from sparse_seg.lab.ablation.report import FILES, ablation_table, summarise, write_ablation
 from sparse_seg.lab.ablation.runner import Ablation
-from sparse_seg.lab.ablation.summary import summarise
-from sparse_seg.lab.provenance import provenance
+from sparse_seg.lab.provenance import write_result
 from sparse_seg.lab.report.tables import Column, Table
 from sparse_seg.processes import joined_processes
 from sparse_seg.training.checkpoint import run_files
@@ -35,22 +33,12 @@ from sparse_seg.training.checkpoint import run_files
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument(
-        "--checkpoint",
-        metavar="C",
-        help=f"use it as the first network instead of training that; {CHECKPOINT}",
-    )
-    parser.add_argument(
-        "--work-dir",
-        type=output_folder,
-        metavar="D",
-        help="where all is kept (default: runs/ablation/CONFIG's name)",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="list the remaining work, estimate its time, and stop",
-    )
+    text = "use it as the first network instead of training that"
+    option(parser, "--checkpoint C", f"{text}; {CHECKPOINT}")
+    told = "runs/ablation/CONFIG's name"
+    option(parser, "--work-dir D", "where all is kept", output_folder, told=told)
+    text = "list the remaining work, estimate its time, and stop"
+    parser.add_argument("--dry-run", action="store_true", help=text)
     add_device(parser)
 
 
@@ -72,12 +60,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     results = ablation.results()
     rows = summarise(ablation, results, measure_costs(ablation))
-    content = provenance() | {
-        "title": ablation.grid.spec.title,
-        "commits": sorted({str(result["origin"]["commit"]) for result in results}),
-        "rows": rows,
-    }
-    atomic_write(work_dir / "results.json", json.dumps(content, indent=1) + "\n")
+    commits = sorted({str(result["origin"]["commit"]) for result in results})
+    content = {"title": ablation.grid.spec.title, "commits": commits, "rows": rows}
+    write_result(work_dir / "results.json", content)
     write_ablation(ablation, rows)
     print(ablation_table(rows).to_text())
     print(f"report: {work_dir / 'report.html'}")

@@ -35,6 +35,30 @@ def _is_option(text: str) -> bool:
     return text[:1] == "-" and text[1:2].strip("0123456789. ") != "" and " " not in text
 
 
+def option(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    spelt: str,
+    text: str,
+    kind: Callable[[str], Any] = str,
+    default: Any = None,
+    told: str | None = None,
+    **more: Any,
+) -> None:
+    """Add an argument.
+
+    Args:
+        spelt: as in `--batch N`: the name, and what stands for the value in the help.
+        told: the default in the help, where it is not told as it is.
+        more: see `ArgumentParser.add_argument`.
+    """
+    name, _, metavar = spelt.partition(" ")
+    if told or default is not None:
+        text += f" (default: {told or default})"
+    if metavar:
+        more["metavar"] = metavar
+    parser.add_argument(name, type=kind, default=default, help=text, **more)
+
+
 def size(lowest: int = 1) -> Callable[[str], tuple[int, int]]:
     """An argument type: `256x512` as (height, width), px, both at least `lowest`."""
 

@@ -23,15 +23,8 @@ from typing import Any
 
 import torch
 
-from sparse_seg.cli.arguments import fraction, size, whole_number
-from sparse_seg.cli.options import (
-    CHECKPOINT,
-    add_config,
-    add_device,
-    input_files,
-    merges,
-    output_file,
-)
+from sparse_seg.cli.arguments import fraction, option, size, whole_number
+from sparse_seg.cli.options import CHECKPOINT, add_config, add_device, add_json, input_files, merges
 from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
 from sparse_seg.errors import ConfigError
@@ -39,93 +32,45 @@ from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
 from sparse_seg.export.runtime import RUNTIMES, check_runtime
 from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.benchmark.measure import COLUMNS, cases, measure
-from sparse_seg.lab.benchmark.peers import PEERS
-from sparse_seg.lab.benchmark.runtimes import COLUMNS as RUNTIME_COLUMNS
 from sparse_seg.lab.benchmark.runtimes import TORCH, Timed, peer_graphs, read_accuracies, time_network
 from sparse_seg.lab.benchmark.runtimes import rows as runtime_rows
-from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
+from sparse_seg.lab.benchmark.subject import PEERS, Setup, Subject
 from sparse_seg.lab.provenance import provenance
-from sparse_seg.lab.report.tables import Table
+from sparse_seg.lab.report.tables import table
 from sparse_seg.masks import POLICIES
-from sparse_seg.run.way import Way
 
 SCOPES = ("network", "train")
+ENGINES = ["gather", "spconv"]
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 1.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--checkpoint", metavar="C", help=f"{CHECKPOINT} (default: random ones)")
-    parser.add_argument(
-        "--size",
-        type=size(SMALLEST_SIDE),
-        default=(512, 1024),
-        metavar="HxW",
-        help="of the images, px (default: 512x1024)",
-    )
-    parser.add_argument("--batch", type=whole_number(1), default=1, metavar="N", help="images (default: 1)")
-    parser.add_argument(
-        "--fine-fraction",
-        nargs="+",
-        type=fraction,
-        metavar="F",
-        help="selective at these shares of fine blocks (default: 0.05 0.1 0.2 0.3 1.0; the config's of "
-        "--runtimes)",
-    )
-    parser.add_argument(
-        "--engines",
-        nargs="+",
-        choices=("gather", "spconv"),
-        default=["gather", "spconv"],
-        help="of 3x3 convolutions at extra sites (default: both, if they run here)",
-    )
-    parser.add_argument(
-        "--scopes",
-        nargs="*",
-        choices=SCOPES,
-        default=["network"],
-        help="network, train, or nothing at all (default: network)",
-    )
-    parser.add_argument(
-        "--policies",
-        nargs="+",
-        choices=["given", *sorted(set(POLICIES) - {"uniform"})],
-        default=[],
-        metavar="P",
-        help="also these mask policies; given: the config's mask, ready made",
-    )
+    option(parser, "--checkpoint C", CHECKPOINT, told="random ones")
+    option(parser, "--size HxW", "of the images, px", size(SMALLEST_SIDE), (512, 1024), told="512x1024")
+    option(parser, "--batch N", "images", whole_number(1), 1)
+    told = f"{' '.join(map(str, FRACTIONS))}; the config's of --runtimes"
+    text = "selective at these shares of fine blocks"
+    option(parser, "--fine-fraction F", text, fraction, told=told, nargs="+")
+    text, told = "of 3x3 convolutions at extra sites", "both, if they run here"
+    option(parser, "--engines", text, default=ENGINES, told=told, nargs="+", choices=ENGINES)
+    text = "network, train, or nothing at all"
+    option(parser, "--scopes", text, default=["network"], told="network", nargs="*", choices=SCOPES)
+    policies = ["given", *sorted(set(POLICIES) - {"uniform"})]
+    text = "also these mask policies; given: the config's mask, ready made"
+    option(parser, "--policies P", text, default=[], told="none", nargs="+", choices=policies)
     parser.add_argument("--peers", action="store_true", help=f"also {', '.join(PEERS)}, where installed")
-    parser.add_argument(
-        "--runtimes",
-        nargs="+",
-        choices=(TORCH, *RUNTIMES),
-        help="also dense and selective (the config's mask) in these, each in a process of its own",
-    )
-    parser.add_argument(
-        "--threads",
-        type=whole_number(1),
-        default=2,
-        metavar="N",
-        help="of a process of --runtimes (default: 2)",
-    )
-    parser.add_argument(
-        "--peer-onnx",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="with --runtimes: also networks of others, ONNX files whose one input is an image of --size",
-    )
-    parser.add_argument(
-        "--accuracy",
-        metavar="JSON",
-        help="with --runtimes: what evaluate --compare wrote of these weights; adds accuracy share and lift",
-    )
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: float32")
-    parser.add_argument(
-        "--repeats", type=whole_number(1), default=5, metavar="N", help="timings of each (default: 5)"
-    )
+    text = "also dense and selective (the config's mask) in these, each in a process of its own"
+    option(parser, "--runtimes", text, nargs="+", choices=(TORCH, *RUNTIMES))
+    option(parser, "--threads N", "of a process of --runtimes", whole_number(1), 2)
+    text = "with --runtimes: also networks of others, ONNX files whose one input is an image of --size"
+    option(parser, "--peer-onnx FILE", text, default=[], told="none", nargs="+")
+    text = "with --runtimes: what evaluate --compare wrote of these weights; adds accuracy share and lift"
+    option(parser, "--accuracy JSON", text)
+    option(parser, "--dtype", "of the network", default="float32", choices=("float32", "float16"))
+    option(parser, "--repeats N", "timings of each", whole_number(1), 5)
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out (much faster)")
-    parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the result to this file")
+    add_json(parser)
     add_device(parser)
     parser.set_defaults(usage_error=parser.error)
 
@@ -149,15 +94,12 @@ def run(args: argparse.Namespace) -> int:
     strides = subject.model.strides
     if "train" in args.scopes and args.batch < 2 and subject.model.norms_vectors:
         raise ConfigError("a training step needs --batch 2 or more: a norm sees one vector of each image")
+    fractions, engines = args.fine_fraction or FRACTIONS, list(dict.fromkeys(args.engines))
     for scope in dict.fromkeys(args.scopes):
-        todo = cases(
-            scope, args.fine_fraction or FRACTIONS, list(dict.fromkeys(args.engines)), strides, args.policies
-        )
-        if args.peers and scope != "train":
-            todo += [Case(scope, Way.dense(strides[0]), peer=name) for name in PEERS]
+        todo = cases(scope, fractions, engines, strides, args.policies, PEERS if args.peers else ())
         rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
     if rows:
-        print(Table(COLUMNS, rows).to_text())
+        print(table(rows, COLUMNS).to_text())
     timed = _runtimes(args, subject, peers) if args.runtimes else []
     origin = provenance() | {
         "setup": {"size": args.size, "batch": args.batch, "device": str(args.device), "dtype": args.dtype},
@@ -190,8 +132,7 @@ def _runtimes(args: argparse.Namespace, subject: Subject, peers: dict[str, Timed
     )
     rows = [{"threads": args.threads} | row for row in runtime_rows(timed, accuracies)]
     print(f"{args.threads} threads, a process each; shares are of the way from dense OS16 to OS8")
-    columns = [column for column in RUNTIME_COLUMNS if any(column.key in row for row in rows)]
-    print(Table(columns, rows).to_text())
+    print(table(rows).to_text())
     return rows
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from sparse_seg.cli.arguments import whole_number
+from sparse_seg.cli.arguments import option, whole_number
 from sparse_seg.cli.options import add_config, input_files, output_file
 from sparse_seg.config import load_config
 from sparse_seg.errors import DataError
@@ -22,19 +22,8 @@ from sparse_seg.lab.browse import write_page
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument(
-        "--out",
-        type=output_file,
-        default="runs/browse.html",
-        help="file to write (default: runs/browse.html)",
-    )
-    parser.add_argument(
-        "--count",
-        type=whole_number(1),
-        default=12,
-        metavar="N",
-        help="frames to show of each split (default: 12)",
-    )
+    option(parser, "--out", "file to write", output_file, "runs/browse.html")
+    option(parser, "--count N", "frames to show of each split", whole_number(1), 12)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,17 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from sparse_seg.checkpoint import save
-from sparse_seg.cli.arguments import fraction
+from sparse_seg.cli.arguments import fraction, option
 from sparse_seg.cli.options import add_config, add_data, add_device, opened, output_file
 from sparse_seg.evaluation.calibrate import calibrate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, checkpoint=True)
-    parser.add_argument(
-        "--fine-fraction", type=fraction, metavar="F", help="share of all blocks (default: the config's)"
-    )
-    parser.add_argument("--out", type=output_file, metavar="OUT", help="checkpoint to write, .safetensors")
+    option(parser, "--fine-fraction F", "share of all blocks", fraction, told="the config's")
+    option(parser, "--out OUT", "checkpoint to write, .safetensors", output_file)
     add_data(parser, "train")
     add_device(parser)
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 import sparse_seg
-from sparse_seg.cli.arguments import whole_number
-from sparse_seg.cli.options import add_device, input_files, output_folder
+from sparse_seg.cli.arguments import option, whole_number
+from sparse_seg.cli.options import add_device, add_set, input_files, output_folder
 from sparse_seg.config import Config, load_config
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import ConfigError, TrainingError
 from sparse_seg.files import check_outputs
-from sparse_seg.lab.compare.files import compare_and_report
+from sparse_seg.lab.compare.report import compare_and_report
 from sparse_seg.lab.opened import open_checkpoint
 from sparse_seg.lab.report.overlays import write_image
 from sparse_seg.training.checkpoint import run_files
@@ -34,20 +34,10 @@ POLICIES = ("confidence",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out",
-        type=output_folder,
-        default="runs/demo",
-        metavar="D",
-        help="folder to work in (default: runs/demo)",
-    )
-    parser.add_argument(
-        "--config", metavar="CONFIG", help="YAML config (default: configs/demo.yaml of the checkout)"
-    )
-    parser.add_argument("--count", type=whole_number(10), default=250, help="scenes to make (default: 250)")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"
-    )
+    option(parser, "--out D", "folder to work in", output_folder, "runs/demo")
+    option(parser, "--config CONFIG", "YAML config", told="configs/demo.yaml of the checkout")
+    option(parser, "--count", "scenes to make", whole_number(10), 250)
+    add_set(parser, "override config keys")
     add_device(parser)
 
 

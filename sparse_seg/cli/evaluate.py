@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import argparse
 
-from sparse_seg.cli.arguments import fraction
+from sparse_seg.cli.arguments import fraction, option
 from sparse_seg.cli.options import (
     add_config,
     add_data,
     add_device,
+    add_json,
     add_network,
     add_runtime,
     add_views,
@@ -45,10 +46,10 @@ from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.views import ONCE
 from sparse_seg.export.runner import TORCH, Runner
 from sparse_seg.export.runtime import RUNTIMES
-from sparse_seg.lab.compare.files import compare_and_report, written
+from sparse_seg.lab.compare.report import compare_and_report, written
 from sparse_seg.lab.opened import Opened
 from sparse_seg.lab.provenance import write_result
-from sparse_seg.lab.report.summary import class_table, summary
+from sparse_seg.lab.report.tables import Column, Table
 from sparse_seg.masks import POLICIES
 from sparse_seg.processes import Processes, joined_processes
 from sparse_seg.run.way import Way
@@ -56,41 +57,20 @@ from sparse_seg.run.way import Way
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, checkpoint=True)
-    add_network(parser).add_argument(
-        "--compare", nargs="+", type=fraction, metavar="F", help="compare at these fine fractions"
-    )
-    parser.add_argument(
-        "--policies",
-        nargs="+",
-        type=policy,
-        metavar="P",
-        help=f"with --compare: of {', '.join(POLICIES)}, with options (default: edge oracle)",
-    )
-    parser.add_argument(
-        "--exchange",
-        nargs="+",
-        choices=choices(ModelConfig, "exchange"),
-        help="with --compare: rules to compare (default: the model's)",
-    )
-    parser.add_argument(
-        "--merge",
-        nargs="+",
-        choices=choices(ModelConfig, "merge"),
-        help="with --compare: ways to merge the levels to compare (default: the model's)",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="with --compare: keep the rows that the --json file holds"
-    )
-    parser.add_argument(
-        "--accuracy-only",
-        action="store_true",
-        help="with --compare: measure no time, and share the coarse pass between masks: several times faster",
-    )
-    parser.add_argument(
-        "--report", type=output_file, metavar="OUT", help="with --compare: also write an HTML report"
-    )
+    group = add_network(parser)
+    option(group, "--compare F", "compare at these fine fractions", fraction, nargs="+")
+    text = f"with --compare: of {', '.join(POLICIES)}, with options"
+    option(parser, "--policies P", text, policy, told="edge oracle", nargs="+")
+    for name, text in (("exchange", "rules to compare"), ("merge", "ways to merge the levels to compare")):
+        known = choices(ModelConfig, name)
+        option(parser, f"--{name}", f"with --compare: {text}", told="the model's", nargs="+", choices=known)
+    text = "with --compare: keep the rows that the --json file holds"
+    parser.add_argument("--resume", action="store_true", help=text)
+    text = "with --compare: measure no time, and share the coarse pass between masks: several times faster"
+    parser.add_argument("--accuracy-only", action="store_true", help=text)
+    option(parser, "--report OUT", "with --compare: also write an HTML report", output_file)
     add_data(parser, "val")
-    parser.add_argument("--json", type=output_file, metavar="OUT", help="also write the result to this file")
+    add_json(parser)
     add_views(parser)
     add_runtime(parser)
     add_device(parser)
@@ -98,9 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for option in ("policies", "exchange", "merge", "report", "resume", "accuracy-only"):
-        if getattr(args, option.replace("-", "_")) not in (None, False) and args.compare is None:
-            args.usage_error(f"argument --{option}: only with --compare; add --compare F")
+    for name in ("policies", "exchange", "merge", "report", "resume", "accuracy-only"):
+        if getattr(args, name.replace("-", "_")) not in (None, False) and args.compare is None:
+            args.usage_error(f"argument --{name}: only with --compare; add --compare F")
     if args.compare and views(args) != ONCE:
         args.usage_error("argument --compare: not with --flip, --scales or --window")
     if args.accuracy_only and args.runtime in RUNTIMES:
@@ -138,8 +118,18 @@ def _evaluate(subject: Opened, args: argparse.Namespace, processes: Processes) -
     result = evaluate(model, dataset, config.data, way, limit, True, looks, processes, runner)
     if not processes.is_first:
         return
-    print(class_table(result, dataset.classes).to_text())
-    print(summary(result))
+    rows = [
+        {"name": name, "iou": 100 * iou}
+        for name, iou in zip(dataset.classes.names, result.metrics.class_iou, strict=True)
+    ]
+    print(Table([Column("name", "class"), Column("iou", "IoU %", "{:.1f}")], rows).to_text())
+    metrics, fine = result.metrics, result.fine_fraction
+    print(
+        f"mIoU {100 * metrics.miou:.2f}  boundary mIoU {100 * metrics.boundary_miou:.2f}  "
+        f"pixel accuracy {100 * metrics.pixel_accuracy:.2f}  "
+        f"({'dense' if fine is None else f'fine fraction {fine:.3f}'}; {result.images} images, "
+        f"{result.images_per_second:.2f} images/s)"
+    )
     print(runner.report())
     if args.json:
         content = {"runtime": list(runner.runs), "classes": dataset.classes.names, "result": result.as_dict()}

@@ -20,7 +20,7 @@ import dataclasses
 
 from sparse_seg.checkpoint import build_network, load
 from sparse_seg.checkpoint.loading import read_card
-from sparse_seg.cli.arguments import size, whole_number
+from sparse_seg.cli.arguments import option, size, whole_number
 from sparse_seg.cli.options import add_config, add_network, input_files, output_file, overrides
 from sparse_seg.config import ModelConfig, check_classes, load_config
 from sparse_seg.config.keys import choices
@@ -33,27 +33,17 @@ POLICIES = ("confidence", "edge", "gain", "learned", "given")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, checkpoint=True, optional=True)
-    parser.add_argument("out", metavar="OUT.onnx", type=output_file, help="file to write")
-    parser.add_argument(
-        "--size", type=size(), required=True, metavar="HxW", help="size of the images in pixels"
-    )
+    option(parser, "out OUT.onnx", "file to write", output_file)
+    option(parser, "--size HxW", "size of the images in pixels", size(), required=True)
     add_network(parser)
-    parser.add_argument("--policy", choices=POLICIES, help="mask policy (default: the config's)")
-    parser.add_argument(
-        "--merge",
-        choices=choices(ModelConfig, "merge"),
-        help="whole: the head runs everywhere; patch: on fine blocks only (default: the config's)",
-    )
-    parser.add_argument("--input", choices=INPUTS, default="float", help="type of images (default: float)")
-    parser.add_argument(
-        "--batch", type=whole_number(1), default=1, metavar="B", help="images at once (default: 1)"
-    )
+    option(parser, "--policy", "mask policy", told="the config's", choices=POLICIES)
+    text = "whole: the head runs everywhere; patch: on fine blocks only"
+    option(parser, "--merge", text, told="the config's", choices=choices(ModelConfig, "merge"))
+    option(parser, "--input", "type of images", default="float", choices=INPUTS)
+    option(parser, "--batch B", "images at once", whole_number(1), 1)
     parser.add_argument("--logits", action="store_true", help="logits of every pixel, too")
-    parser.add_argument(
-        "--static",
-        action="store_true",
-        help="no shape may depend on the data, as compilers for GPUs want it; slower on CPUs",
-    )
+    text = "no shape may depend on the data, as compilers for GPUs want it; slower on CPUs"
+    parser.add_argument("--static", action="store_true", help=text)
     parser.set_defaults(usage_error=parser.error)
 
 

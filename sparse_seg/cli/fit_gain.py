@@ -16,6 +16,7 @@ import dataclasses
 from pathlib import Path
 
 from sparse_seg.checkpoint import save
+from sparse_seg.cli.arguments import option
 from sparse_seg.cli.options import add_config, add_data, add_device, merges, opened, output_file
 from sparse_seg.errors import ConfigError
 from sparse_seg.run.way import Way
@@ -24,14 +25,11 @@ from sparse_seg.training.gain import collect, fit
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, checkpoint=True)
-    parser.add_argument("out", type=output_file, metavar="OUT", help="checkpoint to write, .safetensors")
+    option(parser, "out OUT", "checkpoint to write, .safetensors", output_file)
     add_data(parser, "train")
-    parser.add_argument(
-        "--without-labels",
-        action="store_true",
-        help="take the network's own dense prediction for the truth",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of masks and net (default: 0)")
+    text = "take the network's own dense prediction for the truth"
+    parser.add_argument("--without-labels", action="store_true", help=text)
+    option(parser, "--seed", "of masks and net", int, 0)
     add_device(parser)
 
 

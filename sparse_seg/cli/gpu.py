@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparse_seg.cli.arguments import number, whole_number
+from sparse_seg.cli.arguments import number, option, whole_number
 from sparse_seg.cli.options import output_file
 from sparse_seg.config import load_config
 from sparse_seg.files import atomic_write, check_outputs
 from sparse_seg.lab.benchmark.gpu import PRECISIONS, measure_gpu, table
 from sparse_seg.lab.benchmark.subject import Setup
-from sparse_seg.lab.provenance import provenance
+from sparse_seg.lab.provenance import write_result
 
 NETWORKS = {
     "DeepLabV3-ResNet-50": ("bench_r50.yaml", 0.1, ["model.num_classes=19"]),
@@ -35,25 +34,10 @@ NETWORKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json", type=output_file, required=True, metavar="OUT", help="result file; a table beside it"
-    )
-    parser.add_argument(
-        "--minutes",
-        type=number(0, 1e6),
-        default=8.0,
-        metavar="N",
-        help="start no new cell after these (default: 8)",
-    )
-    parser.add_argument(
-        "--repeats", type=whole_number(1), default=10, metavar="N", help="timings of each (default: 10)"
-    )
-    parser.add_argument(
-        "--configs",
-        default="configs",
-        metavar="DIR",
-        help="where the networks' configs are (default: configs)",
-    )
+    option(parser, "--json OUT", "result file; a table beside it", output_file, required=True)
+    option(parser, "--minutes N", "start no new cell after these", number(0, 1e6), 8.0, told="8")
+    option(parser, "--repeats N", "timings of each", whole_number(1), 10)
+    option(parser, "--configs DIR", "where the networks' configs are", default="configs")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
         place = {"network": network, "size": list(size), "batch": batch, "precision": precision}
         cells[key] = [place | row for row in found]
         print(table([cells[key]]), flush=True)
-        rows = [row for cell in cells.values() for row in cell]
-        atomic_write(args.json, json.dumps(provenance() | {"rows": rows}, indent=1) + "\n")
+        write_result(args.json, {"rows": list(itertools.chain(*cells.values()))})
         atomic_write(tables, table(list(cells.values())))
     return 0

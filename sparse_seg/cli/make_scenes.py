@@ -10,38 +10,19 @@ examples:
 
 import argparse
 
-from sparse_seg.cli.arguments import size, whole_number
+from sparse_seg.cli.arguments import option, size, whole_number
 from sparse_seg.cli.options import output_folder
 from sparse_seg.data.scenes import FRAMES, SMALLEST_SIDE, write_scenes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this tool's arguments."""
-    parser.add_argument(
-        "out", type=output_folder, metavar="OUT", help="folder to make; must not exist or be empty"
-    )
-    parser.add_argument(
-        "--count",
-        type=whole_number(2),
-        default=250,
-        help="scenes, a fifth of them for val (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--size",
-        type=size(SMALLEST_SIDE),
-        default=(256, 512),
-        metavar="HxW",
-        help=f"height and width, px, from {SMALLEST_SIDE} (default: 256x512)",
-    )
-    parser.add_argument(
-        "--seed", type=whole_number(0), default=0, help="of the random scenes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--pan",
-        type=whole_number(0),
-        metavar="PX",
-        help=f"make a video of each scene: {FRAMES} frames, the camera turning by PX px a frame",
-    )
+    option(parser, "out OUT", "folder to make; must not exist or be empty", output_folder)
+    option(parser, "--count", "scenes, a fifth of them for val", whole_number(2), 250)
+    text = f"height and width, px, from {SMALLEST_SIDE}"
+    option(parser, "--size HxW", text, size(SMALLEST_SIDE), (256, 512), told="256x512")
+    option(parser, "--seed", "of the random scenes", whole_number(0), 0)
+    text = f"make a video of each scene: {FRAMES} frames, the camera turning by PX px a frame"
+    option(parser, "--pan PX", text, whole_number(0))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sparse_seg.checkpoint import find, is_checkpoint
-from sparse_seg.cli.arguments import fraction, number, whole_number
+from sparse_seg.cli.arguments import fraction, number, option, whole_number
 from sparse_seg.config import Config, MaskConfig, config_files, load_config
 from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError, choose_one
 from sparse_seg.evaluation.views import Views
@@ -30,42 +30,33 @@ def add_config(parser: argparse.ArgumentParser, checkpoint: bool = False, option
     """`CONFIG` and `--set`; with `checkpoint` also `CHECKPOINT`, which replaces a CONFIG that is optional."""
     count = "?" if optional else None
     text = "YAML config (default: CHECKPOINT says how the network runs)" if optional else "YAML config"
-    parser.add_argument("config", type=_config_file, nargs=count, metavar="CONFIG", help=text)
+    option(parser, "config CONFIG", text, _config_file, nargs=count)
     if checkpoint:
-        parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override config keys"
-    )
+        option(parser, "checkpoint CHECKPOINT", CHECKPOINT)
+    add_set(parser, "override config keys")
+
+
+def add_set(parser: argparse.ArgumentParser, text: str) -> None:
+    """`--set`."""
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
 
 
 def add_data(parser: argparse.ArgumentParser, split: str) -> None:
     """`--split` and `--limit`."""
-    parser.add_argument("--split", default=split, help=f"split of the dataset (default: {split})")
-    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="use the first N images only")
+    option(parser, "--split", "split of the dataset", default=split)
+    option(parser, "--limit N", "use the first N images only", whole_number(1))
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """`--device`."""
-    parser.add_argument(
-        "--device",
-        type=_device,
-        default=_device("auto"),
-        metavar="DEVICE",
-        help="cpu or cuda (default: cuda if there)",
-    )
+    option(parser, "--device DEVICE", "cpu or cuda", _device, _device("auto"), "cuda if there")
 
 
 def add_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     """`--dense` or `--fine-fraction`; the group, for further ways to run the network."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--dense",
-        type=int,
-        choices=(4, 8, 16, 32),
-        metavar="OS",
-        help="run dense at output stride 4, 8, 16 or 32",
-    )
-    group.add_argument("--fine-fraction", type=fraction, metavar="F", help="share of fine blocks, 0 to 1")
+    option(group, "--dense OS", "run dense at output stride 4, 8, 16 or 32", int, choices=(4, 8, 16, 32))
+    option(group, "--fine-fraction F", "share of fine blocks, 0 to 1", fraction)
     return group
 
 
@@ -76,22 +67,17 @@ def add_views(parser: argparse.ArgumentParser, window: int = 0, scales: str = "1
         window, scales: what runs by default.
     """
     parser.add_argument("--flip", action="store_true", help="average with the mirror image")
-    parser.add_argument(
-        "--scales",
-        nargs="+",
-        type=number(0.05, 4),
-        metavar="S",
-        help="scale the image's sides by S before it runs; several: average over these sizes. Results have "
-        f"the image's own size (default: {scales})",
-    )
-    parser.add_argument(
-        "--window",
-        type=whole_number(0),
-        default=window,
-        metavar="PX",
-        help="bound memory: run images that are larger (at the largest of --scales) through overlapping "
+    text = "scale the image's sides by S before it runs; several: average over these sizes. Results have "
+    option(parser, "--scales S", f"{text}the image's own size", number(0.05, 4), told=scales, nargs="+")
+    option(
+        parser,
+        "--window PX",
+        "bound memory: run images that are larger (at the largest of --scales) through overlapping "
         "windows of this side. Not exact: near seams a network sees less, ASPP pools each window, and each "
-        f"has the mask's budget (default: {window or 'whole images'}; 0: whole images)",
+        "has the mask's budget",
+        whole_number(0),
+        window,
+        f"{window or 'whole images'}; 0: whole images",
     )
 
 
@@ -105,13 +91,14 @@ def views(args: argparse.Namespace) -> Views:
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
     """`--runtime`."""
-    parser.add_argument(
+    option(
+        parser,
         "--runtime",
-        choices=CHOICES,
-        default=AUTO,
-        help="what runs the network; all give the same classes but for ties. auto: torch, and on the CPU "
+        "what runs the network; all give the same classes but for ties. auto: torch, and on the CPU "
         "onnxruntime where that takes less time in all: its graph takes a second or more to make, but is "
-        f"kept for the next run; images of over {PIXELS / 2**20:g} megapixels stay in torch (default: auto)",
+        f"kept for the next run; images of over {PIXELS / 2**20:g} megapixels stay in torch",
+        default=AUTO,
+        choices=CHOICES,
     )
 
 
@@ -148,6 +135,11 @@ def merges(model: Segmentor) -> tuple[str, ...]:
     except SparseSegError:
         return ("whole",)
     return "whole", "patch"
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json`."""
+    option(parser, "--json OUT", "also write the result to this file", output_file)
 
 
 def output_file(text: str) -> str:

@@ -40,12 +40,13 @@ from typing import Any
 from tqdm import tqdm
 
 from sparse_seg.checkpoint import build_network, is_checkpoint, load
-from sparse_seg.cli.arguments import fraction, number, whole_number
+from sparse_seg.cli.arguments import fraction, number, option, whole_number
 from sparse_seg.cli.options import (
     CHECKPOINT,
     add_device,
     add_network,
     add_runtime,
+    add_set,
     add_views,
     input_files,
     output_file,
@@ -76,51 +77,23 @@ WINDOW = 2048  # px
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [CONFIG] CHECKPOINT INPUT [INPUT ...] --out D [options]"
-    parser.add_argument(
-        "files",
-        nargs="+",
-        metavar="CHECKPOINT INPUT",
-        help=f"{CHECKPOINT}; then images, videos, folders of them, camera:N",
-    )
-    parser.add_argument("--out", type=output_folder, required=True, metavar="D", help="folder to write to")
+    text = f"{CHECKPOINT}; then images, videos, folders of them, camera:N"
+    parser.add_argument("files", nargs="+", metavar="CHECKPOINT INPUT", help=text)
+    option(parser, "--out D", "folder to write to", output_folder, required=True)
     parser.add_argument("--ids-only", action="store_true", help="write NAME_ids.png and classes.yaml alone")
-    parser.add_argument(
-        "--json", type=output_file, metavar="OUT", help="write each image's share of each class to this file"
-    )
+    option(parser, "--json OUT", "write each image's share of each class to this file", output_file)
     parser.add_argument("--show-levels", action="store_true", help="also blocks coloured by stride")
-    parser.add_argument(
-        "--steps", nargs="+", type=fraction, metavar="F", help="also refinement to these rising fractions"
-    )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the config that stands before CHECKPOINT",
-    )
+    option(parser, "--steps F", "also refinement to these rising fractions", fraction, nargs="+")
+    add_set(parser, "override keys of the config that stands before CHECKPOINT")
     add_network(parser)
-    parser.add_argument(
-        "--policy",
-        type=policy,
-        metavar="P",
-        help=f"what chooses fine blocks: of {', '.join(POLICIES)}, with options as in confidence:margin "
-        "(default: the checkpoint's)",
-    )
+    text = f"what chooses fine blocks: of {', '.join(POLICIES)}, with options as in confidence:margin"
+    option(parser, "--policy P", text, policy, told="the checkpoint's")
     add_views(parser, WINDOW, f"to the area of the training frames, if known and beyond x{NEAR:g}")
-    parser.add_argument(
-        "--bits",
-        type=int,
-        choices=BITS,
-        help="of images with 16 bits per channel: how many are used (default: 12 where no value of them all "
-        "is above 4095, else 16)",
-    )
-    parser.add_argument(
-        "--fps", type=number(0.01, 1000), metavar="N", help="of videos: keep up with N frames per second"
-    )
-    parser.add_argument(
-        "--limit", type=whole_number(1), metavar="N", help="of videos: the first N frames only"
-    )
+    text = "of images with 16 bits per channel: how many are used"
+    told = "12 where no value of them all is above 4095, else 16"
+    option(parser, "--bits", text, int, told=told, choices=BITS)
+    option(parser, "--fps N", "of videos: keep up with N frames per second", number(0.01, 1000))
+    option(parser, "--limit N", "of videos: the first N frames only", whole_number(1))
     parser.add_argument("--video-ids", action="store_true", help="of videos: also NAME_ids/000000.png, ...")
     parser.add_argument("--video-blocks", action="store_true", help="of videos: also NAME_blocks.mp4")
     parser.set_defaults(usage_error=parser.error)
@@ -132,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
     if args.steps and args.steps != sorted(args.steps):
         args.usage_error(f"argument --steps: fractions must rise, not {args.steps}")
     if args.runtime in RUNTIMES and (args.steps or args.fps):
-        option = "--steps" if args.steps else "--fps"
-        args.usage_error(f"argument --runtime: {option} needs torch, which refines")
+        asked = "--steps" if args.steps else "--fps"
+        args.usage_error(f"argument --runtime: {asked} needs torch, which refines")
     way, looks = Way(args.dense, args.policy, args.fine_fraction), views(args)
     if args.fps and not looks.is_one_look:
         args.usage_error("argument --fps: refines one look; leave out --flip and all --scales but one")

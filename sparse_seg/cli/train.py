@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparse_seg.cli.arguments import option
 from sparse_seg.cli.options import add_config, add_device, input_files, output_folder
 from sparse_seg.config import load_config
 from sparse_seg.files import check_outputs
@@ -23,20 +24,10 @@ from sparse_seg.training.trainer import Trainer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument(
-        "--work-dir",
-        type=output_folder,
-        metavar="D",
-        help="where the run is kept (default: runs/CONFIG's name)",
-    )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="PATH",
-        help="resume from the run's last.pt, or from PATH",
-    )
+    told = "runs/CONFIG's name"
+    option(parser, "--work-dir D", "where the run is kept", output_folder, told=told)
+    text = "resume from the run's last.pt, or from PATH"
+    parser.add_argument("--resume", nargs="?", const=True, default=False, metavar="PATH", help=text)
     parser.add_argument("--amp", action="store_true", help="mixed precision: short for --set train.amp=true")
     add_device(parser)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +20,7 @@ from sparse_seg.data.dataset import Image
 from sparse_seg.errors import DataError
 from sparse_seg.files import check_outputs
 from sparse_seg.lab.report.html import Picture, Section, photo, write_report
-from sparse_seg.lab.report.overlays import draw_legend, overlay, side_by_side
+from sparse_seg.lab.report.overlays import draw_legend, overlay, shrink, side_by_side
 from sparse_seg.lab.report.tables import Column, Table
 
 SPLITS = ("train", "val")
@@ -236,11 +235,7 @@ def _pair(split: _Split, frame: _Frame, more: str = "") -> Picture:
 
 def _show(image: Image, label: NDArray[Any], classes: ClassList, caption: str) -> Picture:
     """Image and labels beside each other, shrunk to the page."""
-    pictures = []
-    for picture in (image, overlay(image, label, classes.palette, 0.6)):
-        height = max(1, round(picture.shape[0] * min(1, WIDTH / picture.shape[1])))
-        size = (min(WIDTH, picture.shape[1]), height)
-        pictures.append(np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8))
+    pictures = [shrink(one, WIDTH) for one in (image, overlay(image, label, classes.palette, 0.6))]
     return photo(side_by_side(pictures, ["", ""]), caption)
 
 

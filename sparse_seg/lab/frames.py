@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
@@ -17,7 +16,7 @@ from sparse_seg.data.transforms import normalise
 from sparse_seg.lab.benchmark.runtimes import lift
 from sparse_seg.lab.report.explorer import Explorer, Frame, Shot
 from sparse_seg.lab.report.html import Picture, photo
-from sparse_seg.lab.report.overlays import colourise, draw_levels, overlay
+from sparse_seg.lab.report.overlays import colourise, draw_levels, overlay, shrink
 from sparse_seg.progress import bar
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
@@ -142,11 +141,7 @@ def _frame(
 
 
 def _photo(image: Image, caption: str) -> Picture:
-    height, width = image.shape[:2]
-    if width > WIDTH:
-        size = WIDTH, round(height * WIDTH / width)
-        return photo(cv2.resize(image, size, interpolation=cv2.INTER_AREA), caption)
-    return photo(image, caption)
+    return photo(shrink(image, WIDTH), caption)
 
 
 def _difference(image: Image, label: np.ndarray, dense: np.ndarray, selective: np.ndarray) -> Image:

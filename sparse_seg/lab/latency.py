@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,20 +86,29 @@ def _cuda_time(run: Run) -> float:
     return start.elapsed_time(end)
 
 
-def peak_memory(prepare: Callable[..., Run], arguments: tuple[Any, ...], device: torch.device) -> float:
+def peak_memory(
+    prepare: Callable[..., Run],
+    arguments: tuple[Any, ...],
+    device: torch.device,
+    pool: ProcessPoolExecutor | None = None,
+) -> float:
     """MiB that the run `prepare(*arguments)` returns needs at its peak, beyond what `prepare` left (weights).
 
     On CUDA by the allocator. On the CPU in a child process of its own, by the kernel's high-water mark of
     resident memory; `prepare` and its arguments must be picklable. What the run keeps for later runs counts.
+
+    Args:
+        pool: of one spawned process, which measures one run after the other; then `prepare` must call its run
+            once, lest only the first one counts what libraries keep.
 
     Raises:
         MeasurementError: the run failed or was killed (too little memory), or there is no Linux /proc.
     """
     if device.type == "cuda":
         return _cuda_peak(prepare(*arguments))
-    with ProcessPoolExecutor(1, SPAWN) as pool:
+    with nullcontext(pool) if pool else ProcessPoolExecutor(1, SPAWN) as child:
         failure = "memory cannot be measured"
-        return in_child(pool, failure, _cpu_peak, torch.get_num_threads(), prepare, arguments)
+        return in_child(child, failure, _cpu_peak, torch.get_num_threads(), prepare, arguments)
 
 
 def in_child(pool: ProcessPoolExecutor, failure: str, work: Callable[..., T], *arguments: Any) -> T:

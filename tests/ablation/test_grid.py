@@ -34,7 +34,7 @@ def test_a_run_changes_mask_exchange_and_strides_alone(grid_file: Path) -> None:
     assert applied.model.exchange == "linear", "the config's"
     assert (applied.train, applied.data) == (config.train, config.data)
     assert config.model.own_strides == [8, 16]
-    spec = Run(None, "confidence:margin,mean", 0.1, "none").applied(config).model
+    spec = Run(None, "confidence:margin,mean", 0.1, exchange="none").applied(config).model
     assert (spec.mask.uncertainty, spec.mask.reduce, spec.exchange) == ("margin", "mean", "none")
     assert Run(output_stride=16).applied(config) is config
     assert run.name == "edge, f=0.25+0.5, 8/16/32"

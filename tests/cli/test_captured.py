@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from sparse_seg import load_model, save_model, selective
-from sparse_seg.cli import main
 from sparse_seg.data.scenes import write_scenes
 from tests import captured
+from tests.cli.commands import done
 
 
 @pytest.fixture(scope="module")
@@ -28,38 +28,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == code
-    found = capsys.readouterr()
-    return found.out if code == 0 else found.err
-
-
-def test_predict_refines(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_refines(folder: Path, tmp_path: Path) -> None:
     options = ("--steps", 0, 0.3, "--runtime", "torch", "--out", tmp_path)
-    run(capsys, "predict", folder / "net.safetensors", folder / "photo.png", *options)
+    done("predict", folder / "net.safetensors", folder / "photo.png", *options)
     assert (tmp_path / "photo_ids.png").exists()
     assert list(tmp_path.glob("photo_step*"))
 
 
 def test_evaluate_compares(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     files = folder / "data.yaml", folder / "net.safetensors"
     out = ("--json", tmp_path / "rows.json", "--report", tmp_path / "report.html")
-    run(capsys, "evaluate", *files, "--compare", 0.2, "--policies", "confidence", "oracle:change", *out)
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    done("evaluate", *files, "--compare", 0.1, 0.2, "--policies", "confidence", "oracle:change", *out)
+    rows, printed = json.loads((tmp_path / "rows.json").read_text())["rows"], capsys.readouterr().out
     assert [row["network"] for row in rows] == [
         *("dense OS8", "dense OS16"),
-        *("selective, confidence, f=0.2", "selective, oracle:change, f=0.2"),
+        *("selective, confidence, f=0.1", "selective, confidence, f=0.2"),
+        *("selective, oracle:change, f=0.1", "selective, oracle:change, f=0.2"),
     ]
+    assert all(row["network"] in printed for row in rows)
     assert rows[1]["gmacs"] < rows[0]["gmacs"]
-    assert "Net, on 2 images" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Net, on 2 images" in page
+    # four curves; for each of the two images three pictures, dense OS8, four steps, and blocks of two
+    assert page.count("<img") == 4 + 2 * (3 + 1 + 4 + 2)
+    assert page.count('href="#step-') == 4
+    assert "http" not in re.sub(r'src="data:image[^"]*"', "", page), "self-contained"
+    assert (tmp_path / "report.png").exists()
 
 
-def test_calibrate_and_fit_gain(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_and_fit_gain(folder: Path, tmp_path: Path) -> None:
     files = folder / "data.yaml", folder / "net.safetensors"
-    run(capsys, "calibrate", *files, "--fine-fraction", 0.3, "--out", tmp_path / "budget.safetensors")
+    done("calibrate", *files, "--fine-fraction", 0.3, "--out", tmp_path / "budget.safetensors")
     assert load_model(tmp_path / "budget.safetensors").policy.threshold is not None
-    run(capsys, "fit-gain", *files, tmp_path / "gain.safetensors", "--limit", 1)
+    done("fit-gain", *files, tmp_path / "gain.safetensors", "--limit", 1)
     found = load_model(tmp_path / "gain.safetensors")
     assert (found.policy.name, found.merge) == ("gain", "patch")
 
@@ -68,7 +70,8 @@ def test_benchmark(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     common = ("benchmark", folder / "data.yaml", "--checkpoint", folder / "net.safetensors")
     sizes = ("--size", "64x96", "--repeats", 1, "--fine-fraction", 0.2, "--no-memory")
     options = ("--engines", "gather", "--scopes", "network", "train", "--json", tmp_path / "rows.json")
-    out = run(capsys, *common, *sizes, *options, "--batch", 2)
+    done(*common, *sizes, *options, "--batch", 2)
+    out = capsys.readouterr().out
     assert re.search(r"^network +selective f=0.2 +gather +\d+\.\d ", out, re.M)
     assert "2 x 64x96 px, confidence mask; medians of 1" in out
     written = json.loads((tmp_path / "rows.json").read_text())
@@ -80,8 +83,9 @@ def test_benchmark(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
 
 
-def test_benchmark_in_a_runtime(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At the fractions asked for, of which a comparison tells the accuracy."""
+@pytest.mark.slow
+def test_benchmark_in_a_runtime(folder: Path, tmp_path: Path) -> None:
+    """At the fraction asked for, of which a comparison tells the accuracy."""
     rows: list[dict[str, object]] = [
         {"output_stride": stride, "policy": None, "fine_fraction": None, "miou": miou}
         for stride, miou in ((8, 60.0), (16, 50.0))
@@ -89,12 +93,8 @@ def test_benchmark_in_a_runtime(folder: Path, tmp_path: Path, capsys: pytest.Cap
     rows.append({"output_stride": None, "policy": "confidence", "fine_fraction": 0.2, "miou": 58.0})
     (tmp_path / "accuracy.json").write_text(json.dumps({"rows": rows}))
     common = ("benchmark", folder / "data.yaml", "--checkpoint", folder / "net.safetensors", "--scopes")
-    options = ("--runtimes", "torch", "--fine-fraction", 0.2, 0.4, "--accuracy", tmp_path / "accuracy.json")
-    out = tmp_path / "out.json"
-    run(capsys, *common, "--size", "64x96", "--repeats", 1, *options, "--json", out)
-    found = {row["run"]: row for row in json.loads(out.read_text())["runtimes"]}
-    assert {name for name in found if " whole" in name} == {
-        f"selective torch whole f={fraction}" for fraction in (0.2, 0.4)
-    }
+    options = ("--runtimes", "torch", "--fine-fraction", 0.2, "--accuracy", tmp_path / "accuracy.json")
+    done(*common, "--size", "64x96", "--repeats", 1, *options, "--json", tmp_path / "out.json")
+    found = {row["run"]: row for row in json.loads((tmp_path / "out.json").read_text())["runtimes"]}
+    assert {"fine torch", "coarse torch", "selective torch whole f=0.2"} <= set(found)
     assert found["selective torch whole f=0.2"]["accuracy_share"] == pytest.approx(0.8)
-    assert "lift" not in found["selective torch whole f=0.4"]

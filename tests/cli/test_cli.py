@@ -1,6 +1,7 @@
 """The command lines as a user meets them: help, exit codes, messages, files."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -14,13 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_seg.cli import COMMANDS, main
+from sparse_seg.cli import COMMANDS, demo, main
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.scenes import ScenesDataset, write_scenes
-from sparse_seg.lab.compare import files
+from sparse_seg.lab.compare import report
 from sparse_seg.lab.report.overlays import GAP, LEGEND_HEIGHT
+from tests.cli.commands import done, fails
 
 ROOT = Path(__file__).parents[2]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -36,35 +39,21 @@ data: {{root: {folder / "scenes"}, crop: [64, 64]}}
 train: {{iterations: 2, batch_size: 2}}
 """
     )
-    assert main(["train", str(config), "--work-dir", str(folder / "run")]) == 0
+    done("train", config, "--work-dir", folder / "run")
     return config, folder / "run/best.pt"
 
 
-def fails(capsys, *arguments, code=1) -> str:
-    """Run a command that must fail; its one line of complaint."""
-    capsys.readouterr()
-    result: object
-    try:
-        result = main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        result = stop.code
-    assert result == code
-    errors = capsys.readouterr().err
-    lines = re.sub(r"[^\n]*\r", "", errors).strip().splitlines()
-    complaints = [line for line in lines if "error:" in line]
-    assert len(complaints) == 1, errors
-    assert "Traceback" not in errors
-    return complaints[0]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_examples(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert re.search(r"examples?:\n", text)
-    assert command in text
+def test_help_has_examples_and_the_overview_purposes(capsys):
+    for command in (*COMMANDS, ""):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"] if command else ["--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert command in text
+        assert not command or re.search(r"examples?:\n", text), command
+    for name in COMMANDS:
+        assert re.search(rf"^  {name.replace('_', '-')} +[A-Z].*\.$", text, re.MULTILINE), name
+    assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize(
@@ -102,15 +91,6 @@ def test_misspelt_weights(capsys, tmp_path):
     assert "unknown classes 'cityscape'; did you mean 'cityscapes'? Choose one of voc, " in line
 
 
-def test_the_overview_says_what_each_command_is_for(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    text = capsys.readouterr().out
-    for name in COMMANDS:
-        assert re.search(rf"^  {name.replace('_', '-')} +[A-Z].*\.$", text, re.MULTILINE), name
-    assert max(map(len, text.splitlines())) <= 120
-
-
 def test_every_tool_is_a_command():
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
     assert tools == set(COMMANDS)
@@ -120,78 +100,78 @@ def test_every_tool_is_a_command():
 
 @pytest.mark.slow
 def test_tool_and_module_run_as_programs():
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for command in ([str(ROOT / "tools/train.py")], ["-m", "sparse_seg", "train"]):
-        done = subprocess.run(
-            [sys.executable, *command, "nothing.yaml"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 1
-        assert done.stderr.startswith("error: config ")
-        assert done.stderr.count("\n") == 1
+        ran = [sys.executable, *command, "nothing.yaml"]
+        ended = subprocess.run(ran, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
+        assert ended.returncode == 1
+        assert ended.stderr.startswith("error: config ")
+        assert ended.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_usage_errors(capsys, trained):
     config, checkpoint = trained
-    assert "COMMAND" in fails(capsys, code=2)
-    assert "invalid choice: 'trian'" in fails(capsys, "trian", code=2)
-    assert "CONFIG" in fails(capsys, "train", code=2)
-    assert "must be a number from 0 to 1, not '1.5'" in fails(
-        capsys, "evaluate", config, checkpoint, "--fine-fraction", "1.5", code=2
+    evaluate, values = (
+        ("evaluate", config, checkpoint),
+        {"--compare": 0.1, "--fine-fraction": 0.1, "--dense": 8},
     )
-    assert "--dense" in fails(capsys, "evaluate", config, checkpoint, "--dense", "9", code=2)
-    assert "unknown device 'tpuu'" in fails(
-        capsys, "evaluate", config, checkpoint, "--device", "tpuu", code=2
-    )
-    evaluate = "evaluate", config, checkpoint
-    assert "--report: only with --compare" in fails(capsys, *evaluate, "--report", "r.html", code=2)
-    assert "--policies: only with --compare" in fails(capsys, *evaluate, "--policies", "edge", code=2)
-    for one, other in (
-        ("--compare", "--dense"),
-        ("--compare", "--fine-fraction"),
-        ("--dense", "--fine-fraction"),
+    folder, best = checkpoint.parent, checkpoint.with_suffix(".safetensors")
+    for arguments, complaint in (
+        ((), "COMMAND"),
+        (("train",), "CONFIG"),
+        ((*evaluate, "--fine-fraction", "1.5"), "must be a number from 0 to 1, not '1.5'"),
+        ((*evaluate, "--device", "tpuu"), "unknown device 'tpuu'"),
+        ((*evaluate, "--report", "r.html"), "--report: only with --compare"),
+        ((*evaluate, "--policies", "edge"), "--policies: only with --compare"),
+        ((*evaluate, "--compare", 0.1, "--resume"), "--resume: name the file"),
+        ((*evaluate, "--json", folder), "is a folder; name a file in it"),
+        ((*evaluate, "--compare", 0.1, "--report", folder), "is a folder; name a file in it"),
+        (("benchmark", config, "--size", "16x64"), "must be at least 32 px"),
+        (("benchmark", config, "--engines", "cudnn"), "invalid choice: 'cudnn'"),
+        (("evaluate", best, config), f"argument CONFIG: {best} is a checkpoint, not a config"),
+        (("predict", best, config, "a.png", "--out", "o"), f"argument CONFIG: {best} is a checkpoint, not a"),
+        (("train", best.with_name("last.pt")), "is a checkpoint, not a config"),
     ):
-        values = {"--compare": "0.1", "--fine-fraction": "0.1", "--dense": "8"}
+        assert complaint in fails(capsys, *arguments, code=2)
+    for one, other in itertools.combinations(values, 2):
         complaint = fails(capsys, *evaluate, one, values[one], other, values[other], code=2)
         assert f"argument {other}: not allowed with argument {one}" in complaint
-    folder = checkpoint.parent
-    assert "is a folder; name a file in it" in fails(capsys, *evaluate, "--json", folder, code=2)
-    assert "is a folder; name a file in it" in fails(
-        capsys, *evaluate, "--compare", "0.1", "--report", folder, code=2
-    )
     if not torch.cuda.is_available():
         assert "no CUDA device" in fails(capsys, "train", config, "--device", "cuda", code=2)
 
 
 def test_failures_are_one_line(capsys, trained, tmp_path):
+    """And what is wrong with a checkpoint is told before what is wrong with data."""
     config, checkpoint = trained
-    assert "did you mean 'train.lr'" in fails(capsys, "train", config, "--set", "train.lrr=1")
-    assert "did you mean 'tiny.yaml'" in fails(capsys, "train", config.with_name("tini.yaml"))
-    assert "no such file" in fails(
-        capsys, "predict", config, checkpoint, tmp_path / "no.png", "--out", tmp_path
-    )
-    assert "no image in this folder" in fails(
-        capsys, "predict", config, checkpoint, tmp_path, "--out", tmp_path
-    )
-    assert "does not exist" in fails(capsys, "evaluate", config, tmp_path / "no.pt")
-    assert "no synthetic scenes there" in fails(
-        capsys, "evaluate", config, checkpoint, "--set", "data.root=nowhere"
-    )
-    assert "does not fit" in fails(capsys, "evaluate", config, checkpoint, "--set", "model.width=0.25")
-    for command, rest in (("evaluate", []), ("predict", [tmp_path, "--out", tmp_path])):
-        other = ["--set", "data.dataset=camvid", "model.num_classes=19"]
-        assert "model.num_classes is 19 but camvid has 11 classes" in fails(
-            capsys, command, config, checkpoint, *rest, *other
-        )
-    assert "no such folder" in fails(capsys, "evaluate", config, checkpoint, "--split", "vall")
-    assert "engine: gather" in fails(
-        capsys, "train", config, "--set", "model.engine=spconv", "--set", "train.network=selective"
-    )
-    assert "already holds a run" in fails(capsys, "train", config, "--work-dir", checkpoint.parent)
+    evaluate = ("evaluate", config, checkpoint)
+    predict = ("predict", config, checkpoint, tmp_path, "--out", tmp_path)
+    camvid = ("--set", "data.dataset=camvid", "model.num_classes=19")
+    wrong = ("--set", "data.root=nowhere", "model.width=0.25")
+    spconv = ("--set", "model.engine=spconv", "--set", "train.network=selective")
+    for arguments, complaint in (
+        (("train", config.with_name("tini.yaml")), "did you mean 'tiny.yaml'"),
+        (("predict", config, checkpoint, tmp_path / "no.png", "--out", tmp_path), "no such file"),
+        (predict, "no image in this folder"),
+        (("evaluate", config, tmp_path / "no.pt"), "does not exist"),
+        ((*evaluate, "--set", "data.root=nowhere"), "no synthetic scenes there"),
+        ((*evaluate, "--set", "model.width=0.25"), "does not fit"),
+        ((*evaluate, *wrong), "does not fit the config"),
+        ((*evaluate, *wrong, "--compare", 0.1), "does not fit the config"),
+        ((*evaluate, *camvid), "model.num_classes is 19 but camvid has 11 classes"),
+        ((*predict, *camvid), "model.num_classes is 19 but camvid has 11 classes"),
+        ((*evaluate, "--split", "vall"), "no such folder"),
+        (("train", config, *spconv), "engine: gather"),
+        (("train", config, "--work-dir", checkpoint.parent), "already holds a run"),
+        (("benchmark", config, "--checkpoint", tmp_path / "no.pt", "--size", "64x96"), "does not exist"),
+    ):
+        assert complaint in fails(capsys, *arguments), arguments
+    for key, near in (("train.lrr", "'train.lr'"), ("train.lossy.fine_weight", "did"), ("train.foo", "")):
+        assert ("did you mean" in (line := fails(capsys, "train", config, "--set", f"{key}=1"))) == bool(near)
+        assert near in line
+    assert "did you mean" not in fails(capsys, "train", config.with_name("camvid.yaml"))
+    for head in ("deeplabv3", "deeplabv3plus"):
+        pooled = ("--scopes", "train", "--set", f"model.head={head}")
+        line = fails(capsys, "benchmark", config, "--size", "64x96", "--no-memory", *pooled)
+        assert "needs --batch 2 or more: a norm sees one vector of each image" in line
 
 
 @pytest.mark.parametrize(
@@ -207,32 +187,6 @@ def test_system_errors_are_one_line(capsys, monkeypatch, trained, error, line):
 
     monkeypatch.setattr("sparse_seg.cli.train.load_config", fail)
     assert fails(capsys, "train", trained[0]) == line
-
-
-def test_config_and_checkpoint_in_the_wrong_order(capsys, trained):
-    config, checkpoint = trained
-    best = checkpoint.with_suffix(".safetensors")
-    for command, rest in (("evaluate", []), ("predict", ["a.png", "--out", "out"])):
-        line = fails(capsys, command, best, config, *rest, code=2)
-        assert f"argument CONFIG: {best} is a checkpoint, not a config" in line
-    assert "is a checkpoint, not a config" in fails(capsys, "train", best.with_name("last.pt"), code=2)
-
-
-def test_the_checkpoint_is_looked_at_before_the_data(capsys, trained, tmp_path):
-    config, checkpoint = trained
-    wrong = ["--set", "data.root=nowhere", "model.width=0.25"]
-    assert "does not fit the config" in fails(capsys, "evaluate", config, checkpoint, *wrong)
-    compare = ["--compare", "0.1"]
-    assert "does not fit the config" in fails(capsys, "evaluate", config, checkpoint, *compare, *wrong)
-
-
-def test_hints_are_near(capsys, trained):
-    config, _ = trained
-    for name in ("train.lrr", "train.lossy.fine_weight"):
-        assert "did you mean" in fails(capsys, "train", config, "--set", f"{name}=1")
-    for name in ("train.foo", "model.xyz"):
-        assert "did you mean" not in fails(capsys, "train", config, "--set", f"{name}=1")
-    assert "did you mean" not in fails(capsys, "train", config.with_name("camvid.yaml"))
 
 
 def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
@@ -258,77 +212,53 @@ def test_bad_dataset_files_are_named_before_training(capsys, trained, tmp_path):
 
 
 def test_class_names_on_a_terminal_without_their_letters(trained, monkeypatch):
-    config, checkpoint = trained
     monkeypatch.setattr(ScenesDataset, "classes", replace(ScenesDataset.classes, names=("Straße",) * 19))
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr("sys.stdout", terminal)
-    assert main(["evaluate", str(config), str(checkpoint), "--dense", "16"]) == 0
+    done("evaluate", *trained, "--dense", 16)
     terminal.seek(0)
     assert "Stra?e " in terminal.read()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_closed_streams(trained, tmp_path, closed):
     """As some schedulers and service managers start a job."""
-    config, _ = trained
-    command = f"{sys.executable} -m sparse_seg train {config} --work-dir {tmp_path}/run {closed}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=environment, check=False, capture_output=True)
-    assert done.returncode == 0
+    command = f"{sys.executable} -m sparse_seg train {trained[0]} --work-dir {tmp_path}/run {closed}"
+    ended = subprocess.run(["sh", "-c", command], cwd=ROOT, env=ONE_THREAD, capture_output=True)
+    assert ended.returncode == 0
     assert (tmp_path / "run/best.safetensors").is_file()
-    assert not done.stderr
+    assert not ended.stderr
 
 
 def test_evaluate_prints_and_writes(capsys, trained, tmp_path):
-    config, checkpoint = trained
-    arguments = ["evaluate", str(config), str(checkpoint), "--json", str(tmp_path / "out.json")]
-    assert main([*arguments, "--fine-fraction", "0.5"]) == 0
+    done("evaluate", *trained, "--json", tmp_path / "out.json", "--fine-fraction", 0.5)
     out = capsys.readouterr().out
     assert re.search(r"mIoU \d+\.\d\d  boundary mIoU .*fine fraction 0\.500; 2 images", out)
     assert re.search(r"^bicycle +", out, re.M)
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["result"]["fine_fraction"] == 0.5
     assert {"command", "commit", "machine", "threads", "date"} <= set(written)
-    assert main([*arguments, "--dense", "8"]) == 0
+    done("evaluate", *trained, "--dense", 8)
     assert "(dense;" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_compare_writes_table_and_report(capsys, trained, tmp_path):
-    pytest.importorskip("matplotlib")
-    config, checkpoint = trained
-    files = ["--json", str(tmp_path / "c.json"), "--report", str(tmp_path / "r.html")]
-    assert main(["evaluate", str(config), str(checkpoint), "--compare", "0.1", "0.5", *files]) == 0
-    out = capsys.readouterr().out
-    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
-    assert len(rows) == 6
-    assert all(row["network"] in out for row in rows)
-    report = (tmp_path / "r.html").read_text()
-    # four curves; for each of the two images three pictures, dense OS8, four steps, and blocks of two
-    assert report.count("<img") == 4 + 2 * (3 + 1 + 4 + 2)
-    assert report.count('href="#step-') == 4
-    assert 'src="data:image' in report
-    assert "http" not in re.sub(r'src="[^"]*"', "", report)
 
 
 @pytest.mark.slow
 def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     """--resume keeps the rows there are and measures the others, policy by policy."""
-    config, checkpoint = trained
     out = tmp_path / "rows.json"
-    compare = ["evaluate", str(config), str(checkpoint), "--compare", "0.5", "--json", str(out), "--resume"]
-    assert main([*compare, "--policies", "random"]) == 0
+    compare = ["evaluate", *trained, "--compare", 0.5, "--json", out, "--resume"]
+    done(*compare, "--policies", "random")
     before = json.loads(out.read_text())["rows"]
     measured: list[str] = []
-    whole = files.compare
+    whole = report.compare
 
     def note(model, dataset, data, rows, *others, **options):
         measured.extend(row.name for row in rows)
         return whole(model, dataset, data, rows, *others, **options)
 
-    monkeypatch.setattr(files, "compare", note)
-    assert main([*compare, "--policies", "random", "edge:cad", "--exchange", "none", "linear"]) == 0
+    monkeypatch.setattr(report, "compare", note)
+    done(*compare, "--policies", "random", "edge:cad", "--exchange", "none", "linear")
     names = [
         f"selective, {spec}, f=0.5, {rule}" for spec in ("random", "edge:cad") for rule in ("none", "linear")
     ]
@@ -337,85 +267,56 @@ def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     assert result["rows"][: len(before)] == before
     assert result["commits"] == [str(result["commit"])]
     assert "edge:cad, f=0.5, linear" in capsys.readouterr().out
-    other = [*compare, "--limit", "1"]
-    assert "holds rows of other weights, images or strides, or of another runtime" in fails(capsys, *other)
+    other = fails(capsys, *compare, "--limit", 1)
+    assert "holds rows of other weights, images or strides, or of another runtime" in other
     assert json.loads(out.read_text()) == result
     out.write_text("{}")
     assert "holds no comparison to resume" in fails(capsys, *compare)
-    assert "--resume: name the file" in fails(capsys, *compare[:5], "--resume", code=2)
     wrong = fails(capsys, *compare, "--policies", "edge:canny", code=2)
     assert "mask policy 'edge:canny': unknown option 'canny'; choose one of blur, sobel, cad" in wrong
     assert "this network has no learned mask" in fails(capsys, *compare[:5], "--policies", "learned")
 
 
-def test_predict_shows_levels_and_steps(capsys, trained, tmp_path):
-    config, checkpoint = trained
-    image = next((config.parent / "scenes").rglob("*_leftImg8bit.png"))
-    run = ["predict", str(config), str(checkpoint), str(image), "--out", str(tmp_path), "--show-levels"]
-    assert main([*run, "--steps", "0", "0.1", "0.5"]) == 0
-    height, width = read_image(image).shape[:2]
-    levels = read_image(tmp_path / f"{image.stem}_levels.png")
-    assert levels.shape == (height + LEGEND_HEIGHT, width, 3)
-    sheet = read_image(tmp_path / f"{image.stem}_steps.png")
-    assert sheet.shape[1] == 3 * width + 2 * GAP
-    assert "fractions must rise" in fails(capsys, *run, "--steps", "0.5", "0.1", code=2)
-
-
-def test_predict_writes_pictures(capsys, trained, tmp_path):
-    config, checkpoint = trained
-    frames = tmp_path / "frames"
+def test_predict_writes_pictures(capsys, trained, tmp_path, caplog):
+    """Of every kind, for the images of a folder; what else is there is told."""
+    frames, out = tmp_path / "frames", tmp_path / "out"
     frames.mkdir()
     image = np.random.default_rng(0).integers(0, 256, (75, 97, 3), np.uint8)
     for name in ("a.png", "b.jpg"):
         cv2.imwrite(str(frames / name), image)
     (frames / "notes.txt").write_text("no image")
-    assert main(["predict", str(config), str(checkpoint), str(frames), "--out", str(tmp_path / "out")]) == 0
+    predict = ["predict", *trained, frames, "--out"]
+    done(*predict, out, "--show-levels", "--steps", 0, 0.1, 0.5)
     assert not capsys.readouterr().err, "no bar without a terminal"
+    assert "1 of 3 files are left out, such as notes.txt; names end in .avi, " in caplog.text
+    shapes = dict.fromkeys(("blocks", "classes", "ids", "overlay"), (75, 97, 3))
+    shapes["levels"] = (75 + LEGEND_HEIGHT, 97, 3)
+    for stem, (kind, shape) in itertools.product("ab", shapes.items()):
+        assert read_image(out / f"{stem}_{kind}.png").shape == shape
+        assert read_image(out / f"{stem}_steps.png").shape[1] == 3 * 97 + 2 * GAP
+    assert len(list(out.iterdir())) == 2 * 6 + 2, "and classes.yaml and legend.png"
     kept = sorted(frames.iterdir())
-    message = fails(capsys, "predict", config, checkpoint, frames, "--out", frames, code=2)
+    message = fails(capsys, *predict, frames, code=2)
     assert f"{frames} holds the images; name another folder than {frames}" in message
     assert sorted(frames.iterdir()) == kept
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    kinds = ("blocks", "classes", "ids", "overlay")
-    assert names == [*(f"{stem}_{kind}.png" for stem in "ab" for kind in kinds), "classes.yaml", "legend.png"]
-    for name in names[:-2]:
-        picture = cv2.imread(str(tmp_path / "out" / name))
-        assert picture is not None
-        assert picture.shape == (75, 97, 3)
-    assert (
-        main(
-            [
-                "predict",
-                str(config),
-                str(checkpoint),
-                str(frames),
-                "--out",
-                str(tmp_path / "d"),
-                "--dense",
-                "8",
-            ]
-        )
-        == 0
-    )
-    assert len(list((tmp_path / "d").iterdir())) == 8
+    assert "fractions must rise" in fails(capsys, *predict, out, "--steps", "0.5", "0.1", code=2)
+    done(*predict, tmp_path / "d", "--dense", 8)
+    assert len(list((tmp_path / "d").iterdir())) == 2 * 3 + 2
 
 
 def test_predict_refuses_bad_images_and_writes_nothing_for_them(capsys, trained, tmp_path):
-    config, checkpoint = trained
+    (tmp_path / "other").mkdir()
     (tmp_path / "broken.png").write_bytes(b"not an image")
     cv2.imwrite(str(tmp_path / "small.png"), np.zeros((12, 12, 3), np.uint8))
-    out = tmp_path / "out"
-    assert "broken.png: truncated, corrupt or not an image" in fails(
-        capsys, "predict", config, checkpoint, tmp_path / "broken.png", "--out", out
-    )
-    assert "small.png: images must be at least 32 px at a scale of 2" in fails(
-        capsys, "predict", config, checkpoint, tmp_path / "small.png", "--out", out
-    )
-    (tmp_path / "other").mkdir()
     cv2.imwrite(str(tmp_path / "other/small.jpg"), np.zeros((40, 40, 3), np.uint8))
-    assert "would write to the same pictures" in fails(
-        capsys, "predict", config, checkpoint, tmp_path / "small.png", tmp_path / "other", "--out", out
-    )
+    out = tmp_path / "out"
+    for images, complaint in (
+        (("broken.png",), "broken.png: truncated, corrupt or not an image"),
+        (("small.png",), "small.png: images must be at least 32 px at a scale of 2"),
+        (("small.png", "other"), "would write to the same pictures"),
+    ):
+        files = [tmp_path / image for image in images]
+        assert complaint in fails(capsys, "predict", *trained, *files, "--out", out)
     assert not out.exists() or not list(out.iterdir())
 
 
@@ -424,19 +325,20 @@ def test_demo_in_small(capsys, tmp_path, monkeypatch):
     """From any folder, and into one whose name would not be valid YAML."""
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    arguments = ["demo", "--out", "a: [demo", "--count", "10", "--device", "cpu"]
+    arguments = ["demo", "--out", "a: [demo", "--count", 10, "--device", "cpu", "--set"]
     small = ["train.iterations=2", "model.width=0.125", "train.batch_size=2", "data.crop=[64, 64]"]
     small += ["train.warmup_iterations=0"]
-    assert main([*arguments, "--set", *small]) == 0
+    monkeypatch.setattr(demo, "FRACTIONS", (0.3,))
+    done(*arguments, *small)
     first = capsys.readouterr().out
     assert "dense OS8" in first
     assert "minutes" in first.splitlines()[0]
     assert all((tmp_path / "a: [demo" / name).exists() for name in ("report.html", "picture.png"))
-    assert main([*arguments, "--set", *small]) == 0  # a second run reuses scenes and weights
+    done(*arguments, *small)  # a second run reuses scenes and weights
     assert "best validation" not in capsys.readouterr().err
 
 
-def test_demo_says_resume_hint(capsys, tmp_path, monkeypatch):
+def test_demo_says_what_it_lacks(capsys, tmp_path, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
@@ -444,26 +346,3 @@ def test_demo_says_resume_hint(capsys, tmp_path, monkeypatch):
     assert "interrupted; run it again to resume" in fails(capsys, "demo", "--out", tmp_path)
     monkeypatch.setattr("sparse_seg.__file__", str(tmp_path / "package/__init__.py"))
     assert "is not there: run from a checkout" in fails(capsys, "demo", "--out", tmp_path)
-
-
-def test_benchmark_errors(capsys, trained, tmp_path):
-    config, _ = trained
-    tiny = ["--size", "64x96", "--no-memory"]
-    assert "must be at least 32 px" in fails(capsys, "benchmark", config, "--size", "16x64", code=2)
-    assert "invalid choice: 'cudnn'" in fails(capsys, "benchmark", config, "--engines", "cudnn", code=2)
-    assert "does not exist" in fails(capsys, "benchmark", config, "--checkpoint", tmp_path / "no.pt", *tiny)
-    for head in ("deeplabv3", "deeplabv3plus"):
-        pooled = ["--scopes", "train", "--set", f"model.head={head}"]
-        line = fails(capsys, "benchmark", config, *tiny, *pooled)
-        assert "needs --batch 2 or more: a norm sees one vector of each image" in line
-
-
-def test_predict_says_what_it_leaves_out(trained, tmp_path, caplog):
-    config, checkpoint = trained
-    folder = tmp_path / "in"
-    (folder / "more").mkdir(parents=True)
-    for name in ("a.png", "more/b.png"):
-        cv2.imwrite(str(folder / name), np.full((64, 96, 3), 90, np.uint8))
-    (folder / "notes.txt").write_text("x")
-    assert main(["predict", str(config), str(checkpoint), str(folder), "--out", str(tmp_path / "out")]) == 0
-    assert "1 of 3 files are left out, such as notes.txt; names end in .avi, " in caplog.text

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sparse_seg.cli import gpu, main
+from sparse_seg.cli import gpu
 from sparse_seg.lab.benchmark.gpu import table
+from tests.cli.commands import done
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
 
@@ -23,7 +24,7 @@ def test_rehearsal(
     (tmp_path / "tiny.yaml").write_text("model: {width: 0.125, head_channels: 8, mask: {policy: confidence}}")
     monkeypatch.setattr(gpu, "NETWORKS", {"tiny": ("tiny.yaml", 0.3, ["model.num_classes=5"])})
     out = tmp_path / "gpu.json"
-    assert main(["gpu", "--json", str(out), "--configs", str(tmp_path), "--repeats", "1"]) == 0
+    done("gpu", "--json", out, "--configs", tmp_path, "--repeats", 1)
     rows = json.loads(out.read_text())["rows"]
     assert len({(row["batch"], row["precision"]) for row in rows}) == 6
     names = {row["run"] for row in rows}

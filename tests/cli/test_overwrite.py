@@ -1,6 +1,7 @@
 """No command replaces what it reads, or a file of the user's, under whatever name."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,49 +10,57 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_seg.cli import main
 from sparse_seg.config import load_config
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.lab.predict.inputs import Outputs, find_sources
 from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import save_checkpoint
-from tests.cli.test_cli import fails
+from tests.cli.commands import done, fails
 from tests.reference import randomise
 
 NET = "model: {width: 0.125, head_channels: 16}\n"
 DATA = "data: {dataset: folder, root: data, crop: [32, 32]}\n"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """The working folder: a config upon another, a checkpoint, a data set, a photo and a video."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a config upon another, a checkpoint, a data set, a photo and a video."""
+    root = tmp_path_factory.mktemp("made")
     for split in ("train", "val"):
         for kind in ("images", "labels"):
-            Path("data", split, kind).mkdir(parents=True)
-        picture("data", split, "images/a.png")
-        cv2.imwrite(f"data/{split}/labels/a.png", np.tile(np.array([0, 1], np.uint8), (64, 32)))
-    Path("data/classes.yaml").write_text("names: [sand, rock]\nids: [0, 1]\n")
-    Path("base.yaml").write_text(NET)
-    Path("own.yaml").write_text(f"_base_: base.yaml\n{DATA}train: {{iterations: 1, batch_size: 1}}\n")
-    config = load_config("own.yaml")
+            (root / "data" / split / kind).mkdir(parents=True)
+        picture(root / "data" / split / "images/a.png")
+        label = np.tile(np.array([0, 1], np.uint8), (64, 32))
+        cv2.imwrite(str(root / f"data/{split}/labels/a.png"), label)
+    (root / "data/classes.yaml").write_text("names: [sand, rock]\nids: [0, 1]\n")
+    (root / "base.yaml").write_text(NET)
+    (root / "own.yaml").write_text(f"_base_: base.yaml\n{DATA}train: {{iterations: 1, batch_size: 1}}\n")
+    config = load_config(root / "own.yaml", [f"data.root={root / 'data'}"])
     config.model.num_classes = 2
     torch.manual_seed(0)
     model = build_model(config.model)
     randomise(model)
-    save_checkpoint("net.safetensors", config, model.state_dict())
-    picture("photo.png")
-    write_video("drive.mp4")
+    save_checkpoint(root / "net.safetensors", config, model.state_dict())
+    picture(root / "photo.png")
+    write_video(root / "drive.mp4")
+    return root
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch) -> Path:
+    """A copy of it, in which we work."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def picture(*parts: str) -> None:
+def picture(path: str | Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    assert cv2.imwrite(str(Path(*parts)), pixels)
+    assert cv2.imwrite(str(path), pixels)
 
 
-def write_video(name: str) -> None:
-    writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*"mp4v"), 25, (64, 64))
+def write_video(name: str | Path) -> None:
+    writer = cv2.VideoWriter(str(name), cv2.VideoWriter.fourcc(*"mp4v"), 25, (64, 64))
     for step in range(2):
         writer.write(np.full((64, 64, 3), 60 * step, np.uint8))
     writer.release()
@@ -69,74 +78,58 @@ def refused(capsys: pytest.CaptureFixture, *command: object, code: int = 1) -> s
     return line
 
 
-def same(path: str) -> str:
-    return path
-
-
-def hard_link(path: str) -> str:
-    os.link(path, f"link{Path(path).suffix}")
+def linked(path: str, link: Callable[[str, str], None]) -> str:
+    link(path, f"link{Path(path).suffix}")
     return f"link{Path(path).suffix}"
 
 
-def symbolic_link(path: str) -> str:
-    os.symlink(path, f"link{Path(path).suffix}")
-    return f"link{Path(path).suffix}"
-
-
-def other_way_round(path: str) -> str:
-    return str(Path("..", Path.cwd().name, path))
-
-
-COMMANDS = {
-    "fit-gain": (["fit-gain", "own.yaml", "net.safetensors"], ["net.safetensors", "own.yaml"]),
-    "export": (
-        ["export", "--size", "64x64", "own.yaml", "net.safetensors"],
-        ["net.safetensors", "base.yaml"],
-    ),
-    "export alone": (["export", "--size", "64x64", "net.safetensors"], ["net.safetensors"]),
-    "calibrate": (["calibrate", "own.yaml", "net.safetensors", "--out"], ["net.safetensors"]),
-    "browse": (
-        ["browse", "own.yaml", "--out"],
-        ["own.yaml", "base.yaml", "data/classes.yaml", "data/val/labels/a.png"],
-    ),
-    "evaluate": (
-        ["evaluate", "own.yaml", "net.safetensors", "--json"],
-        ["net.safetensors", "own.yaml", "data/val/images/a.png"],
-    ),
-    "compare": (
-        ["evaluate", "own.yaml", "net.safetensors", "--compare", "0.1", "--report"],
-        ["net.safetensors", "data/classes.yaml"],
-    ),
-    "predict": (
-        ["predict", "own.yaml", "net.safetensors", "photo.png", "--out", "o", "--json"],
-        ["net.safetensors", "base.yaml", "photo.png"],
-    ),
-    "benchmark": (
-        ["benchmark", "own.yaml", "--checkpoint", "net.safetensors", "--json"],
-        ["net.safetensors"],
-    ),
+NAMES: dict[str, Callable[[str], str]] = {
+    "same": lambda path: path,
+    "hard link": lambda path: linked(path, os.link),
+    "symbolic link": lambda path: linked(path, os.symlink),
+    "the other way round": lambda path: str(Path("..", Path.cwd().name, path)),
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_an_output_that_is_an_input_is_refused(command, folder, capsys):
-    arguments, inputs = COMMANDS[command]
-    for path in inputs:
-        line = refused(capsys, *arguments, path)
-        assert f"{path} is an input and would be overwritten; name another output" in line
+EXPORT = ("export", "--size", "64x64")
+EVALUATE = ("evaluate", "own.yaml", "net.safetensors")
+COMMANDS = (
+    (("fit-gain", "own.yaml", "net.safetensors"), ("net.safetensors", "own.yaml")),
+    ((*EXPORT, "own.yaml", "net.safetensors"), ("net.safetensors", "base.yaml")),
+    ((*EXPORT, "net.safetensors"), ("net.safetensors",)),
+    (("calibrate", "own.yaml", "net.safetensors", "--out"), ("net.safetensors",)),
+    (
+        ("browse", "own.yaml", "--out"),
+        ("own.yaml", "base.yaml", "data/classes.yaml", "data/val/labels/a.png"),
+    ),
+    ((*EVALUATE, "--json"), ("net.safetensors", "own.yaml", "data/val/images/a.png")),
+    ((*EVALUATE, "--compare", "0.1", "--report"), ("net.safetensors", "data/classes.yaml")),
+    (
+        ("predict", "own.yaml", "net.safetensors", "photo.png", "--out", "o", "--json"),
+        ("net.safetensors", "base.yaml", "photo.png"),
+    ),
+    (("benchmark", "own.yaml", "--checkpoint", "net.safetensors", "--json"), ("net.safetensors",)),
+)
 
 
-@pytest.mark.parametrize("name", [same, hard_link, symbolic_link, other_way_round])
-def test_whatever_it_is_called(name: Callable[[str], str], folder, capsys):
-    export = ["export", "net.safetensors", name("net.safetensors"), "--size", "64x64"]
+def test_an_output_that_is_an_input_is_refused(folder, capsys):
+    for arguments, inputs in COMMANDS:
+        for path in inputs:
+            line = refused(capsys, *arguments, path)
+            assert f"{path} is an input and would be overwritten; name another output" in line
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_whatever_it_is_called(kind, folder, capsys):
+    name = NAMES[kind]("net.safetensors")
+    export = ["export", "net.safetensors", name, "--size", "64x64"]
     assert "would be overwritten" in refused(capsys, *export)
+    assert "argument DST: is SRC" in refused(capsys, "convert", "net.safetensors", name, code=2)
+
+
+def test_neither_a_video_nor_shipped_weights_are_replaced(folder, capsys, monkeypatch):
     for source in ("drive.mp4", folder / "drive.mp4"):
         assert "would be overwritten" in refused(capsys, "predict", "net.safetensors", source, "--out", ".")
-    convert = ["convert", "net.safetensors", "link.safetensors" if "link" in name.__name__ else export[2]]
-    assert "argument DST: is SRC" in refused(capsys, *convert, code=2)
-
-
-def test_shipped_weights_stand(folder, capsys, monkeypatch):
     monkeypatch.setattr("sparse_seg.checkpoint.file.SHIPPED", folder)
     export = ["export", "net", folder / "net.safetensors", "--size", "64x64"]
     assert "would be overwritten" in refused(capsys, *export)
@@ -191,10 +184,10 @@ def test_a_foreign_class_file_stands(folder, capsys):
     Path("o/classes.yaml").write_text("no: [yaml")
     assert "o/classes.yaml is there and says other classes" in refused(capsys, *predict, "o")
     for _ in range(2):  # its own is no foreign one, and stays
-        assert main([*predict, "p", "--ids-only"]) == 0
+        done(*predict, "p", "--ids-only")
     own = Path("p/classes.yaml")
     own.write_text("# mine\n" + own.read_text())
-    assert main([*predict, "p", "--ids-only"]) == 0
+    done(*predict, "p", "--ids-only")
     assert own.read_text().startswith("# mine\n")
 
 
@@ -219,10 +212,10 @@ def test_a_training_keeps_configs_and_checkpoints(folder, capsys):
 def test_a_run_resumes_from_its_own_config(folder):
     train = ["train", "--work-dir", "run"]
     batch = ["--set", "train.batch_size=2"]
-    assert main([*train, "own.yaml", *batch]) == 0
-    assert main([*train, "run/config.yaml", "--resume", "--set", "train.iterations=2"]) == 0
+    done(*train, "own.yaml", *batch)
+    done(*train, "run/config.yaml", "--resume", "--set", "train.iterations=2")
     os.remove("run/last.pt")
-    assert main([*train, "own.yaml", *batch]) == 0, "a config.yaml that a run wrote is replaced"
+    done(*train, "own.yaml", *batch)  # a config.yaml that a run wrote is replaced
 
 
 def test_an_ablation_and_a_demo_keep_their_configs(folder, capsys):
@@ -241,7 +234,7 @@ def test_an_ablation_and_a_demo_keep_their_configs(folder, capsys):
 def test_what_is_written_is_what_was_checked(folder):
     """The files that a prediction checks beforehand are those that it writes."""
     every = ["--show-levels", "--steps", "0.1", "0.5", "--video-ids", "--video-blocks"]
-    assert main(["predict", "net.safetensors", "photo.png", "drive.mp4", "--out", "o", *every]) == 0
+    done("predict", "net.safetensors", "photo.png", "drive.mp4", "--out", "o", *every)
     kinds = ("ids", "overlay", "classes", "blocks", "levels", "steps")
     outputs = Outputs(Path("o"), kinds, True, True)
     expected = {file for source in find_sources(["photo.png", "drive.mp4"]) for file in outputs.files(source)}

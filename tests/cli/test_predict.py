@@ -3,12 +3,14 @@
 import json
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -24,7 +26,7 @@ from sparse_seg.errors import DataError
 from sparse_seg.export import RuntimeSegmentor
 from sparse_seg.run.card import Card
 from sparse_seg.run.way import Way
-from tests.cli.test_cli import fails
+from tests.cli.commands import done, fails
 from tests.data.files import sideways_photo
 
 NAMES, IDS = ["ground", "wall", "plant"], [3, 7, 9]
@@ -40,21 +42,24 @@ def checkpoint(tmp_path_factory) -> Path:
             (folder / "data" / split / kind).mkdir(parents=True)
         for name in "ab":
             ids = np.repeat(rng.choice(IDS, (4, 6)), 16, 0).repeat(16, 1).astype(np.uint8)
-            image = np.dstack([ids * 25] * 3)
-            cv2.imwrite(str(folder / f"data/{split}/images/{name}.png"), image)
+            cv2.imwrite(str(folder / f"data/{split}/images/{name}.png"), np.dstack([ids * 25] * 3))
             cv2.imwrite(str(folder / f"data/{split}/labels/{name}.png"), ids)
     (folder / "data/classes.yaml").write_text(yaml.safe_dump({"names": NAMES, "ids": IDS}))
-    config = folder / "own.yaml"
-    config.write_text(
+    (folder / "own.yaml").write_text(
         f"""
 model: {{width: 0.125, head_channels: 16}}
 data: {{dataset: folder, root: {folder / "data"}, crop: [64, 64]}}
 train: {{iterations: 2, batch_size: 2}}
 """
     )
-    assert main(["train", str(config), "--work-dir", str(folder / "run")]) == 0
+    done("train", folder / "own.yaml", "--work-dir", folder / "run")
     (folder / "data").rename(folder / "gone")
     return folder / "run/best.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> sparse_seg.SelectiveNetwork:
+    return sparse_seg.load_model(checkpoint)
 
 
 @pytest.fixture
@@ -64,10 +69,19 @@ def photo(tmp_path) -> Path:
     return tmp_path / "photo.png"
 
 
-def test_a_checkpoint_alone_names_classes_ids_and_colours(checkpoint, photo, tmp_path, capsys):
-    shares = tmp_path / "shares.json"
-    arguments = ["predict", str(checkpoint), str(photo), "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--json", str(shares), "--fine-fraction", "0.5"]) == 0
+@pytest.fixture
+def predict(checkpoint, tmp_path) -> Callable[..., dict[str, Any]]:
+    """Predicts to `out`; what the JSON file then says of each image."""
+
+    def run(*arguments: object) -> dict[str, Any]:
+        done("predict", checkpoint, *arguments, "--out", tmp_path / "out", "--json", tmp_path / "s.json")
+        return json.loads((tmp_path / "s.json").read_text())
+
+    return run
+
+
+def test_a_checkpoint_alone_names_classes_ids_and_colours(predict, photo, tmp_path, capsys):
+    said = predict(photo, "--fine-fraction", 0.5)
     assert "1 images segmented" in capsys.readouterr().out
     ids = read_label(tmp_path / "out/photo_ids.png")
     assert ids.shape == (75, 97)
@@ -79,7 +93,6 @@ def test_a_checkpoint_alone_names_classes_ids_and_colours(checkpoint, photo, tmp
     for value, colour in zip(IDS, known.classes.palette, strict=True):
         assert (colours[ids == value] == colour).all()
     assert read_image(tmp_path / "out/legend.png").shape[2] == 3
-    said = json.loads(shares.read_text())
     (image,) = said["images"].values()
     assert said["classes"] == NAMES
     assert sum(image["shares"].values()) == pytest.approx(1)
@@ -88,20 +101,16 @@ def test_a_checkpoint_alone_names_classes_ids_and_colours(checkpoint, photo, tmp
 
 
 @pytest.mark.slow
-def test_a_large_photo_runs_through_windows_and_that_is_said(checkpoint, tmp_path, capsys):
+def test_a_large_photo_runs_through_windows_and_that_is_said(predict, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "large.png"), np.zeros((300, 560, 3), np.uint8))
-    shares = tmp_path / "s.json"
-    arguments = ["predict", str(checkpoint), str(tmp_path / "large.png"), "--out", str(tmp_path / "out")]
-    arguments += ["--scales", "1"]
-    for window, count in (("256", 2 * 4), ("0", 1), ("600", 1)):
-        assert main([*arguments, "--window", window, "--json", str(shares)]) == 0
+    for window, count in ((256, 2 * 4), (0, 1), (600, 1)):
+        (image,) = predict(tmp_path / "large.png", "--scales", 1, "--window", window)["images"].values()
         said = capsys.readouterr().out
         assert ("large images in windows of 256 px, not exact near seams" in said) == (count > 1)
-        (image,) = json.loads(shares.read_text())["images"].values()
         assert image["windows"] == count
 
 
-def test_photos_are_scaled_to_the_training_frames(checkpoint, tmp_path, capsys):
+def test_photos_are_scaled_to_the_training_frames(predict, checkpoint, model, tmp_path, capsys):
     """As --scales asked for by hand does, which wins; frames of the trained size stay as they are."""
     assert load(checkpoint).training["frame"] == [64, 96]
     small = np.random.default_rng(1).integers(0, 256, (64, 96, 3), np.uint8)
@@ -109,148 +118,205 @@ def test_photos_are_scaled_to_the_training_frames(checkpoint, tmp_path, capsys):
     for file, factor in ((frame, 1), (photo, 8)):
         cv2.imwrite(str(file), cv2.resize(small, None, fx=factor, fy=factor))
 
-    def ids(inputs: list[Path], *options: str, scales: list[float]) -> list[np.ndarray]:
-        arguments = ["predict", str(checkpoint), *map(str, inputs), "--out", str(tmp_path / "out"), *options]
-        assert main([*arguments, "--json", str(tmp_path / "s.json"), "--steps", "0", "0.5"]) == 0
+    def ids(inputs: list[Path], *options: object, scales: list[float]) -> list[np.ndarray]:
+        said = predict(*inputs, *options, "--steps", 0, 0.5)["images"].values()
         scaled = "1 of 2 inputs scaled by 0.125 to the area of the training frames, 64x96 px; --scales 1: as"
         assert (scaled in capsys.readouterr().out) == (not options)
-        said = json.loads((tmp_path / "s.json").read_text())["images"].values()
         assert [image["scales"] for image in said] == [[scale] for scale in scales]
         assert read_image(tmp_path / f"out/{inputs[-1].stem}_steps.png").shape[1] > 2 * 768
         return [read_label(tmp_path / f"out/{file.stem}_ids.png") for file in inputs]
 
     default = ids([frame, photo], scales=[1, 0.125])
-    as_they_are = ids([frame, photo], "--scales", "1", scales=[1, 1])
+    as_they_are = ids([frame, photo], "--scales", 1, scales=[1, 1])
     assert np.array_equal(default[0], as_they_are[0])
     assert default[1].shape == (512, 768)
     assert (default[1] != as_they_are[1]).mean() > 0.1
-    assert np.array_equal(default[1], ids([photo], "--scales", "0.125", scales=[0.125])[0])
-    found = sparse_seg.segment(checkpoint, photo)
+    assert np.array_equal(default[1], ids([photo], "--scales", 0.125, scales=[0.125])[0])
+    found = sparse_seg.segment(model, photo)
     assert np.array_equal(found.ids(), default[1])
     assert repr(found).endswith("seen at 0.125)")
 
 
-def test_ids_only(checkpoint, photo, tmp_path):
-    out = tmp_path / "out"
-    assert main(["predict", str(checkpoint), str(photo), "--out", str(out), "--ids-only"]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["classes.yaml", "photo_ids.png"]
-
-
-def test_sub_folders_stay_apart_and_a_bad_file_is_skipped(checkpoint, photo, tmp_path, capsys):
-    folder = tmp_path / "in"
-    for name in ("a", "b/c"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "x.png").write_bytes(photo.read_bytes())
-    (folder / "b" / "bad.jpg").write_bytes(b"\xff\xd8\xff no picture")
-    arguments = ["predict", checkpoint, folder, "--out", tmp_path / "out", "--json", tmp_path / "s.json"]
-    assert f"{folder}/b/bad.jpg: truncated, corrupt or not an image" in fails(capsys, *arguments)
-    written = {
-        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*_ids.png")
-    }
-    assert written == {"a/x_ids.png", "b/c/x_ids.png"}
+def test_sub_folders_stay_apart_and_bad_files_are_skipped(checkpoint, photo, tmp_path, capsys):
+    """Also one whose name is too long for the file system: for all files, or for the overlay alone."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    long = [folder / f"{'z' * length}.png" for length in (240, 251)]
+    for file in (folder / "a/x.png", folder / "b/c/x.png", *long):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(photo.read_bytes())
+    (folder / "b/bad.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    arguments = ["predict", checkpoint, folder, "--out", out, "--ids-only", "--json", tmp_path / "s.json"]
+    assert main([*map(str, arguments)]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert f"{folder}/b/bad.jpg: truncated, corrupt or not an image" in lines[0]
+    assert "its name is too long to write" in lines[1]
+    assert lines[1].endswith("as the file system takes 255 bytes; rename it")
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*.*")}
+    assert written == {"a/x_ids.png", "b/c/x_ids.png", f"{long[0].stem}_ids.png", "classes.yaml"}
     said = json.loads((tmp_path / "s.json").read_text())
-    assert len(said["images"]) == 2
-    assert list(said["failed"]) == [f"{folder}/b/bad.jpg"]
-    inside = ["predict", checkpoint, folder, "--out", folder / "out"]
-    assert f"{folder} holds the images" in fails(capsys, *inside, code=2)
+    assert len(said["images"]) == 3
+    assert list(said["failed"]) == [f"{folder}/b/bad.jpg", str(long[1])]
+    assert "_overlay.png" in fails(capsys, "predict", checkpoint, long[0], "--out", out / "all")
+    assert not (out / "all").exists(), "nothing of a file whose overlay has too long a name"
 
 
-@pytest.mark.parametrize("length", [251, 240])  # letters: too many for all files, for the overlay alone
-def test_a_name_too_long_for_the_file_system_is_skipped(checkpoint, photo, tmp_path, capsys, length):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for name in ("a" * length + ".png", "b.png"):
-        (folder / name).write_bytes(photo.read_bytes())
-    line = fails(capsys, "predict", checkpoint, folder, "--out", tmp_path / "out")
-    assert "its name is too long to write" in line
-    assert line.endswith("as the file system takes 255 bytes; rename it")
-    written = {path.name.partition("_")[0] for path in (tmp_path / "out").iterdir()}
-    assert written == {"b", "classes.yaml", "legend.png"}, "nothing of the first, all of the second"
-
-
-def test_a_broken_runtime_is_one_line(checkpoint, photo, tmp_path, capsys, monkeypatch):
-    predict = ["predict", checkpoint, photo, "--out", tmp_path / "out"]
+def test_a_broken_runtime_is_one_line(predict, checkpoint, photo, tmp_path, capsys, monkeypatch):
+    arguments = ("predict", checkpoint, photo, "--out", tmp_path / "out", "--runtime")
     monkeypatch.setitem(sys.modules, "openvino", types.ModuleType("openvino"))
-    line = fails(capsys, *predict, "--runtime", "openvino")
+    line = fails(capsys, *arguments, "openvino")
     assert "the package openvino is broken (module 'openvino' has no attribute 'Core'); install" in line
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('libonnx.so: no such file')")
     (tmp_path / "onnx.py").write_text("raise TypeError('Descriptors cannot be created directly')")
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] in ("onnx", "onnxruntime")]:
         monkeypatch.delitem(sys.modules, name)
-    line = fails(capsys, *predict, "--runtime", "onnxruntime")
-    assert line == "error: the package onnxruntime is broken (libonnx.so: no such file); install it again"
+    broken = "error: the package onnxruntime is broken (libonnx.so: no such file); install it again"
+    assert fails(capsys, *arguments, "onnxruntime") == broken
     line = fails(capsys, "export", checkpoint, tmp_path / "x.onnx", "--size", "64x64")
     assert "the package onnx is broken (Descriptors cannot be created directly); install it again" in line
     config = checkpoint.parents[1] / "own.yaml"
-    line = fails(capsys, "benchmark", config, "--runtimes", "onnxruntime", "--json", tmp_path / "b.json")
-    assert line == "error: the package onnxruntime is broken (libonnx.so: no such file); install it again"
-    assert main([*map(str, predict)]) == 0, "what is not asked for is not needed"
+    assert fails(capsys, "benchmark", config, "--runtimes", "onnxruntime") == broken
+    predict(photo)  # what is not asked for is not needed
     assert "torch (the package onnxruntime is broken (libonnx.so" in capsys.readouterr().out
 
 
-def test_a_photo_is_turned_upright(checkpoint, tmp_path):
+def test_a_photo_is_turned_upright(predict, model, tmp_path):
     image = np.zeros((64, 96, 3), np.uint8)
     image[:, :48] = 200
     (tmp_path / "p.jpg").write_bytes(sideways_photo(image))
-    assert main(["predict", str(checkpoint), str(tmp_path / "p.jpg"), "--out", str(tmp_path / "out")]) == 0
+    predict(tmp_path / "p.jpg")
     for kind in ("overlay", "ids", "blocks"):
         assert read_image(tmp_path / f"out/p_{kind}.png").shape == (96, 64, 3)
-    found = sparse_seg.segment(checkpoint, tmp_path / "p.jpg")
+    found = sparse_seg.segment(model, tmp_path / "p.jpg")
     assert found.image[:40].mean() > 190
     assert found.image[56:].mean() < 10
 
 
 def test_what_stands_where(checkpoint, photo, tmp_path, capsys):
-    rest = ["--out", tmp_path / "out"]
-    assert "required: CHECKPOINT, INPUT" in fails(capsys, "predict", checkpoint, *rest, code=2)
-    assert "--set: overrides a config" in fails(
-        capsys, "predict", checkpoint, photo, *rest, "--set", "model.exchange=none", code=2
-    )
-    assert "no.pt does not exist" in fails(capsys, "predict", tmp_path / "no.pt", photo, *rest)
-    assert "photo.png is truncated or no PyTorch checkpoint" in fails(capsys, "predict", photo, photo, *rest)
-    assert "argument --window: windows of 9 px are too small; use 256 or more" in fails(
-        capsys, "predict", checkpoint, photo, *rest, "--window", "9", code=2
-    )
+    rest = ("--out", tmp_path / "out")
+    for arguments, code, complaint in (
+        ((checkpoint,), 2, "required: CHECKPOINT, INPUT"),
+        ((checkpoint, photo, "--set", "model.exchange=none"), 2, "--set: overrides a config"),
+        ((checkpoint, photo, "--window", 9), 2, "argument --window: windows of 9 px are too small; use 256"),
+        ((tmp_path / "no.pt", photo), 1, "no.pt does not exist"),
+        ((photo, photo), 1, "photo.png is truncated or no PyTorch checkpoint"),
+    ):
+        assert complaint in fails(capsys, "predict", *arguments, *rest, code=code)
 
 
-def test_segment(checkpoint, photo):
-    found = sparse_seg.segment(checkpoint, photo)
-    model = sparse_seg.load_model(checkpoint)
-    again = sparse_seg.segment(model.for_inference(), read_image(photo))
-    assert found.names == again.names == tuple(NAMES)
+def test_segment(checkpoint, model, photo):
+    """By a file's name, by a network, and by one in a wrapper."""
+    found, pixels = sparse_seg.segment(checkpoint, photo), read_image(photo)
+    assert found.names == tuple(NAMES)
     assert len(found.colours) == 3
     assert found.classes.dtype == np.uint8
     assert found.classes.shape == found.overlay().shape[:2] == (75, 97)
     assert found.fine_blocks is not None
     assert found.fine_blocks.dtype == bool
     assert found.fine_blocks.shape == (5, 7)
-    assert (found.classes == again.classes).mean() > 0.999
-    assert sparse_seg.segment(model, photo, Way.dense(8)).fine_blocks is None
+    folded = sparse_seg.segment(model.for_inference(), pixels)
+    assert (found.classes == folded.classes).mean() > 0.999
+    compiled: Any = torch.compile(model, backend="eager")
+    for network in (model, torch.nn.DataParallel(model), AveragedModel(model), compiled):
+        again = sparse_seg.segment(network, pixels)
+        assert (again.classes == found.classes).all()
+        assert again.names == found.names
     with pytest.raises(ValueError, match=r"must be \[H, W, 3\] uint8 RGB"):
         sparse_seg.segment(model, np.zeros((64, 64), np.uint8))
     with pytest.raises(ValueError, match="expected uint8"):
         sparse_seg.segment(model, np.zeros((64, 64, 3), np.float32))
-
-
-def test_segment_takes_a_network_in_a_wrapper(checkpoint, photo):
-    model = sparse_seg.load_model(checkpoint)
-    expected = sparse_seg.segment(model, photo)
-    compiled: Any = torch.compile(model, backend="eager")
-    for wrapped in (torch.nn.DataParallel(model), AveragedModel(model), compiled):
-        found = sparse_seg.segment(wrapped, photo)
-        assert (found.classes == expected.classes).all()
-        assert found.names == expected.names
     others: list[Any] = [torch.nn.Linear(3, 3), torch.nn.DataParallel(torch.nn.Linear(3, 3)), None, 3]
     for nothing in others:
         with pytest.raises(ValueError, match=r"^model must be a checkpoint's path or a network of this pack"):
             sparse_seg.segment(nothing, photo)
 
 
-def test_segment_runs_in_another_runtime(checkpoint, photo, monkeypatch):
+def test_segment_takes_a_pillow_image(model, photo, tmp_path):
+    pixels = read_image(photo)
+    (tmp_path / "sideways.jpg").write_bytes(sideways_photo(pixels))
+    files: dict[str, np.ndarray] = {"grey": pixels[..., 0], "clear": np.dstack([pixels, pixels[..., :1]])}
+    files["deep"] = pixels[..., 0].astype(np.uint16) * 256
+    for name, values in files.items():
+        assert cv2.imwrite(str(tmp_path / f"{name}.png"), values)
+    for file in (photo, tmp_path / "sideways.jpg", tmp_path / "grey.png", tmp_path / "clear.png"):
+        with PIL.Image.open(file) as image:
+            opened, read = sparse_seg.segment(model, image), sparse_seg.segment(model, file)
+        assert opened.image.shape == read.image.shape
+        assert np.abs(opened.image.astype(int) - read.image).max() <= 2, "JPEG decoders round differently"
+    deep = r"an image of mode I.* has over 8 bits per channel; give its path"
+    with PIL.Image.open(tmp_path / "deep.png") as image, pytest.raises(ValueError, match=deep):
+        sparse_seg.segment(model, image)
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:9000])
+    cut = r"the image cannot be read: .*; restore it from the original"
+    with PIL.Image.open(tmp_path / "cut.png") as image, pytest.raises(DataError, match=cut):
+        sparse_seg.segment(model, image)
+    for nothing in (torch.zeros(64, 64, 3), None, [[1]]):
+        with pytest.raises(ValueError, match=r"^image must be a path, a Pillow image or uint8 \[H, W, 3\]"):
+            sparse_seg.segment(model, nothing)
+
+
+def test_what_was_found_prints_short(model, photo):
+    found = sparse_seg.segment(model, photo, Way(fine_fraction=0.2))
+    shares = found.shares()
+    assert all(type(share) is float for share in shares.values())
+    assert sum(shares.values()) == pytest.approx(1)
+    first, share = next(iter(shares.items()))
+    assert repr(found).startswith(f"Segmentation(75x97 px: {first} {share:.0%}")
+    assert repr(found).endswith("; 20% of the blocks fine)")
+    dense = sparse_seg.segment(model, photo, Way.dense(8))
+    assert dense.fine_blocks is None
+    many = replace(dense, classes=np.arange(4, dtype=np.uint8)[None], card=Card.unnamed(4))
+    assert repr(many) == "Segmentation(1x4 px: class 0 25%, class 1 25%, class 2 25% and 1 more; dense)"
+
+
+def test_segment_uses_the_checkpoints_card(checkpoint, model, photo, tmp_path):
+    other = replace(load(checkpoint), path=tmp_path / "other.safetensors", mean=(0.1, 0.9, 0.5))
+    save(other)
+    first, second = (sparse_seg.segment(one, photo) for one in (model, other.path))
+    assert (first.classes != second.classes).any(), "its mean"
+    fresh = sparse_seg.build_model({"width": 0.125, "head_channels": 16, "num_classes": 4})
+    found = sparse_seg.segment(fresh, np.zeros((40, 40, 3), np.uint8))
+    assert found.names == ("class 0", "class 1", "class 2", "class 3")
+    assert fresh.training
+    assert torch.is_grad_enabled()
+
+
+def test_16_bit_frames_of_a_folder_are_read_alike(predict, model, tmp_path, capsys, caplog):
+    """The second has one pixel that 12 bits do not hold; what was taken is said, or told by --bits."""
+    frame = np.random.default_rng(0).integers(500, 4000, (64, 64, 3)).astype(np.uint16)
+    for name, highest in (("0", 3999), ("1", 4200)):
+        frame[0, 0] = highest
+        (tmp_path / "in").mkdir(exist_ok=True)
+        assert cv2.imwrite(str(tmp_path / f"in/{name}.png"), frame)
+
+    def brightness(*options: object) -> tuple[list[float], str]:
+        predict(tmp_path / "in", *options)
+        pictures = [read_image(tmp_path / f"out/{name}_blocks.png") for name in "01"]
+        return [float(picture.mean()) for picture in pictures], capsys.readouterr().err
+
+    guessed, said = brightness()
+    assert abs(guessed[0] - guessed[1]) < 10
+    assert "2 of 2 images have 16 bits per channel but no value above 16383, such as 0.png" in said
+    assert "read as 16-bit pictures; if they are of another depth, add --bits 10, 12, 14 or 16" in said
+    told, said = brightness("--bits", 12)
+    assert abs(told[0] - told[1]) < 10
+    assert min(told) > max(guessed) + 50
+    assert said == ""
+    assert cv2.imwrite(str(tmp_path / "a.png"), np.full((64, 64, 3), 3000, np.uint16))
+    assert sparse_seg.segment(model, tmp_path / "a.png").image.mean() == 3000 >> 4
+    (message,) = caplog.messages
+    assert "read as 12-bit pictures; if they are of another depth, set bits" in message
+    assert sparse_seg.segment(model, tmp_path / "a.png", bits=16).image.mean() == 3000 >> 8
+    assert len(caplog.messages) == 1
+
+
+@pytest.fixture
+def onnx() -> None:
     pytest.importorskip("onnx", reason="needs the package onnx")
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-    model = sparse_seg.load_model(checkpoint)
+
+
+def test_segment_runs_in_another_runtime(onnx, model, photo):
     expected, fast = sparse_seg.segment(model, photo), sparse_seg.in_runtime(model, "onnxruntime")
     found = sparse_seg.segment(fast, photo)
     assert (found.classes == expected.classes).mean() > 0.99
@@ -264,181 +330,79 @@ def test_segment_runs_in_another_runtime(checkpoint, photo, monkeypatch):
     assert dense.fine_blocks is None
 
 
-def test_segment_takes_a_pillow_image(checkpoint, photo, tmp_path):
-    pillow = pytest.importorskip("PIL.Image", reason="needs the package Pillow")
-    model, pixels = sparse_seg.load_model(checkpoint), read_image(photo)
-    (tmp_path / "sideways.jpg").write_bytes(sideways_photo(pixels))
-    files = {"grey": pixels[..., 0], "clear": np.dstack([pixels, pixels[..., :1]])}
-    for name, values in files.items():
-        assert cv2.imwrite(str(tmp_path / f"{name}.png"), values)
-    for file in (photo, tmp_path / "sideways.jpg", tmp_path / "grey.png", tmp_path / "clear.png"):
-        with pillow.open(file) as image:
-            opened, read = sparse_seg.segment(model, image), sparse_seg.segment(model, file)
-        assert opened.image.shape == read.image.shape
-        assert np.abs(opened.image.astype(int) - read.image).max() <= 2, "JPEG decoders round differently"
-    cv2.imwrite(str(tmp_path / "deep.png"), pixels[..., 0].astype(np.uint16) * 256)
-    deep = r"an image of mode I.* has over 8 bits per channel; give its path"
-    with pillow.open(tmp_path / "deep.png") as image, pytest.raises(ValueError, match=deep):
-        sparse_seg.segment(model, image)
-    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:9000])
-    cut = r"the image cannot be read: .*; restore it from the original"
-    with pillow.open(tmp_path / "cut.png") as image, pytest.raises(DataError, match=cut):
-        sparse_seg.segment(model, image)
-    for nothing in (torch.zeros(64, 64, 3), None, [[1]]):
-        with pytest.raises(ValueError, match=r"^image must be a path, a Pillow image or uint8 \[H, W, 3\]"):
-            sparse_seg.segment(model, nothing)
-
-
-def test_what_was_found_prints_short(checkpoint, photo):
-    found = sparse_seg.segment(checkpoint, photo, Way(fine_fraction=0.2))
-    shares = found.shares()
-    assert all(type(share) is float for share in shares.values())
-    assert sum(shares.values()) == pytest.approx(1)
-    first, share = next(iter(shares.items()))
-    assert repr(found).startswith(f"Segmentation(75x97 px: {first} {share:.0%}")
-    assert repr(found).endswith("; 20% of the blocks fine)")
-    dense = sparse_seg.segment(checkpoint, photo, Way.dense(8))
-    many = replace(dense, classes=np.arange(4, dtype=np.uint8)[None], card=Card.unnamed(4))
-    assert repr(many) == "Segmentation(1x4 px: class 0 25%, class 1 25%, class 2 25% and 1 more; dense)"
-
-
-def test_segment_uses_the_checkpoints_normalisation(checkpoint, photo, tmp_path):
-    content = load(checkpoint)
-    other = {**vars(content), "path": tmp_path / "other.safetensors", "mean": (0.1, 0.9, 0.5)}
-    save(type(content)(**other))
-    first, second = (sparse_seg.segment(path, photo) for path in (checkpoint, tmp_path / "other.safetensors"))
-    assert (first.classes != second.classes).any()
-
-
-def test_a_fresh_network_has_classes_by_number():
-    model = sparse_seg.build_model({"width": 0.125, "head_channels": 16, "num_classes": 4})
-    found = sparse_seg.segment(model, np.zeros((40, 40, 3), np.uint8))
-    assert found.names == ("class 0", "class 1", "class 2", "class 3")
-    assert model.training
-    assert torch.is_grad_enabled()
-
-
 @pytest.mark.slow
-def test_another_runtime_gives_the_same_ids(checkpoint, photo, tmp_path, capsys):
-    pytest.importorskip("onnx", reason="needs the package onnx")
-    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-    assert cv2.imwrite(str(tmp_path / "small.png"), read_image(photo)[:48, :64])
-    ids = {}
+def test_another_runtime_gives_the_same_ids(onnx, predict, checkpoint, photo, tmp_path, capsys):
+    small, ids = tmp_path / "small.png", {}
+    assert cv2.imwrite(str(small), read_image(photo)[:48, :64])
     for runtime in ("torch", "onnxruntime"):
-        out = tmp_path / runtime
-        arguments = ["predict", str(checkpoint), str(photo), str(tmp_path / "small.png"), "--out", str(out)]
-        assert main([*arguments, "--runtime", runtime]) == 0
+        predict(photo, small, "--runtime", runtime)
         assert f"runtime: {runtime}" in capsys.readouterr().out
-        ids[runtime] = [read_label(out / f"{name}_ids.png") for name in ("photo", "small")]
+        ids[runtime] = [read_label(tmp_path / f"out/{name}_ids.png") for name in ("photo", "small")]
     for found, expected in zip(ids["onnxruntime"], ids["torch"], strict=True):
         assert found.shape == expected.shape
         assert (found == expected).mean() > 0.99
-    assert main([*arguments, "--runtime", "auto"]) == 0
+    predict(photo, small, "--runtime", "auto")
     out = capsys.readouterr().out
     assert "runtime: torch (too few images for a graph in onnxruntime)\n" in out
     assert " frames/s in the network\n" in out
-    assert main([*arguments, "--runtime", "onnxruntime", "--policy", "previous"]) == 1
-    assert capsys.readouterr().err.startswith("error: mask policy previous needs more than the image")
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--runtime", "onnxruntime", "--steps", "0", "0.2"])
-    assert stop.value.code == 2
-    assert "--steps needs torch, which refines" in capsys.readouterr().err
+    onnxruntime = ("predict", checkpoint, photo, "--out", tmp_path / "out", "--runtime", "onnxruntime")
+    line = fails(capsys, *onnxruntime, "--policy", "previous")
+    assert line.startswith("error: mask policy previous needs more than the image")
+    assert "--steps needs torch, which refines" in fails(capsys, *onnxruntime, "--steps", 0, 0.2, code=2)
+
+
+@pytest.fixture
+def evaluation(checkpoint) -> list[object]:
+    folder = checkpoint.parents[1]
+    data = ("--set", f"data.root={folder / 'gone'}", "data.workers=0")
+    return ["evaluate", folder / "own.yaml", checkpoint, *data]
 
 
 @pytest.mark.slow
-def test_evaluation_in_another_runtime(checkpoint, tmp_path, capsys):
-    pytest.importorskip("onnx", reason="needs the package onnx")
-    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-    folder, scores = checkpoint.parents[1], {}
+def test_evaluation_in_another_runtime(onnx, evaluation, tmp_path, capsys):
+    scores = {}
     for runtime in ("torch", "onnxruntime"):
-        out = tmp_path / f"{runtime}.json"
-        arguments = ["evaluate", str(folder / "own.yaml"), str(checkpoint), "--json", str(out)]
-        arguments += ["--set", f"data.root={folder / 'gone'}", "data.workers=0"]
-        assert main([*arguments, "--runtime", runtime]) == 0
+        done(*evaluation, "--json", tmp_path / "out.json", "--runtime", runtime)
         assert f"runtime: {runtime}" in capsys.readouterr().out
-        said = json.loads(out.read_text())
+        said = json.loads((tmp_path / "out.json").read_text())
         assert said["runtime"] == [runtime]
         scores[runtime] = said["result"]
     assert scores["onnxruntime"]["miou"] == pytest.approx(scores["torch"]["miou"], abs=0.5)
     assert scores["onnxruntime"]["fine_fraction"] == scores["torch"]["fine_fraction"]
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--runtime", "onnxruntime", "--compare", "0.1", "--accuracy-only"])
-    assert stop.value.code == 2
-    assert "--runtime: not with --accuracy-only" in capsys.readouterr().err
+    both = ("--runtime", "onnxruntime", "--compare", 0.1, "--accuracy-only")
+    assert "--runtime: not with --accuracy-only" in fails(capsys, *evaluation, *both, code=2)
 
 
 @pytest.mark.slow
-def test_a_comparison_in_another_runtime(checkpoint, tmp_path, capsys, monkeypatch):
+def test_a_comparison_in_another_runtime(onnx, evaluation, tmp_path, capsys, monkeypatch):
     """The same rows but for ties and times, also of bounds; which runtime it was is said, and why not."""
-    pytest.importorskip("onnx", reason="needs the package onnx")
-    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-    folder, rows = checkpoint.parents[1], {}
-    arguments = ["evaluate", str(folder / "own.yaml"), str(checkpoint)]
-    arguments += ["--set", f"data.root={folder / 'gone'}", "data.workers=0", "--compare", "0.2", "0.5"]
-    arguments += ["--policies", "confidence", "oracle", "oracle:gain", "--json"]
-    passes, start = [], RuntimeSegmentor.start
+    rows, passes, start = {}, list[object](), RuntimeSegmentor.start
 
-    def counted(*given):
+    def counted(*given: Any) -> Any:
         passes.append(given)
         return start(*given)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(RuntimeSegmentor, "start", counted)
-        for runtime, asked in (("torch", "torch"), ("onnxruntime", "auto")):
-            out = tmp_path / f"{runtime}.json"
-            assert main([*arguments, str(out), "--runtime", asked]) == 0
-            assert f"runtime: {runtime}\n" in capsys.readouterr().out
-            said = json.loads(out.read_text())
-            assert said["runtime"] == runtime
-            rows[runtime] = said["rows"]
-            assert bool(passes) == (runtime == "onnxruntime")
+    monkeypatch.setattr(RuntimeSegmentor, "start", counted)
+    compare = [*evaluation, "--compare", 0.2, "--policies", "confidence", "oracle", "oracle:gain", "--json"]
+    for runtime, asked in (("torch", "torch"), ("onnxruntime", "auto")):
+        done(*compare, tmp_path / f"{runtime}.json", "--runtime", asked)
+        assert f"runtime: {runtime}\n" in capsys.readouterr().out
+        said = json.loads((tmp_path / f"{runtime}.json").read_text())
+        assert said["runtime"] == runtime
+        rows[runtime] = said["rows"]
+        assert bool(passes) == (runtime == "onnxruntime")
     for one, other in zip(rows["torch"], rows["onnxruntime"], strict=True):
         assert other["miou"] == pytest.approx(one["miou"], abs=0.5)
         for key in ("network", "policy", "fine_fraction", "gmacs", "images"):
             assert other[key] == one[key]
         assert other["milliseconds"] > 0
-    resumed = fails(capsys, *arguments, tmp_path / "onnxruntime.json", "--resume", "--runtime", "torch")
+    resumed = fails(capsys, *compare, tmp_path / "onnxruntime.json", "--resume", "--runtime", "torch")
     assert "or of another runtime" in resumed
     for fraction, policy, reason in (
-        ("0.2", "previous", "selective, previous, f=0.2: mask policy previous needs more than the image"),
-        ("0.001", "oracle", "selective, oracle, f=0.001: a graph needs a fine block"),
+        (0.2, "previous", "selective, previous, f=0.2: mask policy previous needs more than the image"),
+        (0.001, "oracle", "selective, oracle, f=0.001: a graph needs a fine block"),
     ):
-        one = [*arguments[:-6], fraction, "--policies", policy, "--json", str(tmp_path / "one.json")]
+        one = [*evaluation, "--compare", fraction, "--policies", policy]
         assert reason in fails(capsys, *one, "--runtime", "onnxruntime")
-        assert main(one) == 0
+        done(*one)
         assert f"runtime: torch ({reason}" in capsys.readouterr().out
-
-
-def test_16_bit_frames_of_a_folder_are_read_alike(checkpoint, tmp_path, capsys):
-    """The second has one pixel that 12 bits do not hold; what was taken is said, or told by --bits."""
-    frame = np.random.default_rng(0).integers(500, 4000, (64, 64, 3)).astype(np.uint16)
-    for name, highest in (("0", 3999), ("1", 4200)):
-        frame[0, 0] = highest
-        (tmp_path / "in").mkdir(exist_ok=True)
-        assert cv2.imwrite(str(tmp_path / f"in/{name}.png"), frame)
-
-    def brightness(*options) -> tuple[list[float], str]:
-        arguments = [str(checkpoint), str(tmp_path / "in"), "--out", str(tmp_path / "out"), *options]
-        assert main(["predict", *arguments]) == 0
-        return [
-            read_image(tmp_path / f"out/{name}_blocks.png").mean() for name in "01"
-        ], capsys.readouterr().err
-
-    guessed, said = brightness()
-    assert abs(guessed[0] - guessed[1]) < 10
-    assert "2 of 2 images have 16 bits per channel but no value above 16383, such as 0.png" in said
-    assert "read as 16-bit pictures; if they are of another depth, add --bits 10, 12, 14 or 16" in said
-    told, said = brightness("--bits", "12")
-    assert abs(told[0] - told[1]) < 10
-    assert min(told) > max(guessed) + 50
-    assert said == ""
-
-
-def test_segment_says_how_it_read_a_16_bit_file(checkpoint, tmp_path, caplog):
-    assert cv2.imwrite(str(tmp_path / "a.png"), np.full((64, 64, 3), 3000, np.uint16))
-    assert sparse_seg.segment(checkpoint, tmp_path / "a.png").image.mean() == 3000 >> 4
-    (message,) = caplog.messages
-    assert "read as 12-bit pictures; if they are of another depth, set bits" in message
-    caplog.clear()
-    assert sparse_seg.segment(checkpoint, tmp_path / "a.png", bits=16).image.mean() == 3000 >> 8
-    assert not caplog.messages

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from sparse_seg.checkpoint import load, save
-from sparse_seg.cli import main
 from sparse_seg.config import load_config
 from sparse_seg.data.reading import read_label
 from sparse_seg.lab.predict.segment import Segmenter
@@ -21,7 +20,7 @@ from sparse_seg.masks.previous import PreviousPolicy
 from sparse_seg.run.build import build_model
 from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import save_checkpoint
-from tests.cli.test_cli import fails
+from tests.cli.commands import done, fails
 from tests.reference import randomise
 
 FRAMES, RATE, SIZE = 9, 12.5, (96, 64)  # width, height
@@ -61,43 +60,49 @@ def properties(path: Path) -> tuple[int, float, tuple[int, int]]:
 
 
 def test_there_and_back(checkpoint, video, tmp_path, capsys):
-    out = tmp_path / "out"
+    """Two videos of one content: a policy that looks back forgets the one before."""
+    out, again = tmp_path / "out", shutil.copy(video, video.with_name("again.avi"))
     more = ["--video-ids", "--video-blocks", "--policy", "previous", "--json", str(tmp_path / "v.json")]
-    assert main(["predict", str(checkpoint), str(video.parent), "--out", str(out), *more]) == 0
+    done("predict", checkpoint, video.parent, "--out", out, *more)
     said = capsys.readouterr()
     assert f"{video}: {FRAMES} frames, " in said.out
     assert not said.err, "no bar without a terminal"
-    assert properties(out / "drive.mp4") == (FRAMES, RATE, SIZE)
-    assert properties(out / "drive_blocks.mp4") == (FRAMES, RATE, SIZE)
-    assert len(list((out / "drive_ids").iterdir())) == FRAMES
-    assert read_label(out / "drive_ids/000008.png").shape == (64, 96)
+    for name in ("drive.mp4", "drive_blocks.mp4", "again.mp4"):
+        assert properties(out / name) == (FRAMES, RATE, SIZE)
+    for first, second in zip(
+        *(sorted((out / f"{n}_ids").iterdir()) for n in ("drive", "again")), strict=True
+    ):
+        assert read_label(first).shape == (64, 96)
+        assert first.read_bytes() == second.read_bytes()
+    assert first.name == "000008.png"
     assert not list(out.glob(".*"))
-    (said,) = json.loads((tmp_path / "v.json").read_text())["images"].values()
-    assert said["frames"] == FRAMES
-    assert said["fine_fraction"] == pytest.approx(round(0.15 * 24) / 24)
-    assert sum(said["shares"].values()) == pytest.approx(1)
-
-
-def test_the_overlay_lies_over_the_frame(checkpoint, video, tmp_path):
-    assert main(["predict", str(checkpoint), str(video), "--out", str(tmp_path / "o"), "--limit", "3"]) == 0
-    capture = cv2.VideoCapture(str(tmp_path / "o/drive.mp4"))
-    pictures = [capture.read()[1] for _ in range(3)]
-    assert not capture.read()[0]
-    for number, picture in enumerate(pictures):  # the bar's red shines through where it is
-        red = picture[..., 2].astype(float).mean(0)
+    images = json.loads((tmp_path / "v.json").read_text())["images"]
+    assert set(images) == {str(video), str(again)}
+    for found in images.values():
+        assert found["frames"] == FRAMES
+        assert found["fine_fraction"] == pytest.approx(round(0.15 * 24) / 24)
+        assert sum(found["shares"].values()) == pytest.approx(1)
+    capture = cv2.VideoCapture(str(out / "drive.mp4"))
+    for number in range(3):  # the bar's red shines through where it is
+        red = capture.read()[1][..., 2].astype(float).mean(0)
         assert red[8 * number + 2 : 8 * number + 10].mean() > red[8 * number + 20 :].mean() + 50
 
 
 def test_rates_that_mpeg4_cannot_tell_become_the_nearest(checkpoint, video, tmp_path, monkeypatch):
+    """The names have colons, in which FFmpeg sees protocols."""
     for rate, written in ((239.759, 239.76), (105.611, 105.61), (66.667, 66.67), (65.535, 65.535)):
         assert writable_rate(rate) == written
     real, rates = cv2.VideoCapture, {30000 / 1001: 29.97, 90000: 65535, 1 / 60: 0.017, 1e-4: 0.002}
-    for rate, written in rates.items():
-        with monkeypatch.context() as patch:  # files of such rates are hard to make
-            patch.setattr(cv2, "VideoCapture", lambda path, rate=rate: AtRate(real(path), rate))
-            arguments = ["predict", str(checkpoint), str(video), "--out", str(tmp_path / "o")]
-            assert main([*arguments, "--limit", "1"]) == 0
-        assert properties(tmp_path / "o/drive.mp4") == (1, pytest.approx(written), SIZE)
+    monkeypatch.chdir(tmp_path)
+    names = {f"file:{number}:0.avi": rate for number, rate in enumerate(rates)}
+    for name in names:
+        shutil.copy(video, name)
+    with monkeypatch.context() as patch:  # files of such rates are hard to make
+        patch.setattr(cv2, "VideoCapture", lambda path: AtRate(real(path), names[Path(path).name]))
+        done("predict", checkpoint, *names, "--out", ".", "--limit", "1", "--video-blocks")
+    for name, rate in names.items():
+        for file in (f"{name[:-4]}.mp4", f"{name[:-4]}_blocks.mp4"):
+            assert properties(Path.cwd() / file) == (1, pytest.approx(rates[rate]), SIZE)
 
 
 class AtRate:
@@ -113,16 +118,6 @@ class AtRate:
         return getattr(self.video, name)
 
 
-def test_names_with_colons(checkpoint, video, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("10:20:30.avi", "file:drive.avi"):
-        shutil.copy(video, name)
-        more = ["--limit", "2", "--video-blocks"]
-        assert main(["predict", str(checkpoint), name, "--out", ".", *more]) == 0
-        assert properties(Path.cwd() / f"{name[:-4]}.mp4") == (2, RATE, SIZE)
-        assert properties(Path.cwd() / f"{name[:-4]}_blocks.mp4") == (2, RATE, SIZE)
-
-
 def test_a_video_that_cannot_be_written(checkpoint, video, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sparse_seg.lab.predict.video.CODEC", "none")
     line = fails(capsys, "predict", checkpoint, video, "--out", tmp_path / "o")
@@ -131,25 +126,6 @@ def test_a_video_that_cannot_be_written(checkpoint, video, tmp_path, monkeypatch
     (tmp_path / "file").write_text("")
     assert "error: " in (line := fails(capsys, "predict", checkpoint, video, "--out", tmp_path / "file/o"))
     assert "Not a directory" in line
-
-
-def test_a_policy_that_looks_back_forgets_the_video_before(checkpoint, video, tmp_path):
-    shutil.copy(video, video.with_name("again.avi"))
-    arguments = ["predict", str(checkpoint), str(video.parent), "--out", str(tmp_path / "o"), "--video-ids"]
-    assert main([*arguments, "--policy", "previous", "--fine-fraction", "0.3"]) == 0
-    for number in range(FRAMES):
-        first, second = (tmp_path / f"o/{name}_ids/{number:06d}.png" for name in ("drive", "again"))
-        assert first.read_bytes() == second.read_bytes()
-
-
-def test_a_budget_of_time(checkpoint, video, tmp_path):
-    for rate, fine in (("0.01", 1.0), ("1000", 0.0)):
-        said = tmp_path / f"{rate}.json"
-        arguments = ["predict", str(checkpoint), str(video), "--out", str(tmp_path / rate), "--fps", rate]
-        assert main([*arguments, "--limit", "4", "--json", str(said)]) == 0
-        (result,) = json.loads(said.read_text())["images"].values()
-        assert result["fine_fraction"] == fine, "all blocks in 100 s, none in a millisecond"
-        assert properties(tmp_path / rate / "drive.mp4") == (4, RATE, SIZE)
 
 
 def test_damaged_videos(checkpoint, video, tmp_path, capsys):
@@ -181,7 +157,7 @@ def test_a_camera(checkpoint, video, tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     arguments = ["predict", str(checkpoint), "camera:0", "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--limit", "5"]) == 0
+    done(*arguments, "--limit", "5")
     assert properties(tmp_path / "out/camera0.mp4")[0] == 5
     follow, calls = Segmenter.follow, []
 
@@ -190,7 +166,7 @@ def test_a_camera(checkpoint, video, tmp_path, capsys, monkeypatch):
         return stop() if len(calls) > 3 else follow(self, image, budget)
 
     monkeypatch.setattr(Segmenter, "follow", three)
-    assert main(arguments) == 0, "Ctrl-C"
+    done(*arguments)  # Ctrl-C
     assert properties(tmp_path / "out/camera0.mp4")[0] == 3
 
 
@@ -224,15 +200,16 @@ def test_the_previous_frames_uncertainty_chooses():
     assert small.levels.shape == (1, 4, 3), "another size starts anew"
 
 
-def test_a_large_video_is_scaled_to_the_training_frames(checkpoint, video, tmp_path, capsys):
+def test_a_large_video_is_scaled_and_kept_up_with(checkpoint, video, tmp_path, capsys):
+    """To the area of the training frames; in 100 s a frame all blocks are refined, in a millisecond none."""
     file = load(checkpoint)
     save(replace(file, path=tmp_path / "small.safetensors", training={"frame": [45, 67]}))
     arguments = ["predict", tmp_path / "small.safetensors", video, "--json", tmp_path / "s.json"]
     for option, value, fine in (("--policy", "previous", 0.15), ("--fps", "0.01", 1), ("--fps", "1000", 0)):
         out = tmp_path / f"out{value}"
-        assert main([*map(str, arguments), option, value, "--out", str(out)]) == 0
+        done(*arguments, option, value, "--limit", "4", "--out", out)
         assert "1 of 1 inputs scaled by 0.701 to the area of the training frames" in capsys.readouterr().out
-        assert properties(out / "drive.mp4") == (FRAMES, RATE, SIZE)
+        assert properties(out / "drive.mp4") == (4, RATE, SIZE)
         (said,) = json.loads((tmp_path / "s.json").read_text())["images"].values()
         assert said["scales"] == pytest.approx([0.7005], abs=1e-4)
         assert said["fine_fraction"] == pytest.approx(fine, abs=0.1 if option == "--policy" else 0)
@@ -248,7 +225,7 @@ def test_a_video_changes_over_to_onnxruntime(checkpoint, video, tmp_path, capsys
     monkeypatch.setattr("sparse_seg.export.runner.RUNS", 0.25 * 6)  # as long as six frames are more to come
     for runtime in ("torch", "auto"):
         arguments = ["predict", str(checkpoint), str(video), "--out", str(tmp_path / runtime)]
-        assert main([*arguments, "--runtime", runtime, "--ids-only"]) == 0
+        done(*arguments, "--runtime", runtime, "--ids-only")
     assert "runtime: onnxruntime for 7 of 9 runs, torch for the others" in capsys.readouterr().out
     for number in range(FRAMES):
         ids = [read_label(tmp_path / one / f"drive_ids/{number:06d}.png") for one in ("torch", "auto")]

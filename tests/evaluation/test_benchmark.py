@@ -9,10 +9,8 @@ import torch
 from sparse_seg.cli import main
 from sparse_seg.config import config_from_dict
 from sparse_seg.errors import SparseSegError
-from sparse_seg.lab.benchmark import peers
 from sparse_seg.lab.benchmark.measure import COLUMNS, cases, measure
-from sparse_seg.lab.benchmark.peers import peer_run
-from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
+from sparse_seg.lab.benchmark.subject import Case, Setup, Subject, peer_run
 from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.run.passes import Pass
 from sparse_seg.run.way import Way
@@ -111,7 +109,7 @@ def test_rows_are_sane(subject, scope):
     coarse = [row for row in rows if row["output_stride"] == 16]
     assert len(coarse) == (scope == "network")
     assert all(row["gmacs"] < gmacs[0] for row in coarse)
-    assert all(any(column.key in row for row in rows) for column in COLUMNS)
+    assert all(any(key in row for row in rows) for key in COLUMNS)
 
 
 @pytest.mark.slow
@@ -138,7 +136,8 @@ def test_peers_that_cannot_run_are_noted(subject, monkeypatch):
     def right(module, given):
         return lambda: module(given).detach().numpy()
 
-    monkeypatch.setattr(peers, "PEERS", {"missing": missing, "wrong": wrong, "right": right})
+    found = {"missing": missing, "wrong": wrong, "right": right}
+    monkeypatch.setattr("sparse_seg.lab.benchmark.subject.PEERS", found)
     names = ["missing", "wrong", "right"]
     todo = [BASELINE, *(Case("network", Way.dense(8), peer=name) for name in names)]
     notes: list[str] = []

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from sparse_seg.lab.report.tables import Column, Table
+from sparse_seg.lab.report.tables import Column, Table, table
 
 TABLE = Table(
     [Column("name", "network"), Column("miou", "mIoU", "{:.1f}"), Column("macs", "GMACs", "{:.2f}")],
@@ -17,7 +17,7 @@ TABLE = Table(
 )
 
 
-def test_text() -> None:
+def test_text_and_markdown() -> None:
     assert TABLE.to_text().splitlines() == [
         "network    mIoU  GMACs",
         "─────────  ────  ─────",
@@ -25,9 +25,6 @@ def test_text() -> None:
         "a|b <c>       –   9.00",
         "–          54.0      –",
     ]
-
-
-def test_markdown() -> None:
     assert TABLE.to_markdown().splitlines() == [
         "| network   | mIoU | GMACs |",
         "| --------- | ---: | ----: |",
@@ -54,12 +51,15 @@ def test_html_is_escaped_and_marks_numbers() -> None:
     assert text.count("<tr>") == text.count("</tr>") == 4
 
 
-def test_no_rows() -> None:
-    table = Table([Column("a", "a"), Column("b", "long title")], [])
-    assert table.to_text().splitlines()[0].split() == ["a", "long", "title"]
-    assert "<tbody>" in table.to_html()
-
-
-def test_misspelt_key_is_refused() -> None:
+def test_without_rows_and_with_a_misspelt_key() -> None:
+    empty = Table([Column("a", "a"), Column("b", "long title")], [])
+    assert empty.to_text().splitlines()[0].split() == ["a", "long", "title"]
+    assert "<tbody>" in empty.to_html()
     with pytest.raises(ValueError, match="no row has the key 'mIoU'"):
         Table([Column("mIoU", "mIoU")], [{"miou": 1.0}])
+
+
+def test_a_table_of_runs_has_the_columns_that_are_asked_for_and_there() -> None:
+    rows = [{"run": "a", "milliseconds": 3.0}, {"run": "b", "milliseconds": 2.0, "lift": 0.25}]
+    assert [column.title for column in table(rows).columns] == ["run", "ms", "lift"]
+    assert table(rows, ("milliseconds", "gmacs")).to_csv() == "ms\n3.0\n2.0\n"

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from sparse_seg.config import Config, check_config, key, load_config, parse_tree, read_yaml
+from sparse_seg.config import Config, check_config, key, load_config, num_classes, parse_tree, read_yaml
 from sparse_seg.config.schema import COUNT, SEED
 from sparse_seg.errors import CheckpointError, ConfigError, choose_one
-from sparse_seg.masks import build_policy, parse_policy
+from sparse_seg.masks import build_policy
 from sparse_seg.run.build import build_model
+from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import check_same_function
 
 
@@ -62,26 +64,17 @@ class GridSpec:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One way to run a network: dense at `output_stride`, or selective."""
+class Run(Way):
+    """One way to run a network, at strides of its own (px; None: the config's)."""
 
-    output_stride: int | None = None
-    policy: str | None = None
-    fraction: float | None = None
-    exchange: str | None = None
     strides: tuple[int, ...] | None = None
-    middle_fraction: float | None = None
 
     @property
     def name(self) -> str:
-        if self.output_stride is not None:
-            return f"dense OS{self.output_stride}"
-        parts = [str(self.policy), f"f={self.fraction:g}"]
-        if self.strides is not None:
-            parts.append("/".join(map(str, self.strides)))
-        if self.middle_fraction is not None:
-            parts[1] += f"+{self.middle_fraction:g}"
-        return ", ".join(parts)
+        """`dense OS8`, or `confidence, f=0.2, 8/16/32`: without the exchange rule."""
+        way = Way(self.output_stride, self.mask, self.fine_fraction, self.middle_fraction)
+        strides = "" if self.strides is None else f", {'/'.join(map(str, self.strides))}"
+        return way.name.removeprefix("selective, ") + strides
 
     def applied(self, config: Config) -> Config:
         """The config whose model runs this way.
@@ -89,21 +82,11 @@ class Run:
         Raises:
             ConfigError: settings that the network cannot run with.
         """
-        if self.output_stride is not None:
+        if self.is_dense:
             return config
-        assert self.policy is not None
-        assert self.fraction is not None
         own = config.model
-        mask = dataclasses.replace(
-            parse_policy(self.policy, own.mask),
-            fine_fraction=self.fraction,
-            threshold=None,
-            middle_threshold=None,
-        )
-        if self.middle_fraction is not None:
-            mask = dataclasses.replace(mask, middle_fraction=self.middle_fraction)
         strides = own.strides if self.strides is None else list(self.strides)
-        exchange = self.exchange or own.exchange
+        mask, exchange = self.mask_config(own.mask), self.exchange or own.exchange
         model = dataclasses.replace(own, mask=mask, strides=strides, exchange=exchange)
         result = dataclasses.replace(config, model=model)
         check_config(result)
@@ -169,6 +152,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     if len(set(spec.seeds)) < len(spec.seeds):
         raise ConfigError(f"{path}: 'seeds' must be different numbers, not {spec.seeds}")
     networks, configs = dict[str, NetworkSpec](), dict[str, Config]()
+    built: list[object] = []
     for name, entry in network_trees.items():
         where = f"{path}: networks.{name}"
         network = parse_tree(NetworkSpec, entry, where)
@@ -179,9 +163,13 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
         else:
             chosen = [*spec.set, *network.set, *overrides]
             configs[str(name)] = load_config(path.parent / str(network.config), chosen)
-            _check_builds(configs[str(name)], where)
-            if network.init is not None:
-                _check_init(configs[str(name)], configs[network.init], f"{where}: init {network.init}")
+            with _named(where), torch.device("meta"):  # fail now, not when training starts
+                model = configs[str(name)].model, num_classes(configs[str(name)])
+                if model not in built:
+                    build_model(configs[str(name)])
+                    built.append(model)
+                if network.init is not None:
+                    check_same_function(configs[str(name)], configs[network.init], f"init {network.init}")
     if len({slug(name) for name in networks}) < len(networks):
         raise ConfigError(f"{path}: two names of networks would share a folder: {', '.join(networks)}")
     runs = list[tuple[str, Run]]()
@@ -210,19 +198,12 @@ def _check_network(network: NetworkSpec, before: Mapping[str, NetworkSpec], wher
             )
 
 
-def _check_init(config: Config, source: Config, where: str) -> None:
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Errors inside say what of the grid they are about."""
     try:
-        check_same_function(config, source, where)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _check_builds(config: Config, where: str) -> None:
-    """Fail now, not when training starts, if a network cannot be built from its settings."""
-    try:
-        with torch.device("meta"):
-            build_model(config)
-    except ConfigError as error:
+        yield
+    except (CheckpointError, ConfigError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from None
 
 
@@ -233,20 +214,18 @@ def _expand(spec: RunsSpec, configs: Mapping[str, Config], where: str) -> list[t
     if bool(spec.policies) != bool(spec.fractions) or not (spec.dense or spec.policies):
         raise ConfigError(f"{where}: give 'dense' output strides, or 'policies' and 'fractions', or both")
     strides = None if spec.strides is None else tuple(spec.strides)
-    ways = [Run(output_stride=stride) for stride in spec.dense]
+    ways = [Run(stride) for stride in spec.dense]
     exchanges: Sequence[str | None] = spec.exchange or [None]
     for policy, fraction, exchange in itertools.product(spec.policies, spec.fractions, exchanges):
-        ways.append(Run(None, policy, fraction, exchange, strides, spec.middle_fraction))
+        ways.append(Run(None, policy, fraction, spec.middle_fraction, exchange, strides=strides))
     runs = list[tuple[str, Run]]()
     for name, way in itertools.product(spec.networks, ways):
         if way.output_stride not in (None, 4, 8, 16, 32):
             raise ConfigError(f"{where}: 'dense' must be of 4, 8, 16, 32, not {way.output_stride}")
-        try:
+        with _named(where):
             model = way.applied(configs[name]).model
             build_policy(model.mask, model.own_strides, nn.Identity())
-        except (ConfigError, ValueError) as error:
-            raise ConfigError(f"{where}: {error}") from None
-        if way.output_stride is None:  # spell out the rule: a run is the same whatever the default is
+        if not way.is_dense:  # spell out the rule: a run is the same whatever the default is
             way = dataclasses.replace(way, exchange=model.exchange)
         runs.append((name, way))
     return runs

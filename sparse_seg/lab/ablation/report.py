@@ -1,69 +1,125 @@
-"""An ablation as Markdown, CSV, and a self-contained HTML report."""
+"""An ablation's rows, of several seeds each, and what shows them: Markdown, CSV, and an HTML report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sparse_seg.checkpoint import load_model
 from sparse_seg.data import open_split
 from sparse_seg.files import atomic_write
-from sparse_seg.lab.ablation.grid import Cell
+from sparse_seg.lab.ablation.costs import cost_key
+from sparse_seg.lab.ablation.grid import Cell, Run
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.frames import Case, explore
-from sparse_seg.lab.report.explorer import SCRIPT, STYLE, Explorer
+from sparse_seg.lab.report.explorer import Explorer
 from sparse_seg.lab.report.html import Part, Section, plot, write_report
-from sparse_seg.lab.report.plots import cost_curve
-from sparse_seg.lab.report.tables import Column, Table
+from sparse_seg.lab.report.plots import COSTS, cost_curve
+from sparse_seg.lab.report.tables import COLUMNS, Column, Table, table
 from sparse_seg.run.way import Way
 
 Rows = Sequence[dict[str, Any]]
+MEASURED = ("parameters", "checkpoint_mb", "gmacs", "milliseconds", "peak_mib")
+SHOWN = (
+    *(
+        "network",
+        "run",
+        "exchange",
+        "distillation_mark",
+        "boundary_mark",
+        "miou",
+        "miou_std",
+        "boundary_miou",
+    ),
+    *("parameters_m", "checkpoint_mb", "gmacs", "milliseconds", "peak_mib", "step_seconds"),
+    *("parameters_share", "gmacs_share", "milliseconds_share"),
+)
+FILES = (
+    *("report.html", "table.md", "classes.md", "seeds.md", "table.csv"),
+    *(f"pareto_{key}.png" for key in COSTS),
+)
 _MARK = {True: "x", False: ""}
-_WAY = (Column("network", "network"), Column("run", "run"), Column("exchange", "exchange"))
+_WAY = [COLUMNS[key] for key in ("network", "run", "exchange")]
 
 
-def ablation_table(rows: Rows, keys: Sequence[str] | None = None) -> Table:
+def summarise(
+    ablation: Ablation, results: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """A row for each network and way to run it; the first is the baseline, to which the ratios refer.
+
+    Args:
+        results: of `ablation.grid.cells`, in their order.
+        measured: see `measure_costs`.
+
+    Returns:
+        Rows of plain values. Accuracy in percent: means over the seeds, `miou_std` the sample's standard
+        deviation (None of one seed), `miou_change` against the baseline. `*_share`: percent of its.
+    """
+    count = len(ablation.grid.spec.seeds)
+    rows = [
+        _row(ablation, *run, [result["metrics"] for result in results[count * number :][:count]], measured)
+        for number, run in enumerate(ablation.grid.runs)
+    ]
+    for row in rows:
+        row["miou_change"] = row["miou"] - rows[0]["miou"]
+        row |= {f"{name}_share": 100 * row[name] / rows[0][name] for name in MEASURED}
+    return rows
+
+
+def _row(
+    ablation: Ablation,
+    name: str,
+    run: Run,
+    metrics: Sequence[Mapping[str, Any]],
+    measured: Mapping[str, Any],
+) -> dict[str, Any]:
+    mious, seeds = [100 * one["miou"] for one in metrics], ablation.grid.spec.seeds
+    train, network = ablation.grid.configs[name].train, ablation.grid.networks[name]
+    loss, key = train.loss, cost_key(ablation, Cell(name, seeds[0], run))
+    return {
+        "network": name,
+        "run": run.name,
+        "dense": run.is_dense,
+        "policy": run.mask,
+        "exchange": run.exchange,
+        "distillation": network.teacher is not None or train.distill.teacher is not None,
+        "boundary": loss.reads_coarse_logits or max(loss.boundary_weight, loss.fine_weight) > 0,
+        "seeds": seeds,
+        "mious": mious,
+        "miou": statistics.fmean(mious),
+        "miou_std": statistics.stdev(mious) if len(mious) > 1 else None,
+        "boundary_miou": 100 * statistics.fmean(one["boundary_miou"] for one in metrics),
+        "class_iou": [
+            statistics.fmean([100 * value for value in values if value is not None] or [math.nan])
+            for values in zip(*(one["class_iou"] for one in metrics), strict=True)
+        ],
+        "step_seconds": measured["steps"].get(name),
+        **{one: measured["costs"][key][one] for one in MEASURED},
+    }
+
+
+def ablation_table(rows: Rows, keys: Sequence[str] = SHOWN) -> Table:
     """The letter's form: method, switches, accuracy, cost, and cost as percent of the first row's.
 
     Args:
-        keys: the columns to show; default: all.
+        keys: the columns to show, of `SHOWN`.
     """
-    columns = [
-        *_WAY,
-        Column("distillation_mark", "distil"),
-        Column("boundary_mark", "detail"),
-        Column("miou", "mIoU %", "{:.2f}"),
-        Column("miou_std", "±", "{:.2f}"),
-        Column("boundary_miou", "boundary mIoU %", "{:.2f}"),
-        Column("parameters_m", "M params", "{:.2f}"),
-        Column("checkpoint_mb", "MB", "{:.1f}"),
-        Column("gmacs", "GMACs", "{:.2f}"),
-        Column("milliseconds", "ms", "{:.1f}"),
-        Column("peak_mib", "peak MiB", "{:.0f}"),
-        Column("step_seconds", "s/step", "{:.2f}"),
-        Column("parameters_share", "params %", "{:.0f}"),
-        Column("gmacs_share", "GMACs %", "{:.0f}"),
-        Column("milliseconds_share", "ms %", "{:.0f}"),
-    ]
+    marks = ("distillation", "boundary")
     marked = [
-        row
-        | {f"{name}_mark": _MARK[row[name]] for name in ("distillation", "boundary")}
-        | {"parameters_m": row["parameters"] / 1e6}
+        row | {f"{name}_mark": _MARK[row[name]] for name in marks} | {"parameters_m": row["parameters"] / 1e6}
         for row in rows
     ]
-    return Table([column for column in columns if keys is None or column.key in keys], marked)
+    return table(marked, [key for key in SHOWN if key in keys])
 
 
 def seed_table(rows: Rows) -> Table:
     """mIoU by seed, to compare networks pair by pair: seeds often differ more than networks do."""
-    seeds = rows[0]["seeds"]
-    by_seed = [Column(f"seed {seed}", f"seed {seed}", "{:.2f}") for seed in seeds]
-    columns = [*_WAY, *by_seed, Column("miou", "mean", "{:.2f}")]
-    lines = [
-        row | {f"seed {seed}": miou for seed, miou in zip(seeds, row["mious"], strict=True)} for row in rows
-    ]
-    return Table(columns, lines)
+    seeds = [Column(f"seed {seed}", f"seed {seed}", "{:.2f}") for seed in rows[0]["seeds"]]
+    lines = [row | {seed.key: miou for seed, miou in zip(seeds, row["mious"], strict=True)} for row in rows]
+    return Table([*_WAY, *seeds, Column("miou", "mean", "{:.2f}")], lines)
 
 
 def class_table(rows: Rows, names: Sequence[str]) -> Table:
@@ -87,11 +143,11 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
     work_dir, spec = ablation.work_dir, ablation.grid.spec
     config = next(iter(ablation.grid.configs.values()))
     dataset = open_split(config.data, "val")
-    table, seeds = ablation_table(rows), seed_table(rows)
+    whole, seeds = ablation_table(rows), seed_table(rows)
     classes = class_table(rows, dataset.classes.names)
-    plots = {key: _pareto(rows, key, label) for key, label in PLOTS.items()}
-    contents: list[str | bytes] = [f"{one.to_markdown()}\n" for one in (table, classes, seeds)]
-    for name, content in zip(FILES[1:], [*contents, table.to_csv(), *plots.values()], strict=True):
+    plots = {key: _pareto(rows, key, label) for key, label in COSTS.items()}
+    contents: list[str | bytes] = [f"{one.to_markdown()}\n" for one in (whole, classes, seeds)]
+    for name, content in zip(FILES[1:], [*contents, whole.to_csv(), *plots.values()], strict=True):
         atomic_write(work_dir / name, content)
     text = (
         f"{spec.description}\n\nSeeds: {', '.join(map(str, spec.seeds))}. ± is the standard deviation over "
@@ -103,20 +159,13 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
     curves = [plot(plots["gmacs"], "mIoU against GMACs"), plot(plots["milliseconds"], "mIoU against ms")]
     explorer, links = _explorer(ablation, rows)
     sections: list[Part] = [
-        Section("Accuracy and cost", text, table, links),
+        Section("Accuracy and cost", text, whole, links),
         Section("mIoU by seed", table=seeds),
         Section("Quality against cost", pictures=curves, pictures_per_row=2),
         Section("IoU by class: the first row, and the others' difference from it", table=classes),
         *([explorer] if explorer else []),
     ]
-    write_report(work_dir / "report.html", spec.title, sections, STYLE, SCRIPT)
-
-
-PLOTS = {"gmacs": "GMACs per image", "milliseconds": "ms per image"}
-FILES = (
-    *("report.html", "table.md", "classes.md", "seeds.md", "table.csv"),
-    *(f"pareto_{key}.png" for key in PLOTS),
-)
+    write_report(work_dir / "report.html", spec.title, sections)
 
 
 def _pareto(rows: Rows, key: str, label: str) -> bytes:
@@ -140,35 +189,29 @@ def _pareto(rows: Rows, key: str, label: str) -> bytes:
 def _explorer(ablation: Ablation, rows: Rows) -> tuple[Explorer | None, dict[int, str]]:
     """The best selective row's network and mask at each fine fraction between its dense runs, by the first
     seed, on the frames where the baseline differs most; and links to it, by row."""
-    selective = [row for row in rows if not row["dense"]]
+    seed = ablation.grid.spec.seeds[0]
+    cells = [Cell(name, seed, run) for name, run in ablation.grid.runs]  # one a row
+    selective = [number for number, row in enumerate(rows) if not row["dense"]]
     if not selective:
         return None, {}
-    best = max(selective, key=lambda row: row["miou"])
-    seed = ablation.grid.spec.seeds[0]
-    cells = {(c.network, c.run.name, c.run.exchange): c for c in ablation.grid.cells if c.seed == seed}
-    own = cells[_key(best)]
-    dense, steps = [], []
-    for number, row in enumerate(rows):
-        cell = cells[_key(row)]
-        if cell.network != own.network:
-            continue
-        if row["dense"]:
-            dense.append((number, cell))
-        elif replace(cell.run, fraction=None) == replace(own.run, fraction=None):
-            steps.append((number, cell))
-    coarse = max(dense, key=lambda entry: entry[1].run.output_stride or 0, default=None)
-    steps.sort(key=lambda entry: entry[1].run.fraction or 0.0)
-    shown = [*([coarse] if coarse and len(dense) > 1 else []), *steps, (0, next(iter(cells.values())))]
-    links = {number: f"#step-{step}" for step, (number, _) in enumerate(shown)}
-    cases = [_case(ablation, cell, rows[number]) for number, cell in shown]
-    chosen = next(step for step, (_, cell) in enumerate(shown) if cell is own)
+    best = max(selective, key=lambda number: rows[number]["miou"])
+
+    def rule(number: int) -> tuple[str, Run]:
+        return cells[number].network, replace(cells[number].run, fine_fraction=None)
+
+    same = [number for number in selective if rule(number) == rule(best)]
+    same.sort(key=lambda number: cells[number].run.fine_fraction or 0.0)
+    dense = {
+        cell.run.output_stride: number
+        for number, cell in enumerate(cells)
+        if cell.run.output_stride and cell.network == cells[best].network
+    }
+    shown = [*([dense[max(dense)]] if len(dense) > 1 else []), *same, 0]
+    links = {number: f"#step-{step}" for step, number in enumerate(shown)}
+    cases = [_case(ablation, cells[number], rows[number]) for number in shown]
     dataset = open_split(cases[0].data, "val")
     count = min(len(dataset), ablation.grid.spec.eval_images or len(dataset))
-    return explore(cases, chosen, dataset, count, f"Weights of seed {seed}."), links
-
-
-def _key(row: dict[str, Any]) -> tuple[str, str, str | None]:
-    return row["network"], row["run"], row["exchange"]
+    return explore(cases, shown.index(best), dataset, count, f"Weights of seed {seed}."), links
 
 
 def _case(ablation: Ablation, cell: Cell, row: dict[str, Any]) -> Case:

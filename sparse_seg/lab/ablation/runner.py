@@ -174,18 +174,15 @@ class Ablation:
         model = load_model(self.checkpoint(cell.network, cell.seed), config).to(self.device)
         dataset = open_split(config.data, "val")
         images = self.grid.spec.eval_images
-        way = Way(cell.run.output_stride)
+        run = cell.run
+        way = Way(run.output_stride)
         result = evaluate(model, dataset, config.data, way, images, True, processes=self.processes)
         if not self.processes.is_first:
             return
-        content: dict[str, Any] = {
-            "network": cell.network,
-            "seed": cell.seed,
-            "run": dataclasses.asdict(cell.run),
-            "key": self._key(cell),
-            "origin": provenance(),
-            "metrics": result.as_dict(),
-        }
+        own = {"policy": run.mask, "fraction": run.fine_fraction}
+        own |= {key: getattr(run, key) for key in ("output_stride", "exchange", "strides", "middle_fraction")}
+        content: dict[str, Any] = {"network": cell.network, "seed": cell.seed, "run": own}
+        content |= {"key": self._key(cell), "origin": provenance(), "metrics": result.as_dict()}
         del content["metrics"]["confusion"]
         atomic_write(self._cell_path(cell), json.dumps(content, indent=1) + "\n")
         say(f"evaluated {cell.slug}: mIoU {100 * result.metrics.miou:.2f}")

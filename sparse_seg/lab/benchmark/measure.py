@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sparse_seg.errors import SparseSegError, first_line
 from sparse_seg.lab.benchmark.subject import Case, Subject, prepare_case
 from sparse_seg.lab.latency import Run, interleaved, peak_memory
-from sparse_seg.lab.report.tables import Column
 from sparse_seg.progress import bar
 from sparse_seg.run.way import Way
 
 COLUMNS = (
-    Column("scope", "scope"),
-    Column("network", "network"),
-    Column("form", "form"),
-    Column("milliseconds", "ms", "{:.1f}"),
-    Column("spread", "±", "{:.1f}"),
-    Column("gmacs", "GMACs", "{:.2f}"),
-    Column("speedup", "speed-up", "{:.2f}"),
-    Column("mac_ratio", "MAC ratio", "{:.2f}"),
-    Column("speedup_per_mac_ratio", "speed-up / MAC ratio", "{:.2f}"),
-    Column("peak_mib", "peak MiB", "{:.0f}"),
+    *("scope", "network", "form", "milliseconds", "spread", "gmacs"),
+    *("speedup", "mac_ratio", "speedup_per_mac_ratio", "peak_mib"),
 )
 
 
@@ -32,11 +23,13 @@ def cases(
     engines: Sequence[str],
     strides: Sequence[int],
     policies: Sequence[str] = (),
+    peers: Iterable[str] = (),
 ) -> list[Case]:
     """All rows of a scope, the baseline (dense at the finest of the strides) first.
 
     Args:
         policies: beside the config's own, by the engine gather; `given`: the config's mask, ready made.
+        peers: other runtimes, for the baseline. These two are of scope `network` alone.
     """
     ends = (strides[0], strides[-1]) if scope == "network" else strides[:1]
     rows = [Case(scope, Way.dense(stride)) for stride in ends]
@@ -45,7 +38,7 @@ def cases(
         for policy in policies if scope == "network" else ():
             given = policy == "given"
             rows.append(Case(scope, Way(None, None if given else policy, fraction, engine="gather"), given))
-    return rows
+    return rows + [Case(scope, rows[0].way, peer=peer) for peer in peers if scope == "network"]
 
 
 def measure(

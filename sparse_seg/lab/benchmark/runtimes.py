@@ -21,11 +21,10 @@ import torch
 
 from sparse_seg.errors import ConfigError, import_package
 from sparse_seg.export.onnx_file import INSTALL
-from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import RUNTIMES, open_session
+from sparse_seg.export.segmentor import options_of
 from sparse_seg.export.write import export_onnx
 from sparse_seg.lab.latency import SPAWN, Latency, Run, in_child, interleaved
-from sparse_seg.lab.report.tables import Column
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
@@ -134,14 +133,7 @@ def time_network(
                 if runtime == TORCH:
                     torch.save((model, way), path)
                 elif not os.path.exists(path):
-                    options = ExportOptions(
-                        size,
-                        dense=way.output_stride,
-                        fine_fraction=way.fine_fraction,
-                        merge=way.merge,
-                        mean=(0, 0, 0),
-                        std=(1, 1, 1),
-                    )
+                    options = options_of(size, 1, way, None, fine_fraction=way.fine_fraction)
                     export_onnx(model, path, options, check=False)
                 graphs[f"{kind} {runtime} {form}".strip()] = Timed(path, runtime)
         return time_graphs(graphs | dict(peers or {}), image, threads, turns, runs)
@@ -264,14 +256,3 @@ def rows(
             row["lift"] = lift((selective, *ends), (ms, coarse, fine))
         found.append(row)
     return found
-
-
-COLUMNS = (
-    Column("run", "run"),
-    Column("milliseconds", "ms", "{:.1f}"),
-    Column("least", "least", "{:.1f}"),
-    Column("of_fine", "of dense", "{:.2f}"),
-    Column("time_share", "time share", "{:.2f}"),
-    Column("accuracy_share", "accuracy share", "{:.2f}"),
-    Column("lift", "lift", "{:.2f}"),
-)

@@ -1,18 +1,22 @@
-"""What a benchmark runs: one network, a rendered scene, and the cases to measure."""
+"""What a benchmark runs: one network, a rendered scene, the cases to measure, and other runtimes (peers)."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import io
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from sparse_seg.checkpoint import load_model
 from sparse_seg.config import Config
@@ -20,14 +24,17 @@ from sparse_seg.data.cityscapes import Cityscapes
 from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.data.scenes import render_scene
 from sparse_seg.data.transforms import normalise
+from sparse_seg.errors import MeasurementError
 from sparse_seg.evaluation.cost import count_macs
-from sparse_seg.lab.benchmark.peers import peer_run
+from sparse_seg.export.runtime import RUNTIMES, open_session
 from sparse_seg.lab.latency import Run
 from sparse_seg.run.build import build_model
 from sparse_seg.run.passes import Pass
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 from sparse_seg.training.schedule import build_optimizer
+
+TOLERANCE = 1e-2  # largest difference over largest value: a peer that computes something else is no peer
 
 
 @dataclass(frozen=True)
@@ -195,17 +202,51 @@ def scenes(config: Config, size: tuple[int, int], batch: int) -> tuple[Tensor, T
     return images, labels if classes is None else labels.where(labels < classes, IGNORE_INDEX)
 
 
-@torch.no_grad()
 def randomise_norms(model: Segmentor, seed: int = 0) -> None:
-    """Statistics of every batch norm near those of its activations, so that these keep order one."""
-    generator = torch.Generator().manual_seed(seed)
-    module = model.module.train()  # the dense network that was captured
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.momentum = 1.0
-    module(torch.randn(2, 3, *model.graph.size, generator=generator))
-    for norm in norms:
-        assert norm.running_var is not None
-        norm.running_var.mul_(torch.rand(norm.num_features, generator=generator) + 0.5).add_(0.05)
-        norm.momentum = 0.1
+    """Give every batch norm the statistics of its activations, so that these keep order one."""
+    images = torch.randn(2, 3, *model.graph.size, generator=torch.Generator().manual_seed(seed))
+    update_bn([images], model.module)  # the dense network that was captured
+    for name, values in model.module.named_buffers():
+        if name.endswith("running_var"):
+            values.add_(0.05)  # what is pooled varies too little to be divided by
     model.eval()
+
+
+def peer_run(name: str, module: nn.Module, given: Tensor) -> Run:
+    """A run of `module(given)` by a peer, compiled beforehand and checked.
+
+    Raises:
+        MeasurementError: it computes other numbers, or not on this device.
+        Exception: whatever the peer raises where it is missing or fails.
+    """
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        expected, run = module(given), PEERS[name](module, given)
+        found = torch.as_tensor(run()).to(expected)
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not error < TOLERANCE:
+        raise MeasurementError(f"{name} computes other numbers (relative error {error:.1g})")
+    return run
+
+
+def _torch_compile(module: nn.Module, given: Tensor) -> Run:
+    compiled = torch.compile(module)
+    return torch.inference_mode()(lambda: compiled(given))
+
+
+def _exported(runtime: str, module: nn.Module, given: Tensor) -> Run:
+    if given.device.type != "cpu":
+        raise MeasurementError("tried on the CPU only")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    given, graph = given.contiguous(), io.BytesIO()
+    options = {"input_names": ["images"], "dynamo": False, "opset_version": 17}
+    torch.onnx.export(module, (given,), graph, **options)  # type: ignore[arg-type]  # without dynamo it can
+    session, images = open_session(graph.getvalue(), runtime, torch.get_num_threads()), given.numpy()
+    return lambda: next(iter(session(images=images).values()))
+
+
+# none is required: one that is missing raises as it is tried
+PEERS: dict[str, Callable[[nn.Module, Tensor], Run]] = {
+    "torch.compile": _torch_compile,
+    **{runtime: partial(_exported, runtime) for runtime in RUNTIMES},
+}

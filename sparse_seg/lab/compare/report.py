@@ -1,47 +1,119 @@
-"""A comparison as a table and as a self-contained HTML report."""
+"""A comparison's files, whose rows can be resumed, and what shows them: a table and an HTML report."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_seg.checkpoint import network_settings
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, SegmentationDataset
+from sparse_seg.errors import ConfigError
+from sparse_seg.export.runner import AUTO, TORCH
+from sparse_seg.files import atomic_write
+from sparse_seg.lab.compare.run import compare, comparison_runtime, comparison_ways, groups
 from sparse_seg.lab.frames import Case, explore
 from sparse_seg.lab.opened import Opened
-from sparse_seg.lab.report.explorer import SCRIPT, STYLE
+from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.html import Part, Picture, Section, plot, write_report
 from sparse_seg.lab.report.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
-from sparse_seg.lab.report.plots import cost_curve
-from sparse_seg.lab.report.tables import Column, Table
+from sparse_seg.lab.report.plots import COSTS, cost_curve
+from sparse_seg.lab.report.tables import Table, table
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
 Rows = Sequence[dict[str, Any]]
 
 
+def written(json_path: str | Path | None, report_path: str | Path | None = None) -> list[Path]:
+    """The files asked for; a report has a picture beside it."""
+    pages = [Path(report_path), Path(report_path).with_suffix(".png")] if report_path else []
+    return [Path(json_path), *pages] if json_path else pages
+
+
+def compare_and_report(
+    opened: Opened,
+    policies: Sequence[str],
+    fractions: Sequence[float],
+    json_path: str | Path | None = None,
+    report_path: str | Path | None = None,
+    exchanges: Sequence[str] = (),
+    merges: Sequence[str] = (),
+    resume: bool = False,
+    timed: bool = True,
+    runtime: str = AUTO,
+) -> None:
+    """Compare the ways to run a checkpoint, print the table, and write the files asked for.
+
+    Args:
+        policies, fractions, exchanges, merges: see `comparison_ways`.
+        resume: keep the rows of the JSON file, and measure the others policy by policy.
+        timed: see `compare`.
+        runtime: see `comparison_runtime`.
+
+    Raises:
+        ConfigError: the file to resume holds something else.
+    """
+    config, loaded, model, dataset, split, limit = opened
+    ways = comparison_ways(model, policies, fractions, exchanges, merges)
+    fast, reason = comparison_runtime(model, dataset, config.data, ways, runtime)
+    origin, rows = provenance() | {"runtime": fast.runtime if fast else TORCH}, list[dict[str, Any]]()
+    subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, list(model.strides)]
+    subject += filter(None, [config.data.bits, fast.runtime if fast else None])
+    digest = hashlib.blake2b(loaded.path.read_bytes() + json.dumps(subject).encode(), digest_size=16)
+    origin["subject"] = digest.hexdigest()
+    if resume:
+        rows, commits = _earlier(json_path, origin["subject"])
+        origin["commits"] = sorted({*commits, str(origin["commit"])})  # of all runs that measured
+    known = {row["network"] for row in rows}
+    for part in groups([way for way in ways if way.name not in known]) if resume else [ways]:
+        rows += compare(model, dataset, config.data, part, limit, progress=True, timed=timed, fast=fast)
+        if json_path:
+            atomic_write(json_path, json.dumps(origin | {"rows": rows}, indent=1) + "\n")
+    print(comparison_table(rows).to_text())
+    print(f"runtime: {origin['runtime']}" + (f" ({reason})" if reason else ""))
+    if report_path:
+        own = network_settings(loaded, config)
+        description = (
+            f"{loaded.path}: {own.module or f'{own.backbone} x{own.width:g}, {own.head} head'}, on "
+            f"{rows[0]['images']} images of {config.data.dataset} {split}. "
+            "One set of weights, no retraining. "
+            f"{origin['machine']}, threads: {origin['threads']}; milliseconds are medians over the images, "
+            f"in {origin['runtime']}."
+        )
+        write_comparison(report_path, "Dense and selective", description, rows, opened, ways)
+        print(f"report: {report_path}")
+
+
+def _earlier(path: str | Path | None, subject: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of an earlier comparison and the commits they are of; none if there is no such file.
+
+    Raises:
+        ConfigError: the file holds something else, or rows of other weights, images, strides or runtime.
+    """
+    assert path is not None
+    if not Path(path).exists():
+        return [], []
+    try:
+        found = json.loads(Path(path).read_text())
+        rows = [row for row in found["rows"] if row["network"]]
+        commits, earlier = found.get("commits", [str(found["commit"])]), found.get("subject", subject)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{path} holds no comparison to resume; remove it or name another file") from None
+    if earlier != subject:
+        raise ConfigError(
+            f"{path} holds rows of other weights, images or strides, or of another runtime; name another "
+            "--json file"
+        )
+    return rows, commits
+
+
 def comparison_table(rows: Rows) -> Table:
     """Accuracy and cost, one line per way."""
-    columns = [
-        Column("network", "network"),
-        Column("miou", "mIoU %", "{:.2f}"),
-        Column("boundary_miou", "boundary mIoU %", "{:.2f}"),
-        Column("gmacs", "GMACs", "{:.2f}"),
-        Column("milliseconds", "ms", "{:.1f}"),
-    ]
-    return Table(columns, list(rows))
-
-
-def fraction_table(rows: Rows, key: str, exchange: str | None = None) -> Table:
-    """One value of the selective rows: a line per policy, a column per fine fraction, under one rule."""
-    own = [row for row in rows if row["policy"] and row["exchange"] == exchange]
-    lines: dict[str, dict[str, Any]] = {}
-    for row in own:
-        lines.setdefault(row["policy"], {"policy": row["policy"]})[f"{row['fine_fraction']:g}"] = row[key]
-    fractions = sorted({row["fine_fraction"] for row in own})
-    columns = [Column(f"{fraction:g}", f"f={fraction:g}", "{:.2f}") for fraction in fractions]
-    return Table([Column("policy", "policy"), *columns], list(lines.values()))
+    return table(rows, ("network", "miou", "boundary_miou", "gmacs", "milliseconds"))
 
 
 def write_comparison(
@@ -80,17 +152,16 @@ def write_comparison(
         Section("Quality against cost", CHORD, pictures=_curves(rows, dense), pictures_per_row=2),
         explore(cases, chosen, dataset, min(len(dataset), opened.limit or len(dataset))),
     ]
-    named = runs_on_image(model, dataset, data, 0, [*dense, steps[chosen]])
+    named = _runs_on_image(model, dataset, data, 0, [*dense, steps[chosen]])
     rows_of_three = [named[start : start + 3] for start in range(0, len(named), 3)]
     write_image(Path(path).with_suffix(".png"), contact_sheet(rows_of_three))
-    write_report(path, title, sections, STYLE, SCRIPT)
+    write_report(path, title, sections)
 
 
 CHORD = (
     "Dotted: the chord between the dense networks, which a mixture of both reaches. Only what lies above it "
     "is worth its cost."
 )
-_COSTS = {"gmacs": "GMACs per image", "milliseconds": "ms per image"}
 _QUALITIES = {"miou": "mIoU %", "boundary_miou": "boundary mIoU %"}
 
 
@@ -98,7 +169,7 @@ def _curves(rows: Rows, dense: Sequence[Way]) -> list[Picture]:
     """Each quality against each cost that was measured."""
     pictures = []
     for key, label in _QUALITIES.items():
-        for cost, unit in _COSTS.items():
+        for cost, unit in COSTS.items():
             if any(row[cost] is None for row in rows):
                 continue
             series: dict[str, list[tuple[float, float]]] = {}
@@ -113,7 +184,7 @@ def _curves(rows: Rows, dense: Sequence[Way]) -> list[Picture]:
     return pictures
 
 
-def runs_on_image(
+def _runs_on_image(
     model: Segmentor,
     dataset: SegmentationDataset,
     data: DataConfig,

@@ -91,10 +91,9 @@ class Segmentation:
 
     def shares(self) -> dict[str, float]:
         """The share of the pixels that each class has, the largest first, without those that have none."""
-        counts = np.bincount(self.classes.ravel(), minlength=len(self.names))
-        order = np.argsort(-counts, kind="stable")
-        total = counts.sum()
-        return {self.names[number]: float(counts[number] / total) for number in order if counts[number]}
+        shares = np.bincount(self.classes.ravel(), minlength=len(self.names)) / self.classes.size
+        order = np.argsort(-shares, kind="stable")
+        return {self.names[number]: float(shares[number]) for number in order if shares[number]}
 
 
 class Segmenter:
@@ -197,23 +196,19 @@ class Segmenter:
         None where that is not measured: the way is dense, the image was not seen whole and once, so few
         images ran that three more count, or a graph would have to be made.
         """
-        image = self._last
+        image, runner, times = self._last, self.runner, list[float]()
         if image is None or self.way.is_dense or self.frames < MANY:
             return None
-        views = self.views_of(image)
+        views, way = self.views_of(image), Way.dense(self.model.strides[0])
         if not views.is_one_look or views.count_windows(*image.shape[:2]) > 1:
             return None
-        place: Any = self.runner.last if isinstance(self.runner, Runner) else self.runner or self.model
-        batch, _ = scaled(self.batch(image), None, views.factors[0])
-        way, times = Way.dense(self.model.strides[0]), list[float]()
-        if isinstance(place, RuntimeSegmentor):
-            options = place.start(batch).follow(way).options(not views.is_single)
-            if not place.find(options):
-                return None
+        place: Any = runner.last if isinstance(runner, Runner) else runner or self.model
+        run = place.start(scaled(self.batch(image), None, views.factors[0])[0]).follow(way)
+        if isinstance(place, RuntimeSegmentor) and not place.find(run.options(not views.is_single)):
+            return None
         with torch.inference_mode(), eval_mode(self.model):
             for _ in range(3):
-                start = now(self.device)
-                run = place.start(batch).follow(way)
+                start, run = now(self.device), place.start(run.images).follow(way)
                 (run.classes if views.is_single else run.logits)()
                 times.append(now(self.device) - start)
         return min(times)

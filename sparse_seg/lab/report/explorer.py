@@ -12,8 +12,6 @@ from pathlib import Path
 
 from sparse_seg.lab.report.html import Picture
 
-_HERE = Path(__file__).parent
-
 
 @dataclass(frozen=True)
 class Shot:
@@ -52,12 +50,14 @@ class Explorer:
         last = len(self.steps) - 1
         frames = "\n".join(self._frame(number, frame) for number, frame in enumerate(self.frames))
         return f"""<section class="explorer">
+<style>{STYLE}</style>
 <h2>{html.escape(self.heading)}</h2>
 <p>{html.escape(self.text)}</p>
 <div class="controls"><label>fine fraction
 <input class="fraction" type="range" min="0" max="{last}" step="1" value="{self.start}"></label>
 <output>{self._says(self.start)}</output></div>
 {frames}
+<script>{SCRIPT}</script>
 </section>"""
 
     def _says(self, step: int) -> str:
@@ -89,4 +89,4 @@ class Explorer:
         )
 
 
-STYLE, SCRIPT = ((_HERE / f"explorer.{kind}").read_text() for kind in ("css", "js"))
+STYLE, SCRIPT = ((Path(__file__).parent / f"explorer.{kind}").read_text() for kind in ("css", "js"))

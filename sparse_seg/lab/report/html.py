@@ -103,15 +103,13 @@ class Part(Protocol):
     def to_html(self) -> str: ...
 
 
-def write_report(
-    path: str | Path, title: str, sections: Sequence[Part], style: str = "", script: str = ""
-) -> None:
+def write_report(path: str | Path, title: str, sections: Sequence[Part]) -> None:
     """Write the sections as one HTML page to `path`, atomically. Raises OSError if it cannot be written."""
-    atomic_write(path, page(title, sections, style, script))
+    atomic_write(path, page(title, sections))
 
 
-def page(title: str, sections: Sequence[Part], style: str = "", script: str = "") -> str:
-    """The whole HTML page as text, with more style and a script that runs at its end."""
+def page(title: str, sections: Sequence[Part]) -> str:
+    """The whole HTML page as text."""
     heading = html.escape(title)
     body = "\n".join(section.to_html() for section in sections)
     return f"""<!DOCTYPE html>
@@ -120,12 +118,11 @@ def page(title: str, sections: Sequence[Part], style: str = "", script: str = ""
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{heading}</title>
-<style>{CSS}{style}</style>
+<style>{CSS}</style>
 </head>
 <body>
 <h1>{heading}</h1>
 {body}
-{f"<script>{script}</script>" if script else ""}
 </body>
 </html>
 """

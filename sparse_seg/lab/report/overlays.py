@@ -62,7 +62,7 @@ def draw_blocks(image: Image, fine_blocks: npt.NDArray[np.bool_], block: int = 1
             f"fine_blocks is {list(fine_blocks.shape)}; an image of {height}x{width} has {list(expected)} "
             f"blocks of {block} px"
         )
-    fine = fine_blocks.astype(bool).repeat(block, axis=0).repeat(block, axis=1)[:height, :width]
+    fine = _by_pixel(fine_blocks.astype(bool), block, image)
     picture = np.where(fine[..., None], image, (image * COARSE_BRIGHTNESS).astype(np.uint8))
     thickness = max(1, round(min(height, width) / 500))
     inside = cv2.erode(fine.astype(np.uint8), np.ones((2 * thickness + 1, 2 * thickness + 1), np.uint8))
@@ -85,13 +85,13 @@ def draw_levels(image: Image, levels: npt.NDArray[np.int64], strides: Sequence[i
             f"strides {list(strides)}, got {list(levels.shape)} in {levels.min()}..{levels.max()}"
         )
     tints = np.array(LEVEL_TINTS if len(strides) == 3 else LEVEL_TINTS[::2], np.uint8)
-    colours = tints[levels].repeat(block, axis=0).repeat(block, axis=1)[:height, :width]
-    picture = cv2.addWeighted(image, 1 - TINT, colours, TINT, 0)
-    for step, level in zip(strides[::-1], range(len(strides)), strict=True):  # the grid of sites, by stride
-        own = (levels == level).repeat(block, axis=0).repeat(block, axis=1)[:height, :width]
+    of_pixels = _by_pixel(levels, block, image)
+    picture = cv2.addWeighted(image, 1 - TINT, tints[of_pixels], TINT, 0)
+    for level, step in enumerate(strides[::-1]):  # the grid of sites, by stride
         grid = np.zeros((height, width), bool)
         grid[::step] = grid[:, ::step] = True
-        picture[own & grid] = picture[own & grid] // 4 * 3
+        grid &= of_pixels == level
+        picture[grid] = picture[grid] // 4 * 3
     entries = [
         _legend_entry(f"stride {stride}: {100 * (levels == level).mean():.0f}%", tints[level])
         for level, stride in enumerate(strides[::-1])
@@ -100,6 +100,21 @@ def draw_levels(image: Image, levels: npt.NDArray[np.int64], strides: Sequence[i
     row = np.concatenate(entries, 1)[:, :width]
     legend[:, : row.shape[1]] = row
     return np.concatenate([picture, legend])
+
+
+def _by_pixel(blocks: np.ndarray, block: int, image: Image) -> np.ndarray:
+    """The value of each pixel's block, [H, W] of the image."""
+    height, width = image.shape[:2]
+    return blocks.repeat(block, axis=0).repeat(block, axis=1)[:height, :width]
+
+
+def shrink(image: Image, width: int) -> Image:
+    """`image` at most `width` px wide."""
+    height, own = image.shape[:2]
+    if own <= width:
+        return image
+    size = width, max(1, round(height * width / own))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def draw_legend(names: Sequence[str], ids: Sequence[int], palette: Palette, columns: int = 3) -> Image:

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from sparse_seg.errors import import_package
 
@@ -12,6 +12,7 @@ Point = tuple[float, float]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^Dv<"
 REFERENCE_COLOUR = "#444444"
+COSTS = {"gmacs": "GMACs per image", "milliseconds": "ms per image"}  # by key of a row
 
 
 def cost_curve(
@@ -19,14 +20,13 @@ def cost_curve(
     xlabel: str,
     ylabel: str,
     points: Mapping[str, Point] | None = None,
-    image_format: Literal["png", "svg"] = "png",
     chord: Sequence[Point] = (),
 ) -> bytes:
     """Quality over cost: one line per series, and single networks (dense OS8, OS16) as references.
 
     series: name -> (cost, value) pairs, drawn in order of cost. points: name -> (cost, value), drawn as a
     marker on a dashed horizontal line. chord: (cost, value) places joined by a dotted line.
-    Returns the image file's content.
+    Returns a PNG file's content.
     Raises SparseSegError without matplotlib, ValueError if there is nothing to draw.
     """
     references = points or {}
@@ -40,7 +40,7 @@ def cost_curve(
     if chord:
         axes.plot(*zip(*chord, strict=True), color=REFERENCE_COLOUR, linestyle=":", zorder=2)
     _style(axes, xlabel, ylabel)
-    return picture(figure, image_format)
+    return picture(figure)
 
 
 def new_figure(size: tuple[float, float] = (7.2, 4.4)) -> Any:
@@ -51,10 +51,10 @@ def new_figure(size: tuple[float, float] = (7.2, 4.4)) -> Any:
     return figure
 
 
-def picture(figure: Any, image_format: Literal["png", "svg"] = "png") -> bytes:
-    """The content of an image file of a figure, cut to what is drawn."""
+def picture(figure: Any) -> bytes:
+    """The content of a PNG file of a figure, cut to what is drawn."""
     out = io.BytesIO()
-    figure.savefig(out, format=image_format, bbox_inches="tight", pad_inches=0.08)
+    figure.savefig(out, format="png", bbox_inches="tight", pad_inches=0.08)
     return out.getvalue()
 
 

@@ -110,6 +110,33 @@ class Table:
         return f"<tr>{''.join(written)}</tr>"
 
 
+COLUMNS = {
+    column.key: column
+    for column in (
+        *(Column(key, key) for key in ("scope", "network", "form", "run", "exchange")),
+        *(Column("distillation_mark", "distil"), Column("boundary_mark", "detail")),
+        *(Column("miou", "mIoU %", "{:.2f}"), Column("miou_std", "±", "{:.2f}")),
+        Column("boundary_miou", "boundary mIoU %", "{:.2f}"),
+        *(Column("parameters_m", "M params", "{:.2f}"), Column("checkpoint_mb", "MB", "{:.1f}")),
+        Column("gmacs", "GMACs", "{:.2f}"),
+        *(Column("milliseconds", "ms", "{:.1f}"), Column("spread", "±", "{:.1f}")),
+        Column("least", "least", "{:.1f}"),
+        *(Column("speedup", "speed-up", "{:.2f}"), Column("mac_ratio", "MAC ratio", "{:.2f}")),
+        Column("speedup_per_mac_ratio", "speed-up / MAC ratio", "{:.2f}"),
+        *(Column("peak_mib", "peak MiB", "{:.0f}"), Column("step_seconds", "s/step", "{:.2f}")),
+        *(Column("parameters_share", "params %", "{:.0f}"), Column("gmacs_share", "GMACs %", "{:.0f}")),
+        *(Column("milliseconds_share", "ms %", "{:.0f}"), Column("of_fine", "of dense", "{:.2f}")),
+        *(Column(f"{key}_share", f"{key} share", "{:.2f}") for key in ("time", "accuracy")),
+        Column("lift", "lift", "{:.2f}"),
+    )
+}
+
+
+def table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str] = tuple(COLUMNS)) -> Table:
+    """Runs of networks, one line each: the columns of `COLUMNS` that are asked for and that a row has."""
+    return Table([COLUMNS[key] for key in keys if not rows or any(key in row for row in rows)], rows)
+
+
 def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
