@@ -61,9 +61,9 @@ from sparse_seg.data.folder import CLASS_FILE
 from sparse_seg.errors import DataError
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.runtime import RUNTIMES
-from sparse_seg.lab.predict.inputs import Outputs, find_sources
+from sparse_seg.lab.predict.inputs import OutputFiles, find_sources
 from sparse_seg.lab.predict.pictures import STEPS, check_legend, write_legend, write_pictures
-from sparse_seg.lab.predict.segment import Segmenter
+from sparse_seg.lab.predict.segment import ImageSegmenter
 from sparse_seg.lab.predict.video import write_video
 from sparse_seg.lab.provenance import write_result
 from sparse_seg.masks import POLICIES
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     outputs.check(sources, input_files(config_file, config, checkpoint))
     model = build_network(load(checkpoint), config).to(args.device)
     runner = Runner(model, args.runtime, way, "--fps refines" if args.fps else None)
-    segmenter = Segmenter(model, way, looks, runner)
+    segmenter = ImageSegmenter(model, way, looks, runner)
     check_legend(segmenter.card, args.out)
     told = config.data.bits if config is not None and args.bits is None else args.bits
     images = [source.path for source in sources if isinstance(source.path, Path) and not source.is_video]
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(
-    args: argparse.Namespace, segmenter: Segmenter, runner: Runner, results: dict[str, dict[str, Any]]
+    args: argparse.Namespace, segmenter: ImageSegmenter, runner: Runner, results: dict[str, dict[str, Any]]
 ) -> None:
     for name, result in results.items():
         if "frames" in result:
@@ -184,13 +184,13 @@ def _scaled(card: Card, scales: list[float], total: int) -> str:
     )
 
 
-def _outputs(args: argparse.Namespace) -> Outputs:
+def _outputs(args: argparse.Namespace) -> OutputFiles:
     """What is to be written."""
     selective, all_kinds = args.dense is None, not args.ids_only
     kinds = {"ids": True, "overlay": all_kinds, "classes": all_kinds, "blocks": all_kinds and selective}
     kinds |= {"levels": args.show_levels and selective, STEPS: bool(args.steps)}
     others = [Path(args.out, CLASS_FILE), *([Path(args.out, "legend.png")] if all_kinds else [])]
-    return Outputs(
+    return OutputFiles(
         Path(args.out),
         [kind for kind, asked in kinds.items() if asked],
         args.video_ids or args.ids_only,

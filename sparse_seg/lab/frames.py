@@ -27,7 +27,7 @@ _Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Case:
+class Contender:
     """A network, run one way; `row` has its `miou`, `gmacs` and `milliseconds`, over the dataset."""
 
     name: str
@@ -48,7 +48,7 @@ class Case:
 
 
 def explore(
-    cases: Sequence[Case],
+    cases: Sequence[Contender],
     chosen: int,
     dataset: SegmentationDataset,
     count: int,
@@ -94,7 +94,7 @@ def numbers(row: _Row, coarse: _Row | None, fine: _Row) -> str:
 
 
 def most_different(
-    pair: tuple[Case, Case], dataset: SegmentationDataset, count: int
+    pair: tuple[Contender, Contender], dataset: SegmentationDataset, count: int
 ) -> list[tuple[float, int]]:
     """(share of labelled pixels on which two cases differ, frame), most first, without near neighbours."""
     found = []
@@ -119,7 +119,7 @@ def _sequence(name: str) -> str:
 
 
 def _frame(
-    cases: Sequence[Case], chosen: int, dataset: SegmentationDataset, index: int, share: float
+    cases: Sequence[Contender], chosen: int, dataset: SegmentationDataset, index: int, share: float
 ) -> Frame:
     image, label = dataset.load(index)
     palette = dataset.classes.palette

@@ -12,7 +12,7 @@ import torch
 
 from sparse_seg.config import load_config
 from sparse_seg.data.scenes import write_scenes
-from sparse_seg.lab.predict.inputs import Outputs, find_sources
+from sparse_seg.lab.predict.inputs import OutputFiles, find_sources
 from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import save_checkpoint
 from tests.cli.commands import done, fails
@@ -236,7 +236,7 @@ def test_what_is_written_is_what_was_checked(folder):
     every = ["--show-levels", "--steps", "0.1", "0.5", "--video-ids", "--video-blocks"]
     done("predict", "net.safetensors", "photo.png", "drive.mp4", "--out", "o", *every)
     kinds = ("ids", "overlay", "classes", "blocks", "levels", "steps")
-    outputs = Outputs(Path("o"), kinds, True, True)
+    outputs = OutputFiles(Path("o"), kinds, True, True)
     expected = {file for source in find_sources(["photo.png", "drive.mp4"]) for file in outputs.files(source)}
     written = {path for path in Path("o").rglob("*") if path.is_file()}
     assert written == expected | {Path("o/classes.yaml"), Path("o/legend.png")}

@@ -13,7 +13,7 @@ import torch
 from sparse_seg.checkpoint import load, save
 from sparse_seg.config import load_config
 from sparse_seg.data.reading import read_label
-from sparse_seg.lab.predict.segment import Segmenter
+from sparse_seg.lab.predict.segment import ImageSegmenter
 from sparse_seg.lab.predict.video import writable_rate
 from sparse_seg.masks import ConfidencePolicy
 from sparse_seg.masks.previous import PreviousPolicy
@@ -159,13 +159,13 @@ def test_a_camera(checkpoint, video, tmp_path, capsys, monkeypatch):
     arguments = ["predict", str(checkpoint), "camera:0", "--out", str(tmp_path / "out")]
     done(*arguments, "--limit", "5")
     assert properties(tmp_path / "out/camera0.mp4")[0] == 5
-    follow, calls = Segmenter.follow, []
+    follow, calls = ImageSegmenter.follow, []
 
     def three(self, image, budget):
         calls.append(image)
         return stop() if len(calls) > 3 else follow(self, image, budget)
 
-    monkeypatch.setattr(Segmenter, "follow", three)
+    monkeypatch.setattr(ImageSegmenter, "follow", three)
     done(*arguments)  # Ctrl-C
     assert properties(tmp_path / "out/camera0.mp4")[0] == 3
 

@@ -12,7 +12,7 @@ from sparse_seg.export import in_runtime
 from sparse_seg.export import runner as rules
 from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.runner import Runner
-from sparse_seg.lab.predict.segment import Segmenter
+from sparse_seg.lab.predict.segment import ImageSegmenter
 from sparse_seg.run.way import Way
 from tests.export.kinds import kind_model
 from tests.reference import block_mask, relative_error
@@ -176,7 +176,7 @@ def test_one_graph_for_one_way(way, images, price, monkeypatch):
     monkeypatch.setattr("sparse_seg.export.segmentor.to_onnx", counted)
     model = kind_model("lite", "edge")
     runner = Runner(model, "auto", way)
-    segmenter = Segmenter(model, way, runner=runner)
+    segmenter = ImageSegmenter(model, way, runner=runner)
     for _ in range(4):
         segmenter(np.zeros((64, 96, 3), np.uint8))
     assert (len(graphs), runner.runs) == (1, {"torch": 2, "onnxruntime": 2})

@@ -14,7 +14,7 @@ from sparse_seg.files import atomic_write
 from sparse_seg.lab.ablation.costs import cost_key
 from sparse_seg.lab.ablation.grid import Cell, Run
 from sparse_seg.lab.ablation.runner import Ablation
-from sparse_seg.lab.frames import Case, explore
+from sparse_seg.lab.frames import Contender, explore
 from sparse_seg.lab.report.explorer import Explorer
 from sparse_seg.lab.report.html import Part, Section, plot, write_report
 from sparse_seg.lab.report.plots import COSTS, cost_curve
@@ -214,7 +214,7 @@ def _explorer(ablation: Ablation, rows: Rows) -> tuple[Explorer | None, dict[int
     return explore(cases, shown.index(best), dataset, count, f"Weights of seed {seed}."), links
 
 
-def _case(ablation: Ablation, cell: Cell, row: dict[str, Any]) -> Case:
+def _case(ablation: Ablation, cell: Cell, row: dict[str, Any]) -> Contender:
     config = ablation.cell_config(cell)
     model = load_model(ablation.checkpoint(cell.network, cell.seed), config).to(ablation.device).eval()
-    return Case(f"{cell.network}, {cell.run.name}", row, model, Way(cell.run.output_stride), config.data)
+    return Contender(f"{cell.network}, {cell.run.name}", row, model, Way(cell.run.output_stride), config.data)

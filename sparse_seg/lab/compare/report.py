@@ -15,7 +15,7 @@ from sparse_seg.errors import ConfigError
 from sparse_seg.export.runner import AUTO, TORCH
 from sparse_seg.files import atomic_write
 from sparse_seg.lab.compare.run import compare, comparison_runtime, comparison_ways, groups
-from sparse_seg.lab.frames import Case, explore
+from sparse_seg.lab.frames import Contender, explore
 from sparse_seg.lab.opened import Opened
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.lab.report.html import Part, Picture, Section, plot, write_report
@@ -138,7 +138,7 @@ def write_comparison(
     selective = [way for way in ways if (way.mask, way.exchange, way.merge) == rules]
     steps = [dense[-1], *sorted(selective, key=lambda way: way.fine_fraction or 0.0), dense[0]]
     by_name = {row["network"]: row for row in rows}
-    cases = [Case(way.name, by_name[way.name], model, way, data) for way in steps]
+    cases = [Contender(way.name, by_name[way.name], model, way, data) for way in steps]
     chosen = len(steps) // 2
     links = {number: f"#step-{steps.index(way)}" for number, way in enumerate(ways) if way in steps}
     names = [row["network"] for row in rows]
@@ -196,7 +196,7 @@ def _runs_on_image(
     palette = dataset.classes.palette
     pictures = [("input", image), ("label", colourise(label, palette))]
     for way in shown:
-        classes, levels = Case(way.name, {}, model, way, data).classes(image, label)
+        classes, levels = Contender(way.name, {}, model, way, data).classes(image, label)
         if levels is not None:
             pictures.append((f"stride by block: {way.name}", draw_levels(image, levels, model.strides)))
         pictures.append((way.name, overlay(image, classes, palette)))

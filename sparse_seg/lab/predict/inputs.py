@@ -66,7 +66,7 @@ def _sources(text: str) -> list[Source]:
 
 
 @dataclass(frozen=True)
-class Outputs:
+class OutputFiles:
     """What is written.
 
     Args:

@@ -15,8 +15,8 @@ from sparse_seg.data.folder import CLASS_FILE
 from sparse_seg.data.reading import read_image
 from sparse_seg.errors import ConfigError, DataError
 from sparse_seg.files import atomic_write
-from sparse_seg.lab.predict.inputs import Outputs, Source
-from sparse_seg.lab.predict.segment import Segmentation, Segmenter
+from sparse_seg.lab.predict.inputs import OutputFiles, Source
+from sparse_seg.lab.predict.segment import ImageSegmenter, Segmentation
 from sparse_seg.lab.report.overlays import (
     colourise,
     contact_sheet,
@@ -51,7 +51,11 @@ STEPS = "steps"
 
 
 def write_pictures(
-    segmenter: Segmenter, source: Source, outputs: Outputs, bits: int | None, fractions: Sequence[float] = ()
+    segmenter: ImageSegmenter,
+    source: Source,
+    outputs: OutputFiles,
+    bits: int | None,
+    fractions: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Segment an image file and write the pictures that are asked for.
 
@@ -78,7 +82,7 @@ def write_pictures(
     return said | {"scales": list(found.scales)}
 
 
-def draw_steps(segmenter: Segmenter, image: Image, fractions: Sequence[float]) -> Image:
+def draw_steps(segmenter: ImageSegmenter, image: Image, fractions: Sequence[float]) -> Image:
     """Refinement to these rising fine fractions: a column per step, prediction above blocks; what a step
     changed is white."""
     top, bottom, before = list[tuple[str, Image]](), list[tuple[str, Image]](), None

@@ -96,7 +96,7 @@ class Segmentation:
         return {self.names[number]: float(shares[number]) for number in order if shares[number]}
 
 
-class Segmenter:
+class ImageSegmenter:
     """A network made ready for images of bytes.
 
     Args:
@@ -259,8 +259,8 @@ def segment(
     """
     network, pixels = _network(model), _pixels(image, bits)
     if isinstance(network, RuntimeSegmentor | Runner):
-        return Segmenter(network.model, way, views, network)(pixels)
-    return Segmenter(network, way, views)(pixels)
+        return ImageSegmenter(network.model, way, views, network)(pixels)
+    return ImageSegmenter(network, way, views)(pixels)
 
 
 def _network(model: Any) -> Segmentor | RuntimeSegmentor | Runner:
@@ -278,7 +278,7 @@ def _network(model: Any) -> Segmentor | RuntimeSegmentor | Runner:
 
 
 def _pixels(image: Any, bits: int | None) -> Image:
-    """`[H, W, 3]` of what is given; arrays are checked by `Segmenter`."""
+    """`[H, W, 3]` of what is given; arrays are checked by `ImageSegmenter`."""
     if isinstance(image, np.ndarray):
         return image
     if isinstance(image, str | os.PathLike):

@@ -14,9 +14,9 @@ import numpy as np
 
 from sparse_seg.data.dataset import Image
 from sparse_seg.errors import DataError
-from sparse_seg.lab.predict.inputs import Outputs, Source
+from sparse_seg.lab.predict.inputs import OutputFiles, Source
 from sparse_seg.lab.predict.pictures import show_blocks
-from sparse_seg.lab.predict.segment import Segmentation, Segmenter
+from sparse_seg.lab.predict.segment import ImageSegmenter, Segmentation
 from sparse_seg.lab.report.overlays import write_image
 from sparse_seg.progress import bar
 from sparse_seg.timing import now
@@ -28,7 +28,11 @@ LEAST_READ = 0.95  # of the frames that a file promises; some promise a few too 
 
 
 def write_video(
-    segmenter: Segmenter, source: Source, outputs: Outputs, fps: float | None = None, limit: int | None = None
+    segmenter: ImageSegmenter,
+    source: Source,
+    outputs: OutputFiles,
+    fps: float | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Write `NAME.mp4`, the frames with the classes' colours over them, at the source's size (even, as the
     codec wants it) and rate, see `writable_rate`. Ctrl-C ends a camera's video.
@@ -108,7 +112,7 @@ def _frames(video: cv2.VideoCapture) -> Iterator[Image]:
 
 
 @contextmanager
-def _writers(source: Source, outputs: Outputs, rate: float) -> Iterator[Any]:
+def _writers(source: Source, outputs: OutputFiles, rate: float) -> Iterator[Any]:
     """A function that adds a frame; the files get their names when all is done."""
     out = Path(outputs.folder, source.name)
     writers: dict[Path, cv2.VideoWriter] = {}
