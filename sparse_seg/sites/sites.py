@@ -19,7 +19,8 @@ class Sites:
         levels: by stride, coarsest first.
         exchange: see `Level`.
         apart: of exchange rule `separate`, which is `none` without what `Apart` leaves out.
-        engine: what computes 3x3 convolutions at extra sites: `gather`, `spconv`, or `auto`, which is gather.
+        engine: what computes convolutions at extra sites: `gather`; `spconv`, the 3x3 ones; `triton`, where it
+            can, see `triton.py`; or `auto`, which is gather.
     """
 
     def __init__(
