@@ -51,8 +51,8 @@ def conv2d(
     source: Tensor | None = None,
     level: Level | None = None,
 ) -> Tensor | None:
-    """A convolution of T taps at M sites: `[M, O]`; None where gather is to run: with gradients, for groups
-    that are neither one nor as many as channels, and where the kernel does not work.
+    """A convolution of T taps at M sites: `[M, O]`. None where gather is to run: without CUDA, with
+    gradients, with groups that are neither one nor as many as channels, and where the kernel does not work.
 
     Args:
         rows: `[R, I]`.
@@ -61,6 +61,8 @@ def conv2d(
         weight: `[O, I, kh, kw]`, or `[I, 1, kh, kw]` of a depthwise convolution.
         source: `[cells, I]`, of which ghosts are made; None: there are none.
     """
+    if not _may_run(rows.device):
+        return None
     tensors = [one for one in (rows, weight, bias, source) if one is not None]
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
         return None
@@ -89,13 +91,20 @@ def conv2d(
 
 def problem(device: torch.device, dtype: torch.dtype) -> str:
     """Why gather ran in the kernels' place on a device, in a dtype, so far; "" where it did not."""
-    return next((why for kind, why in _problems.items() if why and kind[:2] == (device, dtype)), "")
+    if not _may_run(device):
+        return f"it needs a CUDA device, not {device.type}"
+    kinds = (kind for kind in _problems if (kind.device.type, kind.dtype) == (device.type, dtype))
+    return next(filter(None, map(_problems.__getitem__, kinds)), "")
 
 
 def _tell(kind: Kind, why: str) -> None:
     _problems[kind] = why
     if why:
         warnings.warn(f"engine triton: {why}; gather runs", EngineWarning, stacklevel=2)
+
+
+def _may_run(device: torch.device) -> bool:
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _kernels() -> Any:
@@ -108,8 +117,6 @@ def _problem(kind: Kind) -> str:
     """What keeps kernels from running, if anything does."""
     if kind.dtype not in TOLERANCES:
         return f"it cannot run {kind.dtype}"
-    if kind.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs a CUDA device, not {kind.device.type}"
     try:
         found = _self_check(kind)
     except Exception as error:  # whatever a compiler raises

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg import selective
+from sparse_seg.export import ExportOptions, StaticNetwork
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.sites import EXCHANGES, Level, LevelPlan, Taps, triton
@@ -128,6 +129,29 @@ def test_networks_equal_gather(
         by_steps.append(steps.take(levels, way).logits())
     assert len(calls) > once
     assert relative_error(*by_steps) < 1e-5
+
+
+@torch.no_grad()
+def test_the_static_form(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph of it runs the kernel, which reads no shape from a mask."""
+    model, original, calls = selective(trained(), size=(64, 64)), triton.conv2d, []
+    options = ExportOptions((47, 101), 2, None, 0.3, given=True, logits=True, ghosts=False, tiles=False)
+
+    def count(*args: Any) -> Tensor | None:
+        calls.append(original(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(triton, "conv2d", count)
+    gathered = StaticNetwork(model, options).to(device)
+    assert not calls
+    model.settings = dataclasses.replace(model.settings, engine="triton")
+    network = StaticNetwork(model, options).to(device)
+    images, *blocks = (one.to(device) for one in network.example())
+    images = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    calls.clear()
+    assert relative_error(network(images, *blocks)[-1], gathered(images, *blocks)[-1]) < 1e-5
+    assert len(calls) == 3  # the windows on an early value and on rows
+    assert all(one is not None for one in calls)
 
 
 @torch.no_grad()
