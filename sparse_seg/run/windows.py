@@ -124,7 +124,7 @@ class Windows:
             weight, bias = tensors["weight"], tensors.get("bias")
             source = value.lattice.rows if level.exchange == "none" else value.complete(2 * stride)
             return spconv.level_conv2d(level, taps, source, value.extras(stride), weight, bias, blocks)
-        if sites.engine == "triton":
+        if self._is_for_triton(node, sites.engine, value.lattice):
             rows, index, ghosts = value.reads_apart(stride, taps)
             found = self._by_triton(node, rows, index, ghosts, level)
             if found is not None:
@@ -133,13 +133,12 @@ class Windows:
         return self._gathered(node, table, index)
 
     def _of_grid(self, node: Node, source: Grid, index: Tensor, engine: str) -> Tensor:
-        found = self._by_triton(node, source.rows, index) if engine == "triton" else None
+        is_one = self._is_for_triton(node, engine, source)
+        found = self._by_triton(node, source.rows, index) if is_one else None
         return self._gathered(node, source.table, index) if found is None else found
 
     def _by_triton(self, node: Node, rows: Tensor, index: Tensor, *ghosts: Any) -> Tensor | None:
         """See `triton.conv2d`; None where that is for gather."""
-        if node.op != "conv2d" or torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return None
         tensors = self.tensors_of(node)
         return triton.conv2d(rows, index, tensors["weight"], tensors.get("bias"), *ghosts)
 
@@ -152,3 +151,7 @@ class Windows:
     def _is_for_spconv(self, node: Node, engine: str) -> bool:
         is_one = engine == "spconv" and node.op == "conv2d" and node.options["groups"] == 1
         return is_one and spconv.fits(self.taps[node.name])
+
+    def _is_for_triton(self, node: Node, engine: str, source: Grid) -> bool:
+        is_one = engine == "triton" and node.op == "conv2d" and triton.may_run(source.tensor.device)
+        return is_one and not (torch.jit.is_tracing() or torch.compiler.is_compiling())

@@ -61,7 +61,7 @@ def conv2d(
         weight: `[O, I, kh, kw]`, or `[I, 1, kh, kw]` of a depthwise convolution.
         source: `[cells, I]`, of which ghosts are made; None: there are none.
     """
-    if not _may_run(rows.device):
+    if not may_run(rows.device):
         return None
     tensors = [one for one in (rows, weight, bias, source) if one is not None]
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
@@ -72,7 +72,7 @@ def conv2d(
         return None
     level = None if source is None else level
     dtype, rule = computing_dtype(rows), "none" if level is None else level.exchange
-    tf32 = rows.is_cuda and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = rows.is_cuda and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     kind = Kind(rows.device, dtype, tf32, is_depthwise, rule)
     if kind not in _problems:
         _tell(kind, _problem(kind))
@@ -89,9 +89,14 @@ def conv2d(
         return None
 
 
+def may_run(device: torch.device) -> bool:
+    """Whether the kernels are for this device; they may still not work on it."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def problem(device: torch.device, dtype: torch.dtype) -> str:
     """Why gather ran in the kernels' place on a device, in a dtype, so far; "" where it did not."""
-    if not _may_run(device):
+    if not may_run(device):
         return f"it needs a CUDA device, not {device.type}"
     kinds = (kind for kind in _problems if (kind.device.type, kind.dtype) == (device.type, dtype))
     return next(filter(None, map(_problems.__getitem__, kinds)), "")
@@ -101,10 +106,6 @@ def _tell(kind: Kind, why: str) -> None:
     _problems[kind] = why
     if why:
         warnings.warn(f"engine triton: {why}; gather runs", EngineWarning, stacklevel=2)
-
-
-def _may_run(device: torch.device) -> bool:
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _kernels() -> Any:
