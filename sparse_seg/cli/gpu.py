@@ -1,9 +1,10 @@
 """Time two networks on a CUDA device in every way there is: the tables of docs/performance.md.
 
 A DeepLabV3-ResNet-50 and a light network run dense and selective, at two sizes, with one image and four, in
-float32, TF32 and float16, by cuDNN, the gather and spconv engines, the static form and CUDA graphs; then by
-torch.compile, while time remains. Written after each cell, so a run that is stopped keeps what it has.
-On a CPU it rehearses: tiny sizes, no graphs.
+float32, TF32, float16 and bfloat16, by cuDNN, the gather, spconv and triton engines, the static form and CUDA
+graphs; then by torch.compile, while time remains. First come the cells that matter most, the first network's
+large images where tensor cores run; then the others, the cheapest first. Written after each cell, so a run
+that is stopped keeps what it has. On a CPU it rehearses: tiny sizes, no graphs.
 
 example:
   sparse-seg gpu --json docs/results/gpu_h100.json --minutes 8
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ NETWORKS = {
     "DeepLabV3-ResNet-50": ("bench_r50.yaml", 0.1, ["model.num_classes=19"]),
     "light": ("camvid_student_slim.yaml", 0.15, ["model.mask.policy=confidence"]),
 }
+Key = tuple[str, tuple[int, int], int, str]  # a cell: network, size, batch, precision
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,23 +48,38 @@ def run(args: argparse.Namespace) -> int:
     check_outputs([args.json, tables], [Path(args.configs, name) for name, _, _ in NETWORKS.values()])
     cuda = torch.cuda.is_available()
     device, sizes = ("cuda", ((512, 1024), (1024, 2048))) if cuda else ("cpu", ((64, 96),))
-    keys = list(itertools.product(NETWORKS, sizes, (1, 4), PRECISIONS))
-    again = [(name, sizes[-1], 1, "fp16") for name in NETWORKS if cuda]  # with torch.compile
+    keys = by_weight(itertools.product(NETWORKS, sizes, (1, 4), PRECISIONS))
+    cases = [(key, "") for key in keys]
+    cases += [((name, sizes[-1], 1, "fp16"), ", torch.compile") for name in NETWORKS if cuda]
     cells: dict[Any, list[dict[str, Any]]] = {}
     end = time.monotonic() + 60 * args.minutes
-    for done, key in enumerate([*keys, *again]):
+    for done, (key, compiled) in enumerate(cases):
         if time.monotonic() > end:
-            print(f"stopped after {args.minutes:g} minutes, {done} of {len(keys) + len(again)} cells done")
+            print(f"stopped after {args.minutes:g} minutes; not measured:")
+            for (network, size, batch, precision), more in cases[done:]:
+                print(f"  {network}, {batch} x {size[0]}x{size[1]}, {precision}{more}")
             break
         network, size, batch, precision = key
         name, fraction, settings = NETWORKS[network]
         dtype, tf32 = PRECISIONS[precision]
         config = load_config(Path(args.configs, name), settings)
         setup = Setup(config, None, size, batch, device, str(dtype).removeprefix("torch."))
-        found = measure_gpu(setup, tf32, fraction, args.repeats, done >= len(keys))
+        found = measure_gpu(setup, tf32, fraction, args.repeats, bool(compiled))
         place = {"network": network, "size": list(size), "batch": batch, "precision": precision}
         cells[key] = [place | row for row in found]
         print(table([cells[key]]), flush=True)
         write_result(args.json, {"rows": list(itertools.chain(*cells.values()))})
         atomic_write(tables, table(list(cells.values())))
     return 0
+
+
+def by_weight(keys: Iterable[Key]) -> list[Key]:
+    """Cells in the order in which they are measured, see the top of this file."""
+    keys = list(keys)
+    network, largest = keys[0][0], max(size for _, size, _, _ in keys)
+
+    def rank(key: Key) -> tuple[bool, int]:
+        matters = key[0] == network and key[1] == largest and key[3] != "fp32"
+        return not matters, key[2] * key[1][0] * key[1][1]
+
+    return sorted(keys, key=rank)

@@ -89,7 +89,10 @@ class ModelConfig:
         ("linear", "nearest", "none", "separate"),
     )
     engine: str = key(
-        "auto", "what runs 3x3 convolutions at extra sites; auto: gather", ("auto", "gather", "spconv")
+        "auto",
+        "what runs convolutions at extra sites; auto: gather; spconv: the 3x3 ones; triton: on CUDA, without "
+        "gradients",
+        ("auto", "gather", "spconv", "triton"),
     )
     merge: str = key(
         "whole",

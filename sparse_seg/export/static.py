@@ -46,6 +46,7 @@ class StaticNetwork(nn.Module):
         self.options, self.strides = options, model.strides
         self.exchange, self.merge = model.exchange, options.merge or model.merge
         self.classes = model.num_classes
+        self.engine = model.engine if model.engine == "triton" else "gather"  # no graph has it
         scale = 1.0 if options.input == "float" else 255.0
         for name, values in (("mean", options.mean), ("std", options.std)):
             self.register_buffer(name, (torch.tensor(values) * scale).reshape(1, 3, 1, 1), persistent=False)
@@ -76,7 +77,7 @@ class StaticNetwork(nn.Module):
         features = run.early()[geometry.features].thinned(self.strides[0])
         chosen = self._choose(centred / self.std, features, lambda: run.output(coarse).tensor, blocks)
         near = geometry.near(self.options.size) if self.options.ghosts else {}
-        sites = Sites.of_numbers(chosen, self.ranking.fine, self.plans, self.exchange, near)
+        sites = Sites.of_numbers(chosen, self.ranking.fine, self.plans, self.exchange, near, self.engine)
         values = run.mixed(sites, coarse if geometry.refines else None, late=not patches)
         if patches:
             return patched(run, sites, coarse, values).tensor, chosen

@@ -81,7 +81,7 @@ class Segmentor(Predicting, nn.Module):
 
     @property
     def engine(self) -> str:
-        """Of 3x3 convolutions at extra sites: `gather`, `spconv`, or `auto`, see `Sites`."""
+        """Of convolutions at extra sites: `gather`, `spconv`, `triton` or `auto`, see `Sites`."""
         return self.settings.engine
 
     @property

@@ -17,7 +17,7 @@ class Way:
         output_stride: run dense at this stride (px) instead of selectively.
         mask: a policy with options, such as `confidence:entropy,max`; None for the model's own.
         fine_fraction, middle_fraction: of that policy; override the configured ones.
-        exchange, engine: of the 3x3 convolutions; override the model's own.
+        exchange, engine: of the convolutions at extra sites; override the model's own.
         merge: of the levels, `whole` or `patch`; overrides the model's own.
     """
 

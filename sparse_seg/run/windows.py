@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparse_seg.graph import Geometry
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
-from sparse_seg.sites import Grid, Level, Mixed, Sites, Table, Taps, rows_to_grid, spconv
+from sparse_seg.sites import Grid, Level, Mixed, Sites, Table, Taps, rows_to_grid, spconv, triton
 
 
 class Windows:
@@ -94,7 +96,7 @@ class Windows:
                 index = apart.in_grid(taps, stride, source.stride, value.lattice.stride)
             else:
                 index = level.grid_rows(taps, source.stride)
-            rows[stride] = self._gathered(node, source.table, index)
+            rows[stride] = self._of_grid(node, source, index, sites.engine)
         return rows
 
     def apart_lattice(self, node: Node, value: Mixed, sites: Sites) -> Grid:
@@ -110,7 +112,7 @@ class Windows:
             rows = spconv.lattice_conv2d(level, taps, source.rows, weight, bias, blocks)
         else:
             index = sites.apart.around_lattice(taps, stride, source.stride, base)
-            rows = self._gathered(node, source.table, index)
+            rows = self._of_grid(node, source, index, sites.engine)
         return Grid(rows_to_grid(rows, level.plan.batch, level.plan.coarse), stride)
 
     def _of_mixed(self, node: Node, value: Mixed, stride: int) -> Tensor:
@@ -122,8 +124,23 @@ class Windows:
             weight, bias = tensors["weight"], tensors.get("bias")
             source = value.lattice.rows if level.exchange == "none" else value.complete(2 * stride)
             return spconv.level_conv2d(level, taps, source, value.extras(stride), weight, bias, blocks)
+        if self._is_for_triton(node, sites.engine, value.lattice):
+            rows, index, ghosts = value.reads_apart(stride, taps)
+            found = self._by_triton(node, rows, index, ghosts, level)
+            if found is not None:
+                return found
         table, index = value.reads(stride, taps)
         return self._gathered(node, table, index)
+
+    def _of_grid(self, node: Node, source: Grid, index: Tensor, engine: str) -> Tensor:
+        is_one = self._is_for_triton(node, engine, source)
+        found = self._by_triton(node, source.rows, index) if is_one else None
+        return self._gathered(node, source.table, index) if found is None else found
+
+    def _by_triton(self, node: Node, rows: Tensor, index: Tensor, *ghosts: Any) -> Tensor | None:
+        """See `triton.conv2d`; None where that is for gather."""
+        tensors = self.tensors_of(node)
+        return triton.conv2d(rows, index, tensors["weight"], tensors.get("bias"), *ghosts)
 
     def _gathered(self, node: Node, table: Table, index: Tensor) -> Tensor:
         operator = OPERATORS[node.op]
@@ -134,3 +151,7 @@ class Windows:
     def _is_for_spconv(self, node: Node, engine: str) -> bool:
         is_one = engine == "spconv" and node.op == "conv2d" and node.options["groups"] == 1
         return is_one and spconv.fits(self.taps[node.name])
+
+    def _is_for_triton(self, node: Node, engine: str, source: Grid) -> bool:
+        is_one = engine == "triton" and node.op == "conv2d" and triton.may_run(source.tensor.device)
+        return is_one and not (torch.jit.is_tracing() or torch.compiler.is_compiling())

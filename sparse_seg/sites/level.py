@@ -56,14 +56,18 @@ class Level:
         """Which table the taps read: that with `near` ghosts, with those of `all` cells, or with `none`."""
         return "none" if self.exchange == "none" else "near" if taps in self.near else "all"
 
-    def tap_rows(self, taps: Taps) -> Tensor:
-        """`[3 * run * T]`: the rows of `table` that taps read around the extra sites that are run."""
+    def tap_rows(self, taps: Taps, kind: str = "") -> Tensor:
+        """`[3 * run * T]`: the rows of `table` that taps read around the extra sites that are run.
+
+        kind: the table's; "": that of `kind`.
+        """
+        kind = kind or self.kind(taps)
 
         def build() -> Tensor:
             read = self.plan.around_sites(taps).index_select(1, self.run_cells).reshape(-1)
-            return self._numbering(self.kind(taps))[0].index_select(0, read)
+            return self._numbering(kind)[0].index_select(0, read)
 
-        return self.cached(("table", taps), build)
+        return self.cached(("table", taps, kind), build)
 
     def grid_rows(self, taps: Taps, stride: int) -> Tensor:
         """`[3 * run * T]`: what taps read in a complete grid, as `LevelPlan.in_grid`."""

@@ -19,7 +19,8 @@ class Sites:
         levels: by stride, coarsest first.
         exchange: see `Level`.
         apart: of exchange rule `separate`, which is `none` without what `Apart` leaves out.
-        engine: what computes 3x3 convolutions at extra sites: `gather`, `spconv`, or `auto`, which is gather.
+        engine: what computes convolutions at extra sites: `gather`; `spconv`, the 3x3 ones; `triton`, see
+            `triton.py`; or `auto`, which is gather.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Sites:
         plans: dict[int, LevelPlan],
         exchange: str,
         near: Mapping[int, Sequence[Taps]],
+        engine: str = "gather",
     ) -> Sites:
         """From block numbers int64 `[B, k]`, those at the finest stride first: shapes that do not depend on
         the numbers' values.
@@ -98,7 +100,7 @@ class Sites:
                 blocks = cells
             levels[stride] = Level(plan, cells.reshape(-1), exchange, near.get(stride, ()), counts=counts)
             before = plan
-        return cls(levels, exchange)
+        return cls(levels, exchange, engine=engine)
 
     @property
     def whole(self) -> Sites:

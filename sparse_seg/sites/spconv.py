@@ -23,7 +23,7 @@ from sparse_seg.errors import SparseSegError, first_line
 from sparse_seg.sites.level import Level
 from sparse_seg.sites.plan import Taps
 
-ENGINES = ("auto", "gather", "spconv")
+ENGINES = ("auto", "gather", "spconv", "triton")
 DEVICES, DTYPES = ("cpu", "cuda"), (torch.float32, torch.float16)
 TOLERANCE = 1e-3  # of the self-check, above TF32's rounding
 # The CPU-only wheels (`spconv` 2.3.6 and 2.3.8) are wrong by half the largest value on two threads, which

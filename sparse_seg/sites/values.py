@@ -126,6 +126,22 @@ class Mixed:
         rows = apart.in_table(taps, stride) if apart else level.tap_rows(taps)
         return self._tables[stride, kind], rows
 
+    def reads_apart(self, stride: int, taps: Taps) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same without a table that is made for it.
+
+        Returns:
+            Rows `[R, C]`; which of them taps read, `[3 * run * T]`; and the grid `[cells, C]` of which ghosts
+            are made, if they are: R + n is then ghost n of all `3 * cells`, and zero comes behind.
+        """
+        level, base, apart = self.sites.levels[stride], self.lattice.stride, self.sites.apart
+        if base <= stride:
+            rows = apart.in_grid(taps, stride, base, base) if apart else level.grid_rows(taps, base)
+            return self.lattice.rows, rows, None
+        if level.exchange == "none":
+            rows = apart.in_table(taps, stride) if apart else level.tap_rows(taps)
+            return self.extras(stride), rows, None
+        return self.extras(stride), level.tap_rows(taps, "all"), self.complete(2 * stride)
+
     def _table(self, stride: int, kind: str) -> Tensor:
         source = self.lattice.rows if kind == "none" else self.complete(2 * stride)
         return self.sites.levels[stride].table(source, self.extras(stride), kind)

@@ -26,12 +26,34 @@ def test_rehearsal(
     out = tmp_path / "gpu.json"
     done("gpu", "--json", out, "--configs", tmp_path, "--repeats", 1)
     rows = json.loads(out.read_text())["rows"]
-    assert len({(row["batch"], row["precision"]) for row in rows}) == 6
+    assert len({(row["batch"], row["precision"]) for row in rows}) == 8
     names = {row["run"] for row in rows}
     assert {"dense OS8, cuDNN", "dense OS16, cuDNN", "selective, gather", "selective, static"} <= names
-    assert max(row["difference"] for row in rows if row["precision"] != "fp16") < 1e-4
-    assert "dense OS8, CUDA graph not measured: " in capsys.readouterr().out
+    assert max(row["difference"] for row in rows if row["precision"] in ("fp32", "tf32")) < 1e-4
+    said = capsys.readouterr().out
+    assert "dense OS8, CUDA graph not measured: " in said
+    assert "selective, triton not measured: EngineError: it needs a CUDA device, not cpu" in said
     assert out.with_suffix(".md").read_text().count("\n") == len(rows) + 2
+
+
+def test_a_run_that_is_stopped_says_what_it_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["gpu", "--json", str(tmp_path / "gpu.json"), "--minutes", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "stopped after 0 minutes; not measured:"
+    assert len(lines) == 1 + 2 * 2 * 4
+    assert lines[1] == "  DeepLabV3-ResNet-50, 1 x 64x96, tf32"
+
+
+def test_large_images_on_tensor_cores_come_first() -> None:
+    keys = list(itertools.product(("heavy", "light"), ((8, 16), (16, 32)), (1, 4), ("fp32", "fp16")))
+    found = gpu.by_weight(keys)
+    assert sorted(found) == sorted(keys)
+    assert found[:2] == [("heavy", (16, 32), 1, "fp16"), ("heavy", (16, 32), 4, "fp16")]
+    pixels = [batch * size[0] * size[1] for _, size, batch, _ in found[2:]]
+    assert pixels == sorted(pixels)
 
 
 def test_table_of_the_docs_is_the_result_file() -> None:

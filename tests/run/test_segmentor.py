@@ -160,7 +160,7 @@ def test_build_from_a_plain_dict() -> None:
         ({"backbone": "resnet19"}, "model.backbone is 'resnet19'; did you mean 'resnet1"),
         ({"head": "psp"}, "model.head is 'psp'; choose one of lite, deeplabv3, deeplabv3plus, lr"),
         ({"exchange": "cubic"}, "model.exchange is 'cubic'.*linear, nearest, none"),
-        ({"engine": "cuda"}, "model.engine is 'cuda'; choose one of auto, gather, spconv"),
+        ({"engine": "cuda"}, "model.engine is 'cuda'; choose one of auto, gather, spconv, triton"),
         ({"mask": {"policy": "edges"}}, "model.mask.policy is 'edges'; did you mean 'edge'"),
         ({"mask": {"fine_fraction": 1.5}}, r"fine_fraction is .*; it must lie in \[0, 1\]"),
         ({"mask": {"policy": "uniform"}}, "uniform policy takes fine_fraction 0 or 1, not 0.15"),

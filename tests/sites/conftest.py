@@ -1,12 +1,15 @@
-"""What tests of the spconv engine share."""
+"""What tests of the engines share."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from sparse_seg.sites import spconv
+from sparse_seg.sites import spconv, triton
+
+KERNELS = "sparse_seg.sites.implicit_gemm"
 
 
 @pytest.fixture
@@ -26,3 +29,23 @@ def fresh() -> Iterator[None]:
     forget()
     yield
     forget()
+
+
+@pytest.fixture
+def interpreted(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU Triton's kernels are interpreted."""
+    if device == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when a kernel is defined, at the file's import
+    import_kernels(monkeypatch)
+
+
+@pytest.fixture
+def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of whether the triton engine works."""
+    monkeypatch.setattr(triton, "_problems", {})
+
+
+def import_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of the kernels is imported anew by who needs it."""
+    monkeypatch.delattr(KERNELS, raising=False)
+    monkeypatch.delitem(sys.modules, KERNELS, raising=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_seg.sites import Level, LevelPlan, Taps, spconv
+from sparse_seg.sites import Level, LevelPlan, Taps, spconv, triton
 from tests.reference import block_mask
 from tests.slow_reference import SlowSites, slow_conv
 
@@ -40,6 +40,14 @@ class Case:
     def found(self, spacing: int = 16, bias: Tensor | None = None) -> Tensor:
         out = spconv.level_conv2d(self.level, taps(spacing), self.source, self.extras, self.weight, bias)
         return out[self.places < self.level.plan.fine_cells]
+
+    def by_triton(self, spacing: int = 16, bias: Tensor | None = None) -> Tensor:
+        """The same by the other engine."""
+        level, source = self.level, None if self.exchange == "none" else self.source
+        index = level.tap_rows(taps(spacing))
+        out = triton.conv2d(self.extras, index, self.weight, bias, source, level)
+        assert out is not None, triton.problem(self.extras.device, self.extras.dtype)
+        return out[self.places < level.plan.fine_cells]
 
     def expected(self, spacing: int = 16) -> Tensor:
         rows, weight = self.slow.read(self.grid.double()), self.weight.double().cpu()

@@ -102,7 +102,7 @@ def test_dense_networks_and_coarse_masks_have_nothing_for_it(fresh: None, monkey
 @pytest.mark.parametrize(
     ("way", "message"),
     [
-        (Way(engine="cuda"), "unknown engine 'cuda'; choose one of auto, gather, spconv"),
+        (Way(engine="cuda"), "unknown engine 'cuda'; choose one of auto, gather, spconv, triton"),
         (Way(exchange="linaer"), "unknown exchange 'linaer'; did you mean 'linear'"),
         (Way(merge="pach"), "unknown merge 'pach'; did you mean 'patch'"),
     ],

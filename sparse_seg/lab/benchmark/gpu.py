@@ -7,8 +7,9 @@ CUDA graph: the dense ones and the static form.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,14 @@ from sparse_seg.export import ExportOptions, StaticNetwork
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
 from sparse_seg.lab.latency import Run, interleaved
 from sparse_seg.run.way import Way
+from sparse_seg.sites import EngineError, triton
 
-PRECISIONS = {"fp32": (torch.float32, False), "tf32": (torch.float32, True), "fp16": (torch.float16, True)}
+PRECISIONS = {
+    "fp32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "fp16": (torch.float16, True),
+    "bf16": (torch.bfloat16, True),
+}
 
 
 def measure_gpu(
@@ -39,6 +46,7 @@ def measure_gpu(
     """
     runs, differences, expected = dict[str, Run](), dict[str, float](), dict[str, Tensor]()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True  # sizes are fixed: cuDNN tries its algorithms
     with torch.inference_mode():
         subject = Subject(setup)
         for name, kind, make in ways(subject, fraction, compiled):
@@ -67,26 +75,39 @@ def ways(
     def selective(engine: str) -> Run:
         return subject.run(Case("network", Way(None, None, fraction, engine=engine)))
 
-    def static() -> Callable[[Tensor], Tensor]:
+    def checked(run: Run) -> Run:
+        """A run by the engine triton; raises an EngineError where gather runs in its place."""
+        run()
+        if why := triton.problem(subject.device, subject.dtype):
+            raise EngineError(why)
+        return run
+
+    def static(engine: str = "gather") -> Callable[[Tensor], Tensor]:
         size, batch = subject.setup.size, subject.setup.batch
         options = ExportOptions(
             size, batch, None, fraction, mean=(0,) * 3, std=(1,) * 3, logits=True, ghosts=False, tiles=False
         )
-        network = StaticNetwork(copy.deepcopy(subject.float_model).cpu(), options)
+        model = copy.deepcopy(subject.float_model).cpu()
+        model.settings = dataclasses.replace(model.settings, engine=engine)
+        network = StaticNetwork(model, options)
         network.to(subject.device, subject.dtype)
-        return lambda given: network(given)[-1]
+        return lambda given: network.upsampling(network.grid_logits(given)[0])  # no argmax: dense has none
 
     for stride, network in dense.items():
-        yield f"dense OS{stride}, cuDNN", f"OS{stride}", partial(calling, network, images)
-        yield f"dense OS{stride}, CUDA graph", f"OS{stride}", partial(graphed, network, images)
+        yield f"dense OS{stride}, cuDNN", f"OS{stride}", functools.partial(calling, network, images)
+        yield f"dense OS{stride}, CUDA graph", f"OS{stride}", functools.partial(graphed, network, images)
     yield "selective, gather", "selective", lambda: selective("gather")
     yield "selective, spconv", "selective", lambda: selective("spconv")
+    yield "selective, triton", "selective", lambda: checked(selective("triton"))
     yield "selective, static", "selective", lambda: calling(static(), images)
     yield "selective, static, CUDA graph", "selective", lambda: graphed(static(), images)
+    name = "selective, static, triton, CUDA graph"
+    yield name, "selective", lambda: checked(graphed(static("triton"), images))
     if compiled:
-        yield "dense OS8, torch.compile", "OS8", lambda: graphed(torch.compile(dense[8]), images)
+        tuned = functools.partial(torch.compile, mode="max-autotune-no-cudagraphs")  # the graph is ours
+        yield "dense OS8, torch.compile", "OS8", lambda: graphed(tuned(dense[8]), images)
         name = "selective, static, torch.compile"
-        yield name, "selective", lambda: graphed(torch.compile(static()), images)
+        yield name, "selective", lambda: graphed(tuned(static()), images)
 
 
 def calling(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
