@@ -40,7 +40,7 @@ def test_a_run_that_is_stopped_says_what_it_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert main(["gpu", "--json", str(tmp_path / "gpu.json"), "--minutes", "0"]) == 0
+    done("gpu", "--json", tmp_path / "gpu.json", "--minutes", 0)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "stopped after 0 minutes; not measured:"
     assert len(lines) == 1 + 2 * 2 * 4
