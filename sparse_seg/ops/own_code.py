@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, operator, reads
 from sparse_seg.ops.node import Node
@@ -87,6 +86,8 @@ class Part:
 
     def macs(self) -> int:
         """Multiply-adds at each place, at the size that it was called with."""
+        from torch.utils.flop_counter import FlopCounterMode  # it takes a quarter of a second to import
+
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.module(*self.inputs)
         height, width = self.inputs[0].shape[2:]
