@@ -29,18 +29,23 @@ NODE, GRAPH = dataclasses.fields(Node), dataclasses.fields(Graph)
 Test = Callable[[Any], bool]
 
 
-def to_json(graph: Graph) -> dict[str, Any]:
-    """Plain values.
-
-    Raises:
-        CheckpointError: a part of it runs by its own code.
-    """
+def check_plain(graph: Graph) -> None:
+    """Raises a CheckpointError, of one line, where a part of a graph runs by its own code."""
     own = next((node.layer for node in graph.nodes if node.op == "module"), None)
     if own is not None:
         raise CheckpointError(
             f"{own} runs by its own code, which no file of ours holds: keep the module's own file and call "
             "selective() anew, or export to ONNX"
         )
+
+
+def to_json(graph: Graph) -> dict[str, Any]:
+    """Plain values.
+
+    Raises:
+        CheckpointError: see `check_plain`.
+    """
+    check_plain(graph)
     return dataclasses.asdict(graph)
 
 

@@ -15,6 +15,7 @@ from sparse_seg.data import open_split
 from sparse_seg.data.batches import training_batches
 from sparse_seg.errors import DataError, SparseSegError, TrainingError
 from sparse_seg.files import atomic_write
+from sparse_seg.graph.file import check_plain
 from sparse_seg.processes import Processes, ProcessLost
 from sparse_seg.progress import say
 from sparse_seg.training.batch import check_batch
@@ -118,6 +119,7 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.model = initial_model(config, self.device, self.processes, starts=state is None)
         check_batch(config, self.processes, self.device, self.model)
+        check_plain(self.model.graph)  # it is saved later on
         path, cache = train.distill.teacher, train.distill.cache
         teacher = None if path is None else Teacher(path, config, cache, self.device)
         self.objective = Objective(train, teacher).to(self.device)

@@ -39,8 +39,8 @@ class Attention(nn.Module):
 class Attending(Toy):
     """Behind the rows, or where all is early."""
 
-    def __init__(self, early: bool = False) -> None:
-        super().__init__()
+    def __init__(self, classes: int = 5, early: bool = False) -> None:
+        super().__init__(classes)
         self.attention, self.early = Attention(), early
 
     def forward(self, images: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def test_other_layers_that_no_operator_makes(build: Callable[[], nn.Module], say
 @pytest.mark.parametrize("early", [False, True])
 @torch.no_grad()
 def test_attention_is_exact(early: bool):
-    module, images = Attending(early).double().eval(), torch.randn(2, 3, 72, 100).double()
+    module, images = Attending(early=early).double().eval(), torch.randn(2, 3, 72, 100).double()
     net = sparse_seg.selective(module, size=SIZE)
     blocks = torch.rand(2, 5, 7) < 0.5
     assert relative_error(net.dense(images, 8), module(images)) < 1e-12

@@ -161,6 +161,13 @@ def test_distils_classes_and_features_from_another_one(configured: Configured, t
         trained_at(configured(train=settings), tmp_path / network)
 
 
+def test_a_network_that_no_file_holds_does_not_begin_to_train(configured: Configured, tmp_path: Path) -> None:
+    config = configured({"module": "tests.graph.test_own_code:Attending"})
+    with pytest.raises(CheckpointError, match=r"^attention runs by its own code"):
+        Trainer(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 REFUSED = {
     "auxiliary": ({"auxiliary": True}, r"model\.auxiliary=true is of sparse_seg's own networks"),
     "width": ({"width": 0.5}, r"model\.width is of sparse_seg's own networks, not of model\.module"),
