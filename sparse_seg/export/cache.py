@@ -52,7 +52,7 @@ class GraphCache:
 
     def __init__(self, model: SelectiveNetwork, runtime: str) -> None:
         self.model, self.runtime, self.folder = model, runtime, folder()
-        if not all(_is_ours(OPERATORS[node.op]) and node.op != "module" for node in model.graph.nodes):
+        if model.graph.own_code or not all(_is_ours(OPERATORS[node.op]) for node in model.graph.nodes):
             self.folder = None
 
     def path(self, options: ExportOptions) -> Path | None:

@@ -31,11 +31,10 @@ Test = Callable[[Any], bool]
 
 def check_plain(graph: Graph) -> None:
     """Raises a CheckpointError, of one line, where a part of a graph runs by its own code."""
-    own = next((node.layer for node in graph.nodes if node.op == "module"), None)
-    if own is not None:
+    if graph.own_code:
         raise CheckpointError(
-            f"{own} runs by its own code, which no file of ours holds: keep the module's own file and call "
-            "selective() anew, or export to ONNX"
+            f"{graph.own_code[0]} runs by its own code, which no file of ours holds: keep the module's own "
+            "file and call selective() anew, or export to ONNX"
         )
 
 

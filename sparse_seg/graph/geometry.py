@@ -161,7 +161,7 @@ class Geometry(Strides):
             if self.window(node) is not None and self.kind[node.inputs[0]] == self.kind[node.name] == "rows":
                 return
         finest, coarsest = self.strides[0], self.strides[-1]
-        parts = [node.layer for node in self.graph.nodes if node.op == "module"]
+        parts = self.graph.own_code
         own = f"; {parts[0]} runs by its own code, and all behind it is dense" if parts else ""
         before = (node for node in self.graph.nodes if node.name not in self._behind_resizing)
         most = max((self.spacing(node) for node in before if node.op == "conv2d"), default=0)

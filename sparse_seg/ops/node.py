@@ -63,6 +63,11 @@ class Graph:
     def by_name(self) -> dict[str, Node]:
         return {node.name: node for node in self.nodes}
 
+    @property
+    def own_code(self) -> list[str]:
+        """The layers that run by their own code, see `ops/own_code.py`."""
+        return [node.layer for node in self.nodes if node.op == "module"]
+
     def users(self) -> dict[str, list[Node]]:
         """The nodes that read each value."""
         users: dict[str, list[Node]] = {node.name: [] for node in self.nodes}

@@ -105,5 +105,4 @@ def report(network: Segmentor) -> Report:
             selective = round(places * macs)
         rows.append(Row(node.layer, part, geometry.spacing(node), dense, selective))
     mixing = [geometry.nodes[name].layer for name in geometry.mixing]
-    own = [node.layer for node in geometry.graph.nodes if node.op == "module"]
-    return Report(rows, network.strides, size, fraction, sorted(mixing), own)
+    return Report(rows, network.strides, size, fraction, sorted(mixing), geometry.graph.own_code)
