@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ SHORT = (
     *("network", "run", "exchange", "miou", "miou_std", "boundary_miou", "parameters_m", "gmacs"),
     *("milliseconds", "parameters_share", "gmacs_share", "milliseconds_share"),
 )
-SHORT_RUNS = ("dense OS8", "dense OS16", "confidence, f=0.2", "confidence, f=0.15")
 
 
 def test_readme_is_short():
@@ -85,52 +83,55 @@ RUNTIMES = {
 }
 
 
-@pytest.mark.parametrize("exchange", ["linear", "nearest"])
-@pytest.mark.parametrize("key", ["miou", "boundary_miou"])
-def test_mask_tables_are_the_result_file(key: str, exchange: str):
-    rows = measured("camvid_r34_masks")["rows"]
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("camvid_r34_masks", "exchange"),
+        ("camvid_masks", "exchange"),
+        ("camvid_r34_scores", None),
+        ("camvid_light_gain", "merge"),
+    ],
+)
+def test_tables_of_masks_are_the_result_files(name: str, rule: str | None):
+    rows = measured(name)["rows"]
     assert {row["images"] for row in rows} == {101}
-    assert fraction_table(rows, key, exchange).to_markdown().strip() in page("masks")
-
-
-@pytest.mark.parametrize("key", ["miou", "boundary_miou"])
-def test_mask_tables_of_the_other_network_are_its_result_file(key: str):
-    assert fraction_table(measured("camvid_masks")["rows"], key, "linear").to_markdown() in page("masks")
-
-
-@pytest.mark.parametrize("name", ["camvid_r34_scores", "camvid_r34_straight_through"])
-def test_tables_of_scores_are_the_result_files(name: str):
-    columns = [column for column in comparison_table([]).columns if "mIoU" in column.title]
-    table = Table([Column("network", "network"), *columns], measured(name)["rows"])
-    assert table.to_markdown() in page("masks")
+    lines = dict[str, dict[str, Any]]()
+    for row in (row for row in rows if row["policy"]):
+        label = row["policy"] + (f", {row[rule]}" if rule else "")
+        lines.setdefault(label, {"policy": label})[f"f={row['fine_fraction']:g}"] = row["miou"]
+    titles = sorted({title for line in lines.values() for title in line} - {"policy"})
+    columns = [Column("policy", "policy"), *(Column(title, title, "{:.2f}") for title in titles)]
+    assert Table(columns, list(lines.values())).to_markdown() in page("masks")
 
 
 def test_table_of_three_strides_is_the_result_file():
-    result = measured("camvid_strides_4_8_16")
-    assert "model.strides=[4,8,16] model.mask.middle_fraction=0.2" in result["command"]
-    assert comparison_table(result["rows"]).to_markdown() in page("masks")
-    assert ablation_table(measured("ablation_camvid_strides")["rows"], SHORT).to_markdown() in page("masks")
+    rows = {row["run"]: row for row in measured("ablation_camvid_strides")["rows"]}
+    text = page("masks").partition("## Three strides")[2]
+    lines = re.findall(r"^\| (confidence.*?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert lines
+    for run, *values in lines:
+        row = rows[run]
+        assert values == [f"{row['miou']:.2f}", f"{row['gmacs']:.2f}", f"{row['milliseconds']:.1f}"]
 
 
 def test_ablation_tables_are_the_result_file():
     rows = measured("ablation_camvid")["rows"]
     dense = [row for row in rows if "selective" not in row["network"]]  # trained so; the others stand below
     two = [row for row in dense if "8/16/32" not in row["run"]]
-    assert by_run(two, mean_and_seeds) in page("ablation")
-    assert by_run(two, lambda row: f"{row['boundary_miou']:.2f}") in page("ablation")
+    assert by_run(two) in page("ablation")
     one_of_each_size = ("baseline", "student", "slim student + detail")
     rows = [row for row in dense if row not in two or row["network"] in one_of_each_size]
     keys = [*(key for key in SHORT if "miou" not in key), "peak_mib"]
     assert ablation_table(rows, keys).to_markdown() in page("ablation")
 
 
-def by_run(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> str:
-    """A line per network, a column per way to run it."""
+def by_run(rows: list[dict[str, Any]]) -> str:
+    """mIoU, the mean and in brackets the seeds: a line per network, a column per way to run it."""
     lines, runs = dict[str, dict[str, Any]](), dict[str, None]()
     for row in sorted(rows, key=lambda row: not row["dense"]):
         run = row["run"].removeprefix("confidence, ")
         run += f", {row['exchange']}" if row["exchange"] in ("none", "nearest") else ""
-        lines.setdefault(row["network"], {"network": row["network"]})[run] = cell(row)
+        lines.setdefault(row["network"], {"network": row["network"]})[run] = mean_and_seeds(row)
         runs[run] = None
     return Table([Column(key, key) for key in ("network", *runs)], list(lines.values())).to_markdown()
 
@@ -139,26 +140,9 @@ def mean_and_seeds(row: dict[str, Any]) -> str:
     return f"{row['miou']:.2f} ({', '.join(f'{miou:.2f}' for miou in row['mious'])})"
 
 
-def test_tables_of_the_longer_training_are_the_result_file():
-    rows = [row | {"miou": mean_and_seeds(row)} for row in measured("ablation_camvid_long")["rows"]]
-    shown = ablation_table(rows, [key for key in SHORT if key not in ("exchange", "miou", "miou_std")])
-    columns = [*shown.columns[:2], Column("miou", "mIoU %"), *shown.columns[2:]]
-    assert Table(columns, shown.rows).to_markdown() in page("ablation")
-
-
-def test_table_of_ways_to_train_is_the_result_file():
-    assert by_run(measured("ablation_camvid_ways")["rows"], mean_and_seeds) in page("ablation")
-
-
-def fraction_table(rows: list[dict[str, Any]], key: str, exchange: str | None = None) -> Table:
-    """One value of the selective rows: a line per policy, a column per fine fraction, under one rule."""
-    own = [row for row in rows if row["policy"] and row["exchange"] == exchange]
-    lines: dict[str, dict[str, Any]] = {}
-    for row in own:
-        lines.setdefault(row["policy"], {"policy": row["policy"]})[f"{row['fine_fraction']:g}"] = row[key]
-    fractions = sorted({row["fine_fraction"] for row in own})
-    columns = [Column(f"{fraction:g}", f"f={fraction:g}", "{:.2f}") for fraction in fractions]
-    return Table([Column("policy", "policy"), *columns], list(lines.values()))
+@pytest.mark.parametrize("name", ["long", "ways"])
+def test_tables_of_more_trainings_are_the_result_files(name: str):
+    assert by_run(measured(f"ablation_camvid_{name}")["rows"]) in page("ablation")
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -235,17 +219,23 @@ def test_page_of_config_keys_is_the_schema():
     assert page("config") == render(), "run: python -m sparse_seg.config.docs > docs/config.md"
 
 
-def test_table_of_gain_and_merges_is_the_result_file():
+def test_table_of_an_unseen_street_is_the_result_file():
     columns = [column for column in comparison_table([]).columns if column.key != "milliseconds"]
-    assert Table(columns, measured("camvid_light_gain")["rows"]).to_markdown().strip() in page("masks")
-    unseen = Table(columns, measured("street_lite0_unseen")["rows"])
-    assert unseen.to_markdown().strip() in page("results")
+    assert Table(columns, measured("street_lite0_unseen")["rows"]).to_markdown() in page("results")
 
 
 def test_table_of_the_frame_before_is_the_result_files():
-    rows = [{"pan": pan, **row} for pan in (0, 8, 32) for row in measured(f"previous_scenes_{pan}")["rows"]]
-    columns = [column for column in comparison_table([]).columns if column.key != "milliseconds"]
-    assert Table([Column("pan", "px a frame", "{}"), *columns], rows).to_markdown().strip() in page("masks")
+    rows = list[dict[str, Any]]()
+    for pan in (0, 8, 32):
+        found = measured(f"previous_scenes_{pan}")["rows"]
+        dense = {row["network"]: row["miou"] for row in found if not row["policy"]}
+        for policy in ("confidence", "previous"):
+            own = {f"f={row['fine_fraction']:g}": row["miou"] for row in found if row["policy"] == policy}
+            rows.append({"pan": pan, "policy": policy} | dense | own)
+    titles = ("dense OS16", "f=0.1", "f=0.15", "f=0.2", "dense OS8")
+    columns = [Column("pan", "px a frame"), Column("policy", "policy")]
+    columns += [Column(title, title, "{:.2f}") for title in titles]
+    assert Table(columns, rows).to_markdown() in page("masks")
 
 
 def test_kills_end_as_the_page_says():
@@ -283,13 +273,12 @@ LONGER = {
     "light + inplace distillation, seed 1": ("camvid_h200_inplace_seed1", 366, "camvid_light", ""),
     "the first of them, tuned, as shipped": ("camvid_light", 369, "camvid_light", ""),
 }
-SHARE = 0.15  # of fine blocks in the two tables below
 
 
 def ways_of(file: str, exchanges: tuple[str | None, ...]) -> list[dict[str, Any]]:
-    """The rows of a comparison that are dense, and with confidence merged whole under these rules."""
+    """The rows of a comparison that are dense, and with confidence, f = 0.15, under these rules."""
     rows = [row for row in measured(file)["rows"] if row.get("merge") != "patch"]
-    wanted = [("confidence", SHARE, exchange) for exchange in exchanges]
+    wanted = [("confidence", 0.15, exchange) for exchange in exchanges]
     return [
         row
         for row in rows
@@ -297,86 +286,38 @@ def ways_of(file: str, exchanges: tuple[str | None, ...]) -> list[dict[str, Any]
     ]
 
 
-def letter_table() -> Table:
+def test_the_letters_table_is_the_result_files():
     """Parameters, multiply-adds and accuracy of each network, dense and selective."""
     rows = list[dict[str, Any]]()
     for name, (file, epochs, config, changes) in LONGER.items():
         changed = [f"model.{change}" for change in changes.split()]
         network = build_model(load_config(ROOT / f"configs/{config}.yaml", changed))
         millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-        for row in ways_of(file, (None, "linear")):
-            run = "confidence, f=0.15" if row["policy"] else row["network"]
-            rows.append(row | {"network": name, "epochs": epochs, "run": run, "parameters": millions})
-    for row in rows:
-        row["parameters_share"] = 100 * row["parameters"] / rows[0]["parameters"]
-        row["gmacs_share"] = 100 * row["gmacs"] / rows[0]["gmacs"]
-    columns = [
-        *(Column("network", "network"), Column("epochs", "epochs"), Column("run", "run")),
-        *(Column("miou", "mIoU %", "{:.2f}"), Column("boundary_miou", "boundary mIoU %", "{:.2f}")),
-        *(Column("parameters", "M params", "{:.2f}"), Column("gmacs", "GMACs", "{:.2f}")),
-        *(Column("parameters_share", "params %", "{:.0f}"), Column("gmacs_share", "GMACs %", "{:.0f}")),
-    ]
-    return Table(columns, rows)
+        fine, coarse, selective = ways_of(file, (None, "linear"))
+        mious = {"coarse": coarse["miou"], "selective": selective["miou"], "fine": fine["miou"]}
+        costs = {"cost": selective["gmacs"], "fine_cost": fine["gmacs"]}
+        rows.append({"network": name, "epochs": epochs, "parameters": millions} | mious | costs)
+    titles = {"parameters": "M params", "coarse": "dense OS16", "selective": "f=0.15", "fine": "dense OS8"}
+    titles |= {"cost": "GMACs, f=0.15", "fine_cost": "dense OS8"}
+    columns = [Column("network", "network"), Column("epochs", "epochs")]
+    columns += [Column(key, title, "{:.2f}") for key, title in titles.items()]
+    assert Table(columns, rows).to_markdown() in page("results")
 
 
-def test_the_letters_table_is_the_result_files():
-    assert letter_table().to_markdown().strip() in page("results")
-
-
-@pytest.mark.parametrize("prefix", ["", "tuned_"], ids=["dense training", "selective fine-tuning"])
-def test_tables_of_exchange_rules_are_the_result_files(prefix: str):
-    assert exchange_table(prefix).to_markdown().strip() in page("ablation")
-
-
-def exchange_table(prefix: str) -> Table:
+def test_table_of_exchange_rules_is_the_result_files():
     """mIoU of networks run dense and with confidence under each rule."""
-    files = {"light + inplace distillation": "light_inplace", "light, longer": "light"}
-    files |= {"light": "light_4000", "slim student": "slim"}
-    files |= {"light, separable ASPP": "aspp", "DeepLabV3-ResNet-34 x0.375": "r34"}
-    if prefix:
-        files = {"light, longer": "light", "tuned, linear": "linear", "tuned, separate": "separate"}
+    files = {"light + inplace distillation": "exchange_light_inplace", "light, longer": "exchange_light"}
+    files |= {"light": "exchange_light_4000", "slim student": "exchange_slim"}
+    files |= {"light, separable ASPP": "exchange_aspp", "DeepLabV3-ResNet-34 x0.375": "exchange_r34"}
+    files |= {f"light, longer, tuned with {x}": f"exchange_tuned_{x}" for x in ("linear", "separate")}
+    files |= {f"light, from scratch with {x}": f"h200_{x}" for x in ("linear", "separate")}
     rows = []
     for name, file in files.items():
-        own = "" if file == "light" else prefix
-        ways = ways_of(f"camvid_exchange_{own}{file}", ("linear", "none", "separate"))
+        ways = ways_of(f"camvid_{file}", ("linear", "none", "separate"))
         rows.append({"network": name} | {row["exchange"] or row["network"]: row["miou"] for row in ways})
     keys = ("dense OS16", "separate", "none", "linear", "dense OS8")
-    return Table([Column("network", "network"), *(Column(key, key, "{:.2f}") for key in keys)], rows)
-
-
-def test_table_of_exchange_rules_from_scratch_is_the_result_files():
-    assert scratch_table().to_markdown().strip() in page("ablation")
-
-
-def scratch_table() -> Table:
-    """mIoU of two networks trained selectively, each run under both rules."""
-    rows = []
-    for rule in ("linear", "separate"):
-        ways = ways_of(f"camvid_h200_{rule}", ("linear", "separate"))
-        rows.append({"trained": rule} | {row["exchange"] or row["network"]: row["miou"] for row in ways})
-    titles = {"dense OS16": "dense OS16", "separate": "run under separate"}
-    titles |= {"linear": "run under linear", "dense OS8": "dense OS8"}
-    columns = [Column(key, title, "{:.2f}") for key, title in titles.items()]
-    return Table([Column("trained", "trained under"), *columns], rows)
-
-
-def test_table_of_inplace_distillation_is_the_result_files():
-    assert inplace_table().to_markdown().strip() in page("results")
-
-
-def inplace_table() -> Table:
-    """mIoU of `light` with and without it."""
-    files = {"without, seed 0": "camvid_h200_plain", "with, seed 0": "camvid_h200_inplace"}
-    files |= {"with, seed 1": "camvid_h200_inplace_seed1", "with, seed 0, tuned": "camvid_light"}
-    rows = []
-    for name, file in files.items():
-        fine, coarse, selective = (row["miou"] for row in ways_of(file, (None, "linear")))
-        share = (selective - coarse) / (fine - coarse)
-        rows.append({"name": name, "fine": fine, "coarse": coarse, "selective": selective, "share": share})
-    titles = {"fine": "dense OS8", "coarse": "dense OS16", "selective": "confidence, f=0.15"}
-    columns = [Column(key, title, "{:.2f}") for key, title in titles.items()]
-    columns.append(Column("share", "accuracy share", "{:.2f}"))
-    return Table([Column("name", "inplace distillation"), *columns], rows)
+    columns = [Column("network", "network"), *(Column(key, key, "{:.2f}") for key in keys)]
+    assert Table(columns, rows).to_markdown() in page("ablation")
 
 
 def _captured_table(rows: list[dict[str, Any]]) -> str:
