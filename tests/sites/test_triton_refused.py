@@ -28,7 +28,8 @@ def refused(dtype: torch.dtype = torch.float32) -> str:
     mask = torch.rand(1, 4, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     found = []
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
+        warnings.simplefilter("ignore")  # of Triton's own
+        warnings.simplefilter("default", triton.EngineWarning)
         for engine in ("triton", "triton", "gather"):
             found.append(model.start(images).take(mask, Way(exchange="none", engine=engine)).logits())
     assert torch.equal(found[0], found[2])
@@ -36,7 +37,6 @@ def refused(dtype: torch.dtype = torch.float32) -> str:
     if not caught:
         return ""
     (message,) = {str(one.message) for one in caught}
-    assert caught[0].category is triton.EngineWarning
     assert "\n" not in message
     assert message.startswith("engine triton: ")
     assert message.endswith("; gather runs")

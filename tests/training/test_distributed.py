@@ -257,7 +257,8 @@ def test_no_thread_of_the_group_is_left_on_any_way_out(
             importlib.import_module("torch.distributed.nn")
             assert processes.count == 1
             torch.distributed.all_reduce(torch.zeros(1, device=device))
-            assert gloo_threads()
+            if not gloo_threads():
+                pytest.skip("this PyTorch does not name gloo's threads")
             if ending is not None:
                 raise ending
     finally:
