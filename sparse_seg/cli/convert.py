@@ -31,7 +31,7 @@ from sparse_seg.conversion import SOURCES, Conversion, convert, to_dense, write_
 from sparse_seg.conversion.module import ModuleConversion, convert_module
 from sparse_seg.conversion.report import assumed_line, report, report_module
 from sparse_seg.conversion.verify import explain, verify
-from sparse_seg.data.class_sets import CLASS_SETS, read_classes
+from sparse_seg.data.class_file import CLASS_SETS, read_classes
 from sparse_seg.errors import CheckpointError
 from sparse_seg.files import overwritten
 

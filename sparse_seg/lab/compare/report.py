@@ -70,7 +70,7 @@ def compare_and_report(
         origin["commits"] = sorted({*commits, str(origin["commit"])})  # of all runs that measured
     known = {row["network"] for row in rows}
     for part in groups([way for way in ways if way.name not in known]) if resume else [ways]:
-        rows += compare(model, dataset, config.data, part, limit, progress=True, timed=timed, fast=fast)
+        rows += compare(model, dataset, config.data, part, limit, timed=timed, fast=fast)
         if json_path:
             atomic_write(json_path, json.dumps(origin | {"rows": rows}, indent=1) + "\n")
     print(comparison_table(rows).to_text())
