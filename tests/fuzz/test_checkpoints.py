@@ -298,9 +298,14 @@ def _changed_graph(graph: Any, rng: random.Random) -> Any:
     return graph
 
 
+@functools.cache
+def content_of(whole: Path) -> dict[str, Any]:
+    return torch.load(whole, weights_only=True)
+
+
 def spoilt_state(whole: Path, rng: random.Random) -> bytes:
     """A state whose content is another, without a digest."""
-    content = torch.load(whole, weights_only=True)
+    content = dict(content_of(whole))
     del content["digest"]
     part = rng.choice([*content, "optimizer", "progress", "random"])
     if rng.random() < 0.15:
