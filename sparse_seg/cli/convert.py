@@ -80,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", default=None, help=text)
     text = "convert a converted SRC back to its own format and names"
     parser.add_argument("--to-dense", action="store_true", help=text)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def _pairs(files: Sequence[argparse.Action]) -> type[argparse.Action]:
