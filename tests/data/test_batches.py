@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import pickle
 import signal
 from pathlib import Path
@@ -153,6 +154,7 @@ def test_a_damaged_file_is_one_line_with_workers_and_without(tmp_path: Path, wor
             list(loader)
         assert str(caught.value).startswith(f"{damaged}: truncated, corrupt")
         assert "\n" not in str(caught.value)
+        assert not multiprocessing.active_children(), "they end at once"
     assert signal.getsignal(signal.SIGCHLD) == handler, "torch's raises in the middle of whatever runs"
 
 
