@@ -143,14 +143,6 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
             )
         return stored
 
-    def load_image(self, index: int) -> Image:
-        """The image alone, `[H, W, 3]` uint8 RGB; a split to predict needs no labels.
-
-        Raises:
-            DataError: the file is missing or unreadable.
-        """
-        return decode_image(self.samples[index][0], bits=self.depth.bits).pixels
-
     @functools.cached_property
     def depth(self) -> Depth:
         """How many bits the images of all splits use; one answer for the whole data set."""

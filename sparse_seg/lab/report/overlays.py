@@ -85,8 +85,8 @@ def shrink(image: Image, width: int) -> Image:
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def draw_legend(names: Sequence[str], ids: Sequence[int], palette: Palette, columns: int = 3) -> Image:
-    """Every class's colour, id and name, in columns; letters that OpenCV lacks become question marks."""
+def draw_legend(names: Sequence[str], ids: Sequence[int], palette: Palette) -> Image:
+    """Every class's colour, id and name, in three columns; letters that OpenCV lacks are question marks."""
     texts = [
         f"{value}  {name}".encode("ascii", "replace").decode() for value, name in zip(ids, names, strict=True)
     ]
@@ -94,7 +94,7 @@ def draw_legend(names: Sequence[str], ids: Sequence[int], palette: Palette, colu
     entries = [
         _legend_entry(text, np.array(colour), width) for text, colour in zip(texts, palette, strict=True)
     ]
-    rows = -(-len(entries) // columns)
+    rows = -(-len(entries) // 3)
     entries += [np.full_like(entries[0], 255)] * (-len(entries) % rows)
     return np.concatenate(
         [np.concatenate(entries[top : top + rows]) for top in range(0, len(entries), rows)], 1
