@@ -93,6 +93,9 @@ def test_a_folder_is_kept_or_refused_but_never_changed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'holds other scenes \(.*"seed": 0.*\) than asked for .*"seed": 1'):
         write_scenes(out, 2, (32, 48), seed=1)
     assert contents(out) == before
+    next(out.glob("gtFine/val/*/*.png")).unlink()
+    with pytest.raises(DataError, match="2 images and 1 labels of 2 scenes are left; remove the folder"):
+        write_scenes(out, 2, (32, 48))
     (tmp_path / "foreign").mkdir()
     for name in ("foreign/thesis.tex", "file"):
         (tmp_path / name).write_text("years of work")

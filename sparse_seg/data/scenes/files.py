@@ -106,6 +106,15 @@ def _holds(out: Path, record: dict[str, Any]) -> bool:
             f"{out}: holds other scenes ({json.dumps(found)}) than asked for ({json.dumps(record)}); "
             "choose another folder or remove it"
         )
+    images, labels = (
+        len(list(out.glob(f"{kind}/*/{_CITY}/*{suffix}")))
+        for kind, suffix in (("leftImg8bit", IMAGE_SUFFIX), ("gtFine", LABEL_SUFFIX))
+    )
+    if images != labels or images != record["count"] * (FRAMES if "pan" in record else 1):
+        raise DataError(
+            f"{out}: {images} images and {labels} labels of {record['count']} scenes are left; "
+            "remove the folder and generate it again"
+        )
     return True
 
 
