@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from sparse_seg.cli import main
-from sparse_seg.data.class_file import read_class_file
-from sparse_seg.data.class_sets import read_classes
+from sparse_seg.data.class_file import read_class_file, read_classes
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.reading import read_label
 from sparse_seg.data.scenes import write_scenes

@@ -148,12 +148,13 @@ def test_a_backbone_or_head(part: str, name: str) -> None:
     fast = model.for_inference()
     assert relative_error(fast(images, mask), logits) < 1e-12
     assert not any(node.op == "batch_norm" for node in fast.graph.nodes)
+    small = images_of((33, 49))
     for stride in (4, 8, 16, 32):
         plain = build_module(model.settings, stride).double().eval()
         plain.load_state_dict(model.module.state_dict())
         with FlopCounterMode(display=False) as counter:
-            expected = plain(images)
-        run = model.start(images).follow(Way.dense(stride))
+            expected = plain(small)
+        run = model.start(small).follow(Way.dense(stride))
         assert relative_error(run.logits(), expected) < 1e-12
         flops = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
         assert 2 * sum(run.macs().values()) == flops
@@ -196,10 +197,8 @@ def test_gradients_in_eval_mode(name: str, merge: str) -> None:
     fraction = 1.0 if name == "uniform" else 0.25
     model = network(mask={"policy": name, "fine_fraction": fraction}, merge=merge)
     images = images_of((64, 64))
-    inputs, labels = (
-        [images.requires_grad_(), *model.module.get_submodule("backbone").parameters()],
-        (images[:, 0] > 0).long(),
-    )
+    inputs = [images.requires_grad_(), *model.module.get_submodule("backbone").parameters()]
+    labels = (images[:, 0] > 0).long()
     run = model.start(images, labels).follow()
     assert run.mask is not None
     own = torch.autograd.grad(run.logits().square().sum(), inputs)
@@ -229,18 +228,12 @@ def test_options_of_parts_from_outside() -> None:
     ("config", "message"),
     [
         ({"backbone_options": {"stem": "deep"}}, "model.backbone_options.stem: model.stem sets it; set that"),
-        (
-            {"mask": {"options": {"fine_fraction": 0.3}}},
-            "model.mask.options.fine_fraction: model.mask.fine_f",
-        ),
+        ({"mask": {"options": {"fine_fraction": 0.3}}}, "mask.options.fine_fraction: model.mask.fine_f"),
         ({"mask": {"options": {"middle_threshold": 0.3}}}, "options.middle_threshold: model.mask.middle_thr"),
         ({"mask": {"options": {"rule": "cad"}}}, "model.mask.options.rule: model.mask.edge sets it"),
         ({"mask": {"options": {"block": 32}}}, "model.mask.options.block: model.strides sets it"),
         ({"head_options": {"dropout": "x"}}, "model.head_options is {'dropout': 'x'}, which does not fit: "),
-        (
-            {"head_options": {"dropout": 2}},
-            "model.head_options is {'dropout': 2}, which does not fit: dropout",
-        ),
+        ({"head_options": {"dropout": 2}}, "head_options is {'dropout': 2}, which does not fit: dropout"),
         ({"backbone": "toy", "backbone_options": {"grow": "x"}}, "model.backbone_options is {'grow': 'x'}"),
     ],
 )
@@ -257,12 +250,8 @@ def test_toys_train_evaluate_refine_and_benchmark_by_command(tmp_path: Path, cap
     scenes = str(tmp_path / "scenes")
     assert main(["make_scenes", scenes, "--size", "64x96", "--count", "6"]) == 0
     config = tmp_path / "toy.yaml"
-    model = {
-        "backbone": "toy",
-        "head": "toy",
-        "backbone_options": {"grow": 3},
-        "mask": {"policy": "toy", "fine_fraction": 0.25, "options": {"power": 0.5}},
-    }
+    mask = {"policy": "toy", "fine_fraction": 0.25, "options": {"power": 0.5}}
+    model = {"backbone": "toy", "head": "toy", "backbone_options": {"grow": 3}, "mask": mask}
     train = {"iterations": 2, "batch_size": 2, "eval_every": 2, "network": "selective"}
     data = {"dataset": "scenes", "root": scenes, "crop": [64, 64]}
     config.write_text(json.dumps({"model": model, "data": data, "train": train}))

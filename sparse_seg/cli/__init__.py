@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
+    parser.set_defaults(usage_error=parser.error)  # for options that exclude each other
     try:
         return module.run(parser.parse_args(arguments[1:]))
     except SparseSegError as error:

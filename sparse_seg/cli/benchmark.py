@@ -72,7 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out (much faster)")
     add_json(parser)
     add_device(parser)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     fractions, engines = args.fine_fraction or FRACTIONS, list(dict.fromkeys(args.engines))
     for scope in dict.fromkeys(args.scopes):
         todo = cases(scope, fractions, engines, strides, args.policies, PEERS if args.peers else ())
-        rows += measure(subject, todo, args.repeats, not args.no_memory, progress=True, notes=notes.append)
+        rows += measure(subject, todo, args.repeats, not args.no_memory, notes=notes.append)
     if rows:
         print(table(rows, COLUMNS).to_text())
     timed = _runtimes(args, subject, peers) if args.runtimes else []

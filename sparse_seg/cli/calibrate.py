@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config, loaded, model, dataset, *_ = opened(args, args.device, args.out)
-    found = calibrate(model.for_inference(), dataset, config.data, args.limit, progress=True)
+    found = calibrate(model.for_inference(), dataset, config.data, args.limit)
     cuts: dict[str, Any] = {"threshold": found.threshold, "middle_threshold": found.middle_threshold}
     settings = " ".join(f"model.mask.{key}={value:.6g}" for key, value in cuts.items() if value is not None)
     least, mean, most = min(found.shares), statistics.mean(found.shares), max(found.shares)

@@ -31,7 +31,7 @@ from sparse_seg.conversion import SOURCES, Conversion, convert, to_dense, write_
 from sparse_seg.conversion.module import ModuleConversion, convert_module
 from sparse_seg.conversion.report import assumed_line, report, report_module
 from sparse_seg.conversion.verify import explain, verify
-from sparse_seg.data.class_sets import CLASS_SETS, read_classes
+from sparse_seg.data.class_file import CLASS_SETS, read_classes
 from sparse_seg.errors import CheckpointError
 from sparse_seg.files import overwritten
 
@@ -80,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", default=None, help=text)
     text = "convert a converted SRC back to its own format and names"
     parser.add_argument("--to-dense", action="store_true", help=text)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def _pairs(files: Sequence[argparse.Action]) -> type[argparse.Action]:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(out: Path, config: Config, args: argparse.Namespace) -> None:
     print(f"demo: 5 to 8 minutes on 2 idle cores, most of it training; all goes to {out}", flush=True)
-    write_scenes(out / "scenes", args.count, progress=True)
+    write_scenes(out / "scenes", args.count)
     checkpoint = finish_training(config, out / "training", args.device)
     subject = open_checkpoint(config, checkpoint, args.device)
     torch.set_num_threads(1)

@@ -74,7 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_views(parser)
     add_runtime(parser)
     add_device(parser)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -115,7 +114,7 @@ def _evaluate(subject: Opened, args: argparse.Namespace, processes: Processes) -
     way, looks = Way(args.dense), views(args)
     refusal = "processes share the images" if processes.count > 1 else None  # results must not depend on it
     runner = Runner(model, args.runtime, way, refusal)
-    result = evaluate(model, dataset, config.data, way, limit, True, looks, processes, runner)
+    result = evaluate(model, dataset, config.data, way, limit, looks, processes, runner)
     if not processes.is_first:
         return
     rows = [

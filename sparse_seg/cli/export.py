@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--logits", action="store_true", help="logits of every pixel, too")
     text = "no shape may depend on the data, as compilers for GPUs want it; slower on CPUs"
     parser.add_argument("--static", action="store_true", help=text)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -33,6 +33,7 @@ NETWORKS = {
     "DeepLabV3-ResNet-50": ("bench_r50.yaml", 0.1, ["model.num_classes=19"]),
     "light": ("camvid_student_slim.yaml", 0.15, ["model.mask.policy=confidence"]),
 }
+BATCHES = (1, 4)
 Key = tuple[str, tuple[int, int], int, str]  # a cell: network, size, batch, precision
 
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     check_outputs([args.json, tables], [Path(args.configs, name) for name, _, _ in NETWORKS.values()])
     cuda = torch.cuda.is_available()
     device, sizes = ("cuda", ((512, 1024), (1024, 2048))) if cuda else ("cpu", ((64, 96),))
-    keys = by_weight(itertools.product(NETWORKS, sizes, (1, 4), PRECISIONS))
+    keys = by_weight(itertools.product(NETWORKS, sizes, BATCHES, PRECISIONS))
     cases = [(key, "") for key in keys]
     cases += [((name, sizes[-1], 1, "fp16"), ", torch.compile") for name in NETWORKS if cuda]
     cells: dict[Any, list[dict[str, Any]]] = {}

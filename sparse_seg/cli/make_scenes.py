@@ -31,6 +31,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: OUT holds something else or cannot be written.
     """
-    written = write_scenes(args.out, args.count, args.size, args.seed, progress=True, pan=args.pan)
+    written = write_scenes(args.out, args.count, args.size, args.seed, pan=args.pan)
     print(f"{args.count} scenes {'written to' if written else 'are already in'} {args.out}")
     return 0

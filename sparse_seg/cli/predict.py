@@ -96,7 +96,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--limit N", "of videos: the first N frames only", whole_number(1))
     parser.add_argument("--video-ids", action="store_true", help="of videos: also NAME_ids/000000.png, ...")
     parser.add_argument("--video-blocks", action="store_true", help="of videos: also NAME_blocks.mp4")
-    parser.set_defaults(usage_error=parser.error)
     add_runtime(parser)
     add_device(parser)
 

@@ -21,7 +21,7 @@ def num_classes(config: Config) -> int:
 
 
 def _dataset_count(config: Config) -> int:
-    return len(DATASETS[config.data.dataset].classes_in(config.data.root))
+    return len(DATASETS[config.data.dataset].known_in(config.data.root).classes)
 
 
 def check_classes(config: Config) -> None:

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sparse_seg.config import DataConfig
-from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset, label_ids
+from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset
 from sparse_seg.data.listing import unsaid
 from sparse_seg.errors import ConfigError, SparseSegError, choose_one
 from sparse_seg.registry import DATASETS
@@ -87,7 +87,7 @@ def dataset_classes(name: str, root: str | Path) -> ClassList:
     Raises:
         ConfigError: no dataset has that name, or the folder's `classes.yaml` is missing or wrong.
     """
-    return DATASETS[name].classes_in(root)
+    return DATASETS[name].known_in(root).classes
 
 
 def dataset_ids(name: str, root: str | Path) -> tuple[int, ...]:
@@ -96,4 +96,4 @@ def dataset_ids(name: str, root: str | Path) -> tuple[int, ...]:
     Raises:
         ConfigError: as `dataset_classes`.
     """
-    return label_ids(DATASETS[name].train_ids_in(root), len(dataset_classes(name, root)))
+    return DATASETS[name].known_in(root).ids

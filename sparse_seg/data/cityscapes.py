@@ -5,41 +5,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset, ranges
+from sparse_seg.data.class_file import known_classes
+from sparse_seg.data.dataset import SegmentationDataset, ranges
 from sparse_seg.data.listing import composed, list_files
 from sparse_seg.errors import DataError
 
-# Train id order: (name, label id in *_labelIds.png, RGB colour), as in cityscapesScripts' labels.py.
-_TABLE: tuple[tuple[str, int, tuple[int, int, int]], ...] = (
-    ("road", 7, (128, 64, 128)),
-    ("sidewalk", 8, (244, 35, 232)),
-    ("building", 11, (70, 70, 70)),
-    ("wall", 12, (102, 102, 156)),
-    ("fence", 13, (190, 153, 153)),
-    ("pole", 17, (153, 153, 153)),
-    ("traffic light", 19, (250, 170, 30)),
-    ("traffic sign", 20, (220, 220, 0)),
-    ("vegetation", 21, (107, 142, 35)),
-    ("terrain", 22, (152, 251, 152)),
-    ("sky", 23, (70, 130, 180)),
-    ("person", 24, (220, 20, 60)),
-    ("rider", 25, (255, 0, 0)),
-    ("car", 26, (0, 0, 142)),
-    ("truck", 27, (0, 0, 70)),
-    ("bus", 28, (0, 60, 100)),
-    ("train", 31, (0, 80, 100)),
-    ("motorcycle", 32, (0, 0, 230)),
-    ("bicycle", 33, (119, 11, 32)),
-)
-_LICENSE_PLATE = 255  # label id -1 in an 8-bit file
-
-CITYSCAPES_CLASSES = ClassList(tuple(row[0] for row in _TABLE), tuple(row[2] for row in _TABLE))
-CITYSCAPES_IDS = {name: label_id for name, label_id, _ in _TABLE}
+_KNOWN = known_classes("cityscapes")
+CITYSCAPES_CLASSES = _KNOWN.classes
+CITYSCAPES_IDS = dict(zip(CITYSCAPES_CLASSES.names, _KNOWN.ids, strict=True))
 """Label id on disk of each evaluated class."""
 
-_TRAIN_IDS = dict.fromkeys((*range(34), _LICENSE_PLATE), IGNORE_INDEX) | {
-    label_id: train_id for train_id, (_, label_id, _) in enumerate(_TABLE)
-}
 IMAGE_SUFFIX = "_leftImg8bit.png"
 LABEL_SUFFIX = "_gtFine_labelIds.png"
 _NOT_READ = tuple(
@@ -60,8 +35,7 @@ class Cityscapes(SegmentationDataset):
         DataError: a folder is missing or holds no image.
     """
 
-    classes = CITYSCAPES_CLASSES
-    train_ids = _TRAIN_IDS
+    classes, train_ids = _KNOWN.classes, _KNOWN.train_ids
 
     def __init__(self, root: str | Path, split: str) -> None:
         images, labels = Path(root, "leftImg8bit", split), Path(root, "gtFine", split)

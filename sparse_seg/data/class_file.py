@@ -1,19 +1,36 @@
-"""`classes.yaml`: what the values and colours in labels of one's own mean."""
+"""`classes.yaml`: what the values and colours in labels mean, of one's own and of known data sets."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparse_seg.config import read_yaml
-from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, label_ids
 from sparse_seg.data.palette import Colour, default_palette
-from sparse_seg.errors import ConfigError, did_you_mean, shown
+from sparse_seg.errors import ConfigError, choose_one, did_you_mean, shown
+
+IGNORE_INDEX = 255
+"""Train id of pixels that neither the loss nor the metrics count."""
+
+CLASS_SETS = ("voc", "cityscapes", "camvid", "ade20k", "coco-stuff")
+"""Those that are known by name."""
 
 MOST_CLASSES = 254  # train ids below those of unknown and ignored labels
 _KEYS = ("names", "ids", "colours", "ignore", "ignore_colours", "rgb_ids")
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Names and RGB colours of the classes; the position in both is the train id."""
+
+    names: tuple[str, ...]
+    palette: tuple[Colour, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -32,7 +49,27 @@ class ClassFile:
     @property
     def ids(self) -> tuple[int, ...]:
         """The value of each class in labels."""
-        return label_ids(self.train_ids, len(self.classes))
+        values = {train_id: value for value, train_id in self.train_ids.items()}
+        return tuple(values[train_id] for train_id in range(len(self.classes)))
+
+
+@functools.cache
+def known_classes(name: str) -> ClassFile:
+    """The classes of a set in `CLASS_SETS`."""
+    return read_class_file(Path(__file__).parent / "classes" / f"{name}.yaml")
+
+
+def read_classes(name: str | Path) -> ClassFile:
+    """The classes of a set in `CLASS_SETS`, or of a `classes.yaml`.
+
+    Raises:
+        ConfigError: no such set or file, or the file says what cannot be.
+    """
+    if name in CLASS_SETS:
+        return known_classes(str(name))
+    if not Path(name).is_file():
+        raise ConfigError(f"unknown classes {choose_one(str(name), CLASS_SETS)}, or a classes.yaml file")
+    return read_class_file(name)
 
 
 def read_class_file(file: str | Path) -> ClassFile:

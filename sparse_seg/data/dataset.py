@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from sparse_seg.data.class_file import IGNORE_INDEX, ClassFile, ClassList
 from sparse_seg.data.depth import Depth, find_depth
 from sparse_seg.data.reading import Image, Picture, decode_image, read_image, read_label
 from sparse_seg.errors import DataError
 
 __all__ = ["IGNORE_INDEX", "SMALLEST_SIDE", "ClassList", "Image", "SegmentationDataset", "read_image"]
-
-IGNORE_INDEX = 255
-"""Train id of pixels that neither the loss nor the metrics count."""
 
 SMALLEST_SIDE = 32
 """Pixels; on smaller images the coarsest stage of a network has no cell left."""
@@ -33,21 +30,6 @@ SMALLEST_SIDE = 32
 _NO_SUCH_LABEL = 254  # a stored value outside the dataset's list; never leaves this module
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ClassList:
-    """Names and RGB colours of the classes; the position in both is the train id."""
-
-    names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-
-    def __post_init__(self) -> None:
-        if len(self.names) != len(self.palette):
-            raise ValueError(f"{len(self.names)} class names but {len(self.palette)} colours")
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 class SegmentationDataset(Dataset[tuple[Image, Image]]):
@@ -72,14 +54,9 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
     hint = "choose the dataset it belongs to"  # where label values are unknown
 
     @classmethod
-    def classes_in(cls, root: str | Path) -> ClassList:
+    def known_in(cls, root: str | Path) -> ClassFile:
         """The classes of the dataset in a folder, without its images."""
-        return cls.classes
-
-    @classmethod
-    def train_ids_in(cls, root: str | Path) -> Mapping[int, int]:
-        """The train id of each label value of the dataset in a folder."""
-        return cls.train_ids
+        return ClassFile(cls.classes, cls.train_ids, {})
 
     def __init__(self, samples: list[tuple[Path, Path]], label_files: Sequence[Path]) -> None:
         self.samples = samples
@@ -165,14 +142,6 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
                 "class ids, not of colours"
             )
         return stored
-
-    def load_image(self, index: int) -> Image:
-        """The image alone, `[H, W, 3]` uint8 RGB; a split to predict needs no labels.
-
-        Raises:
-            DataError: the file is missing or unreadable.
-        """
-        return decode_image(self.samples[index][0], bits=self.depth.bits).pixels
 
     @functools.cached_property
     def depth(self) -> Depth:
@@ -290,12 +259,6 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
 
 def _size(image: Image) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
-
-
-def label_ids(train_ids: Mapping[int, int], count: int) -> tuple[int, ...]:
-    """The value in labels of each of `count` classes."""
-    values = {train_id: value for value, train_id in train_ids.items()}
-    return tuple(values[train_id] for train_id in range(count))
 
 
 def some(values: list[Any]) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_seg.data.class_file import ClassFile, read_class_file
-from sparse_seg.data.dataset import ClassList, SegmentationDataset, some
+from sparse_seg.data.class_file import ClassFile, ClassList, read_class_file
+from sparse_seg.data.dataset import SegmentationDataset, some
 from sparse_seg.data.listing import pair_files, require_root
 from sparse_seg.data.palette import Colour
 from sparse_seg.data.reading import IMAGE_SUFFIXES, Image, read_label_palette
@@ -38,15 +38,15 @@ class FolderDataset(SegmentationDataset):
     hint = f"add them to ids or ignore in {CLASS_FILE}"
 
     @classmethod
-    def classes_in(cls, root: str | Path) -> ClassList:
-        return _known(root).classes
-
-    @classmethod
-    def train_ids_in(cls, root: str | Path) -> Mapping[int, int]:
-        return _known(root).train_ids
+    def known_in(cls, root: str | Path) -> ClassFile:
+        require_root(root)
+        file = Path(root, CLASS_FILE)
+        if not file.exists():
+            raise ConfigError(f"{file} does not exist; write it, with a line such as names: [road, sky]")
+        return read_class_file(file)
 
     def __init__(self, root: str | Path, split: str) -> None:
-        self.class_file, known = Path(root, CLASS_FILE), _known(root)
+        self.class_file, known = Path(root, CLASS_FILE), self.known_in(root)
         self.classes, self.train_ids = known.classes, known.train_ids
         self._ids_of_colours, self._rgb_ids = known.ids_of_colours, known.rgb_ids
         self._images, self._labels = Path(root, split, "images"), Path(root, split, "labels")
@@ -134,14 +134,6 @@ class FolderDataset(SegmentationDataset):
                     f"id {said[colour]}; save the label as RGB, or with ids as its indices"
                 )
         return None
-
-
-def _known(root: str | Path) -> ClassFile:
-    file = Path(root, CLASS_FILE)
-    require_root(root)
-    if not file.exists():
-        raise ConfigError(f"{file} does not exist; write it, with a line such as names: [road, sky]")
-    return read_class_file(file)
 
 
 def _packed(colours: Image) -> NDArray[np.int32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
-from sparse_seg.data.loader import ResumableSampler
 from sparse_seg.data.transforms import LUMA, TrainTransform, require_bytes
 from sparse_seg.errors import DataError, out_of_memory
 from sparse_seg.progress import bar
 
+if TYPE_CHECKING:
+    from sparse_seg.data.batches import ResumableSampler
+
 
 class ResidentBatches:
-    """The batches of a `training_loader`, cut from frames on `device`: the same crops, but for rounding.
+    """The batches that a loader would give, cut from frames on `device`: the same crops, but for rounding.
 
     Iterating reads all frames first, then gives float32 `[B, 3, h, w]` and int64 `[B, h, w]` on the device.
     A GB holds 1500 frames of 360x480. It raises a DataError where an image cannot be read, the frames differ
@@ -36,7 +39,7 @@ class ResidentBatches:
         self.seed, self.device = seed, device
         self.mean, self.std, self.luma = (
             torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
-            for values in (transform.mean, transform.std, LUMA.tolist())
+            for values in (transform.data.mean, transform.data.std, LUMA.tolist())
         )
 
     def __len__(self) -> int:
@@ -94,9 +97,8 @@ class ResidentBatches:
 
     def _places(self, warp: Tensor, height: int, width: int) -> Tensor:
         """Where a crop's pixels lie in the image: `[B, h, w, 2]` in -1..1, for `grid_sample`."""
-        rows, columns = (
-            torch.arange(side, dtype=torch.float32, device=self.device) for side in self.transform.crop
-        )
+        crop = self.transform.data.crop
+        rows, columns = (torch.arange(side, dtype=torch.float32, device=self.device) for side in crop)
         places = []  # x, then y; not by a matrix product, which may be TF32's
         for row, length in zip(warp.unbind(1), (width, height), strict=True):
             along, across, offset = row[..., None, None].unbind(1)

@@ -7,7 +7,9 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -19,7 +21,7 @@ _HUE_SHARE = 0.1  # radians of hue turn per unit of jitter: lanes and signs keep
 
 def normalise(
     image: Image, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> torch.Tensor:
+) -> Tensor:
     """`(image / 255 - mean) / std`: uint8 RGB `[H, W, 3]` to a contiguous float32 tensor `[3, H, W]`.
 
     Raises:
@@ -35,7 +37,7 @@ def require_bytes(image: Image) -> None:
         raise ValueError(f"an image of {image.dtype}: expected uint8, 0..255")
 
 
-def _normalise(image: NDArray[np.float32], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def _normalise(image: NDArray[np.float32], mean: Sequence[float], std: Sequence[float]) -> Tensor:
     scale = (1 / (255 * np.asarray(std))).astype(np.float32)
     shift = (np.asarray(mean) / np.asarray(std)).astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray((image * scale - shift).transpose(2, 0, 1)))
@@ -57,78 +59,51 @@ class Draw(NamedTuple):
 
 
 class TrainTransform:
-    """Random scale, crop, flip, light and colour jitter.
+    """Random scale, crop, flip, light and colour jitter, as a config's keys for data say.
 
     Scale, crop and flip are one affine warp of the crop's pixels alone, so the cost does not grow with the
     image. Where the scaled image is smaller than the crop, the rest has the mean colour and label 255.
-
-    Args:
-        crop: height and width of the output, px.
-        scale_range: lowest and highest factor on the image's size, drawn log-uniformly.
-        flip: mirror half of the samples.
-        jitter: brightness, contrast and saturation factors lie in `1 - jitter .. 1 + jitter`.
-        mean, std: RGB, in units of 0..1.
-        gamma: values 0..1 are raised to an exponent in `exp(-gamma) .. exp(gamma)`, drawn log-uniformly.
-        tint: red, green and blue are each multiplied with a factor in `1 - tint .. 1 + tint`, as light of
-            another colour does.
     """
 
-    def __init__(
-        self,
-        crop: tuple[int, int],
-        scale_range: tuple[float, float] = (0.5, 2.0),
-        flip: bool = True,
-        jitter: float = 0.3,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        gamma: float = 0.0,
-        tint: float = 0.0,
-    ) -> None:
-        self.crop = crop
-        self.scale_range = scale_range
-        self.flip = flip
-        self.jitter = jitter
-        self.gamma = gamma
-        self.tint = tint
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+    def __init__(self, data: DataConfig) -> None:
+        self.data = data
 
-    def __call__(
-        self, image: Image, label: Image, rng: np.random.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, image: Image, label: Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Image `[H, W, 3]` uint8 and label `[H, W]` uint8 to float32 `[3, h, w]` and int64 `[h, w]`."""
         require_bytes(image)
-        draw = self.draw(image.shape[0], image.shape[1], rng)
-        fill = [255 * channel for channel in self.mean]
-        crop = _warp(image, draw.warp, self.crop, cv2.INTER_LINEAR, fill)
-        if self.gamma:
+        data, draw = self.data, self.draw(image.shape[0], image.shape[1], rng)
+        fill = [255 * channel for channel in data.mean]
+        crop = _warp(image, draw.warp, data.crop, cv2.INTER_LINEAR, fill)
+        if data.gamma:
             crop = _relight(crop, draw.exponent)
         pixels = crop.astype(np.float32)
-        if self.jitter or self.tint:
+        if data.jitter or data.tint:
             pixels = _jitter(pixels, draw.colour, draw.luma_share)
-        target = _warp(label, draw.warp, self.crop, cv2.INTER_NEAREST, [IGNORE_INDEX])
-        return _normalise(pixels, self.mean, self.std), torch.from_numpy(target.astype(np.int64))
+        target = _warp(label, draw.warp, data.crop, cv2.INTER_NEAREST, [IGNORE_INDEX])
+        return _normalise(pixels, data.mean, data.std), torch.from_numpy(target.astype(np.int64))
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> Draw:
         """The random part, for an image of `height` x `width` px."""
-        warp, exponent, colour, share = self._draw_warp(height, width, rng), 1.0, np.eye(3), 0.0
-        if self.gamma:
-            exponent = float(np.exp(rng.uniform(-self.gamma, self.gamma)))
-        if self.jitter:
-            colour, share = _draw_colour(self.jitter, rng)
-        if self.tint:
-            colour = colour * rng.uniform(1 - self.tint, 1 + self.tint, 3)
+        data, warp = self.data, self._draw_warp(height, width, rng)
+        exponent, colour, share = 1.0, np.eye(3), 0.0
+        if data.gamma:
+            exponent = float(np.exp(rng.uniform(-data.gamma, data.gamma)))
+        if data.jitter:
+            colour, share = _draw_colour(data.jitter, rng)
+        if data.tint:
+            colour = colour * rng.uniform(1 - data.tint, 1 + data.tint, 3)
         return Draw(warp, exponent, colour, share)
 
     def _draw_warp(self, height: int, width: int, rng: np.random.Generator) -> NDArray[np.float64]:
         """The matrix `[2, 3]` from a crop's pixel (x, y) to the place in the image that it shows."""
-        scale = np.exp(rng.uniform(*np.log(self.scale_range)))
-        top = _draw_offset(round(height * scale) - self.crop[0], rng)
-        left = _draw_offset(round(width * scale) - self.crop[1], rng)
+        crop_height, crop_width = self.data.crop
+        scale = np.exp(rng.uniform(*np.log(self.data.scale_range)))
+        top = _draw_offset(round(height * scale) - crop_height, rng)
+        left = _draw_offset(round(width * scale) - crop_width, rng)
         half = 0.5 / scale - 0.5  # pixel centres: (q + 0.5) / scale - 0.5
         warp = np.array([[1 / scale, 0, left / scale + half], [0, 1 / scale, top / scale + half]])
-        if self.flip and rng.random() < 0.5:
-            warp = warp @ np.array([[-1, 0, self.crop[1] - 1], [0, 1, 0], [0, 0, 1]])
+        if self.data.flip and rng.random() < 0.5:
+            warp = warp @ np.array([[-1, 0, crop_width - 1], [0, 1, 0], [0, 0, 1]])
         return warp
 
 
@@ -138,7 +113,7 @@ def _draw_offset(excess: int, rng: np.random.Generator) -> int:
 
 
 def _warp(
-    image: Image, warp: NDArray[np.float64], crop: tuple[int, int], interpolation: int, fill: list[float]
+    image: Image, warp: NDArray[np.float64], crop: Sequence[int], interpolation: int, fill: list[float]
 ) -> Image:
     flags = interpolation | cv2.WARP_INVERSE_MAP
     warped = cv2.warpAffine(

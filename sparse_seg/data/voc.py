@@ -2,19 +2,12 @@
 
 from pathlib import Path
 
-from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset
+from sparse_seg.data.class_file import known_classes
+from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.listing import as_stored, read_list
-from sparse_seg.data.palette import default_palette
 from sparse_seg.errors import DataError
 
-_NAMES = (
-    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train"),
-    "tvmonitor",
-)
-_BORDER = 255
-
-VOC_CLASSES = ClassList(_NAMES, default_palette(len(_NAMES)))
+_KNOWN = known_classes("voc")
 
 
 class VOC(SegmentationDataset):
@@ -28,8 +21,7 @@ class VOC(SegmentationDataset):
         DataError: the list is missing or names no image.
     """
 
-    classes = VOC_CLASSES
-    train_ids = {number: number for number in range(len(_NAMES))} | {_BORDER: IGNORE_INDEX}
+    classes, train_ids = _KNOWN.classes, _KNOWN.train_ids
 
     def __init__(self, root: str | Path, split: str) -> None:
         listed = Path(root, "ImageSets", "Segmentation", f"{split}.txt")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sparse_seg.config import DataConfig
+from sparse_seg.data.batches import evaluation_loader
 from sparse_seg.data.dataset import SegmentationDataset
-from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import blur_scores
 from sparse_seg.progress import bar
@@ -36,11 +36,7 @@ class Calibration:
 
 @torch.inference_mode()
 def calibrate(
-    model: Segmentor,
-    dataset: SegmentationDataset,
-    data: DataConfig,
-    limit: int | None = None,
-    progress: bool = False,
+    model: Segmentor, dataset: SegmentationDataset, data: DataConfig, limit: int | None = None
 ) -> Calibration:
     """The thresholds that give the blocks of all frames together the fractions of the model's policy.
 
@@ -55,9 +51,9 @@ def calibrate(
         raise ConfigError("calibration needs a fraction: set model.mask.threshold=null, or --fine-fraction F")
     device = model.device
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    loader = evaluation_loader(dataset, data.mean, data.std, data.workers, range(count))
+    loader = evaluation_loader(dataset, data, range(count))
     with eval_mode(model):
-        for image, label, _ in bar(loader, "scores", count, progress):
+        for image, label, _ in bar(loader, "scores", count):
             found = policy.scores(model.start(image.to(device), label.to(device)))
             scores.append((blur_scores(found) if policy.blur else found).flatten().double().cpu())
     ranked = torch.cat(scores).sort(descending=True).values

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from sparse_seg.config import DataConfig
+from sparse_seg.data.batches import evaluation_loader
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
-from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
 from sparse_seg.evaluation.views import ONCE, Views, predict, single
 from sparse_seg.export.runner import Runner
@@ -65,7 +66,6 @@ def evaluate(
     data: DataConfig,
     way: Way | None = None,
     limit: int | None = None,
-    progress: bool = False,
     views: Views = ONCE,
     processes: Processes | None = None,
     runner: Runner | None = None,
@@ -86,13 +86,8 @@ def evaluate(
     """
     processes = processes or Processes()
     frames = processes.share(len(dataset) if limit is None else min(limit, len(dataset)))
-    shown = progress and processes.is_first
-    way = way or Way()
-    return combined(
-        processes.gather(
-            lambda: measure(model, dataset, data, way, frames, shown, views=views, runner=runner)
-        )
-    )
+    part = partial(measure, model, dataset, data, way or Way(), frames, processes.is_first)
+    return combined(processes.gather(lambda: part(views=views, runner=runner)))
 
 
 def measure(
@@ -115,8 +110,8 @@ def measure(
     if policy is not None:
         policy.remember(None)
     device = model.device
-    part = Part(SegmentationMetrics(len(dataset.classes), IGNORE_INDEX), images=len(frames))
-    loader = evaluation_loader(dataset, data.mean, data.std, data.workers, frames)
+    part = Part(SegmentationMetrics(len(dataset.classes)), images=len(frames))
+    loader = evaluation_loader(dataset, data, frames)
     if runner is not None:
         runner.expect(len(frames) if views.is_single else None)
     with torch.inference_mode(), eval_mode(model):

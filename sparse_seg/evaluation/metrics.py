@@ -8,6 +8,8 @@
   here it lies around boundaries between two labelled classes.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +17,11 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
+from torch import Tensor
+
+from sparse_seg.data.dataset import IGNORE_INDEX
 
 Confusion = npt.NDArray[np.int64]
-Labels = np.ndarray | torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,37 +48,21 @@ class MetricsResult:
 class SegmentationMetrics:
     """Confusion matrices of a dataset: over all labelled pixels, and over the trimap band."""
 
-    def __init__(self, num_classes: int, ignore_index: int = 255, trimap_width: float = 3) -> None:
+    def __init__(self, num_classes: int, trimap_width: float = 3) -> None:
         """`trimap_width` in pixels."""
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
-        self.trimap_width = trimap_width
+        self.num_classes, self.trimap_width = num_classes, trimap_width
         self.confusion: Confusion = np.zeros((num_classes, num_classes), np.int64)
-        self.boundary_confusion: Confusion = np.zeros((num_classes, num_classes), np.int64)
+        self.boundary_confusion = self.confusion.copy()
 
-    def update(self, prediction: Labels, label: Labels) -> None:
-        """Add one image or a batch.
-
-        prediction, label: [H, W] or [B, H, W], integers; prediction in 0..K-1, label also `ignore_index`.
-        Raises ValueError if shapes differ, a dtype is not integer or a value is out of range.
-        """
-        predicted = _as_integers(prediction, "prediction")
-        labelled = _as_integers(label, "label")
-        if predicted.shape != labelled.shape or predicted.ndim not in (2, 3):
-            raise ValueError(
-                f"prediction and label must both be [H, W] or [B, H, W], "
-                f"got {list(predicted.shape)} and {list(labelled.shape)}"
-            )
-        valid = labelled != self.ignore_index
-        self._check_range(predicted, "prediction")
-        self._check_range(labelled[valid], "label")
-        images = labelled.reshape(-1, *labelled.shape[-2:])
-        bands = [trimap(image, self.trimap_width, self.ignore_index) for image in images]
-        band = np.array(bands, bool).reshape(labelled.shape)
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Add images: integers `[B, H, W]`, of the classes, in the label also `IGNORE_INDEX`."""
+        predicted, labelled = prediction.cpu().numpy(), label.cpu().numpy()
+        valid = labelled != IGNORE_INDEX
+        band = np.stack([trimap(image, self.trimap_width) for image in labelled])
         self.confusion += self._count(predicted[valid], labelled[valid])
         self.boundary_confusion += self._count(predicted[band], labelled[band])
 
-    def add(self, other: "SegmentationMetrics") -> None:
+    def add(self, other: SegmentationMetrics) -> None:
         """Add the images of another sum with the same classes."""
         self.confusion += other.confusion
         self.boundary_confusion += other.boundary_confusion
@@ -92,25 +79,19 @@ class SegmentationMetrics:
             confusion=self.confusion.copy(),
         )
 
-    def _check_range(self, values: np.ndarray, name: str) -> None:
-        if values.size and not (values.min() >= 0 and values.max() < self.num_classes):
-            raise ValueError(
-                f"{name} has values {values.min()}..{values.max()}, outside 0..{self.num_classes - 1}"
-            )
-
     def _count(self, prediction: np.ndarray, label: np.ndarray) -> Confusion:
         pairs = label.astype(np.int64) * self.num_classes + prediction
         counts = np.bincount(pairs, minlength=self.num_classes**2)
         return counts.reshape(self.num_classes, self.num_classes)
 
 
-def trimap(label: np.ndarray, width: float, ignore_index: int = 255) -> npt.NDArray[np.bool_]:
+def trimap(label: np.ndarray, width: float) -> npt.NDArray[np.bool_]:
     """The trimap: labelled pixels at most `width` px (Euclidean) from a pixel on a class boundary.
 
     A pixel is on a boundary if one of its 4 neighbours has another class; a border with ignored pixels is
     none. label: [H, W] integers. Returns [H, W] bool, all False where the image has no boundary.
     """
-    valid = label != ignore_index
+    valid = label != IGNORE_INDEX
     boundary = np.zeros(label.shape, bool)
     across = (label[:, 1:] != label[:, :-1]) & valid[:, 1:] & valid[:, :-1]
     down = (label[1:] != label[:-1]) & valid[1:] & valid[:-1]
@@ -122,13 +103,6 @@ def trimap(label: np.ndarray, width: float, ignore_index: int = 255) -> npt.NDAr
         return boundary
     distance = cv2.distanceTransform((~boundary).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return valid & (distance <= width)
-
-
-def _as_integers(values: Labels, name: str) -> np.ndarray:
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must have an integer dtype, got {array.dtype}")
-    return array
 
 
 def _class_iou(confusion: Confusion) -> npt.NDArray[np.float64]:

@@ -235,8 +235,8 @@ def _pair(split: _Split, frame: _Frame, more: str = "") -> Picture:
 
 def _show(image: Image, label: NDArray[Any], classes: ClassList, caption: str) -> Picture:
     """Image and labels beside each other, shrunk to the page."""
-    pictures = [shrink(one, WIDTH) for one in (image, overlay(image, label, classes.palette, 0.6))]
-    return photo(side_by_side(pictures, ["", ""]), caption)
+    pictures = (image, overlay(image, label, classes.palette, 0.6))
+    return photo(side_by_side([("", shrink(one, WIDTH)) for one in pictures]), caption)
 
 
 def _augmented(dataset: SegmentationDataset, config: Config) -> Section:

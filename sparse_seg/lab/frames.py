@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import IGNORE_INDEX, Image, SegmentationDataset
 from sparse_seg.data.transforms import normalise
+from sparse_seg.evaluation.views import predict
 from sparse_seg.lab.benchmark.runtimes import lift
 from sparse_seg.lab.report.explorer import Explorer, Frame, Shot
 from sparse_seg.lab.report.html import Picture, photo
@@ -36,15 +36,14 @@ class Contender:
     way: Way
     data: DataConfig
 
-    @torch.inference_mode()
     def classes(self, image: Image, label: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Classes `[H, W]` of a frame, and the level of every block unless dense."""
         device = self.model.device
         batch = normalise(image, self.data.mean, self.data.std)[None].to(device)
         target = torch.from_numpy(label.astype(np.int64))[None].to(device)
-        run = self.model.start(batch, target).follow(self.way)
-        levels = None if run.mask is None else run.levels[0].cpu().numpy()
-        return run.classes()[0].cpu().numpy().astype(np.uint8), levels
+        found = predict(self.model, batch, target, self.way)
+        levels = None if found.levels is None else found.levels[0].cpu().numpy()
+        return found.classes[0].cpu().numpy().astype(np.uint8), levels
 
 
 def explore(
@@ -64,9 +63,9 @@ def explore(
     frames = most_different((fine, cases[chosen]), dataset, count)
     text += (
         f" The frames are those on which {fine.name} and {cases[chosen].name} disagree about most labelled "
-        "pixels, no two of one place in a sequence. In the pictures of differences, pixels are white where "
-        "the first alone is right, orange where the second alone is, grey where neither is. Left of the line "
-        f"is {fine.name}."
+        "pixels, no two near each other. In the pictures of differences, pixels are white where the first "
+        "alone is right, orange where the second alone is, grey where neither is. Left of the line is "
+        f"{fine.name}."
     )
     # lift compares ways to run the same weights
     mixed = cases[0].row if cases[0].model is fine.model else None
@@ -96,7 +95,7 @@ def numbers(row: _Row, coarse: _Row | None, fine: _Row) -> str:
 def most_different(
     pair: tuple[Contender, Contender], dataset: SegmentationDataset, count: int
 ) -> list[tuple[float, int]]:
-    """(share of labelled pixels on which two cases differ, frame), most first, without near neighbours."""
+    """(share of labelled pixels on which two cases differ, frame), most first, without neighbours."""
     found = []
     for index in bar(range(count), "differences", count):
         image, label = dataset.load(index)
@@ -105,17 +104,10 @@ def most_different(
         found.append((float((one != other)[labelled].mean()) if labelled.any() else 0.0, index))
     chosen: list[tuple[float, int]] = []
     reach = count // (3 * SHOWN)
-    names = [_sequence(dataset.name(index)) for index in range(count)]
     for share, index in sorted(found, key=lambda entry: -entry[0]):
-        near = (other for _, other in chosen if abs(other - index) <= reach)
-        if len(chosen) < SHOWN and not any(names[other] == names[index] for other in near):
+        if len(chosen) < SHOWN and all(abs(other - index) > reach for _, other in chosen):
             chosen.append((share, index))
     return chosen
-
-
-def _sequence(name: str) -> str:
-    """A frame's name without its number: `Seq05VD_f00210` is of `Seq05VD_f`."""
-    return re.sub(r"\d+\D*$", "", name)
 
 
 def _frame(

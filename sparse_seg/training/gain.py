@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg.config import DataConfig
+from sparse_seg.data.batches import evaluation_loader
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
-from sparse_seg.data.loader import evaluation_loader
 from sparse_seg.masks import block_mean, blur_scores, gain_net, top_blocks
 from sparse_seg.masks.gain import GainPolicy
 from sparse_seg.progress import bar
@@ -61,7 +61,7 @@ def collect(
     generator, samples = torch.Generator().manual_seed(seed), Samples([], [], [])
     device = model.device
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    loader = evaluation_loader(dataset, data.mean, data.std, data.workers, range(count))
+    loader = evaluation_loader(dataset, data, range(count))
     for image, label, _ in bar(loader, "gains", count):
         run = model.start(image.to(device)).start_coarse()
         read, coarse = policy.read(run.coarse_logits(policy.sample)), run.classes()

@@ -47,12 +47,12 @@ def test_all_is_written_and_true(grid_file: Path, finished: Path) -> None:
         ("baseline", "random, f=1", "linear"),
     ]
     ablation = Ablation(load_grid(grid_file), finished)
-    cell = ablation.grid.cells[1]
+    cell = ablation.grid.cells[0]
     config = ablation.cell_config(cell)
     dataset = build_dataset(config.data.dataset, config.data.root, "val")
     model = load_model(ablation.checkpoint("baseline", 1), config)
     expected = 100 * evaluate(model, dataset, config.data, Way.dense(8)).metrics.miou
-    assert rows[0]["mious"][1] == pytest.approx(expected, rel=1e-6)
+    assert rows[0]["mious"] == [pytest.approx(expected, rel=1e-6)]
     assert rows[0]["miou"] == pytest.approx(statistics.fmean(rows[0]["mious"]))
     # all fine is the dense network (P2), and costs what it costs
     assert rows[3]["mious"] == pytest.approx(rows[0]["mious"], rel=1e-3)
@@ -82,13 +82,11 @@ def test_tables_and_report(finished: Path) -> None:
 
 def test_training_starts_from_the_network_named(grid_file: Path, finished: Path) -> None:
     ablation = Ablation(load_grid(grid_file), finished)
-    for seed in (0, 1):
-        student, tuned = (
-            dict(load_model(ablation.checkpoint(name, seed)).named_parameters())
-            for name in ("student", "tuned")
-        )
-        change = max((tuned[name] - student[name]).abs().max().item() for name in student)
-        assert 0 < change < 1e-4, "one step at a rate of 1e-6"
+    student, tuned = (
+        dict(load_model(ablation.checkpoint(name, 1)).named_parameters()) for name in ("student", "tuned")
+    )
+    change = max((tuned[name] - student[name]).abs().max().item() for name in student)
+    assert 0 < change < 1e-4, "one step at a rate of 1e-6"
 
 
 def test_seeds_and_differences_by_class() -> None:
@@ -141,16 +139,16 @@ def test_dry_run_lists_what_is_left(grid_file: Path, tmp_path: Path, finished: P
     assert main([*arguments, str(tmp_path / "new")]) == 0
     out = capsys.readouterr().out
     assert "train taught, seed 1" in out
-    assert "32 of 32 left, about" in out
+    assert "16 of 16 left, about" in out
     assert not (tmp_path / "new").exists()
     assert main([*arguments, str(finished)]) == 0
-    assert "0 of 32 left" in capsys.readouterr().out
+    assert "0 of 16 left" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_processes_share_evaluations(grid_file: Path, finished: Path) -> None:
     alone = (finished / "results.json").read_text().partition('"rows"')[2]
-    for cell in (finished / "cells").glob("*.json"):
+    for cell in (finished / "cells").glob("baseline*.json"):
         cell.unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "tools/ablate.py"), str(grid_file), "--work-dir", str(finished), "--device", "cpu"]
@@ -237,6 +235,7 @@ def test_cells_of_one_size_and_run_share_a_cost(grid_file: Path, finished: Path)
 
 def test_spread_is_the_standard_deviation(grid_file: Path, finished: Path) -> None:
     ablation = Ablation(load_grid(grid_file), finished)
+    ablation.grid.spec.seeds = [0, 1]
     results = [
         {"metrics": {"miou": 0.5 + 0.1 * cell.seed, "boundary_miou": 0.3, "class_iou": [0.2, None]}}
         for cell in ablation.grid.cells

@@ -9,9 +9,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from sparse_seg import load_model, save_model, selective
 from sparse_seg.data.scenes import write_scenes
+from sparse_seg.lab.benchmark.runtimes import Timed
+from sparse_seg.lab.latency import Latency
 from tests import captured
 from tests.cli.commands import done
 
@@ -83,15 +86,21 @@ def test_benchmark(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
 
 
-@pytest.mark.slow
-def test_benchmark_in_a_runtime(folder: Path, tmp_path: Path) -> None:
-    """At the fraction asked for, of which a comparison tells the accuracy."""
+def test_benchmark_in_a_runtime(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the fraction asked for, of which a comparison tells the accuracy; processes are those of
+    tests/export/test_files.py."""
     rows: list[dict[str, object]] = [
         {"output_stride": stride, "policy": None, "fine_fraction": None, "miou": miou}
         for stride, miou in ((8, 60.0), (16, 50.0))
     ]
     rows.append({"output_stride": None, "policy": "confidence", "fine_fraction": 0.2, "miou": 58.0})
     (tmp_path / "accuracy.json").write_text(json.dumps({"rows": rows}))
+
+    def timed(graphs: dict[str, Timed], *given: object) -> dict[str, Latency]:
+        assert all(torch.load(graph.path, weights_only=False) for graph in graphs.values())
+        return {name: Latency((20.0 - number,)) for number, name in enumerate(graphs)}
+
+    monkeypatch.setattr("sparse_seg.lab.benchmark.runtimes.time_graphs", timed)
     common = ("benchmark", folder / "data.yaml", "--checkpoint", folder / "net.safetensors", "--scopes")
     options = ("--runtimes", "torch", "--fine-fraction", 0.2, "--accuracy", tmp_path / "accuracy.json")
     done(*common, "--size", "64x96", "--repeats", 1, *options, "--json", tmp_path / "out.json")

@@ -3,7 +3,6 @@
 import json
 import sys
 import types
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-import yaml
 from torch.optim.swa_utils import AveragedModel
 
 import sparse_seg
@@ -27,61 +25,14 @@ from sparse_seg.export import RuntimeSegmentor
 from sparse_seg.run.card import Card
 from sparse_seg.run.way import Way
 from tests.cli.commands import done, fails
+from tests.cli.conftest import IDS, NAMES
 from tests.data.files import sideways_photo
 
-NAMES, IDS = ["ground", "wall", "plant"], [3, 7, 9]
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """Trained on a folder of own data, which is gone."""
-    folder = tmp_path_factory.mktemp("predict")
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for kind in ("images", "labels"):
-            (folder / "data" / split / kind).mkdir(parents=True)
-        for name in "ab":
-            ids = np.repeat(rng.choice(IDS, (4, 6)), 16, 0).repeat(16, 1).astype(np.uint8)
-            cv2.imwrite(str(folder / f"data/{split}/images/{name}.png"), np.dstack([ids * 25] * 3))
-            cv2.imwrite(str(folder / f"data/{split}/labels/{name}.png"), ids)
-    (folder / "data/classes.yaml").write_text(yaml.safe_dump({"names": NAMES, "ids": IDS}))
-    (folder / "own.yaml").write_text(
-        f"""
-model: {{width: 0.125, head_channels: 16}}
-data: {{dataset: folder, root: {folder / "data"}, crop: [64, 64]}}
-train: {{iterations: 2, batch_size: 2}}
-"""
-    )
-    done("train", folder / "own.yaml", "--work-dir", folder / "run")
-    (folder / "data").rename(folder / "gone")
-    return folder / "run/best.safetensors"
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint) -> sparse_seg.SelectiveNetwork:
-    return sparse_seg.load_model(checkpoint)
-
-
-@pytest.fixture
-def photo(tmp_path) -> Path:
-    image = np.random.default_rng(1).integers(0, 256, (75, 97, 3), np.uint8)
-    assert cv2.imwrite(str(tmp_path / "photo.png"), image)
-    return tmp_path / "photo.png"
-
-
-@pytest.fixture
-def predict(checkpoint, tmp_path) -> Callable[..., dict[str, Any]]:
-    """Predicts to `out`; what the JSON file then says of each image."""
-
-    def run(*arguments: object) -> dict[str, Any]:
-        done("predict", checkpoint, *arguments, "--out", tmp_path / "out", "--json", tmp_path / "s.json")
-        return json.loads((tmp_path / "s.json").read_text())
-
-    return run
-
-
-def test_a_checkpoint_alone_names_classes_ids_and_colours(predict, photo, tmp_path, capsys):
+def test_a_checkpoint_alone_names_classes_ids_and_colours(own, predict, photo, tmp_path, capsys):
+    (own / "data").rename(own / "gone")
     said = predict(photo, "--fine-fraction", 0.5)
+    (own / "gone").rename(own / "data")
     assert "1 images segmented" in capsys.readouterr().out
     ids = read_label(tmp_path / "out/photo_ids.png")
     assert ids.shape == (75, 97)
@@ -160,7 +111,7 @@ def test_sub_folders_stay_apart_and_bad_files_are_skipped(checkpoint, photo, tmp
     assert not (out / "all").exists(), "nothing of a file whose overlay has too long a name"
 
 
-def test_a_broken_runtime_is_one_line(predict, checkpoint, photo, tmp_path, capsys, monkeypatch):
+def test_a_broken_runtime_is_one_line(predict, config, checkpoint, photo, tmp_path, capsys, monkeypatch):
     arguments = ("predict", checkpoint, photo, "--out", tmp_path / "out", "--runtime")
     monkeypatch.setitem(sys.modules, "openvino", types.ModuleType("openvino"))
     line = fails(capsys, *arguments, "openvino")
@@ -174,7 +125,6 @@ def test_a_broken_runtime_is_one_line(predict, checkpoint, photo, tmp_path, caps
     assert fails(capsys, *arguments, "onnxruntime") == broken
     line = fails(capsys, "export", checkpoint, tmp_path / "x.onnx", "--size", "64x64")
     assert "the package onnx is broken (Descriptors cannot be created directly); install it again" in line
-    config = checkpoint.parents[1] / "own.yaml"
     assert fails(capsys, "benchmark", config, "--runtimes", "onnxruntime") == broken
     predict(photo)  # what is not asked for is not needed
     assert "torch (the package onnxruntime is broken (libonnx.so" in capsys.readouterr().out
@@ -190,18 +140,6 @@ def test_a_photo_is_turned_upright(predict, model, tmp_path):
     found = sparse_seg.segment(model, tmp_path / "p.jpg")
     assert found.image[:40].mean() > 190
     assert found.image[56:].mean() < 10
-
-
-def test_what_stands_where(checkpoint, photo, tmp_path, capsys):
-    rest = ("--out", tmp_path / "out")
-    for arguments, code, complaint in (
-        ((checkpoint,), 2, "required: CHECKPOINT, INPUT"),
-        ((checkpoint, photo, "--set", "model.exchange=none"), 2, "--set: overrides a config"),
-        ((checkpoint, photo, "--window", 9), 2, "argument --window: windows of 9 px are too small; use 256"),
-        ((tmp_path / "no.pt", photo), 1, "no.pt does not exist"),
-        ((photo, photo), 1, "photo.png is truncated or no PyTorch checkpoint"),
-    ):
-        assert complaint in fails(capsys, "predict", *arguments, *rest, code=code)
 
 
 def test_segment(checkpoint, model, photo):
@@ -352,10 +290,8 @@ def test_another_runtime_gives_the_same_ids(onnx, predict, checkpoint, photo, tm
 
 
 @pytest.fixture
-def evaluation(checkpoint) -> list[object]:
-    folder = checkpoint.parents[1]
-    data = ("--set", f"data.root={folder / 'gone'}", "data.workers=0")
-    return ["evaluate", folder / "own.yaml", checkpoint, *data]
+def evaluation(config, checkpoint) -> list[object]:
+    return ["evaluate", config, checkpoint]
 
 
 @pytest.mark.slow

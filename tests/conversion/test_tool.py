@@ -17,8 +17,7 @@ from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.cli import main
 from sparse_seg.config import load_config
 from sparse_seg.conversion import convert
-from sparse_seg.data.class_file import read_class_file
-from sparse_seg.data.class_sets import read_classes
+from sparse_seg.data.class_file import read_class_file, read_classes
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import CheckpointError
 from sparse_seg.run.build import build_model

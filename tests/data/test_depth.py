@@ -93,7 +93,6 @@ def test_the_unit_is_the_whole_data_set(tmp_path: Path, caplog: pytest.LogCaptur
     assert "read as 16-bit pictures; if they are of another depth, set data.bits" in caplog.messages[0]
     images = [dataset.load(index)[0].mean() for dataset in datasets for index in range(2)]
     assert max(images) < 1.1 * min(images)
-    assert datasets[0].load_image(0).mean() == images[0]
     alone = pickle.loads(pickle.dumps(build_dataset("camvid", root, "train")))  # as sent to a data worker
     assert alone.depth == datasets[0].depth
 

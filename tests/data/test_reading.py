@@ -44,15 +44,6 @@ def test_labels_keep_their_ids_at_every_bit_depth(tmp_path: Path, depth: int, co
     assert read_label_palette(tmp_path / "label.png") == (colours if colour else [])
 
 
-def test_pillow_writes_what_we_read(tmp_path: Path) -> None:
-    ids = np.random.default_rng(0).integers(0, 4, (9, 13), np.uint8)
-    for bits in (2, 8):
-        image = PIL.Image.fromarray(ids, mode=None).convert("L")
-        image.putpalette([10, 20, 30] * 2**bits)
-        image.save(tmp_path / "label.png", bits=bits)
-        np.testing.assert_array_equal(read_label(tmp_path / "label.png"), ids)
-
-
 def test_a_label_of_colours_is_read_as_rgb(tmp_path: Path) -> None:
     colours = scene()
     opaque = np.dstack([colours, np.full(colours.shape[:2], 255, np.uint8)])
@@ -81,12 +72,6 @@ def test_pictures_of_more_than_8_bits_keep_their_brightness(tmp_path: Path, bits
     picture = decode_image(tmp_path / f"image{suffix}")
     assert picture.bits == bits
     np.testing.assert_array_equal(picture.pixels, shown[..., ::-1])
-
-
-def test_a_picture_of_floats_is_refused(tmp_path: Path) -> None:
-    assert cv2.imwrite(str(tmp_path / "image.tif"), (scene() / 255).astype(np.float32))
-    with pytest.raises(DataError, match=r"image\.tif"):
-        read_image(tmp_path / "image.tif")
 
 
 def test_a_photo_with_a_film_behind_it(tmp_path: Path) -> None:
@@ -136,12 +121,7 @@ def test_what_is_no_regular_file_does_not_wait(tmp_path: Path, read) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket.png"))
         (tmp_path / "folder.png").mkdir()
-        for file in (
-            tmp_path / "pipe.png",
-            tmp_path / "socket.png",
-            tmp_path / "folder.png",
-            Path("/dev/zero"),
-        ):
+        for file in (*sorted(tmp_path.iterdir()), Path("/dev/zero")):
             with pytest.raises(DataError, match=f"{file}: is no regular file"):
                 read(file)
 
@@ -176,13 +156,7 @@ def test_tiffs_are_turned_only_when_asked(tmp_path: Path, orientation: int, orde
 
 @pytest.mark.parametrize(
     ("dtype", "said"),
-    [
-        (np.float32, "32-bit float"),
-        (np.float64, "64-bit float"),
-        (np.int32, "32-bit signed"),
-        (np.uint32, "32-bit unsigned"),
-        (np.int16, "16-bit signed"),
-    ],
+    [(np.float32, "32-bit float"), (np.uint32, "32-bit unsigned"), (np.int16, "16-bit signed")],
 )
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_numbers_that_are_no_pixels_are_said(tmp_path: Path, dtype, said: str, order) -> None:
@@ -218,10 +192,7 @@ def test_formats_that_are_not_read_are_named(tmp_path: Path, monkeypatch: pytest
         (b"8BPS\0\1" + bytes(100), "is a Photoshop document, which is not read here; save it as PNG"),
         (bytes(128) + b"DICM" + bytes(9), "is a DICOM file"),
         (b"\0\0\0\x20ftypisom" + bytes(100), "is a film"),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid",
-            r"is a pointer of Git LFS \(git lfs pull gets the file\)",
-        ),
+        (b"version https://git-lfs.github.com/spec/v1\noid", r"is a pointer of Git LFS \(git lfs pull gets"),
     ):
         file.write_bytes(content)
         with pytest.raises(DataError, match=f"photo.png: {what}"):

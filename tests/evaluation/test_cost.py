@@ -16,7 +16,7 @@ from tests.reference import VARIANTS, random_model, variant_model
 PARTS = ["early", "rows", "late"]
 
 
-@pytest.mark.parametrize("output_stride", [8, 16, 32])
+@pytest.mark.parametrize("output_stride", [8, 32])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dense_count_is_pytorchs(variant, output_stride):
     """Exactly its count of the plain module at that stride, whose upsampling is not counted."""
@@ -51,30 +51,28 @@ def test_rows_cost_their_sites(variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("output_stride", "backbone", "whole"), [(8, 1417.98, 1929.24), (16, 414.57, None)])
 @torch.no_grad()
-def test_published_figures_of_deeplabv3_resnet101(output_stride, backbone, whole, monkeypatch):
+def test_published_figures_of_deeplabv3_resnet101(monkeypatch):
     """1024x2048, 19 classes: convolutions alone, padding counted. On meta tensors: only shapes."""
     settings = {"backbone": "resnet101", "head": "deeplabv3", "num_classes": 19}
     model = build_model(settings).eval().to("meta")
     images = torch.empty(1, 3, 1024, 2048, device="meta")
     with torch.device("meta"):
-        module = build_module(model.settings, output_stride).eval()
+        module = build_module(model.settings, 8).eval()
     with FlopCounterMode(display=False) as counter:
         module(images)
     flops = counter.get_flop_counts()
     parts = "EncoderDecoder", "EncoderDecoder.backbone"
     counts = {part: flops[part][torch.ops.aten.convolution] // 2 for part in parts}
-    assert round(counts["EncoderDecoder.backbone"] / 1e9, 2) == backbone
-    if whole:
-        assert round(counts["EncoderDecoder"] / 1e9, 2) == whole
+    assert [round(count / 1e9, 2) for count in counts.values()] == [1929.24, 1417.98]
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta tensors
-    assert sum(count_macs(model, images, Way.dense(output_stride)).values()) == counts["EncoderDecoder"]
+    assert sum(count_macs(model, images, Way.dense(8)).values()) == counts["EncoderDecoder"]
 
 
 def test_a_policy_counts_with_the_passes_it_asks_for():
-    model, images = random_model(), torch.randn(1, 3, 64, 64)
+    model, images = random_model().train(), torch.randn(1, 3, 64, 64)
     given = count_macs(model, images)
+    assert model.training, "its mode is kept"
     assert sorted(given) == sorted(["mask", *PARTS])
     assert given["mask"] == 0, "an edge policy multiplies nothing that counts"
     coarse = count_macs(model, images, Way.dense(16))
@@ -82,12 +80,6 @@ def test_a_policy_counts_with_the_passes_it_asks_for():
     assert counts["early"] == coarse["early"], "run once"
     assert coarse["rows"] < counts["rows"] < count_macs(model, images, Way.dense(8))["rows"]
     assert counts["late"] == coarse["late"] + given["late"], "on the coarse and on the fine grid"
-
-
-def test_counting_keeps_the_mode():
-    model = build_model({"width": 0.125}).train()
-    count_macs(model, torch.randn(1, 3, 64, 64), Way.dense(8))
-    assert model.training
 
 
 def test_parameters_are_those_of_inference():

@@ -1,17 +1,16 @@
 """Metrics against slow references written from the definitions, pixel by pixel."""
 
-import json
 import math
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from sparse_seg.evaluation.metrics import SegmentationMetrics, trimap
+from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics, trimap
 
 IGNORE = 255
 K = 4
@@ -59,27 +58,28 @@ def random_pair(seed: int, shape: tuple[int, ...] = (3, 24, 31)) -> tuple[np.nda
     return prediction, label
 
 
-@settings(deadline=None, max_examples=60)
+def measured(*pairs: tuple[np.ndarray, np.ndarray], width: float = 3) -> MetricsResult:
+    metrics = SegmentationMetrics(K, width)
+    for prediction, label in pairs:
+        metrics.update(torch.from_numpy(prediction), torch.from_numpy(label))
+    return metrics.result()
+
+
 @given(labels, st.sampled_from([0, 1, 1.5, 2, 3, 5]))
 def test_band_is_the_euclidean_neighbourhood_of_boundaries(label: np.ndarray, width: float) -> None:
-    np.testing.assert_array_equal(trimap(label, width, IGNORE), slow_band(label, width))
+    np.testing.assert_array_equal(trimap(label, width), slow_band(label, width))
 
 
-def test_band_on_larger_images() -> None:
-    for label in random_pair(3)[1]:
-        for width in (1, 3, 5):
-            np.testing.assert_array_equal(trimap(label, width), slow_band(label, width))
-
-
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_metrics_equal_their_definition(seed: int) -> None:
+    """Of a batch, which is the same as its images one by one."""
     prediction, label = random_pair(seed)
-    metrics = SegmentationMetrics(K, IGNORE, trimap_width=1)
-    metrics.update(prediction, label)
-    result = metrics.result()
-
-    valid = label != IGNORE
-    band = np.stack([slow_band(image, 1) for image in label])
+    result = measured((prediction, label), width=1)
+    assert (
+        result.as_dict()
+        == measured(*((prediction[i : i + 1], label[i : i + 1]) for i in range(3)), width=1).as_dict()
+    )
+    valid, band = label != IGNORE, np.stack([slow_band(image, 1) for image in label])
     assert 0 < band.sum() < valid.sum()
     class_iou = slow_class_iou(prediction, label, valid)
     assert result.class_iou == pytest.approx(class_iou, nan_ok=True)
@@ -91,64 +91,22 @@ def test_metrics_equal_their_definition(seed: int) -> None:
         assert result.confusion[t, p] == ((label == t) & (prediction == p)).sum()
 
 
-@settings(deadline=None, max_examples=30)
 @given(labels)
 def test_a_perfect_prediction_scores_one_or_nothing(label: np.ndarray) -> None:
-    metrics = SegmentationMetrics(K)
-    metrics.update(np.where(label == IGNORE, 3, label), label)
-    result = metrics.result()
+    result = measured((np.where(label == IGNORE, 3, label)[None], label[None]))
     for value in (result.miou, result.pixel_accuracy, result.boundary_miou, *result.class_iou):
         assert value == 1 or math.isnan(value)
     assert math.isnan(result.miou) == bool((label == IGNORE).all())
 
 
-def test_batch_and_single_images_agree() -> None:
-    prediction, label = random_pair(7)
-    whole, single = SegmentationMetrics(K), SegmentationMetrics(K)
-    whole.update(torch.from_numpy(prediction), torch.from_numpy(label))
-    single.update(prediction[0], label[0].astype(np.uint8))
-    for image in (1, 2):
-        single.update(prediction[image], label[image])
-    assert single.result().as_dict() == whole.result().as_dict()
-
-
-def test_nothing_measured_is_null_in_json() -> None:
-    values = json.loads(json.dumps(SegmentationMetrics(2).result().as_dict(), allow_nan=False))
-    assert values == {
+def test_nothing_measured_is_null_in_json_and_later_images_do_not_change_a_result() -> None:
+    metrics = SegmentationMetrics(2)
+    nothing = metrics.result()
+    metrics.update(torch.zeros(1, 2, 2, dtype=torch.int64), torch.zeros(1, 2, 2, dtype=torch.int64))
+    assert nothing.as_dict() == {
         "miou": None,
         "pixel_accuracy": None,
         "boundary_miou": None,
         "class_iou": [None, None],
         "confusion": [[0, 0], [0, 0]],
     }
-
-
-def test_result_does_not_change_with_later_updates() -> None:
-    metrics = SegmentationMetrics(K)
-    result = metrics.result()
-    metrics.update(*random_pair(0))
-    assert result.confusion.sum() == 0
-
-
-GOOD = np.zeros((2, 3), np.int64)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "label", "message"),
-    [
-        (np.full((2, 3), K), GOOD, r"prediction has values 4..4, outside 0..3"),
-        (np.full((2, 3), -1), GOOD, "prediction has values -1"),
-        (np.full((2, 3), IGNORE), np.full((2, 3), IGNORE), "prediction has values 255"),
-        (GOOD, np.full((2, 3), K), "label has values 4"),
-        (GOOD, np.zeros((3, 2), np.int64), r"\[2, 3\] and \[3, 2\]"),
-        (GOOD[0], GOOD[0], r"must both be \[H, W\]"),
-        (GOOD.astype(np.float32), GOOD, "prediction must have an integer dtype, got float32"),
-    ],
-)
-def test_bad_input_is_refused_and_counts_nothing(
-    prediction: np.ndarray, label: np.ndarray, message: str
-) -> None:
-    metrics = SegmentationMetrics(K)
-    with pytest.raises(ValueError, match=message):
-        metrics.update(prediction, label)
-    assert metrics.result().confusion.sum() == 0

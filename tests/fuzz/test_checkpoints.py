@@ -18,7 +18,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import safetensors.torch
@@ -34,6 +34,7 @@ from sparse_seg.conversion import convert, to_dense
 from sparse_seg.errors import SparseSegError
 from sparse_seg.processes import Processes
 from sparse_seg.run.build import build_model
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.training.checkpoint import load_state, save_checkpoint, save_state
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.step import Step
@@ -92,12 +93,17 @@ def state() -> dict[str, Any]:
     }
 
 
+@functools.cache
+def fresh() -> SelectiveNetwork:
+    torch.manual_seed(1)
+    return build_model(config())
+
+
 def bare_trainer() -> Trainer:
     """A trainer with what resuming needs, and no data."""
     trainer = Trainer.__new__(Trainer)
-    torch.manual_seed(1)
     trainer.config, trainer.work_dir = config(), folder()
-    model = build_model(config())
+    model = copy.deepcopy(fresh())
     train, cpu = config().train, torch.device("cpu")
     trainer.processes = Processes()
     trainer.step = Step(model, Objective(train), train, cpu, trainer.processes)
@@ -127,7 +133,7 @@ def use_converted(path: Path) -> bool:
 
 @functools.cache
 def converted_weights() -> dict[str, Tensor]:
-    return load_model(write("new .safetensors, converted")).state_dict()
+    return load_model(write(CONVERTED)).state_dict()
 
 
 def use_source(path: Path) -> bool:
@@ -162,8 +168,7 @@ def use_hostile_graph(path: Path) -> bool:
     """A graph that is taken runs, dense and selectively, with the weights in the file."""
     network = load_model(path)
     logits(network)
-    with safe_open(path, framework="pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    stored, _ = opened(path)
     return all(torch.equal(tensor, stored[name]) for name, tensor in network.state_dict().items())
 
 
@@ -185,8 +190,7 @@ def captured_logits() -> Tensor:
 
 def use_hostile(path: Path) -> bool:
     """Weights must be those in the file, whatever the rest of it says; the way back must not fall over."""
-    with safe_open(path, framework="pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    stored, _ = opened(path)
     with contextlib.suppress(SparseSegError):
         to_dense(path)
     found = load_model(path).state_dict()
@@ -211,11 +215,10 @@ def use_any_state(path: Path) -> bool:
 # -- whole files, and how they are spoilt
 
 
+@functools.cache
 def write(kind: str) -> Path:
     """A whole file of a kind."""
     path = folder() / f"{kind.replace(' ', '_').replace(',', '')}.file"
-    if path.exists():
-        return path
     if kind == "old .pt":
         write_training(path, config(), trained())
     elif kind == "last.pt":
@@ -224,58 +227,48 @@ def write(kind: str) -> Path:
         save_model(selective(captured.trained(), size=(64, 64)), path)
     elif kind == "new .safetensors, trained":
         save_checkpoint(path, config(), trained(), own_captured(model_config(config())))
+    elif kind == "foreign .pth":
+        torch.save({"model_state": source()}, path)
+    elif kind == "old .safetensors, converted":
+        write_converted(path, convert(write("foreign .pth")))
     else:
-        torch.save(source(), folder() / "source.pth")
-        conversion = convert(folder() / "source.pth")
-        if kind == "old .safetensors, converted":
-            write_converted(path, conversion)
-        else:
-            conversion.write(path)
+        convert(write("foreign .pth")).write(path)
     return path
 
 
-def source_file(_: str) -> Path:
-    path = folder() / "source.pth"
-    torch.save({"model_state": source()}, path)
-    return path
+Damage = Callable[[bytes, random.Random], bytes]
+Spoil = Callable[[Path, random.Random], bytes]
 
 
-def damaged(kind: str, damages: tuple[Callable[[bytes, random.Random], bytes], ...]) -> Callable[..., bytes]:
-    def spoil(rng: random.Random) -> bytes:
-        path = source_file(kind) if kind == "foreign .pth" else write(kind)
-        return rng.choice(damages)(path.read_bytes(), rng)
-
-    return spoil
+def damaged(damages: tuple[Damage, ...]) -> Spoil:
+    return lambda whole, rng: rng.choice(damages)(whole.read_bytes(), rng)
 
 
-def hostile(kind: str) -> Callable[[random.Random], bytes]:
+def opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def hostile(whole: Path, rng: random.Random) -> bytes:
     """A file whose metadata say something else, with a right digest."""
-
-    def spoil(rng: random.Random) -> bytes:
-        with safe_open(write(kind), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata()
-        key = rng.choice(list(metadata))
-        try:
-            tree = json.loads(metadata[key])
-        except ValueError:
-            tree = metadata[key]
-        changed = change_tree(tree, rng)
-        if isinstance(changed, dict) and "digest" in changed:
-            signed = {name: value for name, value in changed.items() if name != "digest"}
-            changed["digest"] = digest_of(signed)
-        text = json.dumps(changed) if not isinstance(changed, str) else changed
-        text = text.encode("utf-8", "replace").decode()
-        return safetensors.torch.save(tensors, metadata | {key: text})
-
-    return spoil
+    tensors, metadata = opened(whole)
+    key = rng.choice(list(metadata))
+    try:
+        tree = json.loads(metadata[key])
+    except ValueError:
+        tree = metadata[key]
+    changed = change_tree(tree, rng)
+    if isinstance(changed, dict) and "digest" in changed:
+        changed["digest"] = digest_of({name: value for name, value in changed.items() if name != "digest"})
+    text = json.dumps(changed) if not isinstance(changed, str) else changed
+    return safetensors.torch.save(tensors, metadata | {key: text.encode("utf-8", "replace").decode()})
 
 
-def hostile_graph(rng: random.Random) -> bytes:
+def hostile_graph(whole: Path, rng: random.Random) -> bytes:
     """A file whose graph says something else in one to three places, with a right digest."""
-    with safe_open(write("captured"), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        content = json.loads(file.metadata()["sparse_seg"])
+    tensors, metadata = opened(whole)
+    content = json.loads(metadata["sparse_seg"])
     for _ in range(rng.randint(1, 3)):
         content["graph"] = _changed_graph(content["graph"], rng)
     del content["digest"]
@@ -284,7 +277,7 @@ def hostile_graph(rng: random.Random) -> bytes:
     return safetensors.torch.save(tensors, {"sparse_seg": text})
 
 
-OPTIONS = (0, 1, 2, 3, 127, 1000, [1, 2], [2, 1], [3, 3], [64, 64], True, "same", None)
+OPTIONS = (0, 1, 2, 3, 127, 1000, [1, 2], [2, 1], [3, 3], True, "same", None)
 
 
 def _changed_graph(graph: Any, rng: random.Random) -> Any:
@@ -299,17 +292,20 @@ def _changed_graph(graph: Any, rng: random.Random) -> Any:
     key = rng.choice(["op", "inputs", "tensors", "options", "shape", "name"])
     if isinstance(one.get("options"), dict) and one["options"] and rng.random() < 0.5:
         option = rng.choice(list(one["options"]))
-        one["options"][option] = rng.choice(
-            [0, 1, 2, 3, 127, 1000, [1, 2], [2, 1], [3, 3], True, "same", None]
-        )
+        one["options"][option] = rng.choice(OPTIONS)
     elif key in other:
         one[key] = copy.deepcopy(other[key])
     return graph
 
 
-def spoilt_state(rng: random.Random) -> bytes:
+@functools.cache
+def content_of(whole: Path) -> dict[str, Any]:
+    return torch.load(whole, weights_only=True)
+
+
+def spoilt_state(whole: Path, rng: random.Random) -> bytes:
     """A state whose content is another, without a digest."""
-    content = torch.load(write("last.pt"), weights_only=True)
+    content = dict(content_of(whole))
     del content["digest"]
     part = rng.choice([*content, "optimizer", "progress", "random"])
     if rng.random() < 0.15:
@@ -340,28 +336,38 @@ def _changed_state(value: Any, rng: random.Random) -> Any:
     return change_tree(value, rng)
 
 
-KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path], bool], int]] = {
-    "damaged `best.pt` of version 0.1": (damaged("old .pt", ZIP), use_trained, 500),
-    "damaged `last.pt`": (damaged("last.pt", ZIP), use_state, 500),
-    "damaged `best.safetensors`": (damaged("new .safetensors, trained", ANY), use_trained, 500),
-    "damaged converted file": (damaged("new .safetensors, converted", ANY), use_converted, 500),
-    "damaged `.pth` of another package": (damaged("foreign .pth", ZIP), use_source, 500),
-    "hostile metadata, converted": (hostile("new .safetensors, converted"), use_hostile, 200),
-    "hostile metadata, trained": (hostile("new .safetensors, trained"), use_hostile, 100),
-    "hostile metadata, version 0.1": (hostile("old .safetensors, converted"), use_hostile, 200),
-    "damaged file with a graph": (damaged("captured", ANY), use_captured, 300),
-    "hostile graph": (hostile_graph, use_hostile_graph, 600),
-    "state with other content": (spoilt_state, use_any_state, 300),
+class Kind(NamedTuple):
+    """Of so many files: a whole one, how it is spoilt, and what is tried with it."""
+
+    whole: str
+    spoil: Spoil
+    use: Callable[[Path], bool]
+    files: int
+
+
+TRAINED, CONVERTED = "new .safetensors, trained", "new .safetensors, converted"
+KINDS = {
+    "damaged `best.pt` of version 0.1": Kind("old .pt", damaged(ZIP), use_trained, 500),
+    "damaged `last.pt`": Kind("last.pt", damaged(ZIP), use_state, 500),
+    "damaged `best.safetensors`": Kind(TRAINED, damaged(ANY), use_trained, 500),
+    "damaged converted file": Kind(CONVERTED, damaged(ANY), use_converted, 500),
+    "damaged `.pth` of another package": Kind("foreign .pth", damaged(ZIP), use_source, 500),
+    "hostile metadata, converted": Kind(CONVERTED, hostile, use_hostile, 200),
+    "hostile metadata, trained": Kind(TRAINED, hostile, use_hostile, 100),
+    "hostile metadata, version 0.1": Kind("old .safetensors, converted", hostile, use_hostile, 200),
+    "damaged file with a graph": Kind("captured", damaged(ANY), use_captured, 300),
+    "hostile graph": Kind("captured", hostile_graph, use_hostile_graph, 600),
+    "state with other content": Kind("last.pt", spoilt_state, use_any_state, 300),
 }
 
 
 def run(kind: str, seed: int, count: int) -> dict[str, int]:
     """Try `count` spoilt files; how many came out how. Failures are printed with their number."""
-    spoil, use, _ = KINDS[kind]
+    whole, spoil, use, _ = KINDS[kind]
     result = dict.fromkeys(("tried", *OUTCOMES), 0)
     path = folder() / ("last.pt" if "last" in kind or "state" in kind else "spoilt.safetensors")
     for number in range(count):
-        path.write_bytes(spoil(random.Random(f"{kind} {seed} {number}")))
+        path.write_bytes(spoil(write(whole), random.Random(f"{kind} {seed} {number}")))
         outcome = _outcome(use, path, f"{kind}, seed {seed}, number {number}")
         result["tried"] += 1
         result[outcome] += 1
@@ -396,23 +402,12 @@ def _too_long(number: int, frame: object) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_right_or_refused(kind: str) -> None:
     """A quarter of the files that docs/reliability.md counts."""
-    result = run(kind, 0, KINDS[kind][2] // 4)
+    result = run(kind, 0, KINDS[kind].files // 4)
     assert result["traceback"] == result["wrong"] == 0
     assert result["refused"] > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_files_are_right(kind: str, tmp_path: Path) -> None:
+def test_whole_files_are_right(kind: str) -> None:
     """What is damaged above is right before."""
-    names = {
-        "damaged `best.pt` of version 0.1": "old .pt",
-        "damaged `last.pt`": "last.pt",
-        "damaged `best.safetensors`": "new .safetensors, trained",
-        "hostile metadata, trained": "new .safetensors, trained",
-        "hostile metadata, version 0.1": "old .safetensors, converted",
-        "damaged file with a graph": "captured",
-        "hostile graph": "captured",
-        "state with other content": "last.pt",
-    }
-    whole = source_file("") if ".pth" in kind else write(names.get(kind, "new .safetensors, converted"))
-    assert KINDS[kind][1](whole)
+    assert KINDS[kind].use(write(KINDS[kind].whole))

@@ -22,11 +22,11 @@ import torch
 import yaml
 from torch import nn
 
-from sparse_seg.config import Config, all_keys, config_from_dict, load_config, to_dict, to_yaml
+from sparse_seg.config import Config, all_keys, config_from_dict, load_config, model_config, to_dict, to_yaml
 from sparse_seg.config.keys import Key, item_type, plain_type
 from sparse_seg.data.transforms import TrainTransform
 from sparse_seg.errors import SparseSegError
-from sparse_seg.run.build import build_model
+from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.training.losses import SegmentationLoss
 from sparse_seg.training.schedule import build_optimizer, learning_rate
 
@@ -104,7 +104,7 @@ def is_usable(config: Config) -> bool:
     train, data = config.train, config.data
     if sum(config.model.depths or [0]) < 64:
         with torch.device("meta"):
-            build_model(config)
+            build_module(model_config(to_dict(config)), 8)
     layer = nn.Linear(2, 2)
     optimiser = build_optimizer(layer, train)
     for group in optimiser.param_groups:
@@ -112,9 +112,7 @@ def is_usable(config: Config) -> bool:
     layer(torch.ones(1, 2)).sum().backward()
     optimiser.step()
     SegmentationLoss(train.loss)
-    transform = TrainTransform(
-        (64, 64), (data.scale_range[0], data.scale_range[1]), data.flip, data.jitter, data.mean, data.std
-    )
+    transform = TrainTransform(dataclasses.replace(data, crop=[64, 64]))
     frame = np.full((64, 80, 3), 99, np.uint8)
     image, _ = transform(frame, frame[..., 0], np.random.default_rng([train.seed, 0]))
     torch.Generator().manual_seed(config.model.mask.seed)

@@ -22,8 +22,7 @@ from torch.distributed import HashStore
 from sparse_seg import processes as processes_module
 from sparse_seg.config import Config, load_config
 from sparse_seg.data import build_dataset
-from sparse_seg.data.batches import training_batches
-from sparse_seg.data.loader import ResumableSampler
+from sparse_seg.data.batches import ResumableSampler, training_batches
 from sparse_seg.errors import DataError, TrainingError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.processes import FailedElsewhere, Processes, ProcessLost, joined_processes

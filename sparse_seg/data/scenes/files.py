@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import secrets
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -14,12 +15,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from sparse_seg.data.cityscapes import IMAGE_SUFFIX, LABEL_SUFFIX, Cityscapes
-from sparse_seg.data.dataset import SMALLEST_SIDE
 from sparse_seg.data.scenes.street import render_scene
 from sparse_seg.errors import DataError
+from sparse_seg.progress import bar
 
 _VERSION = 2  # raise it when the same seed gives other scenes than before
 _RECORD = "scenes.json"
@@ -52,7 +52,6 @@ def write_scenes(
     size: tuple[int, int] = (256, 512),
     seed: int = 0,
     val_fraction: float = 0.2,
-    progress: bool = False,
     pan: int | None = None,
 ) -> bool:
     """Writes `count` scenes, train and val together, or keeps `out` if it holds just these already.
@@ -61,11 +60,9 @@ def write_scenes(
     files appear under `out` all at once, when the last is done.
 
     Args:
-        out: folder to make.
         count: at least 2: one scene for each split.
-        size: height and width, px.
+        size: height and width, px, at least `SMALLEST_SIDE`.
         val_fraction: share of the scenes that goes to `val`, at least one scene.
-        progress: show a progress bar on stderr.
         pan: make a video of each scene, `FRAMES` frames whose camera turns right by so many px each.
 
     Returns:
@@ -73,13 +70,7 @@ def write_scenes(
 
     Raises:
         DataError: `out` holds something else or cannot be written.
-        ValueError: an argument is out of range.
     """
-    if count < 2 or min(size) < SMALLEST_SIDE or seed < 0 or not 0 < val_fraction < 1:
-        raise ValueError(
-            f"count {count}, size {size}, seed {seed}, val_fraction {val_fraction}: expected count >= 2, "
-            f"sides >= {SMALLEST_SIDE} px, seed >= 0, 0 < val_fraction < 1"
-        )
     out = Path(out).absolute()
     record = {"version": _VERSION, "count": count, "size": list(size), "seed": seed}
     record |= {"val_fraction": val_fraction} | ({} if pan is None else {"pan": pan})
@@ -93,8 +84,7 @@ def write_scenes(
                 for split in _SPLITS:
                     (folder / kind / split / _CITY).mkdir(parents=True)
             done = _on_all_cores(functools.partial(_write_scene, folder, size, seed, pan), jobs)
-            for _ in tqdm(done, "scenes", count, disable=None if progress else True, unit="scene"):
-                pass
+            deque(bar(done, "scenes", count, unit="scene"), maxlen=0)
             (folder / _RECORD).write_text(json.dumps(record) + "\n")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error

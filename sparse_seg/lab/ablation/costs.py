@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sparse_seg.checkpoint import load_model
 from sparse_seg.config import Config, to_dict
 from sparse_seg.data import open_split
-from sparse_seg.data.loader import EvaluationView
+from sparse_seg.data.batches import EvaluationView
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_parameters
 from sparse_seg.files import atomic_write, locked
 from sparse_seg.lab.ablation.grid import Cell
@@ -102,7 +102,7 @@ def _measure(
 def first_frame(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """The first validation frame: image float `[1, 3, H, W]` and label int64 `[1, H, W]`."""
     dataset = open_split(config.data, "val")
-    image, label, _ = EvaluationView(dataset, config.data.mean, config.data.std)[0]
+    image, label, _ = EvaluationView(dataset, config.data)[0]
     return image.to(device), label.to(device)
 
 

@@ -24,16 +24,8 @@ from sparse_seg.run.way import Way
 Rows = Sequence[dict[str, Any]]
 MEASURED = ("parameters", "checkpoint_mb", "gmacs", "milliseconds", "peak_mib")
 SHOWN = (
-    *(
-        "network",
-        "run",
-        "exchange",
-        "distillation_mark",
-        "boundary_mark",
-        "miou",
-        "miou_std",
-        "boundary_miou",
-    ),
+    *("network", "run", "exchange", "distillation_mark", "boundary_mark"),
+    *("miou", "miou_std", "boundary_miou"),
     *("parameters_m", "checkpoint_mb", "gmacs", "milliseconds", "peak_mib", "step_seconds"),
     *("parameters_share", "gmacs_share", "milliseconds_share"),
 )

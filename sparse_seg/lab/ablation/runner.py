@@ -176,7 +176,7 @@ class Ablation:
         images = self.grid.spec.eval_images
         run = cell.run
         way = Way(run.output_stride)
-        result = evaluate(model, dataset, config.data, way, images, True, processes=self.processes)
+        result = evaluate(model, dataset, config.data, way, images, processes=self.processes)
         if not self.processes.is_first:
             return
         own = {"policy": run.mask, "fraction": run.fine_fraction}

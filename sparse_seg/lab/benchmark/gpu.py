@@ -35,14 +35,13 @@ def measure_gpu(
     fraction: float,
     repeats: int = 10,
     compiled: bool = False,
-    notes: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """One row a run: median ms of images to logits, spread, and the relative difference of its logits.
+    """One row a run: median ms of images to logits, spread, and the relative difference of its logits; of a
+    run that fails, a line is printed.
 
     Args:
         fraction: of fine blocks.
         compiled: also `torch.compile`, which takes minutes.
-        notes: told which runs fail, and why.
     """
     runs, differences, expected = dict[str, Run](), dict[str, float](), dict[str, Tensor]()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -55,7 +54,7 @@ def measure_gpu(
                 logits = run().float()
             except Exception as error:  # any runtime's: the others are measured all the same
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                notes(f"{name} not measured: {reason}")
+                print(f"{name} not measured: {reason}")
                 continue
             first = expected.setdefault(kind, logits)
             differences[name] = ((logits - first).abs().max() / first.abs().max()).item()

@@ -46,7 +46,6 @@ def measure(
     rows: Sequence[Case],
     repeats: int,
     memory: bool = True,
-    progress: bool = False,
     notes: Callable[[str], None] = lambda note: None,
 ) -> list[dict[str, Any]]:
     """Run the cases of one scope in turns; a plain dict of results for each, the baseline first.
@@ -55,7 +54,7 @@ def measure(
     their runtimes reserve it as they compile, before a run.
     """
     runs: dict[Case, Run] = {}
-    for case in bar(rows, f"{rows[0].scope}: first runs", len(rows), progress, "run"):
+    for case in bar(rows, f"{rows[0].scope}: first runs", len(rows), unit="run"):
         try:
             run = subject.run(case)
             run()
@@ -68,7 +67,7 @@ def measure(
             notes(f"{case.scope}: {case.as_row()['form']} not measured: {reason}")
     times = interleaved(runs, repeats, subject.device, warmup=1)
     results: list[dict[str, Any]] = []
-    for case, time in bar(times.items(), "memory", len(times), progress and memory, "run"):
+    for case, time in bar(times.items(), "memory", len(times), memory, "run"):
         measured = memory and case.peer is None
         peak = peak_memory(prepare_case, (subject.setup, case), subject.device) if measured else None
         row = case.as_row() | subject.costs(case) | {"milliseconds": time.median, "spread": time.spread}

@@ -202,9 +202,9 @@ def scenes(config: Config, size: tuple[int, int], batch: int) -> tuple[Tensor, T
     return images, labels if classes is None else labels.where(labels < classes, IGNORE_INDEX)
 
 
-def randomise_norms(model: Segmentor, seed: int = 0) -> None:
+def randomise_norms(model: Segmentor) -> None:
     """Give every batch norm the statistics of its activations, so that these keep order one."""
-    images = torch.randn(2, 3, *model.graph.size, generator=torch.Generator().manual_seed(seed))
+    images = torch.randn(2, 3, *model.graph.size, generator=torch.Generator().manual_seed(0))
     update_bn([images], model.module)  # the dense network that was captured
     for name, values in model.module.named_buffers():
         if name.endswith("running_var"):

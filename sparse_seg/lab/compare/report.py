@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sparse_seg.checkpoint import network_settings
-from sparse_seg.config import DataConfig
 from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.errors import ConfigError
 from sparse_seg.export.runner import AUTO, TORCH
@@ -22,7 +21,6 @@ from sparse_seg.lab.report.html import Part, Picture, Section, plot, write_repor
 from sparse_seg.lab.report.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
 from sparse_seg.lab.report.plots import COSTS, cost_curve
 from sparse_seg.lab.report.tables import Table, table
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
 Rows = Sequence[dict[str, Any]]
@@ -70,7 +68,7 @@ def compare_and_report(
         origin["commits"] = sorted({*commits, str(origin["commit"])})  # of all runs that measured
     known = {row["network"] for row in rows}
     for part in groups([way for way in ways if way.name not in known]) if resume else [ways]:
-        rows += compare(model, dataset, config.data, part, limit, progress=True, timed=timed, fast=fast)
+        rows += compare(model, dataset, config.data, part, limit, timed=timed, fast=fast)
         if json_path:
             atomic_write(json_path, json.dumps(origin | {"rows": rows}, indent=1) + "\n")
     print(comparison_table(rows).to_text())
@@ -84,7 +82,7 @@ def compare_and_report(
             f"{origin['machine']}, threads: {origin['threads']}; milliseconds are medians over the images, "
             f"in {origin['runtime']}."
         )
-        write_comparison(report_path, "Dense and selective", description, rows, opened, ways)
+        write_comparison(report_path, description, rows, opened, ways)
         print(f"report: {report_path}")
 
 
@@ -117,12 +115,7 @@ def comparison_table(rows: Rows) -> Table:
 
 
 def write_comparison(
-    path: str | Path,
-    title: str,
-    description: str,
-    rows: Rows,
-    opened: Opened,
-    ways: Sequence[Way],
+    path: str | Path, description: str, rows: Rows, opened: Opened, ways: Sequence[Way]
 ) -> None:
     """Write the report: table, curves of quality against cost, frames run dense and under the first policy.
 
@@ -137,25 +130,20 @@ def write_comparison(
     rules = first.mask, first.exchange, first.merge
     selective = [way for way in ways if (way.mask, way.exchange, way.merge) == rules]
     steps = [dense[-1], *sorted(selective, key=lambda way: way.fine_fraction or 0.0), dense[0]]
-    by_name = {row["network"]: row for row in rows}
-    cases = [Contender(way.name, by_name[way.name], model, way, data) for way in steps]
-    chosen = len(steps) // 2
-    links = {number: f"#step-{steps.index(way)}" for number, way in enumerate(ways) if way in steps}
-    names = [row["network"] for row in rows]
+    chosen, named = len(steps) // 2, {row["network"]: row for row in rows}
+    cases = {way: Contender(way.name, named[way.name], model, way, data) for way in (*steps, *dense)}
+    places = list(named)
+    links = {places.index(way.name): f"#step-{number}" for number, way in enumerate(steps)}
     sections: list[Part] = [
-        Section(
-            "Accuracy and cost",
-            description,
-            comparison_table(rows),
-            {names.index(ways[number].name): link for number, link in links.items()},
-        ),
+        Section("Accuracy and cost", description, comparison_table(rows), links),
         Section("Quality against cost", CHORD, pictures=_curves(rows, dense), pictures_per_row=2),
-        explore(cases, chosen, dataset, min(len(dataset), opened.limit or len(dataset))),
+        explore(
+            [cases[way] for way in steps], chosen, dataset, min(len(dataset), opened.limit or len(dataset))
+        ),
     ]
-    named = _runs_on_image(model, dataset, data, 0, [*dense, steps[chosen]])
-    rows_of_three = [named[start : start + 3] for start in range(0, len(named), 3)]
-    write_image(Path(path).with_suffix(".png"), contact_sheet(rows_of_three))
-    write_report(path, title, sections)
+    sheet = _sheet([cases[way] for way in (*dense, steps[chosen])], dataset)
+    write_image(Path(path).with_suffix(".png"), sheet)
+    write_report(path, "Dense and selective", sections)
 
 
 CHORD = (
@@ -184,20 +172,15 @@ def _curves(rows: Rows, dense: Sequence[Way]) -> list[Picture]:
     return pictures
 
 
-def _runs_on_image(
-    model: Segmentor,
-    dataset: SegmentationDataset,
-    data: DataConfig,
-    index: int,
-    shown: Sequence[Way],
-) -> list[tuple[str, Image]]:
-    """Named pictures: input, label, then each way's prediction and, if selective, its fine blocks."""
-    image, label = dataset.load(index)
+def _sheet(cases: Sequence[Contender], dataset: SegmentationDataset) -> Image:
+    """The first frame, three pictures a row: input, label, then each prediction and, if selective, its fine
+    blocks."""
+    image, label = dataset.load(0)
     palette = dataset.classes.palette
     pictures = [("input", image), ("label", colourise(label, palette))]
-    for way in shown:
-        classes, levels = Contender(way.name, {}, model, way, data).classes(image, label)
+    for case in cases:
+        classes, levels = case.classes(image, label)
         if levels is not None:
-            pictures.append((f"stride by block: {way.name}", draw_levels(image, levels, model.strides)))
-        pictures.append((way.name, overlay(image, classes, palette)))
-    return pictures
+            pictures.append((f"stride by block: {case.name}", draw_levels(image, levels, case.model.strides)))
+        pictures.append((case.name, overlay(image, classes, palette)))
+    return contact_sheet([pictures[start : start + 3] for start in range(0, len(pictures), 3)])

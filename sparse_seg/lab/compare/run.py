@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sparse_seg.config import DataConfig
-from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
-from sparse_seg.data.loader import evaluation_loader
+from sparse_seg.data.batches import evaluation_loader
+from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import ConfigError, SparseSegError, first_line
 from sparse_seg.evaluation.cost import count_macs
@@ -158,7 +158,6 @@ def compare(
     data: DataConfig,
     ways: Sequence[Way],
     limit: int | None = None,
-    progress: bool = False,
     timed: bool = True,
     fast: RuntimeSegmentor | None = None,
 ) -> list[dict[str, Any]]:
@@ -178,12 +177,12 @@ def compare(
         _Result(
             way,
             None if way.is_dense else (fast or model).policy_for(way),
-            SegmentationMetrics(len(dataset.classes), IGNORE_INDEX),
+            SegmentationMetrics(len(dataset.classes)),
         )
         for way in ways
     ]
-    loader = evaluation_loader(dataset, data.mean, data.std, data.workers, range(count))
-    for image, label, index in bar(loader, "compare", count, progress):
+    loader = evaluation_loader(dataset, data, range(count))
+    for image, label, index in bar(loader, "compare", count):
         image, label = image.to(device), label.to(device)
         coarse = model.start(image, label).start_coarse() if not timed and model.refines(Way()) else None
         for result in results:

@@ -13,30 +13,7 @@ from sparse_seg.files import atomic_write
 from sparse_seg.lab.report.overlays import encode_image
 from sparse_seg.lab.report.tables import Table
 
-CSS = """
-:root { color-scheme: light; }
-body { max-width: 72rem; margin: 2rem auto; padding: 0 1.5rem; background: #fff; color: #222;
-       font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.8rem; line-height: 1.2; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 0.5rem; padding-bottom: 0.25rem; border-bottom: 1px solid #ddd; }
-p { max-width: 48rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.92rem; margin: 1rem 0; }
-th, td { padding: 0.35rem 0.9rem; text-align: left; border-bottom: 1px solid #e6e6e6; }
-th { border-bottom: 2px solid #999; vertical-align: bottom; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th.number { white-space: normal; }
-tr { background: #fff; }
-tbody tr:nth-child(even) { background: #f7f8fa; }
-th:first-child, td:first-child { position: sticky; left: 0; background: inherit; }
-.pictures { display: grid; gap: 1rem; margin: 1rem 0; align-items: start; }
-figure { margin: 0; min-width: 0; }
-img { max-width: min(100%, 48rem); height: auto; display: block; }
-.row img { width: 100%; max-width: none; }
-@media (max-width: 40rem) { .pictures { grid-template-columns: 1fr !important; } body { padding: 0 0.75rem; }
-  table { font-size: 0.8rem; } th, td { padding: 0.35rem 0.3rem; } }
-figcaption { font-size: 0.85rem; color: #555; margin-top: 0.3rem; }
-"""
+CSS = Path(__file__).with_name("page.css").read_text()
 
 
 @dataclass(frozen=True)

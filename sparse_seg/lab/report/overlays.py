@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from sparse_seg.data.dataset import IGNORE_INDEX, Image
 from sparse_seg.files import atomic_write
 
-Image = npt.NDArray[np.uint8]
 Palette = Sequence[tuple[int, int, int]]
 
 COARSE_BRIGHTNESS = 0.35
@@ -19,52 +19,27 @@ OUTLINE = (255, 210, 0)
 GAP = 8  # px between pictures
 
 
-def colourise(label: np.ndarray, palette: Palette, ignore_index: int = 255) -> Image:
-    """Colours of a label map [H, W] of train ids; ignored pixels are black. Returns [H, W, 3].
-
-    Raises ValueError for a train id without a colour.
-    """
-    ignored = label == ignore_index
-    known = label[~ignored]
-    if known.size and not (known.min() >= 0 and known.max() < len(palette)):
-        raise ValueError(
-            f"label has train ids {known.min()}..{known.max()}, but the palette has {len(palette)} colours"
-        )
+def colourise(label: np.ndarray, palette: Palette) -> Image:
+    """Colours [H, W, 3] of a label map [H, W] of train ids; ignored pixels are black."""
     colours = np.array([*palette, (0, 0, 0)], np.uint8)
-    return colours[np.where(ignored, len(palette), label)]
+    return colours[np.where(label == IGNORE_INDEX, len(palette), label)]
 
 
-def overlay(
-    image: Image, label: np.ndarray, palette: Palette, alpha: float = 0.5, ignore_index: int = 255
-) -> Image:
-    """`image` with the label's colours laid over it at opacity `alpha`; ignored pixels stay as they are.
-
-    Raises ValueError if `label` is not [H, W] of the image or has a train id without a colour.
-    """
-    _check_image(image)
-    if label.shape != image.shape[:2]:
-        raise ValueError(f"label is {list(label.shape)}, but the image is {list(image.shape[:2])}")
-    mixed = cv2.addWeighted(image, 1 - alpha, colourise(label, palette, ignore_index), alpha, 0)
-    return np.where((label == ignore_index)[..., None], image, mixed)
+def overlay(image: Image, label: np.ndarray, palette: Palette, alpha: float = 0.5) -> Image:
+    """`image` with the colours of a label [H, W] over it at opacity `alpha`; ignored pixels stay as they
+    are."""
+    mixed = cv2.addWeighted(image, 1 - alpha, colourise(label, palette), alpha, 0)
+    return np.where((label == IGNORE_INDEX)[..., None], image, mixed)
 
 
 def draw_blocks(image: Image, fine_blocks: npt.NDArray[np.bool_], block: int = 16) -> Image:
     """`image` with its coarse blocks darkened and an outline around the fine region.
 
     fine_blocks: [ceil(H/block), ceil(W/block)] bool; blocks at the border may hold fewer pixels.
-    Raises ValueError for another shape.
     """
-    _check_image(image)
-    height, width = image.shape[:2]
-    expected = (-(-height // block), -(-width // block))
-    if fine_blocks.shape != expected:
-        raise ValueError(
-            f"fine_blocks is {list(fine_blocks.shape)}; an image of {height}x{width} has {list(expected)} "
-            f"blocks of {block} px"
-        )
     fine = _by_pixel(fine_blocks.astype(bool), block, image)
     picture = np.where(fine[..., None], image, (image * COARSE_BRIGHTNESS).astype(np.uint8))
-    thickness = max(1, round(min(height, width) / 500))
+    thickness = max(1, round(min(image.shape[:2]) / 500))
     inside = cv2.erode(fine.astype(np.uint8), np.ones((2 * thickness + 1, 2 * thickness + 1), np.uint8))
     picture[fine & (inside == 0)] = OUTLINE
     return picture
@@ -74,18 +49,11 @@ def draw_levels(image: Image, levels: npt.NDArray[np.int64], strides: Sequence[i
     """`image` with every block in the colour of its stride, thin lines between blocks, and a legend below.
 
     levels: [ceil(H/s), ceil(W/s)] for the coarsest stride s; 0 is the coarsest. strides: px, finest first.
-    Returns [H + legend, W, 3]. Raises ValueError for another shape or an unknown level.
+    Returns [H + legend, W, 3].
     """
-    _check_image(image)
-    (height, width), block = image.shape[:2], strides[-1]
-    expected = (-(-height // block), -(-width // block))
-    if levels.shape != expected or levels.min() < 0 or levels.max() >= len(strides):
-        raise ValueError(
-            f"levels must be {list(expected)} in 0..{len(strides) - 1} for an image of {height}x{width} and "
-            f"strides {list(strides)}, got {list(levels.shape)} in {levels.min()}..{levels.max()}"
-        )
+    height, width = image.shape[:2]
     tints = np.array(LEVEL_TINTS if len(strides) == 3 else LEVEL_TINTS[::2], np.uint8)
-    of_pixels = _by_pixel(levels, block, image)
+    of_pixels = _by_pixel(levels, strides[-1], image)
     picture = cv2.addWeighted(image, 1 - TINT, tints[of_pixels], TINT, 0)
     for level, step in enumerate(strides[::-1]):  # the grid of sites, by stride
         grid = np.zeros((height, width), bool)
@@ -117,8 +85,8 @@ def shrink(image: Image, width: int) -> Image:
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def draw_legend(names: Sequence[str], ids: Sequence[int], palette: Palette, columns: int = 3) -> Image:
-    """Every class's colour, id and name, in columns; letters that OpenCV lacks become question marks."""
+def draw_legend(names: Sequence[str], ids: Sequence[int], palette: Palette) -> Image:
+    """Every class's colour, id and name, in three columns; letters that OpenCV lacks are question marks."""
     texts = [
         f"{value}  {name}".encode("ascii", "replace").decode() for value, name in zip(ids, names, strict=True)
     ]
@@ -126,7 +94,7 @@ def draw_legend(names: Sequence[str], ids: Sequence[int], palette: Palette, colu
     entries = [
         _legend_entry(text, np.array(colour), width) for text, colour in zip(texts, palette, strict=True)
     ]
-    rows = -(-len(entries) // columns)
+    rows = -(-len(entries) // 3)
     entries += [np.full_like(entries[0], 255)] * (-len(entries) % rows)
     return np.concatenate(
         [np.concatenate(entries[top : top + rows]) for top in range(0, len(entries), rows)], 1
@@ -141,30 +109,23 @@ def _legend_entry(text: str, colour: np.ndarray, letters: int = 0) -> Image:
 
 def contact_sheet(rows: Sequence[Sequence[tuple[str, Image]]]) -> Image:
     """Rows of named pictures under each other, white where a row is shorter."""
-    strips = [side_by_side([image for _, image in row], [name for name, _ in row]) for row in rows]
+    strips = [side_by_side(row) for row in rows]
     width = max(strip.shape[1] for strip in strips)
     padding = [((0, 0), (0, width - strip.shape[1]), (0, 0)) for strip in strips]
     return np.concatenate([np.pad(*pair, constant_values=255) for pair in zip(strips, padding, strict=True)])
 
 
-def side_by_side(pictures: Sequence[Image], titles: Sequence[str]) -> Image:
+def side_by_side(row: Sequence[tuple[str, Image]]) -> Image:
     """Pictures in a row on white, tops aligned, each under its title (ASCII, shrunk to the picture's width).
 
-    Returns [H + title height, sum of widths + gaps, 3]. Raises ValueError if there is no picture or not one
-    title for each.
+    Returns [H + title height, sum of widths + gaps, 3].
     """
-    if not pictures or len(pictures) != len(titles):
-        raise ValueError(
-            f"need one title for each picture, got {len(pictures)} pictures, {len(titles)} titles"
-        )
-    for picture in pictures:
-        _check_image(picture)
-    height = max(picture.shape[0] for picture in pictures)
+    height = max(picture.shape[0] for _, picture in row)
     title_height = max(20, round(height / 16))
-    width = sum(picture.shape[1] for picture in pictures) + GAP * (len(pictures) - 1)
+    width = sum(picture.shape[1] for _, picture in row) + GAP * (len(row) - 1)
     canvas = np.full((title_height + height, width, 3), 255, np.uint8)
     left = 0
-    for picture, title in zip(pictures, titles, strict=True):
+    for title, picture in row:
         right = left + picture.shape[1]
         canvas[:title_height, left:right] = _title(title, title_height, right - left)
         canvas[title_height : title_height + picture.shape[0], left:right] = picture
@@ -208,8 +169,3 @@ def _title(text: str, height: int, width: int) -> Image:
         origin = (2, round(height * 0.7))
         cv2.putText(picture, text, origin, font, scale, (30, 30, 30), max(1, round(height / 24)), cv2.LINE_AA)
     return picture
-
-
-def _check_image(image: np.ndarray) -> None:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"an image must be [H, W, 3] uint8 RGB, got {list(image.shape)} {image.dtype}")

@@ -19,24 +19,20 @@ def cost_curve(
     series: Mapping[str, Sequence[Point]],
     xlabel: str,
     ylabel: str,
-    points: Mapping[str, Point] | None = None,
+    points: Mapping[str, Point],
     chord: Sequence[Point] = (),
 ) -> bytes:
     """Quality over cost: one line per series, and single networks (dense OS8, OS16) as references.
 
     series: name -> (cost, value) pairs, drawn in order of cost. points: name -> (cost, value), drawn as a
     marker on a dashed horizontal line. chord: (cost, value) places joined by a dotted line.
-    Returns a PNG file's content.
-    Raises SparseSegError without matplotlib, ValueError if there is nothing to draw.
+    Returns a PNG file's content. Raises SparseSegError without matplotlib.
     """
-    references = points or {}
-    if not any(series.values()) and not references:
-        raise ValueError("cost_curve has neither series nor points to draw")
     figure = new_figure()
     axes = figure.add_subplot()
     for number, (name, values) in enumerate(series.items()):
         _draw_series(axes, number, name, values)
-    _draw_references(axes, references)
+    _draw_references(axes, points)
     if chord:
         axes.plot(*zip(*chord, strict=True), color=REFERENCE_COLOUR, linestyle=":", zorder=2)
     _style(axes, xlabel, ylabel)
@@ -59,7 +55,7 @@ def picture(figure: Any) -> bytes:
 
 
 def _draw_series(axes: Any, number: int, name: str, values: Sequence[Point]) -> None:
-    costs, heights = zip(*sorted(values), strict=True) if values else ((), ())
+    costs, heights = zip(*sorted(values), strict=True)
     colour = COLOURS[number % len(COLOURS)]
     marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]  # no pair twice in 36 series
     axes.plot(costs, heights, color=colour, marker=marker, markersize=5, linewidth=1.8, label=name, zorder=3)
@@ -70,7 +66,7 @@ def _draw_references(axes: Any, references: Mapping[str, Point]) -> None:
     costs = [cost for line in axes.lines for cost in line.get_xdata()]
     costs += [cost for cost, _ in references.values()]
     middle = (min(costs) + max(costs)) / 2
-    highest = max((value for _, value in references.values()), default=0.0)
+    highest = max(value for _, value in references.values())
     for name, (cost, value) in references.items():
         axes.axhline(value, color=REFERENCE_COLOUR, linestyle="--", linewidth=0.9, zorder=1)
         axes.plot(cost, value, color=REFERENCE_COLOUR, marker="D", markersize=6, zorder=4)

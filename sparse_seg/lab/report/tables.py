@@ -33,18 +33,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows; a row maps column keys to values, and keys without a column are not shown.
-
-    Raises ValueError if no row at all has a column's key: that is a misspelt key, not a missing value.
-    """
+    """Columns and rows; a row maps column keys to values, and keys without a column are not shown."""
 
     columns: Sequence[Column]
     rows: Sequence[Mapping[str, Any]]
-
-    def __post_init__(self) -> None:
-        for column in self.columns:
-            if self.rows and not any(column.key in row for row in self.rows):
-                raise ValueError(f"no row has the key '{column.key}'; the first row has {list(self.rows[0])}")
 
     def to_text(self) -> str:
         """Columns aligned by spaces, a rule under the headings; for a terminal."""
