@@ -17,6 +17,8 @@ from sparse_seg.data.dataset import IGNORE_INDEX
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import label_boundary
 
+LEAST_WEIGHT = 1e-6  # that one class at least must have
+
 
 class Outputs(NamedTuple):
     """Logits `[B, K, H, W]`, and those of the auxiliary head (None without one or outside training)."""
@@ -97,9 +99,12 @@ class SegmentationLoss(nn.Module):
 
 
 def check_class_weights(pixels: NDArray[np.int64], weights: list[float] | None) -> None:
-    """Raises a ConfigError where none of the labelled pixels, `[K]` by class, has a weight."""
-    if weights is not None and not (pixels * weights).any():
-        raise ConfigError("train.loss.class_weights is 0 for every class in the train labels; raise some")
+    """Raises a ConfigError where no class of the labelled pixels, `[K]` by class, has a weight."""
+    if weights is not None and not (np.array(weights)[pixels > 0] >= LEAST_WEIGHT).any():
+        raise ConfigError(
+            f"train.loss.class_weights are all below {LEAST_WEIGHT} for the classes in the train labels: "
+            "nothing would be learned; raise some"
+        )
 
 
 def near_boundary(labels: Tensor, width: int) -> Tensor:
