@@ -23,7 +23,7 @@ from sparse_seg.run.passes import Pass
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 from sparse_seg.training.distillation import Teacher, likeness_difference, logits_divergence
-from sparse_seg.training.losses import Outputs, SegmentationLoss
+from sparse_seg.training.losses import SegmentationLoss
 
 
 class Objective(nn.Module):
@@ -54,7 +54,7 @@ class Objective(nn.Module):
             run.take(fine_blocks)
         fine = None if fine_blocks is None else model.fine_pixels(fine_blocks, images)
         coarse = lattice_logits(run) if config.loss.reads_coarse_logits else None
-        loss = self.loss(Outputs(run.logits(), auxiliary_logits(run)), labels, coarse, fine)
+        loss = self.loss(run.logits(), labels, auxiliary_logits(run), coarse, fine)
         return loss if self.teacher is None else loss + self._distill(self.teacher, run, fine)
 
     @property
@@ -100,7 +100,7 @@ def straight_through_loss(run: Pass, labels: Tensor, loss: SegmentationLoss, bud
     policy = run.model.policy
     chosen = straight_through(policy.scores(run))
     logits, target = blended_logits(run, chosen), policy.fine_fraction or 0.0
-    return loss(Outputs(logits, None), labels) + budget_weight * (chosen.mean() - target).square()
+    return loss(logits, labels) + budget_weight * (chosen.mean() - target).square()
 
 
 def supervised_loss(run: Pass) -> Tensor:

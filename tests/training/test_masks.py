@@ -187,22 +187,6 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, trained, tmp_path, mode: st
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["train.freeze=true"], "leaves nothing to train but a learned mask"),
-        (["model.mask.policy=learned", "train.mask_loss=supervised"], "set train.freeze=true"),
-        (["model.mask.policy=learned", "model.strides=[4,8,16]"], "needs two strides and a budget"),
-        (["model.mask.policy=learned", "model.mask.threshold=0.1"], "needs two strides and a budget"),
-        (["train.mask_loss=supervise"], "did you mean 'supervised'"),
-    ],
-)
-def test_bad_configs(tiny, tmp_path, overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Trainer(load_config(tiny, overrides), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
     ("spec", "settings"),
     [
         ("edge:cad", {"policy": "edge", "edge": "cad"}),

@@ -155,22 +155,6 @@ def test_a_network_that_no_file_holds_does_not_begin_to_train(configured: Config
     assert not (tmp_path / "run").exists()
 
 
-REFUSED = {
-    "auxiliary": ({"auxiliary": True}, r"model\.auxiliary=true is of sparse_seg's own networks"),
-    "width": ({"width": 0.5}, r"model\.width is of sparse_seg's own networks, not of model\.module"),
-    "head": ({"head": "fcn"}, r"model\.head is of"),
-    "strides": ({"strides": [8, 32]}, r"model\.strides is \[8, 32\]; did you mean"),
-    "arguments": ({"module": None}, r"model\.module_args are arguments of model\.module"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_a_module_has_not_is_refused(configured: Configured, what: str) -> None:
-    model, message = REFUSED[what]
-    with pytest.raises(ConfigError, match=message):
-        configured(model=model)
-
-
 def test_a_mask_is_trained_through_a_module(configured: Configured, tmp_path: Path) -> None:
     settings = {"network": "selective", "iterations": 1, "ema_decay": None, "eval_every": 1}
     config = configured({"mask": {"policy": "learned"}}, settings)
