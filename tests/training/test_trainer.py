@@ -1,13 +1,15 @@
 """The training loop: resume bit for bit, stop safely, refuse what cannot work."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,13 @@ import torch
 from sparse_seg import load_model
 from sparse_seg.checkpoint import load
 from sparse_seg.checkpoint.captured import content_of
+from sparse_seg.cli import main
 from sparse_seg.config import load_config
 from sparse_seg.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import best_of, load_state, save_checkpoint
 from sparse_seg.training.finish import finish_training
 from sparse_seg.training.trainer import Trainer
-
-ROOT = Path(__file__).parents[2]
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -89,34 +90,40 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(tiny, trained, tmp_path, mo
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
-def start(tiny, folder, *arguments) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "tools/train.py"), str(tiny), "--work-dir", str(folder), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
+def start(tiny, folder, *settings) -> ForkProcess:
+    """`sparse-seg train` in a process group of its own, which says what it says in `FOLDER.txt`."""
+
+    def train() -> None:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with folder.with_suffix(".txt").open("w") as said, redirect_stdout(said), redirect_stderr(said):
+            code = main(["train", str(tiny), "--work-dir", str(folder), "--set", *settings])
+        sys.exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    return process
 
 
-def wait_for_iteration(folder: Path, iteration: int, process: subprocess.Popen) -> None:
+def wait_for_iteration(folder: Path, iteration: int, process: ForkProcess) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         path = folder / "log.jsonl"
         if path.exists() and f'"iteration": {iteration},' in path.read_text():
             return
         time.sleep(0.01)
-    pytest.fail(f"the run never reached iteration {iteration}: {process.communicate()[1]}")
+    pytest.fail(f"the run never reached iteration {iteration}: {folder.with_suffix('.txt').read_text()}")
 
 
 @pytest.mark.slow
 def test_killed_run_goes_on_with_the_same_losses(tiny, tmp_path):
-    settings = ["train.iterations=20", "train.eval_every=20", "train.eval_images=1", "train.save_every=1"]
-    process = start(tiny, tmp_path / "killed", "--set", *settings)
+    settings = ["train.iterations=12", "train.eval_every=12", "train.eval_images=1", "train.save_every=1"]
+    process = start(tiny, tmp_path / "killed", *settings)
     wait_for_iteration(tmp_path / "killed", 4, process)
     process.kill()
-    process.communicate()
+    process.join()
     reached = load_state(tmp_path / "killed/last.pt")["progress"]["iteration"]
-    assert 3 <= reached < 20
+    assert 3 <= reached < 12
     config = load_config(tiny, settings)
     run(config, tmp_path / "killed", resume=True)
     run(config, tmp_path / "whole")
@@ -126,14 +133,17 @@ def test_killed_run_goes_on_with_the_same_losses(tiny, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_resume(tiny, tmp_path):
     settings = ["train.iterations=10000", "train.eval_every=10000", "train.save_every=10000"]
-    process = start(tiny, tmp_path / "run", "--set", *settings, "data.workers=2")
+    process = start(tiny, tmp_path / "run", *settings, "data.workers=2")
     wait_for_iteration(tmp_path / "run", 2, process)
+    assert process.pid is not None
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert output.count("stopping after this step") == 1
-    assert "error: stopped at iteration" in errors
-    assert f"--work-dir {tmp_path / 'run'} --resume" in errors
+    process.join(120)
+    assert process.exitcode == 1
+    said = (tmp_path / "run.txt").read_text()
+    assert said.count("stopping after this step") == 1
+    assert re.search(
+        rf"^error: stopped at iteration \d+; .*--work-dir {tmp_path / 'run'} --resume$", said, re.M
+    )
     state = load_state(tmp_path / "run/last.pt")
     assert state["progress"]["iteration"] == log_of(tmp_path / "run")[-1]["iteration"]
 
