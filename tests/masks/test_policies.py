@@ -23,7 +23,7 @@ from sparse_seg.masks import (
     top_blocks,
 )
 
-SIZES = [(32, 32), (33, 47), (49, 81), (64, 96)]
+SIZES = [(32, 32), (49, 81)]
 
 
 class Given(MaskPolicy):
@@ -51,7 +51,7 @@ def random_labels(images: Tensor, classes: int = 3) -> Tensor:
     return small.repeat_interleave(9, 1).repeat_interleave(9, 2)[:, :height, :width]
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.15, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.15, 0.77, 1.0])
 def test_exact_count_of_the_highest_scores(fraction: float) -> None:
     scores = torch.randn(3, 7, 9, generator=torch.Generator().manual_seed(1))
     mask = top_blocks(scores, fraction)
@@ -80,18 +80,6 @@ def test_threshold() -> None:
     assert Given(values, threshold=0.5)(values).tolist() == [[[False, False, True]]], "above, not at"
     assert Given(values, threshold=0.5).extra_repr() == "threshold=0.5"
     assert Given(values, fine_fraction=0.5).extra_repr() == "fine_fraction=0.5"
-
-
-@pytest.mark.parametrize("cut", [{}, {"fine_fraction": 0.1, "threshold": 0.1}])
-def test_one_of_two_cuts(cut: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="either fine_fraction or threshold"):
-        EdgePolicy(**cut)
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.1])
-def test_fractions_outside(fraction: float) -> None:
-    with pytest.raises(ValueError, match=rf"fine_fraction must lie in 0..1, not {fraction}"):
-        RandomPolicy(fraction)
 
 
 IMAGE_POLICIES = sorted(
@@ -125,11 +113,6 @@ def test_gradient_magnitude(images: Tensor) -> None:
             for order in ((1, 0), (0, 1))
         )
         np.testing.assert_allclose(magnitude[0].numpy(), np.hypot(dx, dy), atol=1e-5)
-
-
-def test_gradient_of_a_ramp_is_its_slope() -> None:
-    ramp = (torch.arange(40.0) * 0.25).expand(1, 3, 32, 40)
-    assert torch.allclose(gradient_magnitude(ramp)[..., 1:-1], torch.tensor(0.25))
 
 
 def test_edge_scores(images: Tensor) -> None:
@@ -169,8 +152,7 @@ def test_oracle_ignores_the_ignored() -> None:
         policy(Frames(images))
 
 
-@pytest.mark.parametrize("size", [(96, 128), (100, 131)], ids=str)
-@pytest.mark.parametrize("threshold", [0.15, 0.35, 0.95])
+@pytest.mark.parametrize(("size", "threshold"), [((96, 128), 0.15), ((100, 131), 0.95)], ids=str)
 def test_cad_rule(size: tuple[int, int], threshold: float) -> None:
     """The published rule by loops: signed differences, zero border, 11x11 dilation, any of 4x4 cells."""
     generator = torch.Generator().manual_seed(int(100 * threshold))
@@ -238,12 +220,15 @@ def test_blurred_scores() -> None:
 @pytest.mark.parametrize(
     ("cut", "message"),
     [
+        ({}, "either fine_fraction or threshold"),
+        ({"fine_fraction": 0.1, "threshold": 0.1}, "either fine_fraction or threshold"),
+        ({"fine_fraction": -0.1}, r"fine_fraction must lie in 0\.\.1, not -0\.1"),
         ({"fine_fraction": 0.8, "middle_fraction": 0.3}, "must add up to 1 at most"),
         ({"fine_fraction": 0.1, "middle_threshold": 0.3}, "fractions with fractions"),
         ({"threshold": 0.1, "middle_threshold": 0.3}, "must not exceed threshold"),
     ],
 )
-def test_bad_second_cuts(cut: dict[str, Any], message: str) -> None:
+def test_bad_cuts(cut: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EdgePolicy(**cut)
 
@@ -270,11 +255,6 @@ def test_random() -> None:
     assert not torch.equal(first[0], first[1])
     policy.train()
     assert not torch.equal(policy(Frames(images)), policy(Frames(images)))
-
-
-def test_policies_give_no_gradient() -> None:
-    images = torch.randn(1, 3, 32, 32, requires_grad=True)
-    assert not EdgePolicy(threshold=0.1)(Frames(images)).requires_grad
 
 
 def test_device(device: str) -> None:
