@@ -31,7 +31,9 @@ from sparse_seg.config import (
 )
 from sparse_seg.config.keys import type_name
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks import ORACLES, REDUCTIONS, RULES, UNCERTAINTIES
+from sparse_seg.masks.confidence import REDUCTIONS, UNCERTAINTIES
+from sparse_seg.masks.edge import RULES
+from sparse_seg.masks.oracle import ORACLES
 from sparse_seg.sites import ENGINES, EXCHANGES
 
 SECTIONS = (Config, ModelConfig, MaskConfig, DataConfig, TrainConfig, LossConfig, DistillConfig)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -33,14 +32,6 @@ class PolicyInput(Protocol):
 
     def dense_classes(self) -> tuple[Tensor, Tensor]:
         """Classes `[B, H, W]` of the dense network at the finest and at the coarsest stride."""
-
-
-@dataclass
-class Frames:
-    """Images, and perhaps labels, alone: enough for a policy that asks for nothing else."""
-
-    images: Tensor
-    labels: Tensor | None = None
 
 
 class MaskPolicy(nn.Module, ABC):
@@ -120,9 +111,9 @@ class MaskPolicy(nn.Module, ABC):
         """Scores `[B, ceil(H/block), ceil(W/block)]` of the blocks of a run's images."""
 
     @torch.no_grad()
-    def forward(self, run: PolicyInput | Frames) -> Tensor:
+    def forward(self, run: PolicyInput) -> Tensor:
         """The fine blocks, bool `[B, ceil(H/block), ceil(W/block)]`, or with three strides int64 levels."""
-        return self.cut(self.scores(run))  # type: ignore[arg-type]
+        return self.cut(self.scores(run))
 
     def remember(self, run: Any) -> None:
         """Take note of an image's pass (`run/passes.py`) for the next image, as a policy for videos does;

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sparse_seg import build_model
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks import Frames, OraclePolicy, block_shape, top_blocks
+from sparse_seg.masks import OraclePolicy, block_shape, top_blocks
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
+from tests.masks.test_policies import frames
 from tests.reference import randomise, relative_error
 
 
@@ -66,7 +67,7 @@ def test_change_needs_no_labels() -> None:
     coarse[:, 20, 0] = 0
     assert OraclePolicy(0.5, rule="change").class_scores(fine, coarse, None).tolist() == [[[0], [1 / 256]]]
     with pytest.raises(ValueError, match=r"oracle policy \(gain\) reads labels: give them"):
-        OraclePolicy(0.5, rule="gain")(Frames(torch.zeros(1, 3, 32, 32)))
+        OraclePolicy(0.5, rule="gain")(frames(torch.zeros(1, 3, 32, 32)))
 
 
 @pytest.mark.slow

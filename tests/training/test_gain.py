@@ -15,7 +15,7 @@ from sparse_seg.cli import fit_gain, main
 from sparse_seg.config import DataConfig
 from sparse_seg.data import build_dataset
 from sparse_seg.data.transforms import normalise
-from sparse_seg.masks import GainPolicy
+from sparse_seg.masks.gain import GainPolicy
 from sparse_seg.run.way import Way
 from sparse_seg.training.gain import Samples, clusters, collect, fit, right
 from tests.reference import randomise, relative_error
