@@ -56,7 +56,9 @@ class Report:
     def step(self, loss: float, best: float) -> None:
         """Count a step on the bar; a best mIoU below 0 is none."""
         numbers = {"loss": f"{loss:.3f}"} | ({"best": f"{best:.4f}"} if best >= 0 else {})
-        self.bar.set_postfix(numbers | {"images/s": self._rate(self.started, self.bar.n + 1)}, refresh=False)
+        self.bar.set_postfix(
+            numbers | {"images/s": self._rate(self.started, int(self.bar.n) + 1)}, refresh=False
+        )
         self.bar.update()
 
     def loss(self, iteration: int, loss: float, rate: float) -> None:

@@ -15,7 +15,7 @@ from sparse_seg.config import Config, changes, check_classes, check_training, to
 from sparse_seg.data import open_split
 from sparse_seg.data.batches import training_batches
 from sparse_seg.errors import DataError, SparseSegError, TrainingError
-from sparse_seg.evaluation.evaluate import Evaluation, combined, measure
+from sparse_seg.evaluation.evaluate import Evaluation, Part, combined, measure
 from sparse_seg.files import atomic_write
 from sparse_seg.graph.file import check_plain
 from sparse_seg.processes import Processes, ProcessLost
@@ -243,8 +243,8 @@ class Trainer:
         best = max(miou, self.best)
         if self.report:
             if miou > self.best:
-                said = {"frame": self.dataset.frame_size, "iteration": self.iteration, "miou": miou}
-                save_best(self.work_dir, self.config, *content_of(model), **said)
+                said: dict[str, Any] = {"frame": self.dataset.frame_size, "iteration": self.iteration}
+                save_best(self.work_dir, self.config, *content_of(model), miou=miou, **said)
             self.report.validation(self.iteration, result, best, self.validation.classes.names)
         self.best, self.validated = best, self.iteration
 
@@ -258,12 +258,13 @@ class Trainer:
         way = Way.dense(train.output_stride or model.dense_stride) if train.network == "dense" else Way()
         share = self.processes.share(min(frames, train.eval_images or frames))
 
-        def work() -> Any:
+        def work() -> Part:
             return measure(model, self.validation, data, way, share, with_loss=True)
 
         self.processes.share_buffers(model)
         parts = self.processes.gather(lambda: self.stop.interruptible(work))
-        return None if None in parts else combined(parts)
+        done = [part for part in parts if part is not None]
+        return combined(done) if len(done) == len(parts) else None
 
     # -- stopping ------------------------------------------------------------------------------------------
 

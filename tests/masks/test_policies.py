@@ -85,13 +85,15 @@ IMAGE_POLICIES = sorted(
 
 
 @pytest.mark.parametrize("name", IMAGE_POLICIES)
-def test_every_policy(name: str, images: Tensor) -> None:
+def test_every_policy(name: str, images: Tensor, device: str) -> None:
     """The right shape and exact budget for both images of a batch, on any size; each image for itself."""
     blocks = (2, math.ceil(images.shape[2] / 16), math.ceil(images.shape[3] / 16))
     assert block_shape(images) == blocks
     fraction = 1.0 if name == "uniform" else 0.3
-    policy, labels = POLICIES[name](fine_fraction=fraction).eval(), random_labels(images)
+    policy, labels = POLICIES[name](fine_fraction=fraction).eval(), random_labels(images).to(device)
+    images = images.to(device)
     mask = policy(frames(images, labels))
+    assert mask.device.type == device
     assert tuple(mask.shape) == blocks
     assert mask.dtype == torch.bool
     assert mask.flatten(1).sum(1).tolist() == [round(fraction * blocks[1] * blocks[2])] * 2
@@ -252,12 +254,3 @@ def test_random() -> None:
     assert not torch.equal(first[0], first[1])
     policy.train()
     assert not torch.equal(policy(frames(images)), policy(frames(images)))
-
-
-def test_device(device: str) -> None:
-    images = torch.randn(2, 3, 33, 47, device=device)
-    labels = random_labels(images).to(device)
-    for name in IMAGE_POLICIES:
-        policy = POLICIES[name](fine_fraction=1.0 if name == "uniform" else 0.3).eval()
-        mask = policy(frames(images, labels))
-        assert mask.device.type == device

@@ -3,10 +3,8 @@
 Two processes do all that the tests look at, one thing after the other: starting them takes longest.
 """
 
-import copy
 import gc
 import importlib
-import json
 import os
 import pickle
 import re
@@ -26,7 +24,6 @@ from sparse_seg import load_model
 from sparse_seg import processes as processes_module
 from sparse_seg.config import Config, load_config
 from sparse_seg.data import build_dataset
-from sparse_seg.data.batches import training_batches
 from sparse_seg.data.loader import ResumableSampler
 from sparse_seg.errors import DataError, TrainingError
 from sparse_seg.evaluation.evaluate import Evaluation, evaluate
@@ -36,22 +33,20 @@ from sparse_seg.run.build import build_model
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import LOCK, load_state
-from sparse_seg.training.schedule import learning_rate
 from sparse_seg.training.trainer import Trainer
 from tests import captured
-from tests.reference import relative_error
+from tests.training.test_trainer import log_of
 
 SHORT = ["train.iterations=10", "train.lr=0.02"]
 PADDED = ["data.on_device=true", "data.scale_range=[0.3,0.6]"]
 TRAININGS = {
-    "mean gradient": [],
     "module": [f"model.module={captured.NAME}", "model.module_args.classes=19", "train.network=selective"],
     # with fixed statistics
     "plain": SHORT,
     "ohem": [*SHORT, "train.loss.ohem_threshold=1e-9", "train.loss.ohem_min_kept=1"],
     "inplace": [*SHORT, "train.loss.coarse_distill_weight=1", *PADDED],
 }
-FIXED = list(TRAININGS)[2:]
+FIXED = list(TRAININGS)[1:]
 LIMITS = (1, 7)  # frames: fewer than processes, and a number that does not divide
 
 
@@ -102,6 +97,14 @@ def agree(processes: Processes) -> None:
     assert processes.mean(torch.tensor(float(rank))) == 0.5
     assert processes.gather(lambda: rank) == [0, 1]
     assert processes.decided(lambda: rank) == 0
+    norm = torch.nn.BatchNorm1d(2)
+    for parameter in norm.parameters():
+        parameter.grad = torch.tensor([float(rank), 1.0])
+    norm.running_mean += rank
+    processes.average_gradients(norm.parameters())
+    processes.share_buffers(norm)
+    assert [parameter.grad.tolist() for parameter in norm.parameters()] == [[0.5, 1]] * 2
+    assert norm.running_mean.tolist() == [0, 0], "the first one's"
     with pytest.raises(DataError, match="only here"):
         processes.gather(lambda: fail_in(processes, 1))
     for before in (0, 1, 2):  # the one that fails has agreed on fewer numbers than the other will ask for
@@ -165,50 +168,6 @@ def found_by(pair: Path, rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_weights_are_those_of_the_mean_gradient(
-    pair: Path, configs: dict[str, Config], tmp_path: Path
-) -> None:
-    config = configs["mean gradient"]
-    trainer = Trainer(config, tmp_path / "alone")
-    trainer._set_training()
-    model, losses, random = trainer.model, [], [torch.get_rng_state()]  # dropout's, in either process
-    Processes(1, 2).seed(config.train.seed, 0)
-    random.append(torch.get_rng_state())
-    for iteration, (images, labels) in enumerate(training_batches(trainer.dataset, config, 0, 3)):
-        gradients, halves, copies = [], [], []
-        labelled = (labels != 255).sum()
-        trainer.objective.loss.across = lambda weight: labelled / 2  # noqa: B023 (called in this iteration)
-        for part in (0, 1):
-            torch.set_rng_state(random[part])
-            own = copy.deepcopy(model)
-            loss = trainer.objective(own, images[part::2], labels[part::2])
-            loss.backward()
-            random[part] = torch.get_rng_state()
-            halves.append(loss.item())
-            gradients.append([parameter.grad for parameter in own.parameters()])
-            copies.append(own)
-        for parameter, *both in zip(model.parameters(), *gradients, strict=True):
-            parameter.grad = sum(both) / 2
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = learning_rate(iteration, config.train)
-        trainer.optimizer.step()
-        for buffer, new in zip(model.buffers(), copies[0].buffers(), strict=True):
-            buffer.copy_(new)  # the file has the first process's batch statistics
-        losses.append(sum(halves) / 2)
-
-    lines = log_of(pair / "mean gradient")
-    assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(losses, rel=1e-4)
-    weights = load_state(pair / "mean gradient/last.pt")["model"]
-    for name, expected in model.state_dict().items():
-        assert relative_error(weights[name].double(), expected.double()) < 1e-4, name
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.slow
 def test_evaluation_is_the_same_for_any_number_of_processes(pair: Path, configs: dict[str, Config]) -> None:
     for number, alone in enumerate(evaluations(Processes(), configs["plain"])):
         assert alone.images == LIMITS[number]
@@ -241,25 +200,20 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.slow
-def test_one_damaged_file_stops_all_processes(pair: Path) -> None:
-    """The process that does not read it saves, and neither waits for the other."""
-    says = [found_by(pair, rank)["damaged"] for rank in (0, 1)]
-    assert says[0] == says[1], "the same for all"
-    assert says[0].startswith("label.png: damaged; the last good checkpoint is")
+def test_all_processes_end_with_the_same_words(pair: Path) -> None:
+    """Those of one that reads a damaged file, after the first one has saved; and where another trains."""
+    damaged, held = ([found_by(pair, rank)[name] for rank in (0, 1)] for name in ("damaged", "held"))
+    assert damaged[0] == damaged[1]
+    assert damaged[0].startswith("label.png: damaged; the last good checkpoint is")
     assert load_state(pair / "damaged/last.pt")["progress"]["iteration"] == 2
+    who = f"{pair / 'held'} is in use: process {os.getpid()} on {socket.gethostname()} trains there"
+    assert held == [f"{who}; stop it first, or choose another --work-dir"] * 2
+    assert not (pair / "held/config.yaml").exists()
 
 
 @pytest.mark.slow
 def test_several_processes_train_a_module(pair: Path) -> None:
     assert isinstance(load_model(pair / "module/best.safetensors"), SelectiveNetwork)
-
-
-@pytest.mark.slow
-def test_several_processes_are_refused_where_another_training_runs(pair: Path) -> None:
-    here = f"process {os.getpid()} on {socket.gethostname()}"
-    message = f"{pair / 'held'} is in use: {here} trains there; stop it first, or choose another --work-dir"
-    assert [found_by(pair, rank)["held"] for rank in (0, 1)] == [message, message]
-    assert not (pair / "held/config.yaml").exists()
 
 
 @pytest.mark.parametrize(("total", "count"), [(7, 3), (2, 3), (0, 2), (10, 1), (500, 7)])

@@ -135,16 +135,12 @@ def test_a_learned_mask_is_trained_supervised(configured: Configured, tmp_path: 
     assert all(torch.equal(one, frozen_weights[name]) for name, one in before.module.state_dict().items())
 
 
-def test_losses_on_detail_work(configured: Configured, tmp_path: Path) -> None:
-    loss = {"coarse_weight": 0.5, "fine_weight": 1.0, "boundary_weight": 1.0}
-    trained_at(configured(train={"loss": loss, "iterations": 1}), tmp_path)
-
-
-def test_distils_classes_and_features_from_another_one(configured: Configured, tmp_path: Path) -> None:
+def test_losses_on_detail_and_distillation_work_together(configured: Configured, tmp_path: Path) -> None:
     save_model(selective(captured.trained(19), size=(64, 64)), tmp_path / "teacher.safetensors")
     distill = {"teacher": str(tmp_path / "teacher.safetensors"), "features_weight": 1.0}
     for network in ("dense", "selective"):
-        settings = {"network": network, "distill": distill, "iterations": 1}
+        loss = {"coarse_weight": 0.5, "fine_weight": 1.0, "boundary_weight": 1.0}
+        settings = {"network": network, "distill": distill, "loss": loss, "iterations": 1}
         trained_at(configured(train=settings), tmp_path / network)
 
 
