@@ -64,20 +64,26 @@ class Report:
     def loss(self, iteration: int, loss: float, rate: float) -> None:
         """Log a mean loss and the learning rate. Without a bar it is also printed, unless the last line is
         recent and this is not the end."""
-        self.write(iteration, loss=loss, lr=rate)
         total, now = self.config.iterations, time.monotonic()
-        if not self.bar.disable or (now < self.next_line and iteration < total):
-            return
-        began, first = self.started
-        left = timedelta(seconds=round((now - began) / max(iteration - first, 1) * (total - iteration)))
-        speed, peak = self._rate(self.marked, iteration), _peak_mib(self.device)
-        place = self._place(iteration)
-        say(f"{place}  loss {loss:.4f}  lr {rate:.3g}  {speed} images/s  ETA {left}  peak {peak:.0f} MiB")
-        self.marked, self.next_line = (now, iteration), now + LINE_SECONDS
+        if self.bar.disable and (now >= self.next_line or iteration >= total):
+            began, first = self.started
+            left = timedelta(seconds=round((now - began) / max(iteration - first, 1) * (total - iteration)))
+            say(
+                f"{self._place(iteration)}  loss {loss:.4f}  lr {rate:.3g}  "
+                f"{self._rate(self.marked, iteration)} images/s  ETA {left}  "
+                f"peak {_peak_mib(self.device):.0f} MiB"
+            )
+            self.marked, self.next_line = (now, iteration), now + LINE_SECONDS
+        self.write(iteration, loss=loss, lr=rate)  # last: what cannot be printed is done again on resuming
 
     def validation(self, iteration: int, result: Evaluation, best: float, names: tuple[str, ...]) -> None:
         """Log and print a validation, whose time counts for no line's speed; names: of the classes."""
         metrics, loss = result.metrics, math.nan if result.loss is None else result.loss
+        say(
+            f"{self._place(iteration)}  mIoU {metrics.miou:.4f}  boundary mIoU {metrics.boundary_miou:.4f}  "
+            f"validation loss {loss:.4f}  best mIoU {best:.4f}"
+        )
+        self.marked = time.monotonic(), iteration
         self.write(
             iteration,
             miou=metrics.miou,
@@ -86,11 +92,6 @@ class Report:
             val_loss=loss,
             class_iou=dict(zip(names, metrics.class_iou, strict=True)),
         )
-        say(
-            f"{self._place(iteration)}  mIoU {metrics.miou:.4f}  boundary mIoU {metrics.boundary_miou:.4f}  "
-            f"validation loss {loss:.4f}  best mIoU {best:.4f}"
-        )
-        self.marked = time.monotonic(), iteration
 
     def write(self, iteration: int, **values: float | Mapping[str, float]) -> None:
         """Add a line of numbers, or of numbers by name, to the log; those that are nan become null."""

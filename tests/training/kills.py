@@ -56,15 +56,15 @@ def processes_of(job: subprocess.Popen[str]) -> list[int]:
     return [pid for pid, mask in zip(found, caught, strict=True) if int(mask, 16) >> signal.SIGTERM - 1 & 1]
 
 
-def kill(job: subprocess.Popen[str], rank: int) -> dict[str, Any]:
-    """Kill a process of a job. Returns the seconds from then to the job's end, its code, and our lines and
-    torchrun's of kills of its own."""
+def kill(job: subprocess.Popen[str], rank: int) -> tuple[str, dict[str, Any]]:
+    """Kill a process of a job. Returns what the job has said, and the seconds from then to its end, its code,
+    and our lines and torchrun's of kills of its own."""
     os.kill(processes_of(job)[rank], signal.SIGKILL)
     killed = time.monotonic()
-    _, errors = job.communicate(timeout=600)
+    said, errors = job.communicate(timeout=600)
     seconds = time.monotonic() - killed
     lines = [one for one in errors.splitlines() if one.startswith("error: ") or "forcefully exiting" in one]
-    return {"seconds": seconds, "code": job.returncode, "lines": lines}
+    return said, {"seconds": seconds, "code": job.returncode, "lines": lines}
 
 
 def resume(checkout: Path) -> str:
@@ -87,7 +87,7 @@ def kill_at_random(number: int) -> dict[str, Any]:
         while len(processes_of(job)) < 2 or (number % 2 and not (checkout / "run/last.pt").exists()):
             time.sleep(0.05)
         time.sleep(moment)
-        found = kill(job, rank) | {"resumed": resume(checkout)}
+        found = kill(job, rank)[1] | {"resumed": resume(checkout)}
     return {"number": number, "moment": moment, "rank": rank} | found
 
 
