@@ -212,7 +212,7 @@ def _is_part(name: str, value: Any) -> bool:
         return False
     if name == "progress":
         return _is_like({"validated": 0, **value}, _PROGRESS)  # which earlier versions did not say
-    return name != "scaler" or _is_like(value, dict.fromkeys(value, 0.0))
+    return name != "scaler" or all(_is_like(one, 0.0) and one >= 0 for one in value.values())
 
 
 def _is_like(value: Any, own: Any) -> bool:

@@ -137,6 +137,7 @@ class Trainer:
         self.processes.seed(train.seed, self.iteration)
         self.stop = Stop(self.processes, self.device)
         self.report: Report | None = None
+        self.processes.gather(lambda: None)  # all have come so far
         if self.processes.is_first:
             atomic_write(self.work_dir / CONFIG, to_yaml(config))
             self.report = Report(train, self.work_dir, self.iteration, self.device)
@@ -279,6 +280,7 @@ class Trainer:
     def _write_state(self) -> None:
         progress = {name: getattr(self, name) for name in PROGRESS}
         save_state(self.last, self.config, self.model.state_dict(), progress=progress, **self.step.state())
+        self.saved = self.iteration
 
     def _stopped(self) -> SparseSegError:
         """Save; returns the error that says what happened, what was saved and how to resume."""
