@@ -97,7 +97,7 @@ def agree(processes: Processes) -> None:
     assert processes.mean(torch.tensor(float(rank))) == 0.5
     assert processes.gather(lambda: rank) == [0, 1]
     assert processes.decided(lambda: rank) == 0
-    norm = torch.nn.BatchNorm1d(2)
+    norm: Any = torch.nn.BatchNorm1d(2)
     for parameter in norm.parameters():
         parameter.grad = torch.tensor([float(rank), 1.0])
     norm.running_mean += rank
