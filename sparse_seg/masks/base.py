@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_seg.config import MaskConfig
+from sparse_seg.config.keys import choices
 from sparse_seg.errors import choose_one
 
 BLOCK = 16  # pixels of a block's side: a block is one cell of the coarsest grid, by default that of stride 16
@@ -147,8 +149,9 @@ class MaskPolicy(nn.Module, ABC):
         return text + (", blur" if self.blur else "")
 
 
-def one_of(what: str, value: str, valid: Sequence[str]) -> str:
-    """A value that is one of the valid ones. Raises a ValueError with the nearest of these."""
+def one_of(what: str, key: str, value: str) -> str:
+    """A value of a key of `model.mask`. Raises a ValueError with the nearest valid one."""
+    valid = choices(MaskConfig, key)
     if value not in valid:
         raise ValueError(f"unknown {what} {choose_one(value, valid)}")
     return value
