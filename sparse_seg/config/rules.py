@@ -14,13 +14,8 @@ ENTRY_STRIDES = (4, 8, 16)  # natural strides of the stages before layer2..layer
 
 def num_classes(config: Config) -> int:
     """The model's class count: its own if set, else the dataset's."""
-    if config.model.num_classes is not None:
-        return config.model.num_classes
-    return _dataset_count(config)
-
-
-def _dataset_count(config: Config) -> int:
-    return len(DATASETS[config.data.dataset].classes_in(config.data.root))
+    own = config.model.num_classes
+    return len(DATASETS[config.data.dataset].classes_in(config.data.root)) if own is None else own
 
 
 def check_classes(config: Config) -> None:
@@ -29,7 +24,8 @@ def check_classes(config: Config) -> None:
     Raises:
         ConfigError: their counts differ.
     """
-    count, own = _dataset_count(config), num_classes(config)
+    count = len(DATASETS[config.data.dataset].classes_in(config.data.root))
+    own = num_classes(config)
     _require(
         own == count,
         f"model.num_classes is {own} but {config.data.dataset} has {count} classes; choose the data.dataset "
