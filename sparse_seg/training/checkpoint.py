@@ -34,6 +34,8 @@ from sparse_seg.version import __version__
 
 BEST, LAST, CONFIG, LOCK = "best.safetensors", "last.pt", "config.yaml", ".training.lock"
 LOG = "log.jsonl"  # of `report.py`
+# a trainer's attributes that a state keeps, at their start
+PROGRESS = {"iteration": 0, "best": -1.0, "validated": 0, "loss_sum": 0.0, "loss_count": 0}
 _LOG = logging.getLogger(__name__)
 
 
@@ -195,7 +197,6 @@ def restore_optimizer(
 
 
 _PARTS = ("config", "model", "ema", "optimizer", "scaler", "progress", "random")
-_PROGRESS = {"iteration": 0, "best": 0.0, "validated": 0, "loss_sum": 0.0, "loss_count": 0}
 _MOMENTA = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 _POSITIVE = {"step", "exp_avg_sq"}
 
@@ -211,7 +212,7 @@ def _is_part(name: str, value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     if name == "progress":
-        return _is_like({"validated": 0, **value}, _PROGRESS)  # which earlier versions did not say
+        return _is_like({"validated": 0, **value}, PROGRESS)  # which earlier versions did not say
     return name != "scaler" or all(_is_like(one, 0.0) and one >= 0 for one in value.values())
 
 

@@ -24,6 +24,7 @@ from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import (
     CONFIG,
     LAST,
+    PROGRESS,
     best_of,
     check_work_dir,
     is_complete,
@@ -40,8 +41,6 @@ from sparse_seg.training.report import Report
 from sparse_seg.training.schedule import learning_rate
 from sparse_seg.training.step import Step
 from sparse_seg.training.stopping import AlreadyTrained, DeviceFailed, Diverged, Stop, reason, signals_to
-
-PROGRESS = ("iteration", "best", "validated", "loss_sum", "loss_count")  # attributes that a state keeps
 
 
 class Trainer:

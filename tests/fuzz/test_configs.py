@@ -23,10 +23,20 @@ import torch
 import yaml
 from torch import nn
 
-from sparse_seg.config import Config, all_keys, config_from_dict, load_config, model_config, to_dict, to_yaml
+from sparse_seg.config import (
+    Config,
+    MaskConfig,
+    all_keys,
+    config_from_dict,
+    load_config,
+    model_config,
+    to_dict,
+    to_yaml,
+)
 from sparse_seg.config.keys import Key, item_type, plain_type
 from sparse_seg.data.transforms import TrainTransform
 from sparse_seg.errors import SparseSegError
+from sparse_seg.masks import build_policy
 from sparse_seg.run.build import build_model
 from sparse_seg.training.losses import SegmentationLoss
 from sparse_seg.training.schedule import build_optimizer, learning_rate
@@ -104,7 +114,9 @@ def is_usable(config: Config) -> bool:
     """
     train, data = config.train, config.data
     if sum(config.model.depths or [0]) < 64:
-        build_on_meta(json.dumps(to_dict(model_config(config))))
+        model = model_config(config)
+        build_on_meta(json.dumps(to_dict(dataclasses.replace(model, mask=MaskConfig(fine_fraction=0.0)))))
+        build_policy(model.mask, model.own_strides, nn.Identity())
     layer = nn.Linear(2, 2)
     optimiser = build_optimizer(layer, train)
     for group in optimiser.param_groups:
@@ -124,6 +136,7 @@ def is_usable(config: Config) -> bool:
 
 @functools.cache
 def build_on_meta(settings: str) -> None:
+    """A network, whatever its mask is: most configs differ in other keys."""
     with torch.device("meta"):
         build_model(json.loads(settings))
 
