@@ -12,7 +12,6 @@ import importlib
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ from torch import Tensor, nn
 from sparse_seg.errors import SparseSegError, TrainingError, first_line
 
 TIMEOUT = timedelta(minutes=30)  # of a process that waits for the others
-PATIENCE = 5.0  # seconds in which the first process says what happened, before another one does
 _T = TypeVar("_T")
 
 
@@ -192,8 +190,6 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
     store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "nccl" if device.type == "cuda" else "gloo"
     settings = {"store": store, "rank": rank, "world_size": count, "timeout": TIMEOUT}
-    if rank == 0:
-        store.set(_key("first"), str(os.getpid()))
     ends = backend == "gloo"  # NCCL only where all went well: others may be inside a collective
     try:
         _interruptible(lambda: _join(backend, settings))
@@ -204,7 +200,7 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
         gc.freeze()  # the last collection, of all that torch imports, takes a second while torchrun waits
         if not dist.is_initialized():
             atexit.register(_leave)  # a thread may still wait to join, and nothing can end it
-        if not _speaks(store, rank):
+        if not _speaks(store):
             raise SystemExit(1) from None
         raise
     finally:
@@ -246,28 +242,9 @@ def _interruptible(work: Callable[[], object]) -> None:
     done.result()
 
 
-def _speaks(store: Any, rank: int) -> bool:
-    """Whether this process tells the error: the first, or another one where the first keeps silent."""
-    end = time.monotonic() + (PATIENCE if rank else 0)
-    try:
-        while time.monotonic() < end and store.add(_key("said"), 0) == 0 and not _first_is_gone(store):
-            time.sleep(0.1)
-        return store.add(_key("said"), 1) == 1
+def _speaks(store: Any) -> bool:
+    """Whether this process is the one that tells the error: of several that end, whoever comes first."""
+    try:  # torchrun's store, anew after each restart
+        return store.add(f"sparse_seg/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/said", 1) == 1
     except RuntimeError:  # the store has gone, too
         return True
-
-
-def _first_is_gone(store: Any) -> bool:
-    """Whether the first process is known to have ended, which only its own machine can tell."""
-    if os.environ.get("GROUP_RANK") != "0" or not store.check([_key("first")]):
-        return False
-    try:
-        os.kill(int(store.get(_key("first"))), 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
-def _key(name: str) -> str:
-    """Of the store, anew after each restart by torchrun."""
-    return f"sparse_seg/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{name}"

@@ -1,12 +1,14 @@
 """Atomic writes: whole files, parent folders, on disk before they are seen, nothing left; and locks."""
 
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -90,33 +92,32 @@ def test_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pyte
     assert done == ["content", "rename", "folder"]
 
 
-WRITER = """
-import sys, time
-from sparse_seg.files import atomic_path
-with atomic_path(sys.argv[1]) as temporary:
-    temporary.write_bytes(b"half")
-    print("half", flush=True)
-    time.sleep(float(sys.argv[2]))
-    temporary.write_bytes(sys.argv[3].encode())
-"""
+FORK = multiprocessing.get_context("fork")  # processes that need not import all this again
 
 
-def start_writer(path: Path, seconds: float, content: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", WRITER, str(path), str(seconds), content]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "half\n"
+def write_slowly(path: Path, seconds: float, content: str, half: Event) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        half.set()
+        time.sleep(seconds)
+        temporary.write_text(content)
+
+
+def start_writer(path: Path, seconds: float, content: str) -> ForkProcess:
+    half = FORK.Event()
+    process = FORK.Process(target=write_slowly, args=(path, seconds, content, half))
+    process.start()
+    assert half.wait(60)
     return process
 
 
-@pytest.mark.slow
 def test_kills_leave_one_hidden_file_at_most_which_the_next_write_uses(tmp_path: Path) -> None:
     path = tmp_path / "file"
     atomic_write(path, "old")
     for _ in range(3):
         process = start_writer(path, 600, "new")
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
         assert path.read_text() == "old"
         assert {entry.name for entry in tmp_path.iterdir()} == {"file", ".file.tmp"}
     atomic_write(path, "new")
@@ -124,16 +125,15 @@ def test_kills_leave_one_hidden_file_at_most_which_the_next_write_uses(tmp_path:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.slow
 def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    process, started = start_writer(path, 1.0, "first"), time.monotonic()
+    process, started = start_writer(path, 0.5, "first"), time.monotonic()
     with atomic_path(path) as temporary:  # waits
-        assert time.monotonic() - started > 0.3
+        assert time.monotonic() - started > 0.2
         assert path.read_text() == "first"
         temporary.write_text("second")
-    process.communicate()
-    assert process.returncode == 0
+    process.join()
+    assert process.exitcode == 0
     assert path.read_text() == "second"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -159,33 +159,31 @@ def test_outputs_and_inputs(tmp_path, monkeypatch):
     check_outputs(["a", "b"], ["c"])
 
 
-HOLDER = """
-import os, sys, time
-from sparse_seg.files import locked
-with locked(sys.argv[1]):
-    gone = os.fork()
-    if gone == 0:
-        sys.exit()  # out of the context
-    os.waitpid(gone, 0)
-    child = os.fork()
-    if child:
-        print(child, flush=True)
-    time.sleep(600)
-"""
+def hold(path: Path, told: Connection) -> None:
+    """A lock, past a forked process that ends; another one lives on."""
+    with locked(path):
+        gone = FORK.Process(target=int)
+        gone.start()
+        gone.join()
+        child = FORK.Process(target=time.sleep, args=(600,))
+        child.start()
+        told.send(child.pid)
+        time.sleep(600)
 
 
 def test_a_lock_ends_with_its_process_though_a_forked_one_lives_on(tmp_path: Path) -> None:
     """As data workers do for some seconds; nor does one that ends take the lock away."""
     path = tmp_path / "folder/lock"
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    child = int(holder.stdout.readline())
+    told, tells = FORK.Pipe(duplex=False)
+    holder = FORK.Process(target=hold, args=(path, tells))
+    holder.start()
+    child = told.recv()
     try:
         with locked(path) as free:
             assert not free
         assert holder_of(path) == f"process {holder.pid} on {socket.gethostname()}"
         holder.kill()
-        holder.wait()
+        holder.join()
         assert path.exists(), "what a kill leaves behind"
         with locked(path) as free:
             assert free
@@ -197,7 +195,6 @@ def test_a_lock_ends_with_its_process_though_a_forked_one_lives_on(tmp_path: Pat
     finally:
         holder.kill()
         os.kill(child, signal.SIGKILL)
-        holder.stdout.close()
 
 
 def test_whoever_waits_for_a_lock_gets_it_when_it_is_free(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from sparse_seg.config.build import build, check_values
+from sparse_seg.config.keys import all_keys
 from sparse_seg.config.reading import overlay, parse_settings, read_yaml
 from sparse_seg.config.rules import check_config, check_model, num_classes
 from sparse_seg.config.schema import Config, ModelConfig
@@ -73,16 +75,8 @@ def to_yaml(config: Config) -> str:
 
 def changes(old: Config, new: Config) -> list[str]:
     """Settings of `new` that differ from those of `old`, as `train.lr 0.02 (was 0.01)`."""
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return [f"{name} {short_yaml(after.get(name))} (was {short_yaml(before.get(name))})" for name in names]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    values = dict[str, Any]()
-    for name, value in tree.items():
-        values |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return values
+    values = ((name, *map(attrgetter(name), (old, new))) for name, *_ in all_keys(Config))
+    return [f"{name} {short_yaml(new)} (was {short_yaml(old)})" for name, old, new in values if new != old]
 
 
 def short_yaml(value: Any) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_seg.config import MaskConfig
+from sparse_seg.config.keys import choices
 from sparse_seg.errors import choose_one
 
 BLOCK = 16  # pixels of a block's side: a block is one cell of the coarsest grid, by default that of stride 16
@@ -33,14 +34,6 @@ class PolicyInput(Protocol):
 
     def dense_classes(self) -> tuple[Tensor, Tensor]:
         """Classes `[B, H, W]` of the dense network at the finest and at the coarsest stride."""
-
-
-@dataclass
-class Frames:
-    """Images, and perhaps labels, alone: enough for a policy that asks for nothing else."""
-
-    images: Tensor
-    labels: Tensor | None = None
 
 
 class MaskPolicy(nn.Module, ABC):
@@ -120,9 +113,9 @@ class MaskPolicy(nn.Module, ABC):
         """Scores `[B, ceil(H/block), ceil(W/block)]` of the blocks of a run's images."""
 
     @torch.no_grad()
-    def forward(self, run: PolicyInput | Frames) -> Tensor:
+    def forward(self, run: PolicyInput) -> Tensor:
         """The fine blocks, bool `[B, ceil(H/block), ceil(W/block)]`, or with three strides int64 levels."""
-        return self.cut(self.scores(run))  # type: ignore[arg-type]
+        return self.cut(self.scores(run))
 
     def remember(self, run: Any) -> None:
         """Take note of an image's pass (`run/passes.py`) for the next image, as a policy for videos does;
@@ -156,8 +149,9 @@ class MaskPolicy(nn.Module, ABC):
         return text + (", blur" if self.blur else "")
 
 
-def one_of(what: str, value: str, valid: Sequence[str]) -> str:
-    """A value that is one of the valid ones. Raises a ValueError with the nearest of these."""
+def one_of(what: str, key: str, value: str) -> str:
+    """A value of a key of `model.mask`. Raises a ValueError with the nearest valid one."""
+    valid = choices(MaskConfig, key)
     if value not in valid:
         raise ValueError(f"unknown {what} {choose_one(value, valid)}")
     return value

@@ -9,12 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.config import MaskConfig
-from sparse_seg.config.keys import choices
 from sparse_seg.masks.base import MaskPolicy, PolicyInput, one_of
 from sparse_seg.masks.oracle import label_boundary
-
-UNCERTAINTIES, REDUCTIONS = choices(MaskConfig, "uncertainty"), choices(MaskConfig, "reduce")
 
 
 class ConfidencePolicy(MaskPolicy):
@@ -47,8 +43,8 @@ class ConfidencePolicy(MaskPolicy):
         **levels: Any,
     ) -> None:
         super().__init__(*cut, **levels)
-        self.uncertainty = one_of("uncertainty", uncertainty, UNCERTAINTIES)
-        self.reduce, self.neighbours = one_of("reduction", reduce, REDUCTIONS), neighbours
+        self.uncertainty = one_of("uncertainty", "uncertainty", uncertainty)
+        self.reduce, self.neighbours = one_of("reduction", "reduce", reduce), neighbours
         self.stored_dtype = getattr(torch, stored_dtype) if isinstance(stored_dtype, str) else stored_dtype
 
     def scores(self, run: PolicyInput) -> Tensor:

@@ -7,11 +7,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.config import MaskConfig
-from sparse_seg.config.keys import choices
-from sparse_seg.masks.base import Frames, MaskPolicy, PolicyInput, block_shape, one_of
+from sparse_seg.masks.base import MaskPolicy, PolicyInput, block_shape, one_of
 
-RULES = choices(MaskConfig, "edge")
 CAD_GREY, CAD_DILATION, CAD_STRIDE, CAD_BLOCK = (0.299, 0.587, 0.114), 11, 8, 32  # weights; px
 
 
@@ -28,9 +25,9 @@ class EdgePolicy(MaskPolicy):
 
     def __init__(self, *cut: float | None, rule: str = "sobel", **levels: Any) -> None:
         super().__init__(*cut, **levels)
-        self.rule = one_of("edge rule", rule, RULES)
+        self.rule = one_of("edge rule", "edge", rule)
 
-    def scores(self, run: PolicyInput | Frames) -> Tensor:
+    def scores(self, run: PolicyInput) -> Tensor:
         images = run.images
         if self.rule == "sobel":
             return F.max_pool2d(gradient_magnitude(images), self.block, ceil_mode=True).squeeze(1)

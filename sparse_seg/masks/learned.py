@@ -44,11 +44,7 @@ class LearnedPolicy(NetPolicy):
         return learned_net(features, factor)
 
     def scores(self, run: PolicyInput) -> Tensor:
-        return self.feature_scores(run.features())
-
-    def feature_scores(self, features: Tensor) -> Tensor:
-        """Features `[B, C, h, w]` to scores `[B, Hc, Wc]`, in float32; differentiable."""
-        return self.net(features).float().squeeze(1)
+        return self.net(run.features()).float().squeeze(1)
 
     def macs(self, size: tuple[int, int], stride: int, batch: int) -> int:
         return conv_macs(self.net, size, batch)

@@ -8,11 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.config import MaskConfig
-from sparse_seg.config.keys import choices
 from sparse_seg.masks.base import MaskPolicy, PolicyInput, one_of
-
-ORACLES = choices(MaskConfig, "oracle")
 
 
 class OraclePolicy(MaskPolicy):
@@ -36,7 +32,7 @@ class OraclePolicy(MaskPolicy):
         self, *cut: float | None, ignore_index: int = 255, rule: str = "boundary", **levels: Any
     ) -> None:
         super().__init__(*cut, **levels)
-        self.ignore_index, self.rule = ignore_index, one_of("oracle rule", rule, ORACLES)
+        self.ignore_index, self.rule = ignore_index, one_of("oracle rule", "oracle", rule)
 
     def scores(self, run: PolicyInput) -> Tensor:
         labels = run.labels

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparse_seg.masks.base import Frames, MaskPolicy, PolicyInput, block_shape
+from sparse_seg.masks.base import MaskPolicy, PolicyInput, block_shape
 
 
 class RandomPolicy(MaskPolicy):
@@ -20,7 +20,7 @@ class RandomPolicy(MaskPolicy):
         super().__init__(*cut, **levels)
         self.seed = seed
 
-    def scores(self, run: PolicyInput | Frames) -> Tensor:
+    def scores(self, run: PolicyInput) -> Tensor:
         images = run.images
         generator = None if self.training else torch.Generator().manual_seed(self.seed)
         return torch.rand(block_shape(images, self.block), generator=generator).to(images.device)

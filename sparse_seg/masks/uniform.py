@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_seg.masks.base import Frames, MaskPolicy, PolicyInput, block_shape
+from sparse_seg.masks.base import MaskPolicy, PolicyInput, block_shape
 
 
 class UniformPolicy(MaskPolicy):
@@ -19,5 +19,5 @@ class UniformPolicy(MaskPolicy):
                 f"the uniform policy takes fine_fraction 0 or 1, not {self.fine_fraction}; random takes any"
             )
 
-    def scores(self, run: PolicyInput | Frames) -> Tensor:
+    def scores(self, run: PolicyInput) -> Tensor:
         return run.images.new_full(block_shape(run.images, self.block), 0.5)

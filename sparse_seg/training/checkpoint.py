@@ -1,11 +1,13 @@
-"""Files that training writes: the weights of the best validation, and the full state to resume from."""
+"""The work folder of a training: one training at a time writes it, its best weights and its full state."""
 
 from __future__ import annotations
 
 import io
+import logging
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,41 @@ from sparse_seg.config import (
 )
 from sparse_seg.data import dataset_classes, dataset_ids
 from sparse_seg.errors import CheckpointError, ConfigError, TrainingError
-from sparse_seg.files import atomic_write
-from sparse_seg.training.folder import CONFIG
+from sparse_seg.files import atomic_write, holder_of, locked
 from sparse_seg.version import __version__
 
-BEST, LAST = "best.safetensors", "last.pt"
-LOG = "log.jsonl"  # beside them
+BEST, LAST, CONFIG, LOCK = "best.safetensors", "last.pt", "config.yaml", ".training.lock"
+LOG = "log.jsonl"  # of `report.py`
+# a trainer's attributes that a state keeps, at their start
+PROGRESS = {"iteration": 0, "best": -1.0, "validated": 0, "loss_sum": 0.0, "loss_count": 0}
+_LOG = logging.getLogger(__name__)
+
+
+@contextmanager
+def own_folder(work_dir: Path) -> Iterator[None]:
+    """Keep other trainings out of a work folder inside the context, or until the process ends.
+
+    The folder is made where it is not there, and removed if it is still empty at the end.
+
+    Raises:
+        TrainingError: another training has it, on this machine or on another one.
+        OSError: the folder cannot be written, or its file system does not lock.
+    """
+    is_new, before = not work_dir.exists(), holder_of(work_dir / LOCK)
+    try:
+        with locked(work_dir / LOCK) as free:
+            if not free:
+                who = holder_of(work_dir / LOCK) or "another process"
+                raise TrainingError(
+                    f"{work_dir} is in use: {who} trains there; stop it first, or choose another --work-dir"
+                )
+            if before and not before.endswith(f" on {socket.gethostname()}"):
+                _LOG.warning("warning: %s trained in %s and was killed, it seems", before, work_dir)
+            yield
+    finally:
+        if is_new:
+            with suppress(OSError):
+                work_dir.rmdir()
 
 
 def run_files(work_dir: Path) -> list[Path]:
@@ -121,9 +152,9 @@ def load_state(path: str | Path) -> dict[str, Any]:
     state = {} if is_safetensors(path) else load_pt(path)
     if "progress" not in state:
         raise CheckpointError(f"{path} holds weights only; resume from {LAST}")
-    for name, check in _PARTS.items():
-        if name not in state or not check(state[name]):
-            raise CheckpointError(f"{path} is damaged: its {name!r} cannot be resumed from")
+    faults = [name for name in _PARTS if name not in state or not _is_part(name, state[name])]
+    if faults:
+        raise CheckpointError(f"{path} is damaged: its {faults[0]!r} cannot be resumed from")
     try:
         return state | {"config": config_from_dict(state["config"], "its config")}
     except ConfigError as error:
@@ -149,12 +180,15 @@ def restore_optimizer(
         CheckpointError: momenta of other parameters, or damaged ones.
     """
     own = optimizer.state_dict()["param_groups"]
-    shapes = dict(enumerate(one.shape for group in optimizer.param_groups for one in group["params"]))
+    parameters = dict(enumerate(one for group in optimizer.param_groups for one in group["params"]))
     try:
         fits = [group["params"] for group in state["param_groups"]] == [group["params"] for group in own]
         for index, entry in state["state"].items():
-            fits = fits and set(entry) in (_MOMENTA[kind], set())  # plain SGD has none
-            fits = fits and all(_is_momentum(name, one, shapes[index]) for name, one in entry.items())
+            found = {name: one for name, one in entry.items() if one is not None}  # plain SGD has none
+            count = {"step": torch.zeros(())} if kind == "adamw" else {}
+            like = dict.fromkeys(_MOMENTA[kind], parameters[index]) | count
+            fits = fits and (not found or _is_like(found, like))
+            fits = fits and all(bool((found[name] >= 0).all()) for name in _POSITIVE & found.keys())
     except (LookupError, TypeError, AttributeError):
         fits = False
     if not fits:
@@ -162,13 +196,39 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": state["state"], "param_groups": own})
 
 
-def _is_momentum(name: str, value: Any, shape: torch.Size) -> bool:
-    """Whether a value is one parameter's momentum, finite and of its shape."""
+_PARTS = ("config", "model", "ema", "optimizer", "scaler", "progress", "random")
+_MOMENTA = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
+_POSITIVE = {"step", "exp_avg_sq"}
+
+
+def _is_part(name: str, value: Any) -> bool:
+    """Whether a value may be a part of a state, as far as that can be told without the network."""
+    if name == "random":
+        return _is_like(value, torch.get_rng_state())
     if value is None:
-        return name == "momentum_buffer"
-    whole = isinstance(value, Tensor) and value.is_floating_point() and bool(value.isfinite().all())
-    shape, may_be_negative = (torch.Size() if name == "step" else shape), name not in ("step", "exp_avg_sq")
-    return whole and value.shape == shape and (may_be_negative or not (value < 0).any())
+        return name == "ema"
+    if name in ("model", "ema"):
+        return is_state_dict(value)
+    if not isinstance(value, Mapping):
+        return False
+    if name == "progress":
+        return _is_like({"validated": 0, **value}, PROGRESS)  # which earlier versions did not say
+    return name != "scaler" or all(_is_like(one, 0.0) and one >= 0 for one in value.values())
+
+
+def _is_like(value: Any, own: Any) -> bool:
+    """Whether a value has the keys, types and shapes of another one, and finite numbers; counts have no
+    sign."""
+    if isinstance(own, Mapping):
+        same = isinstance(value, Mapping) and value.keys() == own.keys()
+        return same and all(_is_like(value[name], one) for name, one in own.items())
+    if isinstance(own, Tensor):
+        same = isinstance(value, Tensor) and value.shape == own.shape
+        same = same and (value.dtype == own.dtype or (value.is_floating_point() and own.is_floating_point()))
+        return same and bool(value.isfinite().all())
+    if isinstance(own, int):
+        return type(value) is int and value >= 0
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def check_same_function(config: Config, trained: Config, path: str | Path) -> None:
@@ -183,36 +243,3 @@ def check_same_function(config: Config, trained: Config, path: str | Path) -> No
         for one in (config, trained)
     )
     check_same(asked, own, path)
-
-
-def _is_progress(value: Any) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    counts = {"validated": 0} | {name: one for name, one in value.items() if name not in ("best", "loss_sum")}
-    return (  # earlier versions did not say when they validated
-        value.keys() | {"validated"} == {"iteration", "best", "validated", "loss_sum", "loss_count"}
-        and all(type(count) is int and count >= 0 for count in counts.values())
-        and all(_is_number(value[name], -math.inf) for name in ("best", "loss_sum"))
-    )
-
-
-def _is_number(value: Any, lowest: float) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= lowest
-
-
-def _is_random(value: Any) -> bool:
-    own = torch.get_rng_state()
-    return isinstance(value, Tensor) and value.dtype == own.dtype and value.shape == own.shape
-
-
-_MOMENTA = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
-_PARTS: dict[str, Callable[[Any], bool]] = {
-    "config": lambda value: isinstance(value, Mapping),
-    "model": is_state_dict,
-    "ema": lambda value: value is None or is_state_dict(value),
-    "optimizer": lambda value: isinstance(value, Mapping),
-    # of a loss scaler that is switched off, nothing
-    "scaler": lambda value: isinstance(value, Mapping) and all(_is_number(one, 0) for one in value.values()),
-    "progress": _is_progress,
-    "random": _is_random,
-}

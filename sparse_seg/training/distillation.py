@@ -19,6 +19,7 @@ from sparse_seg.files import atomic_write
 from sparse_seg.run.exits import last_exit
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid
+from sparse_seg.training.losses import divergence
 
 CONTENT = 3  # which kind of outputs a file holds; another number for another kind
 MOST_SITES = 1024  # per image whose likeness is compared: pairs grow with the square
@@ -147,10 +148,8 @@ def logits_divergence(student: Tensor, teacher: Tensor, weights: Tensor, tempera
         student, teacher: logits `[B, K, h, w]`.
         weights: of the cells, `[B, h, w]`.
     """
-    log_student = (student.float() / temperature).log_softmax(1)
-    log_teacher = (teacher.float() / temperature).log_softmax(1)
-    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
-    return temperature**2 * (divergence * weights).sum() / weights.sum()
+    cells = divergence(student, teacher, temperature)
+    return temperature**2 * (cells * weights).sum() / weights.sum()
 
 
 def likeness_difference(student: Tensor, teacher: Tensor, is_site: Tensor, weights: Tensor) -> Tensor:

@@ -13,28 +13,6 @@ from sparse_seg.training.checkpoint import LAST, best_of, is_complete, load_stat
 from sparse_seg.training.trainer import Trainer
 
 
-def finish_training(
-    config: Config,
-    work_dir: str | Path,
-    device: torch.device | str = "cpu",
-    processes: Processes | None = None,
-) -> Path:
-    """Train in `work_dir`, resume the run found there, or skip a finished one; returns its best
-    weights.
-
-    Raises:
-        TrainingError: the folder holds a run of another config.
-        CheckpointError: the run that is there is damaged.
-    """
-    work_dir = Path(work_dir)
-    if not is_finished(config, work_dir):
-        trainer = Trainer(config, work_dir, (work_dir / LAST).exists(), device, processes)
-        trainer.resume_hint = "run it again to resume"  # by this function
-        trainer.resume_hint_changed = f"remove {work_dir} and run it again"
-        trainer.run()
-    return best_of(work_dir)
-
-
 def is_finished(config: Config, work_dir: Path) -> bool:
     """Whether a folder holds a finished run of this config.
 
@@ -49,3 +27,23 @@ def is_finished(config: Config, work_dir: Path) -> bool:
     if state["config"] != config:
         raise TrainingError(f"{work_dir} holds a run of another config; remove it or choose another folder")
     return is_complete(state, config.train.iterations, work_dir)
+
+
+def finish_training(
+    config: Config,
+    work_dir: str | Path,
+    device: torch.device | str = "cpu",
+    processes: Processes | None = None,
+) -> Path:
+    """Train in `work_dir`, resume the run found there, or skip a finished one; returns its best weights.
+
+    Raises:
+        TrainingError: the folder holds a run of another config.
+        CheckpointError: the run that is there is damaged.
+    """
+    work_dir = Path(work_dir)
+    if not is_finished(config, work_dir):
+        trainer = Trainer(config, work_dir, (work_dir / LAST).exists(), device, processes)
+        trainer.resume_hint = f"run it again to resume, with another config after removing {work_dir}"
+        trainer.run()
+    return best_of(work_dir)

@@ -6,8 +6,8 @@ each fine block, against the coarse pass? A small net learns to tell by the coar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +26,13 @@ FRACTIONS = (0.2, 0.35)  # of fine blocks, in the masks that are tried on each f
 EPOCHS, BATCH, RATE, DECAY = 16, 16, 2e-3, 0.05
 
 
-@dataclass
-class Samples:
-    """One entry a frame and mask.
+class Sample(NamedTuple):
+    """Of a frame under a mask: what the net reads, `[K + 2, Hc, Wc]`; the rise in the share of right pixels,
+    `[Hc, Wc]`, in blocks that are fine, bool `[Hc, Wc]`."""
 
-    Args:
-        reads: what the net reads, `[K + 2, Hc, Wc]` each; gains: the rise in the share of right pixels,
-            `[Hc, Wc]`, in blocks that are `fine`, bool `[Hc, Wc]`.
-    """
-
-    reads: list[Tensor]
-    gains: list[Tensor]
-    fine: list[Tensor]
+    read: Tensor
+    gain: Tensor
+    fine: Tensor
 
 
 @torch.inference_mode()
@@ -49,7 +44,7 @@ def collect(
     limit: int | None = None,
     seed: int = 0,
     merge: str = "patch",
-) -> Samples:
+) -> list[Sample]:
     """Run a network on the frames of a dataset under random masks.
 
     Args:
@@ -58,7 +53,7 @@ def collect(
         limit: take the first so many frames.
     """
     policy = GainPolicy(fine_fraction=0.0, net=nn.Identity(), block=model.strides[-1])
-    generator, samples = torch.Generator().manual_seed(seed), Samples([], [], [])
+    generator, samples = torch.Generator().manual_seed(seed), list[Sample]()
     device = model.device
     count = len(dataset) if limit is None else min(limit, len(dataset))
     loader = evaluation_loader(dataset, data, range(count))
@@ -70,9 +65,8 @@ def collect(
         for fraction in FRACTIONS:
             mask = clusters((read.shape[2], read.shape[3]), fraction, generator)
             fine = run.fork().take(mask.to(device), Way(merge=merge)).classes()
-            samples.reads.append(read[0].cpu().clone())
-            samples.gains.append(block_mean(right(fine, truth) - before, policy.block)[0].cpu().clone())
-            samples.fine.append(mask[0])
+            gain = block_mean(right(fine, truth) - before, policy.block)[0]
+            samples.append(Sample(read[0].cpu().clone(), gain.cpu().clone(), mask[0]))
     return samples
 
 
@@ -88,26 +82,25 @@ def clusters(size: tuple[int, int], fraction: float, generator: torch.Generator)
 
 
 @torch.enable_grad()
-def fit(samples: Samples, seed: int = 0, epochs: int = EPOCHS, bn_eps: float = 1e-5) -> nn.Sequential:
+def fit(
+    samples: Sequence[Sample], seed: int = 0, epochs: int = EPOCHS, bn_eps: float = 1e-5
+) -> nn.Sequential:
     """A net for `GainPolicy`, in eval mode, that predicts the gains of fine blocks (smooth L1, AdamW).
 
     bn_eps: of the network that it is for, which `build_model` gives the net, too.
     """
     torch.manual_seed(seed)
-    height, width = (max(read.shape[axis] for read in samples.reads) for axis in (1, 2))
-
-    def stacked(tensors: list[Tensor]) -> Tensor:
-        return torch.stack(
-            [F.pad(t.float(), (0, width - t.shape[-1], 0, height - t.shape[-2])) for t in tensors]
-        )
-
-    reads, gains, fine = (stacked(part) for part in (samples.reads, samples.gains, samples.fine))
+    height, width = (max(sample.fine.shape[axis] for sample in samples) for axis in (0, 1))
+    reads, gains, fine = (
+        torch.stack([F.pad(t.float(), (0, width - t.shape[-1], 0, height - t.shape[-2])) for t in part])
+        for part in zip(*samples, strict=True)
+    )
     scale = gains[fine > 0].std().clamp(min=1e-6)
     net = gain_net(reads.shape[1] - 2)
     norm: Any = net[0]
     norm.eps = bn_eps
     last: Any = net[-1]
-    values = torch.cat([read.flatten(1) for read in samples.reads], 1)
+    values = torch.cat([sample.read.flatten(1) for sample in samples], 1)
     norm.running_mean.copy_(values.mean(1))
     norm.running_var.copy_(values.var(1))
     net.train()

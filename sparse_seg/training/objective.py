@@ -4,22 +4,26 @@ Distillation (`train.distill`) and emphasis on detail (`boundary_weight`, `fine_
 `train.loss`) work alone and together, for dense and selective training. With `coarse_distill_weight` the
 coarse lattice learns from the whole network's own prediction of the same step, as the narrow networks in
 "Universally Slimmable Networks" (Yu and Huang, ICCV 2019) do from the widest: inplace distillation.
+
+A learned mask has losses of its own. Both run the network dense, where a block's fine and coarse values exist
+(P1).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg.config import TrainConfig
 from sparse_seg.errors import TrainingError
-from sparse_seg.run.exits import auxiliary_logits, last_exit, lattice_logits
+from sparse_seg.masks import block_mean, straight_through
+from sparse_seg.run.exits import auxiliary_logits, blended_logits, last_exit, lattice_logits
 from sparse_seg.run.passes import Pass
 from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 from sparse_seg.training.distillation import Teacher, likeness_difference, logits_divergence
-from sparse_seg.training.losses import Outputs, SegmentationLoss
-from sparse_seg.training.masks import mask_loss
+from sparse_seg.training.losses import SegmentationLoss
 
 
 class Objective(nn.Module):
@@ -39,7 +43,9 @@ class Objective(nn.Module):
         """The loss of images `[B, 3, H, W]` and labels `[B, H, W]`."""
         config, run = self.config, model.start(images, labels)
         if model.policy.needs_net:
-            return mask_loss(run, labels, self.loss, config.mask_loss, config.budget_weight)
+            if config.mask_loss == "supervised":  # it may have three strides
+                return supervised_loss(run)
+            return straight_through_loss(run, labels, self.loss, config.budget_weight)
         fine_blocks = model.policy(run) if self._needs_blocks else None
         if config.network == "dense":
             run.follow(Way.dense(config.output_stride or model.dense_stride))
@@ -48,7 +54,7 @@ class Objective(nn.Module):
             run.take(fine_blocks)
         fine = None if fine_blocks is None else model.fine_pixels(fine_blocks, images)
         coarse = lattice_logits(run) if config.loss.reads_coarse_logits else None
-        loss = self.loss(Outputs(run.logits(), auxiliary_logits(run)), labels, coarse, fine)
+        loss = self.loss(run.logits(), labels, auxiliary_logits(run), coarse, fine)
         return loss if self.teacher is None else loss + self._distill(self.teacher, run, fine)
 
     @property
@@ -83,3 +89,25 @@ class Objective(nn.Module):
                 grid.tensor, taught.features, is_site, weights(grid.tensor, grid.stride)
             )
         return loss
+
+
+def straight_through_loss(run: Pass, labels: Tensor, loss: SegmentationLoss, budget_weight: float) -> Tensor:
+    """Segmentation loss under the chosen mask + `budget_weight` x (share of fine blocks - fine_fraction)^2.
+
+    End to end: what stands behind the rows reads, block by block, fine values or interpolated coarse ones as
+    the net chooses. Extra sites get the dense network's features, without the exchange rule.
+    """
+    policy = run.model.policy
+    chosen = straight_through(policy.scores(run))
+    logits, target = blended_logits(run, chosen), policy.fine_fraction or 0.0
+    return loss(logits, labels) + budget_weight * (chosen.mean() - target).square()
+
+
+def supervised_loss(run: Pass) -> Tensor:
+    """Binary cross-entropy of the scores with the share of each block's pixels whose class the dense fine
+    network (the teacher) changes against the dense coarse one. It reads no labels and makes no choice."""
+    with torch.no_grad():
+        run.features()
+        fine, coarse = run.dense_classes()
+        changed = block_mean((fine != coarse).float(), run.model.policy.block)
+    return F.binary_cross_entropy_with_logits(run.model.policy.scores(run), changed)

@@ -11,10 +11,11 @@ from torch import nn
 from sparse_seg.config import Config
 from sparse_seg.data import open_split
 from sparse_seg.data.batches import training_batches
+from sparse_seg.ops.node import Node
 from sparse_seg.ops.norm import COUNT
 from sparse_seg.progress import bar
 from sparse_seg.run.segmentor import Segmentor
-from sparse_seg.training.batch import check_values_per_channel
+from sparse_seg.training.step import limits_named
 
 BATCHES = 50  # enough for means of thousands of sites
 
@@ -32,45 +33,38 @@ def recalibrate_batch_norm(model: Segmentor, config: Config, network: str, batch
 
     Raises:
         DataError: the dataset is incomplete.
-        ConfigError: a norm would see one value per channel.
+        TrainingError: a norm would see one value per channel.
     """
-    check_values_per_channel(config, config.train.batch_size, model)
     norms = [one for one in model.graph.nodes if one.op == "batch_norm" and not one.options.get("frozen")]
-    layers, tensors, device = dict(model.module.named_modules()), model.tensors, model.device
-    rest: dict[str, float] = {}  # of running statistics: what is left of old ones after a batch
     for norm in norms:
-        for role in ("running_mean", "running_var"):
-            name, momentum = norm.tensors[role], norm.options["momentum"] or 1.0
-            rest[name] = rest.get(name, 1.0) * (1 - momentum)  # a norm may run more than once
-    counts = {norm.tensors[COUNT] for norm in norms if COUNT in norm.tensors}
-    totals = {name: torch.zeros_like(tensors[name]) for name in rest}
-    dataset = open_split(config.data, "train")
-    loader = training_batches(dataset, config, 0, batches)
+        if COUNT in norm.tensors:
+            model.tensors[norm.tensors[COUNT]].zero_()
+    loader = training_batches(open_split(config.data, "train"), config, 0, batches)
     model.eval()  # dropout stays off
     for number, (images, _) in enumerate(bar(loader, f"statistics, {network}"), start=1):
-        images = images.to(device)
+        images = images.to(model.device)
         fine_blocks = None if network == "dense" else model.policy(model.start(images))
-        for name in (*rest, *counts):
-            tensors[name].zero_()
-        with _training(model, [layers[norm.layer] for norm in norms if norm.layer in layers]):
+        with limits_named(), _averaging(model, norms, number):
             if fine_blocks is None:
                 model.dense(images, config.train.output_stride or model.dense_stride)
             else:
                 model(images, fine_blocks)
-        for name, left in rest.items():
-            totals[name] += tensors[name] / (1 - left)
-            tensors[name].copy_(totals[name] / number)
-        for name in counts:
-            tensors[name].fill_(number)
 
 
 @contextmanager
-def _training(model: Segmentor, norms: Sequence[nn.Module]) -> Iterator[None]:
-    """The norms alone in training mode."""
-    for layer in (model, *norms):
+def _averaging(model: Segmentor, norms: Sequence[Node], number: int) -> Iterator[None]:
+    """The norms alone in training mode, their running statistics the means of batches 1 to `number`."""
+    layers: dict[str, nn.Module] = dict(model.module.named_modules())
+    trained = [model, *(layers[norm.layer] for norm in norms if norm.layer in layers)]
+    momenta = [norm.options["momentum"] for norm in norms]
+    for norm in norms:  # 0: by the norm's own count of batches
+        norm.options["momentum"] = 0 if COUNT in norm.tensors else 1 / number
+    for layer in trained:
         layer.training = True
     try:
         yield
     finally:
-        for layer in (model, *norms):
+        for layer in trained:
             layer.training = False
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.options["momentum"] = momentum

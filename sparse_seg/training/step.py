@@ -75,7 +75,7 @@ class Step:
         """Compute the gradients of a batch; returns its loss."""
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
-        with self.processes.together(self.device), _memory_named():
+        with self.processes.together(self.device), limits_named():
             with torch.autocast(self.device.type, getattr(torch, config.amp_dtype), enabled=config.amp):
                 loss = self.objective(self.model, images, labels)
             whole_loss = self.processes.mean(loss)
@@ -124,14 +124,18 @@ class Step:
 
 
 @contextmanager
-def _memory_named() -> Iterator[None]:
-    """Raises a TrainingError where a step finds no memory, on GPU or CPU."""
+def limits_named() -> Iterator[None]:
+    """Raises a TrainingError where a step finds no memory, on GPU or CPU, or a batch norm too few values."""
     try:
         yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
+    except (RuntimeError, ValueError) as error:
+        if out_of_memory(error):
+            raise TrainingError("no memory for a step; lower train.batch_size or data.crop") from None
+        if "more than 1 value per channel" not in str(error):
             raise
-        raise TrainingError("no memory for a step; lower train.batch_size or data.crop") from None
+        raise TrainingError(
+            "a batch norm gets one value per channel and learns nothing; raise train.batch_size or data.crop"
+        ) from None
 
 
 def _require_finite(value: Tensor, name: str, iteration: int) -> None:

@@ -17,7 +17,6 @@ from sparse_seg.progress import say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a batch system's, a lost terminal's
 _Result = TypeVar("_Result")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class AlreadyTrained(TrainingError):
@@ -32,8 +31,8 @@ class DeviceFailed(TrainingError):
     """A GPU gave up, and with it all that this process keeps there."""
 
 
-class ValidationStopped(BaseException):
-    """Raised into a validation, which may be long, by a request to stop."""
+class _Interrupted(BaseException):
+    """Raised into long work by a request to stop."""
 
 
 @contextmanager
@@ -62,7 +61,7 @@ class Stop:
         self.failure: Exception | None = None
 
     def request(self, number: int, frame: FrameType | None) -> None:
-        """A signal's handler: stop after this step, or at once in a validation or if asked twice."""
+        """A signal's handler: stop after this step, or at once in long work or if asked twice."""
         alone = self.processes.count == 1
         if self.requested:
             if alone:
@@ -73,7 +72,17 @@ class Stop:
             with suppress(OSError):  # the terminal may be gone
                 say("stopping after this step (once more to stop at once)")
         if self.interrupts:
-            raise ValidationStopped
+            raise _Interrupted
+
+    def interruptible(self, work: Callable[[], _Result]) -> _Result | None:
+        """The result of work that may take long; None where a request ends it."""
+        self.interrupts = True
+        try:
+            return work()
+        except _Interrupted:
+            return None
+        finally:
+            self.interrupts = False
 
     def attempt(self, work: Callable[..., _Result], *arguments: Any) -> _Result | None:
         """The work's result; None where it fails, and the first failure is kept."""
@@ -116,27 +125,8 @@ def device_failed(error: RuntimeError) -> bool:
 
 def reason(error: Exception) -> str:
     """An error in one line."""
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}"
-    return str(error)
-
-
-def ending(what: str, failure: Exception | None, unsaved: OSError | None, kept: str, how: str) -> str:
-    """What a failed run says.
-
-    Args:
-        what: happened, by `failure` if by one.
-        unsaved: why `last.pt` could not be written.
-        kept: where the last checkpoint is; empty without one.
-        how: to resume from it.
-    """
-    if unsaved is not None and reason(unsaved) not in what:
-        what += f"; {reason(unsaved)}"
-    if not kept:
-        kept, how = "no checkpoint was written yet", "start again"
-    if isinstance(failure, Diverged):
-        how = f"lower train.lr or set train.clip_grad_norm, then {how}"
-    elif any(isinstance(error, OSError) and error.errno in _FULL for error in (failure, unsaved)):
-        how = f"make room on the disk, then {how}"
-    return f"{what}; {kept}; {how}"
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    room = "; make room on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{where}{error.strerror or error}{room}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +15,36 @@ from sparse_seg.config import Config, changes, check_classes, check_training, to
 from sparse_seg.data import open_split
 from sparse_seg.data.batches import training_batches
 from sparse_seg.errors import DataError, SparseSegError, TrainingError
+from sparse_seg.evaluation.evaluate import Evaluation, Part, combined, measure
 from sparse_seg.files import atomic_write
 from sparse_seg.graph.file import check_plain
 from sparse_seg.processes import Processes, ProcessLost
 from sparse_seg.progress import say
-from sparse_seg.training.batch import check_batch
+from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import (
+    CONFIG,
     LAST,
+    PROGRESS,
     best_of,
     check_work_dir,
     is_complete,
     load_state,
+    own_folder,
     save_best,
     save_state,
 )
-from sparse_seg.training.console import Console
 from sparse_seg.training.distillation import Teacher
-from sparse_seg.training.folder import CONFIG, FolderLock
-from sparse_seg.training.log import TrainingLog
 from sparse_seg.training.losses import check_class_weights
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.pretrained import initial_model
+from sparse_seg.training.report import Report
 from sparse_seg.training.schedule import learning_rate
 from sparse_seg.training.step import Step
-from sparse_seg.training.stopping import (
-    AlreadyTrained,
-    DeviceFailed,
-    Diverged,
-    Stop,
-    ending,
-    reason,
-    signals_to,
-)
-from sparse_seg.training.validation import logged, validate
-
-PROGRESS = ("iteration", "best", "validated", "loss_sum", "loss_count")  # attributes that a state keeps
+from sparse_seg.training.stopping import AlreadyTrained, DeviceFailed, Diverged, Stop, reason, signals_to
 
 
 class Trainer:
-    """Trains a config's network in a work folder.
+    """Trains a config's network in a work folder, which it keeps other trainings out of until `run` ends.
 
     The folder gets `config.yaml` (resolved), `log.jsonl` (one JSON line per log step and validation),
     `last.pt` (all state, to resume from) and `best.safetensors` (weights of the best validation mIoU).
@@ -87,29 +79,41 @@ class Trainer:
         self.config, self.work_dir, self.device = config, Path(work_dir), torch.device(device)
         self.processes = processes or Processes()
         check_training(config)
-        check_batch(config, self.processes, self.device)
-        self.last, self.lock = self.work_dir / LAST, FolderLock(self.work_dir, self.processes)
-        with self.lock:
+        size, count = config.train.batch_size, self.processes.count
+        if size % count:
+            raise TrainingError(
+                f"train.batch_size {size} cannot be shared by {count} processes; use a multiple"
+            )
+        self.last, self.resume_hint = self.work_dir / LAST, f"resume with --work-dir {work_dir} --resume"
+        with ExitStack() as held:
+            self.processes.decided(lambda: held.enter_context(own_folder(self.work_dir)))
             self._prepare(resume)
+            if self.report:
+                held.callback(self.report.close)
+            self._held = held.pop_all()
 
     def _prepare(self, resume: str | Path | bool) -> None:
-        """Check and build all that `run` needs; the work folder is written last."""
+        """Check and build all that `run` needs; files are written last."""
         config, train, data = self.config, self.config.train, self.config.data
-        self.lock.take(create=False)
         goes_on = bool(resume is True or (resume and Path(resume).resolve() == self.last.resolve()))
-        self._check_folder(goes_on)
+        if self.last.exists() and not goes_on:
+            raise TrainingError(
+                f"{self.work_dir} already holds a run; add --resume alone or choose another --work-dir"
+            )
+        check_work_dir(self.work_dir)
         if train.threads is not None:
             torch.set_num_threads(train.threads)
         source = self.last if resume is True else Path(str(resume))
         state = load_state(source) if resume else None
-        if state is not None and goes_on and is_complete(state, train.iterations, self.work_dir):
-            raise AlreadyTrained(
-                f"{self.work_dir} is already trained to iteration {state['progress']['iteration']}; raise "
-                "train.iterations to continue"
-            )
+        if state is not None and state["progress"]["iteration"] >= train.iterations:
+            done = goes_on and is_complete(state, train.iterations, self.work_dir)
+            if done or not goes_on:
+                raise (AlreadyTrained if done else TrainingError)(
+                    f"{self.work_dir if done else resume} is already trained to iteration "
+                    f"{state['progress']['iteration']}; raise train.iterations to continue"
+                )
 
-        self.dataset = open_split(data, "train")
-        self.validation = open_split(data, "val")
+        self.dataset, self.validation = (open_split(data, split) for split in ("train", "val"))
         check_classes(config)
         check_class_weights(self.dataset.check(), train.loss.class_weights)
         self.validation.check(train.eval_images)
@@ -118,7 +122,6 @@ class Trainer:
 
         torch.manual_seed(train.seed)
         self.model = initial_model(config, self.device, self.processes, starts=state is None)
-        check_batch(config, self.processes, self.device, self.model)
         check_plain(self.model.graph)  # it is saved later on
         path, cache = train.distill.teacher, train.distill.cache
         teacher = None if path is None else Teacher(path, config, cache, self.device)
@@ -129,149 +132,14 @@ class Trainer:
         self.validated = self.saved = 0  # iterations
         if state is not None:
             self._restore(state, source)
-            if goes_on:
-                self.saved = self.iteration
-            elif self.iteration >= train.iterations:
-                raise TrainingError(
-                    f"{resume} is already trained to iteration {self.iteration}; raise train.iterations"
-                )
+            self.saved = self.iteration if goes_on else 0
         self.processes.seed(train.seed, self.iteration)
-        if self.lock.take(create=True):
-            self._check_folder(goes_on)  # once more: another training may have been in it meanwhile
+        self.stop = Stop(self.processes, self.device)
+        self.report: Report | None = None
+        self.processes.gather(lambda: None)  # all have come so far
         if self.processes.is_first:
             atomic_write(self.work_dir / CONFIG, to_yaml(config))
-            self.log = TrainingLog(self.work_dir, self.iteration, train.tensorboard)
-        self.resume_hint = f"resume with --work-dir {self.work_dir} --resume"
-        self.resume_hint_changed = self.resume_hint
-        self.stop = Stop(self.processes, self.device)
-
-    def _check_folder(self, goes_on: bool) -> None:
-        if self.last.exists() and not goes_on:
-            raise TrainingError(
-                f"{self.work_dir} already holds a run; add --resume alone or choose another --work-dir"
-            )
-        check_work_dir(self.work_dir)
-
-    # -- the loop ------------------------------------------------------------------------------------------
-
-    def run(self) -> float:
-        """Train to the configured iteration; returns the best validation mIoU in 0..1.
-
-        What stops it early (a request, damaged data, a lost worker, a full disk, a loss that is not finite)
-        costs no step: `last.pt` is written first, if the disk takes it. Where the GPU fails, what it held is
-        lost.
-
-        Raises:
-            DataError: an image cannot be read, or a worker that reads was killed.
-            TrainingError: stopped for another reason.
-        """
-        with self.lock:
-            self.lock.take(create=True)
-            return self._run()
-
-    def _run(self) -> float:
-        train = self.config.train
-        part = self.processes.rank, self.processes.count
-        batches = iter(
-            training_batches(self.dataset, self.config, self.iteration, train.iterations, part, self.device)
-        )
-        self._set_training()
-        self.console = Console(train, self.iteration, self.device, self.processes.is_first)
-        with signals_to(self.stop.request):
-            try:
-                self._catch_up()
-                while True:
-                    batch = None if self.stop.failure else self.stop.attempt(next, batches, None)
-                    if self.stop.is_due():
-                        raise self._stopped()
-                    if batch is None:
-                        return self.best
-                    self.stop.attempt(self._advance, batch)
-            finally:
-                self.console.close()
-
-    def _advance(self, batch: tuple[Tensor, Tensor]) -> None:
-        loss = self._step(*batch)
-        self._after_step()
-        self.console.step(loss, self.best)
-
-    def _step(self, images: Tensor, labels: Tensor) -> float:
-        loss = self.step(images, labels, self.iteration)
-        self.iteration += 1
-        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
-        return loss
-
-    def _set_training(self) -> None:
-        """Training mode; a frozen network stays in eval mode, so that its statistics stay as they are."""
-        self.model.train(not self.config.train.freeze)
-        self.model.policy.train()
-
-    def _after_step(self) -> None:
-        """Log, validate and save when it is time."""
-        self._report()
-        if self._is_due(self.config.train.save_every):
-            with self.console.paused():
-                self.stop.attempt(self.save)
-
-    def _report(self) -> None:
-        """Log and validate when it is time and not yet done."""
-        train = self.config.train
-        if self._is_due(train.log_every) and self.loss_count:
-            self.stop.attempt(self._log_loss)
-        if self._is_due(train.eval_every) and self.validated < self.iteration:
-            self.stop.attempt(self._validate)
-
-    def _catch_up(self) -> None:
-        """Log and validate what a run that was stopped meanwhile left undone."""
-        before = self.validated, self.loss_count
-        self._report()
-        if before != (self.validated, self.loss_count):
-            self.stop.attempt(self.save)
-
-    def _is_due(self, every: int) -> bool:
-        return self.iteration % every == 0 or self.iteration >= self.config.train.iterations
-
-    def _log_loss(self) -> None:
-        loss, rate = self.loss_sum / self.loss_count, learning_rate(self.iteration - 1, self.config.train)
-        if self.processes.is_first:
-            self.log.write(self.iteration, loss=loss, lr=rate)
-        self.loss_sum, self.loss_count = 0.0, 0
-        self.console.line(self.iteration, loss, rate)
-
-    def _validate(self) -> None:
-        model: Any = self.ema or self.model
-        with self.console.paused():
-            result = validate(model, self.validation, self.config, self.stop)
-        if result is None:  # repeated when the run resumes
-            return
-        metrics = result.metrics
-        if math.isnan(metrics.miou):
-            raise TrainingError(
-                f"validation at iteration {self.iteration} found no labelled pixel; check the val labels or "
-                "raise train.eval_images"
-            )
-        is_best = metrics.miou > self.best
-        if self.processes.is_first:
-            if is_best:
-                said: dict[str, Any] = {
-                    "frame": self.dataset.frame_size,
-                    "iteration": self.iteration,
-                    "miou": metrics.miou,
-                }
-                save_best(self.work_dir, self.config, *content_of(model), **said)
-            self.log.write(self.iteration, **logged(result, self.validation.classes))
-        self.best, self.validated = max(self.best, metrics.miou), self.iteration
-        self.console.validated(self.iteration, result, self.best)
-
-    # -- stopping and going on -----------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """Write `last.pt`, with everything that the next step depends on: the first process's, for all."""
-        if self.processes.is_first:
-            progress = {name: getattr(self, name) for name in PROGRESS}
-            weights, state = self.model.state_dict(), self.step.state()
-            save_state(self.last, self.config, weights, progress=progress, **state)
-        self.saved = self.iteration
+            self.report = Report(train, self.work_dir, self.iteration, self.device)
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         self.step.restore(state, path)
@@ -286,9 +154,136 @@ class Trainer:
             changed = ", ".join(changes(state["config"], self.config))
             say(f"resuming at iteration {self.iteration}" + (f"; changed: {changed}" if changed else ""))
 
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def run(self) -> float:
+        """Train to the configured iteration; returns the best validation mIoU in 0..1.
+
+        What stops it early (a request, damaged data, a lost worker, a full disk, a loss that is not finite)
+        costs no step: `last.pt` is written first, if the disk takes it. Where the GPU fails, what it held is
+        lost.
+
+        Raises:
+            DataError: an image cannot be read, or a worker that reads was killed.
+            TrainingError: stopped for another reason.
+        """
+        with self._held:
+            return self._run()
+
+    def _run(self) -> float:
+        train, part = self.config.train, (self.processes.rank, self.processes.count)
+        batches = iter(
+            training_batches(self.dataset, self.config, self.iteration, train.iterations, part, self.device)
+        )
+        self._set_training()
+        with signals_to(self.stop.request):
+            before = self.validated, self.loss_count
+            self._log_and_validate()  # what a run that was stopped meanwhile left undone
+            if before != (self.validated, self.loss_count):
+                self.stop.attempt(self.save)
+            while True:
+                batch = None if self.stop.failure else self.stop.attempt(next, batches, None)
+                if self.stop.is_due():
+                    raise self._stopped()
+                if batch is None:
+                    return self.best
+                self.stop.attempt(self._advance, batch)
+
+    def _advance(self, batch: tuple[Tensor, Tensor]) -> None:
+        loss = self._step(*batch)
+        self._after_step()
+        if self.report:
+            self.report.step(loss, self.best)
+
+    def _step(self, images: Tensor, labels: Tensor) -> float:
+        loss = self.step(images, labels, self.iteration)
+        self.iteration += 1
+        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+        return loss
+
+    def _set_training(self) -> None:
+        """Training mode; a frozen network stays in eval mode, so that its statistics stay as they are."""
+        self.model.train(not self.config.train.freeze)
+        self.model.policy.train()
+
+    def _after_step(self) -> None:
+        """Log, validate and save when it is time."""
+        self._log_and_validate()
+        if self._is_due(self.config.train.save_every):
+            self.stop.attempt(self.save)
+
+    def _log_and_validate(self) -> None:
+        """Log and validate when it is time and not yet done."""
+        train = self.config.train
+        if self._is_due(train.log_every) and self.loss_count:
+            self.stop.attempt(self._log_loss)
+        if self._is_due(train.eval_every) and self.validated < self.iteration:
+            self.stop.attempt(self._validate)
+
+    def _is_due(self, every: int) -> bool:
+        return self.iteration % every == 0 or self.iteration >= self.config.train.iterations
+
+    def _log_loss(self) -> None:
+        loss, rate = self.loss_sum / self.loss_count, learning_rate(self.iteration - 1, self.config.train)
+        if self.report:
+            self.report.loss(self.iteration, loss, rate)
+        self.loss_sum, self.loss_count = 0.0, 0
+
+    def _validate(self) -> None:
+        model: Any = self.ema or self.model
+        result = self._measured(model)
+        if result is None:  # repeated when the run resumes
+            return
+        miou = result.metrics.miou
+        if math.isnan(miou):
+            raise TrainingError(
+                f"validation at iteration {self.iteration} found no labelled pixel; check the val labels or "
+                "raise train.eval_images"
+            )
+        best = max(miou, self.best)
+        if self.report:
+            if miou > self.best:
+                said: dict[str, Any] = {"frame": self.dataset.frame_size, "iteration": self.iteration}
+                save_best(self.work_dir, self.config, *content_of(model), miou=miou, **said)
+            self.report.validation(self.iteration, result, best, self.validation.classes.names)
+        self.best, self.validated = best, self.iteration
+
+    def _measured(self, model: Any) -> Evaluation | None:
+        """The validation of a model, run as it trains; None where a request to stop ends it in any process.
+
+        Raises:
+            DataError: an image cannot be read, in any process.
+        """
+        train, data, frames = self.config.train, self.config.data, len(self.validation)
+        way = Way.dense(train.output_stride or model.dense_stride) if train.network == "dense" else Way()
+        share = self.processes.share(min(frames, train.eval_images or frames))
+
+        def work() -> Part:
+            return measure(model, self.validation, data, way, share, with_loss=True)
+
+        self.processes.share_buffers(model)
+        parts = self.processes.gather(lambda: self.stop.interruptible(work))
+        done = [part for part in parts if part is not None]
+        return combined(done) if len(done) == len(parts) else None
+
+    # -- stopping ------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write `last.pt`, with everything that the next step depends on: the first process does, for all."""
+        if not isinstance(self.stop.failure, ProcessLost):
+            self.processes.decided(self._write_state)
+        elif self.processes.is_first:
+            self._write_state()
+        self.saved = self.iteration
+
+    def _write_state(self) -> None:
+        progress = {name: getattr(self, name) for name in PROGRESS}
+        save_state(self.last, self.config, self.model.state_dict(), progress=progress, **self.step.state())
+        self.saved = self.iteration
+
     def _stopped(self) -> SparseSegError:
         """Save; returns the error that says what happened, what was saved and how to resume."""
-        failure, unsaved = self.stop.cause(), None
+        failure = self.stop.failure = self.stop.cause()
         what = reason(failure) if failure else f"stopped at iteration {self.iteration}"
         kind = DataError if isinstance(failure, DataError) else TrainingError
         if isinstance(failure, ProcessLost) and not self.processes.is_first:  # the first one may be gone
@@ -296,10 +291,12 @@ class Trainer:
         if self.iteration > 0 and not isinstance(failure, DeviceFailed):
             try:
                 self.save()
-            except OSError as error:
-                unsaved = error
-        kept = f"the last good checkpoint is {self.last}, of iteration {self.saved}" if self.saved else ""
-        how = self.resume_hint_changed if isinstance(failure, Diverged) else self.resume_hint
-        if failure is None and unsaved is None and kept:
-            return kind(f"{what}; {how}")
-        return kind(ending(what, failure, unsaved, kept, how))
+            except (OSError, ProcessLost) as error:
+                what += "" if reason(error) in what else f"; {reason(error)}"
+        kept, how = "no checkpoint was written yet; ", "start again"
+        if self.saved:
+            last = f"the last good checkpoint is {self.last}, of iteration {self.saved}; "
+            kept, how = last if failure or self.saved < self.iteration else "", self.resume_hint
+        if isinstance(failure, Diverged):
+            how = f"lower train.lr or set train.clip_grad_norm, then {how}"
+        return kind(f"{what}; {kept}{how}")

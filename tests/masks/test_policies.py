@@ -1,6 +1,7 @@
 """Mask policies against loops over pixels and blocks."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -9,21 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_seg.masks import (
-    POLICIES,
-    EdgePolicy,
-    Frames,
-    MaskPolicy,
-    OraclePolicy,
-    RandomPolicy,
-    UniformPolicy,
-    block_shape,
-    blur_scores,
-    gradient_magnitude,
-    top_blocks,
-)
+from sparse_seg.masks import POLICIES, MaskPolicy, OraclePolicy, block_shape, blur_scores, top_blocks
+from sparse_seg.masks.edge import EdgePolicy, gradient_magnitude
+from sparse_seg.masks.random import RandomPolicy
+from sparse_seg.masks.uniform import UniformPolicy
 
-SIZES = [(32, 32), (33, 47), (49, 81), (64, 96)]
+SIZES = [(32, 32), (49, 81)]
+
+
+def frames(images: Tensor, labels: Tensor | None = None) -> Any:
+    """What a policy may ask that looks at images, and perhaps labels, alone."""
+    return SimpleNamespace(images=images, labels=labels)
 
 
 class Given(MaskPolicy):
@@ -51,7 +48,7 @@ def random_labels(images: Tensor, classes: int = 3) -> Tensor:
     return small.repeat_interleave(9, 1).repeat_interleave(9, 2)[:, :height, :width]
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.15, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.15, 0.77, 1.0])
 def test_exact_count_of_the_highest_scores(fraction: float) -> None:
     scores = torch.randn(3, 7, 9, generator=torch.Generator().manual_seed(1))
     mask = top_blocks(scores, fraction)
@@ -75,43 +72,26 @@ def test_ties_in_raster_order() -> None:
     assert torch.equal(chosen.nonzero().squeeze(1), tied[: round(0.2 * 4096)]), "an unstable sort mixes ties"
 
 
-def test_threshold() -> None:
-    values = torch.tensor([[[0.1, 0.5, 0.6]]])
-    assert Given(values, threshold=0.5)(values).tolist() == [[[False, False, True]]], "above, not at"
-    assert Given(values, threshold=0.5).extra_repr() == "threshold=0.5"
-    assert Given(values, fine_fraction=0.5).extra_repr() == "fine_fraction=0.5"
-
-
-@pytest.mark.parametrize("cut", [{}, {"fine_fraction": 0.1, "threshold": 0.1}])
-def test_one_of_two_cuts(cut: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="either fine_fraction or threshold"):
-        EdgePolicy(**cut)
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.1])
-def test_fractions_outside(fraction: float) -> None:
-    with pytest.raises(ValueError, match=rf"fine_fraction must lie in 0..1, not {fraction}"):
-        RandomPolicy(fraction)
-
-
 IMAGE_POLICIES = sorted(
     name for name, policy in POLICIES.items() if not (policy.needs_net or policy.ranks_refinement)
 )
 
 
 @pytest.mark.parametrize("name", IMAGE_POLICIES)
-def test_every_policy(name: str, images: Tensor) -> None:
+def test_every_policy(name: str, images: Tensor, device: str) -> None:
     """The right shape and exact budget for both images of a batch, on any size; each image for itself."""
     blocks = (2, math.ceil(images.shape[2] / 16), math.ceil(images.shape[3] / 16))
     assert block_shape(images) == blocks
     fraction = 1.0 if name == "uniform" else 0.3
-    policy, labels = POLICIES[name](fine_fraction=fraction).eval(), random_labels(images)
-    mask = policy(Frames(images, labels))
+    policy, labels = POLICIES[name](fine_fraction=fraction).eval(), random_labels(images).to(device)
+    images = images.to(device)
+    mask = policy(frames(images, labels))
+    assert mask.device.type == device
     assert tuple(mask.shape) == blocks
     assert mask.dtype == torch.bool
     assert mask.flatten(1).sum(1).tolist() == [round(fraction * blocks[1] * blocks[2])] * 2
     if name in ("edge", "oracle"):
-        alone = torch.cat([policy(Frames(images[i : i + 1], labels[i : i + 1])) for i in range(2)])
+        alone = torch.cat([policy(frames(images[i : i + 1], labels[i : i + 1])) for i in range(2)])
         assert torch.equal(alone, mask)
 
 
@@ -127,15 +107,10 @@ def test_gradient_magnitude(images: Tensor) -> None:
         np.testing.assert_allclose(magnitude[0].numpy(), np.hypot(dx, dy), atol=1e-5)
 
 
-def test_gradient_of_a_ramp_is_its_slope() -> None:
-    ramp = (torch.arange(40.0) * 0.25).expand(1, 3, 32, 40)
-    assert torch.allclose(gradient_magnitude(ramp)[..., 1:-1], torch.tensor(0.25))
-
-
 def test_edge_scores(images: Tensor) -> None:
     """The largest magnitude of a block's pixels, those of cut blocks at the border included."""
     magnitude = gradient_magnitude(images)[:, 0]
-    scores = EdgePolicy(threshold=0.0).scores(Frames(images))
+    scores = EdgePolicy(threshold=0.0).scores(frames(images))
     for b, y, x in np.ndindex(*block_shape(images)):
         block = magnitude[b, 16 * y : 16 * y + 16, 16 * x : 16 * x + 16]
         assert scores[b, y, x] == block.max()
@@ -144,7 +119,7 @@ def test_edge_scores(images: Tensor) -> None:
 def test_oracle_scores(images: Tensor) -> None:
     """Boundary pixels over 256 places: a block cut by the border has less to gain."""
     labels = random_labels(images)
-    scores = OraclePolicy(threshold=0.0).scores(Frames(images, labels))  # type: ignore[arg-type]
+    scores = OraclePolicy(threshold=0.0).scores(frames(images, labels))
     counts = np.zeros(block_shape(images))
     plain = labels.tolist()
     height, width = images.shape[2:]
@@ -161,22 +136,21 @@ def test_oracle_ignores_the_ignored() -> None:
     labels = torch.zeros(1, 32, 32, dtype=torch.long)
     labels[:, 10:, 20:] = 255
     policy, images = OraclePolicy(threshold=0.0), torch.zeros(1, 3, 32, 32)
-    assert not policy(Frames(images, labels)).any()
+    assert not policy(frames(images, labels)).any()
     labels[:, 10:, 20:] = 1
-    assert policy(Frames(images, labels)).tolist() == [[[False, True], [False, True]]]
-    assert not OraclePolicy(threshold=0.0, ignore_index=1)(Frames(images, labels)).any()
+    assert policy(frames(images, labels)).tolist() == [[[False, True], [False, True]]]
+    assert not OraclePolicy(threshold=0.0, ignore_index=1)(frames(images, labels)).any()
     with pytest.raises(ValueError, match=r"oracle policy \(boundary\) reads labels: give them \(model.start"):
-        policy(Frames(images))
+        policy(frames(images))
 
 
-@pytest.mark.parametrize("size", [(96, 128), (100, 131)], ids=str)
-@pytest.mark.parametrize("threshold", [0.15, 0.35, 0.95])
+@pytest.mark.parametrize(("size", "threshold"), [((96, 128), 0.15), ((100, 131), 0.95)], ids=str)
 def test_cad_rule(size: tuple[int, int], threshold: float) -> None:
     """The published rule by loops: signed differences, zero border, 11x11 dilation, any of 4x4 cells."""
     generator = torch.Generator().manual_seed(int(100 * threshold))
     spots = torch.rand(2, 1, *size, generator=generator) < 0.001
     images = 1.6 * threshold * spots * torch.rand(2, 3, *size, generator=generator)
-    mask = EdgePolicy(threshold=threshold, rule="cad")(Frames(images))
+    mask = EdgePolicy(threshold=threshold, rule="cad")(frames(images))
     height, width = size
     expected = torch.zeros_like(mask)
     for b in range(2):
@@ -193,35 +167,30 @@ def test_cad_rule(size: tuple[int, int], threshold: float) -> None:
 
 def test_cad_counts_bright_borders_and_equality() -> None:
     """Outside the image is zero, so a bright left border is an edge; a difference of the threshold counts."""
-    bright = EdgePolicy(threshold=0.9, rule="cad")(Frames(torch.ones(1, 3, 64, 96)))[0]
+    bright = EdgePolicy(threshold=0.9, rule="cad")(frames(torch.ones(1, 3, 64, 96)))[0]
     assert bright.nonzero().tolist() == [[y, x] for y in range(4) for x in range(6) if min(y, x) < 2]
-    assert not EdgePolicy(threshold=0.9, rule="cad")(Frames(-torch.ones(1, 3, 64, 96))).any(), (
+    assert not EdgePolicy(threshold=0.9, rule="cad")(frames(-torch.ones(1, 3, 64, 96))).any(), (
         "read 8 px further in"
     )
     flat = torch.zeros(1, 3, 64, 96)
     flat[..., 48:] = 0.5
-    scores = EdgePolicy(threshold=0.5, rule="cad").scores(Frames(flat))
+    scores = EdgePolicy(threshold=0.5, rule="cad").scores(frames(flat))
     top = scores.max().item()
-    assert EdgePolicy(threshold=top, rule="cad")(Frames(flat)).any()
-    assert not EdgePolicy(threshold=top)(Frames(flat)).any()
+    assert EdgePolicy(threshold=top, rule="cad")(frames(flat)).any()
+    assert not EdgePolicy(threshold=top)(frames(flat)).any()
     with pytest.raises(ValueError, match="unknown edge rule 'canny'; choose one of sobel, cad"):
         EdgePolicy(threshold=0.5, rule="canny")
 
 
-def test_two_cuts_of_one_ranking() -> None:
+def test_cuts_of_one_ranking() -> None:
     scores = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(3))
     levels = top_blocks(scores, 0.2, 0.3)
     assert torch.equal(levels == 2, top_blocks(scores, 0.2))
     assert torch.equal(levels >= 1, top_blocks(scores, 0.5))
-    thresholds = Given(scores, threshold=0.5, middle_threshold=-0.5)
-    levels = thresholds(scores)
-    assert torch.equal(levels, (scores > 0.5).long() + (scores > -0.5))
-    assert "middle_threshold=-0.5" in thresholds.extra_repr()
-    assert EdgePolicy(0.1, middle_fraction=0.2, block=32)(Frames(torch.randn(1, 3, 64, 96))).shape == (
-        1,
-        2,
-        3,
-    )
+    values = torch.tensor([[[0.1, 0.5, 0.6]]])
+    policy = Given(values, threshold=0.5, middle_threshold=-0.5)
+    assert policy(values).tolist() == [[[1, 1, 2]]], "above, not at"
+    assert policy.extra_repr() == "threshold=0.5, middle_threshold=-0.5"
 
 
 def test_blurred_scores() -> None:
@@ -238,22 +207,25 @@ def test_blurred_scores() -> None:
 @pytest.mark.parametrize(
     ("cut", "message"),
     [
+        ({}, "either fine_fraction or threshold"),
+        ({"fine_fraction": 0.1, "threshold": 0.1}, "either fine_fraction or threshold"),
+        ({"fine_fraction": -0.1}, r"fine_fraction must lie in 0\.\.1, not -0\.1"),
         ({"fine_fraction": 0.8, "middle_fraction": 0.3}, "must add up to 1 at most"),
         ({"fine_fraction": 0.1, "middle_threshold": 0.3}, "fractions with fractions"),
         ({"threshold": 0.1, "middle_threshold": 0.3}, "must not exceed threshold"),
     ],
 )
-def test_bad_second_cuts(cut: dict[str, Any], message: str) -> None:
+def test_bad_cuts(cut: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EdgePolicy(**cut)
 
 
 def test_uniform() -> None:
     images = torch.zeros(2, 3, 40, 50)
-    assert not UniformPolicy(0)(Frames(images)).any()
-    assert UniformPolicy(1)(Frames(images)).all()
-    assert UniformPolicy(threshold=0.4)(Frames(images)).all()
-    assert not UniformPolicy(threshold=0.6)(Frames(images)).any()
+    assert not UniformPolicy(0)(frames(images)).any()
+    assert UniformPolicy(1)(frames(images)).all()
+    assert UniformPolicy(threshold=0.4)(frames(images)).all()
+    assert not UniformPolicy(threshold=0.6)(frames(images)).any()
     with pytest.raises(ValueError, match=r"takes fine_fraction 0 or 1, not 0\.5"):
         UniformPolicy(0.5)
 
@@ -263,24 +235,10 @@ def test_random() -> None:
     images = torch.zeros(2, 3, 128, 128)
     policy = RandomPolicy(0.5, seed=3).eval()
     state = torch.get_rng_state()
-    first = policy(Frames(images))
-    assert torch.equal(first, policy(Frames(images)))
+    first = policy(frames(images))
+    assert torch.equal(first, policy(frames(images)))
     assert torch.equal(state, torch.get_rng_state())
-    assert not torch.equal(first, RandomPolicy(0.5, seed=4).eval()(Frames(images)))
+    assert not torch.equal(first, RandomPolicy(0.5, seed=4).eval()(frames(images)))
     assert not torch.equal(first[0], first[1])
     policy.train()
-    assert not torch.equal(policy(Frames(images)), policy(Frames(images)))
-
-
-def test_policies_give_no_gradient() -> None:
-    images = torch.randn(1, 3, 32, 32, requires_grad=True)
-    assert not EdgePolicy(threshold=0.1)(Frames(images)).requires_grad
-
-
-def test_device(device: str) -> None:
-    images = torch.randn(2, 3, 33, 47, device=device)
-    labels = random_labels(images).to(device)
-    for name in IMAGE_POLICIES:
-        policy = POLICIES[name](fine_fraction=1.0 if name == "uniform" else 0.3).eval()
-        mask = policy(Frames(images, labels))
-        assert mask.device.type == device
+    assert not torch.equal(policy(frames(images)), policy(frames(images)))

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from sparse_seg import build_model
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks import Frames
 from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.run.way import Way
@@ -120,7 +119,7 @@ def test_fast_form_of_three_levels() -> None:
 def test_policies_cut_twice() -> None:
     model = build_model({"width": 0.125, "strides": [8, 16, 32], "mask": {"fine_fraction": 0.25}}).eval()
     images = torch.randn(2, 3, 128, 256)
-    levels = model.policy(Frames(images))
+    levels = model.policy(model.start(images))
     assert levels.shape == (2, 4, 8)
     for one in levels:
         assert one.flatten().bincount(minlength=3).tolist() == [32 - 8 - 6, 6, 8]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from sparse_seg import build_model
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks import Frames
 from sparse_seg.networks.heads import DeepLabV3Head
 from sparse_seg.run.exits import auxiliary_logits
 from tests.reference import block_mask, random_model, relative_error
@@ -18,7 +17,7 @@ from tests.reference import block_mask, random_model, relative_error
 @torch.no_grad()
 def test_the_policy_is_the_default_mask() -> None:
     model, images = random_model(), torch.randn(2, 3, 65, 97)
-    mask = model.policy(Frames(images))
+    mask = model.policy(model.start(images))
     assert 0 < mask.sum() < mask.numel()
     assert torch.equal(model(images), model(images, fine_blocks=mask))
     assert model(images).shape == (2, 5, 65, 97)

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.files import atomic_write
@@ -29,17 +29,6 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 LIGHT = ["--device", "cpu", "--set", "train.batch_size=2", "data.crop=[64,64]", "data.workers=0"]
 LIGHT += ["model.width=0.125", "train.threads=1", "train.log_every=1", "train.warmup_iterations=0"]
 LONGEST = 15.0  # seconds
-
-
-@dataclass
-class Kill:
-    """What a kill did: seconds from it to the job's end, our lines and torchrun's of kills of its own, what
-    the job says when it resumes."""
-
-    seconds: float
-    code: int
-    lines: list[str]
-    resumed: str
 
 
 def make_checkout(folder: Path) -> Path:
@@ -67,23 +56,28 @@ def processes_of(job: subprocess.Popen[str]) -> list[int]:
     return [pid for pid, mask in zip(found, caught, strict=True) if int(mask, 16) >> signal.SIGTERM - 1 & 1]
 
 
-def kill(checkout: Path, job: subprocess.Popen[str], rank: int) -> Kill:
-    """Kill a process of a job that saves in `run`, and resume it for one more step."""
+def kill(job: subprocess.Popen[str], rank: int) -> tuple[str, dict[str, Any]]:
+    """Kill a process of a job. Returns what the job has said, and the seconds from then to its end, its code,
+    and our lines and torchrun's of kills of its own."""
     os.kill(processes_of(job)[rank], signal.SIGKILL)
     killed = time.monotonic()
-    _, errors = job.communicate(timeout=600)
+    said, errors = job.communicate(timeout=600)
     seconds = time.monotonic() - killed
+    lines = [one for one in errors.splitlines() if one.startswith("error: ") or "forcefully exiting" in one]
+    return said, {"seconds": seconds, "code": job.returncode, "lines": lines}
+
+
+def resume(checkout: Path) -> str:
+    """Resume a job that saves in `run` for one more step; returns what it says."""
     last = checkout / "run/last.pt"
     reached = load_state(last)["progress"]["iteration"] if last.exists() else 0
-    again = start_job(checkout, f"train.iterations={reached + 1}", resume=last.exists())
-    said, problem = again.communicate(timeout=600)
-    assert again.returncode == 0, problem
-    told = "error: ", "forcefully exiting"
-    lines = [line for line in errors.splitlines() if line.startswith(told[0]) or told[1] in line]
-    return Kill(seconds, job.returncode, lines, said)
+    job = start_job(checkout, f"train.iterations={reached + 1}", resume=last.exists())
+    said, problem = job.communicate(timeout=600)
+    assert job.returncode == 0, problem
+    return said
 
 
-def kill_at_random(number: int) -> dict[str, object]:
+def kill_at_random(number: int) -> dict[str, Any]:
     rng = random.Random(number)
     moment, rank = rng.uniform(0, LONGEST), rng.randrange(2)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,8 +87,8 @@ def kill_at_random(number: int) -> dict[str, object]:
         while len(processes_of(job)) < 2 or (number % 2 and not (checkout / "run/last.pt").exists()):
             time.sleep(0.05)
         time.sleep(moment)
-        found = kill(checkout, job, rank)
-    return {"number": number, "moment": moment, "rank": rank} | asdict(found)
+        found = kill(job, rank)[1] | {"resumed": resume(checkout)}
+    return {"number": number, "moment": moment, "rank": rank} | found
 
 
 if __name__ == "__main__":

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 
 from sparse_seg import build_model, load_model
 from sparse_seg.checkpoint import load
+from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.cli import fit_gain, main
-from sparse_seg.config import DataConfig
+from sparse_seg.config import DataConfig, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.data.transforms import normalise
-from sparse_seg.masks import GainPolicy
+from sparse_seg.masks.gain import GainPolicy
 from sparse_seg.run.way import Way
-from sparse_seg.training.gain import Samples, clusters, collect, fit, right
+from sparse_seg.training.checkpoint import save_checkpoint
+from sparse_seg.training.gain import Sample, clusters, collect, fit, right
 from tests.reference import randomise, relative_error
 
 
@@ -39,14 +41,12 @@ def test_it_reads_means_and_the_largest_entropy_of_each_block(size: tuple[int, i
 def test_the_net_learns_which_blocks_gain() -> None:
     """Gains planted in one of the probabilities; blocks that were not fine teach nothing."""
     generator = torch.Generator().manual_seed(0)
-    samples = Samples([], [], [])
+    samples = []
     for _ in range(60):
         read = torch.rand(7, 6, 8, generator=generator)
         fine = clusters((6, 8), 0.4, generator)[0]
         gain = 0.2 * (F.avg_pool2d(read[None, 2:3], 3, 1, 1)[0, 0] - 0.4)
-        samples.reads.append(read)
-        samples.gains.append(torch.where(fine, gain, torch.full_like(gain, 9.0)))
-        samples.fine.append(fine)
+        samples.append(Sample(read, torch.where(fine, gain, torch.full_like(gain, 9.0)), fine))
     net = fit(samples, epochs=40)
     reads = torch.rand(20, 7, 6, 8, generator=generator)
     expected = 0.2 * (F.avg_pool2d(reads[:, 2:3], 3, 1, 1) - 0.4)
@@ -82,8 +82,8 @@ def test_the_net_that_runs_is_the_net_that_was_fitted(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With another epsilon of batch norm than PyTorch's, as networks converted from TensorFlow have."""
-    settings = ["--set", "model.bn_eps=0.01", "train.iterations=1"]
-    assert main(["train", str(tiny), "--work-dir", str(tmp_path / "work"), *settings]) == 0
+    config = load_config(tiny, ["model.bn_eps=0.01"])
+    save_checkpoint(tmp_path / "net.safetensors", config, *content_of(build_model(config)))
     fitted = []
 
     def kept(*arguments: Any, **options: Any) -> torch.nn.Sequential:
@@ -92,8 +92,8 @@ def test_the_net_that_runs_is_the_net_that_was_fitted(
 
     monkeypatch.setattr(fit_gain, "fit", kept)
     out = tmp_path / "gain.safetensors"
-    command = ["fit_gain", str(tiny), str(tmp_path / "work/best.pt"), str(out), "--limit", "1"]
-    assert main([*command, *settings]) == 0
+    command = ["fit_gain", str(tiny), str(tmp_path / "net.safetensors"), str(out), "--limit", "1"]
+    assert main([*command, "--set", "model.bn_eps=0.01"]) == 0
     reads = torch.rand(1, 21, 4, 6)
     with torch.no_grad():
         policy: Any = load_model(out).policy
@@ -107,19 +107,13 @@ def test_collected_gains(scenes: Path) -> None:
     randomise(model)
     dataset, data = build_dataset("scenes", scenes, "train"), DataConfig()
     samples = collect(model, dataset, data, limit=1)
-    assert len(samples.reads) == 2
+    assert len(samples) == 2
     image, label = dataset.load(0)
     images, truth = normalise(image, data.mean, data.std)[None], torch.from_numpy(label).long()[None]
     with torch.inference_mode():
         coarse = model.start(images).follow(Way.dense(16)).classes()
-        fine = model.start(images).take(samples.fine[0][None], Way(merge="patch")).classes()
+        fine = model.start(images).take(samples[0].fine[None], Way(merge="patch")).classes()
     change = (fine == truth).float() - (coarse == truth).float()
     change = (change * (truth != 255)).view(4, 16, 6, 16).mean((1, 3))
-    assert relative_error(samples.gains[0], change) < 1e-6
+    assert relative_error(samples[0].gain, change) < 1e-6
     assert change.abs().max() > 0
-
-
-def test_training_refuses_it(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    work = ["--work-dir", str(tmp_path / "work")]
-    assert main(["train", str(tiny), *work, "--set", "model.mask.policy=gain"]) == 1
-    assert "then run sparse-seg fit-gain" in capsys.readouterr().err

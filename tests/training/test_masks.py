@@ -1,5 +1,7 @@
 """Training a learned mask: losses against plain definitions, gradients, budget, checkpoints."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,9 @@ from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.masks import LearnedPolicy, block_mean, parse_policy, straight_through
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
-from sparse_seg.training import masks
+from sparse_seg.training import objective
 from sparse_seg.training.losses import SegmentationLoss
-from sparse_seg.training.masks import mask_loss
+from sparse_seg.training.objective import straight_through_loss, supervised_loss
 from sparse_seg.training.trainer import Trainer
 from tests.reference import randomise, relative_error
 
@@ -33,7 +35,7 @@ def batch(size: tuple[int, int] = (64, 96)) -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, 5, (2, *size), generator=generator)
 
 
-@pytest.mark.parametrize("strides", [[8, 16], [8, 16, 32], [4, 8, 16]], ids=str)
+@pytest.mark.parametrize("strides", [[8, 16, 32], [4, 8, 16]], ids=str)
 @torch.no_grad()
 def test_segment_with_a_learned_mask(strides: list[int]) -> None:
     """The mask is a cut of the net's scores of the dense features; the result is the network's under it."""
@@ -58,7 +60,7 @@ def test_segment_with_a_learned_mask(strides: list[int]) -> None:
 
 def test_the_net_is_cheap() -> None:
     mask = {"policy": "learned", "fine_fraction": 0.0}
-    for config in ({"backbone": "resnet50", "head": "deeplabv3"}, {"backbone": "resnet18", "width": 0.625}):
+    for config in ({"head": "deeplabv3"}, {"width": 0.625}):
         model = build_model(config | {"mask": mask}).eval()
         counts = count_macs(model, torch.zeros(1, 3, 64, 96))
         assert 0 < counts["mask"] < 0.02 * sum(counts.values())
@@ -85,8 +87,8 @@ def test_straight_through_loss_at_the_ends(head: str, monkeypatch: pytest.Monkey
     model.eval()
     loss = SegmentationLoss(LossConfig())
     for share in (0.0, 1.0):
-        monkeypatch.setattr(masks, "straight_through", lambda scores, share=share: scores * 0 + share)
-        found = mask_loss(model.start(images), labels, loss, "straight_through", budget_weight=4.0)
+        monkeypatch.setattr(objective, "straight_through", lambda scores, share=share: scores * 0 + share)
+        found = straight_through_loss(model.start(images), labels, loss, 4.0)
         expected = model(images, torch.full((2, 5, 7), bool(share))) if head == "lite" or share else None
         if expected is not None:  # image pooling reads the fine features in either case
             expected = F.cross_entropy(expected, labels) + 4 * (share - 0.25) ** 2
@@ -97,51 +99,53 @@ def test_straight_through_loss_at_the_ends(head: str, monkeypatch: pytest.Monkey
         assert model.module.get_parameter("backbone.conv1.weight").grad is not None
 
 
+def fit_policy(model: SelectiveNetwork, steps: int, loss: Callable[[], Tensor]) -> None:
+    """In training mode, as a Trainer has it: with norms that are frozen, every ReLU of the net may die."""
+    model.requires_grad_(False).policy.requires_grad_(True)
+    model.policy.train()
+    optimizer = torch.optim.Adam(model.policy.parameters(), lr=0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    model.policy.eval()
+
+
 @pytest.mark.slow
 def test_the_budget_is_reached() -> None:
     model, (images, labels) = learned_model(), batch()
-    model.requires_grad_(False).policy.requires_grad_(True)
-    assert isinstance(model.policy, LearnedPolicy)
-    model.policy.train()  # as a Trainer has it: with norms that are frozen, every ReLU of the net may die
-    optimizer = torch.optim.Adam(model.policy.parameters(), lr=0.02)
-    loss = SegmentationLoss(LossConfig())
-    for _ in range(60):
-        optimizer.zero_grad()
-        mask_loss(model.start(images), labels, loss, "straight_through", budget_weight=30.0).backward()
-        optimizer.step()
-    model.policy.eval()
+    plain = SegmentationLoss(LossConfig())
+    fit_policy(model, 40, lambda: straight_through_loss(model.start(images), labels, plain, 30.0))
     with torch.no_grad():
         scores = model.policy.scores(model.start(images))
     assert scores.sigmoid().mean().item() == pytest.approx(0.25, abs=0.1)
 
 
-@pytest.mark.slow
+def changed_blocks(model: SelectiveNetwork, images: Tensor) -> Tensor:
+    """The share of each block's pixels whose class the dense fine network changes."""
+    with torch.no_grad():
+        fine, coarse = (
+            model.dense(images, stride).argmax(1) for stride in (model.strides[0], model.strides[-1])
+        )
+    return block_mean((fine != coarse).float(), model.strides[-1])
+
+
 @pytest.mark.parametrize("strides", [[8, 16], [8, 16, 32], [4, 8, 16]], ids=str)
 def test_supervised_loss(strides: list[int]) -> None:
-    """Cross-entropy against the share of a block's pixels that the dense network changes; it is learnable."""
-    model, (images, labels) = learned_model(strides=strides), batch()
-    model.requires_grad_(False).policy.requires_grad_(True)
-    policy = model.policy
-    assert isinstance(policy, LearnedPolicy)
-    with torch.no_grad():
-        fine, coarse = (model.dense(images, stride).argmax(1) for stride in (strides[0], strides[-1]))
-        target = block_mean((fine != coarse).float(), strides[-1])
-        features = model.start(images).features()
-        scores = policy.feature_scores(features)
-        expected = F.binary_cross_entropy(scores.sigmoid(), target)
+    model, (images, _) = learned_model(strides=strides), batch()
+    target = changed_blocks(model, images)
     assert 0 < target.mean() < 1
-    found = mask_loss(model.start(images), labels, SegmentationLoss(LossConfig()), "supervised", 0.0)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    policy.train()  # as above
-    optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
-    for _ in range(80):
-        optimizer.zero_grad()
-        mask_loss(model.start(images), labels, SegmentationLoss(LossConfig()), "supervised", 0.0).backward()
-        optimizer.step()
-    policy.eval()
+    expected = F.binary_cross_entropy(model.policy.scores(model.start(images)).sigmoid(), target)
+    assert supervised_loss(model.start(images)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_what_supervised_masks_look_for_is_learnable() -> None:
+    model, (images, _) = learned_model(), batch()
+    fit_policy(model, 60, lambda: supervised_loss(model.start(images)))
     with torch.no_grad():
-        learned = policy.feature_scores(features).flatten()
-    ranks = torch.stack((learned, target.flatten())).argsort(1).argsort(1).double()
+        learned = model.policy.scores(model.start(images)).flatten()
+    ranks = torch.stack((learned, changed_blocks(model, images).flatten())).argsort(1).argsort(1).double()
     assert torch.corrcoef(ranks)[0, 1] > 0.7
 
 
@@ -166,7 +170,8 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, trained, tmp_path, mode: st
     assert after.keys() == {name for name in before if ".auxiliary." not in name}
     for name, value in after.items():
         assert torch.equal(value, before[name]), name
-    fresh = Trainer(config, tmp_path / "fresh").model.policy.state_dict()
+    torch.manual_seed(config.train.seed)
+    fresh = build_model(config).policy.state_dict()
     assert any(not torch.equal(value, fresh[name]) for name, value in model.policy.state_dict().items())
 
     with pytest.raises(CheckpointError, match=r"holds no net of a mask: train one with train\.init="):
@@ -182,26 +187,10 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, trained, tmp_path, mode: st
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["train.freeze=true"], "leaves nothing to train but a learned mask"),
-        (["model.mask.policy=learned", "train.mask_loss=supervised"], "set train.freeze=true"),
-        (["model.mask.policy=learned", "model.strides=[4,8,16]"], "needs two strides and a budget"),
-        (["model.mask.policy=learned", "model.mask.threshold=0.1"], "needs two strides and a budget"),
-        (["train.mask_loss=supervise"], "did you mean 'supervised'"),
-    ],
-)
-def test_bad_configs(tiny, tmp_path, overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Trainer(load_config(tiny, overrides), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
     ("spec", "settings"),
     [
         ("edge:cad", {"policy": "edge", "edge": "cad"}),
-        ("random:blur", {"policy": "random", "blur": True}),
+        ("oracle:change,blur", {"policy": "oracle", "oracle": "change", "blur": True}),
         (
             "confidence:entropy,max,neighbours",
             {"policy": "confidence", "uncertainty": "entropy", "reduce": "max", "neighbours": True},
@@ -217,12 +206,7 @@ def test_policy_specs(spec: str, settings: dict[str, object]) -> None:
     ("spec", "message"),
     [
         ("edges", r"unknown mask policy 'edges'; did you mean 'edge'\? Choose one of uniform, random"),
-        ("horizon", "unknown mask policy 'horizon'; choose one of uniform, random"),
-        (
-            "edge:cat",
-            r"unknown option 'cat'; did you mean 'cad'\? Choose one of blur, sobel, cad",
-        ),
-        ("edge:canny", "mask policy 'edge:canny': unknown option 'canny'; choose one of blur, sobel, cad"),
+        ("edge:cat", r"unknown option 'cat'; did you mean 'cad'\? Choose one of blur, sobel, cad"),
         ("random:cad", "mask policy 'random:cad': unknown option 'cad'; choose one of blur"),
     ],
 )

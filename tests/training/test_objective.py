@@ -4,6 +4,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,17 +13,16 @@ from torch import Tensor
 
 from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.config import DistillConfig, LossConfig, TrainConfig, load_config
-from sparse_seg.errors import ConfigError
+from sparse_seg.masks import label_boundary
 from sparse_seg.run.build import build_model
 from sparse_seg.run.exits import lattice_logits
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import save_checkpoint
 from sparse_seg.training.distillation import Teacher
-from sparse_seg.training.losses import Outputs, SegmentationLoss, near_boundary
+from sparse_seg.training.losses import near_boundary
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.statistics import recalibrate_batch_norm
-from sparse_seg.training.trainer import Trainer
 from tests.reference import random_model, randomise, relative_error
 
 
@@ -36,45 +37,12 @@ def batch(size: tuple[int, int] = (70, 101), classes: int = 5) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_near_boundary_is_its_definition(width: int) -> None:
-    labels = batch((41, 53))[1]
-    expected = torch.zeros_like(labels, dtype=torch.bool)
-    touching = [
-        (b, y, x)
-        for b in range(2)
-        for y in range(41)
-        for x in range(53)
-        for v, u in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1))
-        if 0 <= v < 41
-        and 0 <= u < 53
-        and 255 not in (labels[b, y, x], labels[b, v, u])
-        and labels[b, y, x] != labels[b, v, u]
-    ]
-    for b, y, x in touching:
-        expected[b, max(y - width + 1, 0) : y + width, max(x - width + 1, 0) : x + width] = True
-    assert torch.equal(near_boundary(labels, width), expected)
-    assert 0 < expected.sum() < expected.numel()
-
-
-def test_emphasis_weights_pixels() -> None:
-    labels = batch((41, 53))[1]
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(2, 5, 41, 53, generator=generator)
-    fine, classes = torch.rand(2, 41, 53, generator=generator) < 0.3, [1.0, 2.0, 0.5, 1.0, 3.0]
-    config = LossConfig(boundary_weight=2.0, boundary_width=2, fine_weight=0.5, class_weights=classes)
-    loss = SegmentationLoss(config)(Outputs(logits, None), labels, None, fine)
-    weights = (1 + 2.0 * near_boundary(labels, 2) + 0.5 * fine) * (labels != 255)
-    weights = weights * torch.tensor(classes)[labels.where(labels != 255, 0)]
-    losses = F.cross_entropy(logits, labels, ignore_index=255, reduction="none")
-    torch.testing.assert_close(loss, (losses * weights).sum() / weights.sum())
-
-
-def test_coarse_loss_is_added_with_its_weight() -> None:
-    labels = batch((41, 53))[1]
-    logits = torch.randn(2, 5, 41, 53, generator=torch.Generator().manual_seed(1))
-    loss = SegmentationLoss(LossConfig(coarse_weight=0.25))
-    both = loss(Outputs(logits, None), labels, logits.flip(1))
-    apart = loss(Outputs(logits, None), labels), loss(Outputs(logits.flip(1), None), labels)
-    torch.testing.assert_close(both, apart[0] + 0.25 * apart[1])
+    """OpenCV's dilation of the boundaries, which tests/masks compares with loops over pixels."""
+    labels, square = batch((41, 53))[1], np.ones((2 * width - 1, 2 * width - 1), np.uint8)
+    boundary = label_boundary(labels).numpy().astype(np.uint8)
+    expected = np.stack([cv2.dilate(one, square) for one in boundary])
+    assert near_boundary(labels, width).tolist() == (expected > 0).tolist()
+    assert 0 < expected.sum() < expected.size
 
 
 @pytest.mark.parametrize("network", ["dense", "selective"])
@@ -106,14 +74,13 @@ def test_the_coarse_lattice_learns_from_the_network_that_runs(network: str) -> N
 
 
 @pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32), (4, 8, 16)], ids=str)
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @torch.no_grad()
-def test_coarse_logits_are_those_of_an_all_coarse_mask(strides: tuple[int, ...], share: float) -> None:
+def test_coarse_logits_are_those_of_an_all_coarse_mask(strides: tuple[int, ...]) -> None:
     """By P1 they do not depend on the mask that the rows were made with, nor does a dense run's."""
     model = random_model("resnet18", "lite", dtype=torch.float64, strides=strides)
     images = batch()[0]
     shape = (2, *(-(-length // strides[-1]) for length in images.shape[2:]))
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(4)) < share
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(4)) < 0.3
     for run in (model.start(images).take(mask), model.start(images).follow(Way.dense(strides[0]))):
         assert relative_error(lattice_logits(run), model(images, torch.zeros_like(mask))) < 1e-12
 
@@ -127,8 +94,7 @@ def student(**mask: object) -> SelectiveNetwork:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["dense", "selective"])
-@pytest.mark.parametrize("policy", ["edge", "confidence"])
+@pytest.mark.parametrize(("network", "policy"), [("dense", "confidence"), ("selective", "edge")])
 def test_parts_add_up(network: str, policy: str, tmp_path: Path, tiny: Path) -> None:
     model, (images, labels) = student(policy=policy), batch()
     config = load_config(tiny, ["model.auxiliary=false", "model.num_classes=5", "data.dataset=scenes"])
@@ -144,11 +110,8 @@ def test_parts_add_up(network: str, policy: str, tmp_path: Path, tiny: Path) -> 
         return Objective(train, teacher if taught else None)(model, images, labels).item()
 
     plain = loss()
-    if network == "dense":
-        expected = F.cross_entropy(model.dense(images), labels, ignore_index=255)
-    else:
-        expected = F.cross_entropy(model.start(images).follow().logits(), labels, ignore_index=255)
-    assert plain == pytest.approx(expected.item(), rel=1e-9)
+    logits = model.dense(images) if network == "dense" else model.start(images).follow().logits()
+    assert plain == pytest.approx(F.cross_entropy(logits, labels, ignore_index=255).item(), rel=1e-9)
     parts = [
         loss(coarse_weight=0.4) - plain,
         loss(taught=True, logits=0.7) - plain,
@@ -170,21 +133,6 @@ def test_every_weight_gets_gradients_and_the_mask_pass_leaves_training_mode() ->
     assert model.training
     assert all(module.training for module in model.modules())
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["data.on_device=true", "data.cache=true"], "data.on_device keeps the frames"),
-        (["train.distill.teacher=x.pt", "model.mask.policy=learned"], "train the network first"),
-        (["train.loss.boundary_weight=1", "train.loss.ohem_threshold=0.7"], "ohem_threshold"),
-        (["train.loss.boundary_weight=-1"], "train.loss.boundary_weight is -1"),
-        (["train.distill.temperature=0"], "train.distill.temperature is 0"),
-    ],
-)
-def test_settings_that_cannot_be(tiny: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Trainer(load_config(tiny, ["model.auxiliary=false", *overrides]), tmp_path / "run")
 
 
 @pytest.mark.parametrize("network", ["dense", "selective"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparse_seg.config import LossConfig, TrainConfig
-from sparse_seg.training.losses import Outputs, SegmentationLoss, hard_pixels
+from sparse_seg.training.losses import SegmentationLoss, hard_pixels, near_boundary
 from sparse_seg.training.schedule import build_optimizer, learning_rate
 
 
@@ -43,20 +43,40 @@ def labels():
     return labels
 
 
-def test_plain_and_weighted_loss_are_torchs(logits, labels):
-    outputs = Outputs(logits, None)
-    plain = SegmentationLoss(LossConfig())(outputs, labels)
-    torch.testing.assert_close(plain, F.cross_entropy(logits, labels, ignore_index=255))
-    weighted = SegmentationLoss(LossConfig(class_weights=[1, 2, 0.5]))(outputs, labels)
-    expected = F.cross_entropy(logits, labels, torch.tensor([1, 2, 0.5]), ignore_index=255)
-    torch.testing.assert_close(weighted, expected)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LossConfig(),
+        LossConfig(class_weights=[1, 2, 0.5]),
+        LossConfig(auxiliary_weight=0.25, coarse_weight=0.5),
+        LossConfig(boundary_weight=2.0, boundary_width=2, fine_weight=0.5, class_weights=[1.0, 2.0, 0.5]),
+    ],
+    ids=["plain", "classes", "other logits", "stress on detail"],
+)
+def test_the_loss_is_its_definition(logits, labels, config):
+    generator = torch.Generator().manual_seed(2)
+    auxiliary, coarse = (torch.randn(2, 3, 5, 6, generator=generator) for _ in range(2))
+    fine = torch.rand(2, 5, 6, generator=generator) < 0.3
+    classes = torch.tensor(config.class_weights or [1.0] * 3)[labels.where(labels != 255, 0)] * (
+        labels != 255
+    )
+    stress = (
+        1 + config.boundary_weight * near_boundary(labels, config.boundary_width) + config.fine_weight * fine
+    )
 
+    def mean(logits, weights):
+        losses = F.cross_entropy(logits.double(), labels, ignore_index=255, reduction="none")
+        return (losses * weights).sum() / weights.sum()
 
-def test_auxiliary_loss_is_added_with_its_weight(logits, labels):
-    loss = SegmentationLoss(LossConfig(auxiliary_weight=0.25))
-    both = loss(Outputs(logits, logits.flip(1)), labels)
-    apart = loss(Outputs(logits, None), labels), loss(Outputs(logits.flip(1), None), labels)
-    torch.testing.assert_close(both, apart[0] + 0.25 * apart[1])
+    expected = mean(logits, classes * stress) + config.auxiliary_weight * mean(auxiliary, classes)
+    expected = expected + config.coarse_weight * mean(coarse, classes)
+    found = SegmentationLoss(config)(logits, labels, auxiliary, coarse, fine)
+    torch.testing.assert_close(found, expected.float())
+    if stress.max() == 1:
+        plain = F.cross_entropy(
+            logits, labels, torch.tensor(config.class_weights or [1.0] * 3), ignore_index=255
+        )
+        torch.testing.assert_close(SegmentationLoss(config)(logits, labels), plain)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +84,7 @@ def test_auxiliary_loss_is_added_with_its_weight(logits, labels):
 )
 def test_a_batch_without_labels_has_loss_zero_and_gradients(logits, config):
     logits.requires_grad_()
-    loss = SegmentationLoss(config)(Outputs(logits, None), torch.full((2, 5, 6), 255))
+    loss = SegmentationLoss(config)(logits, torch.full((2, 5, 6), 255))
     loss.backward()
     assert loss == 0
     assert torch.count_nonzero(logits.grad) == 0
@@ -74,19 +94,13 @@ def test_ohem_keeps_hard_pixels_only(logits, labels):
     losses = F.cross_entropy(logits, labels, ignore_index=255, reduction="none")[labels != 255]
     hard = losses[losses.neg().exp() < 0.4]
     assert 0.1 * losses.numel() < hard.numel() < losses.numel()
-    loss = SegmentationLoss(LossConfig(ohem_threshold=0.4))(Outputs(logits, None), labels)
+    loss = SegmentationLoss(LossConfig(ohem_threshold=0.4))(logits, labels)
     torch.testing.assert_close(loss, hard.mean())
 
 
-def test_ohem_keeps_a_least_share():
+def test_ohem_keeps_a_least_share_and_sorts_only_then(monkeypatch):
     losses = torch.tensor([0.1, 0.2, 0.3, 0.4])
     assert hard_pixels(losses, math.exp(-9), 0.5).mean() == pytest.approx(0.35)
-
-
-def test_ohem_without_a_hard_pixel_is_no_nan():
-    assert hard_pixels(torch.tensor([0.1, 0.2]), math.exp(-9), 0.0).mean() == pytest.approx(0.2)
-
-
-def test_ohem_sorts_only_where_too_few_are_hard(monkeypatch):
+    assert hard_pixels(losses[:2], math.exp(-9), 0.0).mean() == pytest.approx(0.2), "no nan"
     monkeypatch.setattr(torch.Tensor, "topk", None)
-    assert hard_pixels(torch.tensor([0.1, 0.2, 0.3, 0.4]), math.exp(-0.25), 0.5).mean() == pytest.approx(0.35)
+    assert hard_pixels(losses, math.exp(-0.25), 0.5).mean() == pytest.approx(0.35)

@@ -18,7 +18,7 @@ def finished(scenes, tmp_path_factory):
         f"""
 model: {{width: 0.125, head_channels: 16}}
 data: {{dataset: scenes, root: {scenes}, crop: [64, 64]}}
-train: {{iterations: 2, batch_size: 2, optimizer: adamw, ema_decay: 0.9, eval_every: 2, threads: 1}}
+train: {{iterations: 2, batch_size: 2, optimizer: adamw, ema_decay: 0.9, eval_images: 1, threads: 1}}
 """
     )
     Trainer(load_config(folder / "tiny.yaml"), folder / "run").run()
@@ -31,7 +31,7 @@ def resume(finished, tmp_path, content=None):
     if content is not None:
         path = tmp_path / LAST
         torch.save(content, path)
-    return Trainer(config, tmp_path / "again", resume=path)
+    return Trainer(config, tmp_path / f"from {path.parent.name}", resume=path)
 
 
 def content_of(finished):
@@ -41,7 +41,6 @@ def content_of(finished):
     return content
 
 
-@pytest.mark.slow
 def test_a_state_carries_a_digest_and_goes_on(finished, tmp_path):
     trainer = resume(finished, tmp_path)
     assert trainer.iteration == 2
