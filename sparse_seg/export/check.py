@@ -16,8 +16,8 @@ from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import open_session
 from sparse_seg.export.static import StaticNetwork
 from sparse_seg.masks import MaskPolicy, blur_scores
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.passes import Pass
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
 TOLERANCE = 1e-4  # of logits, relative to the largest; float32 in another order gives 1e-6 to 1e-5
@@ -27,7 +27,7 @@ MOST_BLOCKS = 0.01
 
 
 @torch.no_grad()
-def check_graph(graph: bytes, model: Segmentor, network: StaticNetwork, images: int = 2) -> None:
+def check_graph(graph: bytes, model: SelectiveNetwork, network: StaticNetwork, images: int = 2) -> None:
     """Run random images through a graph, and compare blocks, classes and logits with the model's.
 
     Classes may differ where two logits are equal to rounding.
@@ -49,7 +49,7 @@ def check_graph(graph: bytes, model: Segmentor, network: StaticNetwork, images: 
 
 @torch.no_grad()
 def check_run(
-    model: Segmentor, options: ExportOptions, images: Tensor, found: Mapping[str, np.ndarray]
+    model: SelectiveNetwork, options: ExportOptions, images: Tensor, found: Mapping[str, np.ndarray]
 ) -> None:
     """Compare what a graph with these options gave with PyTorch, as `check_graph` does.
 
@@ -89,7 +89,7 @@ def random_inputs(network: StaticNetwork, generator: torch.Generator) -> tuple[t
 
 
 def _problem(
-    model: Segmentor,
+    model: SelectiveNetwork,
     options: ExportOptions,
     images: Tensor,
     found: Mapping[str, np.ndarray],

@@ -16,8 +16,8 @@ from sparse_seg.export.upsample import Tiles, Upsample
 from sparse_seg.ops import Graph
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.patch import patched
-from sparse_seg.run.segmentor import Tensors
 from sparse_seg.run.values import Interpreter
+from sparse_seg.run.weights import Tensors
 from sparse_seg.sites import LevelPlan, Sites, grid_size
 
 

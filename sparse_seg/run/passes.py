@@ -10,7 +10,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ from sparse_seg.ops.upsample import at_least_float32, upsample_classes
 from sparse_seg.run.images import check_images, warn_of_bytes
 from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.patch import patched
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.values import Interpreter, Values
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid, Mixed, Sites, grid_size
+
+if TYPE_CHECKING:
+    from sparse_seg.run.network import SelectiveNetwork
 
 
 class Kept(NamedTuple):
@@ -45,7 +47,7 @@ class Pass:
         ValueError: images of a wrong shape or dtype.
     """
 
-    def __init__(self, model: Segmentor, images: Tensor, labels: Tensor | None = None) -> None:
+    def __init__(self, model: SelectiveNetwork, images: Tensor, labels: Tensor | None = None) -> None:
         check_images(images)
         warn_of_bytes(images)
         self.model, self.labels = model, labels

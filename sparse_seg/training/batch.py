@@ -10,11 +10,11 @@ from sparse_seg.config import Config
 from sparse_seg.errors import ConfigError, TrainingError
 from sparse_seg.processes import Processes
 from sparse_seg.registry import POOLING_HEADS
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 
 
 def check_batch(
-    config: Config, processes: Processes, device: torch.device, model: Segmentor | None = None
+    config: Config, processes: Processes, device: torch.device, model: SelectiveNetwork | None = None
 ) -> None:
     """
     Args:
@@ -35,7 +35,7 @@ def check_batch(
     check_values_per_channel(config, batch_size if synchronised else batch_size // count, model)
 
 
-def check_values_per_channel(config: Config, images: int, model: Segmentor | None = None) -> None:
+def check_values_per_channel(config: Config, images: int, model: SelectiveNetwork | None = None) -> None:
     """A batch norm in training needs two values per channel or more.
 
     Args:

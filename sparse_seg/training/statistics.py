@@ -13,14 +13,16 @@ from sparse_seg.data import open_split
 from sparse_seg.data.batches import training_batches
 from sparse_seg.ops.norm import COUNT
 from sparse_seg.progress import bar
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.training.batch import check_values_per_channel
 
 BATCHES = 50  # enough for means of thousands of sites
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(model: Segmentor, config: Config, network: str, batches: int = BATCHES) -> None:
+def recalibrate_batch_norm(
+    model: SelectiveNetwork, config: Config, network: str, batches: int = BATCHES
+) -> None:
     """Recompute the running statistics of every batch norm from training batches, in place.
 
     Means over whole batches instead of a moving average ("Precise BN": Wu and Johnson, "Rethinking Batch in
@@ -65,7 +67,7 @@ def recalibrate_batch_norm(model: Segmentor, config: Config, network: str, batch
 
 
 @contextmanager
-def _training(model: Segmentor, norms: Sequence[nn.Module]) -> Iterator[None]:
+def _training(model: SelectiveNetwork, norms: Sequence[nn.Module]) -> Iterator[None]:
     """The norms alone in training mode."""
     for layer in (model, *norms):
         layer.training = True

@@ -8,12 +8,14 @@ from typing import Any
 from sparse_seg.config import Config
 from sparse_seg.data.dataset import ClassList, SegmentationDataset
 from sparse_seg.evaluation.evaluate import Evaluation, Part, combined, measure
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.training.stopping import Stop, ValidationStopped
 
 
-def validate(model: Segmentor, dataset: SegmentationDataset, config: Config, stop: Stop) -> Evaluation | None:
+def validate(
+    model: SelectiveNetwork, dataset: SegmentationDataset, config: Config, stop: Stop
+) -> Evaluation | None:
     """Measure a model as its training runs it; None where a request to stop ends it in any process.
 
     Raises:

@@ -15,7 +15,6 @@ from sparse_seg.export import StaticNetwork
 from sparse_seg.export.check import chosen_levels, random_inputs
 from sparse_seg.export.onnx_file import interface
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 from tests.reference import randomise, relative_error
 
@@ -81,7 +80,7 @@ def arrays(network: StaticNetwork, inputs: tuple[Tensor, ...]) -> dict[str, np.n
 
 @torch.no_grad()
 def compare(
-    model: Segmentor,
+    model: SelectiveNetwork,
     network: StaticNetwork,
     inputs: tuple[Tensor, ...],
     images: Tensor,

@@ -22,7 +22,7 @@ from sparse_seg.lab.report.html import Part, Picture, Section, plot, write_repor
 from sparse_seg.lab.report.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
 from sparse_seg.lab.report.plots import COSTS, cost_curve
 from sparse_seg.lab.report.tables import Table, table
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
 Rows = Sequence[dict[str, Any]]
@@ -185,7 +185,7 @@ def _curves(rows: Rows, dense: Sequence[Way]) -> list[Picture]:
 
 
 def _runs_on_image(
-    model: Segmentor,
+    model: SelectiveNetwork,
     dataset: SegmentationDataset,
     data: DataConfig,
     index: int,
