@@ -29,7 +29,7 @@ def describe(
     selective: dict[str, Any] = {"dense": options.dense}
     if options.dense is None:
         total = network.blocks[0] * network.blocks[1]
-        policy = "given" if network.choice is None else network.choice.policy.name
+        policy = "given" if network.choice is None else network.choice.name
         selective |= {
             "fine_fraction": network.ranking.fine / total,
             "fine_blocks": network.ranking.fine,

@@ -115,12 +115,12 @@ NETWORKS: dict[str, Any] = {
     "same padding": lambda: Light(padding=0),
     "depthwise spread": lambda: Light(groups=24),
     "mixing": Mixing,
-    "8 16 32": Light,
+    "light 8 16 32": Light,
     "lraspp": lambda: package("torchvision.models.segmentation").lraspp_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=5
     ),
 }
-STRIDES = {"8 16 32": (8, 16, 32), "lraspp": (16, 32)}
+STRIDES = {"light 8 16 32": (8, 16, 32), "lraspp": (16, 32)}
 
 
 @functools.cache
