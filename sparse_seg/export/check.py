@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export.onnx_file import interface
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import open_session
 from sparse_seg.export.static import StaticNetwork
@@ -39,7 +38,7 @@ def check_graph(graph: bytes, model: SelectiveNetwork, network: StaticNetwork, i
     outside = _plain_copy(model)
     for _ in range(images):
         inputs, normalised = random_inputs(network, generator)
-        names = interface(network)[0]
+        names = network.interface()[0]
         found = session(**{name: value.numpy() for name, value in zip(names, inputs, strict=True)})
         if problem := _problem(
             outside, network.options, normalised, found, chosen_levels(network, inputs, found)
@@ -80,7 +79,7 @@ def random_inputs(network: StaticNetwork, generator: torch.Generator) -> tuple[t
         images = first.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(value).float().reshape(1, 3, 1, 1) for value in (options.mean, options.std))
     others = []
-    if len(interface(network)[0]) > 1:
+    if len(network.interface()[0]) > 1:
         counts = [network.ranking.fine, network.ranking.middle]
         total = network.blocks[0] * network.blocks[1]
         ranks = torch.stack([torch.randperm(total, generator=generator) for _ in range(options.batch)])

@@ -131,6 +131,17 @@ class StaticNetwork(nn.Module):
         blocks = torch.arange(sum(lists)).repeat(batch, 1)
         return (images, *blocks.split(lists, 1))
 
+    def interface(self) -> tuple[list[str], list[str]]:
+        """Names of inputs and of outputs."""
+        inputs, outputs = ["images"], ["classes"]
+        if self.options.dense is None:
+            outputs.append("fine_blocks")
+            if self.choice is None:
+                inputs += ["blocks", "middle_blocks"] if self.ranking.middle else ["blocks"]
+        if self.options.logits:
+            outputs.append("logits")
+        return inputs, outputs
+
     def forward(self, images: Tensor, *blocks: Tensor) -> tuple[Tensor, ...]:
         """Images, and with `given` block numbers, to classes uint8 `[B, H, W]`, if selective fine blocks bool
         `[B, Hc, Wc]`, and if asked for logits `[B, K, H, W]`.

@@ -10,7 +10,6 @@ import torch
 from sparse_seg import segment
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, in_runtime, open_session, to_onnx
-from sparse_seg.export.onnx_file import interface
 from sparse_seg.run.network import SelectiveNetwork
 from tests.export.kinds import KINDS, POLICIES, arrays, cases, compare, kind_model
 from tests.export.networks import NETWORKS, captured
@@ -29,7 +28,7 @@ def check(name: str, policy: str, options: ExportOptions, runtimes: list[str] = 
     """In PyTorch, and in runtimes."""
     model = model_of(name, policy)
     network = StaticNetwork(model, options)
-    inputs_of, names = cases(network, 2), interface(network)[1]
+    inputs_of, names = cases(network, 2), network.interface()[1]
     for inputs, images in inputs_of:
         with torch.no_grad():
             compare(model, network, inputs, images, dict(zip(names, network(*inputs), strict=True)))
@@ -140,11 +139,12 @@ def test_patch_equals_whole_inside_fine_blocks(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["8 16 32", "light 8 16 32"])
 @torch.no_grad()
-def test_it_is_one_graph_of_fixed_shapes(name):
+def test_it_is_one_graph_of_fixed_shapes():
     """torch.export and torch.compile take it whole: no branch and no shape depends on the data."""
-    network = StaticNetwork(model_of(name, "entropy"), ExportOptions((64, 96), ghosts=False, tiles=False))
+    network = StaticNetwork(
+        kind_model("8 16 32", "entropy"), ExportOptions((64, 96), ghosts=False, tiles=False)
+    )
     inputs, _ = cases(network, 1)[0]
     expected = network(*inputs)
     program = torch.export.export(network, network.example())

@@ -15,7 +15,7 @@ from tests.captured import trained
 from tests.reference import relative_error
 from tests.sites.rows import Case
 
-WINDOWS = (1, 2, 6, 18)  # as layer3's, layer4's, and ASPP's
+WINDOWS = (1, 2, 18)  # as layer3's, layer4's, and the widest of ASPP's
 RULES = ("linear", "nearest", "none")  # of a lone level; `separate` is that of networks
 
 
@@ -27,7 +27,7 @@ def test_a_level_equals_a_slow_reference(size: tuple[int, int], engine: str, dev
     """Also beyond the border of odd sizes; and the rules differ, else agreement would prove nothing."""
     found = []
     for exchange in RULES:
-        for fraction in (1.0, "last", 0.35):
+        for fraction in ("last", 0.35):
             case = Case(engine, size, exchange, device, fraction)
             for window in WINDOWS:
                 assert relative_error(case.found(window), case.expected(window)) < 1e-5, (fraction, window)
@@ -66,7 +66,6 @@ def test_networks_equal_gather(
         # two windows at each level, and at the lattice; with three strides those of the first one, which
         # reads a lattice at 16 px, are gathered at 16 and 32 px
         assert once == {2: (2, 4), 3: (3, 4)}[len(strides)][exchange == SEPARATE]
-    assert once >= 2 * (len(strides) - 1)
     model.settings = dataclasses.replace(model.settings, engine=engine)
     assert torch.equal(model.start(images).take(levels, Way(exchange=exchange)).logits(), found)
     if exchange == SEPARATE:

@@ -42,8 +42,11 @@ def weight_of(groups: int, out: int = 8, **more: Any) -> Tensor:
 def with_gradients(run: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
     """What `run` gives, and the gradients of its arguments."""
     out = run(*leaves)
-    seed = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, seed)]
+    return [out.detach(), *torch.autograd.grad(out, leaves, seed_like(out))]
+
+
+def seed_like(out: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
 
 
 def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-12) -> None:
@@ -67,22 +70,11 @@ def test_convolutions(
         with_gradients(functools.partial(run, window), *leaves) for run in (rows.conv, rows.slow_conv)
     )
     assert_near(found, expected)
-
-
-@pytest.mark.parametrize(
-    ("exchange", "needed"),
-    [(rule, (True, True)) for rule in RULES] + [("linear", (True, False)), ("linear", (False, True))],
-    ids=str,
-)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_gradcheck(exchange: str, groups: int, needed: tuple[bool, bool], device: str) -> None:
-    rows = Rows((3, 4), 1, exchange, seed=1, device=device)
-    grid, weight = random(2, 2, 3, 4, device=device), random(2, 2 // groups, 3, 3, seed=1, device=device)
-    leaves = grid.requires_grad_(needed[0]), weight.requires_grad_(needed[1])
-    assert rows.sites.levels[8].count > 0
-    for window in WINDOWS:
-        conv = functools.partial(rows.conv, window)
-        assert torch.autograd.gradcheck(conv, leaves, nondet_tol=1e-12)
+    for number, leaf in enumerate(leaves):  # of one alone
+        given = [one if one is leaf else one.detach() for one in leaves]
+        out = rows.conv(window, *given)
+        (alone,) = torch.autograd.grad(out, leaf, seed_like(out))
+        assert torch.equal(alone, found[1 + number])
 
 
 @pytest.mark.parametrize("groups", [1, CHANNELS])

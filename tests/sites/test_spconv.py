@@ -90,7 +90,7 @@ def test_index_pairs_are_found_once(monkeypatch: pytest.MonkeyPatch, device: str
 
     from sparse_seg.sites import spconv as engine
 
-    assert engine.available(device)
+    assert not engine._outcome(device)[1]
     monkeypatch.setattr(spconv.pytorch.ops, name, count)
     first, second = (Case("spconv", device=device, fraction=one) for one in (0.35, "last"))
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_the_layer_it_calls(fresh: None, monkeypatch: pytest.MonkeyPatch, device
     """Its weight has no memory of its own, places are contiguous int32, and the device has the algorithm."""
     from spconv.pytorch import SubMConv2d
 
-    assert spconv.available(device)
+    assert not spconv._outcome(device)[1]
     calls, original = [], SubMConv2d.forward
 
     def spy(self: Any, places: Any) -> Any:
@@ -160,7 +160,7 @@ def refused(device: str = "cpu") -> str:
     assert "\n" not in messages[0]
     assert messages[0].endswith("or set engine: gather")
     assert "pip install spconv-cu12" in messages[0]
-    assert not spconv.available(device)
+    assert spconv._outcome(device)[1]
     return messages[0]
 
 
