@@ -92,4 +92,5 @@ def read_layer_norm(call: Any) -> Any:
 @function("layer_norm")
 def layer_norm(x: Tensor, *, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Over the channels of each place; weight and bias: `[C]`."""
-    return F.layer_norm(x.movedim(1, -1), (x.shape[1],), weight, bias, eps).movedim(-1, 1)
+    last = x.ndim - 1  # not -1, which the ONNX exporter would write as it is
+    return F.layer_norm(x.movedim(1, last), (x.shape[1],), weight, bias, eps).movedim(last, 1)

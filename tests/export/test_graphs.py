@@ -6,13 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sparse_seg import segment
+from sparse_seg import segment, selective
+from sparse_seg.config import MaskConfig, ModelConfig
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, in_runtime, open_session, to_onnx
+from sparse_seg.graph import capture
 from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.selective import build_network
+from tests.captured import trained
 from tests.export.kinds import KINDS, POLICIES, arrays, cases, compare, kind_model
-from tests.export.networks import NETWORKS, captured
+from tests.graph.drawn import FAMILIES, draw_network
+from tests.graph.test_random_networks import few
 from tests.reference import relative_error
 
 needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnx") is None, reason="needs the package onnx")
@@ -20,13 +27,8 @@ RUNTIMES = [one for one in ("onnxruntime", "openvino") if importlib.util.find_sp
 RUNTIMES = RUNTIMES if importlib.util.find_spec("onnx") is not None else []
 
 
-def model_of(name: str, policy: str) -> SelectiveNetwork:
-    return (kind_model if name in KINDS else captured)(name, policy)
-
-
-def check(name: str, policy: str, options: ExportOptions, runtimes: list[str] = RUNTIMES) -> None:
+def check(model: SelectiveNetwork, options: ExportOptions, runtimes: list[str] = RUNTIMES) -> None:
     """In PyTorch, and in runtimes."""
-    model = model_of(name, policy)
     network = StaticNetwork(model, options)
     inputs_of, names = cases(network, 2), network.interface()[1]
     for inputs, images in inputs_of:
@@ -36,29 +38,36 @@ def check(name: str, policy: str, options: ExportOptions, runtimes: list[str] = 
     for runtime in runtimes:
         session = open_session(graph, runtime, threads=1)
         for inputs, images in inputs_of:
-            found = {
-                key: torch.from_numpy(value) for key, value in session(**arrays(network, inputs)).items()
-            }
-            compare(model, network, inputs, images, found)
+            found = session(**arrays(network, inputs)).items()
+            compare(model, network, inputs, images, {key: torch.from_numpy(one) for key, one in found})
 
 
-def slow_but(*fast: str) -> list[Any]:
-    """All networks; those that are not named take long."""
-    every = [*KINDS, *NETWORKS]
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in every]
+@pytest.mark.parametrize(
+    "kind",
+    [one if one in ("lite", "undilated") else pytest.param(one, marks=pytest.mark.slow) for one in KINDS],
+)
+def test_networks_of_ours(kind):
+    """With given blocks; and in a batch under a policy, every shape fixed."""
+    check(kind_model(kind), ExportOptions((47, 101), given=True, logits=True))
+    fixed = ExportOptions((47, 101), 3, logits=True, ghosts=False, tiles=False)
+    check(kind_model(kind, "entropy"), fixed, [])
 
 
-@pytest.mark.parametrize("name", slow_but("lite", "undilated", "same padding", "mixing"))
-def test_networks_with_given_blocks(name):
-    check(name, "edge", ExportOptions((47, 101), given=True, logits=True))
-
-
-@pytest.mark.parametrize("name", slow_but("none", "aspp"))
-def test_networks_in_batches_under_a_policy(name):
-    """Every shape fixed; in a runtime where the network is captured."""
-    fixed = {"ghosts": False, "tiles": False} if name in KINDS else {}
-    options = ExportOptions((47, 101), 3, logits=True, **fixed)
-    check(name, "entropy", options, [] if name in KINDS else RUNTIMES)
+@pytest.mark.parametrize("family", [*FAMILIES, "resizing"])
+@settings(few, max_examples=2)
+@given(st.data())
+def test_networks_drawn_at_random(family, data):
+    module = draw_network(data.draw, family).float()
+    graph, constants = capture(module, (64, 64))
+    mask = MaskConfig(policy="edge", fine_fraction=0.3)
+    for strides in ([8, 16], [8, 16, 32]):
+        chosen = ModelConfig(module="drawn", strides=strides, mask=mask)
+        network = build_network(graph, module, constants, chosen).eval()
+        check(
+            network,
+            ExportOptions((47, 101), given=True, logits=True),
+            RUNTIMES[:1] if strides == [8, 16] else [],
+        )
 
 
 OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
@@ -72,22 +81,13 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("8 16 32", "gain", {"size": (75, 101), "batch": 2, "merge": "patch"}),
     ("4 8 16", "entropy", {"size": (75, 101), "batch": 2, "merge": "patch"}),
     ("plus", "entropy", {"size": (75, 91), "merge": "patch"}),
-    ("low level", "entropy", {"size": (75, 101), "input": "uint8"}),
-    ("low level", "gain", {"batch": 2, "input": "uint8"}),
-    ("low level", "learned", {}),
-    ("corners", "entropy", {"size": (47, 101)}),
-    ("aspp", "entropy", {"batch": 2, "merge": "patch"}),
-    ("light 8 16 32", "entropy", {"batch": 2, "merge": "patch"}),
-    ("low level", "edge", {"dense": 4}),
-    ("mixing", "edge", {"size": (47, 96), "batch": 2, "dense": 8}),
-    ("mixing", "entropy", {"size": (47, 96)}),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "policy", "options"), OPTIONS, ids=str)
 def test_policies_and_options(name, policy, options):
-    check(name, policy, ExportOptions(**{"size": (64, 96), "logits": True, **options}))
+    check(kind_model(name, policy), ExportOptions(**{"size": (64, 96), "logits": True, **options}))
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,15 @@ def test_policies_and_options(name, policy, options):
     ids=str,
 )
 def test_a_few_of_them_in_pytorch(name, options):
-    check(name, "entropy", ExportOptions(**{"size": (47, 96), "batch": 2, "logits": True, **options}), [])
+    options = ExportOptions(**{"size": (47, 96), "batch": 2, "logits": True, **options})
+    check(kind_model(name, "entropy"), options, [])
 
 
 @pytest.mark.parametrize("fraction", [0.07, 1.0])
 @pytest.mark.parametrize("kind", ["deeplabv3", "8 16 32"])
 def test_one_block_and_all(kind, fraction):
     options = ExportOptions((96, 160), fine_fraction=fraction, given=True, logits=True)
-    check(kind, "entropy", options, [])
+    check(kind_model(kind, "entropy"), options, [])
 
 
 @pytest.mark.parametrize("size", [(64, 96), (75, 101)], ids=str)
@@ -160,14 +161,14 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
     monkeypatch.setattr("sparse_seg.export.static._fold_std", lambda *_: True)  # std is lost
     with pytest.raises(SparseSegError, match="the exported graph differs from the model"):
-        export_onnx(captured("aspp"), tmp_path / "net.onnx", ExportOptions((64, 96)))
+        export_onnx(kind_model("lite"), tmp_path / "net.onnx", ExportOptions((64, 96)))
     assert not list(tmp_path.iterdir())
 
 
 @needs_onnx
 def test_segment_takes_captured_networks_folded_and_in_a_runtime():
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-    model = captured("aspp", "entropy")
+    model = selective(trained(), policy="confidence", size=(64, 64))
     image = torch.randint(0, 256, (64, 96, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
     expected = segment(model, image)
     for other in (model.for_inference(), in_runtime(model, "onnxruntime", threads=1)):
