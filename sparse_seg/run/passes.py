@@ -10,7 +10,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,12 +27,6 @@ from sparse_seg.sites import Grid, Mixed, Sites, grid_size
 
 if TYPE_CHECKING:
     from sparse_seg.run.network import SelectiveNetwork
-
-
-class Kept(NamedTuple):
-    """What a pass keeps for refining."""
-
-    num_bytes: int
 
 
 class Pass:
@@ -225,8 +219,8 @@ class Pass:
         return block_levels(self.mask, self.model.strides).to(self.images.device)
 
     @property
-    def memory(self) -> Kept | None:
-        """What is kept for refining, the images apart."""
+    def memory(self) -> int | None:
+        """Bytes that are kept for refining, the images apart."""
         if self._coarse is None:
             return None
         values = [
@@ -238,7 +232,7 @@ class Pass:
             mixed = [value for value in self._values.values() if isinstance(value, Mixed)]
             tensors += [rows for value in mixed for rows in value.rows.values()]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-        return Kept(sum(storage.nbytes() for storage in storages.values()))
+        return sum(storage.nbytes() for storage in storages.values())
 
     @property
     def output_stride(self) -> int:

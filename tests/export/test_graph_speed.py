@@ -116,7 +116,7 @@ def test_only_a_heads_last_pooling_weighs_all_sites():
 
 def test_uneven_padding_is_part_of_the_convolution():
     pytest.importorskip("onnx", reason="needs the package onnx")
-    module = Atrous().eval()
+    module: Any = Atrous().eval()
     module.stem[0][0].padding, module.stem = (0, 0), nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), module.stem)
     network = selective(module, (8, 16), "edge", size=(64, 128)).eval()
     form = StaticNetwork(network, ExportOptions((64, 96), given=True))

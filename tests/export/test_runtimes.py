@@ -7,37 +7,8 @@ from sparse_seg.errors import SparseSegError
 from sparse_seg.export import in_runtime, open_session, segmentor, to_onnx
 from sparse_seg.run.way import Way
 from tests.export.kinds import kind_model
-from tests.reference import block_mask, relative_error
 
 pytest.importorskip("onnx", reason="needs the package onnx")
-
-
-@pytest.fixture(params=["onnxruntime", "openvino"])
-def runtime(request):
-    pytest.importorskip(request.param, reason=f"needs the package {request.param}")
-    return request.param
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_segmentor_in_a_runtime(runtime):
-    model = kind_model("lite", "entropy")
-    fast = in_runtime(model, runtime, threads=1)
-    images, blocks = torch.randn(1, 3, 64, 96), block_mask("random", (1, 4, 6))
-    assert relative_error(fast(images), model(images)) < 1e-5
-    assert relative_error(fast(images, fine_blocks=blocks), model(images, fine_blocks=blocks)) < 1e-5
-    assert relative_error(fast.dense(images, 8), model.dense(images, 8)) < 1e-5
-    classes, mask = fast.classify(images)
-    expected, expected_mask = model.classify(images)
-    assert classes.dtype == torch.int64
-    assert (classes == expected).float().mean() > 0.99
-    assert mask is not None
-    assert expected_mask is not None
-    assert torch.equal(mask, expected_mask)
-    assert fast.classify(images, output_stride=8)[1] is None
-    pair = torch.randn(2, 3, 47, 70)
-    assert relative_error(fast(pair), model(pair)) < 1e-5
-    assert fast.seconds > 0
 
 
 @pytest.mark.slow

@@ -180,10 +180,20 @@ def as_layers(network: SelectiveNetwork) -> Drawn:
         part = nn.ReLU() if node.op == "relu" else part
         if stride and node.op == "batch_norm":
             kind = "norm"
-        call = {"add": torch.add, "cat": joined, "dropout": nn.Identity()}.get(node.op)
+        calls: dict[str, Any] = {"add": torch.add, "cat": joined, "dropout": nn.Identity()}
         inner = {"natural": options["natural"]} if "natural" in options else {}
         layers.append(
-            Layer(node.name, kind, node.inputs, node.shape[1], stride, part, call, options=inner, **window)
+            Layer(
+                node.name,
+                kind,
+                node.inputs,
+                node.shape[1],
+                stride,
+                part,
+                calls.get(node.op),
+                options=inner,
+                **window,
+            )
         )
     return Drawn(layers)
 

@@ -85,15 +85,6 @@ def test_the_head_keeps_its_trained_spacing() -> None:
 
 
 @torch.no_grad()
-def test_fast_form_of_three_levels() -> None:
-    for strides in STRIDES:
-        model = random_model("resnet50", "deeplabv3", strides=strides)
-        images = random_images((65, 97)).float()
-        levels = block_levels("random", images, strides[-1])
-        assert relative_error(model.for_inference()(images, levels), model(images, levels)) < 1e-5
-
-
-@torch.no_grad()
 def test_policies_cut_twice() -> None:
     model = build_model({"width": 0.125, "strides": [8, 16, 32], "mask": {"fine_fraction": 0.25}}).eval()
     images = torch.randn(2, 3, 128, 256)

@@ -34,7 +34,7 @@ class Rows:
         if fraction == "last":
             blocks = torch.zeros(shape, dtype=torch.int64)
             blocks[:, -1, -1] = 1
-        elif fraction is not None:
+        elif isinstance(fraction, float):
             blocks = (torch.rand(shape, generator=generator) < fraction).long()
         near = {stride: [self.taps(NEAR)] for stride in strides}
         self.sites = Sites.of_mask(blocks.to(device), plans, exchange, near)
@@ -55,7 +55,7 @@ class Rows:
         return Mixed(Grid(grid[:, :, ::step, ::step], self.base), rows, self.sites)
 
     def conv(
-        self, window: int, grid: Tensor, weight: Tensor, bias: Tensor | None = None, engine: str = "gather"
+        self, window: int, grid: Tensor, weight: Tensor, bias: Tensor | None = None, *, engine: str = "gather"
     ) -> Tensor:
         """What a 3x3 convolution gives at all extra sites inside the image, `[N, O]`."""
         mixed, found = self.mixed(grid), []
@@ -129,7 +129,7 @@ class Case(Rows):
         return self.sites.levels[8]
 
     def found(self, window: int = NEAR, bias: Tensor | None = None) -> Tensor:
-        return self.conv(window, self.grid, self.weight, bias, self.engine)
+        return self.conv(window, self.grid, self.weight, bias, engine=self.engine)
 
     def expected(self, window: int = NEAR) -> Tensor:
         """In float64."""

@@ -152,7 +152,7 @@ class Subject:
         if kept is not None:
             run.grid_logits()
         gmacs = sum(counts.values()) * (3 if is_train else 1) / 1e9
-        return {"gmacs": gmacs, "stored_mib": None if kept is None else kept.num_bytes / 2**20}
+        return {"gmacs": gmacs, "stored_mib": None if kept is None else kept / 2**20}
 
     def run(self, case: Case) -> Run:
         """What to call to run a case once."""
