@@ -138,13 +138,13 @@ class Segmentor:
     def start(self):
         from sparse_seg.run.way import Way
 """
-    assert set(imports_of("run.segmentor", source)) == {
-        Import("run.segmentor", "errors", "module"),
-        Import("run.segmentor", "surface", "module"),
-        Import("run.segmentor", "files", "module"),
-        Import("run.segmentor", "run.passes", "module"),
-        Import("run.segmentor", "training.trainer", "typing"),
-        Import("run.segmentor", "run.way", "function"),
+    assert set(imports_of("run.network", source)) == {
+        Import("run.network", "errors", "module"),
+        Import("run.network", "surface", "module"),
+        Import("run.network", "files", "module"),
+        Import("run.network", "run.passes", "module"),
+        Import("run.network", "training.trainer", "typing"),
+        Import("run.network", "run.way", "function"),
     }
     assert len(RUN_TIME) > len(MODULES)
     assert {found.target for found in IMPORTS} <= MODULES.keys()
