@@ -20,6 +20,7 @@ from tests.reference import randomise, relative_error
 DEEP = {"backbone": "resnet50", "depths": [1, 1, 2, 2]}
 KINDS: dict[str, dict[str, Any]] = {
     "lite": {},
+    "deep": {"depths": [2, 2, 2, 2]},
     "resnet34": {"backbone": "resnet34", "depths": [1, 1, 2, 1], "head": "fcn"},
     "bottleneck": DEEP,
     "resnet101": {"backbone": "resnet101", "depths": [1, 2, 3, 1]},

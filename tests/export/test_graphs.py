@@ -71,12 +71,14 @@ def test_networks_drawn_at_random(family, data):
 
 
 OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
-    *(("lite", policy, {}) for policy in POLICIES),
+    *(("lite", policy, {}) for policy in POLICIES if policy != "boundary"),
     *((kind, "gain", {"size": (47, 101), "batch": 3}) for kind in ("plus", "8 16 32", "4 8 16")),
     *((kind, "entropy", {"size": (75, 64), "batch": 3, "input": "uint8"}) for kind in ("plus", "8 16 32")),
     *(("deeplabv3", "edge", {"batch": 2, "dense": stride}) for stride in (8, 16)),
     *((kind, "edge", {"size": (47, 96), "dense": 32}) for kind in ("lite", "smp's plus", "4 8 16")),
     ("undilated", "entropy", {"size": (47, 101), "batch": 2}),
+    ("8 16 32", "entropy", {"size": (47, 101), "ghosts": False, "tiles": False}),
+    ("plus", "edge", {"dense": 4}),
     ("deeplabv3", "entropy", {"size": (75, 101), "batch": 2, "merge": "patch"}),
     ("8 16 32", "gain", {"size": (75, 101), "batch": 2, "merge": "patch"}),
     ("4 8 16", "entropy", {"size": (75, 101), "batch": 2, "merge": "patch"}),
@@ -91,13 +93,19 @@ def test_policies_and_options(name, policy, options):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [("lite", {}), ("4 8 16", {"input": "uint8"}), ("8 16 32", {"merge": "patch"}), ("plus", {"dense": 16})],
+    ("name", "policy", "options"),
+    [
+        ("lite", "entropy", {}),
+        ("deep", "boundary", {"size": (47, 101), "batch": 3}),
+        ("4 8 16", "entropy", {"input": "uint8"}),
+        ("8 16 32", "entropy", {"merge": "patch"}),
+        ("plus", "entropy", {"dense": 16}),
+    ],
     ids=str,
 )
-def test_a_few_of_them_in_pytorch(name, options):
+def test_a_few_of_them_in_pytorch(name, policy, options):
     options = ExportOptions(**{"size": (47, 96), "batch": 2, "logits": True, **options})
-    check(kind_model(name, "entropy"), options, [])
+    check(kind_model(name, policy), options, [])
 
 
 @pytest.mark.parametrize("fraction", [0.07, 1.0])
