@@ -103,14 +103,15 @@ class StaticNetwork(nn.Module):
 
     def _upsampled(self, grid: Grid, every: int = 1) -> Tensor:
         """As `ops.upsample.upsample_logits`, always by two matrix products."""
-        if (grid.stride, every) not in self._matrices:
+        key = grid.stride, every, grid.tensor.dtype
+        if key not in self._matrices:
             geometry = grid.stride, *self._offset, every, grid.tensor.dtype, grid.tensor.device
             rows, columns = (
                 interpolation_matrix(int(cells), length, *geometry)
                 for cells, length in zip(grid.tensor.shape[2:], self.options.size, strict=True)
             )
-            self._matrices[grid.stride, every] = rows, columns.t().contiguous()
-        rows, columns = self._matrices[grid.stride, every]
+            self._matrices[key] = rows, columns.t().contiguous()
+        rows, columns = self._matrices[key]
         return torch.matmul(rows, torch.matmul(grid.tensor, columns))
 
     @property
@@ -181,7 +182,7 @@ class StaticNetwork(nn.Module):
     def _prepare(self) -> None:
         """Make the tables, where the network is."""
         batch, size, device = self.options.batch, self.options.size, self.mean.device
-        self._matrices: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of upsampling
+        self._matrices: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}  # of upsampling
         self.plans = {stride: LevelPlan(batch, size, stride, device) for stride in self.strides[-2::-1]}
         with torch.no_grad():
             self(*(value.to(device) for value in self.example()))
