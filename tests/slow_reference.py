@@ -1,18 +1,15 @@
-"""The selective network by loops over cells and plain `F.conv2d`: the reference of P3 and of gradients."""
+"""Sites by loops over cells, and a convolution at them by plain `F.conv2d` on the whole grid."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from tests.reference import DenseBasicBlock, DenseBottleneck, DenseDeepLabV3, DenseLite, DenseSegmentor
+from torch import Tensor
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -127,118 +124,3 @@ def slow_conv(
         return conv(rows)
     own, asked = (torch.tensor([src.level(cell) for cell in sites.cells])[:, None] for sites in (src, dst))
     return sum(conv(rows * (own == n)) * (asked == n) for n in range(len(src.sizes)))  # type: ignore[return-value]
-
-
-STAGE_STRIDES = (4, 8, 16, 32)
-
-
-@dataclass
-class SlowSelective:
-    """A dense network at the finest stride whose selective stages see only sites: P3's reference.
-
-    Called again with `refine`, sites of the call before keep the values they had there, in every layer.
-    """
-
-    network: DenseSegmentor
-    exchange: str
-    strides: tuple[int, ...] = (8, 16)
-    refine: bool = False
-    kept: list[dict[tuple[int, int, int], Tensor]] = field(default_factory=list)
-    stage_sites: list[SlowSites] = field(default_factory=list)
-
-    def features(self, images: Tensor, levels: Tensor) -> list[Tensor]:
-        """Rows of the stages whose stride the mask decides, at `stage_sites`."""
-        backbone, stages = self.network.backbone, ["layer1", "layer2", "layer3", "layer4"]
-        self.layer, self.fresh = 0, not (self.refine and self.kept)
-        levels = levels.long() * (len(self.strides) - 1 if levels.dtype == torch.bool else 1)
-        x = F.max_pool2d(F.relu(backbone.bn1(backbone.conv1(images))), 3, 2, 1)
-        while STAGE_STRIDES[4 - len(stages)] <= self.strides[0]:
-            x, stages = getattr(backbone, stages[0])(x), stages[1:]
-        size = (x.shape[2], x.shape[3])
-        src = SlowSites(len(x), size)
-        rows, outputs, self.stage_sites = src.read(x), [], []
-        for stage in stages:
-            stride = min(STAGE_STRIDES[int(stage[-1]) - 1], self.strides[-1])
-            self.sites = SlowSites(len(x), size, self._splits(levels, stride, size))
-            for block in getattr(backbone, stage):
-                assert isinstance(block, (DenseBasicBlock, DenseBottleneck))
-                rows, src = self._block(block, rows, src), self.sites
-            outputs.append(rows)
-            self.stage_sites.append(self.sites)
-        return outputs
-
-    def _splits(self, levels: Tensor, lattice: int, size: tuple[int, int]) -> list[Tensor]:
-        """From the lattice's stride on: a cell is split if its block's stride is finer than the cell's."""
-        splits = []
-        for stride in (stride for stride in self.strides[::-1] if self.strides[0] < stride <= lattice):
-            shape = [-(-length * self.strides[0] // stride) for length in size]
-            split = torch.zeros(len(levels), *shape, dtype=torch.bool)
-            for b, y, x in product(*map(range, split.shape)):
-                level = int(levels[b, y * stride // self.strides[-1], x * stride // self.strides[-1]])
-                split[b, y, x] = self.strides[-1] // 2**level < stride
-            splits.append(split)
-        return splits
-
-    def grid_logits(self, images: Tensor, levels: Tensor) -> Tensor:
-        """At the finest stride."""
-        rows, head = self.features(images, levels)[-1], self.network.head
-        if isinstance(head, DenseLite):
-            rows = _each_site(head.reduce, rows)
-        else:
-            assert isinstance(head, DenseDeepLabV3)
-            rows = self._aspp(head, rows, levels)
-        assert isinstance(head.classifier, nn.Conv2d)
-        return head.classifier(head.refine(self.sites.rebuild(rows, "linear")))
-
-    def logits(self, images: Tensor, levels: Tensor) -> Tensor:
-        logits = self.grid_logits(images, levels)
-        return F.interpolate(logits, (images.shape[2], images.shape[3]), mode="bilinear", align_corners=False)
-
-    def _keep(self, rows: Tensor) -> Tensor:
-        """Rows of a layer's output, known sites with the values they had."""
-        cells = self.sites.cells
-        if self.fresh:
-            self.kept = [*self.kept[: self.layer], {}]
-        known = self.kept[self.layer]
-        rows = torch.stack([known.get(cell, row) for cell, row in zip(cells, rows, strict=True)])
-        known.update(zip(cells, rows, strict=True))
-        self.layer += 1
-        return rows
-
-    def _conv(self, conv: nn.Conv2d, rows: Tensor, src: SlowSites) -> Tensor:
-        return slow_conv(rows, conv.weight, src, self.sites, conv.dilation[0], self.exchange)
-
-    def _block(self, block: DenseBasicBlock | DenseBottleneck, rows: Tensor, src: SlowSites) -> Tensor:
-        at_sites = rows if src is self.sites else self.sites.read(src.rebuild(rows, "none"))
-        shortcut = _each_site(block.downsample, at_sites) if block.downsample else at_sites
-        if isinstance(block, DenseBasicBlock):
-            out = self._keep(F.relu(_each_site(block.bn1, self._conv(block.conv1, rows, src))))
-            out = _each_site(block.bn2, self._conv(block.conv2, out, self.sites))
-        else:
-            out = F.relu(_each_site(block.bn1, _each_site(block.conv1, rows)))
-            out = self._keep(F.relu(_each_site(block.bn2, self._conv(block.conv2, out, src))))
-            out = _each_site(block.bn3, _each_site(block.conv3, out))
-        return self._keep(F.relu(out + shortcut))
-
-    def _aspp(self, head: DenseDeepLabV3, rows: Tensor, levels: Tensor) -> Tensor:
-        """Its output depends on the mask everywhere, by the pooled branch: only the 3x3 branches are kept."""
-        first, *atrous, pool = (branch for branch in head.convs if isinstance(branch, nn.Sequential))
-        branches = [_each_site(first, rows)]
-        for branch in atrous:
-            assert isinstance(branch[0], nn.Conv2d)
-            branches.append(self._keep(_each_site(branch[1:], self._conv(branch[0], rows, self.sites))))
-        images = torch.tensor([b for b, _, _ in self.sites.cells])
-        top, steps = len(self.strides) - 1, self.strides[-1] // self.strides[0]
-        levels = levels.long() * (top if levels.dtype == torch.bool else 1)
-        areas = [4.0 ** (top - int(levels[b, y // steps, x // steps])) for b, y, x in self.sites.cells]
-        means = []
-        for b in range(self.sites.batch):
-            share = (torch.tensor(areas) * (images == b)).to(rows)
-            means.append((share[:, None] * rows).sum(0) / share.sum())
-        branches.append(_each_site(pool, torch.stack(means))[images])
-        return _each_site(head.project, torch.cat(branches, 1))
-
-
-def _each_site(module: nn.Module, rows: Tensor) -> Tensor:
-    """Run 1x1 convolutions and batch norms on rows `[N, C]`, each an image of one pixel."""
-    return module(rows[:, :, None, None])[:, :, 0, 0]

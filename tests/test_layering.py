@@ -2,7 +2,6 @@
 
 import ast
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +24,10 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("cli", "__main__", "surface"),
 )
 TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
+
+# What is wrong today: (file, file that it should not import), and circles. Only ever take lines out.
+KNOWN_UPWARD: set[tuple[str, str]] = set()
+KNOWN_CIRCLES: set[tuple[str, ...]] = set()
 
 
 class Import(NamedTuple):
@@ -86,6 +89,40 @@ IMPORTS = [found for module, path in MODULES.items() for found in imports_of(mod
 RUN_TIME = [found for found in IMPORTS if found.at != "typing"]
 
 
+def circles() -> list[tuple[str, ...]]:
+    """Sets of files that import each other in a circle (Tarjan's strongly connected components).
+
+    An import inside a function counts: it hides a circle from Python, not from the reader.
+    """
+    graph: dict[str, set[str]] = {module: set() for module in MODULES}
+    for found in RUN_TIME:
+        graph[found.source].add(found.target)
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    parts: list[tuple[str, ...]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for target in graph[module]:
+            if target not in index:
+                visit(target)
+            if target in stack:
+                low[module] = min(low[module], low[target])
+        if low[module] == index[module]:
+            part = [stack.pop()]
+            while part[-1] != module:
+                part.append(stack.pop())
+            if len(part) > 1 or module in graph[module]:
+                parts.append(tuple(sorted(part)))
+
+    for module in MODULES:
+        if module not in index:
+            visit(module)
+    return parts
+
+
 def test_every_file_has_a_room() -> None:
     assert {room(module) for module in MODULES} <= TIER_OF.keys()
 
@@ -101,13 +138,13 @@ class Segmentor:
     def start(self):
         from sparse_seg.run.way import Way
 """
-    assert set(imports_of("run.segmentor", source)) == {
-        Import("run.segmentor", "errors", "module"),
-        Import("run.segmentor", "surface", "module"),
-        Import("run.segmentor", "files", "module"),
-        Import("run.segmentor", "run.passes", "module"),
-        Import("run.segmentor", "training.trainer", "typing"),
-        Import("run.segmentor", "run.way", "function"),
+    assert set(imports_of("run.network", source)) == {
+        Import("run.network", "errors", "module"),
+        Import("run.network", "surface", "module"),
+        Import("run.network", "files", "module"),
+        Import("run.network", "run.passes", "module"),
+        Import("run.network", "training.trainer", "typing"),
+        Import("run.network", "run.way", "function"),
     }
     assert len(RUN_TIME) > len(MODULES)
     assert {found.target for found in IMPORTS} <= MODULES.keys()
@@ -120,7 +157,8 @@ def test_nothing_imports_upward() -> None:
         for found in RUN_TIME
         if TIER_OF[room(found.target)] > TIER_OF[room(found.source)]
     }
-    assert sorted(upward) == []
+    assert sorted(upward - KNOWN_UPWARD) == []
+    assert sorted(KNOWN_UPWARD - upward) == [], "mended: take it out of KNOWN_UPWARD"
 
 
 @pytest.mark.parametrize("tier", TIERS, ids="-".join)
@@ -132,10 +170,6 @@ def test_rooms_of_one_tier_do_not_import_each_other(tier: tuple[str, ...]) -> No
 
 
 def test_no_circle_of_files() -> None:
-    """An import inside a function counts: it hides a circle from Python, not from the reader."""
-    graph: dict[str, set[str]] = {module: set() for module in MODULES}
-    for found in RUN_TIME:
-        graph[found.source].add(found.target)
-    TopologicalSorter(graph).prepare()  # raises a CycleError, which names one
-    with pytest.raises(CycleError):
-        TopologicalSorter(graph | {"errors": {"cli"}}).prepare()
+    found = set(circles())
+    assert sorted(found - KNOWN_CIRCLES) == []
+    assert sorted(KNOWN_CIRCLES - found) == [], "mended: take it out of KNOWN_CIRCLES"

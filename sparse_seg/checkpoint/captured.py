@@ -36,10 +36,9 @@ from sparse_seg.ops import Graph
 from sparse_seg.run.build import own_graph
 from sparse_seg.run.card import Card
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.segmentor import Tensors
 from sparse_seg.run.selective import build_network
 from sparse_seg.run.values import Interpreter
-from sparse_seg.run.weights import check_finite, check_shapes, load_weights, meta_module, part_of
+from sparse_seg.run.weights import Tensors, check_finite, check_shapes, load_weights, meta_module, part_of
 from sparse_seg.sites import Grid
 
 NETS: dict[str, Callable[[int, int], nn.Module]] = {"mask_net": mask_net, "cad_mask_net": cad_mask_net}

@@ -24,8 +24,8 @@ from sparse_seg.cli.arguments import option, size, whole_number
 from sparse_seg.cli.options import add_config, add_network, input_files, output_file, overrides
 from sparse_seg.config import ModelConfig, check_classes, load_config
 from sparse_seg.config.keys import choices
+from sparse_seg.export.onnx_file import export_onnx
 from sparse_seg.export.options import INPUTS, ExportOptions
-from sparse_seg.export.write import export_onnx
 from sparse_seg.files import check_outputs
 
 POLICIES = ("confidence", "edge", "gain", "learned", "given")

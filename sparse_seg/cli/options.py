@@ -17,7 +17,7 @@ from sparse_seg.export.runner import AUTO, CHOICES, PIXELS
 from sparse_seg.files import check_outputs
 from sparse_seg.lab.opened import Opened, open_checkpoint
 from sparse_seg.masks import parse_policy
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
 CHECKPOINT = (
@@ -128,7 +128,7 @@ def policy(text: str) -> str:
     raise argparse.ArgumentTypeError("uniform takes no fraction between 0 and 1; choose another policy")
 
 
-def merges(model: Segmentor) -> tuple[str, ...]:
+def merges(model: SelectiveNetwork) -> tuple[str, ...]:
     """The merges that a network can run with, its fastest last."""
     try:
         model.check_way(Way(merge="patch"))

@@ -17,7 +17,7 @@ from sparse_seg.errors import ConfigError
 from sparse_seg.masks import blur_scores
 from sparse_seg.progress import bar
 from sparse_seg.run.modes import eval_mode
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Calibration:
 
 @torch.inference_mode()
 def calibrate(
-    model: Segmentor, dataset: SegmentationDataset, data: DataConfig, limit: int | None = None
+    model: SelectiveNetwork, dataset: SegmentationDataset, data: DataConfig, limit: int | None = None
 ) -> Calibration:
     """The thresholds that give the blocks of all frames together the fractions of the model's policy.
 

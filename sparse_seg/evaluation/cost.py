@@ -12,13 +12,13 @@ from torch import Tensor
 
 from sparse_seg.masks import MaskPolicy
 from sparse_seg.run.modes import eval_mode
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
 
 @torch.inference_mode()
 def count_macs(
-    model: Segmentor,
+    model: SelectiveNetwork,
     images: Tensor,
     way: Way | None = None,
     labels: Tensor | None = None,
@@ -43,20 +43,20 @@ def count_macs(
         return run.follow(way, policy).macs()
 
 
-def count_parameters(model: Segmentor) -> int:
+def count_parameters(model: SelectiveNetwork) -> int:
     """Parameters that inference needs: without an auxiliary head."""
     needed = _needed(model)
     return sum(one.numel() for name, one in model.named_parameters() if name in needed)
 
 
-def checkpoint_bytes(model: Segmentor) -> int:
+def checkpoint_bytes(model: SelectiveNetwork) -> int:
     """Bytes of the tensors that inference needs, saved as a plain dict: written to memory and measured."""
     buffer = io.BytesIO()
     torch.save(_needed(model), buffer)
     return buffer.tell()
 
 
-def _needed(model: Segmentor) -> dict[str, Tensor]:
+def _needed(model: SelectiveNetwork) -> dict[str, Tensor]:
     """Of the state dict, what the graph names, and the policy's."""
     named = {name for node in model.graph.nodes for name in node.tensors.values()}
     owners = {f"{owner}.{name}" for owner in ("module", "constants") for name in named}

@@ -19,7 +19,7 @@ from sparse_seg.export.runner import Runner
 from sparse_seg.processes import Processes
 from sparse_seg.progress import bar
 from sparse_seg.run.modes import eval_mode
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.timing import now
 
@@ -61,7 +61,7 @@ class Part:
 
 
 def evaluate(
-    model: Segmentor,
+    model: SelectiveNetwork,
     dataset: SegmentationDataset,
     data: DataConfig,
     way: Way | None = None,
@@ -91,7 +91,7 @@ def evaluate(
 
 
 def measure(
-    model: Segmentor,
+    model: SelectiveNetwork,
     dataset: SegmentationDataset,
     data: DataConfig,
     way: Way,

@@ -1,12 +1,11 @@
 """The selective network as one branch-free graph of stock operators, for any runtime."""
 
-from sparse_seg.export.onnx_file import to_onnx
+from sparse_seg.export.onnx_file import export_onnx, to_onnx
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runner import Runner, in_runtime
 from sparse_seg.export.runtime import open_session
 from sparse_seg.export.segmentor import RuntimeSegmentor
 from sparse_seg.export.static import StaticNetwork
-from sparse_seg.export.write import export_onnx
 
 __all__ = [
     "ExportOptions",

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export.onnx_file import interface
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import open_session
 from sparse_seg.export.static import StaticNetwork
 from sparse_seg.masks import MaskPolicy, blur_scores
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.passes import Pass
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 
 TOLERANCE = 1e-4  # of logits, relative to the largest; float32 in another order gives 1e-6 to 1e-5
@@ -27,7 +26,7 @@ MOST_BLOCKS = 0.01
 
 
 @torch.no_grad()
-def check_graph(graph: bytes, model: Segmentor, network: StaticNetwork, images: int = 2) -> None:
+def check_graph(graph: bytes, model: SelectiveNetwork, network: StaticNetwork, images: int = 2) -> None:
     """Run random images through a graph, and compare blocks, classes and logits with the model's.
 
     Classes may differ where two logits are equal to rounding.
@@ -39,7 +38,7 @@ def check_graph(graph: bytes, model: Segmentor, network: StaticNetwork, images: 
     outside = _plain_copy(model)
     for _ in range(images):
         inputs, normalised = random_inputs(network, generator)
-        names = interface(network)[0]
+        names = network.interface()[0]
         found = session(**{name: value.numpy() for name, value in zip(names, inputs, strict=True)})
         if problem := _problem(
             outside, network.options, normalised, found, chosen_levels(network, inputs, found)
@@ -49,7 +48,7 @@ def check_graph(graph: bytes, model: Segmentor, network: StaticNetwork, images: 
 
 @torch.no_grad()
 def check_run(
-    model: Segmentor, options: ExportOptions, images: Tensor, found: Mapping[str, np.ndarray]
+    model: SelectiveNetwork, options: ExportOptions, images: Tensor, found: Mapping[str, np.ndarray]
 ) -> None:
     """Compare what a graph with these options gave with PyTorch, as `check_graph` does.
 
@@ -80,7 +79,7 @@ def random_inputs(network: StaticNetwork, generator: torch.Generator) -> tuple[t
         images = first.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(value).float().reshape(1, 3, 1, 1) for value in (options.mean, options.std))
     others = []
-    if len(interface(network)[0]) > 1:
+    if len(network.interface()[0]) > 1:
         counts = [network.ranking.fine, network.ranking.middle]
         total = network.blocks[0] * network.blocks[1]
         ranks = torch.stack([torch.randperm(total, generator=generator) for _ in range(options.batch)])
@@ -89,7 +88,7 @@ def random_inputs(network: StaticNetwork, generator: torch.Generator) -> tuple[t
 
 
 def _problem(
-    model: Segmentor,
+    model: SelectiveNetwork,
     options: ExportOptions,
     images: Tensor,
     found: Mapping[str, np.ndarray],

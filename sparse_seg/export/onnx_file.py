@@ -3,21 +3,58 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_seg.checkpoint import digest_of
 from sparse_seg.errors import import_package
+from sparse_seg.export.check import check_graph
+from sparse_seg.export.options import ExportOptions
+from sparse_seg.export.runtime import INSTALL
 from sparse_seg.export.static import StaticNetwork
+from sparse_seg.files import atomic_write
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.version import __version__
 
 OPSET = 17  # tested with onnxruntime 1.20.1 (November 2024) to 1.32 and OpenVINO 2026.4
 METADATA = "sparse_seg"
-INSTALL = "pip install 'sparse_seg[export]'"
+
+
+def export_onnx(
+    model: SelectiveNetwork,
+    path: str | Path,
+    options: ExportOptions,
+    names: Sequence[str] = (),
+    colours: Sequence[Sequence[int]] = (),
+    check: bool = True,
+) -> dict[str, Any]:
+    """Write a network for images of one size to `path`; see `StaticNetwork.forward` for inputs and outputs.
+
+    Args:
+        names, colours: of the classes, colours as RGB in 0..255; kept in the file.
+        check: run the file in onnxruntime before it is written, see `check.check_graph`.
+
+    Returns:
+        What is kept in the file's property `sparse_seg`.
+
+    Raises:
+        SparseSegError: options that do not fit, a missing package, or a check that fails.
+        ValueError: an unknown merge.
+        OSError: the file cannot be written; nothing is left of it.
+    """
+    network = StaticNetwork(model, options)
+    graph, metadata = to_onnx(network), describe(model, network, names, colours)
+    entry = graph.metadata_props.add()
+    entry.key, entry.value = METADATA, json.dumps(metadata)
+    if check:
+        check_graph(graph.SerializeToString(), model, network)
+    atomic_write(path, graph.SerializeToString())
+    return metadata
 
 
 def describe(
@@ -29,7 +66,7 @@ def describe(
     selective: dict[str, Any] = {"dense": options.dense}
     if options.dense is None:
         total = network.blocks[0] * network.blocks[1]
-        policy = "given" if network.choice is None else network.choice.policy.name
+        policy = "given" if network.choice is None else network.choice.name
         selective |= {
             "fine_fraction": network.ranking.fine / total,
             "fine_blocks": network.ranking.fine,
@@ -66,7 +103,7 @@ def to_onnx(network: StaticNetwork) -> Any:
         SparseSegError: onnx is not installed or broken.
     """
     onnx = import_package("onnx", f"export needs the package onnx: {INSTALL}", "load_from_string", "checker")
-    inputs, outputs = interface(network)
+    inputs, outputs = network.interface()
     buffer = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation, and fixed shapes, which are meant
@@ -85,18 +122,6 @@ def to_onnx(network: StaticNetwork) -> Any:
     _name_nodes(graph)
     onnx.checker.check_model(graph)
     return graph
-
-
-def interface(network: StaticNetwork) -> tuple[list[str], list[str]]:
-    """Names of inputs and of outputs."""
-    inputs, outputs = ["images"], ["classes"]
-    if network.options.dense is None:
-        outputs.append("fine_blocks")
-        if network.choice is None:
-            inputs += ["blocks", "middle_blocks"] if network.ranking.middle else ["blocks"]
-    if network.options.logits:
-        outputs.append("logits")
-    return inputs, outputs
 
 
 def _name_nodes(graph: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sparse_seg.errors import SparseSegError
 from sparse_seg.masks import MaskPolicy
 from sparse_seg.run.images import MIN_SIZE
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
 INPUTS = ("float", "uint8")
@@ -49,7 +49,7 @@ class ExportOptions:
     policy: MaskPolicy | None = None
 
 
-def check_options(model: Segmentor, options: ExportOptions) -> None:
+def check_options(model: SelectiveNetwork, options: ExportOptions) -> None:
     """Raises a SparseSegError, of one line, where a model cannot be exported with these options."""
     if min(options.size) < MIN_SIZE:
         size = "x".join(map(str, options.size))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.export.upsample import Upsample
 from sparse_seg.masks import MaskPolicy, blur_scores
 
 
@@ -22,21 +21,19 @@ class StaticRun:
     Args:
         images: normalised.
         last: features of the last stage before the mask.
-        coarse: makes the coarse pass's logits on their grid.
-        upsampled: of the grid of logits, at every so many pixels.
+        coarse: makes the coarse pass's logits at every so many pixels.
     """
 
     images: Tensor
     last: Tensor
-    coarse: Callable[[], Tensor]
-    upsampled: Callable[[Tensor, int], Tensor]
+    coarse: Callable[[int], Tensor]
     labels: None = None
 
     def features(self) -> Tensor:
         return self.last
 
     def coarse_logits(self, every: int = 1, stored_dtype: torch.dtype | None = None) -> Tensor:
-        return self.upsampled(self.coarse(), every)
+        return self.coarse(every)
 
 
 class Normalisation(nn.Module):
@@ -58,33 +55,14 @@ class Normalisation(nn.Module):
         return (values - self.mean) * self.scale
 
 
-class Choice(nn.Module):
-    """A policy's scores.
-
-    Args:
-        policy: is copied.
-        upsampling: makes the `Upsample` of logits to every so many pixels.
-    """
-
-    def __init__(self, policy: MaskPolicy, upsampling: Callable[[int], Upsample]) -> None:
-        super().__init__()
-        self.policy = copy.deepcopy(policy)
-        for name, part in list(self.policy.named_modules()):
-            if isinstance(part, nn.BatchNorm2d) and not part.affine:
-                parent, _, own = name.rpartition(".")
-                setattr(self.policy.get_submodule(parent), own, Normalisation(part))
-        self.upsamples = nn.ModuleDict()
-        self._upsampling = upsampling
-
-    def forward(self, images: Tensor, features: Tensor, coarse: Callable[[], Tensor]) -> Tensor:
-        """`[B, Hc, Wc]`; see `StaticRun`."""
-        run: Any = StaticRun(images, features, coarse, self._upsample)
-        return self.policy.scores(run)
-
-    def _upsample(self, logits: Tensor, every: int) -> Tensor:
-        if str(every) not in self.upsamples:
-            self.upsamples[str(every)] = self._upsampling(every)
-        return self.upsamples[str(every)](logits)
+def static_policy(policy: MaskPolicy) -> MaskPolicy:
+    """A copy whose scores can be traced."""
+    policy = copy.deepcopy(policy)
+    for name, part in list(policy.named_modules()):
+        if isinstance(part, nn.BatchNorm2d) and not part.affine:
+            parent, _, own = name.rpartition(".")
+            setattr(policy.get_submodule(parent), own, Normalisation(part))
+    return policy
 
 
 class Ranking(NamedTuple):

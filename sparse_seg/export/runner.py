@@ -101,13 +101,13 @@ class Runner(Elsewhere):
     ) -> None:
         super().__init__(model)
         self._auto = asked == AUTO
-        self._counts, self._cases = Counter[str](), dict[ExportOptions, _Case]()
+        self._counts, self.cases = Counter[str](), dict[ExportOptions, _Case]()
         self._coming: int | None = None  # as counted from the first pass
         device = model.device.type
-        self._refusal = (refusal or (None if device == "cpu" else f"on {device}")) if self._auto else None
+        self.refusal = (refusal or (None if device == "cpu" else f"on {device}")) if self._auto else None
         self.fast: RuntimeSegmentor | None = None
         self.last: RuntimeSegmentor | SelectiveNetwork = model
-        if asked == TORCH or self._refusal:
+        if asked == TORCH or self.refusal:
             return
         try:
             fast = RuntimeSegmentor(model, RUNTIMES[0] if self._auto else asked, threads)
@@ -117,7 +117,7 @@ class Runner(Elsewhere):
         except SparseSegError as error:
             if not self._auto:
                 raise
-            self._refusal = str(error)
+            self.refusal = str(error)
 
     @cached_property
     def torch(self) -> SelectiveNetwork:
@@ -148,9 +148,9 @@ class Runner(Elsewhere):
         if self.fast is not None and self._auto:
             check_images(images)
             return _Run(self, images, labels)
-        return self._counted(self.fast or self.torch).start(images, labels)
+        return self.counted(self.fast or self.torch).start(images, labels)
 
-    def _counted(self, place: RuntimeSegmentor | SelectiveNetwork) -> RuntimeSegmentor | SelectiveNetwork:
+    def counted(self, place: RuntimeSegmentor | SelectiveNetwork) -> RuntimeSegmentor | SelectiveNetwork:
         """Count a pass at a place. Returns the place."""
         self.last = place
         self._counts[place.runtime if isinstance(place, RuntimeSegmentor) else TORCH] += 1
@@ -159,7 +159,7 @@ class Runner(Elsewhere):
     def report(self) -> str:
         """One line: what ran where, why not elsewhere, and what graphs took."""
         name = self.fast.runtime if self.fast else ""
-        fast, slow, reason = self._counts[name], self._counts[TORCH], self._refusal
+        fast, slow, reason = self._counts[name], self._counts[TORCH], self.refusal
         text = f"runtime: {name if fast else TORCH}"
         if fast and slow:
             text += f" for {fast} of {fast + slow} runs, {TORCH} for the others"
@@ -172,27 +172,7 @@ class Runner(Elsewhere):
             text += f"; {self.fast.made} graph{'s' * (self.fast.made > 1)} in {self.seconds:.1f} s{kept}"
         return text
 
-    def place(
-        self, ask: Callable[[Any], Any], images: Tensor, labels: Tensor | None, logits: bool
-    ) -> tuple[Any, _Case | None]:
-        """A run that is asked for, where it pays; and what it is a case of, if a graph could run it."""
-        assert self.fast is not None
-        case = None
-        try:
-            run = ask(self.fast.start(images, labels))
-            case = self._cases.setdefault(run.options(logits), _Case())
-        except (SparseSegError, ValueError) as error:  # PyTorch can do it, or says why not
-            self._refusal = str(error)
-        if case is not None:
-            case.seen += 1
-            if case.is_fast is None:
-                self._decide(case, run, logits)
-            if case.is_fast:
-                self._counted(self.fast)
-                return run, case
-        return ask(self._counted(self.torch).start(images, labels)), case
-
-    def _decide(self, case: _Case, run: RuntimeRun, logits: bool) -> None:
+    def decide(self, case: _Case, run: RuntimeRun, logits: bool) -> None:
         """Whether a case gets a graph, which is then made; it may stay open."""
         assert self.fast is not None
         if run.images[0, 0].numel() > PIXELS:
@@ -204,17 +184,17 @@ class Runner(Elsewhere):
                 run.prepare(logits)
                 case.is_fast = True
         except Exception as error:  # whatever exporter or runtime raise: PyTorch can do it
-            self._refusal = first_line(error)
+            self.refusal = first_line(error)
             case.is_fast = False
 
     def _pays(self, case: _Case) -> bool:
         """Whether a graph saves more time than it takes to make."""
-        graphs = sum(bool(other.is_fast) for other in self._cases.values())
+        graphs = sum(bool(other.is_fast) for other in self.cases.values())
         if case.seconds is None or graphs >= SIZES:
             return False
         past = self._counts.total()
         coming = past if self._coming is None or self._coming <= past else self._coming - past
-        share = case.seen / sum(other.seen for other in self._cases.values())
+        share = case.seen / sum(other.seen for other in self.cases.values())
         cost = NODE_SECONDS * len(self.model.graph.nodes) + RUNS * case.seconds
         return SAVED * case.seconds * coming * share > cost
 
@@ -264,6 +244,23 @@ class _Run:
         return result
 
     def _placed(self, logits: bool) -> Any:
-        if self._run is None:
-            self._run, self._case = self.runner.place(self._ask, self.images, self.labels, logits)
+        """The run where it pays."""
+        if self._run is not None:
+            return self._run
+        runner, self._case = self.runner, None
+        assert runner.fast is not None
+        try:
+            run = self._ask(runner.fast.start(self.images))
+            self._case = runner.cases.setdefault(run.options(logits), _Case())
+        except (SparseSegError, ValueError) as error:  # PyTorch can do it, or says why not
+            runner.refusal = str(error)
+        if self._case is not None:
+            self._case.seen += 1
+            if self._case.is_fast is None:
+                runner.decide(self._case, run, logits)
+            if self._case.is_fast:
+                runner.counted(runner.fast)
+                self._run = run
+                return run
+        self._run = self._ask(runner.counted(runner.torch).start(self.images, self.labels))
         return self._run

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from sparse_seg.errors import SparseSegError, choose_one, import_package
-from sparse_seg.export.onnx_file import INSTALL
 
 RUNTIMES = ("onnxruntime", "openvino")
+INSTALL = "pip install 'sparse_seg[export]'"
 _NEEDS = {"onnxruntime": ("InferenceSession", "SessionOptions"), "openvino": ("Core",)}
 Session = Callable[..., dict[str, np.ndarray]]
 

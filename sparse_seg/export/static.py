@@ -3,7 +3,6 @@ blocks' numbers in place of a mask."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,14 +10,16 @@ from torch import Tensor, nn
 
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export.options import ExportOptions, check_options
-from sparse_seg.export.policies import Choice, Ranking
-from sparse_seg.export.upsample import Tiles, Upsample
+from sparse_seg.export.policies import Ranking, StaticRun, static_policy
+from sparse_seg.export.tiles import Tiles
+from sparse_seg.masks import MaskPolicy
 from sparse_seg.ops import Graph
+from sparse_seg.ops.upsample import interpolation_matrix
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.patch import patched
-from sparse_seg.run.segmentor import Tensors
 from sparse_seg.run.values import Interpreter
-from sparse_seg.sites import LevelPlan, Sites, grid_size
+from sparse_seg.run.weights import Tensors
+from sparse_seg.sites import Grid, LevelPlan, Sites, grid_size
 
 
 class StaticNetwork(nn.Module):
@@ -30,6 +31,7 @@ class StaticNetwork(nn.Module):
 
     Attributes:
         choice: the policy; None where the network is dense, or blocks are given.
+        output_stride: of the network where it runs dense, at most.
 
     Raises:
         SparseSegError: options that do not fit the model.
@@ -55,10 +57,15 @@ class StaticNetwork(nn.Module):
         self.has_std = not _fold_std(folded.graph, tensors, self.std)
         self.names = _names_by_layer(folded.graph)
         self.weights = Tensors({name: tensors[own].float() for own, name in self.names.items()})
-        self.choice: Choice | None = None
+        self.choice: MaskPolicy | None = None
         if options.dense is None:
             self._prepare_choice(model)
-        self._prepare_outputs()
+        self.output_stride = options.dense or self.strides[0]
+        (trained, align), stride = self._offset, self.geometry.cells(self.output_stride)[folded.graph.output]
+        self.tiles = None
+        if options.tiles and Tiles.fit(options.size, stride, trained, align):
+            cells = grid_size(options.size, stride)
+            self.tiles = Tiles(options.batch, cells, options.size, stride, trained)
         self.eval().requires_grad_(False)
         self._prepare()
 
@@ -75,13 +82,43 @@ class StaticNetwork(nn.Module):
         kept = geometry.kept_lattices | (geometry.kept_late if patches else set())
         coarse = run.dense(self.strides[-1], kept)
         features = run.early()[geometry.features].thinned(self.strides[0])
-        chosen = self._choose(centred / self.std, features, lambda: run.output(coarse).tensor, blocks)
+        if self.choice is None:
+            chosen = torch.cat(list(blocks), 1) if len(blocks) > 1 else blocks[0]
+        else:
+            asked: Any = StaticRun(
+                centred / self.std, features, lambda every: self._upsampled(run.output(coarse), every)
+            )
+            chosen = self.ranking(self.choice.scores(asked))
         near = geometry.near(self.options.size) if self.options.ghosts else {}
         sites = Sites.of_numbers(chosen, self.ranking.fine, self.plans, self.exchange, near, self.engine)
         values = run.mixed(sites, coarse if geometry.refines else None, late=not patches)
         if patches:
             return patched(run, sites, coarse, values).tensor, chosen
         return run.output(values).tensor, chosen
+
+    def upsampling(self, grid_logits: Tensor) -> Tensor:
+        """Logits `[B, K, h, w]` at the images' size."""
+        stride = self.geometry.cells(self.output_stride)[self.geometry.graph.output]
+        return self._upsampled(Grid(grid_logits, stride))
+
+    def _upsampled(self, grid: Grid, every: int = 1) -> Tensor:
+        """As `ops.upsample.upsample_logits`, always by two matrix products."""
+        key = grid.stride, every, grid.tensor.dtype
+        if key not in self._matrices:
+            geometry = grid.stride, *self._offset, every, grid.tensor.dtype, grid.tensor.device
+            rows, columns = (
+                interpolation_matrix(int(cells), length, *geometry)
+                for cells, length in zip(grid.tensor.shape[2:], self.options.size, strict=True)
+            )
+            self._matrices[key] = rows, columns.t().contiguous()
+        rows, columns = self._matrices[key]
+        return torch.matmul(rows, torch.matmul(grid.tensor, columns))
+
+    @property
+    def _offset(self) -> tuple[int, bool]:
+        """Of the logits' upsampling: the stride whose offset it keeps, and whether it aligns corners."""
+        graph = self.geometry.graph
+        return self.geometry.trained(graph.output), graph.align_corners
 
     def example(self) -> tuple[Tensor, ...]:
         """Inputs of the right shapes."""
@@ -94,6 +131,17 @@ class StaticNetwork(nn.Module):
         lists = (self.ranking.fine, self.ranking.middle) if len(self.strides) == 3 else (self.ranking.fine,)
         blocks = torch.arange(sum(lists)).repeat(batch, 1)
         return (images, *blocks.split(lists, 1))
+
+    def interface(self) -> tuple[list[str], list[str]]:
+        """Names of inputs and of outputs."""
+        inputs, outputs = ["images"], ["classes"]
+        if self.options.dense is None:
+            outputs.append("fine_blocks")
+            if self.choice is None:
+                inputs += ["blocks", "middle_blocks"] if self.ranking.middle else ["blocks"]
+        if self.options.logits:
+            outputs.append("logits")
+        return inputs, outputs
 
     def forward(self, images: Tensor, *blocks: Tensor) -> tuple[Tensor, ...]:
         """Images, and with `given` block numbers, to classes uint8 `[B, H, W]`, if selective fine blocks bool
@@ -129,34 +177,12 @@ class StaticNetwork(nn.Module):
                 f"a fine fraction of {fine:g} gives none of {total} blocks; choose a larger one, or --dense "
                 f"{coarsest}"
             )
-        if not options.given:
-            cells, stride, trained, align = self._output(coarsest)
-            last = cells, options.size, stride, trained, align
-            self.choice = Choice(policy, lambda every: Upsample(*last, every))
-
-    def _prepare_outputs(self) -> None:
-        options = self.options
-        cells, *last = self._output(options.dense or self.strides[0])
-        self.tiles = None
-        if options.tiles and Tiles.fit(options.size, *last):
-            self.tiles = Tiles(options.batch, cells, options.size, *last[:2])
-        self.upsampling = Upsample(cells, options.size, *last)
-
-    def _output(self, stride: int) -> tuple[Any, ...]:
-        """Of the logits where the network runs dense at a stride, or at most at it: their grid, its stride,
-        the stride whose offset their upsampling keeps, and whether that aligns corners."""
-        graph = self.geometry.graph
-        own = self.geometry.cells(stride)[graph.output]
-        return (
-            grid_size(self.options.size, own),
-            own,
-            self.geometry.trained(graph.output),
-            graph.align_corners,
-        )
+        self.choice = None if options.given else static_policy(policy)
 
     def _prepare(self) -> None:
         """Make the tables, where the network is."""
         batch, size, device = self.options.batch, self.options.size, self.mean.device
+        self._matrices: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}  # of upsampling
         self.plans = {stride: LevelPlan(batch, size, stride, device) for stride in self.strides[-2::-1]}
         with torch.no_grad():
             self(*(value.to(device) for value in self.example()))
@@ -165,14 +191,6 @@ class StaticNetwork(nn.Module):
         super()._apply(*arguments, **options)
         self._prepare()
         return self
-
-    def _choose(
-        self, images: Tensor, features: Tensor, coarse: Callable[[], Tensor], blocks: Sequence[Tensor]
-    ) -> Tensor:
-        """The blocks that are not coarse `[B, k]`, the finest first; images are normalised."""
-        if self.choice is None:
-            return torch.cat(list(blocks), 1) if len(blocks) > 1 else blocks[0]
-        return self.ranking(self.choice(images, features, coarse))
 
     def _centred(self, images: Tensor) -> Tensor:
         """Images as given to float32 `[B, 3, H, W]` less the mean, not yet over the standard deviation."""

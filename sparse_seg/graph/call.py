@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from sparse_seg.ops import OPERATORS, Node, UnknownOperator
-from sparse_seg.ops.own_code import Part
+
+if TYPE_CHECKING:
+    from sparse_seg.graph.reading import Reader
 
 PREFIX = "module."  # of what `graph/capture.py` wraps
 
@@ -42,26 +44,10 @@ class Unknown:
     layer: str = ""
 
 
-class Known:
-    """What is read so far.
-
-    Attributes:
-        nodes: by name; vectors: names of those that are vectors.
-        known: a `Ref`, a `Constant`, an `Unknown`, or a list of such, of each value of PyTorch's.
-        parts: that run by their own code.
-    """
-
-    def __init__(self, parts: Mapping[str, Part]) -> None:
-        self.parts = parts
-        self.nodes: dict[str, Node] = {}
-        self.vectors: set[str] = set()
-        self.known: dict[fx.Node, Any] = {}
-
-
 class Call:
     """What a family's reader asks of one call of an operator of PyTorch's."""
 
-    def __init__(self, reader: Known, node: fx.Node, schema: Any) -> None:
+    def __init__(self, reader: Reader, node: fx.Node, schema: Any) -> None:
         self.reader, self.node = reader, node
         self.operator = schema.name.split("::")[1]
         self.names = [argument.name for argument in schema.arguments]

@@ -193,11 +193,12 @@ OPTIONS: dict[str, Test] = {
     "dilation": _numbers(1, MOST_DILATION, 2),
     "padding": lambda value: value == "same" or _numbers(0, MOST_TAPS * MOST_DILATION, 2)(value),
     "size": _numbers(1, MOST_SIDE, 2),
+    "p": lambda value: _number(value) and value is not None and 0 <= value <= 1,
     **dict.fromkeys(("axes", "order"), _numbers(0, MOST_CHANNELS)),
     **dict.fromkeys(("groups", "start", "stop", "rank", "axis", "count", "natural"), _whole),
     **dict.fromkeys(("frozen", "first", "whole", "keep", "cell"), _is_bool),
     **dict.fromkeys(("align_corners", "nearest", "count_outside"), _is_bool),
-    **dict.fromkeys(("eps", "momentum", "p", "number", "min", "max", "min_val", "max_val"), _number),
+    **dict.fromkeys(("eps", "momentum", "number", "min", "max", "min_val", "max_val"), _number),
     **dict.fromkeys(("negative_slope", "alpha", "beta", "threshold"), _number),
     "approximate": lambda value: value in ("none", "tanh"),
 }

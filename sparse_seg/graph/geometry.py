@@ -61,6 +61,7 @@ class Geometry(Strides):
         self.strides = tuple(strides) if strides is not None else (self.own, 2 * self.own)
         self.mixing: set[str] = set()
         self.kind: dict[str, str] = {}
+        self._cells: dict[int, dict[str, int]] = {}
         self._divide()
         self.natural = self._natural()
         for name, stride in self.natural.items():
@@ -256,6 +257,8 @@ class Geometry(Strides):
 
     def cells(self, stride: int) -> dict[str, int]:
         """Each value's stride where the network runs dense at an output stride, px; 0 of vectors."""
+        if stride in self._cells:
+            return self._cells[stride]
         cells: dict[str, int] = {}
         for node in self.graph.nodes:
             name = node.name
@@ -270,6 +273,7 @@ class Geometry(Strides):
                 window = OPERATORS[node.op]
                 step = window.window(node).stride[0] if isinstance(window, Spatial) else 1
                 cells[name] = step * max(cells[one] for one in self._grids(node))
+        self._cells[stride] = cells  # whole: others may read it at once
         return cells
 
     def near(self, size: tuple[int, int]) -> dict[int, list[Taps]]:
@@ -279,15 +283,11 @@ class Geometry(Strides):
             source = node.inputs[0]
             if self.window(node) is None or node.name in self.mixing or self.kind[source] != "rows":
                 continue
-            taps = self.taps_inside(node, size)
+            taps, _ = self.inside(node, size)
             for stride, shared in near.items():
                 if self.lattice(source) > stride and taps.reach <= NEAR * 2 * stride and taps not in shared:
                     shared.append(taps)
         return near
-
-    def all_taps(self, size: tuple[int, int]) -> dict[str, Taps]:
-        """Where each window reads, for images of `size` px, see `taps_inside`."""
-        return {node.name: self.taps_inside(node, size) for node in self.graph.nodes if self.window(node)}
 
     # -- what runs share -----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.graph.call import PREFIX, Call, Constant, Known, Ref, Unknown
+from sparse_seg.graph.call import PREFIX, Call, Constant, Ref, Unknown
 from sparse_seg.ops import READERS, Graph, Node, UnknownOperator
 from sparse_seg.ops.own_code import Part
 
@@ -26,12 +26,19 @@ class CaptureFailed(SparseSegError):
     """No graph can be made of a module; the message says why, in one line."""
 
 
-class Reader(Known):
-    """Of one exported program, for images of `size` px; `parts` run by their own code."""
+class Reader:
+    """Of one exported program, for images of `size` px; `parts` run by their own code.
+
+    Attributes:
+        nodes: what is read so far, by name; vectors: names of those that are vectors.
+        known: a `Ref`, a `Constant`, an `Unknown`, or a list of such, of each value of PyTorch's.
+    """
 
     def __init__(self, program: Any, size: tuple[int, int], parts: Mapping[str, Part]) -> None:
-        super().__init__(parts)
-        self.program, self.size = program, size
+        self.program, self.size, self.parts = program, size, parts
+        self.nodes: dict[str, Node] = {}
+        self.vectors: set[str] = set()
+        self.known: dict[fx.Node, Any] = {}
         self.constants: dict[str, Tensor] = {}
         self.lifted = program.state_dict, program.constants
         parameters = program.graph_signature.inputs_to_parameters.values()

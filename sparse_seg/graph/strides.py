@@ -90,22 +90,18 @@ class Strides:
             axes.append(tuple((tap * dilation - before) * unit for tap in range(kernel)))
         return Taps(*axes)
 
-    def kernel_inside(self, node: Node, size: tuple[int, int]) -> tuple[slice, slice] | None:
-        """The part of a kernel that ever reads inside images of `size` px; None of all of it.
+    def inside(self, node: Node, size: tuple[int, int]) -> tuple[Taps, tuple[slice, slice] | None]:
+        """Where a window reads, without taps that are always outside images of `size` px and add nothing; and
+        the part of its kernel that these are, None if it is all.
 
         Large atrous rates reach beyond small images: of torchvision's 36, at stride 16, one tap of nine reads
         inside 512x512.
         """
         operator, taps = OPERATORS[node.op], self.taps(node, size)
         if not isinstance(operator, Spatial) or not operator.skips_outside:
-            return None
+            return taps, None
         parts = taps.inside(size)
-        return None if taps.part(parts) == taps else parts
-
-    def taps_inside(self, node: Node, size: tuple[int, int]) -> Taps:
-        """Where a window reads, without taps that are always outside images of `size` px and add nothing."""
-        parts, taps = self.kernel_inside(node, size), self.taps(node, size)
-        return taps if parts is None else taps.part(parts)
+        return taps.part(parts), None if taps.part(parts) == taps else parts
 
     def spacing(self, node: Node) -> int:
         """Px between a window's taps; 0 of a node without."""

@@ -18,7 +18,7 @@ from sparse_seg.lab.report.explorer import Explorer, Frame, Shot
 from sparse_seg.lab.report.html import Picture, photo
 from sparse_seg.lab.report.overlays import colourise, draw_levels, overlay, shrink
 from sparse_seg.progress import bar
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
 SHOWN = 4  # frames
@@ -32,7 +32,7 @@ class Contender:
 
     name: str
     row: _Row
-    model: Segmentor
+    model: SelectiveNetwork
     way: Way
     data: DataConfig
 

@@ -6,6 +6,7 @@ are `[N, C]`, a vector of each image `[B, C, 1, 1]`. So what treats each place b
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -58,7 +59,23 @@ class Operator:
         return 0
 
     def check(self, node: Node, tensors: Tensors) -> None:
-        """Raises a ValueError where options or the tensors' shapes cannot be."""
+        """Raises a ValueError where options cannot be that a run on no images does not find."""
+
+
+class Function(Operator):
+    """A function of the values that it reads; tensors and options are its keyword arguments.
+
+    Args:
+        options: names of those that it takes, as far as the node has them; flags: the operator's attributes.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], options: Sequence[str], **flags: bool) -> None:
+        self.function, self.options = function, options
+        vars(self).update(flags)
+
+    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
+        options = {name: node.options[name] for name in self.options if name in node.options}
+        return self.function(*inputs, **tensors, **options)
 
 
 class Window(NamedTuple):
@@ -137,6 +154,16 @@ def operator(name: str) -> Callable[[type[Operator]], type[Operator]]:
     def enter(kind: type[Operator]) -> type[Operator]:
         OPERATORS[name] = kind()
         return kind
+
+    return enter
+
+
+def function(name: str, **flags: bool) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Enter a function as an operator, see `Function`: its arguments behind `*` are tensors and options."""
+
+    def enter(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        OPERATORS[name] = Function(call, list(inspect.signature(call).parameters), **flags)
+        return call
 
     return enter
 

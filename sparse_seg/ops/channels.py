@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, operator, pair, reads
+from sparse_seg.ops.base import (
+    OPERATORS,
+    Function,
+    Operator,
+    Tensors,
+    UnknownOperator,
+    function,
+    operator,
+    pair,
+    reads,
+)
 from sparse_seg.ops.node import Node
 
 
-@operator("cat")
-class Cat(Operator):
-    """Of values along the channels; vectors are repeated at every place."""
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        first = inputs[0]
-        for x in inputs[1:]:  # torch.compile has no max by a key; there may be no rows beside a vector
-            places, most = math.prod(x.shape[2:]), math.prod(first.shape[2:])
-            if places > most or (places == most and first.shape[0] == 1):
-                first = x
-        parts = [
-            x if x.shape[0] == first.shape[0] and x.shape[2:] == first.shape[2:]
-            else x.expand(first.shape[0], -1, *first.shape[2:])
-            for x in inputs
-        ]  # fmt: skip
-        return torch.cat(parts, 1)
-
-    def check(self, node: Node, tensors: Tensors) -> None:
-        if not node.inputs:
-            raise ValueError("there is nothing to join")
+@function("cat")
+def cat(*values: Tensor) -> Tensor:
+    """Along the channels; vectors are repeated at every place."""
+    first = values[0]
+    for x in values[1:]:  # torch.compile has no max by a key; there may be no rows beside a vector
+        places, most = math.prod(x.shape[2:]), math.prod(first.shape[2:])
+        if places > most or (places == most and first.shape[0] == 1):
+            first = x
+    parts = [
+        x if x.shape[0] == first.shape[0] and x.shape[2:] == first.shape[2:]
+        else x.expand(first.shape[0], -1, *first.shape[2:])
+        for x in values
+    ]  # fmt: skip
+    return torch.cat(parts, 1)
 
 
 @reads("cat", "concat")
@@ -47,17 +52,9 @@ def read_stack(call: Any) -> Any:
     return call.stacked()
 
 
-@operator("slice")
-class Slice(Operator):
-    """Channels from `start` to `stop`."""
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        return inputs[0][:, node.options["start"] : node.options["stop"]]
-
-    def check(self, node: Node, tensors: Tensors) -> None:
-        start, stop = node.options["start"], node.options["stop"]
-        if not 0 <= start < stop or stop - start != node.shape[1]:
-            raise ValueError(f"channels {start} to {stop} are not {node.shape[1]}")
+@function("slice")
+def slice_channels(x: Tensor, *, start: int, stop: int) -> Tensor:
+    return x[:, start:stop]
 
 
 @reads("slice", "narrow")
@@ -91,38 +88,31 @@ def read_split(call: Any) -> Any:
     return parts
 
 
-@operator("view")
-class View(Operator):
-    """Channel axes regrouped: options `axes` and, after that, the `order` in which they stand."""
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        (x,), axes, order = inputs, node.options["axes"], node.options.get("order")
-        rank = node.options["rank"]  # of the input's channel axes
-        tail = list(x.shape[1 + rank :])
-        x = x.reshape(x.shape[0], *axes, *tail)
-        if order is not None:
-            places = [1 + place for place in order]
-            x = x.permute(0, *places, *range(1 + len(axes), x.ndim))
+@function("view")
+def view(x: Tensor, *, axes: Sequence[int], rank: int, order: Sequence[int] | None = None) -> Tensor:
+    """The first `rank` channel axes regrouped as `axes`, which then stand in another order."""
+    x = x.reshape(x.shape[0], *axes, *x.shape[1 + rank :])
+    if order is None:
         return x
-
-    def check(self, node: Node, tensors: Tensors) -> None:
-        axes, order = node.options["axes"], node.options.get("order")
-        if math.prod(axes) != math.prod(node.shape[1:-2]) or min(axes) < 1:
-            raise ValueError(f"axes {axes} have not the channels of {list(node.shape)}")
-        if order is not None and sorted(order) != list(range(len(axes))):
-            raise ValueError(f"order {order} is none of {len(axes)} axes")
+    return x.permute(0, *(1 + place for place in order), *range(1 + len(axes), x.ndim))
 
 
-@operator("softmax")
-class Softmax(Operator):
+class OfAxis(Function):
     """Over the channel axis `axis`, counted from 1."""
 
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        return inputs[0].softmax(node.options["axis"])
-
     def check(self, node: Node, tensors: Tensors) -> None:
-        if not 1 <= node.options["axis"] <= len(node.shape) - 3:
+        if not 1 <= node.options["axis"] <= len(node.shape) - 2 - node.options.get("keep", True):
             raise ValueError(f"axis {node.options['axis']} is none of the channels'")
+
+
+def _sum(x: Tensor, axis: int, keep: bool, count: int = 1) -> Tensor:
+    """keep: the axis stays, of length 1; count: 1, or its length, for a mean."""
+    total = x.sum(axis, keepdim=keep)
+    return total if count == 1 else total / count
+
+
+OPERATORS["softmax"] = OfAxis(lambda x, axis: x.softmax(axis), ["axis"])
+OPERATORS["sum"] = OfAxis(_sum, ["axis", "keep", "count"])
 
 
 @reads("softmax", "_softmax")
@@ -145,11 +135,6 @@ class Conv1d(Operator):
     def macs(self, node: Node, tensors: Tensors) -> int:
         return tensors["weight"].numel() * node.shape[2]
 
-    def check(self, node: Node, tensors: Tensors) -> None:
-        weight = tensors["weight"].shape
-        if len(weight) != 3 or len(node.shape) != 5 or weight[0] != node.shape[1]:
-            raise ValueError(f"weight {list(weight)} does not give {list(node.shape)}")
-
 
 @reads("conv1d")
 def read_conv1d(call: Any) -> Any:
@@ -158,16 +143,3 @@ def read_conv1d(call: Any) -> Any:
     tensors = {name: call.tensor(name) for name in ("weight", "bias")}
     options = {name: pair(call.argument(name), 0)[0] for name in ("padding", "dilation")}
     return call.make("conv1d", ["input"], tensors, **options, groups=call.argument("groups"))
-
-
-@operator("sum")
-class Sum(Operator):
-    """Over the channel axis `axis`, counted from 1; option `keep`: it stays, of length 1."""
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        total = inputs[0].sum(node.options["axis"], keepdim=node.options["keep"])
-        return total / node.options["count"] if "count" in node.options else total
-
-    def check(self, node: Node, tensors: Tensors) -> None:
-        if node.options["axis"] < 1:
-            raise ValueError(f"axis {node.options['axis']} is none of the channels'")

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_seg.ops.base import (
-    Operator,
     Pads,
     Pair,
     Reads,
     Spatial,
     Tensors,
     UnknownOperator,
+    function,
     operator,
     pair,
     reads,
@@ -119,12 +119,9 @@ class Conv2d(Spatial):
         return tensors["weight"].numel()
 
     def check(self, node: Node, tensors: Tensors) -> None:
-        weight, groups = tensors["weight"], node.options["groups"]
-        kernel = tuple(weight.shape[2:]) or (1, 1)
-        if weight.ndim not in (2, 4) or kernel != pair(node.options["kernel"]):
+        weight = tensors["weight"]
+        if weight.ndim not in (2, 4) or (tuple(weight.shape[2:]) or (1, 1)) != pair(node.options["kernel"]):
             raise ValueError(f"weight {list(weight.shape)} has another kernel than {node.options['kernel']}")
-        if groups < 1 or weight.shape[0] % groups or weight.shape[0] != node.shape[1]:
-            raise ValueError(f"weight {list(weight.shape)} does not give {node.shape[1]} channels")
 
 
 def _by_phases(grid: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
@@ -143,13 +140,10 @@ def _by_phases(grid: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair
     return out[:, :height, :width].permute(0, 3, 1, 2)
 
 
-@operator("conv2d_of_constant")
-class ConvOfConstant(Operator):
+@function("conv2d_of_constant")
+def conv2d_of_constant(x: Tensor, *, weight: Tensor, groups: int) -> Tensor:
     """What a convolution gives where all its taps read one vector `[B, I, 1, 1]`, without bias."""
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        weight = tensors["weight"].sum((2, 3), keepdim=True)
-        return F.conv2d(inputs[0], weight, groups=node.options["groups"])
+    return F.conv2d(x, weight.sum((2, 3), keepdim=True), groups=groups)
 
 
 def kernel_of(weight: Tensor) -> Tensor:

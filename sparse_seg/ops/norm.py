@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm as synchronised
 
-from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, operator, reads
+from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, function, operator, reads
 from sparse_seg.ops.node import Node
 
 AFFINE = ("weight", "bias")
@@ -54,11 +54,8 @@ class BatchNorm(Operator):
         return F.batch_norm(inputs[0], *statistics, weight, bias, training, momentum, eps)
 
     def check(self, node: Node, tensors: Tensors) -> None:
-        _check_channels(node, {role: tensor for role, tensor in tensors.items() if role != COUNT})
         if COUNT in tensors and tensors[COUNT].shape != ():
             raise ValueError(f"{COUNT} is {list(tensors[COUNT].shape)}, not one number")
-        if not 0 < node.options["eps"] <= 1:
-            raise ValueError(f"eps is {node.options['eps']}")
 
 
 def _processes(x: Tensor) -> int:
@@ -76,26 +73,12 @@ def read_group_norm(call: Any) -> Any:
     return call.make("group_norm", ["input"], names, groups=groups, eps=call.argument("eps"))
 
 
-@operator("group_norm")
-class GroupNorm(Operator):
+@function("group_norm", needs_grid=True)
+def group_norm(
+    x: Tensor, *, groups: int, eps: float, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Of groups of channels by their statistics over an image, so on complete grids alone."""
-
-    needs_grid = True
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        weight, bias = (tensors.get(name) for name in AFFINE)
-        return F.group_norm(inputs[0], node.options["groups"], weight, bias, node.options["eps"])
-
-    def check(self, node: Node, tensors: Tensors) -> None:
-        _check_channels(node, tensors)
-        if node.options["groups"] < 1 or node.shape[1] % node.options["groups"]:
-            raise ValueError(f"{node.shape[1]} channels are not {node.options['groups']} groups")
-
-
-def _check_channels(node: Node, tensors: Tensors) -> None:
-    for name, tensor in tensors.items():
-        if name != COUNT and tuple(tensor.shape) != (node.shape[1],):
-            raise ValueError(f"{name} is {list(tensor.shape)}, not [{node.shape[1]}]")
+    return F.group_norm(x, groups, weight, bias, eps)
 
 
 @reads("layer_norm")
@@ -106,15 +89,8 @@ def read_layer_norm(call: Any) -> Any:
     return call.make("layer_norm", ["input"], names, eps=call.argument("eps"))
 
 
-@operator("layer_norm")
-class LayerNorm(Operator):
-    """Over the channels of each place. Tensors: weight and bias `[C]`, where it has them."""
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        (x,), eps = inputs, node.options["eps"]
-        weight, bias = (tensors.get(name) for name in AFFINE)
-        out = F.layer_norm(x.movedim(1, -1), (x.shape[1],), weight, bias, eps)
-        return out.movedim(-1, 1)
-
-    def check(self, node: Node, tensors: Tensors) -> None:
-        _check_channels(node, tensors)
+@function("layer_norm")
+def layer_norm(x: Tensor, *, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Over the channels of each place; weight and bias: `[C]`."""
+    last = x.ndim - 1  # not -1, which the ONNX exporter would write as it is
+    return F.layer_norm(x.movedim(1, last), (x.shape[1],), weight, bias, eps).movedim(last, 1)

@@ -2,83 +2,67 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.ops.base import OPERATORS, READERS, Operator, Tensors, UnknownOperator, operator, reads
+from sparse_seg.ops.base import (
+    OPERATORS,
+    READERS,
+    Function,
+    Operator,
+    Tensors,
+    UnknownOperator,
+    function,
+    operator,
+    reads,
+)
 from sparse_seg.ops.node import Node
 
 
-class Unary(NamedTuple):
-    """A function of one value, and its options by name with PyTorch's names of them."""
-
-    function: Callable[..., Tensor]
-    options: tuple[str, ...] = ()
-
-
-UNARY = {
-    "relu": Unary(F.relu),
-    "relu6": Unary(F.relu6),
-    "hardtanh": Unary(lambda x, min_val, max_val: F.hardtanh(x, min_val, max_val), ("min_val", "max_val")),
-    "hardswish": Unary(F.hardswish),
-    "hardsigmoid": Unary(F.hardsigmoid),
-    "sigmoid": Unary(torch.sigmoid),
-    "silu": Unary(F.silu),
-    "gelu": Unary(lambda x, approximate: F.gelu(x, approximate=approximate), ("approximate",)),
-    "leaky_relu": Unary(lambda x, negative_slope: F.leaky_relu(x, negative_slope), ("negative_slope",)),
-    "elu": Unary(lambda x, alpha: F.elu(x, alpha), ("alpha",)),
-    "tanh": Unary(torch.tanh),
-    "mish": Unary(F.mish),
-    "softplus": Unary(lambda x, beta, threshold: F.softplus(x, beta, threshold), ("beta", "threshold")),
-    "clamp": Unary(lambda x, min, max: torch.clamp(x, min, max), ("min", "max")),
-    "neg": Unary(torch.neg),
-    "exp": Unary(torch.exp),
-    "sqrt": Unary(torch.sqrt),
-    "abs": Unary(torch.abs),
-}
-
-
-class Activation(Operator):
-    def __init__(self, unary: Unary) -> None:
-        self.unary = unary
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        return self.unary.function(inputs[0], *(node.options[name] for name in self.unary.options))
+class Activation(Function):
+    """A function of one value; options have PyTorch's names."""
 
     def overwrite(self, node: Node, inputs: list[Tensor]) -> Tensor | None:
         return inputs[0].relu_() if node.op == "relu" else None
 
-    def check(self, node: Node, tensors: Tensors) -> None:
-        for name in self.unary.options:
-            value = node.options.get(name, "")
-            if not (value is None or isinstance(value, (int, float)) or value in ("none", "tanh")):
-                raise ValueError(f"{name} is {value!r}")
+
+UNARY = {
+    "relu": Activation(F.relu, ()),
+    "relu6": Activation(F.relu6, ()),
+    "hardtanh": Activation(F.hardtanh, ("min_val", "max_val")),
+    "hardswish": Activation(F.hardswish, ()),
+    "hardsigmoid": Activation(F.hardsigmoid, ()),
+    "sigmoid": Activation(torch.sigmoid, ()),
+    "silu": Activation(F.silu, ()),
+    "gelu": Activation(F.gelu, ("approximate",)),
+    "leaky_relu": Activation(F.leaky_relu, ("negative_slope",)),
+    "elu": Activation(F.elu, ("alpha",)),
+    "tanh": Activation(torch.tanh, ()),
+    "mish": Activation(F.mish, ()),
+    "softplus": Activation(F.softplus, ("beta", "threshold")),
+    "clamp": Activation(torch.clamp, ("min", "max")),
+    "neg": Activation(torch.neg, ()),
+    "exp": Activation(torch.exp, ()),
+    "sqrt": Activation(torch.sqrt, ()),
+    "abs": Activation(torch.abs, ()),
+}
+OPERATORS.update(UNARY)
 
 
-def _read_unary(name: str) -> Callable[[Any], Any]:
-    def read(call: Any) -> Any:
-        options = {key: call.argument(key) for key in UNARY[name].options}
-        return call.make(name, [call.first], {}, **options)
-
-    return read
+@reads(*UNARY, *(f"{name}_" for name in UNARY))
+def read_unary(call: Any) -> Any:
+    name = call.operator.removesuffix("_")
+    return call.make(name, [call.first], {}, **{key: call.argument(key) for key in UNARY[name].options})
 
 
-for _name, _unary in UNARY.items():
-    OPERATORS[_name] = Activation(_unary)
-    READERS[_name] = READERS[f"{_name}_"] = _read_unary(_name)
-
-
-@operator("prelu")
-class PReLU(Operator):
-    """Tensors: weight `[C]` or `[1]`."""
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        return F.prelu(inputs[0], tensors["weight"])
+@function("prelu")
+def prelu(x: Tensor, *, weight: Tensor) -> Tensor:
+    """weight: `[C]` or `[1]`."""
+    return F.prelu(x, weight)
 
 
 @reads("prelu")
@@ -120,13 +104,6 @@ class Arithmetic(Operator):
         first, *others = inputs
         same = all((one.shape, one.dtype) == (first.shape, first.dtype) for one in others)
         return first.add_(*others) if node.op == "add" and others and same else None
-
-    def check(self, node: Node, tensors: Tensors) -> None:
-        number = node.options.get("number", 0.0)
-        if not isinstance(number, (int, float)):
-            raise ValueError(f"number is {number!r}")
-        if "tensor" in tensors and tensors["tensor"].numel() != math.prod(node.options["axes"]):
-            raise ValueError(f"tensor {list(tensors['tensor'].shape)} has not {node.options['axes']} values")
 
 
 for _name, _function in BINARY.items():
@@ -170,16 +147,10 @@ class Dropout(Operator):
     joins = True
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        (x,), p = inputs, node.options["p"]
+        (x,), p, whole = inputs, node.options["p"], node.options["whole"]
         if not training or p == 0:
             return x
-        if node.options["whole"] and x.ndim == 4:
-            return F.dropout2d(x, p)
-        return F.dropout(x, p)
-
-    def check(self, node: Node, tensors: Tensors) -> None:
-        if not 0 <= node.options["p"] <= 1:
-            raise ValueError(f"p is {node.options['p']}")
+        return F.dropout2d(x, p) if whole and x.ndim == 4 else F.dropout(x, p)
 
 
 @reads("dropout", "dropout_")

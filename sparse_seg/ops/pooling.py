@@ -16,6 +16,7 @@ from sparse_seg.ops.base import (
     Spatial,
     Tensors,
     UnknownOperator,
+    function,
     operator,
     pair,
     reads,
@@ -149,22 +150,15 @@ def _read_pool(call: Any, name: str, dilation: Any, **options: Any) -> Any:
 # -- whole images ------------------------------------------------------------------------------------------
 
 
-@operator("global_mean")
-class GlobalMean(Operator):
+@function("global_mean", is_pool=True)
+def global_mean(x: Tensor) -> Tensor:
     """`[B, C, h, w]` to a vector `[B, C, 1, 1]`."""
-
-    is_pool = True
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        return inputs[0].mean((-2, -1), keepdim=True)
+    return x.mean((-2, -1), keepdim=True)
 
 
-@operator("global_max")
-class GlobalMax(Operator):
-    is_pool = True
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        return inputs[0].amax((-2, -1), keepdim=True)
+@function("global_max", is_pool=True)
+def global_max(x: Tensor) -> Tensor:
+    return x.amax((-2, -1), keepdim=True)
 
 
 @operator("adaptive_avg_pool2d")

@@ -1,4 +1,4 @@
-"""Resizing between grids; a vector is repeated at every place by whoever reads it."""
+"""Resizing between grids, padding, and values that no other operator makes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, operator, reads
+from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, function, operator, reads
 from sparse_seg.ops.node import Node
 
 
@@ -53,9 +53,28 @@ class Zeros(Operator):
         raise NotImplementedError  # it is made in the images' dtype, see `run/`
 
 
-@operator("constant")
-class Constant(Operator):
+@function("constant")
+def constant(*, value: Tensor) -> Tensor:
     """A tensor `[1, C, 1, 1]`, for every image alike; a rewritten graph has such."""
+    return value
 
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        return tensors["value"]
+
+@operator("pad")
+class Pad(Operator):
+    """As a layer of its own: `graph/rewrite.py` gives it to the window that reads it.
+
+    Options: pads, places left, right, above, below; value, what stands there.
+    """
+
+
+@reads("pad", "constant_pad_nd")
+def read_pad(call: Any) -> Any:
+    pads = [int(count) for count in call.argument("pad")]
+    if call.argument("mode", "constant") != "constant":
+        raise UnknownOperator(f"{call.where}: padding by {call.argument('mode')}")
+    if len(pads) not in (2, 4) or call.is_last(call.first):
+        raise UnknownOperator(f"{call.where}: padding of other axes than height and width")
+    pads += [0] * (4 - len(pads))
+    if not any(pads):
+        return call.same(call.first)
+    return call.make("pad", [call.first], {}, pads=pads, value=float(call.argument("value") or 0))

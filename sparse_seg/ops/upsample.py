@@ -33,7 +33,7 @@ def upsample_logits(
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=align_corners)
     geometry = stride, trained_stride, align_corners, every
     rows, columns = (
-        _interpolation_matrix(logits.shape[axis], length, *geometry, logits.dtype, logits.device)
+        interpolation_matrix(logits.shape[axis], length, *geometry, logits.dtype, logits.device)
         for axis, length in zip((2, 3), size, strict=True)
     )
     with nullcontext() if logits.is_meta else torch.autocast(logits.device.type, enabled=False):
@@ -115,7 +115,7 @@ def _axis(cells: int, length: int, stride: int, trained_stride: int, align_corne
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _interpolation_matrix(
+def interpolation_matrix(
     cells: int,
     length: int,
     stride: int,

@@ -7,7 +7,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +18,24 @@ from sparse_seg.config import RUN_SETTINGS, Config, ModelConfig, model_config
 from sparse_seg.config.schema import STRIDES
 from sparse_seg.errors import ConfigError, SparseSegError, did_you_mean
 from sparse_seg.graph import capture
-from sparse_seg.masks import mask_net
 from sparse_seg.networks.encoder_decoder import build_module, captured_stride
 from sparse_seg.ops import Graph
-from sparse_seg.run.card import Card
 from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.selective import SIZE, build_network, captured
+from sparse_seg.run.selective import build_network, captured
 
 CAPTURE_SIZE = (64, 128)  # px, of the example that a network of ours is captured with
 MOST_GRAPHS = 64
 _GRAPHS: dict[str, Graph] = {}  # by settings: a capture takes half a second
 
 
-def build_model(
-    config: str | Path | Mapping[str, Any] | Config | ModelConfig,
-    learned_net: Callable[[int, int], nn.Module] = mask_net,
-    card: Card | None = None,
-) -> SelectiveNetwork:
+def build_model(config: str | Path | Mapping[str, Any] | Config | ModelConfig) -> SelectiveNetwork:
     """Build a network: of ours with fresh weights, or what `module` makes, with the weights that it has.
 
     Args:
         config: path of a YAML config, or a plain dict of model settings such as
             `{"backbone": "resnet50", "head": "lite", "num_classes": 19}` or
             `{"module": "my_package.nets:build", "module_args": {"classes": 19}}`, with defaults for the rest.
-        learned_net: makes the net of a policy that is trained, of the channels that it reads and of how many
-            cells a block is wide.
-        card: what input and output mean, where it is known.
 
     Raises:
         ConfigError: unknown key, wrong type or impossible value, naming the key; a module that cannot be
@@ -52,22 +43,12 @@ def build_model(
         NotSelective, UnknownOperator, CaptureFailed, GraphDiffers: see `selective`.
     """
     settings = model_config(config)
-    if settings.module is None:
-        return own_network(settings, learned_net, card)
-    module = import_module(settings.module, settings.module_args)
-    return capture_module(module, settings, learned_net, card)
-
-
-def own_network(
-    settings: ModelConfig,
-    learned_net: Callable[[int, int], nn.Module] = mask_net,
-    card: Card | None = None,
-) -> SelectiveNetwork:
-    """A network of ours, see `build_model`."""
+    if settings.module is not None:
+        return capture_module(import_module(settings.module, settings.module_args), settings)
     settings, stride = with_strides(settings), captured_stride(settings)
     module: Any = build_module(settings, stride, stride)  # nothing but PyTorch's own upsampling
     module.to(memory_format=torch.channels_last)  # the layout of images; else each convolution converts
-    return build_network(own_graph(settings, module), module, {}, settings, card, learned_net)
+    return build_network(own_graph(settings, module), module, {}, settings)
 
 
 def with_strides(settings: ModelConfig) -> ModelConfig:
@@ -128,15 +109,10 @@ def import_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def capture_module(
-    module: nn.Module,
-    settings: ModelConfig,
-    learned_net: Callable[[int, int], nn.Module] = mask_net,
-    card: Card | None = None,
-) -> SelectiveNetwork:
+def capture_module(module: nn.Module, settings: ModelConfig) -> SelectiveNetwork:
     """The network of what `import_module` made, as settings say; see `build_model`."""
     with torch.device("cpu"):  # the graph is compared with the module, by values
-        network = captured(module, settings, SIZE, card, learned_net)
+        network = captured(module, settings)
     found, asked = network.num_classes, settings.num_classes
     if asked is not None and found != asked:
         raise ConfigError(

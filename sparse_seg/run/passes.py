@@ -10,7 +10,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,16 +21,12 @@ from sparse_seg.ops.upsample import at_least_float32, upsample_classes
 from sparse_seg.run.images import check_images, warn_of_bytes
 from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.patch import patched
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.values import Interpreter, Values
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid, Mixed, Sites, grid_size
 
-
-class Kept(NamedTuple):
-    """What a pass keeps for refining."""
-
-    num_bytes: int
+if TYPE_CHECKING:
+    from sparse_seg.run.network import SelectiveNetwork
 
 
 class Pass:
@@ -45,7 +41,7 @@ class Pass:
         ValueError: images of a wrong shape or dtype.
     """
 
-    def __init__(self, model: Segmentor, images: Tensor, labels: Tensor | None = None) -> None:
+    def __init__(self, model: SelectiveNetwork, images: Tensor, labels: Tensor | None = None) -> None:
         check_images(images)
         warn_of_bytes(images)
         self.model, self.labels = model, labels
@@ -223,8 +219,8 @@ class Pass:
         return block_levels(self.mask, self.model.strides).to(self.images.device)
 
     @property
-    def memory(self) -> Kept | None:
-        """What is kept for refining, the images apart."""
+    def memory(self) -> int | None:
+        """Bytes that are kept for refining, the images apart."""
         if self._coarse is None:
             return None
         values = [
@@ -236,7 +232,7 @@ class Pass:
             mixed = [value for value in self._values.values() if isinstance(value, Mixed)]
             tensors += [rows for value in mixed for rows in value.rows.values()]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-        return Kept(sum(storage.nbytes() for storage in storages.values()))
+        return sum(storage.nbytes() for storage in storages.values())
 
     @property
     def output_stride(self) -> int:

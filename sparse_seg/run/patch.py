@@ -25,7 +25,7 @@ from sparse_seg.errors import SparseSegError
 from sparse_seg.graph import Geometry
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
 from sparse_seg.run.values import Interpreter
-from sparse_seg.sites import HERE, Grid, Level, Mixed, Sites, Taps, grid_size, plan_of, rows_to_grid
+from sparse_seg.sites import HERE, Grid, Level, Mixed, Sites, grid_size, plan_of, rows_to_grid
 
 
 def check_patch(geometry: Geometry) -> None:
@@ -57,8 +57,8 @@ class Patches:
         stride: of those places, px.
     """
 
-    def __init__(self, before: Grid | Patches | None, rows: Tensor, stride: int, fine: Fine) -> None:
-        self.rows, self.stride, self.fine = rows, stride, fine
+    def __init__(self, before: Grid | Patches | None, rows: Tensor, stride: int, level: Level) -> None:
+        self.rows, self.stride, self.level = rows, stride, level
         self._before = before
         self._table: Tensor | None = None
 
@@ -69,72 +69,47 @@ class Patches:
             assert self._before is not None
             base = self._before.complete() if isinstance(self._before, Patches) else self._before
             if base.stride != self.stride:
-                base = self.fine.doubled(base, self.stride)
+                base = _doubled(base, self.level, self.stride)
             self._table = torch.cat([base.rows, self.rows, self.rows.new_zeros(1, int(self.rows.shape[1]))])
         return self._table
 
-    def complete(self) -> Grid:
-        """The whole grid."""
-        size = grid_size(self.fine.run.size, self.stride)
-        places = self.fine.numbers(self.stride)[:-1]
-        return Grid(rows_to_grid(self.table.index_select(0, places), self.fine.run.batch, size), self.stride)
+    @property
+    def numbers(self) -> Tensor:
+        """`[places + 1]`: the row of the table of each place, and of outside."""
 
-
-class Fine:
-    """The places of a level's split blocks in a run.
-
-    Args:
-        level: whose cells are the blocks.
-    """
-
-    def __init__(self, run: Interpreter, level: Level) -> None:
-        self.run, self.level, self.plan = run, level, level.plan
-        self.strides = run.geometry.cells(level.plan.stride)  # of each value's places
-        self._kept: dict[Any, Tensor] = {}
-
-    def cells(self, stride: int) -> Tensor:
-        """`[K * n]`: flat places at a stride; the number of all places where one lies outside the image."""
-        return self._chosen(("cells", stride), self.plan.cells_at(stride))
-
-    def inside(self, stride: int) -> Tensor | None:
-        """`[m]`: which of `cells` lie inside the image; None where all do."""
-        if all(length % (2 * self.plan.stride) == 0 for length in self.run.size):
-            return None
-        if ("inside", stride) not in self._kept:
-            height, width = grid_size(self.run.size, stride)
-            inside = self.cells(stride) < self.run.batch * height * width
-            self._kept["inside", stride] = inside.nonzero().squeeze(1)
-        return self._kept["inside", stride]
-
-    def reads(self, taps: Taps, stride: int, source: int) -> Tensor:
-        """`[K * n * T]`: the flat places at `source` px that taps read around those at `stride` px."""
-        return self._chosen((taps, stride, source), self.plan.taps_at(taps, stride, source))
-
-    def numbers(self, stride: int) -> Tensor:
-        """`[places + 1]`: the row of `Patches.table` of each place at a stride, and of outside."""
-        if ("numbers", stride) not in self._kept:
-            height, width = grid_size(self.run.size, stride)
-            places, cells = self.run.batch * height * width, self.cells(stride)
-            count = int(cells.shape[0])
+        def build() -> Tensor:
+            cells = self.level.places(HERE, self.stride, self.stride)
+            places, count = self.level.plan.number(self.stride), int(cells.shape[0])
             rows = torch.arange(places + 1, device=cells.device)
             rows = rows.scatter(0, cells, torch.arange(places, places + count, device=cells.device))
             outside = torch.full((1,), places + count, device=cells.device, dtype=rows.dtype)
-            self._kept["numbers", stride] = torch.cat([rows[:-1], outside])
-        return self._kept["numbers", stride]
+            return torch.cat([rows[:-1], outside])
 
-    def doubled(self, grid: Grid, stride: int) -> Grid:
-        """A grid interpolated to half its stride, as densify does."""
-        plan = self.plan
-        if stride != plan.stride:
-            plan = plan_of(plan.batch, plan.image, stride, plan.device)
-        none = grid.tensor.new_zeros(0, int(grid.tensor.shape[1]))
-        rows = Level(plan, self.level.cells[:0]).complete(grid.rows, none)
-        return Grid(rows_to_grid(rows, plan.batch, plan.fine), stride)
+        return self.level.cached(("numbers", self.stride), build)
 
-    def _chosen(self, key: Any, table: Tensor) -> Tensor:
-        if key not in self._kept:
-            self._kept[key] = table.index_select(0, self.level.cells).reshape(-1)
-        return self._kept[key]
+    def complete(self) -> Grid:
+        """The whole grid."""
+        plan, rows = self.level.plan, self.table.index_select(0, self.numbers[:-1])
+        return Grid(rows_to_grid(rows, plan.batch, grid_size(plan.image, self.stride)), self.stride)
+
+
+def _doubled(grid: Grid, level: Level, stride: int) -> Grid:
+    """A grid interpolated to half its stride, as densify does."""
+    plan = level.plan
+    if stride != plan.stride:
+        plan = plan_of(plan.batch, plan.image, stride, plan.device)
+    none = grid.tensor.new_zeros(0, int(grid.tensor.shape[1]))
+    rows = Level(plan, level.cells[:0]).complete(grid.rows, none)
+    return Grid(rows_to_grid(rows, plan.batch, plan.fine), stride)
+
+
+def _inside(level: Level, stride: int) -> Tensor | None:
+    """`[m]`: which of a level's places at a stride lie inside the image; None where all do."""
+    plan = level.plan
+    if all(length % (2 * plan.stride) == 0 for length in plan.image):
+        return None
+    places = level.places(HERE, stride, stride)
+    return level.cached(("inside", stride), lambda: (places < plan.number(stride)).nonzero().squeeze(1))
 
 
 def patched(
@@ -147,7 +122,7 @@ def patched(
         values: early values, vectors and rows of the mixed run.
     """
     geometry = run.geometry
-    levels = [Fine(run, level) for level in sites.levels.values()]
+    levels = list(sites.levels.values())
     known: dict[str, list[Any]] = {}  # the forms of a value, one for each stride, coarsest first
 
     def forms(name: str) -> list[Any]:
@@ -172,7 +147,7 @@ def patched(
 
 def _late(
     run: Interpreter,
-    levels: Sequence[Fine],
+    levels: Sequence[Level],
     node: Node,
     read: Sequence[Any],
     coarse: Mapping[str, Any] | None,
@@ -181,71 +156,72 @@ def _late(
     if run.trains(node) and OPERATORS[node.op].joins:
         return _joined(run, levels, node, [value for (value,) in read])
     forms: list[Any] = [run.dense_node(node, read[0]) if coarse is None else coarse.get(node.name)]
-    for fine, inputs in zip(levels, read[1:], strict=True):
-        rows, stride = _computed(run, fine, node, inputs), fine.strides[node.name]
+    for level, inputs in zip(levels, read[1:], strict=True):
+        stride = run.geometry.cells(level.plan.stride)[node.name]
+        rows = _computed(run, level, node, inputs, stride)
         if run.count is not None:
-            inside = fine.inside(stride)
+            inside = _inside(level, stride)
             run.counted(node, int(rows.shape[0] if inside is None else inside.shape[0]))
-        forms.append(Patches(forms[-1], rows, stride, fine))
+        forms.append(Patches(forms[-1], rows, stride, level))
     return forms
 
 
-def _joined(run: Interpreter, levels: Sequence[Fine], node: Node, read: Sequence[Any]) -> list[Any]:
+def _joined(run: Interpreter, levels: Sequence[Level], node: Node, read: Sequence[Any]) -> list[Any]:
     """A node whose statistics are those of all values at once, see above."""
     grid, *patches = read
-    inside = [fine.inside(one.stride) for fine, one in zip(levels, patches, strict=True)]
+    inside = [_inside(level, one.stride) for level, one in zip(levels, patches, strict=True)]
     first, *rest = run.joined(node, [one.rows for one in read], [None, *inside])
     size = grid_size(run.size, grid.stride)
     forms: list[Any] = [Grid(rows_to_grid(first, run.batch, size), grid.stride)]
-    for fine, one, rows in zip(levels, patches, rest, strict=True):
-        forms.append(Patches(forms[-1], rows, one.stride, fine))
+    for level, one, rows in zip(levels, patches, rest, strict=True):
+        forms.append(Patches(forms[-1], rows, one.stride, level))
     return forms
 
 
-def _computed(run: Interpreter, fine: Fine, node: Node, read: Sequence[Any]) -> Tensor:
+def _computed(run: Interpreter, level: Level, node: Node, read: Sequence[Any], stride: int) -> Tensor:
     """`[K * n, C]`: a node at the places of split blocks."""
-    operator, stride, tensors = OPERATORS[node.op], fine.strides[node.name], run.tensors_of(node)
+    operator, tensors = OPERATORS[node.op], run.tensors_of(node)
     if node.op == "resize":
-        return _resized(run, fine, node, read[0], stride)
+        return _resized(run, level, node, read[0], stride)
     if node.name in run.taps and isinstance(operator, Spatial):
         taps = run.dilated(node, read[0].stride)
-        table, index = _table(fine, read[0], fine.reads(taps, stride, read[0].stride))
+        table, index = _table(read[0], level.places(taps, stride, read[0].stride))
         return operator.rows(node, tensors, Reads(table, index, taps.number))
-    return operator.apply(node, tensors, [_rows(fine, one, stride) for one in read], False)
+    return operator.apply(node, tensors, [_rows(level, one, stride) for one in read], False)
 
 
-def _table(fine: Fine, value: Grid | Patches, places: Tensor) -> tuple[Tensor, Tensor]:
+def _table(value: Grid | Patches, places: Tensor) -> tuple[Tensor, Tensor]:
     """A table of a value's places, and the rows in it of flat places at the value's stride."""
     if isinstance(value, Patches):
-        return value.table, fine.numbers(value.stride).index_select(0, places)
+        return value.table, value.numbers.index_select(0, places)
     return value.table.rows, places
 
 
-def _rows(fine: Fine, value: Any, stride: int) -> Tensor:
+def _rows(level: Level, value: Any, stride: int) -> Tensor:
     """A value at the split blocks' places."""
     if isinstance(value, Patches) and value.stride == stride:
         return value.rows
     if not isinstance(value, Tensor):
-        table, index = _table(fine, value, fine.reads(HERE, stride, value.stride))
+        table, index = _table(value, level.places(HERE, stride, value.stride))
         return table.index_select(0, index)
     vectors = value.reshape(*map(int, value.shape[:-2]))
     if vectors.shape[0] == 1:
         return vectors
-    per_image = fine.plan.cells // fine.plan.batch
-    count = int(fine.cells(stride).shape[0]) // fine.level.count if fine.level.count else 0
-    return vectors.index_select(0, (fine.level.cells // per_image).repeat_interleave(count))
+    per_image = level.plan.cells // level.plan.batch
+    each = int(level.places(HERE, stride, stride).shape[0]) // max(level.count, 1)
+    return vectors.index_select(0, (level.cells // per_image).repeat_interleave(each))
 
 
-def _resized(run: Interpreter, fine: Fine, node: Node, value: Any, stride: int) -> Tensor:
+def _resized(run: Interpreter, level: Level, node: Node, value: Any, stride: int) -> Tensor:
     """Bilinear, from the four places around each; others, which compute little, on the whole grid."""
     if isinstance(value, Tensor):
-        return _rows(fine, value, stride)
+        return _rows(level, value, stride)
     if not run.lies_between(node, value.stride, stride):
         whole = value.complete() if isinstance(value, Patches) else value
-        return _rows(fine, run.resize(node, whole, stride), stride)
+        return _rows(level, run.resize(node, whole, stride), stride)
     down, across = run.shares(node, value.stride, stride)
     (height, width), (rows, columns) = grid_size(run.size, stride), grid_size(run.size, value.stride)
-    cells = fine.cells(stride)
+    cells = level.places(HERE, stride, stride)
     inside = cells < run.batch * height * width
     image, y, x = cells // (height * width), cells // width % height, cells % width
     total: Any = 0
@@ -253,7 +229,7 @@ def _resized(run: Interpreter, fine: Fine, node: Node, value: Any, stride: int) 
         for column, column_share in ((across[0], 1 - across[2]), (across[1], across[2])):
             place = (image * rows + row.index_select(0, y)) * columns + column.index_select(0, x)
             place = place.where(inside, run.batch * rows * columns)
-            table, index = _table(fine, value, place)
+            table, index = _table(value, place)
             share = row_share.index_select(0, y) * column_share.index_select(0, x)
             total = total + table.index_select(0, index) * share.to(table.dtype)[:, None]
     return total

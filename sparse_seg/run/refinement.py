@@ -30,7 +30,7 @@ def refine(
     fractions: Sequence[float] | None = None,
     milliseconds: float | None = None,
 ) -> Iterator[Refined]:
-    """See `Segmentor.refine`.
+    """See `SelectiveNetwork.refine`.
 
     Args:
         model: whose passes can be refined.

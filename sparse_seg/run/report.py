@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sparse_seg.ops import OPERATORS
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.sites import grid_size
+
+if TYPE_CHECKING:
+    from sparse_seg.run.network import SelectiveNetwork
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Report:
         return "\n".join([*lines, self.limit])
 
 
-def report(network: Segmentor) -> Report:
+def report(network: SelectiveNetwork) -> Report:
     """The report of a network for images of the size that it was captured with, under its policy's share."""
     geometry, tensors = network.geometry, network.tensors
     size, fraction = geometry.graph.size, network.policy.fine_fraction

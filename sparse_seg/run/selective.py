@@ -72,13 +72,9 @@ def selective(
 
 
 def captured(
-    module: nn.Module,
-    settings: ModelConfig,
-    size: tuple[int, int] = SIZE,
-    card: Card | None = None,
-    learned_net: Any = mask_net,
+    module: nn.Module, settings: ModelConfig, size: tuple[int, int] = SIZE, card: Card | None = None
 ) -> SelectiveNetwork:
-    """See `selective`; `learned_net` makes the net of a policy that is trained."""
+    """See `selective`."""
     module = _unwrapped(module)
     if any(length % 64 or length < 64 for length in size):
         raise ConfigError(f"size must be multiples of 64 px, not {size[0]}x{size[1]}")
@@ -86,7 +82,7 @@ def captured(
         graph, constants = capture(module, (size[0], size[1]))
         if graph.node(graph.output).shape[1] == 1:
             graph = _two_classes(graph)
-        network = build_network(graph, module, constants, settings, card, learned_net)
+        network = build_network(graph, module, constants, settings, card)
         check_graph(network, module, size)
     if module.training:
         network.check_trains()
@@ -119,6 +115,10 @@ def build_network(
     learned_net: Any = mask_net,
 ) -> SelectiveNetwork:
     """A network of a graph and its tensors.
+
+    Args:
+        learned_net: makes the net of a policy that is trained, of the channels that it reads and of how many
+            cells a block is wide.
 
     Raises:
         NotSelective: nothing of it can run selectively at these strides.

@@ -107,3 +107,27 @@ def _same_kind(tensor: Tensor, own: Tensor) -> bool:
 
 def _first(faults: Sequence[str]) -> str:
     return faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
+
+
+class Tensors(nn.Module):
+    """Tensors by dotted names, as buffers of nested modules: its state dict has just these."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], trained: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            if tensor.ndim == 4 and not tensor.is_meta:  # images' layout: no convolution converts
+                tensor = tensor.contiguous(memory_format=torch.channels_last)
+            self.enter(name, tensor, name in trained)
+
+    def enter(self, name: str, tensor: Tensor, trained: bool = False) -> None:
+        """Add one; `trained`: as a parameter."""
+        *path, own = name.split(".")
+        place: nn.Module = self
+        for part in path:
+            if part not in place._modules:
+                place.add_module(part, Tensors({}))
+            place = place._modules[part]  # type: ignore[assignment]
+        if trained:
+            place.register_parameter(own, nn.Parameter(tensor))
+        else:
+            place.register_buffer(own, tensor)

@@ -31,11 +31,10 @@ class Windows:
         count: Callable[[Node, int], None] | None = None,
     ) -> None:
         self.geometry, self.tensors, self.size, self.count = geometry, tensors, size, count
-        self.taps = geometry.all_taps(size)
-        windows = [node for node in geometry.graph.nodes if node.name in self.taps]
-        self.kernels = {  # the parts of kernels that ever read inside the images, where that is not all
-            node.name: part for node in windows if (part := geometry.kernel_inside(node, size))
-        }
+        windows = [node for node in geometry.graph.nodes if geometry.window(node)]
+        inside = {node.name: geometry.inside(node, size) for node in windows}
+        self.taps = {name: taps for name, (taps, _) in inside.items()}
+        self.kernels = {name: part for name, (_, part) in inside.items() if part is not None}
 
     def tensors_of(self, node: Node) -> dict[str, Tensor]:
         """A node's tensors by role; of a kernel the part that ever reads inside the images."""

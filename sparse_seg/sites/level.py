@@ -77,6 +77,15 @@ class Level:
 
         return self.cached(("grid", taps, stride), build)
 
+    def places(self, taps: Taps, stride: int, source: int) -> Tensor:
+        """`[K * n * T]`: what taps read in a complete grid at `source` px around the n places at `stride` px
+        of each split cell, as `LevelPlan.taps_at`."""
+
+        def build() -> Tensor:
+            return self.plan.taps_at(taps, stride, source).index_select(0, self.cells).reshape(-1)
+
+        return self.cached(("places", taps, stride, source), build)
+
     def table(self, source: Tensor, extras: Tensor, kind: str) -> Tensor:
         """`[3 * K + 3 * n + 1, C]`: sites, n ghosts for each phase, and zero for outside.
 

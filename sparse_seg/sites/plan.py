@@ -85,6 +85,11 @@ class LevelPlan:
         self.fine_cells = batch * self.fine[0] * self.fine[1]
         self._tables: dict[Hashable, Tensor] = {}
 
+    def number(self, stride: int) -> int:
+        """How many places a complete grid at a stride has."""
+        height, width = grid_size(self.image, stride)
+        return self.batch * height * width
+
     @property
     def is_even(self) -> bool:
         """Whether each cell has all four places inside the image."""
@@ -111,10 +116,6 @@ class LevelPlan:
         flat cells; the number of its cells is outside. Stride and taps fit ours and the grid."""
         return self._kept(("grid", taps, stride), lambda: self._around(taps, self.stride, stride)[1:])
 
-    def cells_at(self, stride: int) -> Tensor:
-        """`[cells, n]`: the n flat places at `stride` px of each cell; the number of all if outside."""
-        return self.taps_at(HERE, stride, stride)[:, :, 0]
-
     def taps_at(self, taps: Taps, stride: int, source: int) -> Tensor:
         """`[cells, n, T]`: what taps read in a complete grid at `source` px around the n places at `stride`
         px of each cell; the number of its places is outside, and what places outside the image read."""
@@ -135,7 +136,7 @@ class LevelPlan:
             read_x = torch.div(stride * x + right, source, rounding_mode="floor")
             inside = _inside(read_y, read_x, size) & _inside(y, x, own)
             numbers = self._number(read_y, read_x, size)
-            tables.append(numbers.where(inside.repeat(self.batch, 1), self.batch * size[0] * size[1]))
+            tables.append(numbers.where(inside.repeat(self.batch, 1), self.number(source)))
         return torch.stack(tables)
 
     @property

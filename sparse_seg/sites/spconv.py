@@ -41,11 +41,6 @@ def fits(taps: Taps) -> bool:
     return taps.y == taps.x == (-taps.reach, 0, taps.reach)
 
 
-def available(device: str) -> bool:
-    """Whether spconv imports and computes correctly on this device type (found out once)."""
-    return not _outcome(device)[1]
-
-
 def computing_dtype(rows: Tensor) -> torch.dtype:
     """The dtype a convolution of these rows runs in: autocast's, or their own."""
     if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:

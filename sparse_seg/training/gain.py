@@ -19,7 +19,7 @@ from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
 from sparse_seg.masks import block_mean, blur_scores, gain_net, top_blocks
 from sparse_seg.masks.gain import GainPolicy
 from sparse_seg.progress import bar
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
 FRACTIONS = (0.2, 0.35)  # of fine blocks, in the masks that are tried on each frame
@@ -37,7 +37,7 @@ class Sample(NamedTuple):
 
 @torch.inference_mode()
 def collect(
-    model: Segmentor,
+    model: SelectiveNetwork,
     dataset: SegmentationDataset,
     data: DataConfig,
     labelled: bool = True,

@@ -19,8 +19,8 @@ from sparse_seg.config import TrainConfig
 from sparse_seg.errors import TrainingError
 from sparse_seg.masks import block_mean, straight_through
 from sparse_seg.run.exits import auxiliary_logits, blended_logits, last_exit, lattice_logits
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.passes import Pass
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 from sparse_seg.training.distillation import Teacher, likeness_difference, logits_divergence
 from sparse_seg.training.losses import SegmentationLoss
@@ -39,7 +39,7 @@ class Objective(nn.Module):
         self.config, self.teacher = config, teacher
         self.loss = SegmentationLoss(config.loss)
 
-    def forward(self, model: Segmentor, images: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, model: SelectiveNetwork, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of images `[B, 3, H, W]` and labels `[B, H, W]`."""
         config, run = self.config, model.start(images, labels)
         if model.policy.needs_net:

@@ -14,14 +14,16 @@ from sparse_seg.data.batches import training_batches
 from sparse_seg.ops.node import Node
 from sparse_seg.ops.norm import COUNT
 from sparse_seg.progress import bar
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.training.step import limits_named
 
 BATCHES = 50  # enough for means of thousands of sites
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(model: Segmentor, config: Config, network: str, batches: int = BATCHES) -> None:
+def recalibrate_batch_norm(
+    model: SelectiveNetwork, config: Config, network: str, batches: int = BATCHES
+) -> None:
     """Recompute the running statistics of every batch norm from training batches, in place.
 
     Means over whole batches instead of a moving average ("Precise BN": Wu and Johnson, "Rethinking Batch in
@@ -52,7 +54,7 @@ def recalibrate_batch_norm(model: Segmentor, config: Config, network: str, batch
 
 
 @contextmanager
-def _averaging(model: Segmentor, norms: Sequence[Node], number: int) -> Iterator[None]:
+def _averaging(model: SelectiveNetwork, norms: Sequence[Node], number: int) -> Iterator[None]:
     """The norms alone in training mode, their running statistics the means of batches 1 to `number`."""
     layers: dict[str, nn.Module] = dict(model.module.named_modules())
     trained = [model, *(layers[norm.layer] for norm in norms if norm.layer in layers)]

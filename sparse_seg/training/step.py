@@ -16,7 +16,7 @@ from sparse_seg.checkpoint.content import EARLIER_PARTS
 from sparse_seg.config import TrainConfig
 from sparse_seg.errors import CheckpointError, SparseSegError, TrainingError, out_of_memory
 from sparse_seg.processes import Processes
-from sparse_seg.run.segmentor import Segmentor
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.weights import load_weights
 from sparse_seg.training.checkpoint import best_of, restore_optimizer
 from sparse_seg.training.objective import Objective
@@ -33,7 +33,7 @@ class Step:
 
     def __init__(
         self,
-        model: Segmentor,
+        model: SelectiveNetwork,
         objective: Objective,
         config: TrainConfig,
         device: torch.device,

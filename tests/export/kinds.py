@@ -13,16 +13,15 @@ from torch import Tensor
 from sparse_seg import build_model
 from sparse_seg.export import StaticNetwork
 from sparse_seg.export.check import chosen_levels, random_inputs
-from sparse_seg.export.onnx_file import interface
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 from tests.reference import randomise, relative_error
 
 DEEP = {"backbone": "resnet50", "depths": [1, 1, 2, 2]}
 KINDS: dict[str, dict[str, Any]] = {
     "lite": {},
-    "resnet34": {"backbone": "resnet34", "head": "fcn"},
+    "deep": {"depths": [2, 2, 2, 2]},
+    "resnet34": {"backbone": "resnet34", "depths": [1, 1, 2, 1], "head": "fcn"},
     "bottleneck": DEEP,
     "resnet101": {"backbone": "resnet101", "depths": [1, 2, 3, 1]},
     "deeplabv3": {"head": "deeplabv3"},
@@ -66,7 +65,13 @@ POLICIES: dict[str, dict[str, Any]] = {
 def kind_model(kind: str, policy: str = "edge", fraction: float = 0.3) -> SelectiveNetwork:
     """A network with random weights and statistics, in eval mode. Shared: do not change it."""
     torch.manual_seed(0)
-    common = {"width": 0.125, "head_channels": 16, "low_level_channels": 6, "num_classes": 5}
+    common = {
+        "depths": [1, 1, 1, 2],
+        "width": 0.125,
+        "head_channels": 16,
+        "low_level_channels": 6,
+        "num_classes": 5,
+    }
     settings = common | {"aspp_rates": [4, 8, 12]} | KINDS[kind]
     mask = POLICIES[policy] | {"fine_fraction": fraction, "middle_fraction": 0.3}
     model = build_model(settings | {"mask": mask})
@@ -76,12 +81,12 @@ def kind_model(kind: str, policy: str = "edge", fraction: float = 0.3) -> Select
 
 def arrays(network: StaticNetwork, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
     """Inputs by name, as runtimes take them."""
-    return {name: value.numpy() for name, value in zip(interface(network)[0], inputs, strict=True)}
+    return {name: value.numpy() for name, value in zip(network.interface()[0], inputs, strict=True)}
 
 
 @torch.no_grad()
 def compare(
-    model: Segmentor,
+    model: SelectiveNetwork,
     network: StaticNetwork,
     inputs: tuple[Tensor, ...],
     images: Tensor,

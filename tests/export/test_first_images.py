@@ -74,7 +74,8 @@ def test_a_wrong_graph_is_noticed(is_negated, ways, wrong, images, monkeypatch):
 @pytest.mark.parametrize("policy", ["edge", "edge, cad", "entropy", "boundary"])
 def test_an_empty_first_image_is_no_difference(policy, images):
     """Its blocks have the same scores."""
-    fast = in_runtime(kind_model("lite", policy), "onnxruntime", 1)
+    kind = "deep" if policy == "boundary" else "lite"  # whose logits are nowhere equal to rounding
+    fast = in_runtime(kind_model(kind, policy), "onnxruntime", 1)
     assert fast.classify(torch.zeros(1, 3, 64, 96))[0].shape == (1, 64, 96)
 
 

@@ -1,74 +1,182 @@
-"""Exported files of captured networks give the network's own blocks, logits and classes."""
+"""Static networks, and their graphs in runtimes, give the model's own blocks, logits and classes."""
+
+import importlib.util
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sparse_seg import segment
+from sparse_seg import segment, selective
+from sparse_seg.config import MaskConfig, ModelConfig
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, in_runtime, open_session, to_onnx
-from tests.export.kinds import arrays, cases, compare
-from tests.export.networks import NETWORKS, captured
+from sparse_seg.graph import capture
+from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.selective import build_network
+from tests.captured import trained
+from tests.export.kinds import KINDS, POLICIES, arrays, cases, compare, kind_model
+from tests.graph.drawn import FAMILIES, draw_network
+from tests.graph.test_random_networks import few
+from tests.reference import relative_error
 
-onnx = pytest.importorskip("onnx", reason="needs the package onnx")
-RUNTIMES = ["onnxruntime", "openvino"]
-
-
-def _check(name: str, policy: str, options: ExportOptions, runtime: str = "onnxruntime") -> None:
-    pytest.importorskip(runtime, reason=f"needs the package {runtime}")
-    model = captured(name, policy)
-    form = StaticNetwork(model, options)
-    session = open_session(to_onnx(form).SerializeToString(), runtime, threads=1)
-    for inputs, normalised in cases(form, 2):
-        found = {key: torch.from_numpy(value) for key, value in session(**arrays(form, inputs)).items()}
-        compare(model, form, inputs, normalised, found)
+needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnx") is None, reason="needs the package onnx")
+RUNTIMES = [one for one in ("onnxruntime", "openvino") if importlib.util.find_spec(one) is not None]
+RUNTIMES = RUNTIMES if importlib.util.find_spec("onnx") is not None else []
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_given_blocks(name):
-    _check(name, "edge", ExportOptions((47, 101), given=True, logits=True))
+def check(model: SelectiveNetwork, options: ExportOptions, runtimes: list[str] = RUNTIMES) -> None:
+    """In PyTorch, and in runtimes."""
+    network = StaticNetwork(model, options)
+    inputs_of, names = cases(network, 2), network.interface()[1]
+    for inputs, images in inputs_of:
+        with torch.no_grad():
+            compare(model, network, inputs, images, dict(zip(names, network(*inputs), strict=True)))
+    graph = to_onnx(network).SerializeToString() if runtimes else b""
+    for runtime in runtimes:
+        session = open_session(graph, runtime, threads=1)
+        for inputs, images in inputs_of:
+            found = session(**arrays(network, inputs)).items()
+            compare(model, network, inputs, images, {key: torch.from_numpy(one) for key, one in found})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [one if one in ("lite", "undilated") else pytest.param(one, marks=pytest.mark.slow) for one in KINDS],
+)
+def test_networks_of_ours(kind):
+    """With given blocks; and in a batch under a policy, every shape fixed."""
+    check(kind_model(kind), ExportOptions((47, 101), given=True, logits=True))
+    fixed = ExportOptions((47, 101), 3, logits=True, ghosts=False, tiles=False)
+    check(kind_model(kind, "entropy"), fixed, [])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "resizing"])
+@settings(few, max_examples=2)
+@given(st.data())
+def test_networks_drawn_at_random(family, data):
+    module = draw_network(data.draw, family).float()
+    graph, constants = capture(module, (64, 64))
+    mask = MaskConfig(policy="edge", fine_fraction=0.3)
+    for strides in ([8, 16], [8, 16, 32]):
+        chosen = ModelConfig(module="drawn", strides=strides, mask=mask)
+        network = build_network(graph, module, constants, chosen).eval()
+        check(
+            network,
+            ExportOptions((47, 101), given=True, logits=True),
+            RUNTIMES[:1] if strides == [8, 16] else [],
+        )
+
+
+OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
+    *(("lite", policy, {}) for policy in POLICIES if policy != "boundary"),
+    *((kind, "gain", {"size": (47, 101), "batch": 3}) for kind in ("plus", "8 16 32", "4 8 16")),
+    *((kind, "entropy", {"size": (75, 64), "batch": 3, "input": "uint8"}) for kind in ("plus", "8 16 32")),
+    *(("deeplabv3", "edge", {"batch": 2, "dense": stride}) for stride in (8, 16)),
+    *((kind, "edge", {"size": (47, 96), "dense": 32}) for kind in ("lite", "smp's plus", "4 8 16")),
+    ("undilated", "entropy", {"size": (47, 101), "batch": 2}),
+    ("8 16 32", "entropy", {"size": (47, 101), "ghosts": False, "tiles": False}),
+    ("plus", "edge", {"dense": 4}),
+    ("deeplabv3", "entropy", {"size": (75, 101), "batch": 2, "merge": "patch"}),
+    ("8 16 32", "gain", {"size": (75, 101), "batch": 2, "merge": "patch"}),
+    ("4 8 16", "entropy", {"size": (75, 101), "batch": 2, "merge": "patch"}),
+    ("plus", "entropy", {"size": (75, 91), "merge": "patch"}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "policy", "options"), OPTIONS, ids=str)
+def test_policies_and_options(name, policy, options):
+    check(kind_model(name, policy), ExportOptions(**{"size": (64, 96), "logits": True, **options}))
 
 
 @pytest.mark.parametrize(
     ("name", "policy", "options"),
     [
-        ("low level", "entropy", {"size": (75, 101), "input": "uint8"}),
-        ("low level", "gain", {"batch": 2, "input": "uint8"}),
-        ("low level", "learned", {}),
-        ("corners", "entropy", {"size": (47, 101)}),
-        ("aspp", "entropy", {"ghosts": False, "tiles": False}),
-        ("8 16 32", "entropy", {"size": (47, 101), "ghosts": False, "tiles": False}),
-        ("aspp", "entropy", {"batch": 2, "merge": "patch"}),
-        ("8 16 32", "entropy", {"batch": 2, "merge": "patch"}),
-        ("low level", "edge", {"dense": 4}),
-        ("low level", "edge", {"size": (47, 96), "dense": 32}),
-        ("mixing", "edge", {"size": (47, 96), "batch": 2, "dense": 8}),
-        ("mixing", "entropy", {"size": (47, 96)}),
+        ("lite", "entropy", {}),
+        ("deep", "boundary", {"size": (47, 101), "batch": 3}),
+        ("4 8 16", "entropy", {"input": "uint8"}),
+        ("8 16 32", "entropy", {"merge": "patch"}),
+        ("plus", "entropy", {"dense": 16}),
     ],
     ids=str,
 )
-def test_policies_and_options(name, policy, options):
-    _check(name, policy, ExportOptions(**{"size": (64, 96), "logits": True, **options}))
+def test_a_few_of_them_in_pytorch(name, policy, options):
+    options = ExportOptions(**{"size": (47, 96), "batch": 2, "logits": True, **options})
+    check(kind_model(name, policy), options, [])
+
+
+@pytest.mark.parametrize("fraction", [0.07, 1.0])
+@pytest.mark.parametrize("kind", ["deeplabv3", "8 16 32"])
+def test_one_block_and_all(kind, fraction):
+    options = ExportOptions((96, 160), fine_fraction=fraction, given=True, logits=True)
+    check(kind_model(kind, "entropy"), options, [])
+
+
+@pytest.mark.parametrize("size", [(64, 96), (75, 101)], ids=str)
+@pytest.mark.parametrize("kind", ["lite", "deeplabv3", "8 16 32", "4 8 16"])
+@torch.no_grad()
+def test_patch_is_dense_where_all_blocks_are_alike(kind, size):
+    """All fine it is dense at the finest stride; two blocks from the only fine one, dense at the coarsest."""
+    model = kind_model(kind)
+    options = ExportOptions(size, given=True, merge="patch", logits=True)
+    every = StaticNetwork(model, ExportOptions(**{**vars(options), "fine_fraction": 1.0}))
+    (inputs, images), *_ = cases(every, 1)
+    finest, coarsest = model.strides[0], model.strides[-1]
+    assert relative_error(every(*inputs)[2], model.dense(images, finest)) < 1e-5
+    if every.ranking.middle or len(model.strides) == 3:
+        return
+    fraction = 1 / (every.blocks[0] * every.blocks[1])
+    one = StaticNetwork(model, ExportOptions(**{**vars(options), "fine_fraction": fraction}))
+    inputs = (inputs[0], torch.zeros(1, 1, dtype=torch.int64))
+    far = (slice(None), slice(None), slice(2 * coarsest, None), slice(2 * coarsest, None))
+    assert relative_error(one(*inputs)[2][far], model.dense(images, coarsest)[far]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lite", "deeplabv3"])
+@torch.no_grad()
+def test_patch_equals_whole_inside_fine_blocks(kind):
+    model, size = kind_model(kind), (80, 128)
+    networks = [StaticNetwork(model, ExportOptions(size, given=True, merge=m)) for m in ("whole", "patch")]
+    inputs, _ = cases(networks[0], 1)[0]
+    whole, patch = (network.grid_logits(*inputs)[0] for network in networks)
+    fine = networks[0](*inputs)[1].repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+    assert relative_error(whole[fine.expand_as(whole)], patch[fine.expand_as(patch)]) < 1e-5
+    assert relative_error(whole, patch) > 1e-3  # elsewhere it keeps the coarse pass's
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_batches_under_policies(name, runtime):
-    _check(name, "entropy", ExportOptions((96, 64), 3, logits=True), runtime)
+@torch.no_grad()
+def test_it_is_one_graph_of_fixed_shapes():
+    """torch.export and torch.compile take it whole: no branch and no shape depends on the data."""
+    network = StaticNetwork(
+        kind_model("8 16 32", "entropy"), ExportOptions((64, 96), ghosts=False, tiles=False)
+    )
+    inputs, _ = cases(network, 1)[0]
+    expected = network(*inputs)
+    program = torch.export.export(network, network.example())
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    for outputs in (program.module()(*inputs), compiled(*inputs)):
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    assert not [value for value in values if isinstance(value, torch.SymInt)]
 
 
+@needs_onnx
 def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
     monkeypatch.setattr("sparse_seg.export.static._fold_std", lambda *_: True)  # std is lost
     with pytest.raises(SparseSegError, match="the exported graph differs from the model"):
-        export_onnx(captured("aspp"), tmp_path / "net.onnx", ExportOptions((64, 96)))
+        export_onnx(kind_model("lite"), tmp_path / "net.onnx", ExportOptions((64, 96)))
     assert not list(tmp_path.iterdir())
 
 
+@needs_onnx
 def test_segment_takes_captured_networks_folded_and_in_a_runtime():
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-    model = captured("aspp", "entropy")
+    model = selective(trained(), policy="confidence", size=(64, 64))
     image = torch.randint(0, 256, (64, 96, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
     expected = segment(model, image)
     for other in (model.for_inference(), in_runtime(model, "onnxruntime", threads=1)):

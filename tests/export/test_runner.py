@@ -94,28 +94,40 @@ def test_sizes_get_their_graphs(images, price, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["auto", "onnxruntime", "openvino"])
 @torch.no_grad()
-def test_a_model_in_auto_is_the_model(images, price):
-    """Each result in PyTorch and, from the third run, in onnxruntime, but what no graph can run."""
+def test_a_model_anywhere_is_the_model(runtime, images, price):
+    """In `auto` each result comes from PyTorch and, from the third run, onnxruntime, but what no graph can
+    run."""
+    pytest.importorskip("openvino" if runtime == "openvino" else "onnxruntime")
     price(0)
     model = kind_model("lite", "entropy")
-    fast, blocks = in_runtime(model, "auto"), block_mask("random", (1, 4, 6))
-    assert isinstance(fast, Runner)
-    for _ in range(3):
+    fast, blocks, pair = (
+        in_runtime(model, runtime, 1),
+        block_mask("random", (1, 4, 6)),
+        torch.randn(2, 3, 47, 70),
+    )
+    for _ in range(3 if runtime == "auto" else 1):
         assert relative_error(fast(images), model(images)) < 1e-5
         assert relative_error(fast(images, blocks), model(images, blocks)) < 1e-5
         assert relative_error(fast.dense(images, 8), model.dense(images, 8)) < 1e-5
         found, expected = fast.classify(images), model.classify(images)
+        assert found[0].dtype == torch.int64
         assert (found[0] == expected[0]).float().mean() > 0.99
         assert found[1] is not None
         assert expected[1] is not None
         assert torch.equal(found[1], expected[1])
-    assert fast.runs == {"torch": 8, "onnxruntime": 4}
+    assert relative_error(fast(pair), model(pair)) < 1e-5
+    assert fast.seconds > 0
+    if not isinstance(fast, Runner):
+        assert fast.classify(images, output_stride=8)[1] is None
+        return
+    assert fast.runs == {"torch": 9, "onnxruntime": 4}
     levels = blocks.long()
     assert relative_error(fast(images, levels), model(images, levels)) < 1e-5
     picture = np.zeros((64, 96, 3), np.uint8)
     assert sparse_seg.segment(fast, picture).classes.shape == (64, 96)
-    assert fast.runs == {"torch": 9, "onnxruntime": 5}
+    assert fast.runs == {"torch": 10, "onnxruntime": 5}
     with pytest.raises(ValueError, match="32x32"):
         fast(images[..., :16])
 

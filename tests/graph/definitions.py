@@ -99,7 +99,8 @@ class Definitions:
 
     @once
     def natural(self, name: str) -> int:
-        layer, bounds = self.layers[name], [NEVER]
+        layer = self.layers[name]
+        bounds = [layer.options.get("natural", NEVER)]
         users = self.users(name)
         for user in users:
             if not user.stride and self.gated(user.name) <= self.strides[0]:

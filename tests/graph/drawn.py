@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.graph.layers import Arithmetic, Drawn, Last, Layer, Radix, attended, averaged, randomise, shuffled
+from tests.graph.layers import (
+    Arithmetic,
+    Drawn,
+    Last,
+    Layer,
+    Radix,
+    attended,
+    averaged,
+    joined,
+    randomise,
+    shuffled,
+)
 
 Draw = Callable[[Any], Any]
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
@@ -79,7 +90,7 @@ class Builder:
         grid = next(one for one in parts if one.stride)
         return self.add(
             "place", *parts, channels=sum(one.channels for one in parts), stride=grid.stride,
-            call=lambda *x: torch.cat([one.expand(-1, -1, *x[0].shape[2:]) for one in x], 1),
+            call=joined,
         )  # fmt: skip
 
     def cut(self, x: Layer, start: int, stop: int) -> Layer:

@@ -1,4 +1,4 @@
-"""Layers as data, the plain PyTorch module that they describe, and a few forms that real networks have."""
+"""Layers as data, the plain PyTorch module that they describe, and forms that real networks have."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sparse_seg.run.network import SelectiveNetwork
 
 
 @dataclass
@@ -60,8 +62,8 @@ class Drawn(nn.Module):
     def __init__(self, layers: list[Layer]) -> None:
         super().__init__()
         self.layers = layers
-        self.parts = nn.ModuleDict({one.name: one.module for one in layers if one.module is not None})
-        self.befores = nn.ModuleDict({one.name: one.before for one in layers if one.before is not None})
+        self.parts = nn.ModuleList(one.module for one in layers if one.module is not None)
+        self.befores = nn.ModuleList(one.before for one in layers if one.before is not None)
 
     def forward(self, images: Tensor) -> Tensor:
         values = {"image": images}
@@ -160,3 +162,42 @@ def randomise(network: nn.Module) -> nn.Module:
                 nn.init.uniform_(module.weight, 0.7, 1.3)
                 nn.init.normal_(module.bias, 0, 0.1)
     return network
+
+
+def as_layers(network: SelectiveNetwork) -> Drawn:
+    """A network of ours as layers, by its graph (dense ones prove that: `tests/run/test_exactness.py`); its
+    module's own parts are used."""
+    layers, captured = [], network.geometry.captured
+    for node in network.graph.nodes:
+        stride, options = captured[node.name], node.options
+        kind = {"image": "image", "global_mean": "mean"}.get(node.op, "place" if stride else "vector")
+        window: dict[str, Any] = {}
+        if stride and node.op in ("conv2d", "max_pool2d"):
+            kind = "max" if node.op == "max_pool2d" else "conv"
+            window = {name: tuple(options[name]) for name in ("kernel", "dilation", "padding")}
+            window["step"] = options["stride"][0]
+        part = network.module.get_submodule(node.layer) if node.tensors else None
+        part = nn.ReLU() if node.op == "relu" else part
+        if stride and node.op == "batch_norm":
+            kind = "norm"
+        calls: dict[str, Any] = {"add": torch.add, "cat": joined, "dropout": nn.Identity()}
+        inner = {"natural": options["natural"]} if "natural" in options else {}
+        layers.append(
+            Layer(
+                node.name,
+                kind,
+                node.inputs,
+                node.shape[1],
+                stride,
+                part,
+                calls.get(node.op),
+                options=inner,
+                **window,
+            )
+        )
+    return Drawn(layers)
+
+
+def joined(*parts: Tensor) -> Tensor:
+    """Along the channels; vectors at every place."""
+    return torch.cat([one.expand(-1, -1, *parts[0].shape[2:]) for one in parts], 1)

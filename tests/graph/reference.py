@@ -203,25 +203,19 @@ class Reference(Definitions):
     def _taps(
         self, layer: Layer, x: Tensor, there: Tensor, outside: Tensor, steps: list[list[int]]
     ) -> Tensor:
-        """A window over a grid, its taps `steps` cells apart."""
+        """A window over a grid, its taps at `steps` cells."""
         if layer.kind == "conv":
             assert isinstance(layer.module, nn.Conv2d)
-            weight, total = layer.module.weight, x.new_zeros(())
-            for row, y in enumerate(steps[0]):
-                for column, z in enumerate(steps[1]):
-                    tap = weight[:, :, row : row + 1, column : column + 1]
-                    total = total + F.conv2d(_shifted(x, y, z, outside), tap, groups=layer.module.groups)
-            bias = layer.module.bias
-            return total if bias is None else total + bias.view(1, -1, 1, 1)
+            weight, bias, (down, right) = layer.module.weight, layer.module.bias, map(_spacing, steps)
+            x, groups = _padded(x, steps, outside), layer.module.groups
+            return F.conv2d(x, weight, bias, dilation=(down, right), groups=groups)
         fill = x.new_full((1, 1, 1, 1), -math.inf if layer.kind == "max" else 0.0)
-        x = torch.where(there, x, fill)
-        taps = torch.stack([_shifted(x, y, z, fill) for y in steps[0] for z in steps[1]])
+        taps = _unfolded(torch.where(there, x, fill), steps, fill)
         if layer.kind == "max":
             return taps.amax(0)
         if layer.options["outside"]:
             return taps.mean(0)
-        zero = there.new_zeros(1, 1, 1, 1)
-        count = torch.stack([_shifted(there, y, z, zero) for y in steps[0] for z in steps[1]]).sum(0)
+        count = _unfolded(there, steps, there.new_zeros(1, 1, 1, 1)).sum(0)
         return taps.sum(0) / count.clamp_min(1)
 
     def _there(self, name: str, x: Tensor) -> Tensor:
@@ -337,12 +331,28 @@ def _weights(module: nn.Module | None) -> int:
     return sum(one.weight.numel() for one in module.modules() if isinstance(one, kinds)) if module else 0
 
 
-def _shifted(x: Tensor, down: int, right: int, outside: Tensor) -> Tensor:
-    """Each place holds what stands `down` and `right` of it; `outside` `[1, C, 1, 1]` beyond the border."""
-    height, width = x.shape[2:]
-    out = outside.expand(x.shape[0], x.shape[1], height, width).clone()
-    top, bottom = max(0, -down), min(height, height - down)
-    left, end = max(0, -right), min(width, width - right)
-    if top < bottom and left < end:
-        out[:, :, top:bottom, left:end] = x[:, :, top + down : bottom + down, left + right : end + right]
+def _padded(x: Tensor, steps: list[list[int]], outside: Tensor) -> Tensor:
+    """What windows read, from the first place's first tap to the last one's last; beyond the border `outside`
+    `[1, C, 1, 1]`."""
+    size, reach = x.shape[2:], [places[-1] - places[0] for places in steps]
+    out = outside.expand(*x.shape[:2], *(a + b for a, b in zip(size, reach, strict=True))).clone()
+    into, of = [slice(None)] * 2, [slice(None)] * 2
+    for length, places, far in zip(size, steps, reach, strict=True):
+        first, last = max(0, places[0]), min(length, places[0] + length + far)
+        if first >= last:
+            return out
+        into.append(slice(first - places[0], last - places[0]))
+        of.append(slice(first, last))
+    out[tuple(into)] = x[tuple(of)]
     return out
+
+
+def _unfolded(x: Tensor, steps: list[list[int]], outside: Tensor) -> Tensor:
+    """`[taps, B, C, H, W]`: what each tap reads."""
+    height, width = x.shape[2:]
+    x, (rows, columns) = _padded(x, steps, outside), ([one - places[0] for one in places] for places in steps)
+    return torch.stack([x[:, :, y : y + height, z : z + width] for y in rows for z in columns])
+
+
+def _spacing(places: list[int]) -> int:
+    return places[1] - places[0] if len(places) > 1 else 1

@@ -17,7 +17,6 @@ from sparse_seg import selective
 from sparse_seg.errors import SparseSegError
 from sparse_seg.run.selective import GraphDiffers, build_network, check_graph
 from tests.graph.toys import Toy
-from tests.peers import package
 from tests.reference import relative_error
 
 SIZE = (64, 64)
@@ -111,23 +110,6 @@ def test_what_is_no_module_or_size():
         selective(Toy(), size=(100, 100))
     with pytest.raises(SparseSegError, match=r"each twice the one before"):
         selective(Toy(), strides=(8, 32), size=SIZE)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("kind", "encoder", "says"),
-    [
-        ("Unet", "resnet18", "nothing of this network can run selectively"),
-        ("Unet", "mit_b0", "encoder"),
-        ("PSPNet", "resnet18", "pooling to .* places depends on the image's size|nothing of this network"),
-    ],
-)
-def test_packages_that_cannot(kind: str, encoder: str, says: str):
-    network = getattr(package("segmentation_models_pytorch"), kind)(encoder, encoder_weights=None, classes=5)
-    with pytest.raises(SparseSegError, match=says) as caught:
-        selective(network, size=(128, 128))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_graph_that_differs_names_the_first_layer():

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import sparse_seg
 from sparse_seg.errors import CheckpointError, SparseSegError
+from sparse_seg.export.onnx_file import export_onnx
 from sparse_seg.export.options import ExportOptions
-from sparse_seg.export.write import export_onnx
 from sparse_seg.run.way import Way
 from tests.graph.toys import Toy
 from tests.reference import relative_error

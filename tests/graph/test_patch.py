@@ -1,11 +1,10 @@
-"""Merge `patch` of our heads: P2 on logits at all levels, P4, gradients, costs, training."""
+"""Merge `patch` of our heads and decoders: P2 on logits at all levels, P4, gradients, costs, training."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -16,24 +15,35 @@ from sparse_seg.registry import HEADS
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from tests.conversion.cases import randomise
+from tests.graph.toys import decoding
 from tests.reference import relative_error
 
 PATCH = Way(merge="patch")
 STRIDES = ((8, 16), (8, 16, 32), (4, 8, 16))
+DECODERS: dict[str, dict[str, bool]] = {
+    "decoder": {},
+    "aligned": {"align_corners": True},
+    "no skip": {"skip": False},
+    "nearest": {"nearest": True},
+    "dip": {"dip": True},
+}
+FORMS = [*HEADS.declared, *DECODERS]
+FORMS_AND_STRIDES = [(form, one) for form in FORMS for one in STRIDES if one[0] == 8 or form not in DECODERS]
 
 
-def network(head: str, strides: Sequence[int], **settings: Any) -> SelectiveNetwork:
-    """With random weights and statistics, in eval mode and float64."""
+def network(form: str, strides: Sequence[int]) -> SelectiveNetwork:
+    """Of a head of ours or a decoder, with random weights and statistics, in eval mode and float64."""
     torch.manual_seed(0)
-    return copy.deepcopy(_network(head, tuple(strides), **settings))
+    return copy.deepcopy(_network(form, tuple(strides)))
 
 
 @functools.cache  # capturing takes longer than what is tested
-def _network(head: str, strides: tuple[int, ...], **settings: Any) -> SelectiveNetwork:
+def _network(form: str, strides: tuple[int, ...]) -> SelectiveNetwork:
+    if form in DECODERS:
+        return decoding(strides, **DECODERS[form])
     small = {"backbone": "resnet18", "depths": [1, 1, 2, 2], "width": 0.125, "head_channels": 12}
     torch.manual_seed(0)
-    chosen = {"head": head, "num_classes": 5, "strides": list(strides)} | settings
-    model = sparse_seg.build_model(small | chosen)
+    model = sparse_seg.build_model(small | {"head": form, "num_classes": 5, "strides": list(strides)})
     randomise(model)
     return model.double().eval()
 
@@ -64,42 +74,33 @@ def without_dropout(net: SelectiveNetwork) -> SelectiveNetwork:
     return net
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["refined", "autograd"])
-@pytest.mark.parametrize("strides", STRIDES, ids=str)
-@pytest.mark.parametrize("head", HEADS.declared)
-def test_all_blocks_at_one_level_are_the_dense_network(
-    head: str, strides: tuple[int, ...], grad: bool
+@pytest.mark.parametrize(("form", "strides"), FORMS_AND_STRIDES, ids=str)
+def test_all_blocks_at_one_level_are_the_dense_network_and_one_step_equals_two(
+    form: str, strides: tuple[int, ...]
 ) -> None:
-    net, given = network(head, strides), images()
-    mask = levels(net, given)
+    """P2 at each level and P4: refined, with autograd, where nothing is kept, and in the fast form."""
+    net, given = network(form, strides), images()
+    mask, fast = levels(net, given), net.for_inference()
     for level, stride in enumerate(reversed(strides)):
-        with torch.set_grad_enabled(grad):
-            found = net.start(given).take(torch.full_like(mask, level), PATCH).logits()
-        assert relative_error(found, net.dense(given, stride)) < 1e-12, stride
-
-
-@pytest.mark.parametrize("strides", STRIDES, ids=str)
-@pytest.mark.parametrize("head", HEADS.declared)
-def test_one_step_equals_two(head: str, strides: tuple[int, ...]) -> None:
-    """P4, and the same logits with autograd, where nothing is kept, and in the fast form."""
-    net, given = network(head, strides), images(64, 96)
-    mask = levels(net, given)
+        dense, alike = net.dense(given, stride), torch.full_like(mask, level)
+        assert relative_error(net.start(given).take(alike, PATCH).logits(), dense) < 1e-12, stride
+        with torch.inference_mode():
+            for one in (net, fast):
+                assert relative_error(one.start(given).take(alike, PATCH).logits(), dense) < 1e-12, stride
     with torch.inference_mode():
         once = net.start(given).take(mask, PATCH).logits()
-        assert relative_error(net.start(given).start_coarse().take(mask, PATCH).logits(), once) < 1e-12
+        for run in (net.start(given).start_coarse(), fast.start(given)):
+            assert relative_error(run.take(mask, PATCH).logits(), once) < 1e-12
     assert relative_error(net.start(given).take(mask, PATCH).logits(), once) < 1e-12
-    forms = net.float(), net.for_inference()
-    single, fast = (one.start(given.float()).take(mask, PATCH).logits() for one in forms)
-    assert relative_error(fast, single) < 1e-5
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("strides", STRIDES[:2], ids=str)
-@pytest.mark.parametrize("head", HEADS.declared)
+@pytest.mark.parametrize("form", [*HEADS.declared, "decoder"])
 def test_gradients_are_those_of_finite_differences(
-    head: str, strides: tuple[int, ...], training: bool
+    form: str, strides: tuple[int, ...], training: bool
 ) -> None:
-    net, given = network(head, strides), images(53, 64)
+    net, given = network(form, strides), images(53, 64)
     if training:
         without_dropout(net)
     mask = levels(net, given)

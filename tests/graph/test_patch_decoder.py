@@ -1,9 +1,8 @@
-"""Merge `patch` of a network with a decoder at stride 4 behind the rows, and what the merge refuses."""
+"""Merge `patch` of a decoder at stride 4 behind the rows, layer by layer, and what the merge refuses."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,86 +12,11 @@ from torch import Tensor, nn
 
 import sparse_seg
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export import ExportOptions, export_onnx
 from sparse_seg.run.way import Way
+from tests.graph.toys import Decoder, decoding
 from tests.reference import relative_error
 
 PATCH = Way(merge="patch")
-
-
-class Decoder(nn.Module):
-    """Output stride 8 by dilation, and a decoder at stride 4 that reads a skip, as DeepLabV3+'s.
-
-    Args:
-        nearest: how the decoder resizes.
-        dip: whether another branch goes down to stride 16 behind the rows.
-    """
-
-    def __init__(
-        self, align_corners: bool, skip: bool = True, nearest: bool = False, dip: bool = False
-    ) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, 4, 1)
-        self.down = nn.Conv2d(6, 8, 3, 2, 1)
-        self.wide = nn.Sequential(
-            nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 4, 4), nn.ReLU()
-        )
-        self.refine = nn.Conv2d(8, 8, 3, 1, 1)
-        self.skip = nn.Conv2d(6, 3, 1) if skip else None
-        self.dip = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 11, 3, 2, 1)) if dip else None
-        self.decode = nn.Sequential(
-            nn.Conv2d(11, 8, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, 1, 1),
-            nn.ReLU(),
-        )
-        self.classify = nn.Conv2d(8, 5, 1)
-        self.align_corners, self.nearest = align_corners, nearest
-
-    def forward(self, images: Tensor) -> Tensor:
-        low = self.stem(images)
-        rows = self.wide(self.down(low))
-        x = self.refine(rows)
-        if self.skip is not None:
-            if self.nearest:
-                x = F.interpolate(x, low.shape[2:])
-            else:
-                x = F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=self.align_corners)
-            x = torch.cat([x, self.skip(low)], 1)
-            if self.dip is not None:
-                x = x + F.interpolate(self.dip(rows), low.shape[2:], mode="bilinear")
-            x = self.decode(x)
-        x = self.classify(x)
-        return F.interpolate(x, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
-
-
-def network(strides: tuple[int, ...] = (8, 16), **settings: bool) -> sparse_seg.SelectiveNetwork:
-    torch.manual_seed(0)
-    module = Decoder(**{"align_corners": False} | settings).double()
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
-            norm.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
-    return sparse_seg.selective(module.eval(), strides=strides, size=(64, 128))
-
-
-@pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32)], ids=str)
-@pytest.mark.parametrize("size", [(64, 96), (75, 91)], ids=str)
-@pytest.mark.parametrize(
-    "settings", [{}, {"align_corners": True}, {"skip": False}, {"nearest": True}, {"dip": True}], ids=str
-)
-@torch.no_grad()
-def test_each_level_everywhere_is_the_dense_network(
-    settings: dict[str, bool], size: tuple[int, int], strides: tuple[int, ...]
-) -> None:
-    net, block = network(strides, **settings), strides[-1]
-    for model in (net, net.for_inference()):
-        images = torch.randn(2, 3, *size).double()
-        shape = 2, -(-size[0] // block), -(-size[1] // block)
-        for level, stride in enumerate(reversed(strides)):
-            found = model.start(images).take(torch.full(shape, level), PATCH).logits()
-            assert relative_error(found, net.dense(images, stride)) < 1e-12
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
@@ -102,7 +26,7 @@ def test_blocks_keep_the_level_before_and_finer_ones_read_it(
     strides: tuple[int, ...], training: bool
 ) -> None:
     """Against the decoder on whole grids, layer by layer, in which other blocks keep the level before."""
-    net = network(strides).train(training)
+    net = decoding(strides).train(training)
     module, images, block = net.module, torch.randn(2, 3, 64, 96).double(), strides[-1]
     assert isinstance(module, Decoder)
     generator = torch.Generator().manual_seed(1)
@@ -176,7 +100,7 @@ def _up(grid: Tensor, stride: int, size: torch.Size) -> Tensor:
 
 
 def test_a_pass_with_gradients_gives_the_same_and_they_reach_the_images() -> None:
-    net, images = network(), torch.randn(1, 3, 64, 96).double().requires_grad_()
+    net, images = decoding(), torch.randn(1, 3, 64, 96).double().requires_grad_()
     logits = net.start(images).follow(PATCH).logits()
     logits.square().sum().backward()
     assert images.grad is not None
@@ -186,16 +110,6 @@ def test_a_pass_with_gradients_gives_the_same_and_they_reach_the_images() -> Non
         assert relative_error(run.logits(), logits.detach()) < 1e-12
         again = run.take(run.mask, Way())  # type: ignore[arg-type]
         assert relative_error(again.logits(), net(images.detach())) < 1e-12, "whole again"
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(("strides", "size"), [((8, 16), (75, 91)), ((8, 16, 32), (64, 96))], ids=str)
-def test_it_is_exported(strides: tuple[int, ...], size: tuple[int, int], batch: int, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    net = network(strides).float()
-    options = ExportOptions(size, batch, merge="patch", tiles=False)
-    assert export_onnx(net, tmp_path / "a.onnx", options)["merge"] == "patch"  # checked against the model
 
 
 class Pooled(nn.Module):

@@ -1,4 +1,4 @@
-"""P1 to P4 of docs/method.md, values, gradients and multiply-adds, on networks drawn at random."""
+"""P1 to P4 of docs/method.md, values, gradients and multiply-adds: networks drawn at random, and ours."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.selective import build_network, check_graph
 from sparse_seg.run.way import Way
 from sparse_seg.sites import EXCHANGES, Mixed
+from tests.graph.definitions import Definitions
 from tests.graph.drawn import FAMILIES, draw_network
-from tests.graph.layers import Drawn
+from tests.graph.layers import Drawn, as_layers
 from tests.graph.reference import Reference
-from tests.reference import relative_error
+from tests.reference import random_model, relative_error
 
 TOLERANCE = 1e-10
 SIZES = ((64, 96), (70, 53), (49, 64))
@@ -70,26 +71,27 @@ def check_dense(network: SelectiveNetwork, module: Drawn, images: Tensor) -> Non
 
 
 def check_mixed(network: SelectiveNetwork, module: Drawn, images: Tensor) -> None:
-    """P1, P2, values under any exchange rule, multiply-adds."""
+    """P1, P2, values under any exchange rule (at all sites, where names are the graph's), multiply-adds."""
     levels, strides, geometry = draw_levels(network, images), network.strides, network.geometry
-    run = network.start(images)
-    coarse = run._run.dense(strides[-1], geometry.kept_lattices)
+    coarse = network.start(images)._run.dense(strides[-1], geometry.kept_lattices)
     for exchange in EXCHANGES:
-        reference = Reference(module, strides, images, levels=levels, exchange=exchange)
-        run = network.start(images).take(levels, Way(exchange=exchange))
+        reference, way = Reference(module, strides, images, None, levels, exchange), Way(exchange=exchange)
+        run = network.start(images).take(levels, way)
         assert relative_error(run.grid_logits(), reference.output) < TOLERANCE
         assert sum(run.macs().values()) == reference.macs
         assert run._values is not None
         for name, value in run._values.items():
-            if (
-                isinstance(value, Mixed)
-                and name in coarse
-                and name not in geometry.masked
-                and network.refines(Way(exchange=exchange))
-            ):
+            if not isinstance(value, Mixed):
+                continue
+            if name in reference.values and reference.cell(name) > reference.finest:
+                sites, grid = reference.sites(reference.cell(name)), value.densify("none").tensor
+                assert sites.rebuild(sites.read(grid), "none").equal(grid), "a value where there is no site"
+                expected = sites.read(reference.values[name])
+                assert relative_error(sites.read(grid), expected) < TOLERANCE, name
+            if name in coarse and name not in geometry.masked and network.refines(way):
                 assert torch.equal(value.lattice.tensor, coarse[name].tensor)
     fine = torch.full_like(levels, len(strides) - 1)
-    if not Reference(module, strides, images, stride=strides[0]).lattice_pools:
+    if not lattice_pools(network, module, images):
         expected = network.start(images).follow(Way.dense(strides[0])).grid_logits()
         for exchange in ("linear", "separate"):
             found = network.start(images).take(fine, Way(exchange=exchange)).grid_logits()
@@ -104,6 +106,39 @@ def check_mixed(network: SelectiveNetwork, module: Drawn, images: Tensor) -> Non
                 assert relative_error(value.lattice.tensor, coarse[name].tensor) < TOLERANCE
 
 
+def lattice_pools(network: SelectiveNetwork, module: Drawn, images: Tensor) -> bool:
+    """See `Definitions.lattice_pools`, of the dense network at the finest stride."""
+    size, finest = (int(images.shape[2]), int(images.shape[3])), network.strides[0]
+    return Definitions(module, network.strides, size, finest).lattice_pools
+
+
+def check_gradients(
+    network: SelectiveNetwork,
+    module: nn.Module,
+    twin: nn.Module,
+    layers: Drawn,
+    images: Tensor,
+    exchange: str,
+) -> None:
+    """Of weights and images, and running statistics, as autograd's through the reference of a twin."""
+    levels, target = draw_levels(network, images), torch.randn(5, dtype=torch.float64).view(1, 5, 1, 1)
+    ours, theirs = (images.clone().requires_grad_() for _ in range(2))
+    logits = network.start(ours).take(levels, Way(exchange=exchange)).grid_logits()
+    expected = Reference(layers, network.strides, theirs, levels=levels, exchange=exchange).output
+    assert relative_error(logits, expected) < TOLERANCE
+    (logits * target).tanh().sum().backward()
+    (expected * target).tanh().sum().backward()
+    pairs = [("images", ours, theirs)]
+    pairs += [(name, one, twin.get_parameter(name)) for name, one in module.named_parameters()]
+    for name, own, other in pairs:
+        if other.grad is not None:
+            assert own.grad is not None, name
+            assert (own.grad - other.grad).norm() < 1e-8 * (1 + other.grad.norm()), name
+    for (name, buffer), twins in zip(module.named_buffers(), twin.buffers(), strict=True):
+        if "running" in name:
+            assert relative_error(buffer, twins) < TOLERANCE, name
+
+
 def check_patch(network: SelectiveNetwork, module: Drawn, images: Tensor) -> None:
     """P2 and P4 by merge `patch`, where late values can be computed in blocks alone."""
     patch, strides = Way(merge="patch"), network.strides
@@ -112,7 +147,7 @@ def check_patch(network: SelectiveNetwork, module: Drawn, images: Tensor) -> Non
     except SparseSegError:
         return
     levels = draw_levels(network, images)
-    pools = Reference(module, strides, images, stride=strides[0]).lattice_pools
+    pools = lattice_pools(network, module, images)
     for level, stride in enumerate(reversed(strides)):
         if not level or not pools:
             found = network.start(images).take(torch.full_like(levels, level), patch).logits()
@@ -160,30 +195,48 @@ def test_training_equals_autograd_through_the_reference(family: str, exchange: s
     """Batch norm over all existing sites, with its running statistics."""
     module = draw_network(data.draw, family, training=True)
     images = draw_images(data)
-    target = torch.randn(5, dtype=torch.float64).view(1, 5, 1, 1)
     for network in networks(module):
-        levels = draw_levels(network, images)
-        twin = copy.deepcopy(module)
+        twin = copy.deepcopy(module).train()
         network.train()
-        twin.train()
-        for norm in (
-            one for each in (module, twin) for one in each.modules() if isinstance(one, nn.BatchNorm2d)
-        ):
-            norm.reset_running_stats()
-        logits = network.start(images).take(levels, Way(exchange=exchange)).grid_logits()
-        expected = Reference(twin, network.strides, images, levels=levels, exchange=exchange).output
-        assert relative_error(logits, expected) < TOLERANCE
-        (logits * target).tanh().sum().backward()
-        (expected * target).tanh().sum().backward()
-        for (name, ours), theirs in zip(module.named_parameters(), twin.parameters(), strict=True):
-            if theirs.grad is not None:
-                assert ours.grad is not None, name
-                assert (ours.grad - theirs.grad).norm() < 1e-8 * (1 + theirs.grad.norm()), name
-        for (name, own), other in zip(module.named_buffers(), twin.buffers(), strict=True):
-            if "running" in name:
-                assert relative_error(own, other) < TOLERANCE, name
+        for norm in (*module.modules(), *twin.modules()):
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.reset_running_stats()
+        check_gradients(network, module, twin, twin, images, exchange)
         module.zero_grad()
         network.eval()
+
+
+OURS = [
+    ("resnet18", "lite", (8, 16)),
+    ("resnet18", "deeplabv3", (8, 16, 32)),
+    ("resnet50", "deeplabv3", (8, 16)),
+    ("resnet50", "lite", (4, 8, 16)),
+]
+
+
+@pytest.mark.parametrize(("backbone", "head", "strides"), OURS, ids=str)
+@torch.no_grad()
+def test_networks_of_ours(backbone: str, head: str, strides: tuple[int, ...]):
+    torch.manual_seed(0)
+    network = random_model(backbone, head, dtype=torch.float64, strides=strides)
+    module, images = as_layers(network), torch.randn(2, 3, 48, 70, dtype=torch.float64)
+    check_mixed(network, module, images)
+    check_refinement(network, module, images)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(
+    ("backbone", "head", "train"),
+    [("resnet18", "deeplabv3", True), ("resnet50", "lite", True), ("resnet18", "lite", False)],
+)
+def test_gradients_of_networks_of_ours(backbone: str, head: str, train: bool, exchange: str):
+    torch.manual_seed(0)
+    network = copy.deepcopy(random_model(backbone, head, dtype=torch.float64)).train(train)
+    for part in network.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.eval()
+    twin, images = copy.deepcopy(network), torch.randn(2, 3, 70, 53, dtype=torch.float64)
+    check_gradients(network, network.module, twin.module, as_layers(twin), images, exchange)
 
 
 @few

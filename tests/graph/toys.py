@@ -1,11 +1,15 @@
-"""A small network of the usual form; tests override parts of it."""
+"""A small network of the usual form, parts of which tests override; and one with a decoder."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sparse_seg import SelectiveNetwork, selective
+from tests.graph.layers import randomise
 
 
 class Toy(nn.Module):
@@ -36,3 +40,57 @@ class Gated(Toy):
         early = self.stem[:3](images)
         gate = self.body(images).mean((2, 3), keepdim=True).sigmoid()
         return self.head(self.d(self.b(self.stem[5](self.stem[3](early * gate)))))
+
+
+class Decoder(nn.Module):
+    """Output stride 8 by dilation, and a decoder at stride 4 that reads a skip, as DeepLabV3+'s.
+
+    Args:
+        nearest: how the decoder resizes.
+        dip: whether another branch goes down to stride 16 behind the rows.
+    """
+
+    def __init__(
+        self, align_corners: bool, skip: bool = True, nearest: bool = False, dip: bool = False
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, 4, 1)
+        self.down = nn.Conv2d(6, 8, 3, 2, 1)
+        self.wide = nn.Sequential(
+            nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 4, 4), nn.ReLU()
+        )
+        self.refine = nn.Conv2d(8, 8, 3, 1, 1)
+        self.skip = nn.Conv2d(6, 3, 1) if skip else None
+        self.dip = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 11, 3, 2, 1)) if dip else None
+        self.decode = nn.Sequential(
+            nn.Conv2d(11, 8, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, 1, 1),
+            nn.ReLU(),
+        )
+        self.classify = nn.Conv2d(8, 5, 1)
+        self.align_corners, self.nearest = align_corners, nearest
+
+    def forward(self, images: Tensor) -> Tensor:
+        low = self.stem(images)
+        rows = self.wide(self.down(low))
+        x = self.refine(rows)
+        if self.skip is not None:
+            if self.nearest:
+                x = F.interpolate(x, low.shape[2:])
+            else:
+                x = F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=self.align_corners)
+            x = torch.cat([x, self.skip(low)], 1)
+            if self.dip is not None:
+                x = x + F.interpolate(self.dip(rows), low.shape[2:], mode="bilinear")
+            x = self.decode(x)
+        x = self.classify(x)
+        return F.interpolate(x, images.shape[2:], mode="bilinear", align_corners=self.align_corners)
+
+
+def decoding(strides: tuple[int, ...] = (8, 16), **settings: bool) -> SelectiveNetwork:
+    """A `Decoder` with random statistics, in eval mode and float64."""
+    torch.manual_seed(0)
+    module = randomise(Decoder(**{"align_corners": False} | settings).double())
+    return selective(module.eval(), strides=strides, size=(64, 128))

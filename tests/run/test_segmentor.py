@@ -154,19 +154,12 @@ def test_build_from_a_plain_dict() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"bakbone": "resnet18"}, "unknown key 'bakbone'; did you mean 'backbone'"),
         ({"mask": {"polcy": "edge"}}, "unknown key 'mask.polcy'; did you mean 'mask.policy'"),
-        ({"backbone": "resnet19"}, "model.backbone is 'resnet19'; did you mean 'resnet1"),
         ({"head": "psp"}, "model.head is 'psp'; choose one of lite, deeplabv3, deeplabv3plus, lr"),
         ({"exchange": "cubic"}, "model.exchange is 'cubic'.*linear, nearest, none"),
-        ({"engine": "cuda"}, "model.engine is 'cuda'; choose one of auto, gather, spconv, triton"),
-        ({"mask": {"policy": "edges"}}, "model.mask.policy is 'edges'; did you mean 'edge'"),
-        ({"mask": {"fine_fraction": 1.5}}, r"fine_fraction is .*; it must lie in \[0, 1\]"),
         ({"mask": {"policy": "uniform"}}, "uniform policy takes fine_fraction 0 or 1, not 0.15"),
         ({"width": 0.3}, "width 0.3 makes 19.2 of 64 channels"),
-        ({"width": "half"}, "'width' must be a number, not 'half'"),
         ({"trained_stride": 4}, "model.trained_stride is 4"),
-        ({"num_classes": 1}, r"num_classes is .*; it must lie in \[2, 255\]"),
     ],
 )
 def test_bad_configs(config: dict[str, Any], message: str) -> None:

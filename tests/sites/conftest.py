@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 
@@ -15,7 +16,7 @@ KERNELS = "sparse_seg.sites.implicit_gemm"
 @pytest.fixture
 def imported() -> None:
     """Its first import warns of what it uses; tests that import it themselves must not be the first."""
-    spconv.available("cpu")
+    spconv._outcome("cpu")
 
 
 @pytest.fixture
@@ -37,6 +38,15 @@ def interpreted(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when a kernel is defined, at the file's import
     import_kernels(monkeypatch)
+
+
+@pytest.fixture(params=["spconv", "triton"])
+def engine(request: pytest.FixtureRequest, device: str) -> str:
+    """An engine that may be missing."""
+    if importlib.util.find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is optional")
+    request.getfixturevalue("imported" if request.param == "spconv" else "interpreted")
+    return request.param
 
 
 @pytest.fixture

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg import build_model, selective
@@ -49,48 +47,6 @@ def levels(model: SelectiveNetwork, level: int | None = None) -> Tensor:
     shape = (2, *(-(-length // model.strides[-1]) for length in SIZE))
     random = torch.randint(0, len(model.strides), shape, generator=torch.Generator().manual_seed(2))
     return random if level is None else torch.full_like(random, level)
-
-
-def level_by_level(model: SelectiveNetwork, given: Tensor, fine_blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits on the grid at stride 8 from `F.conv2d`, once for each level on a grid of its sites alone, and
-    which places are sites.
-
-    The first dilated convolution reads a lattice at 16 px, where blocks at 32 px are as those at 16.
-    """
-    net: Any = model.module
-    features = net.early(given)
-    block, coarsest = model.strides[-1] // 8, model.strides[-1]
-    stride = (coarsest // 2**fine_blocks).repeat_interleave(block, 1).repeat_interleave(block, 2)
-    stride = stride[:, None, : features.shape[2], : features.shape[3]]
-    y, x = (8 * torch.arange(length) for length in features.shape[2:])
-
-    def sites(most: int) -> list[Tensor]:
-        own = stride.clamp(max=most)
-        stands = (y[:, None] % own == 0) & (x % own == 0)
-        return [(own == one) & stands for one in (8, 16, 32)]
-
-    for (conv, norm, relu), most in zip(net.late, (16, coarsest), strict=True):
-        dilation = conv.dilation[0]
-        parts = [
-            F.conv2d(features * own, conv.weight, None, 1, dilation, dilation) * own for own in sites(most)
-        ]
-        features = relu(norm(torch.stack(parts).sum(0)))
-    exists = torch.stack(sites(coarsest)).any(0)
-    return net.head(features * net.scale) * exists, exists
-
-
-@pytest.mark.parametrize("strides", STRIDES, ids=str)
-def test_levels_are_networks_side_by_side(strides: tuple[int, ...]) -> None:
-    """Values at all sites, and gradients."""
-    model, given = network(strides), images()
-    expected, exists = level_by_level(model, given, levels(model))
-    found = model.start(given).take(levels(model)).grid_logits() * exists
-    assert relative_error(found, expected) < 1e-12
-    parameters = [one for name, one in model.module.named_parameters() if "auxiliary" not in name]
-    weight = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view_as(found)
-    ours, theirs = (torch.autograd.grad(one.tanh(), parameters, weight) for one in (found, expected))
-    for own, other in zip(ours, theirs, strict=True):
-        assert relative_error(own, other) < 1e-10
 
 
 @pytest.mark.parametrize("strides", STRIDES, ids=str)

@@ -1,4 +1,4 @@
-"""The triton engine against slow references, gather and float64; on the CPU Triton interprets the kernels."""
+"""The triton engine against F.conv2d, gather and float64; on the CPU Triton interprets the kernels."""
 
 from __future__ import annotations
 
@@ -15,45 +15,19 @@ from sparse_seg import selective
 from sparse_seg.export import ExportOptions, StaticNetwork
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
-from sparse_seg.sites import EXCHANGES, Level, LevelPlan, Taps, triton
+from sparse_seg.sites import Level, LevelPlan, Taps, triton
 from tests.captured import trained
 from tests.reference import relative_error
-from tests.sites.level_case import Case, taps
+from tests.sites.rows import Case
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is optional"),
     pytest.mark.usefixtures("interpreted"),
 ]
 
-SIZES = [(1, 1), (4, 6), (9, 13), (21, 18)]  # of the level's own grid, at stride 8
-SPACINGS = (16, 96, 288)
-RULES = ("linear", "nearest", "none")
-
 
 def run(model: SelectiveNetwork, images: Tensor, mask: Tensor, **way: Any) -> Tensor:
     return model.start(images).take(mask, Way(**way)).logits()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("exchange", RULES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("kind", ["full", "random", "corner"])
-@torch.no_grad()
-def test_equals_a_slow_reference(kind: str, size: tuple[int, int], exchange: str, device: str) -> None:
-    """Also beyond the border of odd sizes, where extra sites hold what no place may read."""
-    case = Case(kind, size, exchange, device)
-    for spacing in SPACINGS:
-        assert relative_error(case.by_triton(spacing), case.expected(spacing)) < 1e-5, spacing
-
-
-@torch.no_grad()
-def test_exchange_rules_differ(device: str) -> None:
-    """Otherwise agreement would prove nothing."""
-    results = [Case(exchange=exchange, device=device) for exchange in RULES]
-    for case in results:
-        assert relative_error(case.by_triton(), case.expected()) < 1e-5
-    for first, second in ((0, 1), (0, 2), (1, 2)):
-        assert relative_error(results[first].by_triton(), results[second].by_triton()) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -71,7 +45,7 @@ def test_a_full_mask_is_a_plain_convolution(
     channels: tuple[int, int], kernel: tuple[int, int], spacing: int, groups: int, device: str
 ) -> None:
     """All extra sites of a level, of several programs of a kernel, against F.conv2d in float64."""
-    (inner, outer), (height, width) = channels, (22, 30)
+    (inner, outer), (height, width) = channels, (14, 18)
     plan, generator = LevelPlan(2, (8 * height, 8 * width), 8, device), torch.Generator().manual_seed(0)
     level = Level(plan, torch.arange(plan.cells, device=device))
     grid = torch.randn(2, inner, height, width, generator=generator).to(device)
@@ -91,44 +65,6 @@ def test_a_full_mask_is_a_plain_convolution(
     for found in (by_rows, by_level):
         assert found is not None
         assert relative_error(found, expected) < 1e-6
-
-
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32)], ids=str)
-@torch.no_grad()
-def test_networks_equal_gather(
-    strides: tuple[int, ...], exchange: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Windows on early values, lattices under `separate`, and later steps included."""
-    model = selective(trained(), strides, size=(64, 64)).to(device)
-    images = torch.randn(2, 3, 101, 137, generator=torch.Generator().manual_seed(1)).to(device)
-    shape = 2, -(-101 // strides[-1]), -(-137 // strides[-1])
-    levels = torch.randint(0, len(strides), shape, generator=torch.Generator().manual_seed(2))
-    calls, original = [], triton.conv2d
-
-    def count(*args: Any) -> Tensor | None:
-        found = original(*args)
-        assert found is not None
-        calls.append(args[1].numel())
-        return found
-
-    monkeypatch.setattr(triton, "conv2d", count)
-    expected = run(model, images, levels, exchange=exchange)
-    assert not calls
-    found = run(model, images, levels, exchange=exchange, engine="triton")
-    assert relative_error(found, expected) < 1e-5
-    once = len(calls)
-    assert once >= 2 * (len(strides) - 1)
-    if exchange == "separate":
-        return
-    model.settings = dataclasses.replace(model.settings, engine="triton")
-    first = levels.where(torch.arange(shape[2]) % 2 == 0, 0)
-    by_steps = []
-    for way in (Way(exchange=exchange), Way(exchange=exchange, engine="gather")):
-        steps = model.start(images).start_coarse().take(first, way)
-        by_steps.append(steps.take(levels, way).logits())
-    assert len(calls) > once
-    assert relative_error(*by_steps) < 1e-5
 
 
 @torch.no_grad()
@@ -156,11 +92,7 @@ def test_the_static_form(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 def test_an_empty_mask(device: str) -> None:
-    case = Case("random", device=device)
-    level = Level(case.level.plan, case.level.cells[:0])
-    found = triton.conv2d(case.extras[:0], level.tap_rows(taps(16)), case.weight, None, case.source, level)
-    assert found is not None
-    assert found.shape == (0, 16)
+    assert Case("triton", device=device, fraction=0.0).found().shape == (0, 16)
     model, images = selective(trained(), size=(64, 64)).to(device), torch.randn(1, 3, 64, 64).to(device)
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     assert relative_error(run(model, images, mask, engine="triton"), run(model, images, mask)) < 1e-6
@@ -170,29 +102,15 @@ def test_an_empty_mask(device: str) -> None:
 @torch.no_grad()
 def test_half_precision(dtype: torch.dtype, device: str) -> None:
     """As near to float64 as gather is: sums are float32, and so are ghosts."""
-    case = Case(size=(21, 18), device=device)
-    case.source, case.extras, case.weight = (one.to(dtype) for one in (case.source, case.extras, case.weight))
-    table = case.level.table(case.source, case.extras, "all")
-    index, there = case.level.tap_rows(taps(16)), case.places < case.level.plan.fine_cells
-    matrix = case.weight.permute(0, 2, 3, 1).flatten(1)
-    gathered = (table[index].reshape(-1, 72) @ matrix.t())[there]
-    exact = case.level.table(case.source.double(), case.extras.double(), "all")
-    expected = (exact[index].reshape(-1, 72) @ matrix.double().t())[there]
-    found = case.by_triton()
+    case = Case("triton", (21, 18), device=device)
+    case.grid, case.weight = case.grid.to(dtype), case.weight.to(dtype)
+    gathered = case.conv(2, case.grid, case.weight)
+    expected = case.conv(2, case.grid.double(), case.weight.double())
+    found = case.found(2)
     assert found.dtype == dtype
     ours, theirs = ((one.double() - expected).abs().max() for one in (found, gathered))
     cut = device == "cpu" and dtype == torch.bfloat16  # interpreted, Triton cuts off where a GPU rounds
     assert ours < (2.2 if cut else 1.1) * theirs
-
-
-@torch.no_grad()
-def test_autocast(device: str) -> None:
-    case = Case(size=(21, 18), device=device)
-    with torch.autocast(device, torch.bfloat16):
-        found = case.by_triton(bias=torch.ones(16, device=device))
-    assert found.dtype == torch.bfloat16
-    assert relative_error(found.float(), case.expected() + 1) < 0.02
-    assert case.by_triton().dtype == torch.float32
 
 
 def test_gradients_are_those_of_gather(device: str) -> None:
@@ -211,10 +129,9 @@ def test_gradients_are_those_of_gather(device: str) -> None:
 
 @torch.no_grad()
 def test_other_groups_are_gathered(device: str) -> None:
-    case = Case(device=device)
-    index = case.level.tap_rows(taps(16))
-    for weight in (torch.ones(16, 4, 3, 3, device=device), torch.ones(16, 1, 3, 3, device=device)):
-        assert triton.conv2d(case.extras, index, weight, None, case.source, case.level) is None
+    rows, index = torch.randn(9, 8, device=device), torch.arange(9, device=device)
+    for weight in (torch.ones(16, 4, 1, 1, device=device), torch.ones(16, 1, 1, 1, device=device)):
+        assert triton.conv2d(rows, index, weight) is None
 
 
 @torch.no_grad()
@@ -232,8 +149,8 @@ def test_the_fastest_tile_runs(device: str, monkeypatch: pytest.MonkeyPatch) -> 
         return 2.0 - tried.index(call.args[0])  # the second is the faster one
 
     monkeypatch.setattr(implicit_gemm, "do_bench", time)
-    case = Case(size=(21, 18), device=device)
-    found = [case.by_triton(), case.by_triton()]
+    case = Case("triton", device=device)
+    found = [case.found(), case.found()]
     assert tuple(tried) == among
     assert list(implicit_gemm._fastest.values()) == [among[1]]
     for one in found:

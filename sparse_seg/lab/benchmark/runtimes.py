@@ -20,10 +20,9 @@ import numpy as np
 import torch
 
 from sparse_seg.errors import ConfigError, import_package
-from sparse_seg.export.onnx_file import INSTALL
-from sparse_seg.export.runtime import RUNTIMES, open_session
+from sparse_seg.export.onnx_file import export_onnx
+from sparse_seg.export.runtime import INSTALL, RUNTIMES, open_session
 from sparse_seg.export.segmentor import options_of
-from sparse_seg.export.write import export_onnx
 from sparse_seg.lab.latency import SPAWN, Latency, Run, in_child, interleaved
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way

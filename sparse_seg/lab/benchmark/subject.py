@@ -29,8 +29,8 @@ from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.export.runtime import RUNTIMES, open_session
 from sparse_seg.lab.latency import Run
 from sparse_seg.run.build import build_model
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.passes import Pass
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 from sparse_seg.training.schedule import build_optimizer
 
@@ -85,7 +85,7 @@ class Case:
 class Dense(nn.Module):
     """A network dense at a stride, as a module of images alone, for other runtimes."""
 
-    def __init__(self, model: Segmentor, stride: int) -> None:
+    def __init__(self, model: SelectiveNetwork, stride: int) -> None:
         super().__init__()
         self.model, self.stride = model, stride
 
@@ -106,7 +106,7 @@ class Subject:
             randomise_norms(model)
         else:
             model = load_model(setup.checkpoint, setup.config)
-        self.float_model: Any = model.eval().to(self.device)  # a Segmentor
+        self.float_model: Any = model.eval().to(self.device)  # a SelectiveNetwork
         images, labels = scenes(setup.config, setup.size, setup.batch)
         self.images, self.labels = images.to(self.device, self.dtype), labels.to(self.device)
 
@@ -132,7 +132,7 @@ class Subject:
         with torch.inference_mode():
             return policy(self.model.start(self.images, self.labels)).clone()
 
-    def starter(self, model: Segmentor, case: Case) -> Callable[[], Pass]:
+    def starter(self, model: SelectiveNetwork, case: Case) -> Callable[[], Pass]:
         """What starts a pass of a case. What a mask needs, and the mask, is made anew each time, unless it is
         given."""
         if case.given:
@@ -152,7 +152,7 @@ class Subject:
         if kept is not None:
             run.grid_logits()
         gmacs = sum(counts.values()) * (3 if is_train else 1) / 1e9
-        return {"gmacs": gmacs, "stored_mib": None if kept is None else kept.num_bytes / 2**20}
+        return {"gmacs": gmacs, "stored_mib": None if kept is None else kept / 2**20}
 
     def run(self, case: Case) -> Run:
         """What to call to run a case once."""
@@ -202,7 +202,7 @@ def scenes(config: Config, size: tuple[int, int], batch: int) -> tuple[Tensor, T
     return images, labels if classes is None else labels.where(labels < classes, IGNORE_INDEX)
 
 
-def randomise_norms(model: Segmentor) -> None:
+def randomise_norms(model: SelectiveNetwork) -> None:
     """Give every batch norm the statistics of its activations, so that these keep order one."""
     images = torch.randn(2, 3, *model.graph.size, generator=torch.Generator().manual_seed(0))
     update_bn([images], model.module)  # the dense network that was captured

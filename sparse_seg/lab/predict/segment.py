@@ -30,8 +30,8 @@ from sparse_seg.export.segmentor import RuntimeSegmentor
 from sparse_seg.lab.report.overlays import overlay
 from sparse_seg.run.card import Card
 from sparse_seg.run.modes import eval_mode
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.refinement import Refined, refine
-from sparse_seg.run.segmentor import Segmentor
 from sparse_seg.run.way import Way
 from sparse_seg.timing import now
 
@@ -112,7 +112,7 @@ class ImageSegmenter:
 
     def __init__(
         self,
-        model: Segmentor,
+        model: SelectiveNetwork,
         way: Way | None = None,
         views: Views = ONCE,
         runner: Runner | RuntimeSegmentor | None = None,
@@ -176,7 +176,7 @@ class ImageSegmenter:
         self, image: Image, fractions: Sequence[float] | None = None, milliseconds: float | None = None
     ) -> Iterator[Refined]:
         """Refine the coarse prediction of an image, whole and at the first of the views' scales; see
-        `Segmentor.refine`. `refined` makes a segmentation of a step."""
+        `SelectiveNetwork.refine`. `refined` makes a segmentation of a step."""
         start = now(self.device)
         model = self.runner.torch if isinstance(self.runner, Runner) else self.model
         images, _ = scaled(self.batch(image), None, self.views_of(image).factors[0])
@@ -231,7 +231,7 @@ class ImageSegmenter:
 
 
 def segment(
-    model: Segmentor | RuntimeSegmentor | Runner | nn.Module | str | Path,
+    model: SelectiveNetwork | RuntimeSegmentor | Runner | nn.Module | str | Path,
     image: str | Path | Image | Any,
     way: Way | None = None,
     views: Views = ONCE,
@@ -263,12 +263,12 @@ def segment(
     return ImageSegmenter(network, way, views)(pixels)
 
 
-def _network(model: Any) -> Segmentor | RuntimeSegmentor | Runner:
+def _network(model: Any) -> SelectiveNetwork | RuntimeSegmentor | Runner:
     """The network that is given, loaded or in a wrapper: for several GPUs, of averages, of torch.compile."""
     if isinstance(model, str | os.PathLike):
         return load_model(model if isinstance(model, str) else Path(model))
     inner = model
-    while not isinstance(inner, Segmentor | RuntimeSegmentor | Runner):
+    while not isinstance(inner, SelectiveNetwork | RuntimeSegmentor | Runner):
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(inner, nn.Module):
             raise ValueError(

@@ -1,49 +1,13 @@
-"""The last upsampling in static graphs: logits of every pixel, or classes alone.
+"""The classes of every pixel in static graphs, with work only where classes meet.
 
 Resizing in runtimes is slow (onnxruntime: 5 to 9 ms for 11 x 360 x 480 on one core, and 3 for the ArgMax)
-where two matrix products take 3.7, and work only where classes meet about 1.
+where two matrix products take 3.7, and tiles about 1.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
-from sparse_seg.ops.upsample import _interpolation_matrix
-
-
-class Upsample(nn.Module):
-    """As `ops.upsample.upsample_logits` from one grid to one size, by two matrix products.
-
-    Args:
-        cells: `(h, w)` of the grid; size: `(H, W)` of the images.
-        stride, trained_stride, align_corners, every: as there.
-    """
-
-    rows: Tensor
-    columns: Tensor
-
-    def __init__(
-        self,
-        cells: tuple[int, int],
-        size: tuple[int, int],
-        stride: int,
-        trained_stride: int,
-        align_corners: bool,
-        every: int = 1,
-    ) -> None:
-        super().__init__()
-        geometry = stride, trained_stride, align_corners, every
-        rows, columns = (
-            _interpolation_matrix(n, length, *geometry, torch.float64, torch.device("cpu"))
-            for n, length in zip(cells, size, strict=True)
-        )
-        self.register_buffer("rows", rows.float(), persistent=False)
-        self.register_buffer("columns", columns.t().float().contiguous(), persistent=False)
-
-    def forward(self, grid: Tensor) -> Tensor:
-        """`[B, C, h, w]` to `[B, C, H, W]`, or each `every`th pixel of it."""
-        return torch.matmul(self.rows, torch.matmul(grid, self.columns))
 
 
 class Tiles(nn.Module):
