@@ -10,10 +10,17 @@ import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 from sparse_seg.errors import ConfigError, choose_one, did_you_mean, shown
+
+
+def arguments_of(part: Any) -> dict[str, inspect.Parameter]:
+    """What a part takes, by name; one that hands others on (`**options`) takes those of its base class."""
+    own = dict(inspect.signature(part).parameters)
+    rest = [name for name, one in own.items() if one.kind is one.VAR_KEYWORD]
+    base = inspect.signature(part.__mro__[1]).parameters if rest and isinstance(part, type) else {}
+    return {name: one for name, one in {**base, **own}.items() if name not in rest}
 
 
 class UnknownPart(ConfigError, KeyError):
@@ -48,31 +55,20 @@ class Registry(Mapping[str, Any]):
         return part
 
     def options(
-        self,
-        name: str,
-        given: Mapping[str, Any],
-        key: str,
-        part: Any = None,
-        taken: Mapping[str, str] = MappingProxyType({}),
+        self, name: str, given: Mapping[str, Any], key: str, taken: Mapping[str, str]
     ) -> dict[str, Any]:
         """The keyword arguments that a config gives to a part, if it has them all.
 
         Args:
             given: by name.
             key: of the config, for messages.
-            part: what takes them; by default the part itself.
             taken: arguments that keys of their own set, and these keys.
 
         Raises:
             ConfigError: the part has no argument of a name, or a key of its own sets it.
         """
-        known = [
-            argument.name
-            for argument in inspect.signature(self[name] if part is None else part).parameters.values()
-            if argument.default is not argument.empty
-            and argument.kind is not argument.VAR_KEYWORD
-            and argument.name not in taken
-        ]
+        arguments = arguments_of(self[name]).values()
+        known = [one.name for one in arguments if one.default is not one.empty and one.name not in taken]
         for option in given:
             if option in taken:
                 raise ConfigError(f"{key}.{option}: {taken[option]} sets it; set that key in its place")

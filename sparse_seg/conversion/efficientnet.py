@@ -12,7 +12,7 @@ from sparse_seg.errors import CheckpointError
 from sparse_seg.networks.efficientnet_lite import EPS, EfficientNetLite
 from sparse_seg.registry import BACKBONES
 
-VARIANTS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+VARIANTS = ("efficientnet_lite2", "efficientnet_lite1", "efficientnet_lite0")  # 1 has all of 0
 LAYERS = {
     True: ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2"),
     False: ("_depthwise_conv", "_bn1", "_project_conv", "_bn2"),
@@ -41,8 +41,8 @@ def plan(tensors: Tensors, output_stride: int | None) -> Plan:
         if all(key in own.theirs and tensors[own.theirs[key]].shape == one for key, one in shapes.items()):
             dropped = dict.fromkeys(DROPPED[_is_package(tensors)], CLASSIFIER)
             config = {"backbone": name, "bn_eps": EPS}
-            return Plan(own, name, config, dropped=dropped, has_head=False)
-    raise CheckpointError(f"it is an EfficientNet, but none of {', '.join(VARIANTS)}")
+            return Plan(own, name, config, dropped=dropped)
+    raise CheckpointError(f"it is an EfficientNet, but none of {', '.join(sorted(VARIANTS))}")
 
 
 def _is_package(tensors: Tensors) -> bool:

@@ -176,6 +176,7 @@ class DeepLabV3PlusHead(DeepLabV3Head):
     Args:
         low_level_channels: of the skip after its 1x1; decoder_convs: 3x3 convolutions after it.
         align_corners: of the upsampling.
+        options: of `DeepLabV3Head`.
     """
 
     reads_low_level = True
@@ -186,38 +187,18 @@ class DeepLabV3PlusHead(DeepLabV3Head):
         num_classes: int,
         output_stride: int = 8,
         trained_stride: int = 8,
-        head_channels: int | None = None,
-        aspp_rates: Sequence[int] = (12, 24, 36),
-        aspp_separable: str = "none",
-        aspp_projection: bool = True,
-        refine: bool = True,
         separable: str = "none",
-        refine_separable: str | None = None,
         low_level_channels: int = 48,
         decoder_convs: int = 1,
         align_corners: bool = False,
+        **options: Any,
     ) -> None:
-        width = head_channels or 256
-        super().__init__(
-            channels,
-            num_classes,
-            output_stride,
-            trained_stride,
-            width,
-            aspp_rates,
-            aspp_separable,
-            aspp_projection,
-            refine,
-            separable,
-            refine_separable,
-        )
+        super().__init__(channels, num_classes, output_stride, trained_stride, separable=separable, **options)
+        width = self.classifier.in_channels
         self.upsample = ToLowLevel(output_stride, trained_stride, align_corners)
         self.low_level = conv_norm_relu(channels[0], low_level_channels, 1)
-        widths = [width + low_level_channels] + [width] * decoder_convs
-        self.decoder = nn.Sequential(
-            *(conv_norm_relu(inside, width, 3, 1, separable) for inside in widths[:-1])
-        )
-        self.classifier = nn.Conv2d(widths[-1], num_classes, 1)
+        widths = [width + low_level_channels, *[width] * (decoder_convs - 1)]
+        self.decoder = nn.Sequential(*(conv_norm_relu(inside, width, 3, 1, separable) for inside in widths))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         low_level = features[0]

@@ -65,10 +65,10 @@ def write_format_2(path: Path, conversion: Any) -> None:
     with safe_open(path, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         content = json.loads(file.metadata()["sparse_seg"])
-    old = old_weights(weights, conversion.config)
+    old = old_weights(weights, conversion.checkpoint.config)
     entries = content["origin"]["back"]["entries"]
     for entry in entries:
-        name = old_name(entry[0], conversion.config)
+        name = old_name(entry[0], conversion.checkpoint.config)
         entry[0], entry[3:] = name, [is_krsc(name, weights[entry[0]]), *entry[3:]]
     del content["digest"], content["graph"]
     content |= {"format_version": 2, "weights": digest_of(old)}

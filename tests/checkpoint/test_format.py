@@ -143,7 +143,7 @@ def test_the_scaling_of_version_0_1_is_not_known(tmp_path):
     write_converted(tmp_path / "old.safetensors", conversion)
     conversion.write(tmp_path / "new.safetensors")
     (tmp_path / "run.yaml").write_text(f"data: {{root: {tmp_path}, mean: [0.5, 0.5, 0.5]}}")
-    settings = ["data.dataset=scenes", f"model.num_classes={conversion.config.num_classes}"]
+    settings = ["data.dataset=scenes", f"model.num_classes={conversion.checkpoint.config.num_classes}"]
     config = load_config(tmp_path / "run.yaml", settings)
     load_model(tmp_path / "old.safetensors", config)
     with pytest.raises(
