@@ -99,7 +99,7 @@ def from_conversion(metadata: Mapping[str, str], tensors: dict[str, Tensor], pat
     return _parsed(weights, path, origin, version=version, model=model, classes=classes, mean=mean, std=std)
 
 
-def _parsed(weights: dict[str, Tensor], path: Path, origin: Mapping[str, Any], **said: Any) -> Checkpoint:
+def _parsed(weights: dict[str, Tensor], path: Path, origin: dict[str, Any], **said: Any) -> Checkpoint:
     """What a file says, with what these versions did not say."""
     whole = dataclasses.asdict(Origin(normalisation="")) | origin
     description = {"colours": None, "training": {}, "origin": whole, **said}

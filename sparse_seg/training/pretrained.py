@@ -103,12 +103,13 @@ def load_own(network: SelectiveNetwork, path: str | Path) -> str:
     found = load(file) if is_ours(file) else convert(file, allow_missing=("head",)).checkpoint
     weights, own, settings = part_of(found.weights, MODULE), found.config, network.settings
     module: Any = network.module
-    check_same(*({f"model.{key}": getattr(one, key) for key in SAME} for one in (settings, own)), path)
+    asked, has = ({f"model.{key}": getattr(one, key) for key in SAME} for one in (settings, own))
+    check_same(asked, has, path)
     try:
         load_weights(module.backbone, part_of(weights, "backbone."), path)
     except CheckpointError as error:
-        has = " ".join(f"model.{key}={getattr(own, key)}" for key in ("backbone", "width", "stem"))
-        raise CheckpointError(f"{error} (it has {has})") from None
+        told = " ".join(f"model.{key}={getattr(own, key)}" for key in ("backbone", "width", "stem"))
+        raise CheckpointError(f"{error} (it has {told})") from None
     head, wanted = part_of(weights, "head."), module.head.state_dict()
     same = own.head == settings.head and not shape_faults(wanted, head)
     if same:

@@ -112,10 +112,11 @@ def test_tensors_that_do_not_fit(fails: Fails) -> None:
     assert "classifier.5.weight [2, 3] has no place in it (and 1 more faults)" in message
     message = fails({f"module.{key}": value for key, value in state.items()} | {name: state[name]})
     assert f"holds {name} twice: as module.{name} and as {name}" in message
-    assert "torch.complex64; it must be a plain tensor" in fails(state | {name: state[name].cfloat()})
+    assert "torch.complex64; it must be a plain tensor" in fails(
+        state | {name: state[name].to(torch.complex64)}
+    )
     assert "it must be a plain tensor" in fails(state | {name: state[name].to_sparse()})
-    message = fails(state | {name: torch.zeros(1).expand(2**30, 64)})
-    assert "more values than the file holds" in message
+    assert "more values than the file" in fails(state | {name: torch.zeros(1).expand(2**30, 64)})
 
 
 def test_a_stride_is_not_assumed_against_the_name_of_the_file(tmp_path: Path) -> None:

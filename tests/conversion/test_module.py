@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_seg import load_model
 from sparse_seg.checkpoint import load
@@ -128,7 +128,7 @@ class Worded(captured.Net):
     def __init__(self) -> None:
         super().__init__(3, 4)
         self.module, self.loss = self.late, self.head
-        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.mean = nn.Buffer(torch.zeros(3, 1, 1))
         del self.late, self.head
 
     def forward(self, images: Tensor) -> Tensor:
