@@ -179,18 +179,18 @@ class Torchvision(Network):
         super().__init__()
         self.backbone = backbone
         inside = backbone.channels
-        self.classifier: nn.Module = _fcn(inside, classes)
+        self.classifier: nn.Module = fcn_head(inside, classes)
         if head == "deeplabv3":
             aspp = Aspp(inside, channels, rates_at(output_stride))
             last = nn.Conv2d(channels, classes, 1)
             self.classifier = nn.Sequential(aspp, *conv_bn_relu(channels, channels, 3), last)
-        self.aux_classifier = _fcn(inside // 2, classes)
+        self.aux_classifier = fcn_head(inside // 2, classes)
 
     def grid_logits(self, features: list[Tensor]) -> Tensor:
         return self.classifier(features[3])
 
 
-def _fcn(inside: int, classes: int) -> nn.Sequential:
+def fcn_head(inside: int, classes: int) -> nn.Sequential:
     return nn.Sequential(
         *conv_bn_relu(inside, inside // 4, 3), nn.Dropout(0.1), nn.Conv2d(inside // 4, classes, 1)
     )
