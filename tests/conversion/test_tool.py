@@ -108,28 +108,22 @@ def test_settings_that_tensors_cannot_tell(capsys, folder, tmp_path):
 
 @pytest.mark.slow
 def test_evaluate_and_predict_need_nothing_else(capsys, folder, tmp_path):
-    text = run(capsys, "evaluate", folder / "data.yaml", folder / "net.safetensors", "--dense", "8")
-    assert "mIoU" in text
-    arguments = [folder / "data.yaml", folder / "net.safetensors"]
-    report = tmp_path / "report.html"
-    options = ["--compare", "0.2", "--policies", "edge", "--limit", "1", "--report", report]
-    assert "selective, edge" in run(capsys, "evaluate", *arguments, *options)
-    assert "resnet50 x0.125, deeplabv3plus head" in report.read_text()
-    cv2.imwrite(str(tmp_path / "street.png"), np.full((70, 90, 3), 99, np.uint8))
-    text = run(capsys, "predict", *arguments, tmp_path / "street.png", "--out", tmp_path / "out")
-    assert "1 images segmented" in text
-    options = [tmp_path / "street.png", "--out", tmp_path / "none", "--set", "data.dataset=camvid"]
-    message = run(capsys, "predict", *arguments, *options, code=1)
+    files, street = [folder / "data.yaml", folder / "net.safetensors"], tmp_path / "street.png"
+    options = ["--compare", "0.2", "--policies", "edge", "--limit", "1", "--report", tmp_path / "report.html"]
+    assert "selective, edge" in run(capsys, "evaluate", *files, *options)
+    assert "resnet50 x0.125, deeplabv3plus head" in (tmp_path / "report.html").read_text()
+    cv2.imwrite(str(street), np.full((70, 90, 3), 99, np.uint8))
+    assert "1 images segmented" in run(capsys, "predict", *files, street, "--out", tmp_path / "out")
+    options = [street, "--out", tmp_path / "none", "--set", "data.dataset=camvid"]
+    message = run(capsys, "predict", *files, *options, code=1)
     assert "has 19 classes, but 11 are asked for (by model.num_classes or data.dataset camvid)" in message
     assert not (tmp_path / "none").exists()
 
 
 def test_mask_exchange_and_engine_are_the_configs(folder):
     settings = ["model.exchange=nearest", "model.engine=gather", "model.mask.policy=random"]
-    config = load_config(folder / "data.yaml", settings)
-    model = load_model(folder / "net.safetensors", config)
-    assert model.exchange == "nearest"
-    assert type(model.policy).__name__ == "RandomPolicy"
+    model = load_model(folder / "net.safetensors", load_config(folder / "data.yaml", settings))
+    assert (model.exchange, model.engine, model.policy.name) == ("nearest", "gather", "random")
     config = load_config(folder / "data.yaml", ["data.dataset=camvid"])
     with pytest.raises(CheckpointError, match="has 19 classes, but 11 are asked for"):
         load_model(folder / "net.safetensors", config)
@@ -210,32 +204,30 @@ def test_pretrained_from_a_classifier(tmp_path):
         start(tmp_path / "none.pth")
 
 
+STEP = ["train.batch_size=2", "train.lr=1e-9", "model.backbone=resnet50", "model.width=0.125"]
+STEP += ["model.depths=[2, 1, 2, 2]"]
+
+
 def test_training_starts_there_and_resumes_from_its_own(capsys, folder, tmp_path):
-    settings = [f"model.pretrained={folder / 'source.pth'}", "model.depths=[2, 1, 2, 2]", "model.width=0.125"]
-    settings += ["model.backbone=resnet50", "train.iterations=1", "train.batch_size=2", "train.lr=1e-9"]
-    work = ["--work-dir", tmp_path / "run"]
-    text = run(capsys, "train", folder / "data.yaml", *work, "--set", *settings)
+    command = ["train", folder / "data.yaml", "--work-dir", tmp_path / "run"]
+    settings = ["--set", *STEP, f"model.pretrained={folder / 'source.pth'}"]
+    text = run(capsys, *command, *settings, "train.iterations=1")
     assert "pretrained: backbone of" in text
     weight = load(tmp_path / "run/best.pt").weights["module.backbone.conv1.weight"]
     assert torch.allclose(weight, state_of(NAME)["backbone.conv1.weight"], atol=1e-6)
-    settings[3:] = ["model.backbone=resnet50", "train.iterations=2", "train.batch_size=2", "train.lr=1e-9"]
-    text = run(capsys, "train", folder / "data.yaml", *work, "--resume", "--set", *settings)
-    assert "pretrained" not in text
+    assert "pretrained" not in run(capsys, *command, "--resume", *settings, "train.iterations=2")
 
 
 def test_training_starts_from_a_converted_file(capsys, folder, tmp_path):
     """train.init: the whole network, head and all; the config must say the same network."""
-    same = ["model.backbone=resnet50", "model.width=0.125", "model.depths=[2, 1, 2, 2]"]
-    same += ["model.head=deeplabv3plus", "model.head_channels=6", "model.low_level_channels=5"]
-    same += ["model.refine=false", "train.iterations=1", "train.batch_size=2", "train.lr=1e-9"]
-    init = [f"train.init={folder / 'net.safetensors'}"]
-    run(capsys, "train", folder / "data.yaml", "--work-dir", tmp_path / "run", "--set", *init, *same)
-    found, expected = load_model(tmp_path / "run/best.pt"), load_model(folder / "net.safetensors")
-    for part in ("backbone.conv1", "head.classifier"):
-        weights = [model.state_dict()[f"module.{part}.weight"] for model in (found, expected)]
-        assert torch.allclose(weights[0], weights[1], atol=1e-6)
-    other = ["--work-dir", tmp_path / "other", "--set", *init, *same, "model.trained_stride=16"]
-    message = run(capsys, "train", folder / "data.yaml", *other, code=1)
+    same = [f"model.{key}={str(value).lower()}" for key, value in PLUS.items()]
+    same += [f"train.init={folder / 'net.safetensors'}", "train.iterations=1", *STEP]
+    command = ["train", folder / "data.yaml", "--work-dir"]
+    run(capsys, *command, tmp_path / "run", "--set", *same)
+    found, expected = load(tmp_path / "run/best.pt").weights, load(folder / "net.safetensors").weights
+    for part in ("module.backbone.conv1.weight", "module.head.classifier.weight"):
+        assert torch.allclose(found[part], expected[part], atol=1e-6)
+    message = run(capsys, *command, tmp_path / "x", "--set", *same, "model.trained_stride=16", code=1)
     assert "trained with model.trained_stride 8, not 16; train again or use --set" in message
 
 
