@@ -194,24 +194,25 @@ def _list_of(test: Test, count: int | None = None) -> Test:
     return lambda value: isinstance(value, list) and count in (None, len(value)) and all(map(test, value))
 
 
+def _optional(test: Test) -> Test:
+    return lambda value: value is None or test(value)
+
+
 def _number_above(lowest: float) -> Test:
     return lambda value: isinstance(value, (int, float)) and lowest < value < MOST_NUMBER
 
 
-_text, _texts = _is(str), _list_of(_is(str))
-_colours = _list_of(_list_of(lambda value: isinstance(value, int) and 0 <= value <= 255, 3))
+_texts, _colour = _list_of(_is(str)), _list_of(lambda one: isinstance(one, int) and 0 <= one <= 255, 3)
 _ENTRIES: dict[str, Test] = {
-    "version": _text,
-    "model": _is(dict),
-    "classes": lambda value: value is None or _texts(value),
-    "colours": lambda value: value is None or _colours(value),
+    "version": _is(str),
+    **dict.fromkeys(("model", "origin", "training"), _is(dict)),
+    "classes": _optional(_texts),
+    "colours": _optional(_list_of(_colour)),
     "mean": _list_of(_number_above(-MOST_NUMBER), 3),
     "std": _list_of(_number_above(0), 3),
-    "origin": _is(dict),
-    "training": _is(dict),
 }
 _ORIGIN: dict[str, Test] = {
-    **dict.fromkeys(("source", "arch", "learned_net", "normalisation"), _text),
+    **dict.fromkeys(("source", "arch", "learned_net", "normalisation"), _is(str)),
     "has_head": _is(bool),
     "assumed": _texts,
     "back": _is(dict),

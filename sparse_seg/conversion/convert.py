@@ -101,17 +101,10 @@ def convert(
         return name, plan, config, map_tensors(named.tensors, plan, config)
 
     named, notes, (name, plan, config, mapped) = _first(file, is_known, (), prefix, drop, use)
-    known, back = (
-        f"ImageNet's, the convention of {name}",
-        {"entries": mapped.entries, "aliases": plan.aliases},
-    )
-    net = "cad_mask_net" if plan.fresh else "mask_net"
-    checkpoint = Checkpoint(
-        file.path,
-        mapped.weights,
-        config,
-        origin=Origin(name, plan.arch, plan.has_head, net, known, plan.assumed, back),
-    )
+    known, net = f"ImageNet's, the convention of {name}", "cad_mask_net" if plan.fresh else "mask_net"
+    back = {"entries": mapped.entries, "aliases": plan.aliases}
+    origin = Origin(name, plan.arch, plan.has_head, net, known, plan.assumed, back)
+    checkpoint = Checkpoint(file.path, mapped.weights, config, origin=origin)
     for names, colours in ((file.classes, file.colours), (plan.classes, None)):
         if names is not None and len(names) == config.num_classes and checkpoint.classes is None:
             checkpoint = dataclasses.replace(checkpoint, classes=tuple(names), colours=colours)

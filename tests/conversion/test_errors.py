@@ -92,6 +92,7 @@ def test_wrong_networks(fails: Fails) -> None:
         (("--arch", "deeplabv3_resnet101"), "it holds a deeplabv3_resnet50, not a deeplabv3_resnet101"),
         (("--num-classes", "19"), "it has 21 classes, not 19"),
         (("--output-stride", "16"), "torchvision's segmentation networks have output stride 8"),
+        (("--threshold", "0.4"), "--threshold is for networks of one logit, which it is not"),
         (("--set", "bn_epsilon=1"), "unknown key 'bn_epsilon'; did you mean 'bn_eps'?"),
         (("--set", "aspp_rates=[12]"), "it is no deeplabv3_resnet50: classifier.0.convs.2.1.weight is [6]"),
     ):

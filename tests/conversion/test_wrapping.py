@@ -250,11 +250,6 @@ def test_one_logit_becomes_two_classes_of_the_same_function(name: str, tmp_path:
     assert named.checkpoint.classes == ("ground", "building")
 
 
-def test_a_threshold_is_for_one_logit(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="--threshold is for networks of one logit, which it is not"):
-        converted(tmp_path, WHOLE, threshold=0.4)
-
-
 # -- networks of smp
 
 
