@@ -16,7 +16,7 @@ from sparse_seg.run.values import Interpreter
 from tests.conversion.deeplabs import Mmseg, Smp, VainF
 from tests.conversion.networks import Network, ResNet, Torchvision
 
-SMALL: Any = {"width": 8, "depths": (2, 1, 2, 2)}
+SMALL = {"width": 8, "depths": (2, 1, 2, 2)}
 THIN, SKIP = {"channels": 6}, {"skip": 5}
 
 
@@ -43,7 +43,7 @@ class Case:
 
 
 def _resnet(depth: int, stride: int, small: bool, **settings: Any) -> ResNet:
-    return ResNet(depth, stride, **settings, **(SMALL if small else {}))
+    return ResNet(depth, stride, **settings, **(SMALL if small else {}))  # type: ignore[arg-type]
 
 
 def _torchvision(head: str, depth: int, stride: int, small: bool = True) -> Network:
