@@ -9,7 +9,6 @@ import functools
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from sparse_seg.errors import ConfigError, choose_one, did_you_mean, shown
@@ -54,43 +53,37 @@ class Registry(Mapping[str, Any]):
         self._parts[name] = part
         return part
 
-    def options(
-        self, name: str, given: Mapping[str, Any], key: str, taken: Mapping[str, str]
-    ) -> dict[str, Any]:
-        """The keyword arguments that a config gives to a part, if it has them all.
+    def make(
+        self,
+        name: str,
+        arguments: Mapping[str, Any],
+        options: Mapping[str, Any],
+        key: str,
+        taken: Mapping[str, str],
+    ) -> Any:
+        """A part of our arguments and of the options that a config gives under `key`.
 
         Args:
-            given: by name.
-            key: of the config, for messages.
             taken: arguments that keys of their own set, and these keys.
 
         Raises:
-            ConfigError: the part has no argument of a name, or a key of its own sets it.
+            ConfigError: the part has no argument of an option's name, a key of its own sets it, or the part
+                refuses the options. Where none is given, that error is a fault of the code and stays.
         """
-        arguments = arguments_of(self[name]).values()
-        known = [one.name for one in arguments if one.default is not one.empty and one.name not in taken]
-        for option in given:
+        own = arguments_of(self[name]).values()
+        known = [one.name for one in own if one.default is not one.empty and one.name not in taken]
+        for option in options:
             if option in taken:
                 raise ConfigError(f"{key}.{option}: {taken[option]} sets it; set that key in its place")
             if option not in known:
                 near = did_you_mean(option, known) or (f"; it has {', '.join(known)}" if known else "")
                 raise ConfigError(f"{key}.{option}: the {self.kind} {name!r} has no such option{near}")
-        return dict(given)
-
-    @staticmethod
-    @contextmanager
-    def fitting(given: Mapping[str, Any], key: str) -> Iterator[None]:
-        """A part is made of options that a config gives.
-
-        Raises:
-            ConfigError: it refuses one. Where none is given, the error is a fault of the code and stays.
-        """
         try:
-            yield
+            return self[name](**arguments, **options)
         except (TypeError, ValueError) as error:
-            if not given:
+            if not options:
                 raise
-            raise ConfigError(f"{key} is {shown(dict(given))}, which does not fit: {error}") from None
+            raise ConfigError(f"{key} is {shown(dict(options))}, which does not fit: {error}") from None
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:

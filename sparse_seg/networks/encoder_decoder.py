@@ -85,17 +85,14 @@ def build_module(
 
 def _made(registry: Registry, name: str, given: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
     """A part, of those of the settings that it has arguments for, and its own options."""
-    part, key = registry[name], f"model.{registry.kind}_options"
-    accepted = arguments_of(part)
-    options = registry.options(name, options, key, {one: f"model.{one}" for one in given})
-    default = ModelConfig()
+    accepted, default = arguments_of(registry[name]), ModelConfig()
     for setting in OF_BACKBONES if registry is BACKBONES else ():
         if setting not in accepted and given[setting] != getattr(default, setting):
             raise ConfigError(f"model.{setting}: the backbone {name!r} has no such setting; remove it")
     known = {one: value for one, value in given.items() if one in accepted and value is not None}
+    taken = {one: f"model.{one}" for one in given}
     try:
-        with registry.fitting(options, key):
-            return part(**known, **options)
+        return registry.make(name, known, options, f"model.{registry.kind}_options", taken)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
 

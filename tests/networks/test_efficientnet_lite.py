@@ -52,8 +52,8 @@ def test_selective() -> None:
     settings = {"backbone": "efficientnet_lite0", "head": "lraspp", "head_channels": 16, "num_classes": 5}
     model: Any = build_model(settings | {"strides": [16, 32]}).double()
     randomise(model)
-    images = torch.randn(2, 3, 70, 101, generator=torch.Generator().manual_seed(1)).double()
-    fine, mask = (block_mask(kind, (2, 3, 4)) for kind in ("full", "random"))
+    images = torch.randn(1, 3, 70, 101, generator=torch.Generator().manual_seed(1)).double()
+    fine, mask = (block_mask(kind, (1, 3, 4)) for kind in ("full", "random"))
     expected = {}
     for stride in (16, 32):
         module = build_module(model.settings, stride).double().eval()
