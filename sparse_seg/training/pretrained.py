@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_seg.checkpoint import find, load
 from sparse_seg.checkpoint.content import ASIDE, MODULE
@@ -64,25 +65,26 @@ def load_module(network: SelectiveNetwork, path: str | Path) -> str:
     Raises:
         CheckpointError: the file cannot be read, or nothing of it fits.
     """
-    module, found = network.module, find(path)
+    module, found, candidates = network.module, find(path), list[dict[str, Tensor]]()
     own = module.state_dict()
+    needed = {name for name in own if not name.endswith(COUNTER)}
     if is_ours(found):
         weights = load(found).weights
-        candidates = [part_of(weights, MODULE) | part_of(weights, ASIDE)]
+        candidates.append(part_of(weights, MODULE) | part_of(weights, ASIDE))
     else:
-        states = [one.tensors for one in read_source(found).candidates]
-        candidates = [
-            find_network(one, lambda part: own.keys() <= part.keys(), own=own).tensors for one in states
-        ]
+        for state in read_source(found).candidates:
+            with suppress(CheckpointError):  # of no such network
+                named = find_network(state.tensors, lambda part: needed <= part.keys(), own=own)
+                candidates.append(named.tensors)
     fitting = [
         {name: one for name, one in tensors.items() if name in own and one.shape == own[name].shape}
         for tensors in candidates
     ]
-    taken = max(fitting, key=len)
+    taken = max(fitting, key=len, default={})
     if not taken:
         raise CheckpointError(f"{path} holds no tensor with name and shape of one of model.module's")
     load_weights(module, own | taken, path)
-    fresh = [name for name in own if name not in taken and not name.endswith(COUNTER)]
+    fresh = [name for name in own if name in needed and name not in taken]
     rest = f"; fresh: {fresh[0]}" + (f" (and {len(fresh) - 1} more)" if fresh[1:] else "") if fresh else ""
     return printable(f"pretrained: {len(taken)} of {len(own)} tensors from {path}{rest}")
 

@@ -123,10 +123,14 @@ def test_converted_files_of_earlier_formats(name, tmp_path):
     write_format_2(paths[1], conversion)
     write_converted(paths[2], conversion)
     today, format_2, version_0_1 = map(load, paths)
-    assert (format_2.config, format_2.origin, format_2.captured) == (today.config, today.origin, None)
+    origins = (dataclasses.replace(one.origin, back={}) for one in (format_2, today))
+    assert len(set(map(repr, origins))) == 1
+    assert format_2.captured is None
     for path, old in zip(paths[1:], (format_2, version_0_1), strict=True):
         assert old.config == today.config
-        assert same(old.weights, today.weights)
+        wanted = today.weights.items()
+        wanted = {key: one for key, one in wanted if key in old.weights or not key.startswith("source.")}
+        assert same(old.weights, wanted)
         assert same(to_dense(path), state_of(name))
     networks = load_model(paths[1]), load_model(paths[0])
     assert networks[0].graph == networks[1].graph
