@@ -83,8 +83,9 @@ def from_conversion(metadata: Mapping[str, str], tensors: dict[str, Tensor], pat
         back = {"entries": [[aside.get(ours, ours), *rest, 0] for ours, *rest in entries], "aliases": aliases}
         weights = {aside.get(name, name): tensor for name, tensor in tensors.items()}
         for name in aside:
-            logits = tensors[name][:1] - tensors[name][1:] if name.startswith(_CAD_LOGITS) else tensors[name]
-            weights[name.replace(_CAD_NET, "policy.net.")] = logits
+            tensor = tensors[name]
+            tensor = tensor[:1] - tensor[1:] if name.startswith(_CAD_LOGITS) else tensor
+            weights[name.replace(_CAD_NET, "policy.net.")] = tensor
         origin = {
             "source": metadata["source"],
             "arch": metadata["arch"],

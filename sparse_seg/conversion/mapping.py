@@ -63,7 +63,7 @@ def map_tensors(tensors: Tensors, plan: Plan, config: ModelConfig) -> Mapped:
         ConfigError: an impossible config.
     """
     result, faults = Mapped(dict(plan.fresh), [], {}, 0), list[str]()
-    entries, counters = dict[str, Entry](), 0
+    placed, counters = dict[str, Entry](), 0
     for ours, wanted in meta_module(config).state_dict().items():
         theirs, added = plan.own.source_name(ours), int(ours in plan.added)
         if not plan.has_head and not ours.startswith("backbone."):
@@ -71,7 +71,7 @@ def map_tensors(tensors: Tensors, plan: Plan, config: ModelConfig) -> Mapped:
         if ours in plan.own.theirs:
             shapes = _shapes([wanted.shape[0] - added, *wanted.shape[1:]] if added else list(wanted.shape))
             entry = Entry(MODULE + ours, theirs, list(tensors[theirs].shape), plan.rolls.get(ours), added)
-            entries[theirs] = entry
+            placed[theirs] = entry
             if entry.shape in shapes:
                 value = _to_ours(tensors[theirs], entry, plan.added.get(ours, 0.0))
                 result.weights[entry.ours] = value.reshape(wanted.shape).contiguous()
@@ -86,12 +86,12 @@ def map_tensors(tensors: Tensors, plan: Plan, config: ModelConfig) -> Mapped:
         reason = next((why for prefix, why in plan.dropped.items() if theirs.startswith(prefix)), None)
         if theirs in plan.aliases:
             continue
-        if theirs not in entries and reason is not None:
-            entries[theirs] = Entry(ASIDE + theirs, theirs, list(tensor.shape))
+        if theirs not in placed and reason is not None:
+            placed[theirs] = Entry(ASIDE + theirs, theirs, list(tensor.shape))
             result.weights[ASIDE + theirs] = tensor
             result.aside.setdefault(reason, []).append(theirs)
-        if theirs in entries:
-            result.entries.append(entries[theirs])
+        if theirs in placed:
+            result.entries.append(placed[theirs])
         else:
             faults.append(f"{theirs} {list(tensor.shape)} has no place in it")
     if faults:
