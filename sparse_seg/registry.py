@@ -9,11 +9,17 @@ import functools
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 from sparse_seg.errors import ConfigError, choose_one, did_you_mean, shown
+
+
+def arguments_of(part: Any) -> dict[str, inspect.Parameter]:
+    """What a part takes, by name; one that hands others on (`**options`) takes those of its base class."""
+    own = dict(inspect.signature(part).parameters)
+    rest = [name for name, one in own.items() if one.kind is one.VAR_KEYWORD]
+    base = inspect.signature(part.__mro__[1]).parameters if rest and isinstance(part, type) else {}
+    return {name: one for name, one in {**base, **own}.items() if name not in rest}
 
 
 class UnknownPart(ConfigError, KeyError):
@@ -47,54 +53,37 @@ class Registry(Mapping[str, Any]):
         self._parts[name] = part
         return part
 
-    def options(
+    def make(
         self,
         name: str,
-        given: Mapping[str, Any],
+        arguments: Mapping[str, Any],
+        options: Mapping[str, Any],
         key: str,
-        part: Any = None,
-        taken: Mapping[str, str] = MappingProxyType({}),
-    ) -> dict[str, Any]:
-        """The keyword arguments that a config gives to a part, if it has them all.
+        taken: Mapping[str, str],
+    ) -> Any:
+        """A part of our arguments and of the options that a config gives under `key`.
 
         Args:
-            given: by name.
-            key: of the config, for messages.
-            part: what takes them; by default the part itself.
             taken: arguments that keys of their own set, and these keys.
 
         Raises:
-            ConfigError: the part has no argument of a name, or a key of its own sets it.
+            ConfigError: the part has no argument of an option's name, a key of its own sets it, or the part
+                refuses the options. Where none is given, that error is a fault of the code and stays.
         """
-        known = [
-            argument.name
-            for argument in inspect.signature(self[name] if part is None else part).parameters.values()
-            if argument.default is not argument.empty
-            and argument.kind is not argument.VAR_KEYWORD
-            and argument.name not in taken
-        ]
-        for option in given:
+        own = arguments_of(self[name]).values()
+        known = [one.name for one in own if one.default is not one.empty and one.name not in taken]
+        for option in options:
             if option in taken:
                 raise ConfigError(f"{key}.{option}: {taken[option]} sets it; set that key in its place")
             if option not in known:
                 near = did_you_mean(option, known) or (f"; it has {', '.join(known)}" if known else "")
                 raise ConfigError(f"{key}.{option}: the {self.kind} {name!r} has no such option{near}")
-        return dict(given)
-
-    @staticmethod
-    @contextmanager
-    def fitting(given: Mapping[str, Any], key: str) -> Iterator[None]:
-        """A part is made of options that a config gives.
-
-        Raises:
-            ConfigError: it refuses one. Where none is given, the error is a fault of the code and stays.
-        """
         try:
-            yield
+            return self[name](**arguments, **options)
         except (TypeError, ValueError) as error:
-            if not given:
+            if not options:
                 raise
-            raise ConfigError(f"{key} is {shown(dict(given))}, which does not fit: {error}") from None
+            raise ConfigError(f"{key} is {shown(dict(options))}, which does not fit: {error}") from None
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,8 +18,6 @@ from sparse_seg.checkpoint.content import (
     ASIDE,
     AUXILIARY,
     CONSTANTS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     MODULE,
     POLICY,
     Captured,
@@ -65,51 +63,37 @@ def save_model(network: SelectiveNetwork, path: str | Path, card: Card | None = 
         )
     if network.is_folded:
         raise CheckpointError("a network made by for_inference() is not saved; save the one it was made of")
-    card = card or network.card
-    if card is None:
-        write_network(network, path)
-    else:
-        told = card.names, card.colours, card.ids
-        write_network(network, path, *told, card.mean, card.std, "as told", card.frame)
+    save(dataclasses.replace(checkpoint_of(network, card or network.card), path=Path(path)))
 
 
-def write_network(
-    network: SelectiveNetwork,
-    path: str | Path,
-    names: Sequence[str] | None = None,
-    colours: Sequence[tuple[int, int, int]] | None = None,
-    ids: Sequence[int] | None = None,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    normalisation: str = "",
-    frame: tuple[int, int] | None = None,
-) -> None:
-    """See `save_model`; of the classes and the input, what is known (see `Checkpoint` and `Origin`)."""
+def checkpoint_of(network: SelectiveNetwork, card: Card | None = None) -> Checkpoint:
+    """A network as a checkpoint without a path; `card` says what is known of classes and input.
+
+    Raises:
+        CheckpointError: more or fewer class names than classes.
+    """
     settings, count = network.settings, network.num_classes
     check_model(settings)
-    if names is not None and len(names) != count:
-        raise CheckpointError(f"{len(names)} class names are given, and the network has {count} classes")
     weights, captured = content_of(network)
     entries = [
         [name, name.partition(".")[2], list(tensor.shape), None, 0]
         for name, tensor in weights.items()
         if name.startswith((MODULE, ASIDE))
     ]
-    back = {"entries": entries, "aliases": {}}
-    known = {"ids": ids, "frame": frame}
-    save(
-        Checkpoint(
-            Path(path),
-            weights,
-            settings,
-            None if names is None else tuple(names),
-            None if colours is None else tuple(colours),
-            tuple(mean),
-            tuple(std),
-            Origin("module", settings.module or "", normalisation=normalisation, back=back),
-            {name: list(values) for name, values in known.items() if values is not None},
-            captured=captured,
-        )
+    known, back = "" if card is None else "as told", {"entries": entries, "aliases": {}}
+    origin = Origin("module", settings.module or "", normalisation=known, back=back)
+    checkpoint = Checkpoint(Path(), weights, settings, origin=origin, captured=captured)
+    if card is None:
+        return checkpoint
+    if len(card.names) != count:
+        raise CheckpointError(f"{len(card.names)} class names are given, and the network has {count} classes")
+    return dataclasses.replace(
+        checkpoint,
+        classes=card.names,
+        colours=card.colours,
+        mean=tuple(card.mean),
+        std=tuple(card.std),
+        training={"ids": list(card.ids)} | ({} if card.frame is None else {"frame": list(card.frame)}),
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 from sparse_seg.config import ModelConfig, model_config, to_dict
-from sparse_seg.errors import CheckpointError, ConfigError, printable
+from sparse_seg.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.graph.file import from_json, to_json
 from sparse_seg.ops import Graph
 from sparse_seg.version import __version__
@@ -23,7 +24,6 @@ PARTS = (MODULE, CONSTANTS, POLICY, ASIDE)
 EARLIER_PARTS = ("backbone.", "head.", AUXILIARY)  # of a module, up to format 2
 MOST_NUMBER = 1e300
 Test = Callable[[Any], bool]
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,14 @@ class Captured:
 
     def description(self) -> dict[str, Any]:
         return to_json(self.graph) | {"parameters": sorted(self.parameters)}
+
+    @classmethod
+    def of(cls, tree: Any) -> Captured:
+        """From what a file says. Raises a ValueError for a graph that cannot be."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("parameters"), list):
+            raise ValueError("its graph does not say which parameters it has")
+        graph = from_json({name: value for name, value in tree.items() if name != "parameters"})
+        return cls(graph, frozenset(map(str, tree["parameters"])))
 
 
 @dataclass(frozen=True)
@@ -125,10 +133,14 @@ def parse(description: Mapping[str, Any], weights: dict[str, Tensor], path: Path
     Raises:
         CheckpointError: an entry that is missing, unknown or impossible.
     """
-    found = dict(description)
-    captured = _captured(found.pop("graph"), path) if "graph" in found else None
-    _check(found, _ENTRIES, path)
-    _check(found["origin"], _ORIGIN, path, "origin.")
+    found, captured = dict(description), None
+    try:
+        if "graph" in found:
+            captured = Captured.of(found.pop("graph"))
+        _check(found, _ENTRIES)
+        _check(found["origin"], _ORIGIN, "origin.")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
     try:
         config = model_config(found.pop("model"))
     except ConfigError as error:
@@ -142,33 +154,21 @@ def parse(description: Mapping[str, Any], weights: dict[str, Tensor], path: Path
     return checkpoint
 
 
-def _captured(tree: Any, path: Path) -> Captured:
-    try:
-        if not isinstance(tree, dict) or not isinstance(tree.get("parameters"), list):
-            raise ValueError("it does not say which parameters it has")
-        graph = from_json({name: value for name, value in tree.items() if name != "parameters"})
-        return Captured(graph, frozenset(map(str, tree["parameters"])))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: its graph cannot be: {printable(str(error))}") from None
-
-
 def _check_sizes(checkpoint: Checkpoint) -> None:
     """Settings that go together, before anything is built of them."""
-    config, count = checkpoint.config, len(checkpoint.weights)
+    config, count, captured = checkpoint.config, len(checkpoint.weights), checkpoint.captured
     strange = [name for name in checkpoint.weights if not name.startswith(PARTS + EARLIER_PARTS)]
-    classes, captured = config.num_classes, checkpoint.captured
-    given = classes if captured is None else captured.graph.node(captured.graph.output).shape[1]
+    classes = config.num_classes
     parts = sum(config.depths or []) + len(config.aspp_rates) + config.decoder_convs
-    names, colours = (
-        classes if one is None else len(one) for one in (checkpoint.classes, checkpoint.colours)
-    )
+    given = classes if captured is None else captured.graph.node(captured.graph.output).shape[1]
+    named, coloured = (one is None or len(one) == classes for one in (checkpoint.classes, checkpoint.colours))
     faults = {
         f"{strange[:1]} is of no part of a network": bool(strange),
         "it has no graph": captured is None and config.module is not None,
         f"its graph gives {given} logits for {classes} classes": given != classes,
         "it has no class count": classes is None and checkpoint.origin.has_head,
-        "its class names are not as many as its classes": names != classes,
-        "its colours are not as many as its classes": colours != classes,
+        "its class names are not as many as its classes": not named,
+        "its colours are not as many as its classes": not coloured,
         # what has no tensors in the file need not be built to see that
         f"its settings ask for {parts} blocks and it holds {count} tensors": parts > count + 4,
     }
@@ -177,14 +177,13 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{checkpoint.path} is damaged: {fault}")
 
 
-def _check(tree: Mapping[str, Any], tests: Mapping[str, Test], path: Path, where: str = "") -> None:
-    """Raises a CheckpointError unless the tree has exactly these keys, with values that pass."""
+def _check(tree: Mapping[str, Any], tests: Mapping[str, Test], where: str = "") -> None:
+    """Raises a ValueError unless the tree has exactly these keys, with values that pass."""
     for name in sorted(tree.keys() ^ tests.keys(), key=str):
-        raise CheckpointError(f"{path} is damaged: {where}{name} is missing or unknown in what it says")
+        raise ValueError(f"{where}{name} is missing or unknown in what it says")
     for name, test in tests.items():
         if not test(tree[name]):
-            text = repr(tree[name])[:60]
-            raise CheckpointError(f"{path} is damaged: it says {where}{name} is {text}")
+            raise ValueError(f"it says {where}{name} is {repr(tree[name])[:60]}")
 
 
 def _is(kind: type) -> Test:
@@ -195,24 +194,25 @@ def _list_of(test: Test, count: int | None = None) -> Test:
     return lambda value: isinstance(value, list) and count in (None, len(value)) and all(map(test, value))
 
 
+def _optional(test: Test) -> Test:
+    return lambda value: value is None or test(value)
+
+
 def _number_above(lowest: float) -> Test:
     return lambda value: isinstance(value, (int, float)) and lowest < value < MOST_NUMBER
 
 
-_text, _texts = _is(str), _list_of(_is(str))
-_colours = _list_of(_list_of(lambda value: isinstance(value, int) and 0 <= value <= 255, 3))
+_texts, _colour = _list_of(_is(str)), _list_of(lambda one: isinstance(one, int) and 0 <= one <= 255, 3)
 _ENTRIES: dict[str, Test] = {
-    "version": _text,
-    "model": _is(dict),
-    "classes": lambda value: value is None or _texts(value),
-    "colours": lambda value: value is None or _colours(value),
+    "version": _is(str),
+    **dict.fromkeys(("model", "origin", "training"), _is(dict)),
+    "classes": _optional(_texts),
+    "colours": _optional(_list_of(_colour)),
     "mean": _list_of(_number_above(-MOST_NUMBER), 3),
     "std": _list_of(_number_above(0), 3),
-    "origin": _is(dict),
-    "training": _is(dict),
 }
 _ORIGIN: dict[str, Test] = {
-    **dict.fromkeys(("source", "arch", "learned_net", "normalisation"), _text),
+    **dict.fromkeys(("source", "arch", "learned_net", "normalisation"), _is(str)),
     "has_head": _is(bool),
     "assumed": _texts,
     "back": _is(dict),

@@ -5,10 +5,10 @@ A `.pt` file of training is still how its resumable state is kept (see `training
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sparse_seg.checkpoint.content import (
     MODULE,
     PARTS,
     Checkpoint,
+    Origin,
     is_state_dict,
     parse,
 )
@@ -78,14 +79,13 @@ def from_conversion(metadata: Mapping[str, str], tensors: dict[str, Tensor], pat
         model, classes, entries, aliases = (
             json.loads(metadata[key]) for key in ("config", "classes", "tensors", "aliases")
         )
-        renamed = {ours: _new_name(ours, theirs) for ours, theirs, *_ in entries}
-        back = {"entries": [[renamed[ours], *rest, 0] for ours, *rest in entries], "aliases": aliases}
-        weights = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
-        weights |= {
-            name.replace(_CAD_NET, "policy.net."): tensor[:1] - tensor[1:]
-            for name, tensor in tensors.items()
-            if name.startswith(_CAD_LOGITS)
-        }
+        aside = {ours: ASIDE + theirs for ours, theirs, *_ in entries if ours.startswith(_CAD_NET)}
+        back = {"entries": [[aside.get(ours, ours), *rest, 0] for ours, *rest in entries], "aliases": aliases}
+        weights = {aside.get(name, name): tensor for name, tensor in tensors.items()}
+        for name in aside:
+            tensor = tensors[name]
+            tensor = tensor[:1] - tensor[1:] if name.startswith(_CAD_LOGITS) else tensor
+            weights[name.replace(_CAD_NET, "policy.net.")] = tensor
         origin = {
             "source": metadata["source"],
             "arch": metadata["arch"],
@@ -100,18 +100,11 @@ def from_conversion(metadata: Mapping[str, str], tensors: dict[str, Tensor], pat
     return _parsed(weights, path, origin, version=version, model=model, classes=classes, mean=mean, std=std)
 
 
-def _parsed(weights: dict[str, Tensor], path: Path, origin: Mapping[str, Any], **said: Any) -> Checkpoint:
+def _parsed(weights: dict[str, Tensor], path: Path, origin: dict[str, Any], **said: Any) -> Checkpoint:
     """What a file says, with what these versions did not say."""
-    unsaid = {"arch": "", "has_head": True, "learned_net": "mask_net", "normalisation": ""}
-    whole = {**unsaid, "assumed": [], "back": {}, **origin}
+    whole = dataclasses.asdict(Origin(normalisation="")) | origin
     description = {"colours": None, "training": {}, "origin": whole, **said}
     return parse(description, weights, path, digest_of(weights))
-
-
-def _new_name(ours: str, theirs: str) -> str:
-    if ours.startswith(_CAD_LOGITS):
-        return ASIDE + theirs
-    return "policy.net." + ours.removeprefix(_CAD_NET) if ours.startswith(_CAD_NET) else ours
 
 
 def _mapping(tree: Any, key: str) -> Mapping[str, Any]:
@@ -127,12 +120,12 @@ def as_today(checkpoint: Checkpoint) -> Checkpoint:
     config, origin, entries = checkpoint.config, checkpoint.origin, checkpoint.origin.back.get("entries")
     if isinstance(entries, list):
         back = {"entries": [_entry(entry, config) for entry in entries]}
-        origin = replace(origin, back=origin.back | back)
+        origin = dataclasses.replace(origin, back=origin.back | back)
     weights = {
         _todays_name(name, config): _todays_layout(name, tensor)
         for name, tensor in checkpoint.weights.items()
     }
-    return replace(checkpoint, origin=origin, weights=weights)
+    return dataclasses.replace(checkpoint, origin=origin, weights=weights)
 
 
 def _entry(entry: Any, config: ModelConfig) -> Any:
@@ -147,27 +140,22 @@ def _todays_name(name: str, config: ModelConfig) -> str:
         return name
     if config.shortcut == "avg_pool":  # the mean has a place of its own
         name = re.sub(r"(layer[234]\.0\.downsample\.)(\d)", lambda m: f"{m[1]}{int(m[2]) + 1}", name)
-    part, _, own = name.partition("head.aspp.")
-    return MODULE + (part + "head.aspp." + _aspp(own, config) if own else name)
+    for earlier, today in _aspp_names(config).items() if name.startswith("head.aspp.") else ():
+        if name.startswith(f"head.aspp.{earlier}."):
+            return f"{MODULE}head.aspp.{today}" + name.removeprefix(f"head.aspp.{earlier}")
+    return MODULE + name
 
 
-def _aspp(name: str, config: ModelConfig) -> str:
-    count, pointwise = len(config.aspp_rates), "3" if config.aspp_separable == "normed" else "1"
-    kind, _, rest = name.partition(".")
-    if kind == "point":
-        return f"convs.0.{rest}"
-    if kind == "pool":
-        place, _, leaf = rest.partition(".")
-        return f"convs.{count + 1}.{int(place) + 1}.{leaf}"
-    if kind not in ("atrous", "atrous_bn"):
-        return name
-    branch, _, leaf = rest.partition(".")
-    if kind == "atrous_bn":
-        return f"convs.{int(branch) + 1}.1.{leaf}"
-    for own, place in (("depthwise", "0"), ("norm", "1"), ("pointwise", pointwise)):
-        if leaf.startswith(f"{own}."):
-            leaf = leaf.replace(own, place, 1)
-    return f"convs.{int(branch) + 1}.0.{leaf}"
+def _aspp_names(config: ModelConfig) -> dict[str, str]:
+    """What names of an ASPP's layers began with, and begin with today; the first that fits counts."""
+    count, pointwise = len(config.aspp_rates), 3 if config.aspp_separable == "normed" else 1
+    names = {"point": "convs.0", "pool.0": f"convs.{count + 1}.1", "pool.1": f"convs.{count + 1}.2"}
+    for branch in range(count):
+        convolution, today = f"atrous.{branch}", f"convs.{branch + 1}"
+        names |= {f"{convolution}.depthwise": f"{today}.0.0", f"{convolution}.norm": f"{today}.0.1"}
+        names |= {f"{convolution}.pointwise": f"{today}.0.{pointwise}", convolution: f"{today}.0"}
+        names[f"atrous_bn.{branch}"] = f"{today}.1"
+    return names
 
 
 def _todays_layout(name: str, tensor: Tensor) -> Tensor:

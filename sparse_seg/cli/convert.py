@@ -27,12 +27,10 @@ from sparse_seg.checkpoint.file import SUFFIX
 from sparse_seg.cli.arguments import number, option, whole_number
 from sparse_seg.cli.options import output_file
 from sparse_seg.config import parse_settings
-from sparse_seg.conversion import SOURCES, Conversion, convert, to_dense, write_dense
-from sparse_seg.conversion.module import ModuleConversion, convert_module
-from sparse_seg.conversion.report import assumed_line, report, report_module
+from sparse_seg.conversion import SOURCES, Conversion, convert, convert_module, to_dense, write_dense
 from sparse_seg.conversion.verify import explain, verify
 from sparse_seg.data.class_file import CLASS_SETS, read_classes
-from sparse_seg.errors import CheckpointError
+from sparse_seg.errors import CheckpointError, printable
 from sparse_seg.files import overwritten
 
 SOURCES_ONLY = {"from", "arch", "output_stride", "allow_missing"}
@@ -113,13 +111,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     found = _converted(args)
     found.write(args.dst)
-    of_source = found if isinstance(found, Conversion) else None
-    print(report_module(found) if isinstance(found, ModuleConversion) else report(found))
+    print(found.report)
     print(f"{'written':<10}{args.dst}, {Path(args.dst).stat().st_size / 1e6:.1f} MB")
+    origin = found.checkpoint.origin
     if args.verify:
-        _verify(args.dst, of_source is None or of_source.plan.has_head)
-    if of_source is not None and of_source.plan.assumed:
-        print(assumed_line(of_source.plan.assumed))
+        _verify(args.dst, origin.has_head)
+    if origin.assumed:
+        print(printable(f"{'assumed':<10}{'; '.join(origin.assumed)}"))
     return 0
 
 
@@ -144,7 +142,7 @@ def _check_options(args: argparse.Namespace) -> None:
         args.usage_error(f"argument DST: {args.dst} must end in .safetensors")
 
 
-def _converted(args: argparse.Namespace) -> Conversion | ModuleConversion:
+def _converted(args: argparse.Namespace) -> Conversion:
     shared: dict[str, Any] = {
         "overrides": parse_settings(args.set or []),
         "trust": bool(args.trust),
@@ -154,15 +152,19 @@ def _converted(args: argparse.Namespace) -> Conversion | ModuleConversion:
         "std": args.std,
         "classes": None if args.classes is None else read_classes(args.classes),
     }
-    if not args.module:
-        expected = vars(args)["from"] or "auto", args.arch, args.num_classes, args.output_stride
-        missing = args.allow_missing or ()
-        return convert(args.src, *expected, allow_missing=missing, threshold=args.threshold, **shared)
-    conversion = convert_module(args.src, args.module, parse_settings(args.args or [], "--args"), **shared)
-    found = conversion.network.num_classes
-    if args.num_classes not in (None, found):
-        raise CheckpointError(f"{args.module} has {found} classes, not {args.num_classes}; give it by --args")
-    return conversion
+    if args.module:
+        found = convert_module(args.src, args.module, parse_settings(args.args or [], "--args"), **shared)
+    else:
+        missing, source = args.allow_missing or (), vars(args)["from"] or "auto"
+        shared |= {"allow_missing": missing, "threshold": args.threshold}
+        found = convert(args.src, source, args.output_stride, **shared)
+    arch, classes = found.checkpoint.origin.arch, found.checkpoint.config.num_classes
+    if args.arch not in (None, arch):
+        raise CheckpointError(f"{args.src}: it holds a {arch}, not a {args.arch}")
+    if args.num_classes not in (None, classes):
+        hint = "; give it by --args" if args.module else ""
+        raise CheckpointError(f"{args.src}: it has {classes or 'no'} classes, not {args.num_classes}{hint}")
+    return found
 
 
 def _verify(path: str, has_head: bool) -> None:
@@ -174,5 +176,5 @@ def _verify(path: str, has_head: bool) -> None:
     model = load_model(path) if has_head else load_backbone(path)
     result = verify(model)
     print("\n".join(explain(result, model)))
-    if not result.agrees:
+    if not all(one.agrees for one in result if one.must):
         raise CheckpointError(f"{path} computes other numbers in some of its forms: do not use it")

@@ -13,6 +13,7 @@ import torch
 from sparse_seg.conversion import vainf
 from sparse_seg.conversion.plan import CLASSIFIER, Pairs, Plan, Tensors, assumed_stride
 from sparse_seg.errors import CheckpointError
+from sparse_seg.run.weights import part_of
 
 MASK_NET, OURS = "backbone.mask_estimator.", "policy.net."  # CAD's prefix and ours
 LOGITS = "7."  # its last convolution
@@ -78,35 +79,32 @@ def _add_mask_net(result: Plan, tensors: Tensors) -> None:
     is their difference, so the last convolution's two filters become one. CAD draws a block's resolution from
     its logits (Gumbel-softmax), even in evaluation; a score above 0 says that fine is the likelier.
     """
-    result.learned_net = "cad_mask_net"
-    result.dropped[MASK_NET + LOGITS] = "the mask net's two logits, of which a score is made"
-    result.kept = {MASK_NET: OURS}
-    for name, tensor in tensors.items():
-        if name.startswith(MASK_NET + LOGITS):
+    result.dropped[MASK_NET] = "mask net, for a learned policy"
+    for name, tensor in part_of(tensors, MASK_NET).items():
+        if name.startswith(LOGITS):
             if not tensor.ndim or tensor.shape[0] != 2:
-                raise CheckpointError(f"{name} is {list(tensor.shape)}, where CAD's mask net has two logits")
-            result.fresh[OURS + name.removeprefix(MASK_NET)] = tensor[:1] - tensor[1:]
+                raise CheckpointError(
+                    f"{MASK_NET}{name} is {list(tensor.shape)}, where CAD's mask net has two logits"
+                )
+            tensor = tensor[:1] - tensor[1:]
+        result.fresh[OURS + name] = tensor
 
 
 def _drop_high_resolution(result: Plan, tensors: Tensors) -> None:
-    statistics, others = 0, list[str]()
-    for name in tensors:
-        twin = name.replace("_high_res.", "_low_res.")
-        if twin == name:
-            continue
-        if twin in tensors and torch.equal(tensors[name], tensors[twin]):
-            result.aliases[name] = twin
-        elif ".running_" in name or name.endswith("num_batches_tracked"):
-            statistics += 1
-        else:
-            others.append(name)
-    for stage in ("layer3", "layer4"):
-        result.dropped[f"backbone.{stage}_high_res."] = f"twin of {stage}_low_res"
+    twins = {name: name.replace("_high_res.", "_low_res.") for name in tensors if "_high_res." in name}
+    result.aliases = {
+        name: twin
+        for name, twin in twins.items()
+        if twin in tensors and torch.equal(tensors[name], tensors[twin])
+    }
+    result.dropped |= {f"backbone.layer{n}_high_res.": f"twin of layer{n}_low_res" for n in (3, 4)}
+    others = [name for name in twins if name not in result.aliases]
+    weights = [one for one in others if ".running_" not in one and not one.endswith("num_batches_tracked")]
     result.notes.append(
         f"layer3 and layer4 run with the low-resolution statistics at both resolutions, as in CAD's own "
-        f"evaluation; {statistics} statistics of the high-resolution twin differ"
+        f"evaluation; {len(others) - len(weights)} statistics of the high-resolution twin differ"
     )
-    if others:
+    if weights:
         result.notes.append(
-            f"{len(others)} weights of the twin differ too, though CAD shares them; the first is {others[0]}"
+            f"{len(weights)} weights of the twin differ too, as {weights[0]}, though CAD shares them"
         )

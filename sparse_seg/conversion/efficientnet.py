@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-from torch import nn
 
 from sparse_seg.conversion.plan import CLASSIFIER, Pairs, Plan, Renamed, Tensors
 from sparse_seg.errors import CheckpointError
 from sparse_seg.networks.efficientnet_lite import EPS, EfficientNetLite
 from sparse_seg.registry import BACKBONES
 
-VARIANTS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
-LAYERS = {
-    True: ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2"),
-    False: ("_depthwise_conv", "_bn1", "_project_conv", "_bn2"),
-}  # the package's names of a block's layers in the order of ours, if it expands or not
+VARIANTS = ("efficientnet_lite2", "efficientnet_lite1", "efficientnet_lite0")  # 1 has all of 0
+# timm's names of a block's layers, which are ours, and the package's; the first block does not expand
+LAYERS = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1"}
+LAYERS |= {"conv_pwl": "_project_conv", "bn3": "_bn2"}
+FIRST = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
 DROPPED = {True: ("_conv_head.", "_bn1.", "_fc."), False: ("conv_head.", "bn2.", "classifier.")}
 
 
@@ -41,8 +38,8 @@ def plan(tensors: Tensors, output_stride: int | None) -> Plan:
         if all(key in own.theirs and tensors[own.theirs[key]].shape == one for key, one in shapes.items()):
             dropped = dict.fromkeys(DROPPED[_is_package(tensors)], CLASSIFIER)
             config = {"backbone": name, "bn_eps": EPS}
-            return Plan(own, name, config, dropped=dropped, has_head=False)
-    raise CheckpointError(f"it is an EfficientNet, but none of {', '.join(VARIANTS)}")
+            return Plan(own, name, config, dropped=dropped)
+    raise CheckpointError(f"it is an EfficientNet, but none of {', '.join(sorted(VARIANTS))}")
 
 
 def _is_package(tensors: Tensors) -> bool:
@@ -50,12 +47,13 @@ def _is_package(tensors: Tensors) -> bool:
 
 
 def _package_names(backbone: EfficientNetLite) -> Pairs:
-    """The package numbers all blocks, and a block's layers by what they do."""
-    pairs, count = [("backbone.conv_stem.", "_conv_stem."), ("backbone.bn1.", "_bn0.")], 0
-    for stage, blocks in enumerate(backbone.blocks):
-        for index, block in enumerate(cast(nn.Sequential, blocks)):
-            layers = [name for name, one in block.named_children() if list(one.parameters())]
-            for ours, theirs in zip(layers, LAYERS[bool(block.expands)], strict=True):
-                pairs.append((f"backbone.blocks.{stage}.{index}.{ours}.", f"_blocks.{count}.{theirs}."))
-            count += 1
+    """The package numbers the blocks of all stages in one row."""
+    pairs = [("backbone.conv_stem.", "_conv_stem."), ("backbone.bn1.", "_bn0.")]
+    counts = [len(list(stage.children())) for stage in backbone.blocks]
+    places = [f"{stage}.{index}" for stage, count in enumerate(counts) for index in range(count)]
+    for number, place in enumerate(places):
+        layers = LAYERS if number else FIRST
+        pairs += [
+            (f"backbone.blocks.{place}.{own}.", f"_blocks.{number}.{one}.") for own, one in layers.items()
+        ]
     return pairs

@@ -1,7 +1,7 @@
 """What every source tells about a state dict: the network it is, and which tensor is which of ours.
 
 Our networks are plain modules of PyTorch, so a source is a table of names: once its tensors bear ours,
-`read_settings` reads from them all that tensors can tell, whatever the source.
+`resnet_plan` reads from them all that tensors can tell, whatever the source.
 """
 
 from __future__ import annotations
@@ -100,14 +100,11 @@ class Plan:
         dropped: prefix of the source's names to the reason why the network needs no such tensors.
         added: our tensors that begin with a row that the source lacks, and its value.
         threshold: of a network of one logit, the probability above which a pixel is foreground.
-        kept: prefix of the source's names to our prefix, for tensors that not every policy needs.
-        fresh: our tensors, by a file's names, that are made from the source's, which stay for the way back.
-        learned_net: which net `kept` and `fresh` are of, see `checkpoint/loading.py`.
+        fresh: tensors of CAD's mask net, by a file's names of ours, made from the source's.
         classes: names of the classes, where the source implies them.
         aliases: the source's name to another of its names, which has the very same values.
         assumed: what the tensors cannot tell and what was taken for it, one line each.
         notes: further lines for the report.
-        has_head: False for a backbone alone.
     """
 
     own: Renamed
@@ -117,21 +114,24 @@ class Plan:
     dropped: dict[str, str] = field(default_factory=dict)
     added: dict[str, float] = field(default_factory=dict)
     threshold: float = 0.5
-    kept: dict[str, str] = field(default_factory=dict)
     fresh: dict[str, Tensor] = field(default_factory=dict)
-    learned_net: str = "mask_net"
     classes: list[str] | None = None
     aliases: dict[str, str] = field(default_factory=dict)
     assumed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    has_head: bool = True
+
+    @property
+    def has_head(self) -> bool:
+        """False of a backbone alone."""
+        return "num_classes" in self.config
 
 
-def resnet_plan(tensors: Tensors, pairs: Pairs, prefix: str, rate: int = 12, has_head: bool = True) -> Plan:
-    """The plan of a ResNet and, where it has one, its head.
+def resnet_plan(tensors: Tensors, pairs: Pairs, prefix: str, rate: int = 12) -> Plan:
+    """The plan of a ResNet and its head.
 
     Args:
-        pairs: names of what is special; prefix: of the ResNet's, with its dot, by torchvision's names.
+        pairs: names of what is special, none without a head; prefix: of the ResNet's, with its dot, by
+            torchvision's names.
         rate: the smallest dilation of ASPP, of which the others are multiples.
 
     Raises:
@@ -145,15 +145,15 @@ def resnet_plan(tensors: Tensors, pairs: Pairs, prefix: str, rate: int = 12, has
         shift = [(f"backbone.layer1.0.downsample.{part}.", f"{first}{part + 1}.") for part in (0, 1)]
         backbone = [*shift, *backbone]
     own = Renamed(tensors, [*pairs, *backbone])
-    return Plan(own, *read_settings(own, rate, has_head), has_head=has_head)
+    name, config = _backbone_settings(own)
+    if not pairs:
+        return Plan(own, name, config)
+    config |= _head_settings(own, rate)
+    return Plan(own, f"{config['head']}_{name}", config)
 
 
-def read_settings(own: Renamed, rate: int, has_head: bool) -> tuple[str, dict[str, Any]]:
-    """The network's name and the settings that its tensors tell.
-
-    Raises:
-        CheckpointError: a tensor that tells one is missing.
-    """
+def _backbone_settings(own: Renamed) -> tuple[str, dict[str, Any]]:
+    """The ResNet's name, and what its tensors tell."""
     depths = [own.count(f"backbone.layer{stage}") for stage in (1, 2, 3, 4)]
     if not all(depths):
         missing = own.source_name(f"backbone.layer{depths.index(0) + 1}.0.conv1.weight")
@@ -167,11 +167,7 @@ def read_settings(own: Renamed, rate: int, has_head: bool) -> tuple[str, dict[st
     config |= {"width": width} if width != 1 else {}
     config |= {"stem": "deep"} if deep else {}
     config |= {"shortcut": "avg_pool"} if pooled else {}
-    name += "d" if pooled else "c" if deep else ""
-    if not has_head:
-        return name, config
-    config |= _head_settings(own, rate)
-    return f"{config['head']}_{name}", config
+    return name + ("d" if pooled else "c" if deep else ""), config
 
 
 def _head_settings(own: Renamed, rate: int) -> dict[str, Any]:

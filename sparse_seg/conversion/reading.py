@@ -8,20 +8,19 @@ files are memory-mapped, so that only the tensors that are used are read twice (
 from __future__ import annotations
 
 import argparse
-import contextlib
 import pathlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparse_seg.checkpoint import find
-from sparse_seg.checkpoint.file import is_ours, is_safetensors, read_safetensors
+from sparse_seg.checkpoint.file import FORMAT, is_ours, is_safetensors, read_safetensors
 from sparse_seg.checkpoint.pickled import load_pickled
+from sparse_seg.data.palette import Colour
 from sparse_seg.errors import CheckpointError
 
 # keys under which state dicts stand, in the order in which they are taken: averaged weights first, as timm
@@ -31,25 +30,19 @@ WRAPPERS = (
     *("model", "net", "network", "ema_state_dict"),
 )
 MOST_NESTED = 4  # wrappers within wrappers
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@dataclass
-class StateDict:
-    """Tensors by name, as they stand in a file.
-
-    Args:
-        way: the keys under which they stand.
-        tensors: by the file's own names.
-        others: what else stands among them: name and type.
-    """
+class StateDict(NamedTuple):
+    """Tensors by the file's own names; way: the keys under which they stand; others: what else stands among
+    them, name and type."""
 
     way: str
     tensors: dict[str, Tensor]
-    others: list[str] = field(default_factory=list)
+    others: list[str]
 
 
-@dataclass
-class SourceFile:
+class SourceFile(NamedTuple):
     """What a file holds.
 
     Args:
@@ -61,10 +54,10 @@ class SourceFile:
 
     path: Path
     candidates: list[StateDict]
-    nameless: list[str] = field(default_factory=list)
-    classes: list[str] | None = None
-    colours: list[list[int]] | None = None
-    arch: str = ""
+    nameless: list[str]
+    classes: tuple[str, ...] | None
+    colours: tuple[Colour, ...] | None
+    arch: str
 
 
 def read_source(path: str | Path, trust: bool = False) -> SourceFile:
@@ -76,35 +69,27 @@ def read_source(path: str | Path, trust: bool = False) -> SourceFile:
     Raises:
         CheckpointError: missing, damaged or foreign file, one that wants to run code, or one of ours.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; name a checkpoint")
     path = find(path)
     if is_safetensors(path):
         content: Any = read_safetensors(path)[0]
+        if is_ours(path):
+            raise CheckpointError(f"{path} is converted already; --to-dense goes back")
     else:
         with _harmless_types():
             content = load_pickled(path, weights_only=not trust)
-    _refuse_own(path, content)
-    if not isinstance(content, (Mapping, nn.Module)):
+    content = content.state_dict() if isinstance(content, nn.Module) else content
+    if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
-    candidates = list(_candidates(content, ()))
-    if not candidates:
-        keys = ", ".join(map(str, list(content)[:6])) if isinstance(content, Mapping) else ""
-        raise CheckpointError(f"{path} holds no state dict; its keys are: {keys or 'none'}")
-    taken = {candidate.way.partition(" > ")[0] for candidate in candidates}
-    wrappers = [key for key in WRAPPERS if isinstance(content, Mapping) and content.get(key) is not None]
-    nameless = [key for key in wrappers if key not in taken]
-    arch = content.get("arch") if isinstance(content, Mapping) else None
-    told = arch if isinstance(arch, str) else ""
-    return SourceFile(path, candidates, nameless, *_class_names(content), told)
-
-
-def _refuse_own(path: Path, content: Any) -> None:
-    if isinstance(content, Mapping) and content.get("format") == "sparse_seg.checkpoint":
+    if content.get("format") == FORMAT:
         raise CheckpointError(f"{path} is a checkpoint of sparse_seg's training: it needs no conversion")
-    if is_safetensors(path) and is_ours(path):
-        raise CheckpointError(f"{path} is converted already; --to-dense goes back")
+    candidates = _with_buffers(list(_candidates(content, ())))
+    if not candidates:
+        keys = ", ".join(map(str, list(content)[:6])) or "none"
+        raise CheckpointError(f"{path} holds no state dict; its keys are: {keys}")
+    taken = {candidate.way.partition(" > ")[0] for candidate in candidates}
+    nameless = [key for key in WRAPPERS if content.get(key) is not None and key not in taken]
+    arch = content.get("arch")
+    return SourceFile(path, candidates, nameless, *_classes(content), arch if isinstance(arch, str) else "")
 
 
 class _Inert:
@@ -118,26 +103,18 @@ class _Inert:
 def _harmless_types() -> Any:
     """Lets weights-only loading make what training scripts commonly save beside weights: options, paths,
     numpy arrays and numbers, mmengine's history of losses. None of them runs code when unpickled."""
-    allow: Any = getattr(torch.serialization, "safe_globals", None)
-    if allow is None:  # torch 2.4
-        return contextlib.nullcontext()
     scalar: Any = np.float64(0).__reduce__()[0]  # numpy's constructors of scalars and of arrays
     array: Any = np.zeros(0).__reduce__()[0]
     kinds = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool", "str")
-    dtypes = [type(np.dtype(name)) for name in kinds]
-    # numpy 1 and 2 pickle them by different names
-    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
-    numpy = [(scalar, f"{module}.scalar") for module in modules]
-    numpy += [(array, f"{module}._reconstruct") for module in modules]
-    pure = {"Posix": pathlib.PurePosixPath, "Windows": pathlib.PureWindowsPath}
-    paths = [
-        (kind, f"{module}.{prefix}{name}Path")
-        for name, kind in pure.items()
-        for prefix in ("", "Pure")
-        for module in ("pathlib", "pathlib._local")
-    ]
-    inert = [(_Inert, "mmengine.logging.history_buffer.HistoryBuffer")]
-    return allow([argparse.Namespace, np.dtype, np.ndarray, *dtypes, scalar, array, *numpy, *paths, *inert])
+    allowed = [argparse.Namespace, np.dtype, np.ndarray, scalar, array]
+    allowed += [type(np.dtype(name)) for name in kinds]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of numpy 1 and 2
+        allowed += [(scalar, f"{module}.scalar"), (array, f"{module}._reconstruct")]
+    for kind, name in ((pathlib.PurePosixPath, "PosixPath"), (pathlib.PureWindowsPath, "WindowsPath")):
+        for module in ("pathlib", "pathlib._local"):
+            allowed += [(kind, f"{module}.{name}"), (kind, f"{module}.Pure{name}")]
+    allowed.append((_Inert, "mmengine.logging.history_buffer.HistoryBuffer"))
+    return torch.serialization.safe_globals(allowed)
 
 
 def _candidates(content: Any, way: tuple[str, ...]) -> Iterator[StateDict]:
@@ -161,6 +138,21 @@ def _candidates(content: Any, way: tuple[str, ...]) -> Iterator[StateDict]:
         yield StateDict(" > ".join(way), tensors, others)
 
 
+def _with_buffers(candidates: Sequence[StateDict]) -> list[StateDict]:
+    """Averaged parameters without buffers take those of another state dict in the file."""
+    result = []
+    for candidate in candidates:
+        own = candidate.tensors.keys()
+        for donor in candidates:
+            missing = donor.tensors.keys() - own
+            if own < donor.tensors.keys() and all(name.endswith(BUFFERS) for name in missing):
+                way = f"{candidate.way}, with the buffers of {donor.way}"
+                candidate = candidate._replace(way=way, tensors=donor.tensors | candidate.tensors)
+                break
+        result.append(candidate)
+    return result
+
+
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiub")
 
@@ -169,26 +161,18 @@ def _tensor(value: Tensor | np.ndarray) -> Tensor:
     return value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
 
 
-def _class_names(content: Any) -> tuple[list[str] | None, list[list[int]] | None]:
+def _classes(content: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, tuple[Colour, ...] | None]:
     """mmsegmentation's names and colours: `dataset_meta` of version 1, `CLASSES` of version 0."""
-    meta = content.get("meta") if isinstance(content, Mapping) else None
-    if not isinstance(meta, Mapping):
-        return None, None
-    found = meta.get("dataset_meta")
+    meta = content.get("meta")
+    found = (meta.get("dataset_meta") or meta) if isinstance(meta, Mapping) else None
     if not isinstance(found, Mapping):
-        found = {"classes": meta.get("CLASSES"), "palette": meta.get("PALETTE")}
-    names, colours = found.get("classes"), found.get("palette")
+        return None, None
+    names, colours = (found.get(key, found.get(key.upper())) for key in ("classes", "palette"))
     if not isinstance(names, (list, tuple)) or not names:
         return None, None
-    if not isinstance(colours, (list, tuple)) or not all(map(_is_colour, colours)):
-        colours = []
-    told = [list(map(int, colour)) for colour in colours] if len(colours) == len(names) else None
-    return [str(name) for name in names], told
-
-
-def _is_colour(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) == 3
-        and all(isinstance(part, (int, np.integer)) and 0 <= part <= 255 for part in value)
-    )
+    try:
+        told = tuple((int(red), int(green), int(blue)) for red, green, blue in colours)
+    except (TypeError, ValueError):
+        told = ()
+    whole = len(told) == len(names) and all(0 <= part <= 255 for colour in told for part in colour)
+    return tuple(map(str, names)), told if whole else None

@@ -2,60 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from sparse_seg.config import MaskConfig
-from sparse_seg.conversion.forward import Conversion
-from sparse_seg.conversion.mapping import Entry
-from sparse_seg.conversion.module import ModuleConversion
+from torch import Tensor
+
+from sparse_seg.checkpoint import Checkpoint
+from sparse_seg.conversion.mapping import Mapped
+from sparse_seg.conversion.plan import Plan
 from sparse_seg.errors import printable
+from sparse_seg.run.network import SelectiveNetwork
+
+Lines = list[tuple[str, str]]
 
 
-def report(conversion: Conversion) -> str:
+def report_source(
+    checkpoint: Checkpoint, plan: Plan, mapped: Mapped, tensors: Mapping[str, Tensor], notes: Sequence[str]
+) -> str:
     """Lines for the terminal: every tensor of the source is mapped, set aside for a reason, or a twin."""
-    plan, named, config = conversion.plan, conversion.named, conversion.config
-    parameters = sum(tensor.numel() for tensor in named.tensors.values())
+    config, origin = checkpoint.config, checkpoint.origin
     head = (
         f"head {config.head}, {config.num_classes} classes, trained at output stride {config.trained_stride}"
     )
+    aside, missing = (
+        sum(map(len, mapped.aside.values())),
+        "" if plan.has_head else " but the head, as allowed",
+    )
     lines = [
-        (
-            "source",
-            f"{conversion.source} {plan.arch}, {len(named.tensors)} tensors, {parameters / 1e6:.2f} M values",
-        ),
-        *(("", note) for note in named.notes),
+        ("source", f"{origin.source} {plan.arch}, {_size(tensors)}"),
+        *(("", note) for note in notes),
         ("network", f"{config.backbone} x{config.width:g}, {head if plan.has_head else 'no head'}"),
-        ("mapped", f"{len(conversion.mapped.network)} tensors"),
+        ("mapped", f"{len(mapped.entries) - aside} tensors"),
         *(
-            ("set aside", f"{len(entries)} tensors, {common_prefix(entries)}*: {reason}")
-            for reason, entries in conversion.mapped.aside.items()
+            ("set aside", f"{len(names)} tensors, {_common_prefix(names)}*: {reason}")
+            for reason, names in mapped.aside.items()
         ),
     ]
     if plan.aliases:
         lines.append(("twins", f"{len(plan.aliases)} tensors, the same values by another name"))
-    lines.append(
-        ("left over", "none; missing: none" + (" but the head, as allowed" if not plan.has_head else ""))
-    )
-    if conversion.mapped.counters:
-        lines.append(
-            ("", f"{conversion.mapped.counters} num_batches_tracked start at 0: the source has none")
-        )
-    lines.append(("input", str(conversion.scaling)))
-    lines += [("classes", ", ".join(conversion.classes))] if conversion.classes else []
-    lines += [("note", line) for line in plan.notes]
-    return _table([*lines, *([_mask(config.mask)] if plan.has_head else [])])
+    lines.append(("left over", f"none; missing: none{missing}"))
+    if mapped.counters:
+        lines.append(("", f"{mapped.counters} num_batches_tracked start at 0: the source has none"))
+    lines += [*_known(checkpoint), *(("note", line) for line in plan.notes)]
+    return _table(lines + (_mask(checkpoint) if plan.has_head else []))
 
 
-def report_module(conversion: ModuleConversion) -> str:
+def report_module(checkpoint: Checkpoint, network: SelectiveNetwork, notes: Sequence[str]) -> str:
     """Lines for the terminal: the network, where it runs, and what that saves."""
-    network, report = conversion.network, conversion.network.report()
+    report, (height, width) = network.report(), network.report().size
     dense, selective = report.total("dense"), report.total("selective")
     parts = [row.part for row in report.rows]
     counts = ", ".join(f"{parts.count(part)} {part}" for part in ("early", "rows", "late"))
-    tensors = network.module.state_dict()
-    values = sum(tensor.numel() for tensor in tensors.values())
     lines = [
-        ("module", f"{network.settings.module}, {len(tensors)} tensors, {values / 1e6:.2f} M values"),
+        ("module", f"{checkpoint.config.module}, {_size(network.module.state_dict())}"),
+        *(("", note) for note in notes),
         (
             "network",
             f"{network.num_classes} classes, trained at output stride {network.geometry.own}, strides "
@@ -64,35 +63,39 @@ def report_module(conversion: ModuleConversion) -> str:
         (
             "cost",
             f"{selective / 1e9:.2f} GMACs, {selective / dense:.2f} of dense OS{network.strides[0]}'s, at "
-            f"{report.size[0]}x{report.size[1]} and a share of {report.fraction:g} fine",
+            f"{height}x{width} and a share of {report.fraction:g} fine",
         ),
         ("", report.limit),
-        ("input", str(conversion.scaling)),
     ]
-    told = conversion.told
-    lines += [] if told is None else [("classes", ", ".join(told.classes.names))]
-    return _table([*lines, _mask(network.mask)])
+    return _table(lines + _known(checkpoint) + _mask(checkpoint))
 
 
-def _mask(mask: MaskConfig) -> tuple[str, str]:
+def _size(tensors: Mapping[str, Tensor]) -> str:
+    return f"{len(tensors)} tensors, {sum(one.numel() for one in tensors.values()) / 1e6:.2f} M values"
+
+
+def _known(checkpoint: Checkpoint) -> Lines:
+    """Scaling of the input, and the classes."""
+    mean, std = ([round(value, 6) for value in values] for values in (checkpoint.mean, checkpoint.std))
+    known = checkpoint.origin.normalisation or "ImageNet, assumed"
+    classes = [("classes", ", ".join(checkpoint.classes))] if checkpoint.classes else []
+    return [("input", f"RGB in 0..1, mean {mean}, std {std} ({known})"), *classes]
+
+
+def _mask(checkpoint: Checkpoint) -> Lines:
     """How the network chooses fine blocks when nothing else is said."""
+    mask = checkpoint.config.mask
     cut = (
         f"fine fraction {mask.fine_fraction:g}" if mask.threshold is None else f"threshold {mask.threshold:g}"
     )
-    return "mask", f"policy {mask.policy}, {cut}; docs/masks.md tells how to choose them"
+    return [("mask", f"policy {mask.policy}, {cut}; docs/masks.md tells how to choose them")]
 
 
-def _table(lines: Sequence[tuple[str, str]]) -> str:
+def _table(lines: Lines) -> str:
     return "\n".join(f"{title:<10}{printable(text)}" for title, text in lines)
 
 
-def assumed_line(assumed: Sequence[str]) -> str:
-    """What the source's tensors cannot tell, which no check of the converted file can find wrong."""
-    return printable(f"{'assumed':<10}{'; '.join(assumed)}")
-
-
-def common_prefix(entries: Sequence[Entry]) -> str:
-    """The modules that the source's names begin with."""
-    parts = [entry.theirs.split(".") for entry in entries]
-    shared = [names[0] for names in zip(*parts, strict=False) if len(set(names)) == 1]
-    return ".".join([*shared, ""])
+def _common_prefix(names: Sequence[str]) -> str:
+    """The modules that all names begin with."""
+    parts = zip(*(name.split(".") for name in names), strict=False)
+    return ".".join([*(one[0] for one in parts if len(set(one)) == 1), ""])

@@ -40,23 +40,17 @@ def plan(tensors: Tensors, output_stride: int | None) -> Plan:
         CheckpointError: another decoder than DeepLab's, or another encoder than a ResNet.
     """
     _check_supported(tensors)
-    pairs = [("head.classifier.", "segmentation_head.0.")]
     plus = "decoder.block1.0.weight" in tensors
+    aspp, conv, norm = "decoder.aspp.", "decoder.conv", "decoder.bn"
     if plus:
-        pairs += [("head.aspp.", "decoder.aspp.0."), ("head.low_level.", "decoder.block1.")]
-        pairs += conv_names(tensors, "head.refine", "decoder.aspp.1", "decoder.aspp.2")
-        pairs += conv_names(tensors, "head.decoder.0", "decoder.block2.0", "decoder.block2.1")
+        aspp, conv, norm = "decoder.aspp.0.", "decoder.aspp.1", "decoder.aspp.2"
     elif "decoder.0.convs.0.0.weight" in tensors:  # before version 0.4
-        pairs += [
-            ("head.aspp.", "decoder.0."),
-            ("head.refine.0.", "decoder.1."),
-            ("head.refine.1.", "decoder.2."),
-        ]
-    else:
-        pairs += [
-            ("head.aspp.", "decoder.aspp."),
-            *conv_names(tensors, "head.refine", "decoder.conv", "decoder.bn"),
-        ]
+        aspp, conv, norm = "decoder.0.", "decoder.1", "decoder.2"
+    pairs = [("head.classifier.", "segmentation_head.0."), ("head.aspp.", aspp)]
+    pairs += conv_names(tensors, "head.refine", conv, norm)
+    if plus:
+        pairs += conv_names(tensors, "head.decoder.0", "decoder.block2.0", "decoder.block2.1")
+        pairs.append(("head.low_level.", "decoder.block1."))
     result = resnet_plan(tensors, pairs, "encoder.")
     stride, result.assumed = assumed_stride(output_stride, 16 if plus else 8)
     result.config |= {

@@ -3,42 +3,61 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from sparse_seg.conversion import cad, efficientnet, mmseg, smp, timm, torchvision, vainf
-from sparse_seg.conversion.naming import Named
+from sparse_seg.conversion import cad, efficientnet, mmseg, smp, torchvision, vainf
 from sparse_seg.conversion.plan import Plan, Tensors
 from sparse_seg.conversion.reading import SourceFile
 from sparse_seg.errors import CheckpointError, choose_one
 
+
+class Source(NamedTuple):
+    """Whether tensors are named as the source's, and what to make of them, given the output stride that the
+    caller names."""
+
+    detect: Callable[[Tensors], bool]
+    plan: Callable[[Tensors, int | None], Plan]
+
+
 # in the order in which `auto` tries them: a file goes to the first that knows its names
-SOURCES: dict[str, ModuleType] = {
-    "mmseg": mmseg,
-    "smp": smp,
-    "cad": cad,
-    "vainf": vainf,
-    "timm": timm,
-    "torchvision": torchvision,
-    "efficientnet": efficientnet,
+SOURCES = {
+    "mmseg": Source(mmseg.detect, mmseg.plan),
+    "smp": Source(smp.detect, smp.plan),
+    "cad": Source(cad.detect, cad.plan),
+    "vainf": Source(vainf.detect, vainf.plan),
+    "timm": Source(torchvision.is_timm, torchvision.classifier_plan),
+    "torchvision": Source(torchvision.detect, torchvision.plan),
+    "efficientnet": Source(efficientnet.detect, efficientnet.plan),
 }
+# names do not tell CAD's dense networks from VainF's, nor timm's plain ResNets from torchvision's
+TWINS = {"cad": (vainf.detect,), "timm": (torchvision.detect,)}
 
 
 def is_known(tensors: Tensors) -> bool:
     """Whether names are those of a source."""
-    return any(module.detect(tensors) for module in SOURCES.values())
+    return any(source.detect(tensors) for source in SOURCES.values())
 
 
-def find_source(tensors: Tensors) -> str:
+def find_source(tensors: Tensors, asked: str = "auto") -> str:
     """The source whose names these are.
 
+    Args:
+        asked: its name, where the caller says it.
+
     Raises:
-        CheckpointError: none that is known.
+        CheckpointError: none that is known, or another one than is asked for.
     """
-    for name, module in SOURCES.items():
-        if module.detect(tensors):
-            return name
-    raise unknown(list(tensors))
+    if asked not in ("auto", *SOURCES):
+        raise CheckpointError(f"unknown source {choose_one(asked, ['auto', *sorted(SOURCES)])}")
+    if asked != "auto" and any(detect(tensors) for detect in (SOURCES[asked].detect, *TWINS.get(asked, ()))):
+        return asked
+    found = next((name for name, source in SOURCES.items() if source.detect(tensors)), None)
+    if found is None:
+        raise unknown(list(tensors))
+    if asked != "auto":
+        raise CheckpointError(f"its tensors are not named like {asked}'s but like {found}'s")
+    return found
 
 
 def unknown(names: Sequence[str]) -> CheckpointError:
@@ -47,43 +66,6 @@ def unknown(names: Sequence[str]) -> CheckpointError:
     return CheckpointError(
         f"its names ({first}, ...) are of no network that can be converted; known are those of {known}"
     )
-
-
-def asked_source(tensors: Tensors, source: str) -> str:
-    """The source by its name, if the tensors may be its own.
-
-    Raises:
-        CheckpointError: they are not, or there is no such source.
-    """
-    if source not in SOURCES:
-        raise CheckpointError(f"unknown source {choose_one(source, ['auto', *sorted(SOURCES)])}")
-    # names do not tell CAD's dense networks from VainF's, nor timm's plain ResNets from torchvision's
-    twins = {"cad": vainf, "timm": torchvision}
-    if SOURCES[source].detect(tensors) or (source in twins and twins[source].detect(tensors)):
-        return source
-    raise CheckpointError(f"its tensors are not named like {source}'s but like {find_source(tensors)}'s")
-
-
-def check_expected(plan: Plan, arch: str | None, num_classes: int | None) -> None:
-    """Raises a CheckpointError for another network or count of classes than the caller expects."""
-    if arch is not None and arch != plan.arch:
-        raise CheckpointError(f"it holds a {plan.arch}, not a {arch}")
-    found = plan.config.get("num_classes")
-    if num_classes is not None and found != num_classes:
-        raise CheckpointError(f"it has {found or 'no'} classes, not {num_classes}")
-
-
-def check_head(plan: Plan, named: Named, is_optional: bool) -> None:
-    """Raises a CheckpointError for a backbone alone, unless that is asked for and all that the file holds."""
-    if plan.has_head:
-        return
-    if named.outside:
-        raise unknown([*named.outside, *named.tensors])
-    if not is_optional:
-        raise CheckpointError(
-            f"it is the classifier {plan.arch} and has no segmentation head; to convert its backbone "
-            "alone add --allow-missing head"
-        )
 
 
 def check_file_name(file: SourceFile, plan: Plan, output_stride: int | None) -> None:

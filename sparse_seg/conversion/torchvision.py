@@ -1,6 +1,7 @@
 """torchvision: `models.segmentation.deeplabv3_resnet*`, `fcn_resnet*`, and the classifiers' backbones.
 
-All segmentation networks of torchvision run at output stride 8; the classifiers at 32.
+All segmentation networks of torchvision run at output stride 8; the classifiers at 32. timm's ResNets have
+the same names, and its `d` variants (deep stem, avg-pool shortcuts) a few of their own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ def detect(tensors: Tensors) -> bool:
         return True
     heads = ("classifier.0.convs.0.0.weight", "classifier.0.weight")
     return "backbone.conv1.weight" in tensors and any(name in tensors for name in heads)
+
+
+def is_timm(tensors: Tensors) -> bool:
+    """Whether the names are timm's alone; its plain ResNets are named, and are, as torchvision's."""
+    return "layer1.0.conv1.weight" in tensors and "conv1.0.weight" in tensors
 
 
 def plan(tensors: Tensors, output_stride: int | None) -> Plan:
@@ -43,7 +49,7 @@ def classifier_plan(tensors: Tensors, output_stride: int | None) -> Plan:
     """
     if output_stride is not None:
         raise CheckpointError("--output-stride is for networks with a head: this is a backbone alone")
-    result = resnet_plan(tensors, [], "", has_head=False)
+    result = resnet_plan(tensors, [], "")
     result.dropped = {"fc.": CLASSIFIER}
     result.assumed.append(
         "no anti-aliasing (timm's resnetaa and resnetblur have the same tensors, and are not supported)"

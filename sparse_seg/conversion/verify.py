@@ -6,8 +6,7 @@ tell, such as ASPP's rates, are the same in all of its forms.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ SIZE = (129, 161)  # height, width in px: odd, so that borders are checked too
 TOLERANCE = 1e-4  # relative; float32 rounding over a hundred layers stays well below
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """Largest difference over largest value of two ways to run; `must` it vanish in this network
     (docs/method.md)?"""
 
@@ -41,42 +39,39 @@ class Difference:
         return f"{verdict:<9} {self.value:8.1e}  {self.name}"
 
 
-@dataclass(frozen=True)
-class Verification:
-    """All differences, those that must vanish first."""
-
-    differences: list[Difference]
-
-    @property
-    def agrees(self) -> bool:
-        return all(one.agrees for one in self.differences if one.must)
-
-
 @torch.no_grad()
-def verify(model: SelectiveNetwork, seed: int = 0) -> Verification:
-    """Compare dense, all-fine and selective runs of a network in eval mode on one random image.
+def verify(model: SelectiveNetwork, seed: int = 0) -> list[Difference]:
+    """Compare dense, all-fine and selective runs of a network in eval mode on one random image; what must
+    agree stands first.
 
     A network of ours is compared with its module in plain PyTorch, too; of another, graph and module were
     when it was captured. P2 is not exact where vectors are pooled of rows, P1 where phases are mixed.
     """
-    geometry, finest, coarsest = model.geometry, model.strides[0], model.strides[-1]
+    refines, finest, coarsest = model.geometry.refines, model.strides[0], model.strides[-1]
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(1, 3, *SIZE, generator=generator).to(next(iter(model.tensors.values())))
-    blocks = (1, -(-SIZE[0] // coarsest), -(-SIZE[1] // coarsest))
-    some = torch.rand(blocks, generator=generator) < 0.3
+    some = torch.rand(1, -(-SIZE[0] // coarsest), -(-SIZE[1] // coarsest), generator=generator) < 0.3
     found, dense = list[Difference](), model.dense(images, finest)
     if model.settings.module is None:
-        error = relative(dense, _plain(model, finest)(images))
-        found.append(Difference(f"logits, dense OS{finest} against plain nn.Conv2d", error))
-    error = relative(model(images, fine_blocks=torch.ones_like(some)), dense)
-    found.append(Difference(f"P2: logits, all-fine against dense OS{finest}", error, not _pools_rows(model)))
-    found += _lattice_differences(model, images, some)
-    if geometry.refines:
+        module = build_module(model.settings, finest).eval()
+        module.load_state_dict(model.module.state_dict())
+        name = f"logits, dense OS{finest} against plain nn.Conv2d"
+        found.append(Difference(name, relative(dense, module(images))))
+    fine = model(images, fine_blocks=torch.ones_like(some))
+    name = f"P2: logits, all-fine against dense OS{finest}"
+    found.append(Difference(name, relative(fine, dense), not _pools_rows(model)))
+    places = "second" if coarsest == 2 * finest else "fourth"
+    names = {
+        coarsest: f"P1: coarse sites of a random mask against dense OS{coarsest}",
+        finest: f"P1: the same against dense OS{finest} at every {places} cell",
+    }
+    for stride, error in _lattice_errors(model, images, some).items():
+        found.append(Difference(names[stride], error, refines))
+    if refines:
         refined = model.start(images).start_coarse().take(some).logits()
-        one = model.start(images).take(some, Way()).logits()
-        error = relative(refined, one)
+        error = relative(refined, model.start(images).take(some, Way()).logits())
         found.append(Difference("P4: a refined coarse pass against a single one", error))
-    return Verification(sorted(found, key=lambda difference: not difference.must))
+    return sorted(found, key=lambda difference: not difference.must)
 
 
 def _pools_rows(model: SelectiveNetwork) -> bool:
@@ -86,39 +81,20 @@ def _pools_rows(model: SelectiveNetwork) -> bool:
     return any(geometry.kind[geometry.graph.node(name).inputs[0]] == "rows" for name in pools)
 
 
-def _plain(model: SelectiveNetwork, stride: int) -> torch.nn.Module:
-    """A network of ours at an output stride, in plain PyTorch."""
-    module = build_module(model.settings, stride)
-    module.load_state_dict(model.module.state_dict())
-    return module.eval()
-
-
-def _lattice_differences(model: SelectiveNetwork, images: Tensor, blocks: Tensor) -> list[Difference]:
-    """Values on rows at the coarse sites under a mask, against the dense network at both ends."""
-    geometry, finest, coarsest = model.geometry, model.strides[0], model.strides[-1]
-    run = Interpreter(geometry, model.tensors, images)
-    size = (int(images.shape[2]), int(images.shape[3]))
-    plans, levels = model.plans(1, size, images.device), blocks.long() * (len(model.strides) - 1)
+def _lattice_errors(model: SelectiveNetwork, images: Tensor, blocks: Tensor) -> dict[int, float]:
+    """Of all values on rows, at the coarse sites under a mask, against the dense network at both strides."""
+    geometry, size = model.geometry, (int(images.shape[2]), int(images.shape[3]))
+    run, plans = Interpreter(geometry, model.tensors, images), model.plans(1, size, images.device)
+    levels = blocks.long() * (len(model.strides) - 1)
     found = run.mixed(Sites.of_mask(levels, plans, model.exchange, geometry.near(size)), None)
     # behind a head's last pooling, which weighs all sites, the mask counts by design
     left_out = geometry.masked if geometry.refines else set[str]()
-    on_rows = [name for name, value in found.items() if isinstance(value, Mixed) and name not in left_out]
-    if not on_rows:
-        return []
-    coarse, fine = (run.dense(stride, geometry.nodes) for stride in (coarsest, finest))
-    places = "second" if coarsest == 2 * finest else "fourth"
-    names = {
-        f"P1: coarse sites of a random mask against dense OS{coarsest}": coarse,
-        f"P1: the same against dense OS{finest} at every {places} cell": fine,
-    }
-    return [
-        Difference(name, max(_lattice_error(found[one], values[one]) for one in on_rows), geometry.refines)
-        for name, values in names.items()
-    ]
-
-
-def _lattice_error(mixed: Any, grid: Any) -> float:
-    return relative(mixed.lattice.tensor, grid.thinned(mixed.lattice.stride))
+    rows = {n: one.lattice for n, one in found.items() if isinstance(one, Mixed) and n not in left_out}
+    errors = dict[int, float]()
+    for stride in (model.strides[-1], model.strides[0]) if rows else ():
+        dense: Any = run.dense(stride, geometry.nodes)
+        errors[stride] = max(relative(g.tensor, dense[n].thinned(g.stride)) for n, g in rows.items())
+    return errors
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -126,9 +102,9 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
 
 
-def explain(result: Verification, model: SelectiveNetwork) -> list[str]:
+def explain(result: list[Difference], model: SelectiveNetwork) -> list[str]:
     """Lines for the terminal: each difference, whether P1 holds, and what it means."""
-    lines = [str(difference) for difference in result.differences]
+    lines = [str(difference) for difference in result]
     dense = f"the dense network of output stride {model.strides[-1]}"
     if model.geometry.refines:
         lines.append(
@@ -136,17 +112,16 @@ def explain(result: Verification, model: SelectiveNetwork) -> list[str]:
             "later without recomputing them"
         )
     else:
+        cause = (
+            ". The cause: the second 3x3 of each basic block is undilated, so its taps fall between the "
+            "coarse sites, where values are interpolated"
+        )
         lines.append(
             f"P1 does not hold: coarse sites depend on the mask and differ from {dense}, for "
             f"{model.geometry.where_mixing} mixes phases. Between all-coarse and all-fine expect a larger "
             "loss; no coarse pass is refined (P4), so that a policy that reads one, as confidence, costs a "
-            "second pass: edge reads none"
+            f"second pass: edge reads none{'' if model.settings.dilate_second else cause}"
         )
-        if not model.settings.dilate_second:
-            lines[-1] += (
-                ". The cause: the second 3x3 of each basic block is undilated, so its taps fall between the "
-                "coarse sites, where values are interpolated"
-            )
     if _pools_rows(model):
         lines.append("vectors pooled of rows read the lattice alone: all-fine differs from dense by those")
     if model.settings.module is None:

@@ -38,7 +38,6 @@ def build_policy(
     taken = dict.fromkeys((*CUTS, "blur"), "") | {argument: key for key, argument in policy.OPTIONS.items()}
     keys = {argument: f"model.mask.{key or argument}" for argument, key in taken.items()}
     keys["block"] = "model.strides"
-    own |= POLICIES.options(mask.policy, mask.options, "model.mask.options", taken=keys)
     if policy.needs_net:
         if net is None:
             raise ConfigError(
@@ -46,8 +45,9 @@ def build_policy(
                 "checkpoint has one, or make one (docs/masks.md)"
             )
         own["net"] = net
-    with POLICIES.fitting(mask.options, "model.mask.options"):
-        return policy(**cut, **own, block=strides[-1], blur=mask.blur)
+    own |= {**cut, "block": strides[-1], "blur": mask.blur}
+    made: MaskPolicy = POLICIES.make(mask.policy, own, mask.options, "model.mask.options", keys)
+    return made
 
 
 def parse_policy(spec: str, mask: MaskConfig) -> MaskConfig:

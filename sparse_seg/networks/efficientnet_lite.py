@@ -78,25 +78,21 @@ class InvertedResidual(nn.Module):
 
     def __init__(self, inside: int, outside: int, expansion: int, depthwise: Conv2dSame) -> None:
         super().__init__()
-        width = inside * expansion
-        self.expands = expansion > 1
-        if self.expands:
-            self.conv_pw, self.bn1 = nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width, EPS)
-            self.conv_dw, self.bn2 = depthwise, nn.BatchNorm2d(width, EPS)
-            self.conv_pwl, self.bn3 = nn.Conv2d(width, outside, 1, bias=False), nn.BatchNorm2d(outside, EPS)
-        else:
-            self.conv_dw, self.bn1 = depthwise, nn.BatchNorm2d(width, EPS)
-            self.conv_pw, self.bn2 = nn.Conv2d(width, outside, 1, bias=False), nn.BatchNorm2d(outside, EPS)
-        self.act = nn.ReLU6(inplace=True)
+        width, self.act = inside * expansion, nn.ReLU6(inplace=True)
+        up = {"conv_pw": nn.Conv2d(inside, width, 1, bias=False)} if expansion > 1 else {}
+        down = {"conv_pwl" if up else "conv_pw": nn.Conv2d(width, outside, 1, bias=False)}
+        self.layers = list[tuple[str, str]]()  # names of convolutions and their norms
+        for number, (name, conv) in enumerate({**up, "conv_dw": depthwise, **down}.items(), 1):
+            self.add_module(name, conv)
+            self.add_module(f"bn{number}", nn.BatchNorm2d(conv.out_channels, EPS))
+            self.layers.append((name, f"bn{number}"))
         self.adds = inside == outside and depthwise.natural == 1
 
     def forward(self, grid: Tensor) -> Tensor:
-        if self.expands:
-            out = self.act(self.bn1(self.conv_pw(grid)))
-            out = self.act(self.bn2(self.conv_dw(out)))
-            out = self.bn3(self.conv_pwl(out))
-        else:
-            out = self.bn2(self.conv_pw(self.act(self.bn1(self.conv_dw(grid)))))
+        out = grid
+        for name, norm in self.layers:
+            out = self.get_submodule(norm)(self.get_submodule(name)(out))
+            out = out if name == self.layers[-1][0] else self.act(out)
         return out + grid if self.adds else out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from sparse_seg.config import ModelConfig
 from sparse_seg.errors import ConfigError
 from sparse_seg.networks.heads import DENSE_SPACING, LOW_LEVEL_STRIDE, FCNHead, ToLowLevel
 from sparse_seg.ops.upsample import at_least_float32, upsample_logits
-from sparse_seg.registry import BACKBONES, HEADS, Registry
+from sparse_seg.registry import BACKBONES, HEADS, Registry, arguments_of
 
 DEFAULT_NUM_CLASSES = 19  # Cityscapes
 OF_BACKBONES = ("width", "depths", "stem", "shortcut", "entry_spacings", "dilate_second")
@@ -86,17 +85,14 @@ def build_module(
 
 def _made(registry: Registry, name: str, given: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
     """A part, of those of the settings that it has arguments for, and its own options."""
-    part, key = registry[name], f"model.{registry.kind}_options"
-    accepted = inspect.signature(part).parameters
-    options = registry.options(name, options, key, part, {one: f"model.{one}" for one in given})
-    default = ModelConfig()
+    accepted, default = arguments_of(registry[name]), ModelConfig()
     for setting in OF_BACKBONES if registry is BACKBONES else ():
         if setting not in accepted and given[setting] != getattr(default, setting):
             raise ConfigError(f"model.{setting}: the backbone {name!r} has no such setting; remove it")
     known = {one: value for one, value in given.items() if one in accepted and value is not None}
+    taken = {one: f"model.{one}" for one in given}
     try:
-        with registry.fitting(options, key):
-            return part(**known, **options)
+        return registry.make(name, known, options, f"model.{registry.kind}_options", taken)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
 

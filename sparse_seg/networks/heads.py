@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.networks.aspp import ASPP, conv_norm_relu
 from sparse_seg.ops.upsample import upsample_logits
 
 DENSE_SPACING = 8  # px between the taps of dense 3x3 convolutions, at least: one cell at output stride 8
@@ -131,6 +130,44 @@ class LRASPPHead(Head):
         return self.upsample(logits, low_level) + self.low_classifier(low_level)
 
 
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling (Chen et al., 2017), by torchvision's names.
+
+    A 1x1 branch, 3x3 branches with wide dilations, image pooling; then a 1x1 projection of all.
+
+    Args:
+        inside, channels: of the input and of each branch.
+        dilations: of the 3x3 branches.
+        separable: of the 3x3 branches: `none`; `linear`, depthwise and 1x1; `normed`, with norm and ReLU
+            between the two (Chen et al., ECCV 2018).
+        projection: without it the output is the branches side by side (mmsegmentation projects by a 3x3).
+    """
+
+    def __init__(
+        self, inside: int, channels: int, dilations: Sequence[int], separable: str, projection: bool
+    ) -> None:
+        super().__init__()
+        pooling = conv_norm_relu(inside, channels, 1)
+        self.convs = nn.ModuleList(
+            [
+                conv_norm_relu(inside, channels, 1),
+                *(_atrous(inside, channels, dilation, separable) for dilation in dilations),
+                nn.Sequential(nn.AdaptiveAvgPool2d(1), *pooling),
+            ]
+        )
+        self.out_channels = channels if projection else channels * len(self.convs)
+        self.project = nn.Sequential()
+        if projection:
+            joined = conv_norm_relu(channels * len(self.convs), channels, 1)
+            self.project = nn.Sequential(*joined, nn.Dropout(0.5))
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """`[B, inside, H, W]` to `[B, out_channels, H, W]`."""
+        *local, pooling = self.convs
+        pooled = pooling(grid).expand(-1, -1, *grid.shape[2:])
+        return self.project(torch.cat([*(branch(grid) for branch in local), pooled], 1))
+
+
 class DeepLabV3Head(Head):
     """ASPP, 3x3, classifier (torchvision's DeepLabHead); 256 channels by default.
 
@@ -176,6 +213,7 @@ class DeepLabV3PlusHead(DeepLabV3Head):
     Args:
         low_level_channels: of the skip after its 1x1; decoder_convs: 3x3 convolutions after it.
         align_corners: of the upsampling.
+        options: of `DeepLabV3Head`.
     """
 
     reads_low_level = True
@@ -186,38 +224,18 @@ class DeepLabV3PlusHead(DeepLabV3Head):
         num_classes: int,
         output_stride: int = 8,
         trained_stride: int = 8,
-        head_channels: int | None = None,
-        aspp_rates: Sequence[int] = (12, 24, 36),
-        aspp_separable: str = "none",
-        aspp_projection: bool = True,
-        refine: bool = True,
         separable: str = "none",
-        refine_separable: str | None = None,
         low_level_channels: int = 48,
         decoder_convs: int = 1,
         align_corners: bool = False,
+        **options: Any,
     ) -> None:
-        width = head_channels or 256
-        super().__init__(
-            channels,
-            num_classes,
-            output_stride,
-            trained_stride,
-            width,
-            aspp_rates,
-            aspp_separable,
-            aspp_projection,
-            refine,
-            separable,
-            refine_separable,
-        )
+        super().__init__(channels, num_classes, output_stride, trained_stride, separable=separable, **options)
+        width = self.classifier.in_channels
         self.upsample = ToLowLevel(output_stride, trained_stride, align_corners)
         self.low_level = conv_norm_relu(channels[0], low_level_channels, 1)
-        widths = [width + low_level_channels] + [width] * decoder_convs
-        self.decoder = nn.Sequential(
-            *(conv_norm_relu(inside, width, 3, 1, separable) for inside in widths[:-1])
-        )
-        self.classifier = nn.Conv2d(widths[-1], num_classes, 1)
+        widths = [width + low_level_channels, *[width] * (decoder_convs - 1)]
+        self.decoder = nn.Sequential(*(conv_norm_relu(inside, width, 3, 1, separable) for inside in widths))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         low_level = features[0]
@@ -244,3 +262,23 @@ def dense_dilation(output_stride: int) -> int:
     """Of a 3x3 that was trained one cell apart at output stride 8 or more: the same distance on finer
     grids."""
     return max(1, DENSE_SPACING // output_stride)
+
+
+def _atrous(inside: int, channels: int, dilation: int, separable: str) -> nn.Sequential:
+    """A separable one has its convolutions in a module of their own."""
+    *convolutions, norm, relu = conv_norm_relu(inside, channels, 3, dilation, separable)
+    return nn.Sequential(*convolutions if separable == "none" else [nn.Sequential(*convolutions)], norm, relu)
+
+
+def conv_norm_relu(
+    inside: int, channels: int, kernel: int, dilation: int = 1, separable: str = "none"
+) -> nn.Sequential:
+    """A convolution that keeps its size, or the depthwise and 1x1 ones that stand for it; norm; ReLU."""
+    padding = kernel // 2 * dilation
+    if separable == "none":
+        layers: list[nn.Module] = [nn.Conv2d(inside, channels, kernel, 1, padding, dilation, bias=False)]
+    else:
+        between = [nn.BatchNorm2d(inside), nn.ReLU(inplace=True)] if separable == "normed" else []
+        depthwise = nn.Conv2d(inside, inside, kernel, 1, padding, dilation, inside, bias=False)
+        layers = [depthwise, *between, nn.Conv2d(inside, channels, 1, bias=False)]
+    return nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparse_seg.ops.pooling import dilated_mean
 
 STRIDES = (4, 8, 16, 32)  # natural strides of layer1..layer4, px
+WIDTHS = (64, 128, 256, 512)  # of their 3x3 convolutions
 
 
 class ResNet(nn.Module):
@@ -23,8 +24,7 @@ class ResNet(nn.Module):
     Args:
         block: `BasicBlock`, `Bottleneck`, or one with their arguments.
         depths: blocks of each stage.
-        widths: of the stages' 3x3 convolutions.
-        width: multiplier of all widths; each must come out whole.
+        width: multiplier of all channels; they must come out whole.
         output_stride: of the last stage, px: stages beyond it dilate in place of striding.
         stem: `conv7`, one 7x7 convolution, or `deep`, three 3x3 (ResNet-C and -D).
         shortcut: `conv`, a strided 1x1, or `avg_pool`, a 2x2 mean and a 1x1 (ResNet-D).
@@ -32,7 +32,6 @@ class ResNet(nn.Module):
             dense form strides, the stride of the stage before.
         dilate_second: whether the second 3x3 of layer3's and layer4's basic blocks is dilated; mmsegmentation
             leaves it undilated.
-        options: further arguments of the block.
 
     Attributes:
         stages: names of the modules that give the features, and their natural strides in px.
@@ -42,25 +41,21 @@ class ResNet(nn.Module):
         ValueError: a width that makes a fraction of a channel.
     """
 
-    stages: ClassVar[dict[str, int]] = dict(
-        zip(("layer1", "layer2", "layer3", "layer4"), STRIDES, strict=True)
-    )
+    stages: ClassVar[dict[str, int]] = {f"layer{n}": stride for n, stride in enumerate(STRIDES, 1)}
 
     def __init__(
         self,
         block: Any,
         depths: Sequence[int] = (2, 2, 2, 2),
-        widths: Sequence[int] = (64, 128, 256, 512),
         width: float = 1.0,
         output_stride: int = 32,
         stem: str = "conv7",
         shortcut: str = "conv",
         entry_spacings: Sequence[int] = STRIDES[:3],
         dilate_second: bool = True,
-        **options: Any,
     ) -> None:
         super().__init__()
-        sizes = [whole_channels(base, width) for base in widths]
+        sizes = [whole_channels(base, width) for base in WIDTHS]
         self.conv1 = _deep_stem(sizes[0]) if stem == "deep" else conv(3, sizes[0], 7, stride=2)
         self.bn1 = nn.BatchNorm2d(sizes[0])
         self.relu = nn.ReLU(inplace=True)
@@ -78,8 +73,7 @@ class ResNet(nn.Module):
                 if index == 0 and (number > 0 or channels != self.channels[number]):
                     pool = STRIDES[number - 1] // before if number and shortcut == "avg_pool" else 0
                     down = downsample(channels, self.channels[number], at // before, pool)
-                made = block(channels, sizes[number], at // entry, spacing // entry, second, down, **options)
-                blocks.append(made)
+                blocks.append(block(channels, sizes[number], at // entry, spacing // entry, second, down))
                 channels = self.channels[number]
             self.add_module(name, nn.Sequential(*blocks))
             before = at
@@ -105,13 +99,7 @@ class BasicBlock(nn.Module):
     expansion = 1  # channels of the output over `width`
 
     def __init__(
-        self,
-        channels: int,
-        width: int,
-        stride: int = 1,
-        dilation: int = 1,
-        second: int = 1,
-        downsample: nn.Module | None = None,
+        self, channels: int, width: int, stride: int, dilation: int, second: int, downsample: Any
     ) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv(channels, width, 3, stride, dilation), nn.BatchNorm2d(width)
@@ -132,13 +120,7 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self,
-        channels: int,
-        width: int,
-        stride: int = 1,
-        dilation: int = 1,
-        second: int = 1,
-        downsample: nn.Module | None = None,
+        self, channels: int, width: int, stride: int, dilation: int, second: int, downsample: Any
     ) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv(channels, width, 1), nn.BatchNorm2d(width)

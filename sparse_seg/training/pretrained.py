@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from sparse_seg.checkpoint import find, load
 from sparse_seg.checkpoint.content import ASIDE, MODULE
 from sparse_seg.checkpoint.file import is_ours
-from sparse_seg.checkpoint.loading import initial_weights
-from sparse_seg.config import Config, ModelConfig
+from sparse_seg.checkpoint.loading import check_same, initial_weights
+from sparse_seg.config import Config
 from sparse_seg.conversion import convert, read_source
 from sparse_seg.conversion.mapping import COUNTER
-from sparse_seg.conversion.module import renamed
+from sparse_seg.conversion.naming import find_network
 from sparse_seg.errors import CheckpointError, printable
 from sparse_seg.processes import Processes
 from sparse_seg.progress import say
 from sparse_seg.run.build import build_model
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.weights import load_weights, part_of
+from sparse_seg.run.weights import load_weights, part_of, shape_faults
 
 # settings of the backbone that its tensors' shapes do not tell
 SAME = ("shortcut", "bn_eps")
@@ -65,24 +65,28 @@ def load_module(network: SelectiveNetwork, path: str | Path) -> str:
     Raises:
         CheckpointError: the file cannot be read, or nothing of it fits.
     """
-    module, found = network.module, find(path)
+    module, found, candidates = network.module, find(path), list[dict[str, Tensor]]()
     own = module.state_dict()
+    needed = {name for name in own if not name.endswith(COUNTER)}
     if is_ours(found):
         weights = load(found).weights
-        candidates = [part_of(weights, MODULE) | part_of(weights, ASIDE)]
+        candidates.append(part_of(weights, MODULE) | part_of(weights, ASIDE))
     else:
-        candidates = [renamed(one.tensors, own) for one in read_source(found).candidates]
-    taken = max((_fitting(one, own) for one in candidates), key=len)
+        for state in read_source(found).candidates:
+            with suppress(CheckpointError):  # of no such network
+                named = find_network(state.tensors, lambda part: needed <= part.keys(), own=own)
+                candidates.append(named.tensors)
+    fitting = [
+        {name: one for name, one in tensors.items() if name in own and one.shape == own[name].shape}
+        for tensors in candidates
+    ]
+    taken = max(fitting, key=len, default={})
     if not taken:
         raise CheckpointError(f"{path} holds no tensor with name and shape of one of model.module's")
     load_weights(module, own | taken, path)
-    fresh = [name for name in own if name not in taken and not name.endswith(COUNTER)]
+    fresh = [name for name in own if name in needed and name not in taken]
     rest = f"; fresh: {fresh[0]}" + (f" (and {len(fresh) - 1} more)" if fresh[1:] else "") if fresh else ""
     return printable(f"pretrained: {len(taken)} of {len(own)} tensors from {path}{rest}")
-
-
-def _fitting(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: one for name, one in tensors.items() if name in own and one.shape == own[name].shape}
 
 
 def load_own(network: SelectiveNetwork, path: str | Path) -> str:
@@ -97,38 +101,24 @@ def load_own(network: SelectiveNetwork, path: str | Path) -> str:
     Raises:
         CheckpointError: the file cannot be read, or its backbone is another.
     """
-    weights, own, origin = _read(Path(path))
+    file = packaged(str(path)) or find(path)
+    found = load(file) if is_ours(file) else convert(file, allow_missing=("head",)).checkpoint
+    weights, own, settings = part_of(found.weights, MODULE), found.config, network.settings
     module: Any = network.module
-    settings = network.settings
-    for key in SAME:
-        if getattr(own, key) != getattr(settings, key):
-            raise CheckpointError(
-                f"{path} was trained with model.{key} {getattr(own, key)}, not {getattr(settings, key)}; "
-                f"use --set model.{key}={getattr(own, key)}"
-            )
+    asked, has = ({f"model.{key}": getattr(one, key) for key in SAME} for one in (settings, own))
+    check_same(asked, has, path)
     try:
         load_weights(module.backbone, part_of(weights, "backbone."), path)
     except CheckpointError as error:
-        found = " ".join(f"model.{key}={getattr(own, key)}" for key in ("backbone", "width", "stem"))
-        raise CheckpointError(f"{error} (it has {found})") from None
+        told = " ".join(f"model.{key}={getattr(own, key)}" for key in ("backbone", "width", "stem"))
+        raise CheckpointError(f"{error} (it has {told})") from None
     head, wanted = part_of(weights, "head."), module.head.state_dict()
-    shapes = {name: tensor.shape for name, tensor in head.items()}
-    same = own.head == settings.head and shapes == {name: tensor.shape for name, tensor in wanted.items()}
+    same = own.head == settings.head and not shape_faults(wanted, head)
     if same:
         load_weights(module.head, head, path)
     taken, rest = ("backbone and head", "") if same else ("backbone", "; the head starts fresh")
+    origin = "; assumed ".join((f"{found.origin.source} {found.origin.arch}".strip(), *found.origin.assumed))
     return printable(f"pretrained: {taken} of {path} ({origin}){rest}")
-
-
-def _read(path: Path) -> tuple[Mapping[str, Tensor], ModelConfig, str]:
-    """Weights by the module's names, the settings they were trained with, and where they come from."""
-    found = packaged(str(path)) or find(path)
-    if is_ours(found):
-        own = load(found)
-        return part_of(own.weights, MODULE), own.config, f"{own.origin.source} {own.origin.arch}".strip()
-    conversion = convert(found, allow_missing=("head",))
-    origin = "; assumed ".join((f"{conversion.source} {conversion.plan.arch}", *conversion.plan.assumed))
-    return part_of(conversion.mapped.weights, MODULE), conversion.config, origin
 
 
 def packaged(name: str) -> Path | None:

@@ -60,15 +60,20 @@ def write_training(path: Path, config: Any, weights: Mapping[str, Tensor], **sta
 
 
 def write_format_2(path: Path, conversion: Any) -> None:
-    """A converted file without a graph: the entries of the way back tell old layouts, too."""
+    """A converted file without a graph: the entries of the way back tell old layouts, too. Of CAD's mask net
+    only the two logits stood aside."""
     conversion.write(path)
     with safe_open(path, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         content = json.loads(file.metadata()["sparse_seg"])
-    old = old_weights(weights, conversion.config)
     entries = content["origin"]["back"]["entries"]
     for entry in entries:
-        name = old_name(entry[0], conversion.config)
+        if entry[1].startswith(CAD) and not entry[1].startswith(f"{CAD}7."):
+            del weights[entry[0]]
+            entry[0] = "policy.net." + entry[1].removeprefix(CAD)
+    old = old_weights(weights, conversion.checkpoint.config)
+    for entry in entries:
+        name = old_name(entry[0], conversion.checkpoint.config)
         entry[0], entry[3:] = name, [is_krsc(name, weights[entry[0]]), *entry[3:]]
     del content["digest"], content["graph"]
     content |= {"format_version": 2, "weights": digest_of(old)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from tests.conversion.deeplabs import Mmseg, Smp, VainF
 from tests.conversion.networks import Network, ResNet, Torchvision
 
 SMALL = {"width": 8, "depths": (2, 1, 2, 2)}
+THIN, SKIP = {"channels": 6}, {"skip": 5}
 
 
 @dataclass(frozen=True)
@@ -40,44 +42,42 @@ class Case:
     p1: bool = True
 
 
-def _sized(small: bool, **channels: int) -> dict[str, int]:
-    return channels if small else {}
+def _resnet(depth: int, stride: int, small: bool, **settings: Any) -> ResNet:
+    return ResNet(depth, stride, **settings, **(SMALL if small else {}))  # type: ignore[arg-type]
 
 
 def _torchvision(head: str, depth: int, stride: int, small: bool = True) -> Network:
-    backbone = ResNet(depth, stride, **(SMALL if small else {}))  # type: ignore[arg-type]
-    return Torchvision(head, backbone, stride, **_sized(small, channels=6))
+    return Torchvision(head, _resnet(depth, stride, small), stride, **(THIN if small else {}))
 
 
 def _vainf(head: str, kind: str, depth: int, stride: int, small: bool = True) -> Network:
-    backbone = ResNet(depth, stride, **(SMALL if small else {}))  # type: ignore[arg-type]
-    return VainF(head, backbone, stride, kind, **_sized(small, channels=6, skip=5))
+    return VainF(head, _resnet(depth, stride, small), stride, kind, **(THIN | SKIP if small else {}))
 
 
 def _smp(head: str, kind: str, depth: int, stride: int, small: bool = True) -> Network:
-    encoder = ResNet(depth, stride, "smp", **(SMALL if small else {}))  # type: ignore[arg-type]
-    return Smp(head, encoder, [12, 24, 36], kind, **_sized(small, channels=6, skip=5))
+    encoder = _resnet(depth, stride, small, style="smp")
+    return Smp(head, encoder, [12, 24, 36], kind, **(THIN | SKIP if small else {}))
 
 
 def _mmseg(head: str, depth: int, stem: str, stride: int, small: bool = True) -> Network:
-    backbone = ResNet(depth, stride, "mmseg", stem, **(SMALL if small else {}))  # type: ignore[arg-type]
     full = {"channels": 128, "skip": 12} if depth == 18 else {}
-    return Mmseg(head, backbone, stride, **(_sized(small, channels=6, skip=5) or full))
+    backbone = _resnet(depth, stride, small, style="mmseg", stem=stem)
+    return Mmseg(head, backbone, stride, **(THIN | SKIP if small else full))
 
 
 def _classifier(depth: int, stem: str, pooled: bool, stride: int, small: bool = True) -> ResNet:
-    settings: Any = SMALL if small else {}
-    return ResNet(depth, stride, "torchvision", stem, pooled, classes=1000, **settings)
+    return _resnet(depth, stride, small, stem=stem, pooled=pooled, classes=1000)
+
+
+PARTS = {"0": "conv1", "1": "norm1"}
 
 
 def edge_mask_names(state: Mapping[str, Tensor], first: int = 3) -> dict[str, Tensor]:
     """CAD's edge-mask file: stages from layer`first` on have 1-D convolutions."""
     renamed = {}
     for name, tensor in state.items():
-        if any(f"layer{stage}." in name for stage in range(first, 5)):
-            name = name.replace("downsample.0", "downsample.conv1").replace(
-                "downsample.1", "downsample.norm1"
-            )
+        if re.search(rf"layer[{first}-4]\.", name):
+            name = re.sub(r"downsample\.[01]", lambda m: "downsample." + PARTS[m[0][-1]], name)
             if tensor.ndim == 4:
                 tensor = tensor.flatten(2)
                 if "conv2" in name:
@@ -91,16 +91,10 @@ def learned_mask_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     renamed = {}
     for name, tensor in state.items():
-        twins = [name]
-        if "layer3." in name or "layer4." in name:
-            twins = [name.replace(".layer3.", f".layer3_{t}_res.") for t in ("high", "low")]
-            twins = [
-                twin.replace(".layer4.", f".layer4_{t}_res.")
-                for twin, t in zip(twins, ("high", "low"), strict=True)
-            ]
-        for twin in twins:
-            other = "high_res" in twin and "running" in twin
-            renamed[twin] = tensor * 1.5 if other else tensor
+        late = re.search(r"layer[34](?=\.)", name)
+        for kind in ("high", "low") if late else ("",):
+            twin = name.replace(late[0], f"{late[0]}_{kind}_res") if late else name
+            renamed[twin] = tensor * 1.5 if kind == "high" and "running" in name else tensor
     inside = state["backbone.layer2.0.bn3.weight"].shape[0]
     for number, (outside, taps) in {0: (128, inside), 2: (64, 128), 5: (64, 64), 7: (2, 64)}.items():
         renamed[f"backbone.mask_estimator.{number}.weight"] = torch.randn(
@@ -115,13 +109,11 @@ def learned_mask_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def old_smp_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """smp before version 0.4."""
-    old = {"decoder.aspp.": "decoder.0.", "decoder.conv.": "decoder.1.", "decoder.bn.": "decoder.2."}
-    renamed = {}
-    for name, tensor in state.items():
-        for new, before in old.items():
-            name = name.replace(new, before)
-        renamed[name] = tensor
-    return renamed
+    old = {"aspp": "0", "conv": "1", "bn": "2"}
+    return {
+        re.sub(r"decoder\.(aspp|conv|bn)\.", lambda m: f"decoder.{old[m[1]]}.", name): tensor
+        for name, tensor in state.items()
+    }
 
 
 def _case(source: str, build: Callable[..., nn.Module], *arguments: Any, **settings: Any) -> Case:
@@ -129,75 +121,54 @@ def _case(source: str, build: Callable[..., nn.Module], *arguments: Any, **setti
 
 
 OS16 = {"stride": 16, "options": {"output_stride": 16}}
+TV, VAINF, SMP, MMSEG, CAD = "torchvision", "vainf", "smp", "mmseg", "cad"
+V3, PLUS = "deeplabv3", "deeplabv3plus"
 CASES = {
-    "torchvision deeplabv3": _case(
-        "torchvision", _torchvision, "deeplabv3", 50, peer="torchvision_deeplabv3_resnet50"
-    ),
-    "torchvision fcn": _case(
-        "torchvision", _torchvision, "fcn", 50, peer="torchvision_fcn_resnet50"
-    ),
-    "vainf deeplabv3": _case("vainf", _vainf, "deeplabv3", "plain", 50, peer="vainf_deeplabv3_resnet50"),
-    "vainf deeplabv3 16": _case("vainf", _vainf, "deeplabv3", "plain", 50, **OS16),
+    "torchvision deeplabv3": _case(TV, _torchvision, V3, 50, peer="torchvision_deeplabv3_resnet50"),
+    "torchvision fcn": _case(TV, _torchvision, "fcn", 50, peer="torchvision_fcn_resnet50"),
+    "vainf deeplabv3": _case(VAINF, _vainf, V3, "plain", 50, peer="vainf_deeplabv3_resnet50"),
+    "vainf deeplabv3 16": _case(VAINF, _vainf, V3, "plain", 50, **OS16),
     "vainf deeplabv3 separable": _case(
-        "vainf", _vainf, "deeplabv3", "body", 50, peer="vainf_deeplabv3_separable_resnet50"
+        VAINF, _vainf, V3, "body", 50, peer="vainf_deeplabv3_separable_resnet50"
     ),
-    "vainf deeplabv3plus": _case(
-        "vainf", _vainf, "deeplabv3plus", "plain", 50, peer="vainf_deeplabv3plus_resnet50"
-    ),
-    "vainf deeplabv3plus 16": _case("vainf", _vainf, "deeplabv3plus", "plain", 50, **OS16),
+    "vainf deeplabv3plus": _case(VAINF, _vainf, PLUS, "plain", 50, peer="vainf_deeplabv3plus_resnet50"),
+    "vainf deeplabv3plus 16": _case(VAINF, _vainf, PLUS, "plain", 50, **OS16),
     "vainf deeplabv3plus separable": _case(
-        "vainf", _vainf, "deeplabv3plus", "body", 50, peer="vainf_deeplabv3plus_separable_resnet50"
+        VAINF, _vainf, PLUS, "body", 50, peer="vainf_deeplabv3plus_separable_resnet50"
     ),
-    "smp deeplabv3": _case("smp", _smp, "deeplabv3", "plain", 50, peer="smp_deeplabv3_resnet50"),
-    "smp deeplabv3 old": _case("smp", _smp, "deeplabv3", "plain", 50, rename=old_smp_names),
-    "smp deeplabv3 separable": _case(
-        "smp", _smp, "deeplabv3", "smp", 18, peer="smp_deeplabv3_separable_resnet18"
-    ),
-    "smp deeplabv3plus": _case(
-        "smp", _smp, "deeplabv3plus", "smp", 50, stride=16, peer="smp_deeplabv3plus_resnet50"
-    ),
+    "smp deeplabv3": _case(SMP, _smp, V3, "plain", 50, peer="smp_deeplabv3_resnet50"),
+    "smp deeplabv3 old": _case(SMP, _smp, V3, "plain", 50, rename=old_smp_names),
+    "smp deeplabv3 separable": _case(SMP, _smp, V3, "smp", 18, peer="smp_deeplabv3_separable_resnet18"),
+    "smp deeplabv3plus": _case(SMP, _smp, PLUS, "smp", 50, stride=16, peer="smp_deeplabv3plus_resnet50"),
     "smp deeplabv3plus 8": _case(
-        "smp", _smp, "deeplabv3plus", "plain", 18, options={"output_stride": 8},
-        peer="smp_deeplabv3plus_plain_resnet18",
+        SMP, _smp, PLUS, "plain", 18, options={"output_stride": 8}, peer="smp_deeplabv3plus_plain_resnet18"
     ),
-    "mmseg deeplabv3 r18": _case(
-        "mmseg", _mmseg, "deeplabv3", 18, "mmseg", peer="mmseg_deeplabv3_r18-d8", p1=False
-    ),
-    "mmseg deeplabv3 r50": _case(
-        "mmseg", _mmseg, "deeplabv3", 50, "mmseg", peer="mmseg_deeplabv3_r50-d8"
-    ),
-    "mmseg deeplabv3 16": _case(
-        "mmseg", _mmseg, "deeplabv3", 50, "conv7", peer="mmseg_deeplabv3_resnet50-d16", **OS16
-    ),
+    "mmseg deeplabv3 r18": _case(MMSEG, _mmseg, V3, 18, "mmseg", peer="mmseg_deeplabv3_r18-d8", p1=False),
+    "mmseg deeplabv3 r50": _case(MMSEG, _mmseg, V3, 50, "mmseg", peer="mmseg_deeplabv3_r50-d8"),
+    "mmseg deeplabv3 16": _case(MMSEG, _mmseg, V3, 50, "conv7", peer="mmseg_deeplabv3_resnet50-d16", **OS16),
     "mmseg deeplabv3plus r18": _case(
-        "mmseg", _mmseg, "deeplabv3plus", 18, "mmseg", peer="mmseg_deeplabv3plus_r18-d8", p1=False
+        MMSEG, _mmseg, PLUS, 18, "mmseg", peer="mmseg_deeplabv3plus_r18-d8", p1=False
     ),
-    "mmseg deeplabv3plus r50": _case(
-        "mmseg", _mmseg, "deeplabv3plus", 50, "mmseg", peer="mmseg_deeplabv3plus_r50-d8"
-    ),
-    "cad fcn": _case("cad", _vainf, "fcn", "plain", 50, peer="cad_fcn_resnet50"),
+    "mmseg deeplabv3plus r50": _case(MMSEG, _mmseg, PLUS, 50, "mmseg", peer="mmseg_deeplabv3plus_r50-d8"),
+    "cad fcn": _case(CAD, _vainf, "fcn", "plain", 50, peer="cad_fcn_resnet50"),
     "cad edge mask": _case(
-        "cad", _vainf, "deeplabv3", "plain", 101, rename=edge_mask_names,
-        peer="cad_deeplabv3_batch_ap_resnet101",
+        CAD, _vainf, V3, "plain", 101, rename=edge_mask_names, peer="cad_deeplabv3_batch_ap_resnet101"
     ),
     "cad edge mask 16": _case(
-        "cad", _vainf, "deeplabv3", "plain", 50, stride=16,
-        rename=functools.partial(edge_mask_names, first=4),
+        CAD, _vainf, V3, "plain", 50, stride=16, rename=functools.partial(edge_mask_names, first=4)
     ),
     "cad learned mask": _case(
-        "cad", _vainf, "deeplabv3", "plain", 101, rename=learned_mask_names,
-        peer="cad_deeplabv3_ad_resnet101",
+        CAD, _vainf, V3, "plain", 101, rename=learned_mask_names, peer="cad_deeplabv3_ad_resnet101"
     ),
-}  # fmt: skip
+}
 BACKBONES = {
-    "torchvision resnet18": _case(
-        "torchvision", _classifier, 18, "conv7", False, peer="torchvision_resnet18"
-    ),
-    "torchvision resnet50": _case(
-        "torchvision", _classifier, 50, "conv7", False, peer="torchvision_resnet50"
-    ),
-    "timm resnet50d": _case("timm", _classifier, 50, "timm", True, peer="timm_resnet50d"),
-    "timm resnet18d": _case("timm", _classifier, 18, "timm", True, peer="timm_resnet18d"),
+    f"{source} {name}": _case(source, _classifier, depth, stem, pooled, stride=32, peer=f"{source}_{name}")
+    for source, name, depth, stem, pooled in (
+        (TV, "resnet18", 18, "conv7", False),
+        (TV, "resnet50", 50, "conv7", False),
+        ("timm", "resnet50d", 50, "timm", True),
+        ("timm", "resnet18d", 18, "timm", True),
+    )
 }
 
 
@@ -228,8 +199,7 @@ def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
 def network_of(name: str) -> Any:
     """The small network of a case at its own output stride, in eval mode. Shared: do not change it."""
     case = (CASES | BACKBONES)[name]
-    stride = 32 if name in BACKBONES else case.stride
-    return randomise(case.build(stride))
+    return randomise(case.build(case.stride))
 
 
 def state_of(name: str) -> dict[str, Tensor]:

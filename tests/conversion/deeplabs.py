@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,109 +12,49 @@ from tests.conversion.networks import (
     Network,
     ResNet,
     Separable,
-    _fcn,
     conv,
     conv3x3,
     conv_bn_relu,
+    fcn_head,
     rates_at,
     resize,
     shape,
 )
 
 
-class VainFHead(nn.Module):
-    """deeplabv3; the dense 3x3 of networks run finer than trained may be dilated."""
-
-    def __init__(self, inside: int, channels: int, classes: int, stride: int, kind: str) -> None:
-        super().__init__()
-        self.classifier = nn.Sequential(
-            Aspp(inside, channels, rates_at(stride), kind),
-            conv3x3(channels, channels, kind),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, classes, 1),
-        )
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        return self.classifier(features[3])
-
-
-class VainFPlusHead(nn.Module):
-    """deeplabv3plus."""
-
-    def __init__(
-        self, inside: int, low: int, channels: int, skip: int, classes: int, stride: int, kind: str
-    ) -> None:
-        super().__init__()
-        self.project = conv_bn_relu(low, skip, 1)
-        self.aspp = Aspp(inside, channels, rates_at(stride), kind)
-        decoder = conv3x3(channels + skip, channels, kind)
-        last = nn.Conv2d(channels, classes, 1)
-        self.classifier = nn.Sequential(decoder, nn.BatchNorm2d(channels), nn.ReLU(), last)
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        low = self.project(features[0])
-        return self.classifier(torch.cat([low, resize(self.aspp(features[3]), shape(low))], 1))
-
-
-class FCNWrapper(nn.Module):
-    """CAD's fcn."""
-
-    def __init__(self, inside: int, classes: int) -> None:
-        super().__init__()
-        self.classifier = _fcn(inside, classes)
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        return self.classifier(features[3])
-
-
 class VainF(Network):
+    """deeplabv3 and deeplabv3plus, and CAD's fcn; the dense 3x3 of networks run finer than trained may be
+    dilated."""
+
     def __init__(
         self,
         head: str,
         backbone: ResNet,
-        output_stride: int,
+        stride: int,
         kind: str = "plain",
         channels: int = 256,
         skip: int = 48,
         classes: int = 19,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
-        inside, low = backbone.channels, backbone.low_channels
-        if head == "deeplabv3":
-            self.classifier: nn.Module = VainFHead(inside, channels, classes, output_stride, kind)
-        elif head == "fcn":
-            self.classifier = FCNWrapper(inside, classes)
+        inside, own = backbone.channels, nn.Module()
+        aspp = Aspp(inside, channels, rates_at(stride), kind)
+        norm, last = nn.BatchNorm2d(channels), nn.Conv2d(channels, classes, 1)
+        if head == "fcn":
+            own.classifier = fcn_head(inside, classes)
+        elif head == "deeplabv3":
+            own.classifier = nn.Sequential(aspp, conv3x3(channels, channels, kind), norm, nn.ReLU(), last)
         else:
-            self.classifier = VainFPlusHead(inside, low, channels, skip, classes, output_stride, kind)
+            own.project, own.aspp = conv_bn_relu(backbone.low_channels, skip, 1), aspp
+            own.classifier = nn.Sequential(conv3x3(channels + skip, channels, kind), norm, nn.ReLU(), last)
+        self.backbone, self.classifier = backbone, own
 
     def grid_logits(self, features: list[Tensor]) -> Tensor:
-        return self.classifier(features)
-
-
-class SmpV3(nn.Module):
-    def __init__(self, inside: int, channels: int, rates: list[int], kind: str) -> None:
-        super().__init__()
-        self.aspp = Aspp(inside, channels, rates, kind)
-        self.conv, self.bn = conv(channels, channels, 3), nn.BatchNorm2d(channels)
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        return torch.relu(self.bn(self.conv(self.aspp(features[3]))))
-
-
-class SmpV3Plus(nn.Module):
-    def __init__(self, inside: int, low: int, channels: int, skip: int, rates: list[int], kind: str) -> None:
-        super().__init__()
-        aspp = Aspp(inside, channels, rates, kind)
-        self.aspp = nn.Sequential(aspp, Separable(channels, channels), nn.BatchNorm2d(channels), nn.ReLU())
-        self.block1 = conv_bn_relu(low, skip, 1)
-        self.block2 = nn.Sequential(Separable(channels + skip, channels), nn.BatchNorm2d(channels), nn.ReLU())
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        low = self.block1(features[0])
-        up = resize(self.aspp(features[3]), shape(low), align_corners=True)
-        return self.block2(torch.cat([up, low], 1))
+        own: Any = self.classifier
+        if not hasattr(own, "project"):
+            return own.classifier(features[3])
+        low = own.project(features[0])
+        return own.classifier(torch.cat([low, resize(own.aspp(features[3]), shape(low))], 1))
 
 
 class Smp(Network):
@@ -132,16 +74,25 @@ class Smp(Network):
         classes: int = 19,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        inside, low = encoder.channels, encoder.low_channels
+        own, both = nn.Module(), channels + skip
+        aspp = Aspp(encoder.channels, channels, rates, kind)
         if head == "deeplabv3":
-            self.decoder: nn.Module = SmpV3(inside, channels, rates, kind)
+            own.aspp, own.conv, own.bn = aspp, conv(channels, channels, 3), nn.BatchNorm2d(channels)
         else:
-            self.decoder = SmpV3Plus(inside, low, channels, skip, rates, kind)
+            own.aspp = nn.Sequential(aspp, Separable(channels, channels), nn.BatchNorm2d(channels), nn.ReLU())
+            own.block1 = conv_bn_relu(encoder.low_channels, skip, 1)
+            own.block2 = nn.Sequential(Separable(both, channels), nn.BatchNorm2d(channels), nn.ReLU())
+        self.encoder, self.decoder = encoder, own
         self.segmentation_head = nn.Sequential(nn.Conv2d(channels, classes, 1))
 
     def grid_logits(self, features: list[Tensor]) -> Tensor:
-        return self.segmentation_head(self.decoder(features))
+        own: Any = self.decoder
+        grid = own.aspp(features[3])
+        if not hasattr(own, "block1"):
+            return self.segmentation_head(torch.relu(own.bn(own.conv(grid))))
+        low = own.block1(features[0])
+        up = resize(grid, shape(low), align_corners=True)
+        return self.segmentation_head(own.block2(torch.cat([up, low], 1)))
 
 
 class ConvModule(nn.Module):
@@ -207,13 +158,6 @@ class MmsegHead(nn.Module):
         return self.conv_seg(out)
 
 
-class MmsegAuxiliary(nn.Module):
-    def __init__(self, inside: int, classes: int) -> None:
-        super().__init__()
-        self.conv_seg = nn.Conv2d(inside // 4, classes, 1)
-        self.convs = nn.Sequential(ConvModule(inside, inside // 4, 3))
-
-
 class Mmseg(Network):
     def __init__(
         self,
@@ -226,10 +170,12 @@ class Mmseg(Network):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        inside, plus = backbone.channels, head == "deeplabv3plus"
-        low = backbone.low_channels
-        self.decode_head = MmsegHead(inside, low, channels, skip if plus else None, classes, output_stride)
-        self.auxiliary_head = MmsegAuxiliary(inside // 2, classes)
+        inside, low = backbone.channels, backbone.low_channels
+        taken = skip if head == "deeplabv3plus" else None
+        self.decode_head = MmsegHead(inside, low, channels, taken, classes, output_stride)
+        self.auxiliary_head = nn.Module()
+        self.auxiliary_head.conv_seg = nn.Conv2d(inside // 8, classes, 1)
+        self.auxiliary_head.convs = nn.Sequential(ConvModule(inside // 2, inside // 8, 3))
 
     def grid_logits(self, features: list[Tensor]) -> Tensor:
         return self.decode_head(features)

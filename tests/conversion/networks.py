@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+from tests.reference import DEPTHS, DenseBasicBlock, DenseBottleneck
 
 
 def conv(
@@ -27,40 +27,6 @@ def conv_bn_relu(inside: int, outside: int, kernel: int, dilation: int = 1) -> n
     return nn.Sequential(
         conv(inside, outside, kernel, 1, dilation), nn.BatchNorm2d(outside), nn.ReLU(inplace=True)
     )
-
-
-class Basic(nn.Module):
-    expansion = 1
-
-    def __init__(
-        self, inside: int, width: int, stride: int, dilations: tuple[int, int], down: nn.Module | None
-    ):
-        super().__init__()
-        self.conv1, self.bn1 = conv(inside, width, 3, stride, dilations[0]), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv(width, width, 3, 1, dilations[1]), nn.BatchNorm2d(width)
-        self.downsample = down
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
-
-
-class Bottle(nn.Module):
-    expansion = 4
-
-    def __init__(
-        self, inside: int, width: int, stride: int, dilations: tuple[int, int], down: nn.Module | None
-    ):
-        super().__init__()
-        self.conv1, self.bn1 = conv(inside, width, 1), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv(width, width, 3, stride, dilations[0]), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
-        self.downsample = down
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
-        out = self.bn3(self.conv3(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
 class ResNet(nn.Module):
@@ -91,9 +57,9 @@ class ResNet(nn.Module):
         else:
             self.conv1 = conv(3, width, 7, 2) if stem == "conv7" else nn.Sequential(*parts)
             self.bn1 = nn.BatchNorm2d(width)
-        block = Basic if depth in (18, 34) else Bottle
+        block = DenseBasicBlock if depth in (18, 34) else DenseBottleneck
         inside, total, dilation = width, 4, 1
-        for number, count in enumerate(depths or DEPTHS[depth]):
+        for number, count in enumerate(depths or DEPTHS[f"resnet{depth}"]):
             stride, first = (2 if number else 1), dilation
             if total * stride > output_stride:
                 stride, dilation = 1, dilation * 2
@@ -101,12 +67,12 @@ class ResNet(nn.Module):
             total *= stride
             stage, blocks = width * 2**number, []
             for index in range(count):
-                down = None
+                entry = (stride, first) if index == 0 else (1, dilation)
+                second = 1 if style == "mmseg" and block is DenseBasicBlock else dilation
+                made = block(inside, stage, *entry, second, down=False)
                 if index == 0 and (number or inside != stage * block.expansion):
-                    down = _shortcut(inside, stage * block.expansion, stride, pooled)
-                second = 1 if style == "mmseg" and block is Basic else dilation
-                taps = (first if index == 0 else dilation, second)
-                blocks.append(block(inside, stage, stride if index == 0 else 1, taps, down))
+                    made.downsample = _shortcut(inside, stage * block.expansion, stride, pooled)
+                blocks.append(made)
                 inside = stage * block.expansion
             setattr(self, f"layer{number + 1}", nn.Sequential(*blocks))
         self.channels, self.low_channels = inside, inside // 8
@@ -213,18 +179,18 @@ class Torchvision(Network):
         super().__init__()
         self.backbone = backbone
         inside = backbone.channels
-        self.classifier: nn.Module = _fcn(inside, classes)
+        self.classifier: nn.Module = fcn_head(inside, classes)
         if head == "deeplabv3":
             aspp = Aspp(inside, channels, rates_at(output_stride))
             last = nn.Conv2d(channels, classes, 1)
             self.classifier = nn.Sequential(aspp, *conv_bn_relu(channels, channels, 3), last)
-        self.aux_classifier = _fcn(inside // 2, classes)
+        self.aux_classifier = fcn_head(inside // 2, classes)
 
     def grid_logits(self, features: list[Tensor]) -> Tensor:
         return self.classifier(features[3])
 
 
-def _fcn(inside: int, classes: int) -> nn.Sequential:
+def fcn_head(inside: int, classes: int) -> nn.Sequential:
     return nn.Sequential(
         *conv_bn_relu(inside, inside // 4, 3), nn.Dropout(0.1), nn.Conv2d(inside // 4, classes, 1)
     )

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from sparse_seg import build_model
-from sparse_seg.checkpoint import load_backbone
-from sparse_seg.conversion import convert
-from sparse_seg.conversion.back import to_dense
+from sparse_seg.conversion import SOURCES, convert
+from sparse_seg.conversion.mapping import dense_tensors
 from sparse_seg.errors import CheckpointError
 from sparse_seg.registry import BACKBONES
 from sparse_seg.training.pretrained import load_own, packaged
@@ -44,17 +43,22 @@ def test_pretrained_is_the_packages_own_network() -> None:
     assert relative_error(own(images)[-1], expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
-def test_timms_names_and_the_way_back(name: str, tmp_path: Path) -> None:
-    tensors = package("timm").create_model(f"tf_{name}", pretrained=False).state_dict()
-    source, path = tmp_path / "timm.pth", tmp_path / "own.safetensors"
-    torch.save(tensors, source)
-    conversion = convert(source, allow_missing=("head",))
-    assert (conversion.source, conversion.plan.arch) == ("efficientnet", name)
-    conversion.write(path)
-    backbone: Any = load_backbone(path).module
-    assert torch.equal(backbone.backbone.conv_stem.weight, tensors["conv_stem.weight"])
-    back = to_dense(path)
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"])
+def test_each_is_told_by_its_shapes(name: str) -> None:
+    with torch.device("meta"):
+        tensors = BACKBONES[name]().state_dict()
+    assert SOURCES["efficientnet"].plan(tensors, None).arch == name
+
+
+def test_timms_names_and_the_way_back(tmp_path: Path) -> None:
+    tensors = package("timm").create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    torch.save(tensors, tmp_path / "timm.pth")
+    conversion = convert(tmp_path / "timm.pth", allow_missing=("head",))
+    origin = conversion.checkpoint.origin
+    assert (origin.source, origin.arch) == ("efficientnet", "efficientnet_lite0")
+    weight = conversion.checkpoint.weights["module.backbone.conv_stem.weight"]
+    assert torch.equal(weight, tensors["conv_stem.weight"])
+    back = dense_tensors(conversion.checkpoint)
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in tensors.items())
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from sparse_seg import load_model
 from sparse_seg.checkpoint import load
 from sparse_seg.cli import main
-from sparse_seg.conversion import to_dense
-from sparse_seg.conversion.module import convert_module
+from sparse_seg.conversion import convert_module, to_dense
+from sparse_seg.conversion.mapping import dense_tensors
 from sparse_seg.conversion.verify import verify
 from sparse_seg.errors import CheckpointError
 from tests import captured
@@ -68,13 +69,8 @@ def renamed(change: Callable[[str], str]) -> Weights:
 
 
 WRAPPED: dict[str, Callable[[], Any]] = {
-    "plain": weights,
-    "state_dict": lambda: {"state_dict": weights(), "epoch": 3},
-    "model": lambda: {"model": weights()},
-    "model_state_dict": lambda: {"model_state_dict": weights(), "optimizer": {}},
-    "DataParallel": lambda: {"state_dict": renamed("module.{}".format)},
-    "compiled": lambda: renamed("module._orig_mod.{}".format),
-    "Lightning": lambda: {"state_dict": renamed("net.{}".format)},
+    "Lightning": lambda: {"state_dict": renamed("net.{}".format), "epoch": 3},
+    "compiled": lambda: {"model": renamed("module._orig_mod.{}".format)},
     "without counters": lambda: {name: one for name, one in weights().items() if "num_batches" not in name},
 }
 
@@ -82,8 +78,7 @@ WRAPPED: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("how", WRAPPED)
 def test_weights_are_found_in_what_they_are_wrapped(tmp_path: Path, how: str) -> None:
     torch.save(WRAPPED[how](), tmp_path / "net.pth")
-    network = convert_module(tmp_path / "net.pth", captured.NAME, {}).network
-    found = network.module.state_dict()
+    found = dense_tensors(convert_module(tmp_path / "net.pth", captured.NAME, {}).checkpoint)
     assert all(torch.equal(found[name], one) for name, one in weights().items() if "num_batches" not in name)
 
 
@@ -93,9 +88,12 @@ def without(name: str) -> Weights:
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "missing": (lambda: without("head.bias"), r"head\.bias is missing; check --args"),
-    "left over": (lambda: {**weights(), "loss.weight": torch.ones(3)}, r"loss\.weight has no place"),
+    "left over": (lambda: {**weights(), "other.x": torch.ones(3)}, r"other\.x has no place"),
     "two left over": (lambda: weights() | {"a": torch.ones(1), "b": torch.ones(1)}, r"\(and 1 more\)"),
-    "beside it": (lambda: renamed("net.{}".format) | {"loss.x": torch.ones(3)}, "is missing"),
+    "beside it": (
+        lambda: renamed("net.{}".format) | {"other.x": torch.ones(3)},
+        "place in it; .* --drop other",
+    ),
     "another shape": (lambda: weights(5), r"head\.weight is \[5, 8, 1, 1\], the model's is \[3, 8, 1, 1\]"),
     "no numbers": (
         lambda: weights() | {"head.bias": torch.full((3,), float("nan"))},
@@ -112,11 +110,37 @@ def test_what_does_not_fit_is_named(tmp_path: Path, what: str) -> None:
         convert_module(tmp_path / "net.pth", captured.NAME, {})
 
 
-def test_a_part_of_a_file_is_asked_for(tmp_path: Path) -> None:
-    torch.save(renamed("net.{}".format) | {"loss.x": torch.ones(3)}, tmp_path / "net.pth")
+def test_a_part_of_a_file_is_taken(tmp_path: Path) -> None:
+    beside = {"loss.x": torch.ones(3), "mean": torch.zeros(3), "std": torch.ones(3)}
+    torch.save(renamed("net.{}".format) | beside, tmp_path / "net.pth")
+    found = convert_module(tmp_path / "net.pth", captured.NAME, {})
+    assert "prefix net. stripped" in found.report
+    assert "left out 3 tensors: mean, std, loss.x" in found.report
+    assert (found.checkpoint.mean, found.checkpoint.std) == ((0.0,) * 3, (1.0,) * 3)
+    torch.save(renamed("net.{}".format) | {"other.x": torch.ones(3)}, tmp_path / "net.pth")
     assert convert_module(tmp_path / "net.pth", captured.NAME, {}, prefix="net")
-    torch.save(weights() | {"loss.x": torch.ones(3)}, tmp_path / "net.pth")
-    assert convert_module(tmp_path / "net.pth", captured.NAME, {}, drop=["loss."])
+    assert convert_module(tmp_path / "net.pth", captured.NAME, {}, drop=["other."])
+
+
+class Worded(captured.Net):
+    """Its own names have the words of losses, scalings and wrappers."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.module, self.loss = self.late, self.head
+        self.mean = nn.Buffer(torch.zeros(3, 1, 1))
+        del self.late, self.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.loss(self.module(self.early(images - self.mean)) * self.scale)
+        return F.interpolate(logits, images.shape[2:], mode="bilinear")
+
+
+def test_names_of_the_modules_own_stay(tmp_path: Path) -> None:
+    state = Worded().state_dict()
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "net.pth")
+    found = dense_tensors(convert_module(tmp_path / "net.pth", f"{__name__}:Worded", {}).checkpoint)
+    assert found.keys() == state.keys()
 
 
 def test_errors_are_one_line_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,5 +192,5 @@ def test_a_real_network(tmp_path: Path) -> None:
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         assert relative_error(network.dense(images, 16), module.eval()(images)["out"]) < 1e-5
-    assert verify(network).agrees
+    assert all(one.agrees for one in verify(network) if one.must)
     assert load(tmp_path / "net.safetensors").config.module == name
