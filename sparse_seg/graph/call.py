@@ -1,20 +1,18 @@
-"""A call of PyTorch's in an exported graph, as a family's reader sees it (`ops.READERS`)."""
+"""A call of PyTorch's, as a family's reader sees it (`ops.READERS`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import fx
+from torch import Tensor
 
 from sparse_seg.ops import OPERATORS, Node, UnknownOperator
 
 if TYPE_CHECKING:
     from sparse_seg.graph.reading import Reader
-
-PREFIX = "module."  # of what `graph/capture.py` wraps
 
 
 @dataclass(frozen=True)
@@ -41,24 +39,25 @@ class Unknown:
     """What no operator here makes; an error once the output needs it."""
 
     message: str
-    layer: str = ""
+    layers: tuple[str, ...] = ()
 
 
 class Call:
-    """What a family's reader asks of one call of an operator of PyTorch's."""
+    """What a family's reader asks of one call of an operator of PyTorch's.
 
-    def __init__(self, reader: Reader, node: fx.Node, schema: Any) -> None:
-        self.reader, self.node = reader, node
-        self.operator = schema.name.split("::")[1]
-        self.names = [argument.name for argument in schema.arguments]
-        self._arguments = {
-            argument.name: argument.default_value
-            for argument in schema.arguments
-            if argument.has_default_value()
-        }
-        self._arguments |= dict(zip(self.names, node.args, strict=False)) | node.kwargs
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        self.layer = (stack[-1][0] if stack else "").removeprefix(PREFIX).removeprefix("module")
+    Args:
+        arguments: by name, in the operator's order.
+        layer: that calls it.
+
+    Attributes:
+        tensors: that it reads; shapes: of what it gives.
+    """
+
+    def __init__(self, reader: Reader, operator: str, arguments: dict[str, Any], layer: str) -> None:
+        self.reader, self.operator, self.layer = reader, operator, layer
+        self.names, self._arguments = list(arguments), arguments
+        self.tensors = list(_tensors(arguments.values()))
+        self.shapes: list[tuple[int, ...]] = []
 
     @property
     def where(self) -> str:
@@ -73,8 +72,7 @@ class Call:
         return self._arguments.get(name, default)
 
     def is_value(self, name: str) -> bool:
-        argument = self.argument(name)
-        return isinstance(argument, fx.Node) and isinstance(self.reader.known.get(argument), Ref)
+        return isinstance(self.reader.known(self.argument(name)), Ref)
 
     def is_vector(self, name: str) -> bool:
         return self._ref(name).name in self.reader.vectors
@@ -93,7 +91,7 @@ class Call:
         argument = self.argument(name)
         if argument is None:
             return None
-        found = self.reader.known.get(argument) if isinstance(argument, fx.Node) else None
+        found = self.reader.known(argument)
         if not isinstance(found, Constant):
             raise UnknownOperator(f"{self.where}: the {name} of {self.operator} is computed, not a parameter")
         return found.name
@@ -101,12 +99,11 @@ class Call:
     def beside(self, tensor: str | None, name: str) -> str | None:
         """Another tensor of the same module, by its name there."""
         wanted = f"{(tensor or '').rpartition('.')[0]}.{name}".lstrip(".")
-        known = (found.name for found in self.reader.known.values() if isinstance(found, Constant))
-        return wanted if wanted in known else None
+        return wanted if self.reader.named(wanted) else None
 
     def shape_of(self, tensor: str | None) -> tuple[int, ...]:
         for argument in self._arguments.values():
-            found = self.reader.known.get(argument) if isinstance(argument, fx.Node) else None
+            found = self.reader.known(argument)
             if isinstance(found, Constant) and found.name == tensor:
                 return found.shape
         raise KeyError(tensor)
@@ -140,7 +137,7 @@ class Call:
     def result_shapes(self) -> list[tuple[int, ...]]:
         """Of an operator with several results, as `Node.shape`."""
         form = self._ref(self.first).form
-        return [_canonical(tuple(value.shape), form) for value in self.node.meta["val"]]
+        return [_canonical(shape, form) for shape in self.shapes]
 
     def same(self, name: str) -> Ref:
         """The value itself."""
@@ -151,27 +148,27 @@ class Call:
         refs = self._refs(inputs)
         grids = [ref for ref in refs if ref.name not in self.reader.vectors]
         form = (grids or refs)[0].form
-        found = tuple(self.node.meta["val"].shape)
+        found = self.shapes[0]
         if OPERATORS[op].is_pool:
             rank = len(self.reader.nodes[refs[0].name].shape)
             form = form if len(found) == rank else "flat"
-        return self._enter(self.node.name, op, refs, tensors, _canonical(found, form), form, options)
+        return self._enter(
+            self.reader.unique(self.operator), op, refs, tensors, _canonical(found, form), form, options
+        )
 
-    def part(self, number: int, op: str, inputs: list[str], shape: tuple[int, ...], **options: Any) -> Ref:
+    def part(self, op: str, inputs: list[str], shape: tuple[int, ...], **options: Any) -> Ref:
         """One of several results."""
         refs = self._refs(inputs)
-        return self._enter(f"{self.node.name}.{number}", op, refs, {}, shape, refs[0].form, options)
+        return self._enter(self.reader.unique(self.operator), op, refs, {}, shape, refs[0].form, options)
 
     def reshaped(self) -> Any:
         """The result of an operator that changes axes alone."""
-        found = self.reader.known[self.node.all_input_nodes[0]]
-        out = tuple(self.node.meta["val"].shape)
+        found, out = self.reader.known(self.tensors[0]), self.shapes[0]
         if isinstance(found, Constant):
             if self.operator in ("permute", "transpose") or math.prod(out) != math.prod(found.shape):
                 raise UnknownOperator(f"{self.where}: a parameter that is moved about")
             return replace(found, shape=out)
-        if isinstance(found, list):
-            raise UnknownOperator(f"{self.where}: several values reshaped as one")
+        assert isinstance(found, Ref)
         shape, form = self.reader.nodes[found.name].shape, found.form
         if self.operator in ("permute", "transpose"):
             return self._permuted(found, shape)
@@ -187,17 +184,19 @@ class Call:
         if tuple(axes) == shape[1:-2]:
             return Ref(found.name, form)
         options = {"axes": list(axes), "rank": len(shape) - 3}
-        return self._enter(self.node.name, "view", [found], {}, (1, *axes, *shape[-2:]), form, options)
+        return self._enter(
+            self.reader.unique("view"), "view", [found], {}, (1, *axes, *shape[-2:]), form, options
+        )
 
     def stacked(self) -> Ref:
         """Values of one channel axis, joined along a new one before it."""
-        refs, shape = self._refs(["tensors"]), tuple(self.node.meta["val"].shape)
+        refs, shape = self._refs(["tensors"]), self.shapes[0]
         if self.argument("dim", 0) != 1 or len(shape) != 5 or any(ref.form != "first" for ref in refs):
             raise UnknownOperator(f"{self.where}: values stacked along another axis than the channels")
         joined = (1, shape[1] * shape[2], *shape[3:])
-        row = self._enter(f"{self.node.name}.row", "cat", refs, {}, joined, "first", {})
+        row = self._enter(self.reader.unique("cat"), "cat", refs, {}, joined, "first", {})
         options = {"axes": list(shape[1:3]), "rank": 1}
-        return self._enter(self.node.name, "view", [row], {}, shape, "first", options)
+        return self._enter(self.reader.unique("view"), "view", [row], {}, shape, "first", options)
 
     def _permuted(self, ref: Ref, shape: tuple[int, ...]) -> Ref:
         rank = len(shape) - (2 if ref.form == "flat" else 0)
@@ -220,7 +219,7 @@ class Call:
         axes = list(shape[1:-2])
         options = {"axes": axes, "order": places, "rank": len(axes)}
         made = (1, *(axes[place] for place in places), *shape[-2:])
-        return self._enter(self.node.name, "view", [ref], {}, made, ref.form, options)
+        return self._enter(self.reader.unique("view"), "view", [ref], {}, made, ref.form, options)
 
     def _enter(
         self,
@@ -248,11 +247,20 @@ class Call:
         for name in names:
             argument = self.argument(name)
             for one in argument if isinstance(argument, (list, tuple)) else [argument]:
-                found = self.reader.known.get(one) if isinstance(one, fx.Node) else None
+                found = self.reader.known(one)
                 if not isinstance(found, Ref):
                     raise UnknownOperator(f"{self.where}: {self.operator} of what is no value of the image")
                 refs.append(found)
         return refs
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments."""
+    for one in values:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, (list, tuple)):
+            yield from _tensors(one)
 
 
 def _canonical(shape: tuple[int, ...], form: str) -> tuple[int, ...]:

@@ -1,13 +1,10 @@
-"""A module's graph, by `torch.export` in eval mode: operators with the module's own tensors, by name."""
+"""A module's graph, in eval mode: operators with the module's own tensors, by name."""
 
 from __future__ import annotations
 
-import io
-import logging
-import re
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,9 @@ from sparse_seg.errors import first_line
 from sparse_seg.graph.reading import CaptureFailed, Reader
 from sparse_seg.graph.rewrite import fold_pads
 from sparse_seg.ops import OPERATORS, Graph, Node, Spatial, UnknownOperator
-from sparse_seg.ops.own_code import Part, able_parts, standing_in
+from sparse_seg.ops.own_code import Part, able_parts
 
+_TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parents[1]
 KEYS = ("out", "logits")  # of what networks return
 
 
@@ -45,17 +43,6 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
-class Logits(nn.Module):
-    """A module that returns its logits alone."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, images: Tensor) -> Tensor:
-        return logits_of(self.module(images))
-
-
 def capture(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str, Tensor]]:
     """The graph of a module from normalised images to logits, and the constant tensors that it has beside its
     state dict.
@@ -65,7 +52,7 @@ def capture(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str, 
         size: `(H, W)` of the images to capture it with, px; the graph serves others, too.
 
     Raises:
-        CaptureFailed: `torch.export` fails, or the module does not return logits.
+        CaptureFailed: the module's code fails, or reads values of the image, or does not return logits.
         UnknownOperator: names the operator and the layer that it stands in.
     """
     graph, constants = _captured(module, size)
@@ -105,17 +92,16 @@ def _pads_before(graph: Graph, node: Node) -> list[int] | None:
 
 def _captured(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str, Tensor]]:
     """Parts with operators that are unknown run by their own code, where they can."""
-    tensor = next(iter(module.parameters()), torch.zeros(1))
-    images = torch.zeros(1, 3, *size, dtype=tensor.dtype, device=tensor.device)
     able: dict[str, Part] | None = None
     parts: dict[str, Part] = {}
     while True:
         try:
-            return _exported(module, images, parts)
+            return _read(module, size, parts)
         except UnknownOperator as error:
             if able is None:
                 try:
-                    able = able_parts(module, images)
+                    tensor = next(iter(module.parameters()), torch.zeros(1))
+                    able = able_parts(module, tensor.new_zeros(1, 3, *size))
                 except Exception:  # of the module's own code: it may trace and not run
                     raise error from None
             names = {name for layer in error.layers if (name := _able_part(layer, able, parts)) is not None}
@@ -136,39 +122,26 @@ def _is_inside(name: str, parts: Mapping[str, Part]) -> bool:
     return any(name.startswith(f"{one}.") for one in parts)
 
 
-def _exported(
-    module: nn.Module, images: Tensor, parts: Mapping[str, Part]
+def _read(
+    module: nn.Module, size: tuple[int, int], parts: Mapping[str, Part]
 ) -> tuple[Graph, dict[str, Tensor]]:
-    size = int(images.shape[2]), int(images.shape[3])
+    reader = Reader(module, parts.values())
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _quiet(), standing_in(parts.values()):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(Logits(module), (images,), strict=False)
-    except CaptureFailed:
-        raise
-    except Exception as error:  # whatever the module's own code raises, too
+            output = reader.read(size)
+    except Exception as error:  # whatever the module's own code raises
         raise CaptureFailed(
-            f"torch.export cannot trace {type(module).__name__} at {size[0]}x{size[1]}: {_reason(error)}"
+            f"cannot trace {type(module).__name__} at {size[0]}x{size[1]}: {first_line(error)}{_place(error)}"
         ) from error
-    return Reader(program, size, parts).read()
+    graph = reader.graph(logits_of(output), size)
+    used = {name for node in graph.nodes for name in node.tensors.values()}
+    return graph, {name: tensor for name, tensor in reader.constants.items() if name in used}
 
 
-def _reason(error: Exception) -> str:
-    """In one line, with the line of the module's code where PyTorch tells it."""
-    text, first = str(error).strip(), first_line(error)
-    if "data-dependent" in first:
-        first = "what it runs depends on the values of the images"
-    place = re.search(r'call raised this error:\n\s*File "([^"]+)", line (\d+), in \S+\n\s*(.+)', text)
-    return f"{first} ({Path(place[1]).name}:{place[2]}: {place[3].strip()})" if place else first
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No stack traces and graphs from PyTorch where it cannot trace a module."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(level)
+def _place(error: Exception) -> str:
+    """The line of the module's code that raised an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not Path(frame.filename).is_relative_to(_TORCH)]
+    own = [frame for frame in own if not Path(frame.filename).is_relative_to(_OURS)]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""

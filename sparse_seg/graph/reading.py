@@ -1,23 +1,28 @@
-"""Reads the graph of `torch.export`: each call becomes a node, by what its family says (`ops.READERS`)."""
+"""Reads a network's graph as it runs on an image without values: each call of PyTorch's becomes a node, by
+what its family says (`ops.READERS`)."""
 
 from __future__ import annotations
 
-import operator as python_operators
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.graph.call import PREFIX, Call, Constant, Ref, Unknown
+from sparse_seg.graph.call import Call, Constant, Ref, Unknown
 from sparse_seg.ops import READERS, Graph, Node, UnknownOperator
-from sparse_seg.ops.own_code import Part
+from sparse_seg.ops.own_code import Part, standing_in
 
 # operators of PyTorch's that change nothing that matters here
-SAME = {"contiguous", "clone", "alias", "detach", "detach_", "to", "_to_copy", "lift_fresh_copy", "type_as"}
+CASTS = {"to", "_to_copy", "type_as"}
+SAME = {"contiguous", "clone", "alias", "detach", "detach_", "lift_fresh", "lift_fresh_copy"} | CASTS
 SHAPES = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "_unsafe_view", "unflatten"}
 MOVES = {"permute", "transpose", "expand", "expand_as"}
+VALUES = {"item", "_local_scalar_dense", "is_nonzero", "equal"}  # tell Python what a tensor holds
 # names of tensors that no state dict has
 CONSTANT, COMPUTED = "constant.", "computed."  # the latter are computed of parameters
 
@@ -26,38 +31,59 @@ class CaptureFailed(SparseSegError):
     """No graph can be made of a module; the message says why, in one line."""
 
 
-class Reader:
-    """Of one exported program, for images of `size` px; `parts` run by their own code.
+class Reader(TorchDispatchMode):
+    """Of one network. What depends on the image are tensors on the meta device, all else has its values.
+
+    Args:
+        parts: run by their own code.
 
     Attributes:
         nodes: what is read so far, by name; vectors: names of those that are vectors.
-        known: a `Ref`, a `Constant`, an `Unknown`, or a list of such, of each value of PyTorch's.
+        constants: tensors that the state dict has not.
     """
 
-    def __init__(self, program: Any, size: tuple[int, int], parts: Mapping[str, Part]) -> None:
-        self.program, self.size, self.parts = program, size, parts
+    def __init__(self, module: nn.Module, parts: Iterable[Part]) -> None:
+        super().__init__()
+        self.module, self.parts = module, list(parts)
         self.nodes: dict[str, Node] = {}
         self.vectors: set[str] = set()
-        self.known: dict[fx.Node, Any] = {}
         self.constants: dict[str, Tensor] = {}
-        self.lifted = program.state_dict, program.constants
-        parameters = program.graph_signature.inputs_to_parameters.values()
-        self.parameters = {name.removeprefix(PREFIX) for name in parameters}
+        self.layers = [""]  # that are being called, the innermost last
+        self._known: dict[int, Ref | Constant | Unknown] = {}  # by the tensor's id
+        self._of_image: set[int] = set()  # ids of tensors without values
+        self._kept: list[Tensor] = []  # all of these, lest another one gets an id of theirs
+        self._names = Counter[str]()
+        self._parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        for named in (module.named_parameters, module.named_buffers):
+            for name, tensor in named(remove_duplicate=False):
+                if id(tensor) not in self._known:
+                    self._bind(tensor, Constant(name, tuple(tensor.shape)))
 
-    def read(self) -> tuple[Graph, dict[str, Tensor]]:
-        signature = self.program.graph_signature
-        lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        for node in self.program.graph.nodes:
-            if node.op == "placeholder":
-                self._placeholder(node, lifted, signature.inputs_to_lifted_tensor_constants)
-            elif node.op == "call_function":
-                self._call(node)
-            elif node.op == "output":
-                output = node.args[0][-1]
-        found = self.known.get(output)
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch's hook: True imports torch._dynamo and sympy at the first call."""
+        return False
+
+    def read(self, size: tuple[int, int]) -> Any:
+        """Run the network on an image of `size` px. Returns its output."""
+        dtype = next((one.dtype for one in self.module.parameters() if one.is_floating_point()), None)
+        image = torch.empty(1, 3, *size, dtype=dtype, device="meta")
+        self.nodes["images"] = Node("images", "image", shape=tuple(image.shape))
+        self._bind(image, Ref("images"), of_image=True)
+        with standing_in(self.parts, self._stand_in), torch.inference_mode(), self._naming(), self:
+            return self.module(image)
+
+    def graph(self, logits: Tensor, size: tuple[int, int]) -> Graph:
+        """The graph that ends with logits, less a last upsampling to the images' size.
+
+        Raises:
+            UnknownOperator: they depend on an operator that is not known.
+            CaptureFailed: they are no logits.
+        """
+        found = self.known(logits)
         if isinstance(found, Unknown):
             error = UnknownOperator(found.message)
-            error.layers = [one.layer for one in self._unknown(output) if one.layer]
+            error.layers = list(found.layers)
             raise error
         if not isinstance(found, Ref):
             raise CaptureFailed("the network's output does not depend on its images")
@@ -65,86 +91,97 @@ class Reader:
         if last.name in self.vectors or len(last.shape) != 4:
             raise CaptureFailed(f"the network gives {list(last.shape)}, not logits [B, K, h, w] of images")
         align_corners = False
-        if last.op == "resize" and last.size == self.size:
+        if last.op == "resize" and last.size == size:
             align_corners, last = last.options["align_corners"], self.nodes[last.inputs[0]]
-        graph = Graph(list(self.nodes.values()), last.name, self.size, align_corners).pruned()
-        used = {name for node in graph.nodes for name in node.tensors.values()}
-        return graph, {name: tensor for name, tensor in self.constants.items() if name in used}
+        return Graph(list(self.nodes.values()), last.name, size, align_corners).pruned()
 
-    def _unknown(self, output: fx.Node) -> list[Unknown]:
-        """All unknown operators that a value depends on, each once."""
-        left, seen, found = [output], set[fx.Node](), dict[Unknown, None]()
-        while left:
-            node = left.pop()
-            if node not in seen:
-                seen.add(node)
-                left.extend(node.all_input_nodes)
-                if isinstance(one := self.known.get(node), Unknown):
-                    found[one] = None
-        return list(found)
+    def known(self, tensor: Any) -> Ref | Constant | Unknown | None:
+        """What a tensor is; None for what is no tensor."""
+        if not isinstance(tensor, Tensor):
+            return None
+        if id(tensor) not in self._known:  # an attribute of the module's, or made by torch.tensor
+            self._bind(tensor, self._constant(tensor, CONSTANT))
+        return self._known[id(tensor)]
 
-    def _placeholder(self, node: fx.Node, lifted: dict[str, str], constants: dict[str, str]) -> None:
-        shape = tuple(node.meta["val"].shape) if isinstance(node.meta.get("val"), Tensor) else ()
-        if node.name in lifted:
-            self.known[node] = Constant(lifted[node.name].removeprefix(PREFIX), shape)
-        elif node.name in constants:
-            name = f"{CONSTANT}{len(self.constants)}"
-            self.constants[name] = self.program.constants[constants[node.name]].detach().clone()
-            self.known[node] = Constant(name, shape)
-        else:
-            self.nodes[node.name] = Node(node.name, "image", shape=shape)
-            self.known[node] = Ref(node.name)
+    def named(self, tensor: str) -> bool:
+        """Whether the module has a tensor of this name."""
+        return any(isinstance(one, Constant) and one.name == tensor for one in self._known.values())
 
-    def _call(self, node: fx.Node) -> None:
-        if node.target is python_operators.getitem:
-            parts = self.known.get(node.args[0])  # type: ignore[arg-type]
-            self.known[node] = parts[node.args[1]] if isinstance(parts, list) else parts  # type: ignore[index]
+    def unique(self, name: str) -> str:
+        """A node's name that no other has."""
+        self._names[name] += 1
+        return name if self._names[name] == 1 else f"{name}_{self._names[name] - 1}"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, schema = kwargs or {}, func._schema
+        arguments = {
+            one.name: one.default_value if one.has_default_value() else None for one in schema.arguments
+        }
+        arguments |= dict(zip(arguments, args, strict=False)) | kwargs
+        call = Call(self, schema.name.split("::")[1], arguments, self.layers[-1])
+        if not any(id(one) in self._of_image for one in call.tensors):
+            out = func(*args, **kwargs)
+            self._enter(call, out)
+            return out
+        if call.operator in VALUES:
+            raise CaptureFailed("what it runs depends on the values of the images")
+        is_inplace = call.operator.endswith("_") and not call.operator.startswith("_")
+        out = args[0] if is_inplace else self._without_values(call, func, args, kwargs)
+        self._enter(call, out, of_image=True)
+        return out
+
+    def _without_values(self, call: Call, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a call gives, on the meta device."""
+        first = call.tensors[0]
+        if call.operator in CASTS:
+            others = [one.dtype if isinstance(one, Tensor) else one for one in [*args[1:], *kwargs.values()]]
+            dtype = next((one for one in others if isinstance(one, torch.dtype)), first.dtype)
+            return first if dtype == first.dtype else torch.empty_like(first, dtype=dtype, device="meta")
+        device = next((one.device for one in call.tensors if not one.is_meta), "cpu")
+
+        def no_images(one: Tensor) -> Tensor:
+            of_image = id(one) in self._of_image
+            if not of_image and not one.is_meta:
+                return one
+            batched = of_image and one.ndim > 2 and one.shape[0] == 1
+            return torch.empty((0, *one.shape[1:]) if batched else one.shape, dtype=one.dtype, device=device)
+
+        def one_image(one: Tensor) -> Tensor:
+            return torch.empty([length or 1 for length in one.shape], dtype=one.dtype, device="meta")
+
+        # many operators import sympy on the meta device, which takes two seconds
+        if call.operator not in SHAPES | MOVES:
+            with suppress(RuntimeError, IndexError):
+                return _mapped(func(*_mapped(args, no_images), **_mapped(kwargs, no_images)), one_image)
+        return func(*_mapped(args, _meta), **_mapped(kwargs, _meta))
+
+    def _enter(self, call: Call, out: Any, of_image: bool = False) -> None:
+        """Note what the results of a call are."""
+        outs = [one for one in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(one, Tensor)]
+        if not outs:
             return
-        schema = getattr(node.target, "_schema", None)
-        if schema is None:
-            self.known[node] = Unknown(f"{node.target} is not known to run on sites")
-            return
-        call = Call(self, node, schema)
-        inputs = [self.known.get(one) for one in node.all_input_nodes]
-        unknown = [found for found in inputs if isinstance(found, Unknown)]
+        known = [self.known(one) for one in call.tensors]
+        unknown = [one for one in known if isinstance(one, Unknown)]
         result: Any
         if unknown:
-            result = unknown[0]
-        elif call.operator not in SAME | SHAPES and inputs and all(isinstance(i, Constant) for i in inputs):
-            result = self._computed(node)
+            layers = dict.fromkeys(layer for one in unknown for layer in one.layers)
+            result = Unknown(unknown[0].message, tuple(layers))
+        elif call.operator not in SAME | SHAPES and known and all(isinstance(one, Constant) for one in known):
+            result = [self._computed(known, one) for one in outs]
         else:
             try:
-                result = self._result(call)
+                result = self._result(call, outs)
             except UnknownOperator as error:
-                result = Unknown(str(error), call.layer)
-        self.known[node] = result
-        if call.operator.endswith("_") and not call.operator.startswith("_") and node.all_input_nodes:
-            self.known[node.all_input_nodes[0]] = result  # in place: whoever reads that value sees the result
+                result = Unknown(str(error), (call.layer,) if call.layer else ())
+        results = result if isinstance(result, list) else [result] * len(outs)
+        for one, its in zip(outs, results, strict=True):
+            self._bind(one, its, of_image)
 
-    @torch.no_grad()
-    def _computed(self, node: fx.Node) -> Any:
-        """What is computed of the network's tensors alone, as a standardised weight is: a new constant."""
-        values = node.target(  # type: ignore[operator]
-            *fx.map_arg(node.args, lambda one: self._value(self.known[one])),
-            **fx.map_arg(node.kwargs, lambda one: self._value(self.known[one])),
-        )
-        if not isinstance(values, Tensor):
-            return Unknown(f"{node.target} of parameters gives several tensors")
-        read = {self.known[one].name for one in node.all_input_nodes}
-        trains = any(name in self.parameters or name.startswith(COMPUTED) for name in read)
-        name = f"{COMPUTED if trains else CONSTANT}{len(self.constants)}"
-        self.constants[name] = values.detach().clone()
-        return Constant(name, tuple(values.shape))
-
-    def _value(self, constant: Constant) -> Tensor:
-        places = (constant.name, self.constants), *((PREFIX + constant.name, one) for one in self.lifted)
-        found = next(tensors[name] for name, tensors in places if name in tensors)
-        return found.detach().reshape(constant.shape)
-
-    def _result(self, call: Call) -> Any:
+    def _result(self, call: Call, outs: list[Tensor]) -> Any:
+        call.shapes = [tuple(one.shape) for one in outs]
         name = call.operator
         if name in SAME:
-            return self.known[call.node.all_input_nodes[0]]
+            return self.known(call.tensors[0])
         if name in SHAPES | MOVES:
             return call.reshaped()
         read = READERS.get(name)
@@ -154,3 +191,63 @@ class Reader:
                 "the network dense"
             )
         return read(call)
+
+    def _computed(self, known: list[Any], value: Tensor) -> Constant:
+        """What is computed of the network's tensors alone, as a standardised weight is: a new constant."""
+        trains = any(one.name in self._parameters or one.name.startswith(COMPUTED) for one in known)
+        return self._constant(value, COMPUTED if trains else CONSTANT)
+
+    def _constant(self, value: Tensor, kind: str) -> Constant:
+        name = f"{kind}{len(self.constants)}"
+        with torch.inference_mode(False):
+            self.constants[name] = value.detach().clone()
+        return Constant(name, tuple(value.shape))
+
+    def _bind(self, tensor: Tensor, known: Ref | Constant | Unknown, of_image: bool = False) -> None:
+        self._known[id(tensor)] = known
+        self._kept.append(tensor)
+        if of_image:
+            self._of_image.add(id(tensor))
+
+    def _stand_in(self, part: Part, *inputs: Tensor) -> Tensor:
+        """The output of a part that runs by its own code."""
+        first = inputs[0]
+        out = first.new_empty(first.shape[0], part.channels, *first.shape[2:], device="meta")
+        call = Call(self, "own_code", {"inputs": list(inputs), "part": part}, self.layers[-1])
+        self._enter(call, out, of_image=True)
+        return out
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Note which layer is being called."""
+
+        def entering(name: str) -> Any:
+            return lambda *_: self.layers.append(name)
+
+        def leave(*_: Any) -> None:
+            self.layers.pop()
+
+        hooks = []
+        for name, layer in self.module.named_modules():
+            hooks.append(layer.register_forward_pre_hook(entering(name), prepend=True))
+            hooks.append(layer.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _mapped(values: Any, change: Any) -> Any:
+    """The same arguments with other tensors."""
+    if isinstance(values, Tensor):
+        return change(values)
+    if isinstance(values, dict):
+        return {name: _mapped(value, change) for name, value in values.items()}
+    return (
+        type(values)(_mapped(one, change) for one in values) if isinstance(values, (list, tuple)) else values
+    )
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")

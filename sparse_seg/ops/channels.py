@@ -82,9 +82,9 @@ def read_split(call: Any) -> Any:
     if call.channel_axis(call.argument("dim", 0), call.first) != 1:
         raise UnknownOperator(f"{call.where}: a split of another axis than the channels")
     stops, parts = 0, []
-    for number, shape in enumerate(call.result_shapes()):
+    for shape in call.result_shapes():
         start, stops = stops, stops + shape[1]
-        parts.append(call.part(number, "slice", [call.first], shape, start=start, stop=stops))
+        parts.append(call.part("slice", [call.first], shape, start=start, stop=stops))
     return parts
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -48,25 +48,13 @@ def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     return (owner._parameters if own in owner._parameters else owner._buffers), own
 
 
-@torch.library.custom_op("sparse_seg::own_code", mutates_args=())
-def own_code(inputs: list[Tensor], name: str, channels: int) -> Tensor:
-    """Stands for the module `name` while a network is traced."""
-    raise NotImplementedError
-
-
-@own_code.register_fake
-def _(inputs: list[Tensor], name: str, channels: int) -> Tensor:
-    batch, _, height, width = inputs[0].shape
-    return inputs[0].new_empty(batch, channels, height, width)
-
-
 @reads("own_code")
 def read_own_code(call: Any) -> Any:
     if not call.are_grids("inputs"):
         raise UnknownOperator(f"{call.where} reads more than grids of the image")
-    part: Part = call.reader.parts[call.argument("name")]
+    part: Part = call.argument("part")
     tensors = {name: f"{part.name}.{name}" for name in part.tensors}
-    return call.make("module", ["inputs"], tensors, module=part.skeleton(), macs=part.macs())
+    return call.make("module", ["inputs"], tensors, module=part.skeleton, macs=part.macs)
 
 
 class Part:
@@ -80,10 +68,12 @@ class Part:
         found: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
         return found | dict(self.module.named_buffers(remove_duplicate=False))
 
+    @cached_property
     def skeleton(self) -> nn.Module:
         """The module without its tensors."""
         return copy.deepcopy(self.module).to("meta")
 
+    @cached_property
     def macs(self) -> int:
         """Multiply-adds at each place, at the size that it was called with."""
         from torch.utils.flop_counter import FlopCounterMode  # it takes a quarter of a second to import
@@ -119,17 +109,14 @@ def able_parts(module: nn.Module, images: Tensor) -> dict[str, Part]:
 
 
 @contextmanager
-def standing_in(parts: Iterable[Part]) -> Iterator[None]:
-    """Let the operator `own_code` stand for parts while the network is traced."""
+def standing_in(parts: Iterable[Part], stand_in: Callable[..., Tensor]) -> Iterator[None]:
+    """Call `stand_in(part, *inputs)` in place of each part."""
     changed = list(parts)
     for part in changed:
-        part.module.forward = partial(_traced, part.name, part.channels)
+        _ = part.skeleton, part.macs  # of the module as it is
+        part.module.forward = partial(stand_in, part)
     try:
         yield
     finally:
         for part in changed:
             del part.module.forward
-
-
-def _traced(name: str, channels: int, *inputs: Tensor) -> Tensor:
-    return own_code(list(inputs), name, channels)
