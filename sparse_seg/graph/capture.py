@@ -132,7 +132,8 @@ def _read(
             output = reader.read(size)
     except Exception as error:  # whatever the module's own code raises
         raise CaptureFailed(
-            f"cannot trace {type(module).__name__} at {size[0]}x{size[1]}: {first_line(error)}{_place(error)}"
+            f"cannot trace {type(module).__name__} at {size[0]}x{size[1]}: {first_line(error)}"
+            f"{_place(error) or (f' ({reader.failed})' if reader.failed else '')}"
         ) from error
     graph = reader.graph(logits_of(output), size)
     used = {name for node in graph.nodes for name in node.tensors.values()}

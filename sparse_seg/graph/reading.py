@@ -49,6 +49,7 @@ class Reader(TorchDispatchMode):
         self.vectors: set[str] = set()
         self.constants: dict[str, Tensor] = {}
         self.layers = [""]  # that are being called, the innermost last
+        self.failed = ""  # the layer whose call failed
         self._known: dict[int, Ref | Constant | Unknown] = {}  # by the tensor's id
         self._of_image: set[int] = set()  # ids of tensors without values
         self._kept: list[Tensor] = []  # all of these, lest another one gets an id of theirs
@@ -126,7 +127,11 @@ class Reader(TorchDispatchMode):
         if call.operator in VALUES:
             raise CaptureFailed("what it runs depends on the values of the images")
         is_inplace = call.operator.endswith("_") and not call.operator.startswith("_")
-        out = args[0] if is_inplace else self._without_values(call, func, args, kwargs)
+        try:
+            out = args[0] if is_inplace else self._without_values(call, func, args, kwargs)
+        except Exception:
+            self.failed = call.layer
+            raise
         self._enter(call, out, of_image=True)
         return out
 

@@ -41,8 +41,8 @@ def selective(
 ) -> SelectiveNetwork:
     """Run any segmentation network selectively: coarse everywhere, fine where a mask asks for it.
 
-    The network is captured by `torch.export`; nothing is retrained and no tensor copied, so the module's
-    state dict stays the checkpoint (`net.module` is the module). The result has the interface of
+    The network is read as it runs on an image without values. Nothing is retrained and no tensor copied, so
+    the module's state dict stays the checkpoint (`net.module` is the module). The result has the interface of
     `build_model`'s.
 
     Args:
@@ -59,7 +59,7 @@ def selective(
     Raises:
         NotSelective: nothing of the network can run selectively; says why and what would change it.
         UnknownOperator: an operator that is not known; names it and the layer that it stands in.
-        CaptureFailed: `torch.export` cannot trace the module.
+        CaptureFailed: the module's code fails, or depends on the values of the images.
         GraphDiffers: the graph does not give the module's output on an example; names the first layer.
         ConfigError: an unknown policy, or impossible settings.
         TrainingError: the module is in training mode and computes weights of parameters, as weight norm does.
