@@ -44,8 +44,7 @@ from sparse_seg.config.keys import choices
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.views import ONCE
-from sparse_seg.export.runner import TORCH, Runner
-from sparse_seg.export.runtime import RUNTIMES
+from sparse_seg.export.runner import AUTO, TORCH, Runner
 from sparse_seg.lab.compare.report import compare_and_report, written
 from sparse_seg.lab.opened import Opened
 from sparse_seg.lab.provenance import write_result
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             args.usage_error(f"argument --{name}: only with --compare; add --compare F")
     if args.compare and views(args) != ONCE:
         args.usage_error("argument --compare: not with --flip, --scales or --window")
-    if args.accuracy_only and args.runtime in RUNTIMES:
+    if args.accuracy_only and args.runtime not in (AUTO, TORCH):
         args.usage_error("argument --runtime: not with --accuracy-only, which shares passes in torch")
     if args.resume and not args.json:
         args.usage_error("argument --resume: name the file to resume; add --json OUT")

@@ -59,8 +59,7 @@ from sparse_seg.config.schema import BITS
 from sparse_seg.data.depth import find_depth
 from sparse_seg.data.folder import CLASS_FILE
 from sparse_seg.errors import DataError
-from sparse_seg.export.runner import Runner
-from sparse_seg.export.runtime import RUNTIMES
+from sparse_seg.export.runner import AUTO, TORCH, Runner
 from sparse_seg.lab.predict.inputs import OutputFiles, find_sources
 from sparse_seg.lab.predict.pictures import STEPS, check_legend, write_legend, write_pictures
 from sparse_seg.lab.predict.segment import ImageSegmenter
@@ -103,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.steps and args.steps != sorted(args.steps):
         args.usage_error(f"argument --steps: fractions must rise, not {args.steps}")
-    if args.runtime in RUNTIMES and (args.steps or args.fps):
+    if args.runtime not in (AUTO, TORCH) and (args.steps or args.fps):
         asked = "--steps" if args.steps else "--fps"
         args.usage_error(f"argument --runtime: {asked} needs torch, which refines")
     way, looks = Way(args.dense, args.policy, args.fine_fraction), views(args)

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,11 +34,12 @@ def check_graph(graph: bytes, model: SelectiveNetwork, network: StaticNetwork, i
         SparseSegError: they differ, or onnxruntime is not installed.
     """
     session, generator = open_session(graph, "onnxruntime"), torch.Generator().manual_seed(0)
-    outside = _plain_copy(model)
+    outside = plain_copy(model)
     for _ in range(images):
         inputs, normalised = random_inputs(network, generator)
         names = network.interface()[0]
-        found = session(**{name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+        arrays = session(**{name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+        found = {name: torch.from_numpy(value) for name, value in arrays.items()}
         if problem := _problem(
             outside, network.options, normalised, found, chosen_levels(network, inputs, found)
         ):
@@ -48,19 +48,25 @@ def check_graph(graph: bytes, model: SelectiveNetwork, network: StaticNetwork, i
 
 @torch.no_grad()
 def check_run(
-    model: SelectiveNetwork, options: ExportOptions, images: Tensor, found: Mapping[str, np.ndarray]
+    model: SelectiveNetwork,
+    options: ExportOptions,
+    images: Tensor,
+    found: Mapping[str, Tensor],
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Compare what a graph with these options gave with PyTorch, as `check_graph` does.
 
     Args:
-        images: normalised, float32 `[B, 3, H, W]`, on the CPU.
+        model: runs where the images are.
+        images: normalised, `[B, 3, H, W]`.
         found: the graph's outputs by name.
+        tolerance: of logits, relative to the largest.
 
     Raises:
         SparseSegError: they differ.
     """
-    mask = None if options.dense is not None else torch.from_numpy(found["fine_blocks"])
-    if problem := _problem(_plain_copy(model), options, images, found, mask):
+    mask = None if options.dense is not None else found["fine_blocks"]
+    if problem := _problem(model, options, images, found, mask, tolerance):
         raise SparseSegError(
             f"the graph gives other results than PyTorch: {problem}; run this network in PyTorch "
             "(--runtime torch)"
@@ -91,31 +97,31 @@ def _problem(
     model: SelectiveNetwork,
     options: ExportOptions,
     images: Tensor,
-    found: Mapping[str, np.ndarray],
+    found: Mapping[str, Tensor],
     mask: Tensor | None,
+    tolerance: float = TOLERANCE,
 ) -> str:
     """What is wrong with a graph's outputs by the model's own, under the mask that the graph chose (None:
     dense); nothing if they are right."""
     run, problem = model.start(images), ""
     if options.dense is not None:
-        return _difference(found, run.follow(Way.dense(options.dense)).logits())
+        return _difference(found, run.follow(Way.dense(options.dense)).logits(), tolerance)
     assert mask is not None
     if not options.given and options.fine_fraction is None:
-        policy = _plain_copy(options.policy or model.policy)
-        fine = torch.from_numpy(found["fine_blocks"])
-        wrong = _clearly_otherwise(policy, run, fine)
+        policy, fine = copy.deepcopy(options.policy or model.policy).to(images).eval(), found["fine_blocks"]
+        wrong = _clearly_otherwise(policy, run, fine, tolerance)
         if wrong > max(2, MOST_BLOCKS * fine.numel()):
             problem = f"{wrong} blocks are chosen otherwise"
-    return problem or _difference(found, run.take(mask, Way(merge=options.merge)).logits())
+    return problem or _difference(found, run.take(mask, Way(merge=options.merge)).logits(), tolerance)
 
 
 def chosen_levels(
-    network: StaticNetwork, inputs: tuple[Tensor, ...], found: Mapping[str, np.ndarray]
+    network: StaticNetwork, inputs: tuple[Tensor, ...], found: Mapping[str, Tensor]
 ) -> Tensor | None:
     """The mask that a graph chose, with three strides the blocks' levels; None when dense."""
     if network.options.dense is not None:
         return None
-    mask = torch.from_numpy(found["fine_blocks"])
+    mask = found["fine_blocks"]
     if not network.ranking.middle:
         return mask
     chosen = network.grid_logits(*inputs)[1]
@@ -124,34 +130,34 @@ def chosen_levels(
     return levels.scatter(1, chosen, 1).reshape(mask.shape).where(~mask, 2)
 
 
-def _plain_copy(module: _Module) -> _Module:
+def plain_copy(module: _Module) -> _Module:
     """On the CPU, in float32 and eval mode."""
     return copy.deepcopy(module).cpu().float().eval()
 
 
-def _clearly_otherwise(policy: MaskPolicy, run: Pass, fine: Tensor) -> int:
+def _clearly_otherwise(policy: MaskPolicy, run: Pass, fine: Tensor, tolerance: float) -> int:
     """How many of the fine blocks, bool `[B, Hc, Wc]`, a policy chooses otherwise, but for ties: scores that
     are equal to rounding may rank blocks otherwise, however many; an empty image has such."""
     own, scores = policy(run).flatten(1), policy.scores(run)
     own = own if own.dtype == torch.bool else own == 2
     scores = (blur_scores(scores) if policy.blur else scores).flatten(1)
     cut = scores.sort(1, descending=True).values[:, fine[0].sum() - 1, None]
-    clear = (scores - cut).abs() > TOLERANCE * max(1.0, scores.abs().max().item())
+    clear = (scores - cut).abs() > tolerance * max(1.0, scores.abs().max().item())
     return int(((own != fine.flatten(1)) & clear).sum())
 
 
-def _difference(found: Mapping[str, np.ndarray], logits: Tensor) -> str:
+def _difference(found: Mapping[str, Tensor], logits: Tensor, tolerance: float) -> str:
     """What is wrong with a graph's logits or classes by the model's logits; nothing if they are right.
 
     Places where the model's are not finite are left out.
     """
     scale = logits.where(logits.isfinite(), 0).abs().max().item()
     if "logits" in found:
-        error = (torch.from_numpy(found["logits"]) - logits).abs()[logits.isfinite()]
+        error = (found["logits"] - logits).abs()[logits.isfinite()]
         largest = error.max().item() if len(error) else 0.0
-        if not largest <= TOLERANCE * scale:
+        if not largest <= tolerance * scale:
             return f"logits differ by {largest / scale:.1e} of the largest"
     top = logits.topk(min(2, logits.shape[1]), 1).values
-    clear = top[:, 0] - top[:, -1] > TOLERANCE * scale
-    differing = (torch.from_numpy(found["classes"]) != logits.argmax(1)) & clear
+    clear = top[:, 0] - top[:, -1] > tolerance * scale
+    differing = (found["classes"] != logits.argmax(1)) & clear
     return f"{100 * differing.float().mean():.2f} % of the classes differ" if differing.any() else ""

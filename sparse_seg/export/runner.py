@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_seg.errors import SparseSegError, first_line
+from sparse_seg.errors import SparseSegError, choose_one, first_line
+from sparse_seg.export import cuda_graph
+from sparse_seg.export.onnx_segmentor import OnnxSegmentor
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.export.segmentor import Elsewhere, RuntimeRun, RuntimeSegmentor
@@ -22,7 +24,7 @@ from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
 TORCH, AUTO = "torch", "auto"
-CHOICES = (AUTO, TORCH, *RUNTIMES)
+CHOICES = (AUTO, TORCH, *RUNTIMES, cuda_graph.NAME)
 SIZES = 4  # that get graphs
 PIXELS = 2**21  # of the largest images that get one: a runtime keeps all memory that it ever needed
 # What `auto` reckons with. camvid-slim at 360x480, one thread of an AMD EPYC: a graph takes 1.35 s to make,
@@ -35,22 +37,37 @@ RUNS = 4  # as long as so many runs in PyTorch
 def in_runtime(
     model: SelectiveNetwork, runtime: str, threads: int | None = None
 ) -> RuntimeSegmentor | Runner:
-    """A model run by onnxruntime or OpenVINO, for prediction: the same classes but for ties.
+    """A model run by onnxruntime, OpenVINO or as CUDA graphs, for prediction: the same classes but for ties.
 
     Several threads may use it at once.
 
     Args:
         model: in eval mode; its device is where onnxruntime runs, if it is built for it.
-        runtime: `onnxruntime` or `openvino`; or `auto`, which runs in PyTorch until a graph in onnxruntime is
-            worth making, see `Runner`.
+        runtime: `onnxruntime` or `openvino`; `cuda-graph`, on a CUDA device, in the model's precision; or
+            `auto`, which runs in PyTorch until a graph in onnxruntime is worth making, see `Runner`.
         threads: of the processor; None: as many as PyTorch uses.
 
     Raises:
-        SparseSegError: an unknown runtime, or one that is not installed.
+        SparseSegError: an unknown runtime, or one that is not installed or does not run on this device.
     """
     if runtime == AUTO:
         return Runner(model, threads=threads)
-    return RuntimeSegmentor(model, runtime, threads)
+    return runtime_segmentor(model, runtime, threads)
+
+
+def runtime_segmentor(
+    model: SelectiveNetwork, runtime: str, threads: int | None = None, most: int | None = None
+) -> RuntimeSegmentor:
+    """See `in_runtime`.
+
+    Args:
+        most: how many graphs are kept in memory.
+    """
+    if runtime == cuda_graph.NAME:
+        return cuda_graph.CudaGraphSegmentor(model, most)
+    if runtime not in RUNTIMES:
+        raise SparseSegError(f"unknown runtime {choose_one(runtime, (AUTO, *RUNTIMES, cuda_graph.NAME))}")
+    return OnnxSegmentor(model, runtime, threads, most)
 
 
 @dataclass
@@ -110,7 +127,7 @@ class Runner(Elsewhere):
         if asked == TORCH or self.refusal:
             return
         try:
-            fast = RuntimeSegmentor(model, RUNTIMES[0] if self._auto else asked, threads)
+            fast = runtime_segmentor(model, RUNTIMES[0] if self._auto else asked, threads)
             if way is not None:
                 fast.check(way, self.policy_for(way))
             self.fast = fast
@@ -167,8 +184,7 @@ class Runner(Elsewhere):
             reason = reason or f"too few images for a graph in {name}"
         text += f" ({reason})" if reason else ""
         if self.fast and self.fast.made:
-            place = self.fast.cache.folder
-            kept = f", kept in {place}" if place else ""
+            kept = f", kept in {self.fast.folder}" if self.fast.folder else ""
             text += f"; {self.fast.made} graph{'s' * (self.fast.made > 1)} in {self.seconds:.1f} s{kept}"
         return text
 

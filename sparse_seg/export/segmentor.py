@@ -1,4 +1,4 @@
-"""A model's own interface for prediction, run by another runtime."""
+"""A model's own interface for prediction, run as graphs of fixed sizes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import copy
 import dataclasses
 import threading
 import time
+from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export.cache import GraphCache
-from sparse_seg.export.check import check_run
-from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.options import ExportOptions, check_options
-from sparse_seg.export.runtime import Session, check_runtime, open_session
 from sparse_seg.export.static import StaticNetwork
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
 from sparse_seg.run.images import check_images
@@ -31,6 +28,7 @@ from sparse_seg.run.way import Way
 
 _MAKING = threading.Lock()  # PyTorch's exporter keeps state outside the network: one graph at a time
 GRAPHS = 8  # kept: each holds the weights
+Session = Callable[..., dict[str, Tensor]]  # named inputs to outputs by name
 SIZE_TO_CHECK = (512, 512)  # px; which options fit does not depend on it
 
 
@@ -52,9 +50,9 @@ class Elsewhere(Predicting):
 
 
 class RuntimeSegmentor(Elsewhere):
-    """A network in a runtime. Graphs are made when they are needed, one for each size and batch of images,
-    way to run and number of given fine blocks; the latest stay in memory, and all on disk (see `cache`). The
-    first images of each new graph run in PyTorch, too: a SparseSegError says where the results differ.
+    """A network that runs as graphs. They are made when they are needed, one for each size and batch of
+    images, way to run and number of given fine blocks, and the latest stay in memory. The first images of
+    each new graph run in PyTorch, too: a SparseSegError says where the results differ.
 
     Args:
         model: whose weights they are; it must not change.
@@ -62,29 +60,29 @@ class RuntimeSegmentor(Elsewhere):
 
     Attributes:
         seconds: spent on making graphs, and on opening them, so far; made: how many were made.
+        folder: where they are kept on disk, if they are.
     """
 
-    def __init__(
-        self, model: SelectiveNetwork, runtime: str, threads: int | None = None, most: int | None = None
-    ) -> None:
-        check_runtime(runtime)
+    runtime: str
+    folder: Path | None = None
+    dtype = torch.float32  # of the images
+
+    def __init__(self, model: SelectiveNetwork, most: int | None = None) -> None:
         super().__init__(model)
-        self.runtime, self.threads = runtime, threads or torch.get_num_threads()
         self.most, self.made, self.seconds = most or GRAPHS, 0, 0.0
-        self.cache = GraphCache(model, runtime)
         self._sessions: OrderedDict[ExportOptions, Session] = OrderedDict()
         self._lock = threading.Lock()  # of the dictionary: others run their graphs while one is made
         self._checked: set[tuple[Way, MaskPolicy | None]] = set()
 
     def start(self, images: Tensor, labels: Tensor | None = None) -> RuntimeRun:
-        """Start a run over images, float32 `[B, 3, H, W]`; nothing is computed yet.
+        """Start a run over images `[B, 3, H, W]`; nothing is computed yet.
 
         Raises:
             ValueError: images of a wrong shape or dtype.
         """
         check_images(images)
-        if images.dtype != torch.float32:
-            raise ValueError(f"a runtime takes float32 images, not {images.dtype}")
+        if images.dtype != self.dtype:
+            raise ValueError(f"{self.runtime} takes {str(self.dtype)[6:]} images, not {images.dtype}")
         return RuntimeRun(self, images)
 
     def check(self, way: Way, policy: MaskPolicy | None = None) -> None:
@@ -104,7 +102,7 @@ class RuntimeSegmentor(Elsewhere):
         if not way.is_dense and way.exchange not in (None, self.model.exchange):
             raise SparseSegError(f"a graph has the model's exchange rule, not {way.exchange}")
 
-    def session(self, options: ExportOptions, arrays: dict[str, np.ndarray]) -> Session:
+    def session(self, options: ExportOptions, inputs: dict[str, Tensor]) -> Session:
         """The graph for these options; made, and compared with PyTorch on these inputs, if it is not there.
 
         Raises:
@@ -114,7 +112,7 @@ class RuntimeSegmentor(Elsewhere):
         if session is not None:
             return session
         with _MAKING:
-            return self._cached(options) or self._made(options, arrays)
+            return self._cached(options) or self._made(options, inputs)
 
     def find(self, options: ExportOptions) -> bool:
         """Whether there is a graph for these options, in memory or on disk; it is then ready."""
@@ -131,21 +129,15 @@ class RuntimeSegmentor(Elsewhere):
         """The graph in memory, or the one on disk."""
         session = self._kept(options)
         with self._counted(), suppress(SparseSegError):  # one that does not open is made again
-            if session is None and (graph := self.cache.read(options)) is not None:
-                session = self._keep(options, self._opened(graph))
+            if session is None and (session := self._read(options)) is not None:
+                self._keep(options, session)
         return session
 
-    def _made(self, options: ExportOptions, arrays: dict[str, np.ndarray]) -> Session:
+    def _made(self, options: ExportOptions, inputs: dict[str, Tensor]) -> Session:
         with self._counted(), torch.autocast("cpu", enabled=False):
-            graph = self._graph(options)
-            session = self._opened(graph)
-            check_run(self.model, options, torch.from_numpy(arrays["images"]), session(**arrays))
-            self.cache.write(options, graph)
+            session = self._make(options, inputs)
             self.made += 1
         return self._keep(options, session)
-
-    def _opened(self, graph: bytes) -> Session:
-        return open_session(graph, self.runtime, self.threads, self.model.device)
 
     def _keep(self, options: ExportOptions, session: Session) -> Session:
         with self._lock:
@@ -153,6 +145,14 @@ class RuntimeSegmentor(Elsewhere):
                 self._sessions.popitem(last=False)
             self._sessions[options] = session
         return session
+
+    @abstractmethod
+    def _make(self, options: ExportOptions, inputs: dict[str, Tensor]) -> Session:
+        """A new graph, compared with PyTorch on these inputs."""
+
+    def _read(self, options: ExportOptions) -> Session | None:
+        """The graph that is kept on disk."""
+        return None
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -169,10 +169,9 @@ class RuntimeSegmentor(Elsewhere):
         with torch.inference_mode(False):  # they outlast the call that asks for them first
             return copy.deepcopy(self.model).cpu().for_inference()
 
-    def _graph(self, options: ExportOptions) -> bytes:
+    def _static(self, options: ExportOptions) -> StaticNetwork:
         policy = None if options.policy is None else copy.deepcopy(options.policy).cpu()
-        network = StaticNetwork(self._folded, dataclasses.replace(options, policy=policy))
-        return to_onnx(network).SerializeToString()
+        return StaticNetwork(self._folded, dataclasses.replace(options, policy=policy))
 
 
 def options_of(
@@ -195,7 +194,7 @@ class RuntimeRun:
     """One run of a graph; as a `Pass`, but what happens inside is not there.
 
     Args:
-        images: normalised, float32 `[B, 3, H, W]`.
+        images: normalised, `[B, 3, H, W]`.
     """
 
     def __init__(self, segmentor: RuntimeSegmentor, images: Tensor) -> None:
@@ -272,7 +271,7 @@ class RuntimeRun:
         Raises:
             SparseSegError: it gives other results than PyTorch.
         """
-        self.segmentor.session(self.options(logits), self._arrays)
+        self.segmentor.session(self.options(logits), self._inputs)
 
     def options(self, logits: bool) -> ExportOptions:
         """Of the graph that gives `logits` or `classes`."""
@@ -282,9 +281,8 @@ class RuntimeRun:
         return dataclasses.replace(self._options, logits=logits)
 
     @property
-    def _arrays(self) -> dict[str, np.ndarray]:
-        given = {"images": self.images} | self._blocks
-        return {name: value.detach().cpu().contiguous().numpy() for name, value in given.items()}
+    def _inputs(self) -> dict[str, Tensor]:
+        return {"images": self.images} | self._blocks
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -297,7 +295,6 @@ class RuntimeRun:
     def _run(self, logits: bool) -> dict[str, Tensor]:
         options = self.options(logits)
         if not self._outputs or (logits and "logits" not in self._outputs):
-            arrays = self._arrays
-            found, device = self.segmentor.session(options, arrays)(**arrays), self.images.device
-            self._outputs = {name: torch.from_numpy(value).to(device) for name, value in found.items()}
+            inputs = self._inputs
+            self._outputs = self.segmentor.session(options, inputs)(**inputs)
         return self._outputs

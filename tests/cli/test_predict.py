@@ -21,7 +21,7 @@ from sparse_seg.data.class_file import read_class_file
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.reading import read_label
 from sparse_seg.errors import DataError
-from sparse_seg.export import RuntimeSegmentor
+from sparse_seg.export import OnnxSegmentor
 from sparse_seg.run.card import Card
 from sparse_seg.run.way import Way
 from tests.cli.commands import done, fails
@@ -312,13 +312,13 @@ def test_evaluation_in_another_runtime(onnx, evaluation, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_comparison_in_another_runtime(onnx, evaluation, tmp_path, capsys, monkeypatch):
     """The same rows but for ties and times, also of bounds; which runtime it was is said, and why not."""
-    rows, passes, start = {}, list[object](), RuntimeSegmentor.start
+    rows, passes, start = {}, list[object](), OnnxSegmentor.start
 
     def counted(*given: Any) -> Any:
         passes.append(given)
         return start(*given)
 
-    monkeypatch.setattr(RuntimeSegmentor, "start", counted)
+    monkeypatch.setattr(OnnxSegmentor, "start", counted)
     compare = [*evaluation, "--compare", 0.2, "--policies", "confidence", "oracle", "oracle:gain", "--json"]
     for runtime, asked in (("torch", "torch"), ("onnxruntime", "auto")):
         done(*compare, tmp_path / f"{runtime}.json", "--runtime", asked)

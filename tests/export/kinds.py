@@ -98,7 +98,7 @@ def compare(
         expected = model.dense(images, network.options.dense)
     else:
         assert mask is not None
-        levels = chosen_levels(network, inputs, {"fine_blocks": mask.numpy()})
+        levels = chosen_levels(network, inputs, found)
         assert levels is not None
         expected = model.start(images).take(levels, Way(merge=network.merge)).logits()
         if network.choice is not None:

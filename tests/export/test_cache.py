@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export import RuntimeSegmentor, StaticNetwork, cache, in_runtime
+from sparse_seg.export import OnnxSegmentor, StaticNetwork, cache, in_runtime
 from sparse_seg.export.cache import GraphCache
 from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.runner import Runner
@@ -35,7 +35,7 @@ def made(monkeypatch) -> list[StaticNetwork]:
         networks.append(network)
         return to_onnx(network)
 
-    monkeypatch.setattr("sparse_seg.export.segmentor.to_onnx", counted)
+    monkeypatch.setattr("sparse_seg.export.onnx_segmentor.to_onnx", counted)
     return networks
 
 
@@ -54,7 +54,7 @@ def test_the_next_command_starts_with_the_graph_of_the_last(folder, made, images
     whole = file.read_bytes()
     for damaged in (b"", whole[:8], whole[:-100], whole[:100] + b"?" + whole[101:]):
         file.write_bytes(damaged)
-        fast = RuntimeSegmentor(model, "onnxruntime", 1)
+        fast = OnnxSegmentor(model, "onnxruntime", 1)
         assert not fast.find(fast.start(images).follow().options(logits=False))
     assert torch.equal(fast.classify(images)[0], first)
     assert file.read_bytes() == whole, "made again"

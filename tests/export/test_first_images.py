@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export import RuntimeSegmentor, StaticNetwork, in_runtime, open_session
+from sparse_seg.export import OnnxSegmentor, StaticNetwork, in_runtime, open_session
 from sparse_seg.export import runner as rules
 from sparse_seg.export.runner import Runner
 from sparse_seg.run.network import SelectiveNetwork
@@ -93,7 +93,7 @@ def test_threads_get_their_own_results(runtime):
     pytest.importorskip(runtime, reason=f"needs the package {runtime}")
     model, count = kind_model("lite", "entropy"), 4
     images = torch.randn(count, 1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    fast, alone = RuntimeSegmentor(model, runtime, 1), in_runtime(model, runtime, 1)
+    fast, alone = OnnxSegmentor(model, runtime, 1), in_runtime(model, runtime, 1)
     expected = [alone.classify(one)[0] for one in images]
     found: list[list[torch.Tensor]] = [[] for _ in range(count)]
     together = threading.Barrier(count)
@@ -165,6 +165,6 @@ def test_the_device_is_the_models(images, monkeypatch):
         asked.append(arguments[-1])
         return open_session(*arguments)
 
-    monkeypatch.setattr("sparse_seg.export.segmentor.open_session", opened)
+    monkeypatch.setattr("sparse_seg.export.onnx_segmentor.open_session", opened)
     in_runtime(kind_model("lite", "edge"), "onnxruntime", 1)(images)
     assert asked == [torch.device("cpu")]

@@ -55,7 +55,7 @@ def test_a_graph_is_made_when_it_saves_more_than_it_costs(expected, count, image
     def ask(network):
         raise Worth("asked for")
 
-    monkeypatch.setattr("sparse_seg.export.segmentor.to_onnx", ask)
+    monkeypatch.setattr("sparse_seg.export.onnx_segmentor.to_onnx", ask)
     price(10)
     runner = Runner(kind_model("lite", "edge"))
     runner.expect(expected)
@@ -94,9 +94,9 @@ def test_sizes_get_their_graphs(images, price, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", ["auto", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["auto", "onnxruntime", "openvino", "cuda-graph"])
 @torch.no_grad()
-def test_a_model_anywhere_is_the_model(runtime, images, price):
+def test_a_model_anywhere_is_the_model(runtime, images, price, replayed_here):
     """In `auto` each result comes from PyTorch and, from the third run, onnxruntime, but what no graph can
     run."""
     pytest.importorskip("openvino" if runtime == "openvino" else "onnxruntime")
@@ -164,7 +164,7 @@ def test_one_failing_size_leaves_the_others_where_they_are(images, price, monkey
     runner = Runner(kind_model("lite", "edge"), "auto", Way())
     for _ in range(3):
         run(runner, images)
-    monkeypatch.setattr("sparse_seg.export.segmentor.to_onnx", fail)
+    monkeypatch.setattr("sparse_seg.export.onnx_segmentor.to_onnx", fail)
     before = runner.seconds
     for _ in range(3):
         run(runner, images[..., :64])
@@ -185,7 +185,7 @@ def test_one_graph_for_one_way(way, images, price, monkeypatch):
         return to_onnx(network)
 
     price(0)
-    monkeypatch.setattr("sparse_seg.export.segmentor.to_onnx", counted)
+    monkeypatch.setattr("sparse_seg.export.onnx_segmentor.to_onnx", counted)
     model = kind_model("lite", "edge")
     runner = Runner(model, "auto", way)
     segmenter = ImageSegmenter(model, way, runner=runner)

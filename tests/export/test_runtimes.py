@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export import in_runtime, open_session, segmentor, to_onnx
+from sparse_seg.export import cuda_graph, in_runtime, onnx_segmentor, open_session, to_onnx
 from sparse_seg.run.way import Way
 from tests.export.kinds import kind_model
+from tests.reference import block_mask, relative_error
 
 pytest.importorskip("onnx", reason="needs the package onnx")
 
@@ -20,9 +21,8 @@ def test_graphs_are_made_once_and_their_number_is_bounded(monkeypatch):
         made.append(network.options.size)
         return to_onnx(network)
 
-    monkeypatch.setattr(segmentor, "to_onnx", make)
-    monkeypatch.setattr(segmentor, "GRAPHS", 2)
-    fast = in_runtime(kind_model("lite", "edge"), "onnxruntime", 1)
+    monkeypatch.setattr(onnx_segmentor, "to_onnx", make)
+    fast = onnx_segmentor.OnnxSegmentor(kind_model("lite", "edge"), "onnxruntime", 1, most=2)
     sizes = [(32, 32), (32, 48), (32, 32), (48, 48), (32, 32), (32, 48)]
     for size in sizes:
         assert fast.classify(torch.randn(1, 3, *size))[0].shape == (1, *size)
@@ -66,6 +66,36 @@ def test_what_a_runtime_refuses():
         in_runtime(kind_model("8 16 32", "edge"), "onnxruntime", 1)(images, blocks)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_cuda_graphs(dtype):
+    model = kind_model("lite", "entropy").cuda().to(dtype)
+    fast, images = in_runtime(model, "cuda-graph"), torch.randn(3, 1, 3, 64, 96, dtype=dtype, device="cuda")
+    first, second, _ = (fast(each) for each in images)
+    assert not torch.equal(first, second), "each call gives tensors of its own"
+    mask = block_mask("random", (1, 4, 6)).cuda()
+    for each in images:
+        ours = fast(each, fine_blocks=mask), fast.dense(each, 8)
+        expected = model(each, fine_blocks=mask), model.dense(each, 8)
+        assert max(map(relative_error, ours, expected)) < 2e-2
+    assert fast.made == 3
+
+
+def test_cuda_graphs_need_a_cuda_device():
+    with pytest.raises(SparseSegError, match="needs a model on a CUDA device; this one is on the cpu"):
+        in_runtime(kind_model("lite", "edge"), "cuda-graph")
+
+
+def test_a_cuda_graph_that_differs_is_refused(replayed_here, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "graphed", lambda module, *_: lambda images: module(images.flip(-1)))
+    with pytest.raises(SparseSegError, match="gives other results than PyTorch"):
+        in_runtime(kind_model("lite", "edge"), "cuda-graph")(torch.randn(1, 3, 64, 96))
+
+
 def test_unknown_runtime():
     with pytest.raises(SparseSegError, match="unknown runtime 'tflite'; choose one of onnxruntime, openvino"):
         open_session(b"", "tflite")
+    with pytest.raises(SparseSegError, match="unknown runtime 'cuda_graph'; did you mean 'cuda-graph'"):
+        in_runtime(kind_model("lite", "edge"), "cuda_graph")

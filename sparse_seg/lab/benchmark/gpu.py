@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_seg.export import ExportOptions, StaticNetwork
+from sparse_seg.export.cuda_graph import graphed
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
 from sparse_seg.lab.latency import Run, interleaved
 from sparse_seg.run.way import Way
@@ -94,19 +95,19 @@ def ways(
 
     for stride, network in dense.items():
         yield f"dense OS{stride}, cuDNN", f"OS{stride}", functools.partial(calling, network, images)
-        yield f"dense OS{stride}, CUDA graph", f"OS{stride}", functools.partial(graphed, network, images)
+        yield f"dense OS{stride}, CUDA graph", f"OS{stride}", functools.partial(replaying, network, images)
     yield "selective, gather", "selective", lambda: selective("gather")
     yield "selective, spconv", "selective", lambda: selective("spconv")
     yield "selective, triton", "selective", lambda: checked(selective("triton"))
     yield "selective, static", "selective", lambda: calling(static(), images)
-    yield "selective, static, CUDA graph", "selective", lambda: graphed(static(), images)
+    yield "selective, static, CUDA graph", "selective", lambda: replaying(static(), images)
     name = "selective, static, triton, CUDA graph"
-    yield name, "selective", lambda: checked(graphed(static("triton"), images))
+    yield name, "selective", lambda: checked(replaying(static("triton"), images))
     if compiled:
         tuned = functools.partial(torch.compile, mode="max-autotune-no-cudagraphs")  # the graph is ours
-        yield "dense OS8, torch.compile", "OS8", lambda: graphed(tuned(dense[8]), images)
+        yield "dense OS8, torch.compile", "OS8", lambda: replaying(tuned(dense[8]), images)
         name = "selective, static, torch.compile"
-        yield name, "selective", lambda: graphed(tuned(static()), images)
+        yield name, "selective", lambda: replaying(tuned(static()), images)
 
 
 def calling(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
@@ -114,24 +115,10 @@ def calling(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[],
     return torch.inference_mode()(lambda: network(images))
 
 
-def graphed(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
+def replaying(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
     """A run that replays a network as one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.inference_mode(), torch.cuda.stream(side):
-        for _ in range(3):  # algorithms are chosen, code is compiled
-            network(images)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        out = network(images)
-
-    def replay() -> Tensor:
-        _ = network, images  # what the graph reads lives on
-        graph.replay()
-        return out
-
-    return replay
+    replay = graphed(lambda given: (network(given),), images)
+    return lambda: replay(images)[0]
 
 
 def table(cells: Sequence[Sequence[dict[str, Any]]]) -> str:

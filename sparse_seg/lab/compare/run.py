@@ -19,7 +19,7 @@ from sparse_seg.data.transforms import normalise
 from sparse_seg.errors import ConfigError, SparseSegError, first_line
 from sparse_seg.evaluation.cost import count_macs
 from sparse_seg.evaluation.metrics import SegmentationMetrics
-from sparse_seg.export.runner import AUTO, PIXELS, TORCH
+from sparse_seg.export.runner import AUTO, PIXELS, TORCH, runtime_segmentor
 from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.export.segmentor import GRAPHS, RuntimeSegmentor
 from sparse_seg.masks import MaskPolicy, block_shape
@@ -78,7 +78,8 @@ def comparison_runtime(
     try:
         if asked == AUTO:
             _check_auto(model, dataset)
-        fast = RuntimeSegmentor(model, RUNTIMES[0] if asked == AUTO else asked, most=max(GRAPHS, len(ways)))
+        runtime = RUNTIMES[0] if asked == AUTO else asked
+        fast = runtime_segmentor(model, runtime, most=max(GRAPHS, len(ways)))
         image = normalise(dataset.load(0)[0], data.mean, data.std)[None].to(model.device)
         for way in ways:
             _prepare(fast, way, image)
