@@ -21,7 +21,7 @@ from sparse_seg.data.class_file import read_class_file
 from sparse_seg.data.dataset import read_image
 from sparse_seg.data.reading import read_label
 from sparse_seg.errors import DataError
-from sparse_seg.export import OnnxSegmentor
+from sparse_seg.export.onnx_segmentor import OnnxSegmentor
 from sparse_seg.run.card import Card
 from sparse_seg.run.way import Way
 from tests.cli.commands import done, fails

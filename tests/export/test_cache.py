@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export import OnnxSegmentor, StaticNetwork, cache, in_runtime
+from sparse_seg.export import StaticNetwork, cache, in_runtime
 from sparse_seg.export.cache import GraphCache
 from sparse_seg.export.onnx_file import to_onnx
+from sparse_seg.export.onnx_segmentor import OnnxSegmentor
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.segmentor import options_of
 from sparse_seg.run.way import Way

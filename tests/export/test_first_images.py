@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export import OnnxSegmentor, StaticNetwork, in_runtime, open_session
+from sparse_seg.export import StaticNetwork, in_runtime, open_session
 from sparse_seg.export import runner as rules
+from sparse_seg.export.onnx_segmentor import OnnxSegmentor
 from sparse_seg.export.runner import Runner
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way

@@ -72,7 +72,7 @@ def test_what_a_runtime_refuses():
 @torch.no_grad()
 def test_cuda_graphs(dtype):
     model = kind_model("lite", "entropy").cuda().to(dtype)
-    fast, images = in_runtime(model, "cuda-graph"), torch.randn(3, 1, 3, 64, 96, dtype=dtype, device="cuda")
+    fast, images = cuda_graph.CudaGraphSegmentor(model), torch.randn(3, 1, 3, 64, 96).to("cuda", dtype)
     first, second, _ = (fast(each) for each in images)
     assert not torch.equal(first, second), "each call gives tensors of its own"
     mask = block_mask("random", (1, 4, 6)).cuda()
