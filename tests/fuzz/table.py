@@ -1,6 +1,6 @@
 """Run all fuzzing with its fixed seeds and write the results: `python -m tests.fuzz.table`.
 
-Writes `docs/results/fuzz.json` and prints the table of docs/reliability.md. Takes several minutes.
+Writes `docs/results/fuzz.json` and prints the table of docs/reliability.md. Takes some minutes.
 """
 
 from __future__ import annotations
