@@ -12,6 +12,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from sparse_seg.errors import SparseSegError, TrainingError, first_line
 
+PATIENCE = 5.0  # seconds in which the first of three processes or more says what happened
 TIMEOUT = timedelta(minutes=30)  # of a process that waits for the others
 _T = TypeVar("_T")
 
@@ -200,7 +202,7 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
         gc.freeze()  # the last collection, of all that torch imports, takes a second while torchrun waits
         if not dist.is_initialized():
             atexit.register(_leave)  # a thread may still wait to join, and nothing can end it
-        if not _speaks(store):
+        if not _speaks(store, rank > 0 and count > 2):
             raise SystemExit(1) from None
         raise
     finally:
@@ -242,9 +244,16 @@ def _interruptible(work: Callable[[], object]) -> None:
     done.result()
 
 
-def _speaks(store: Any) -> bool:
-    """Whether this process is the one that tells the error: of several that end, whoever comes first."""
+def _speaks(store: Any, waits: bool) -> bool:
+    """Whether this process is the one that tells the error: of several that end, whoever comes first.
+
+    Args:
+        waits: leave the word to another one for a while: the first knows what was saved.
+    """
+    said, end = f"sparse_seg/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/said", time.monotonic() + PATIENCE
     try:  # torchrun's store, anew after each restart
-        return store.add(f"sparse_seg/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/said", 1) == 1
+        while waits and time.monotonic() < end and store.add(said, 0) == 0:
+            time.sleep(0.1)
+        return store.add(said, 1) == 1
     except RuntimeError:  # the store has gone, too
         return True

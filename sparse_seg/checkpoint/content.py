@@ -38,7 +38,7 @@ class Origin:
         normalisation: how mean and std are known, in words; empty where nobody said, so that a config may
             have others.
         assumed: what the source's tensors could not tell and what was taken for it, one line each.
-        back: what the way back to the source's names needs; `conversion/back.py` reads it.
+        back: what the way back to the source's names needs; `conversion/mapping.py` reads it.
     """
 
     source: str = "sparse_seg"

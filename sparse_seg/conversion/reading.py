@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,14 +165,15 @@ def _tensor(value: Tensor | np.ndarray) -> Tensor:
 def _classes(content: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, tuple[Colour, ...] | None]:
     """mmsegmentation's names and colours: `dataset_meta` of version 1, `CLASSES` of version 0."""
     meta = content.get("meta")
-    found = (meta.get("dataset_meta") or meta) if isinstance(meta, Mapping) else None
+    inner = meta.get("dataset_meta") if isinstance(meta, Mapping) else None
+    found = inner if isinstance(inner, Mapping) and inner else meta
     if not isinstance(found, Mapping):
         return None, None
     names, colours = (found.get(key, found.get(key.upper())) for key in ("classes", "palette"))
     if not isinstance(names, (list, tuple)) or not names:
         return None, None
     try:
-        told = tuple((int(red), int(green), int(blue)) for red, green, blue in colours)
+        told = tuple((index(red), index(green), index(blue)) for red, green, blue in colours)
     except (TypeError, ValueError):
         told = ()
     whole = len(told) == len(names) and all(0 <= part <= 255 for colour in told for part in colour)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export.check import check_run
@@ -18,6 +21,23 @@ from sparse_seg.run.network import SelectiveNetwork
 NAME = "cuda-graph"
 # Of logits, relative to the largest: half precision's and TF32's; a wrong table gives about 1
 ROUNDING = 5e-2
+
+
+class _Reading(TorchDispatchMode):
+    """Notes the tensors that a run reads and has not made: caches may drop what a graph goes on reading."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[int, Tensor] = {}
+        self.made: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in tree_leaves((args, kwargs)):
+            if isinstance(one, Tensor) and id(one) not in self.made:
+                self.read[id(one)] = one
+        self.made |= {id(one): one for one in tree_leaves(out) if isinstance(one, Tensor)}
+        return out
 
 
 class CudaGraphSegmentor(RuntimeSegmentor):
@@ -32,7 +52,8 @@ class CudaGraphSegmentor(RuntimeSegmentor):
     def __init__(self, model: SelectiveNetwork, most: int | None = None) -> None:
         check_device(model.device)
         super().__init__(model, most)
-        self.dtype = next(model.parameters()).dtype
+        floating = (one.dtype for one in model.tensors.values() if one.is_floating_point())
+        self.dtype = next(floating, torch.float32)
 
     def _make(self, options: ExportOptions, inputs: dict[str, Tensor]) -> Session:
         network = self._static(dataclasses.replace(options, ghosts=False, tiles=False))
@@ -64,22 +85,33 @@ def graphed(module: Callable[..., tuple[Tensor, ...]], *example: Tensor) -> Call
         module: without gradients, with shapes that do not depend on its inputs' values.
         example: on the device; of the inputs' shapes and dtypes.
     """
-    inputs, side, turn = [value.clone() for value in example], torch.cuda.Stream(), threading.Lock()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.inference_mode(), torch.cuda.stream(side):
-        for _ in range(3):  # algorithms are chosen, code is compiled
-            module(*inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        outputs = module(*inputs)
+    device = example[0].device
+    inputs, turn, done = [value.clone() for value in example], threading.Lock(), torch.cuda.Event()
+    with torch.cuda.device(device), torch.inference_mode():
+        side, reading = torch.cuda.Stream(), _Reading()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # algorithms are chosen, code is compiled
+                module(*inputs)
+            with reading:
+                module(*inputs)
+            reading.made.clear()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # other threads may run meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = module(*inputs)
 
     def replay(*given: Tensor) -> tuple[Tensor, ...]:
-        _ = module  # its weights, which the graph reads, live on
-        with turn, torch.inference_mode():
+        _ = module, reading.read  # what the graph reads lives on
+        with turn, torch.cuda.device(device), torch.inference_mode():
+            done.wait()  # for another thread's stream
             for kept, value in zip(inputs, given, strict=True):
                 kept.copy_(value)
             graph.replay()
-            return tuple(value.clone() for value in outputs)
+            with torch.inference_mode(False):
+                made = tuple(value.clone() for value in outputs)
+            done.record()
+            return made
 
     return replay

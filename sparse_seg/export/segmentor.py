@@ -167,10 +167,10 @@ class RuntimeSegmentor(Elsewhere):
     def _folded(self) -> SelectiveNetwork:
         """What graphs are made of: on the CPU, wherever the model is."""
         with torch.inference_mode(False):  # they outlast the call that asks for them first
-            return copy.deepcopy(self.model).cpu().for_inference()
+            return copy.deepcopy(self.model).cpu().float().for_inference()
 
     def _static(self, options: ExportOptions) -> StaticNetwork:
-        policy = None if options.policy is None else copy.deepcopy(options.policy).cpu()
+        policy = None if options.policy is None else copy.deepcopy(options.policy).cpu().float()
         return StaticNetwork(self._folded, dataclasses.replace(options, policy=policy))
 
 
@@ -236,7 +236,7 @@ class RuntimeRun:
         count = int(counts[0])
         if count == 0 or bool((counts != count).any()):
             raise ValueError("in a runtime all images need the same number of fine blocks, and some")
-        numbers = fine_blocks.flatten(1).nonzero()[:, 1].reshape(-1, count)
+        numbers = fine_blocks.flatten(1).nonzero()[:, 1].reshape(-1, count).to(self.images.device)
         fraction = count / fine_blocks[0].numel()
         options = options_of(self._size, len(self.images), way, None, fine_fraction=fraction, given=True)
         return self._ask(options, {"blocks": numbers})

@@ -185,7 +185,7 @@ class StaticNetwork(nn.Module):
         self._matrices: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}  # of upsampling
         self.plans = {stride: LevelPlan(batch, size, stride, device) for stride in self.strides[-2::-1]}
         with torch.no_grad():
-            self(*(value.to(device) for value in self.example()))
+            self(*(value.to(self.mean if value.is_floating_point() else device) for value in self.example()))
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
         super()._apply(*arguments, **options)

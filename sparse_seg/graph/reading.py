@@ -3,13 +3,15 @@ what its family says (`ops.READERS`)."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_seg.errors import SparseSegError
@@ -22,6 +24,8 @@ CASTS = {"to", "_to_copy", "type_as"}
 SAME = {"contiguous", "clone", "alias", "detach", "detach_", "lift_fresh", "lift_fresh_copy"} | CASTS
 SHAPES = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "_unsafe_view", "unflatten"}
 MOVES = {"permute", "transpose", "expand", "expand_as"}
+INPLACE_SHAPES = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
+GROW = {"cat", "concat", "concatenate", "repeat", "tile", "repeat_interleave"}  # perhaps the batch
 VALUES = {"item", "_local_scalar_dense", "is_nonzero", "equal"}  # tell Python what a tensor holds
 # names of tensors that no state dict has
 CONSTANT, COMPUTED = "constant.", "computed."  # the latter are computed of parameters
@@ -29,6 +33,23 @@ CONSTANT, COMPUTED = "constant.", "computed."  # the latter are computed of para
 
 class CaptureFailed(SparseSegError):
     """No graph can be made of a module; the message says why, in one line."""
+
+
+class _AtHome(TorchFunctionMode):
+    """Tensors without values tell the module's device, where its code then makes tensors with values."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == torch.Tensor.device.__get__ and args[0].is_meta:
+            return self.device
+        if func is torch.Tensor.new_tensor:
+            kwargs = {"dtype": args[0].dtype, "device": self.device} | kwargs
+            return torch.tensor(*args[1:], **kwargs)
+        return func(*args, **kwargs)
 
 
 class Reader(TorchDispatchMode):
@@ -48,6 +69,7 @@ class Reader(TorchDispatchMode):
         self.nodes: dict[str, Node] = {}
         self.vectors: set[str] = set()
         self.constants: dict[str, Tensor] = {}
+        self.home = next((one.device for one in module.parameters()), torch.device("cpu"))
         self.layers = [""]  # that are being called, the innermost last
         self.failed = ""  # the layer whose call failed
         self._known: dict[int, Ref | Constant | Unknown] = {}  # by the tensor's id
@@ -71,7 +93,18 @@ class Reader(TorchDispatchMode):
         image = torch.empty(1, 3, *size, dtype=dtype, device="meta")
         self.nodes["images"] = Node("images", "image", shape=tuple(image.shape))
         self._bind(image, Ref("images"), of_image=True)
-        with standing_in(self.parts, self._stand_in), torch.inference_mode(), self._naming(), self:
+        # as in inference mode calls come whole; what the module keeps of its run can be trained with
+        below_autograd = torch._C._AutoDispatchBelowAutograd()
+        no_autocast = torch._C._DisableAutocast()  # which casts no tensors without values
+        with (
+            standing_in(self.parts, self._stand_in),
+            self._naming(),
+            torch.no_grad(),
+            below_autograd,
+            no_autocast,
+            _AtHome(self.home),
+            self,
+        ):
             return self.module(image)
 
     def graph(self, logits: Tensor, size: tuple[int, int]) -> Graph:
@@ -121,6 +154,12 @@ class Reader(TorchDispatchMode):
         arguments |= dict(zip(arguments, args, strict=False)) | kwargs
         call = Call(self, schema.name.split("::")[1], arguments, self.layers[-1])
         if not any(id(one) in self._of_image for one in call.tensors):
+            args, kwargs = ([*map(self._at_home, args)], {k: self._at_home(v) for k, v in kwargs.items()})
+        of_image = [id(one) in self._of_image for one in call.tensors]
+        if call.operator in CASTS and of_image == [False, True]:  # cast as the image is
+            args, kwargs, of_image = (args[0], args[1].dtype), {}, [False]
+            func = torch.ops.aten.to.dtype
+        if not any(of_image):
             out = func(*args, **kwargs)
             self._enter(call, out)
             return out
@@ -128,7 +167,10 @@ class Reader(TorchDispatchMode):
             raise CaptureFailed("what it runs depends on the values of the images")
         is_inplace = call.operator.endswith("_") and not call.operator.startswith("_")
         try:
-            out = args[0] if is_inplace else self._without_values(call, func, args, kwargs)
+            if call.operator in INPLACE_SHAPES:
+                out = func(*args, **kwargs)  # its shape changes, not its values
+            else:
+                out = args[0] if is_inplace else self._without_values(call, func, args, kwargs)
         except Exception:
             self.failed = call.layer
             raise
@@ -148,17 +190,27 @@ class Reader(TorchDispatchMode):
             of_image = id(one) in self._of_image
             if not of_image and not one.is_meta:
                 return one
-            batched = of_image and one.ndim > 2 and one.shape[0] == 1
+            batched = of_image and one.ndim > 2 and one.shape[0] == 1 and call.operator not in GROW
             return torch.empty((0, *one.shape[1:]) if batched else one.shape, dtype=one.dtype, device=device)
 
         def one_image(one: Tensor) -> Tensor:
             return torch.empty([length or 1 for length in one.shape], dtype=one.dtype, device="meta")
 
         # many operators import sympy on the meta device, which takes two seconds
+        first_error = None
         if call.operator not in SHAPES | MOVES:
-            with suppress(RuntimeError, IndexError):
+            try:
                 return _mapped(func(*_mapped(args, no_images), **_mapped(kwargs, no_images)), one_image)
-        return func(*_mapped(args, _meta), **_mapped(kwargs, _meta))
+            except (RuntimeError, IndexError) as error:
+                first_error = error
+        try:
+            return func(*_mapped(args, _meta), **_mapped(kwargs, _meta))
+        except Exception as error:  # the meta device's own messages tell less
+            raise first_error or error from None
+
+    def _at_home(self, value: Any) -> Any:
+        """The module's device in place of that of tensors without values."""
+        return self.home if isinstance(value, torch.device) and value.type == "meta" else value
 
     def _enter(self, call: Call, out: Any, of_image: bool = False) -> None:
         """Note what the results of a call are."""
@@ -226,17 +278,22 @@ class Reader(TorchDispatchMode):
     def _naming(self) -> Iterator[None]:
         """Note which layer is being called."""
 
+        reading = threading.get_ident()  # other threads may run the module
+
         def entering(name: str) -> Any:
-            return lambda *_: self.layers.append(name)
+            return lambda *_: self.layers.append(name) if threading.get_ident() == reading else None
 
         def leave(*_: Any) -> None:
-            self.layers.pop()
+            if threading.get_ident() == reading:
+                self.layers.pop()
 
         hooks = []
-        for name, layer in self.module.named_modules():
-            hooks.append(layer.register_forward_pre_hook(entering(name), prepend=True))
-            hooks.append(layer.register_forward_hook(leave, always_call=True))
         try:
+            for name, layer in self.module.named_modules():
+                if isinstance(layer, torch.jit.ScriptModule):
+                    continue  # takes no hooks
+                hooks.append(layer.register_forward_pre_hook(entering(name), prepend=True))
+                hooks.append(layer.register_forward_hook(leave, always_call=True))
             yield
         finally:
             for hook in hooks:

@@ -128,7 +128,7 @@ class Conv1d(Operator):
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
         x, options = inputs[0], node.options
-        sides = options["padding"], options["dilation"], options["groups"]
+        sides = options["padding"][0], options["dilation"][0], options["groups"]
         out = F.conv1d(x.flatten(2), tensors["weight"], tensors.get("bias"), 1, *sides)
         return out.reshape(*out.shape, *x.shape[3:])
 
@@ -141,5 +141,5 @@ def read_conv1d(call: Any) -> Any:
     if not call.is_vector("input") or pair(call.argument("stride")) != (1, 1):
         raise UnknownOperator(f"{call.where}: a conv1d over places, or with a stride")
     tensors = {name: call.tensor(name) for name in ("weight", "bias")}
-    options = {name: pair(call.argument(name), 0)[0] for name in ("padding", "dilation")}
+    options = {name: list(pair(call.argument(name), 0)) for name in ("padding", "dilation")}
     return call.make("conv1d", ["input"], tensors, **options, groups=call.argument("groups"))

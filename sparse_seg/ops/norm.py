@@ -54,6 +54,11 @@ class BatchNorm(Operator):
         return F.batch_norm(inputs[0], *statistics, weight, bias, training, momentum, eps)
 
     def check(self, node: Node, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():  # PyTorch compares none of no images
+            if name != COUNT and tuple(tensor.shape) != (node.shape[1],):
+                raise ValueError(f"{name} is {list(tensor.shape)}, not [{node.shape[1]}]")
+        if not 0 < node.options["eps"] <= 1:
+            raise ValueError(f"eps is {node.options['eps']}")
         if COUNT in tensors and tensors[COUNT].shape != ():
             raise ValueError(f"{COUNT} is {list(tensors[COUNT].shape)}, not one number")
 

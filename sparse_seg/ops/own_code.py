@@ -114,6 +114,7 @@ def standing_in(parts: Iterable[Part], stand_in: Callable[..., Tensor]) -> Itera
     changed = list(parts)
     for part in changed:
         _ = part.skeleton, part.macs  # of the module as it is
+    for part in changed:
         part.module.forward = partial(stand_in, part)
     try:
         yield

@@ -187,7 +187,7 @@ def read_adaptive(call: Any) -> Any:
 def read_adaptive_max(call: Any) -> Any:
     if pair(call.argument("output_size")) != (1, 1):
         raise UnknownOperator(f"{call.where}: adaptive max pooling to more than one place")
-    return [call.make("global_max", ["self"], {})]
+    return [call.make("global_max", ["self"], {})] * len(call.shapes)
 
 
 @reads("mean", "amax", "sum")

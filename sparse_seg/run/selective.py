@@ -163,7 +163,8 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
     reference = next(module.parameters(), torch.zeros(1))
     small = [min(length, CHECK_SIZE) for length in size]
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(1, 3, *small, generator=generator).to(reference)
+    dtype = next((one.dtype for one in module.parameters() if one.is_floating_point()), torch.float32)
+    images = torch.randn(1, 3, *small, generator=generator).to(reference.device, dtype)
     seen: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -173,7 +174,8 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
 
         return hook
 
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in module.named_modules()]
+    layers = [pair for pair in module.named_modules() if not isinstance(pair[1], torch.jit.ScriptModule)]
+    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers]
     try:
         expected = logits_of(module(images))
     finally:

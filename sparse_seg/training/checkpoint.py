@@ -49,7 +49,8 @@ def own_folder(work_dir: Path) -> Iterator[None]:
         TrainingError: another training has it, on this machine or on another one.
         OSError: the folder cannot be written, or its file system does not lock.
     """
-    is_new, before = not work_dir.exists(), holder_of(work_dir / LOCK)
+    new = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
+    before = holder_of(work_dir / LOCK)
     try:
         with locked(work_dir / LOCK) as free:
             if not free:
@@ -61,9 +62,9 @@ def own_folder(work_dir: Path) -> Iterator[None]:
                 _LOG.warning("warning: %s trained in %s and was killed, it seems", before, work_dir)
             yield
     finally:
-        if is_new:
-            with suppress(OSError):
-                work_dir.rmdir()
+        with suppress(OSError):
+            for folder in new:
+                folder.rmdir()
 
 
 def run_files(work_dir: Path) -> list[Path]:

@@ -134,7 +134,8 @@ def limits_named() -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise TrainingError(
-            "a batch norm gets one value per channel and learns nothing; raise train.batch_size or data.crop"
+            "a batch norm gets one value per channel and learns nothing: raise train.batch_size (2 images "
+            "for each process where the head pools them), or else data.crop"
         ) from None
 
 

@@ -90,7 +90,7 @@ class Trainer:
             self._prepare(resume)
             if self.report:
                 held.callback(self.report.close)
-            self._held = held.pop_all()
+            self._held: ExitStack | None = held.pop_all()
 
     def _prepare(self, resume: str | Path | bool) -> None:
         """Check and build all that `run` needs; files are written last."""
@@ -167,7 +167,12 @@ class Trainer:
             DataError: an image cannot be read, or a worker that reads was killed.
             TrainingError: stopped for another reason.
         """
-        with self._held:
+        if self._held is None:
+            raise TrainingError(
+                f"this trainer has run; make another one with resume=True for {self.work_dir}"
+            )
+        held, self._held = self._held, None
+        with held:
             return self._run()
 
     def _run(self) -> float:
@@ -179,7 +184,8 @@ class Trainer:
         with signals_to(self.stop.request):
             before = self.validated, self.loss_count
             self._log_and_validate()  # what a run that was stopped meanwhile left undone
-            if before != (self.validated, self.loss_count):
+            caught_up = before != (self.validated, self.loss_count)
+            if not self.stop.is_due() and caught_up:  # else one alone may have failed, and all save below
                 self.stop.attempt(self.save)
             while True:
                 batch = None if self.stop.failure else self.stop.attempt(next, batches, None)

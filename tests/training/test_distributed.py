@@ -3,6 +3,7 @@
 Two processes do all that the tests look at, one thing after the other: starting them takes longest.
 """
 
+import errno
 import gc
 import importlib
 import os
@@ -25,7 +26,7 @@ from sparse_seg import processes as processes_module
 from sparse_seg.config import Config, load_config
 from sparse_seg.data import build_dataset
 from sparse_seg.data.batches import ResumableSampler
-from sparse_seg.errors import DataError, TrainingError
+from sparse_seg.errors import DataError, SparseSegError, TrainingError
 from sparse_seg.evaluation.evaluate import Evaluation, evaluate
 from sparse_seg.files import locked
 from sparse_seg.processes import FailedElsewhere, Processes, ProcessLost, joined_processes
@@ -86,6 +87,7 @@ def _join(rank: int, store: str, configs: dict[str, Config], folder: Path) -> No
         train(processes, config, folder / name, name in FIXED)
     found["held"] = refusal(processes, configs["plain"], folder / "held")
     found["damaged"] = damage(processes, configs["plain"], folder / "damaged")
+    found["full"] = full_disk(processes, configs["plain"], folder / "full")
     (folder / f"found{rank}").write_bytes(pickle.dumps(found))
     torch.distributed.destroy_process_group()
 
@@ -163,8 +165,32 @@ def damage(processes: Processes, config: Config, folder: Path) -> str:
     return str(error.value)
 
 
+def full_disk(processes: Processes, config: Config, folder: Path) -> list[str]:
+    """How a run ends whose first process cannot save the best weights, and one that resumes it."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "best.safetensors")
+
+    errors = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparse_seg.training.trainer.save_best", fail)
+        for resume in (False, True):
+            with pytest.raises(SparseSegError) as error:
+                Trainer(config, folder, resume, processes=processes).run()
+            errors.append(str(error.value))
+    return errors
+
+
 def found_by(pair: Path, rank: int) -> dict[str, Any]:
     return pickle.loads((pair / f"found{rank}").read_bytes())
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_all_processes_when_they_resume_too(pair: Path) -> None:
+    for error in found_by(pair, 0)["full"]:
+        assert "No space left on device" in error
+        assert "of iteration 10" in error
+        assert error.endswith("--resume")
 
 
 @pytest.mark.slow

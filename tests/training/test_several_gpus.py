@@ -119,4 +119,13 @@ def test_what_fails_in_a_thread_is_raised() -> None:
 
 def test_of_several_processes_one_speaks() -> None:
     store = HashStore()
-    assert [processes._speaks(store) for _ in range(3)] == [True, False, False]
+    assert [processes._speaks(store, waits) for waits in (False, False, True)] == [True, False, False]
+
+
+def test_the_first_of_several_speaks_if_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, first = HashStore(), list[bool]()
+    Timer(0.2, lambda: first.append(processes._speaks(store, False))).start()
+    assert not processes._speaks(store, True)
+    assert first == [True]
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    assert processes._speaks(HashStore(), True)

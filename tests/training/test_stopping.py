@@ -235,7 +235,10 @@ def test_a_finished_run_without_its_best_makes_up_for_it(tiny, trained, tmp_path
     assert (tmp_path / "best.safetensors").exists()
 
 
-ONE = "a batch norm gets one value per channel and learns nothing; raise train.batch_size or data.crop"
+ONE = (
+    "a batch norm gets one value per channel and learns nothing: raise train.batch_size (2 images for each "
+    "process where the head pools them), or else data.crop"
+)
 
 
 @pytest.mark.parametrize(
