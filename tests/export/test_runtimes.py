@@ -1,5 +1,7 @@
 """A network in onnxruntime or OpenVINO has the model's interface; what it refuses."""
 
+import copy
+
 import pytest
 import torch
 
@@ -86,6 +88,17 @@ def test_cuda_graphs(dtype):
 def test_cuda_graphs_need_a_cuda_device():
     with pytest.raises(SparseSegError, match="needs a model on a CUDA device; this one is on the cpu"):
         in_runtime(kind_model("lite", "edge"), "cuda-graph")
+
+
+@pytest.mark.parametrize("policy", ["edge", "entropy", "learned"])
+@torch.no_grad()
+def test_cuda_graphs_in_half_precision(policy, replayed_here):
+    model, images = copy.deepcopy(kind_model("lite", policy)), torch.randn(1, 3, 64, 96)
+    expected = model.dense(images, 8)
+    for one in (model.bfloat16(), model.for_inference().bfloat16()):
+        fast = cuda_graph.CudaGraphSegmentor(one)
+        assert relative_error(fast.dense(images.bfloat16(), 8).float(), expected) < 0.05
+        assert fast(images.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_cuda_graph_that_differs_is_refused(replayed_here, monkeypatch):
