@@ -274,7 +274,7 @@ class SelectiveNetwork(Predicting, nn.Module):
 
     def report(self) -> Report:
         """Where each convolution runs, its spacing and its multiply-adds, and what limits the gain."""
-        return report(self)
+        return report(self.geometry, self.tensors, self.policy)
 
     def fine_pixels(self, fine_blocks: Tensor, images: Tensor) -> Tensor:
         """The pixels of the blocks `[B, Hc, Wc]` that are at the finest stride, bool `[B, H, W]`."""

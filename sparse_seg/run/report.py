@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from sparse_seg.graph import Geometry
+from sparse_seg.masks import MaskPolicy
 from sparse_seg.ops import OPERATORS
 from sparse_seg.sites import grid_size
-
-if TYPE_CHECKING:
-    from sparse_seg.run.network import SelectiveNetwork
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,12 @@ class Report:
         return "\n".join([*lines, self.limit])
 
 
-def report(network: SelectiveNetwork) -> Report:
+def report(geometry: Geometry, tensors: Mapping[str, Tensor], policy: MaskPolicy) -> Report:
     """The report of a network for images of the size that it was captured with, under its policy's share."""
-    geometry, tensors = network.geometry, network.tensors
-    size, fraction = geometry.graph.size, network.policy.fine_fraction
+    size, strides, fraction = geometry.graph.size, geometry.strides, policy.fine_fraction
     fraction = 0.15 if fraction is None else fraction
-    middle = (network.policy.middle_fraction or 0.0) if len(network.strides) == 3 else 0.0
-    cells = geometry.cells(network.strides[0])
+    middle = (policy.middle_fraction or 0.0) if len(strides) == 3 else 0.0
+    cells = geometry.cells(strides[0])
     rows = []
     for node in geometry.graph.nodes:
         macs = OPERATORS[node.op].macs(node, {role: tensors[name] for role, name in node.tensors.items()})
@@ -100,7 +100,7 @@ def report(network: SelectiveNetwork) -> Report:
         if geometry.kind[node.name] == "rows":
             lattice = grid_size(size, geometry.lattice(node.name))
             places = float(lattice[0] * lattice[1])
-            shares = dict(zip(network.strides[-2::-1], (fraction + middle, fraction), strict=False))
+            shares = dict(zip(strides[-2::-1], (fraction + middle, fraction), strict=False))
             for stride, share in shares.items():
                 if stride < geometry.lattice(node.name):
                     level = grid_size(size, 2 * stride)
@@ -108,4 +108,4 @@ def report(network: SelectiveNetwork) -> Report:
             selective = round(places * macs)
         rows.append(Row(node.layer, part, geometry.spacing(node), dense, selective))
     mixing = [geometry.nodes[name].layer for name in geometry.mixing]
-    return Report(rows, network.strides, size, fraction, sorted(mixing), geometry.graph.own_code)
+    return Report(rows, strides, size, fraction, sorted(mixing), geometry.graph.own_code)
