@@ -11,11 +11,12 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from sparse_seg.config import Config, DataConfig
 from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.data.resident import ResidentBatches
+from sparse_seg.data.sampler import ResumableSampler
 from sparse_seg.data.transforms import TrainTransform, normalise
 from sparse_seg.errors import DataError
 
@@ -75,44 +76,6 @@ class TrainingView(Dataset[Sample]):
         if index not in self._kept:
             self._kept[index] = self.dataset.load(index)
         return self._kept[index]
-
-
-class ResumableSampler(Sampler[list[int]]):
-    """Batches of keys for `TrainingView`, cut from an endless stream of epochs, each newly shuffled.
-
-    A batch may cross from one epoch to the next, so all have `batch_size` keys. Starting at
-    `start_iteration` gives the batches that an unbroken run would give from there. `part` (i, n) gives the
-    i-th of n parts of each batch.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        start_iteration: int,
-        iterations: int,
-        part: tuple[int, int] = (0, 1),
-    ) -> None:
-        self.length, self.batch_size, self.seed, self.part = length, batch_size, seed, part
-        self.start_iteration, self.iterations = start_iteration, iterations
-
-    def __len__(self) -> int:
-        return max(self.iterations - self.start_iteration, 0)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        keys = self._keys(self.start_iteration * self.batch_size)
-        number, count = self.part
-        for _ in range(len(self)):
-            yield [next(keys) for _ in range(self.batch_size)][number::count]
-
-    def _keys(self, position: int) -> Iterator[int]:
-        epoch, skip = divmod(position, self.length)
-        while True:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-            for index in order[skip:]:
-                yield epoch * self.length + int(index)
-            epoch, skip = epoch + 1, 0
 
 
 class EvaluationView(Dataset[tuple[Tensor, Tensor, int]]):

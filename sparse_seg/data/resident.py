@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,12 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
+from sparse_seg.data.sampler import ResumableSampler
 from sparse_seg.data.transforms import LUMA, TrainTransform, require_bytes
 from sparse_seg.errors import DataError, out_of_memory
 from sparse_seg.progress import bar
-
-if TYPE_CHECKING:
-    from sparse_seg.data.batches import ResumableSampler
 
 
 class ResidentBatches:

@@ -153,14 +153,12 @@ class Reader(TorchDispatchMode):
         }
         arguments |= dict(zip(arguments, args, strict=False)) | kwargs
         call = Call(self, schema.name.split("::")[1], arguments, self.layers[-1])
-        if not any(id(one) in self._of_image for one in call.tensors):
-            args, kwargs = ([*map(self._at_home, args)], {k: self._at_home(v) for k, v in kwargs.items()})
         of_image = [id(one) in self._of_image for one in call.tensors]
         if call.operator in CASTS and of_image == [False, True]:  # cast as the image is
             args, kwargs, of_image = (args[0], args[1].dtype), {}, [False]
             func = torch.ops.aten.to.dtype
         if not any(of_image):
-            out = func(*args, **kwargs)
+            out = func(*map(self._at_home, args), **{k: self._at_home(v) for k, v in kwargs.items()})
             self._enter(call, out)
             return out
         if call.operator in VALUES:

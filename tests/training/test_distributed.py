@@ -25,7 +25,7 @@ from sparse_seg import load_model
 from sparse_seg import processes as processes_module
 from sparse_seg.config import Config, load_config
 from sparse_seg.data import build_dataset
-from sparse_seg.data.batches import ResumableSampler
+from sparse_seg.data.sampler import ResumableSampler
 from sparse_seg.errors import DataError, SparseSegError, TrainingError
 from sparse_seg.evaluation.evaluate import Evaluation, evaluate
 from sparse_seg.files import locked
