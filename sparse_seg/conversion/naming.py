@@ -110,10 +110,13 @@ def _find_prefix(tensors: Mapping[str, Tensor], known: Known) -> str:
     Raises:
         CheckpointError: networks stand under two, as a student and its teacher.
     """
+    parts: dict[str, dict[str, Tensor]] = {"": dict(tensors)}
+    for name, tensor in tensors.items():
+        for dot in re.finditer(r"\.", name):
+            parts.setdefault(name[: dot.end()], {})[name[dot.end() :]] = tensor
     found = list[str]()
-    dots = {name[: dot.end()] for name in tensors for dot in re.finditer(r"\.", name)}
-    for prefix in ("", *sorted(dots, key=lambda one: (len(one), one))):
-        if not prefix.startswith(tuple(found)) and known(part_of(tensors, prefix)):
+    for prefix in sorted(parts, key=lambda one: (len(one), one)):
+        if not prefix.startswith(tuple(found)) and known(parts[prefix]):
             found.append(prefix)
     if len(found) > 1:
         raise CheckpointError(f"it holds networks under {' and '.join(found)}; choose one with --prefix")

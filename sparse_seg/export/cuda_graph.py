@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparse_seg.errors import SparseSegError
+from sparse_seg.errors import SparseSegError, first_line, out_of_memory
 from sparse_seg.export.check import check_run
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.segmentor import RuntimeSegmentor, Session
@@ -44,7 +44,7 @@ class CudaGraphSegmentor(RuntimeSegmentor):
     """A network whose graphs are its static form as CUDA graphs, in the model's precision.
 
     Raises:
-        SparseSegError: the model is on another device.
+        SparseSegError: the model is on another device; later, a network that cannot be captured.
     """
 
     runtime = NAME
@@ -59,8 +59,13 @@ class CudaGraphSegmentor(RuntimeSegmentor):
         network = self._static(dataclasses.replace(options, ghosts=False, tiles=False))
         names = network.interface()[1]
         network.to(self.model.device, self.dtype)
-        with torch.autocast("cuda", enabled=False):
-            run = graphed(network, *inputs.values())
+        try:
+            with torch.autocast("cuda", enabled=False):
+                run = graphed(network, *inputs.values())
+        except Exception as error:  # whatever CUDA and a network's own code raise
+            if out_of_memory(error):
+                raise
+            raise SparseSegError(f"{NAME} cannot capture this network: {first_line(error)}") from error
 
         def session(**given: Tensor) -> dict[str, Tensor]:
             return dict(zip(names, run(*given.values()), strict=True))

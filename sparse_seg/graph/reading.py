@@ -24,6 +24,7 @@ CASTS = {"to", "_to_copy", "type_as"}
 SAME = {"contiguous", "clone", "alias", "detach", "detach_", "lift_fresh", "lift_fresh_copy"} | CASTS
 SHAPES = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "_unsafe_view", "unflatten"}
 MOVES = {"permute", "transpose", "expand", "expand_as"}
+PERHAPS_COPIES = SAME | {"reshape", "reshape_as", "flatten"}  # views of some tensors, copies of others
 INPLACE_SHAPES = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 GROW = {"cat", "concat", "concatenate", "repeat", "tile", "repeat_interleave"}  # perhaps the batch
 VALUES = {"item", "_local_scalar_dense", "is_nonzero", "equal"}  # tell Python what a tensor holds
@@ -74,6 +75,7 @@ class Reader(TorchDispatchMode):
         self.failed = ""  # the layer whose call failed
         self._known: dict[int, Ref | Constant | Unknown] = {}  # by the tensor's id
         self._of_image: set[int] = set()  # ids of tensors without values
+        self._viewed: dict[int, Tensor] = {}  # of which a tensor without values is a view, by its id
         self._kept: list[Tensor] = []  # all of these, lest another one gets an id of theirs
         self._names = Counter[str]()
         self._parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -173,7 +175,21 @@ class Reader(TorchDispatchMode):
             self.failed = call.layer
             raise
         self._enter(call, out, of_image=True)
+        self._follow_views(call, func._schema, args[0] if args else None, out)
         return out
+
+    def _follow_views(self, call: Call, schema: Any, source: Any, out: Any) -> None:
+        """Note what a result is a view of; once a view is written to, no node has the value of the whole."""
+        alias = schema.returns[0].alias_info if schema.returns else None
+        if alias is None or not isinstance(source, Tensor):
+            return
+        if not alias.is_write and call.operator not in PERHAPS_COPIES:
+            outs = out if isinstance(out, (list, tuple)) else [out]
+            self._viewed |= {id(one): source for one in outs if one is not source}
+        message = f"{call.where}: {call.operator} writes to a part of a tensor; make a new one, by torch.cat"
+        while alias.is_write and (whole := self._viewed.get(id(source))) is not None:
+            self._bind(whole, Unknown(message, (call.layer,) if call.layer else ()), of_image=True)
+            source = whole
 
     def _without_values(self, call: Call, func: Any, args: Any, kwargs: Any) -> Any:
         """What a call gives, on the meta device."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sparse_seg.config import MaskConfig, ModelConfig
 from sparse_seg.errors import ConfigError, SparseSegError
@@ -100,6 +101,10 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     original = getattr(module, "_orig_mod", None)
     if isinstance(original, nn.Module):
         return _unwrapped(original)
+    if any(map(is_lazy, module.state_dict().values())):
+        raise ConfigError(
+            f"{type(module).__name__} has lazy layers without weights: run it on an image, or load them"
+        )
     lost = next((name for name, one in module.state_dict().items() if one.is_meta), None)
     if lost is not None:
         raise ConfigError(f"{lost} is on the meta device and has no values: load the weights first")

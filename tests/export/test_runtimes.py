@@ -107,6 +107,15 @@ def test_a_cuda_graph_that_differs_is_refused(replayed_here, monkeypatch):
         in_runtime(kind_model("lite", "edge"), "cuda-graph")(torch.randn(1, 3, 64, 96))
 
 
+def test_what_no_cuda_graph_captures_is_one_line(replayed_here, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nMore lines")
+
+    monkeypatch.setattr(cuda_graph, "graphed", fail)
+    with pytest.raises(SparseSegError, match=r"^cuda-graph cannot capture this network: op.* is capturing$"):
+        in_runtime(kind_model("lite", "edge"), "cuda-graph")(torch.randn(1, 3, 64, 96))
+
+
 def test_unknown_runtime():
     with pytest.raises(SparseSegError, match="unknown runtime 'tflite'; choose one of onnxruntime, openvino"):
         open_session(b"", "tflite")

@@ -76,6 +76,15 @@ class Branches(Strided):
         return self.head(fine + F.interpolate(self.d(coarse), stem.shape[2:]))
 
 
+class Writing(Toy):
+    """Writes to a part of a tensor."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(images)
+        features[:, :4] *= 2
+        return self.head(features)
+
+
 class Vector(Toy):
     def forward(self, images: Tensor) -> Tensor:
         return self.body(images).mean((2, 3))
@@ -91,6 +100,8 @@ class Vector(Toy):
         (Pyramid, r"at strides 32 and 64: .* taps lie at most 16 px apart .* must lie 64"),
         (Branches, r"conv2d in d is at 32 px, behind an upsampling from 16: a network of several branches"),
         (Vector, r"the network gives \[1, 8, 1, 1\], not logits"),
+        (Writing, r"^the network: copy_ writes to a part of a tensor; make a new one, by torch.cat"),
+        (lambda: nn.Sequential(nn.LazyConv2d(8, 3), Toy()), r"has lazy layers without weights: run"),
         (lambda: Toy().to("meta"), r"stem.0.weight is on the meta device .* load the weights first"),
         (lambda: nn.Sequential(nn.Conv2d(4, 8, 3)), r"cannot trace Sequential at 64x64: .* have 4 channels"),
     ],
