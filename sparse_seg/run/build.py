@@ -16,7 +16,7 @@ from torch import nn
 
 from sparse_seg.config import RUN_SETTINGS, Config, ModelConfig, model_config
 from sparse_seg.config.schema import STRIDES
-from sparse_seg.errors import ConfigError, SparseSegError, did_you_mean
+from sparse_seg.errors import ConfigError, SparseSegError, did_you_mean, first_line
 from sparse_seg.graph import capture
 from sparse_seg.networks.encoder_decoder import build_module, captured_stride
 from sparse_seg.ops import Graph
@@ -103,7 +103,7 @@ def import_module(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     except SparseSegError:
         raise
     except Exception as error:  # whatever the package's own code raises, too
-        raise ConfigError(f"{name} cannot be made with {dict(arguments)}: {_first_line(error)}") from None
+        raise ConfigError(f"{name} cannot be made with {dict(arguments)}: {_told(error)}") from None
     if not isinstance(module, nn.Module):
         raise ConfigError(f"{name} gives a {type(module).__name__}, not an nn.Module")
     return module
@@ -131,7 +131,7 @@ def _imported(name: str) -> Any:
     try:
         found: Any = importlib.import_module(package)
     except Exception as error:  # whatever the package's own code raises, too
-        raise ConfigError(f"{name}: {package} cannot be imported ({_first_line(error)})") from None
+        raise ConfigError(f"{name}: {package} cannot be imported ({_told(error)})") from None
     for part in path.split("."):
         if not hasattr(found, part):
             raise ConfigError(f"{name}: {package} has no {path}{did_you_mean(part, dir(found))}")
@@ -139,6 +139,5 @@ def _imported(name: str) -> Any:
     return found
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparse_seg.config import ModelConfig
-from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg.errors import CheckpointError, ConfigError, first_line
 from sparse_seg.networks.encoder_decoder import EncoderDecoder, build_module, captured_stride
 
 
@@ -31,7 +31,7 @@ def meta_module(settings: ModelConfig) -> EncoderDecoder:
         with torch.device("meta"), _NoRandomValues():
             return build_module(settings, stride, stride)
     except (RuntimeError, OverflowError, MemoryError, TypeError, ValueError) as error:
-        raise ConfigError(f"model: no such network can be built ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"model: no such network can be built ({first_line(error)})") from None
 
 
 class _NoRandomValues(TorchFunctionMode):
