@@ -4,20 +4,20 @@ from sparse_seg.checkpoint.captured import save_model
 from sparse_seg.checkpoint.content import IMAGENET_MEAN, IMAGENET_STD, Checkpoint, Origin
 from sparse_seg.checkpoint.digest import digest_of
 from sparse_seg.checkpoint.file import find, is_checkpoint, load, save
-from sparse_seg.checkpoint.loading import build_network, load_backbone, load_model, network_settings
+from sparse_seg.checkpoint.loading import load_backbone, load_model, network_of, network_settings
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Checkpoint",
     "Origin",
-    "build_network",
     "digest_of",
     "find",
     "is_checkpoint",
     "load",
     "load_backbone",
     "load_model",
+    "network_of",
     "network_settings",
     "save",
     "save_model",

@@ -46,10 +46,10 @@ def load_model(path: str | Path, config: Config | None = None) -> SelectiveNetwo
         CheckpointError: missing, damaged or foreign file, or one that does not fit the config.
         ConfigError: a learned mask's net that does not fit the strides.
     """
-    return build_network(load(path), config)
+    return network_of(load(path), config)
 
 
-def build_network(checkpoint: Checkpoint, config: Config | None = None) -> SelectiveNetwork:
+def network_of(checkpoint: Checkpoint, config: Config | None = None) -> SelectiveNetwork:
     """See `load_model`."""
     path = checkpoint.path
     if not checkpoint.origin.has_head:

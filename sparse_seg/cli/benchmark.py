@@ -31,7 +31,7 @@ from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
 from sparse_seg.export.runtime import RUNTIMES, check_runtime
 from sparse_seg.files import atomic_write, check_outputs
-from sparse_seg.lab.benchmark.measure import COLUMNS, cases, measure
+from sparse_seg.lab.benchmark.measure import COLUMNS, cases, measure_cases
 from sparse_seg.lab.benchmark.runtimes import TORCH, Timed, peer_graphs, read_accuracies, time_network
 from sparse_seg.lab.benchmark.runtimes import rows as runtime_rows
 from sparse_seg.lab.benchmark.subject import PEERS, Setup, Subject
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     fractions, engines = args.fine_fraction or FRACTIONS, list(dict.fromkeys(args.engines))
     for scope in dict.fromkeys(args.scopes):
         todo = cases(scope, fractions, engines, strides, args.policies, PEERS if args.peers else ())
-        rows += measure(subject, todo, args.repeats, not args.no_memory, notes=notes.append)
+        rows += measure_cases(subject, todo, args.repeats, not args.no_memory, notes=notes.append)
     if rows:
         print(table(rows, COLUMNS).to_text())
     timed = _runtimes(args, subject, peers) if args.runtimes else []

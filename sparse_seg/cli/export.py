@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from sparse_seg.checkpoint import build_network, load
+from sparse_seg.checkpoint import load, network_of
 from sparse_seg.checkpoint.loading import read_card
 from sparse_seg.cli.arguments import option, size, whole_number
 from sparse_seg.cli.options import add_config, add_network, input_files, output_file, overrides
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     elif policy:
         mask = dataclasses.replace(loaded.config.mask, policy=policy)
         loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, mask=mask))
-    model, card = build_network(loaded, config), read_card(loaded, config)
+    model, card = network_of(loaded, config), read_card(loaded, config)
     options = ExportOptions(
         size=args.size,
         batch=args.batch,

@@ -25,7 +25,7 @@ from sparse_seg.cli.arguments import number, option, whole_number
 from sparse_seg.cli.options import output_file
 from sparse_seg.config import load_config
 from sparse_seg.files import atomic_write, check_outputs
-from sparse_seg.lab.benchmark.gpu import PRECISIONS, measure_gpu, table
+from sparse_seg.lab.benchmark.gpu import PRECISIONS, gpu_table, measure_gpu
 from sparse_seg.lab.benchmark.subject import Setup
 from sparse_seg.lab.provenance import write_result
 
@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
         found = measure_gpu(setup, tf32, fraction, args.repeats, bool(compiled))
         place = {"network": network, "size": list(size), "batch": batch, "precision": precision}
         cells[key] = [place | row for row in found]
-        print(table([cells[key]]), flush=True)
+        print(gpu_table([cells[key]]), flush=True)
         write_result(args.json, {"rows": list(itertools.chain(*cells.values()))})
-        atomic_write(tables, table(list(cells.values())))
+        atomic_write(tables, gpu_table(list(cells.values())))
     return 0
 
 

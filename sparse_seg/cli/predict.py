@@ -39,7 +39,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sparse_seg.checkpoint import build_network, is_checkpoint, load
+from sparse_seg.checkpoint import is_checkpoint, load, network_of
 from sparse_seg.cli.arguments import fraction, number, option, whole_number
 from sparse_seg.cli.options import (
     CHECKPOINT,
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         if path.is_dir() and outputs.folder.resolve().is_relative_to(path.resolve()):
             args.usage_error(f"argument --out: {path} holds the images; name another folder than {args.out}")
     outputs.check(sources, input_files(config_file, config, checkpoint))
-    model = build_network(load(checkpoint), config).to(args.device)
+    model = network_of(load(checkpoint), config).to(args.device)
     runner = Runner(model, args.runtime, way, "--fps refines" if args.fps else None)
     segmenter = ImageSegmenter(model, way, looks, runner)
     check_legend(segmenter.card, args.out)

@@ -15,7 +15,7 @@ import yaml
 
 from sparse_seg.config.build import build, check_values
 from sparse_seg.config.keys import all_keys
-from sparse_seg.config.reading import overlay, parse_settings, read_yaml
+from sparse_seg.config.reading import merged_trees, parse_settings, read_yaml
 from sparse_seg.config.rules import check_config, check_model, num_classes
 from sparse_seg.config.schema import Config, ModelConfig
 from sparse_seg.errors import shown
@@ -30,7 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         settings = parse_settings([override])
         build(Config, settings, f"--set {shown(override)}")
-        tree = overlay(tree, settings)
+        tree = merged_trees(tree, settings)
     return config_from_dict(tree, str(path))
 
 

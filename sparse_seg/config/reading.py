@@ -94,8 +94,8 @@ def _read(path: Path, parents: tuple[Path, ...], done: dict[Path, Tree]) -> Tree
         raise ConfigError(f"config {path}: _base_ must be a file name or a list of them, not {shown(bases)}")
     result: Tree = {}
     for base in bases:
-        result = overlay(result, _read(path.parent / os.path.expanduser(base), (*parents, path), done))
-    done[path] = overlay(result, tree)
+        result = merged_trees(result, _read(path.parent / os.path.expanduser(base), (*parents, path), done))
+    done[path] = merged_trees(result, tree)
     return done[path]
 
 
@@ -115,12 +115,12 @@ def _read_bytes(path: Path) -> bytes:
     return text
 
 
-def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
+def merged_trees(base: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
     """Merge two trees section by section; `top` wins."""
     merged = dict(base)
     for key, value in top.items():
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = overlay(merged[key], value) if nested else value
+        merged[key] = merged_trees(merged[key], value) if nested else value
     return merged
 
 
@@ -138,5 +138,5 @@ def parse_settings(settings: Sequence[str], option: str = "--set") -> Tree:
         value = parse_yaml(text, f"{option} {shown(setting)}: the value")
         for part in reversed(key.strip().split(".")):
             value = {part: value}
-        tree = overlay(tree, value)
+        tree = merged_trees(tree, value)
     return tree

@@ -12,7 +12,7 @@ from sparse_seg.conversion.reading import SourceFile
 from sparse_seg.errors import CheckpointError, choose_one
 
 
-class Source(NamedTuple):
+class KnownSource(NamedTuple):
     """Whether tensors are named as the source's, and what to make of them, given the output stride that the
     caller names."""
 
@@ -22,13 +22,13 @@ class Source(NamedTuple):
 
 # in the order in which `auto` tries them: a file goes to the first that knows its names
 SOURCES = {
-    "mmseg": Source(mmseg.detect, mmseg.plan),
-    "smp": Source(smp.detect, smp.plan),
-    "cad": Source(cad.detect, cad.plan),
-    "vainf": Source(vainf.detect, vainf.plan),
-    "timm": Source(torchvision.is_timm, torchvision.classifier_plan),
-    "torchvision": Source(torchvision.detect, torchvision.plan),
-    "efficientnet": Source(efficientnet.detect, efficientnet.plan),
+    "mmseg": KnownSource(mmseg.detect, mmseg.plan),
+    "smp": KnownSource(smp.detect, smp.plan),
+    "cad": KnownSource(cad.detect, cad.plan),
+    "vainf": KnownSource(vainf.detect, vainf.plan),
+    "timm": KnownSource(torchvision.is_timm, torchvision.classifier_plan),
+    "torchvision": KnownSource(torchvision.detect, torchvision.plan),
+    "efficientnet": KnownSource(efficientnet.detect, efficientnet.plan),
 }
 # names do not tell CAD's dense networks from VainF's, nor timm's plain ResNets from torchvision's
 TWINS = {"cad": (vainf.detect,), "timm": (torchvision.detect,)}

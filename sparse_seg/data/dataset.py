@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from sparse_seg.data.class_file import IGNORE_INDEX, ClassFile, ClassList
 from sparse_seg.data.depth import Depth, find_depth
-from sparse_seg.data.reading import Image, Picture, decode_image, read_image, read_label
+from sparse_seg.data.reading import Decoded, Image, decode_image, read_image, read_label
 from sparse_seg.errors import DataError
 
 __all__ = ["IGNORE_INDEX", "SMALLEST_SIDE", "ClassList", "Image", "SegmentationDataset", "read_image"]
@@ -151,7 +151,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         unsure = self.bits is None and found.bits is not None
         return find_depth(sorted({*own, *self.other_images()}), None, setting) if unsure else found
 
-    def _read(self, index: int) -> tuple[Picture, Image]:
+    def _read(self, index: int) -> tuple[Decoded, Image]:
         """The picture and the label's stored values."""
         image_file, label_file = self.samples[index]
         if not os.path.lexists(label_file):

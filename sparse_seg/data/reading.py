@@ -71,7 +71,7 @@ _OTHERS = (
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-class Picture(NamedTuple):
+class Decoded(NamedTuple):
     """Pixels `[H, W, 3]` uint8 RGB, of how many bits per channel they were made, and of 16-bit files the
     highest value."""
 
@@ -96,11 +96,11 @@ def read_image(file: Path, upright: bool = False, bits: int | None = None) -> Im
     return decode_image(file, upright, bits).pixels
 
 
-def decode_image(file: Path, upright: bool = False, bits: int | None = None) -> Picture:
+def decode_image(file: Path, upright: bool = False, bits: int | None = None) -> Decoded:
     """`read_image`, with what is known of its bits."""
     data = _read_bytes(file)
     if _is_heic(data):
-        return Picture(_read_heic(file, data), 8)
+        return Decoded(_read_heic(file, data), 8)
     header = _header(file, data)
     kind = header and header.kind
     if kind == "JPEG":
@@ -120,7 +120,7 @@ def decode_image(file: Path, upright: bool = False, bits: int | None = None) -> 
     if header is not None and upright != (kind == "TIFF"):  # which OpenCV turns, asked or not
         turn = header.orientation if upright else _BACK.get(header.orientation, header.orientation)
         image = _TURNS.get(turn, np.asarray)(image)
-    return Picture(np.ascontiguousarray(image), used, highest)
+    return Decoded(np.ascontiguousarray(image), used, highest)
 
 
 def guessed_bits(highest: int) -> int:

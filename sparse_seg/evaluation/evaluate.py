@@ -50,7 +50,7 @@ class Evaluation:
 
 
 @dataclass
-class Part:
+class Tally:
     """What one process measured of its frames."""
 
     metrics: SegmentationMetrics
@@ -100,7 +100,7 @@ def measure(
     with_loss: bool = False,
     views: Views = ONCE,
     runner: Runner | None = None,
-) -> Part:
+) -> Tally:
     """Run a network on some frames; see `evaluate`.
 
     Args:
@@ -110,7 +110,7 @@ def measure(
     if policy is not None:
         policy.remember(None)
     device = model.device
-    part = Part(SegmentationMetrics(len(dataset.classes)), images=len(frames))
+    part = Tally(SegmentationMetrics(len(dataset.classes)), images=len(frames))
     loader = evaluation_loader(dataset, data, frames)
     if runner is not None:
         runner.expect(len(frames) if views.is_single else None)
@@ -134,7 +134,7 @@ def measure(
     return part
 
 
-def combined(parts: Sequence[Part]) -> Evaluation:
+def combined(parts: Sequence[Tally]) -> Evaluation:
     """The result of all frames; sums go by frame, so that it does not depend on how they were shared."""
     metrics = parts[0].metrics
     for part in parts[1:]:

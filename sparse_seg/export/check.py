@@ -25,7 +25,7 @@ MOST_BLOCKS = 0.01
 
 
 @torch.no_grad()
-def check_graph(graph: bytes, model: SelectiveNetwork, network: StaticNetwork, images: int = 2) -> None:
+def check_onnx(graph: bytes, model: SelectiveNetwork, network: StaticNetwork, images: int = 2) -> None:
     """Run random images through a graph, and compare blocks, classes and logits with the model's.
 
     Classes may differ where two logits are equal to rounding.
@@ -54,7 +54,7 @@ def check_run(
     found: Mapping[str, Tensor],
     tolerance: float = TOLERANCE,
 ) -> None:
-    """Compare what a graph with these options gave with PyTorch, as `check_graph` does.
+    """Compare what a graph with these options gave with PyTorch, as `check_onnx` does.
 
     Args:
         model: runs where the images are.

@@ -13,7 +13,7 @@ import torch
 
 from sparse_seg.checkpoint import digest_of
 from sparse_seg.errors import import_package
-from sparse_seg.export.check import check_graph
+from sparse_seg.export.check import check_onnx
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import INSTALL
 from sparse_seg.export.static import StaticNetwork
@@ -37,7 +37,7 @@ def export_onnx(
 
     Args:
         names, colours: of the classes, colours as RGB in 0..255; kept in the file.
-        check: run the file in onnxruntime before it is written, see `check.check_graph`.
+        check: run the file in onnxruntime before it is written, see `check.check_onnx`.
 
     Returns:
         What is kept in the file's property `sparse_seg`.
@@ -52,7 +52,7 @@ def export_onnx(
     entry = graph.metadata_props.add()
     entry.key, entry.value = METADATA, json.dumps(metadata)
     if check:
-        check_graph(graph.SerializeToString(), model, network)
+        check_onnx(graph.SerializeToString(), model, network)
     atomic_write(path, graph.SerializeToString())
     return metadata
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparse_seg.checkpoint import build_network, load
+from sparse_seg.checkpoint import load, network_of
 from sparse_seg.checkpoint.content import Checkpoint
 from sparse_seg.config import Config, check_classes
 from sparse_seg.data import SegmentationDataset, open_split
@@ -45,7 +45,7 @@ def open_checkpoint(
     """
     check_classes(config)
     loaded = load(checkpoint)
-    model = build_network(loaded, config).to(device)
+    model = network_of(loaded, config).to(device)
     dataset = open_split(config.data, split)
     check_outputs(outputs, dataset.files())
     dataset.check(limit)

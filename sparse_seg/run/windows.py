@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_seg.graph import Geometry
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
-from sparse_seg.sites import Grid, Level, Mixed, Sites, Table, Taps, rows_to_grid, spconv, triton
+from sparse_seg.sites import Grid, Level, Mixed, Sites, Taps, TapTable, rows_to_grid, spconv, triton
 
 
 class Windows:
@@ -141,7 +141,7 @@ class Windows:
         tensors = self.tensors_of(node)
         return triton.conv2d(rows, index, tensors["weight"], tensors.get("bias"), *ghosts)
 
-    def _gathered(self, node: Node, table: Table, index: Tensor) -> Tensor:
+    def _gathered(self, node: Node, table: TapTable, index: Tensor) -> Tensor:
         operator = OPERATORS[node.op]
         assert isinstance(operator, Spatial)
         reads = Reads(table.rows, index, self.taps[node.name].number, table.make, table.parts)

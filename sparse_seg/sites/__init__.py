@@ -4,7 +4,7 @@ from sparse_seg.sites.level import EXCHANGES, SEPARATE, Level
 from sparse_seg.sites.plan import HERE, LevelPlan, Taps, grid_size, plan_of
 from sparse_seg.sites.sites import Sites
 from sparse_seg.sites.spconv import ENGINES, EngineError
-from sparse_seg.sites.values import Grid, Mixed, Table, rows_to_grid
+from sparse_seg.sites.values import Grid, Mixed, TapTable, rows_to_grid
 
 __all__ = [
     "ENGINES",
@@ -17,7 +17,7 @@ __all__ = [
     "LevelPlan",
     "Mixed",
     "Sites",
-    "Table",
+    "TapTable",
     "Taps",
     "grid_size",
     "plan_of",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparse_seg.sites.sites import Sites
 
 
-class Table(NamedTuple):
+class TapTable(NamedTuple):
     """Rows `[R, C]` that windows read; the last one, zero, is what lies outside the image.
 
     They are copies, so backward keeps `parts`, which other operators keep as well, and makes the rows again.
@@ -33,7 +33,7 @@ class Grid:
     def __init__(self, tensor: Tensor, stride: int) -> None:
         self.tensor, self.stride = tensor, stride
         self._rows: Tensor | None = None
-        self._table: Table | None = None
+        self._table: TapTable | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -44,10 +44,10 @@ class Grid:
         return self._rows
 
     @property
-    def table(self) -> Table:
+    def table(self) -> TapTable:
         """Rows and, behind them, zero."""
         if self._table is None:
-            self._table = Table(_padded(self.rows), _padded_grid, (self.tensor,))
+            self._table = TapTable(_padded(self.rows), _padded_grid, (self.tensor,))
         return self._table
 
     def settle(self) -> None:
@@ -87,7 +87,7 @@ class Mixed:
         self._extras: dict[int, Tensor] = {} if before is not None else rows
         self._before = before
         self._complete: dict[tuple[int, str], Tensor] = {}
-        self._tables: dict[tuple[int, str], Table] = {}
+        self._tables: dict[tuple[int, str], TapTable] = {}
 
     @property
     def lattice(self) -> Grid:
@@ -110,7 +110,7 @@ class Mixed:
             return self
         return Mixed(self._lattice, {one: self.extras(one) for one in self.rows}, self.sites.whole)
 
-    def reads(self, stride: int, taps: Taps) -> tuple[Table, Tensor]:
+    def reads(self, stride: int, taps: Taps) -> tuple[TapTable, Tensor]:
         """What taps read around the extra sites at `stride` that are run: a table, and its rows
         `[3 * run * T]`."""
         level, base, apart = self.sites.levels[stride], self.lattice.stride, self.sites.apart
@@ -122,7 +122,7 @@ class Mixed:
             strides = [one for one in self.rows if one >= stride]  # finer ones are not read
             make = functools.partial(_made, self.sites, base, strides, stride, kind)
             parts = self.lattice.tensor, *map(self.extras, strides)
-            self._tables[stride, kind] = Table(self._table(stride, kind), make, parts)
+            self._tables[stride, kind] = TapTable(self._table(stride, kind), make, parts)
         rows = apart.in_table(taps, stride) if apart else level.tap_rows(taps)
         return self._tables[stride, kind], rows
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.checkpoint import Checkpoint, build_network, load
+from sparse_seg.checkpoint import Checkpoint, load, network_of
 from sparse_seg.checkpoint.pickled import load_pickled
 from sparse_seg.config import Config, num_classes
 from sparse_seg.errors import CheckpointError, ConfigError
@@ -59,7 +59,7 @@ class Teacher:
         device: torch.device | str = "cpu",
     ) -> None:
         checkpoint = load(path)
-        self.model = build_network(checkpoint).requires_grad_(False).to(device)
+        self.model = network_of(checkpoint).requires_grad_(False).to(device)
         _check_fits(checkpoint, config)
         self.cache = None if cache is None else Path(cache)
         self._digest = checkpoint.digest.encode()

@@ -28,7 +28,7 @@ LINE_SECONDS = 10.0  # at least, between two lines: an hour's stay under 40 kB
 _LOG = logging.getLogger(__name__)
 
 
-class Report:
+class TrainingReport:
     """Shows where a training is, and keeps `log.jsonl` in its folder: a line per log step and validation.
 
     The log is truncated to the iteration that is resumed; lines that a kill or a full disk cut are left out,

@@ -15,7 +15,7 @@ from sparse_seg.config import Config, changes, check_classes, check_training, to
 from sparse_seg.data import open_split
 from sparse_seg.data.batches import training_batches
 from sparse_seg.errors import DataError, SparseSegError, TrainingError
-from sparse_seg.evaluation.evaluate import Evaluation, Part, combined, measure
+from sparse_seg.evaluation.evaluate import Evaluation, Tally, combined, measure
 from sparse_seg.files import atomic_write
 from sparse_seg.graph.file import check_plain
 from sparse_seg.processes import Processes, ProcessLost
@@ -37,7 +37,7 @@ from sparse_seg.training.distillation import Teacher
 from sparse_seg.training.losses import check_class_weights
 from sparse_seg.training.objective import Objective
 from sparse_seg.training.pretrained import initial_model
-from sparse_seg.training.report import Report
+from sparse_seg.training.report import TrainingReport
 from sparse_seg.training.schedule import learning_rate
 from sparse_seg.training.step import Step
 from sparse_seg.training.stopping import AlreadyTrained, DeviceFailed, Diverged, Stop, reason, signals_to
@@ -135,11 +135,11 @@ class Trainer:
             self.saved = self.iteration if goes_on else 0
         self.processes.seed(train.seed, self.iteration)
         self.stop = Stop(self.processes, self.device)
-        self.report: Report | None = None
+        self.report: TrainingReport | None = None
         self.processes.gather(lambda: None)  # all have come so far
         if self.processes.is_first:
             atomic_write(self.work_dir / CONFIG, to_yaml(config))
-            self.report = Report(train, self.work_dir, self.iteration, self.device)
+            self.report = TrainingReport(train, self.work_dir, self.iteration, self.device)
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         self.step.restore(state, path)
@@ -264,7 +264,7 @@ class Trainer:
         way = Way.dense(train.output_stride or model.dense_stride) if train.network == "dense" else Way()
         share = self.processes.share(min(frames, train.eval_images or frames))
 
-        def work() -> Part:
+        def work() -> Tally:
             return measure(model, self.validation, data, way, share, with_loss=True)
 
         self.processes.share_buffers(model)

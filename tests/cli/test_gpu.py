@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparse_seg.cli import gpu
-from sparse_seg.lab.benchmark.gpu import PRECISIONS, table
+from sparse_seg.lab.benchmark.gpu import PRECISIONS, gpu_table
 from tests.cli.commands import done
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
@@ -63,4 +63,4 @@ def test_table_of_the_docs_is_the_result_file() -> None:
     cells = itertools.groupby(
         rows, lambda row: [row[key] for key in ("network", "size", "batch", "precision")]
     )
-    assert table([list(cell) for _, cell in cells]) == (RESULTS / "gpu_h100.md").read_text()
+    assert gpu_table([list(cell) for _, cell in cells]) == (RESULTS / "gpu_h100.md").read_text()

@@ -9,7 +9,7 @@ import torch
 from sparse_seg.cli.benchmark import ENGINES
 from sparse_seg.config import config_from_dict
 from sparse_seg.errors import SparseSegError
-from sparse_seg.lab.benchmark.measure import COLUMNS, cases, measure
+from sparse_seg.lab.benchmark.measure import COLUMNS, cases, measure_cases
 from sparse_seg.lab.benchmark.subject import Case, Setup, Subject, peer_run
 from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.run.passes import Pass
@@ -57,7 +57,7 @@ def test_cases_of_further_policies(subject):
         assert relative_error(confidence, run.logits()) < 1e-4
     assert run.mask is not None
     assert run.mask.float().mean() == pytest.approx(0.3, abs=0.02)
-    results = measure(subject, [BASELINE, *rows], repeats=1, memory=False)
+    results = measure_cases(subject, [BASELINE, *rows], repeats=1, memory=False)
     assert results[1]["stored_mib"] is None
     assert 0.1 < results[2]["stored_mib"] < 10
     assert results[2]["gmacs"] == pytest.approx(results[1]["gmacs"], rel=0.2), "other blocks, one more head"
@@ -103,7 +103,9 @@ def test_rows_are_sane(subject, scope, monkeypatch):
         return take(self, fine_blocks, way)
 
     monkeypatch.setattr(Pass, "take", refuse)
-    rows = measure(subject, cases(scope, FRACTIONS, ENGINES, STRIDES), 2, memory=False, notes=notes.append)
+    rows = measure_cases(
+        subject, cases(scope, FRACTIONS, ENGINES, STRIDES), 2, memory=False, notes=notes.append
+    )
     assert set(notes) == {f"{scope}: spconv not measured: spconv is not installed"}
     baseline, selective = rows[0], [row for row in rows if row["kind"] == "selective"]
     assert (baseline["network"], baseline["speedup"], baseline["mac_ratio"]) == ("dense OS8", 1, 1)
@@ -130,7 +132,7 @@ def test_peak_memory_of_rows(subject, monkeypatch):
         return 12.0
 
     monkeypatch.setattr("sparse_seg.lab.benchmark.measure.peak_memory", peak)
-    assert [row["peak_mib"] for row in measure(subject, [BASELINE], repeats=1)] == [12]
+    assert [row["peak_mib"] for row in measure_cases(subject, [BASELINE], repeats=1)] == [12]
 
 
 def test_training_steps_train_copies(subject):
@@ -156,7 +158,7 @@ def test_peers_that_cannot_run_are_noted(subject, monkeypatch):
     names = ["missing", "wrong", "right"]
     todo = [BASELINE, *(Case("network", Way.dense(8), peer=name) for name in names)]
     notes: list[str] = []
-    rows = measure(subject, todo, repeats=1, memory=False, notes=notes.append)
+    rows = measure_cases(subject, todo, repeats=1, memory=False, notes=notes.append)
     assert [row["form"] for row in rows] == ["conv2d", "right"]
     assert notes[0] == "network: missing not measured: ModuleNotFoundError: No module named 'fastest'"
     assert "wrong computes other numbers (relative error" in notes[1]

@@ -13,7 +13,7 @@ from sparse_seg.cli import main
 from sparse_seg.config import TrainConfig, changes, load_config
 from sparse_seg.data.cityscapes import CITYSCAPES_CLASSES
 from sparse_seg.training import report as report_module
-from sparse_seg.training.report import Report
+from sparse_seg.training.report import TrainingReport
 from sparse_seg.training.trainer import Trainer
 from tests.training.test_trainer import log_of
 
@@ -24,8 +24,8 @@ LINE = (
 )
 
 
-def report(folder, iteration=0, **settings) -> Report:
-    return Report(TrainConfig(**settings), folder, iteration, torch.device("cpu"))
+def report(folder, iteration=0, **settings) -> TrainingReport:
+    return TrainingReport(TrainConfig(**settings), folder, iteration, torch.device("cpu"))
 
 
 @pytest.mark.slow

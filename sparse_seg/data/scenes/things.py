@@ -23,7 +23,7 @@ _COLOURS: dict[str, list[tuple[int, int, int]]] = {
 Points = list[tuple[float, float]]
 
 
-class Part(NamedTuple):
+class Shape(NamedTuple):
     """Of a figure: a polygon, or a line so wide, through points (x, y), m; x is 0 at the figure's foot."""
 
     label: str
@@ -38,49 +38,49 @@ def ring(x: float, y: float, radius: float, corners: int = 12) -> Points:
     return [(x + radius * np.sin(one), y + radius * np.cos(one)) for one in turn]
 
 
-def _sign(corners: int) -> list[Part]:
+def _sign(corners: int) -> list[Shape]:
     outer, inner = (ring(0, 2.6, radius, corners) for radius in (0.4, 0.28))
-    return [*_POST, Part("traffic sign", "rim", outer), Part("traffic sign", "board", inner)]
+    return [*_POST, Shape("traffic sign", "rim", outer), Shape("traffic sign", "board", inner)]
 
 
-_POST = [Part("pole", "metal", [(0, 0), (0, 2.8)], 0.13)]
+_POST = [Shape("pole", "metal", [(0, 0), (0, 2.8)], 0.13)]
 _BICYCLE = [
-    *(Part("bicycle", "tyre", ring(x, 0.34, 0.34, 16), 0.06) for x in (-0.53, 0.53)),
-    Part("bicycle", "frame", [(-0.53, 0.34), (-0.2, 0.95), (0, 0.34), (-0.53, 0.34)], 0.06),
-    Part("bicycle", "frame", [(0, 0.34), (0.43, 1.02), (0.53, 0.34)], 0.06),
-    Part("bicycle", "frame", [(-0.2, 0.95), (0.43, 1.02)], 0.06),
+    *(Shape("bicycle", "tyre", ring(x, 0.34, 0.34, 16), 0.06) for x in (-0.53, 0.53)),
+    Shape("bicycle", "frame", [(-0.53, 0.34), (-0.2, 0.95), (0, 0.34), (-0.53, 0.34)], 0.06),
+    Shape("bicycle", "frame", [(0, 0.34), (0.43, 1.02), (0.53, 0.34)], 0.06),
+    Shape("bicycle", "frame", [(-0.2, 0.95), (0.43, 1.02)], 0.06),
 ]
-FIGURES: dict[str, list[Part]] = {
+FIGURES: dict[str, list[Shape]] = {
     "person": [
-        Part("person", "trousers", [(-0.1, 0.85), (0.02, 0.85), (-0.1, 0), (-0.26, 0)]),
-        Part("person", "trousers", [(-0.02, 0.85), (0.1, 0.85), (0.26, 0), (0.1, 0)]),
-        *(Part("person", "coat", [(out * 0.2, 1.4), (out * 0.32, 0.85)], 0.11) for out in (-1, 1)),
-        Part("person", "coat", [(-0.24, 1.42), (0, 1.53), (0.24, 1.42), (0.17, 0.75), (-0.17, 0.75)]),
-        Part("person", "hair", ring(0, 1.6, 0.13)),
-        Part("person", "skin", ring(0.02, 1.56, 0.095)),
+        Shape("person", "trousers", [(-0.1, 0.85), (0.02, 0.85), (-0.1, 0), (-0.26, 0)]),
+        Shape("person", "trousers", [(-0.02, 0.85), (0.1, 0.85), (0.26, 0), (0.1, 0)]),
+        *(Shape("person", "coat", [(out * 0.2, 1.4), (out * 0.32, 0.85)], 0.11) for out in (-1, 1)),
+        Shape("person", "coat", [(-0.24, 1.42), (0, 1.53), (0.24, 1.42), (0.17, 0.75), (-0.17, 0.75)]),
+        Shape("person", "hair", ring(0, 1.6, 0.13)),
+        Shape("person", "skin", ring(0.02, 1.56, 0.095)),
     ],
     "bicycle": _BICYCLE,
     "cyclist": [
         *_BICYCLE,
-        Part("rider", "trousers", [(-0.2, 0.95), (0.25, 0.75), (0.05, 0.3)], 0.17),
-        Part("rider", "coat", [(-0.2, 1), (0.15, 1.5)], 0.33),
-        Part("rider", "skin", [(0.15, 1.45), (0.38, 1.25), (0.43, 1.02)], 0.1),
-        Part("rider", "hair", ring(0.21, 1.76, 0.14)),
+        Shape("rider", "trousers", [(-0.2, 0.95), (0.25, 0.75), (0.05, 0.3)], 0.17),
+        Shape("rider", "coat", [(-0.2, 1), (0.15, 1.5)], 0.33),
+        Shape("rider", "skin", [(0.15, 1.45), (0.38, 1.25), (0.43, 1.02)], 0.1),
+        Shape("rider", "hair", ring(0.21, 1.76, 0.14)),
     ],
     "post": _POST,
     "lamp": [
-        Part("pole", "metal", [(0, 0), (0, 7), (1.5, 7.2)], 0.13),
-        Part("pole", "bulb", [(1.2, 7.1), (1.8, 7.1), (1.8, 7.3), (1.2, 7.3)]),
+        Shape("pole", "metal", [(0, 0), (0, 7), (1.5, 7.2)], 0.13),
+        Shape("pole", "bulb", [(1.2, 7.1), (1.8, 7.1), (1.8, 7.3), (1.2, 7.3)]),
     ],
     "traffic light": [
         *_POST,
-        Part("traffic light", "case", [(-0.2, 2.2), (0.2, 2.2), (0.2, 3.2), (-0.2, 3.2)]),
+        Shape("traffic light", "case", [(-0.2, 2.2), (0.2, 2.2), (0.2, 3.2), (-0.2, 3.2)]),
         *(
-            Part("traffic light", colour, ring(0, height, 0.12))
+            Shape("traffic light", colour, ring(0, height, 0.12))
             for colour, height in (("red", 3), ("amber", 2.7), ("green", 2.4))
         ),
     ],
-    "bin": [Part("static", "bin", [(-0.4, 0), (0.4, 0), (0.45, 1.1), (-0.45, 1.1)])],
+    "bin": [Shape("static", "bin", [(-0.4, 0), (0.4, 0), (0.45, 1.1), (-0.45, 1.1)])],
     **{f"sign {corners}": _sign(corners) for corners in (3, 4, 8, 16)},
 }
 

@@ -109,7 +109,7 @@ class Cell:
 
 
 @dataclass
-class Grid:
+class RunGrid:
     """A parsed file: `networks`, their `configs`, and all `cells`, of which the first are the baseline."""
 
     spec: GridSpec
@@ -131,7 +131,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-zA-Z0-9.+-]+", "-", text).strip("-")
 
 
-def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
+def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> RunGrid:
     """Read a grid from YAML: `GridSpec`'s keys, `networks` (name to `NetworkSpec`), `runs` (`RunsSpec` each).
 
     Args:
@@ -179,7 +179,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     if len(set(runs)) < len(runs):
         double = next(run for run in runs if runs.count(run) > 1)
         raise ConfigError(f"{path}: 'runs' names {double[0]}, {double[1].name} twice")
-    return Grid(spec, networks, configs, runs)
+    return RunGrid(spec, networks, configs, runs)
 
 
 def _check_network(network: NetworkSpec, before: Mapping[str, NetworkSpec], where: str) -> None:

@@ -16,7 +16,7 @@ from sparse_seg.lab.ablation.grid import Cell, Run
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.frames import Contender, explore
 from sparse_seg.lab.report.explorer import Explorer
-from sparse_seg.lab.report.html import Part, Section, plot, write_report
+from sparse_seg.lab.report.html import PagePart, Section, plot, write_report
 from sparse_seg.lab.report.plots import COSTS, cost_curve
 from sparse_seg.lab.report.tables import COLUMNS, Column, Table, table
 from sparse_seg.run.way import Way
@@ -150,7 +150,7 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
     )
     curves = [plot(plots["gmacs"], "mIoU against GMACs"), plot(plots["milliseconds"], "mIoU against ms")]
     explorer, links = _explorer(ablation, rows)
-    sections: list[Part] = [
+    sections: list[PagePart] = [
         Section("Accuracy and cost", text, whole, links),
         Section("mIoU by seed", table=seeds),
         Section("Quality against cost", pictures=curves, pictures_per_row=2),

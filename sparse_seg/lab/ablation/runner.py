@@ -24,7 +24,7 @@ from sparse_seg.data import open_split
 from sparse_seg.errors import CheckpointError
 from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.files import atomic_write, locked
-from sparse_seg.lab.ablation.grid import Cell, Grid, slug
+from sparse_seg.lab.ablation.grid import Cell, RunGrid, slug
 from sparse_seg.lab.provenance import provenance
 from sparse_seg.processes import Processes
 from sparse_seg.progress import say
@@ -50,7 +50,7 @@ class Ablation:
 
     def __init__(
         self,
-        grid: Grid,
+        grid: RunGrid,
         work_dir: str | Path,
         checkpoint: str | Path | None = None,
         device: torch.device | str = "cpu",

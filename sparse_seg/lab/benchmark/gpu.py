@@ -121,7 +121,7 @@ def replaying(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[
     return lambda: replay(images)[0]
 
 
-def table(cells: Sequence[Sequence[dict[str, Any]]]) -> str:
+def gpu_table(cells: Sequence[Sequence[dict[str, Any]]]) -> str:
     """Markdown, a line a run; beside it the ratio to the fastest dense OS8 of its cell."""
     keys = ("network", "size", "batch", "precision", "run", "ms", "±", "of dense OS8")
     lines = [f"| {' | '.join(keys)} |", "|---" * len(keys) + "|"]

@@ -41,7 +41,7 @@ def cases(
     return rows + [Case(scope, rows[0].way, peer=peer) for peer in peers if scope == "network"]
 
 
-def measure(
+def measure_cases(
     subject: Subject,
     rows: Sequence[Case],
     repeats: int,

@@ -17,7 +17,7 @@ from sparse_seg.lab.compare.run import compare, comparison_runtime, comparison_w
 from sparse_seg.lab.frames import Contender, explore
 from sparse_seg.lab.opened import Opened
 from sparse_seg.lab.provenance import provenance
-from sparse_seg.lab.report.html import Part, Picture, Section, plot, write_report
+from sparse_seg.lab.report.html import PagePart, Picture, Section, plot, write_report
 from sparse_seg.lab.report.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
 from sparse_seg.lab.report.plots import COSTS, cost_curve
 from sparse_seg.lab.report.tables import Table, table
@@ -134,7 +134,7 @@ def write_comparison(
     cases = {way: Contender(way.name, named[way.name], model, way, data) for way in (*steps, *dense)}
     places = list(named)
     links = {places.index(way.name): f"#step-{number}" for number, way in enumerate(steps)}
-    sections: list[Part] = [
+    sections: list[PagePart] = [
         Section("Accuracy and cost", description, comparison_table(rows), links),
         Section("Quality against cost", CHORD, pictures=_curves(rows, dense), pictures_per_row=2),
         explore(

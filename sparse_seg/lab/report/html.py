@@ -74,18 +74,18 @@ class Section:
         return f'<div class="{kind}" style="{style}">\n{figures}\n</div>'
 
 
-class Part(Protocol):
+class PagePart(Protocol):
     """A part of a page."""
 
     def to_html(self) -> str: ...
 
 
-def write_report(path: str | Path, title: str, sections: Sequence[Part]) -> None:
+def write_report(path: str | Path, title: str, sections: Sequence[PagePart]) -> None:
     """Write the sections as one HTML page to `path`, atomically. Raises OSError if it cannot be written."""
     atomic_write(path, page(title, sections))
 
 
-def page(title: str, sections: Sequence[Part]) -> str:
+def page(title: str, sections: Sequence[PagePart]) -> str:
     """The whole HTML page as text."""
     heading = html.escape(title)
     body = "\n".join(section.to_html() for section in sections)
