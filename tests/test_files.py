@@ -111,6 +111,7 @@ def start_writer(path: Path, seconds: float, content: str) -> ForkProcess:
     return process
 
 
+@pytest.mark.slow
 def test_kills_leave_one_hidden_file_at_most_which_the_next_write_uses(tmp_path: Path) -> None:
     path = tmp_path / "file"
     atomic_write(path, "old")
@@ -125,6 +126,7 @@ def test_kills_leave_one_hidden_file_at_most_which_the_next_write_uses(tmp_path:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_writers_of_one_file_take_turns(tmp_path: Path) -> None:
     path = tmp_path / "file"
     process, started = start_writer(path, 0.5, "first"), time.monotonic()
@@ -171,6 +173,7 @@ def hold(path: Path, told: Connection) -> None:
         time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_lock_ends_with_its_process_though_a_forked_one_lives_on(tmp_path: Path) -> None:
     """As data workers do for some seconds; nor does one that ends take the lock away."""
     path = tmp_path / "folder/lock"

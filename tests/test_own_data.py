@@ -84,6 +84,7 @@ def followed(tmp_path_factory) -> tuple[Path, str]:
         return folder, follow(COMMANDS)
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_an_exported_network(followed, monkeypatch, capsys):
     folder, text = followed
     monkeypatch.chdir(folder)

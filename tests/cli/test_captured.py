@@ -38,6 +38,7 @@ def test_predict_refines(folder: Path, tmp_path: Path) -> None:
     assert list(tmp_path.glob("photo_step*"))
 
 
+@pytest.mark.slow
 def test_evaluate_compares(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     files = folder / "data.yaml", folder / "net.safetensors"
@@ -86,6 +87,7 @@ def test_benchmark(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
 
 
+@pytest.mark.slow
 def test_benchmark_in_a_runtime(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the fraction asked for, of which a comparison tells the accuracy; processes are those of
     tests/export/test_files.py."""

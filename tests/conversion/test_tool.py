@@ -170,6 +170,7 @@ def start(path, **settings):
     return model, load_own(model, path)
 
 
+@pytest.mark.slow
 def test_pretrained_from_every_kind_of_file(folder, tmp_path):
     checkpoint = load(folder / "net.safetensors")
     own = load_config(folder / "data.yaml")

@@ -288,6 +288,7 @@ def mapped(state: State) -> Mapped:
     return map_tensors(state, plan, model_config(plan.config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision deeplabv3", "vainf deeplabv3plus", "mmseg deeplabv3plus r50"])
 def test_any_tensor_may_be_missing(name: str) -> None:
     """One line, whichever it is."""

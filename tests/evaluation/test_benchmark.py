@@ -123,6 +123,7 @@ def test_rows_are_sane(subject, scope, monkeypatch):
     assert all(any(key in row for row in rows) for key in COLUMNS)
 
 
+@pytest.mark.slow
 def test_peak_memory_of_rows(subject, monkeypatch):
     """A child process can make the same run."""
 

@@ -45,6 +45,7 @@ def images() -> torch.Tensor:
     return torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 def test_the_next_command_starts_with_the_graph_of_the_last(folder, made, images):
     model = copy.deepcopy(kind_model("lite", "gain"))  # its policy has weights
     first = in_runtime(model, "onnxruntime", 1).classify(images)[0]
@@ -99,6 +100,7 @@ def test_what_makes_another_graph(folder, monkeypatch):
     assert len(set(paths)) == len(paths)
 
 
+@pytest.mark.slow
 def test_what_is_not_kept(folder, images, monkeypatch):
     """A graph that differs from PyTorch, and one with someone else's code, which may change."""
     model = copy.deepcopy(kind_model("lite", "edge"))

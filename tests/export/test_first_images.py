@@ -45,6 +45,7 @@ def negated(network: StaticNetwork, *inputs: torch.Tensor) -> tuple[torch.Tensor
 grid_logits = StaticNetwork.grid_logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("is_negated", "ways", "wrong"),
     [
@@ -88,6 +89,7 @@ def test_autocast_outside_changes_nothing(images):
         assert relative_error(logits, model(images)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_threads_get_their_own_results(runtime):
     """The first ones find no graph."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,11 @@ TOLERANCE = 1e-10
 SIZES = ((64, 96), (70, 53), (49, 64))
 # a network that fails is small as it is, and each try takes a second
 few = settings(max_examples=3, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+
+
+def one_fast(fast: str, *slow: str) -> list[Any]:
+    """Parameters of which the fast tests run one."""
+    return [fast, *(pytest.param(one, marks=pytest.mark.slow) for one in slow)]
 
 
 def drawn_settings(strides: Sequence[int]) -> ModelConfig:
@@ -173,7 +179,7 @@ def check_refinement(network: SelectiveNetwork, module: Drawn, images: Tensor) -
     assert relative_error(refined, after.output) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "resizing", "all"])
+@pytest.mark.parametrize("family", one_fast("all", *FAMILIES, "resizing"))
 @few
 @given(st.data())
 def test_dense_and_mixed(family: str, data: st.DataObject):
@@ -188,7 +194,7 @@ def test_dense_and_mixed(family: str, data: st.DataObject):
 
 
 @pytest.mark.parametrize("exchange", ["linear", "separate"])
-@pytest.mark.parametrize("family", ["convolution", "groups", "channels", "places", "all"])
+@pytest.mark.parametrize("family", one_fast("all", "convolution", "groups", "channels", "places"))
 @few
 @given(st.data())
 def test_training_equals_autograd_through_the_reference(family: str, exchange: str, data: st.DataObject):
@@ -256,7 +262,7 @@ def test_mixing(data: st.DataObject):
             network.start(images).start_coarse()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "resizing"])
+@pytest.mark.parametrize("family", one_fast("resizing", *FAMILIES))
 @settings(few, max_examples=2)
 @given(st.data())
 def test_folded_networks_keep_values(family: str, data: st.DataObject):

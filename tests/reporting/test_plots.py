@@ -40,6 +40,7 @@ def test_missing_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch
         cost_curve(SERIES, "x", "y", POINTS)
 
 
+@pytest.mark.slow
 def test_matplotlib_loads_late_and_pyplot_never() -> None:
     text = Path(plots.__file__).read_text()
     assert not re.search(r"^ *(import|from) matplotlib|pyplot\"", text, re.MULTILINE)

@@ -134,6 +134,7 @@ def test_other_groups_are_gathered(device: str) -> None:
         assert triton.conv2d(rows, index, weight) is None
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_fastest_tile_runs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is tried once for about as many sites; all give the same numbers."""

@@ -130,6 +130,7 @@ def changed_blocks(model: SelectiveNetwork, images: Tensor) -> Tensor:
     return block_mean((fine != coarse).float(), model.strides[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strides", [[8, 16], [8, 16, 32], [4, 8, 16]], ids=str)
 def test_supervised_loss(strides: list[int]) -> None:
     model, (images, _) = learned_model(strides=strides), batch()
