@@ -35,13 +35,11 @@ class Operator:
     """An operator that treats each place by itself; the base of all.
 
     Attributes:
-        is_spatial: reads a window of places (`Window`), see `Spatial`.
         is_pool: reads all places of an image and gives a vector.
         needs_grid: runs on complete grids alone: sites end before it.
         joins: in training runs once over all sites, as batch norm's statistics need.
     """
 
-    is_spatial: ClassVar[bool] = False
     is_pool: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
     joins: ClassVar[bool] = False
@@ -95,7 +93,6 @@ class Spatial(Operator):
             their part of the `weight` `[O, I, kh, kw]`.
     """
 
-    is_spatial = True
     skips_outside: ClassVar[bool] = False
 
     def window(self, node: Node) -> Window:
