@@ -63,6 +63,7 @@ def test_all_is_written_and_true(grid_file: Path, finished: Path) -> None:
     assert [(row["distillation"], row["boundary"]) for row in rows[4:8:2]] == [(False, False), (True, True)]
 
 
+@pytest.mark.slow
 def test_tables_and_report(finished: Path) -> None:
     rows = json.loads((finished / "results.json").read_text())["rows"]
     table = (finished / "table.md").read_text()
@@ -80,6 +81,7 @@ def test_tables_and_report(finished: Path) -> None:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_network_named(grid_file: Path, finished: Path) -> None:
     ablation = Ablation(load_grid(grid_file), finished)
     student, tuned = (
@@ -212,6 +214,7 @@ def test_what_another_process_has_in_hand_is_left_to_it(
     assert done == ["c", "a"], "a waits for c, and b was done by the other"
 
 
+@pytest.mark.slow
 def test_a_given_checkpoint_takes_the_first_networks_place(
     grid_file: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -223,6 +226,7 @@ def test_a_given_checkpoint_takes_the_first_networks_place(
     assert not ablation.is_trained("student", 0)
 
 
+@pytest.mark.slow
 def test_cells_of_one_size_and_run_share_a_cost(grid_file: Path, finished: Path) -> None:
     ablation = Ablation(load_grid(grid_file), finished)
     by_name = {(cell.network, cell.run): cell for cell in ablation.grid.cells}
@@ -233,6 +237,7 @@ def test_cells_of_one_size_and_run_share_a_cost(grid_file: Path, finished: Path)
     assert cost_key(ablation, by_name["student", none]) != keys["student"]
 
 
+@pytest.mark.slow
 def test_spread_is_the_standard_deviation(grid_file: Path, finished: Path) -> None:
     ablation = Ablation(load_grid(grid_file), finished)
     ablation.grid.spec.seeds = [0, 1]

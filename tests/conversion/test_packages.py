@@ -21,6 +21,7 @@ from sparse_seg.conversion import convert, to_dense
 from sparse_seg.errors import CheckpointError
 from tests.conversion.cases import BACKBONES, CASES, features, randomise
 from tests.conversion.packages import PACKAGED, mmseg, mmseg_logits, timm
+from tests.fast import one_fast
 from tests.peers import package
 from tests.reference import block_mask, relative_error
 from tests.shared import SHARED, needs_shared
@@ -87,7 +88,7 @@ COMPARED = PACKAGED.keys() - {"mmseg_deeplabv3_r50-d8", "mmseg_deeplabv3plus_r50
 
 
 @pytest.mark.parametrize(
-    "peer", [pytest.param(one, marks=pytest.mark.slow if "50" in one else ()) for one in sorted(COMPARED)]
+    "peer", one_fast("torchvision_resnet18", *sorted(COMPARED - {"torchvision_resnet18"}))
 )
 @torch.no_grad()
 def test_a_packages_network(peer: str, tmp_path: Path) -> None:
@@ -118,6 +119,7 @@ def logits_of(network: Any, images: Tensor) -> Any:
     return found["out"] if isinstance(found, dict) else found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stride"), [("resnet18", 8), ("resnet18", 16), ("resnet18d", 8)])
 @torch.no_grad()
 def test_timms_dilated_networks(name: str, stride: int, tmp_path: Path) -> None:
@@ -137,6 +139,7 @@ def test_timms_dilated_networks(name: str, stride: int, tmp_path: Path) -> None:
     assert relative_error(theirs[3][:, :, ::4, ::4], wide) > 1e-2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_mmsegmentations_one_logit_has_its_threshold(tmp_path: Path) -> None:
     """Foreground from 0.3 on, as its own postprocessing takes it."""

@@ -165,6 +165,7 @@ def test_peers_that_cannot_run_are_noted(subject, monkeypatch):
     assert "wrong computes other numbers (relative error" in notes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_peers(subject, name):
     """A runtime takes the dense network, whatever it is made of."""

@@ -142,6 +142,7 @@ def test_the_folder_is_bounded_and_what_else_is_in_it_stays(folder, monkeypatch)
     assert (folder / "notes.graph").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["file/inside", "off"])
 def test_without_a_folder_graphs_are_made_all_the_same(place, made, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,7 @@ from sparse_seg.export.runner import Runner
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from tests.export.kinds import kind_model
+from tests.fast import one_fast
 from tests.reference import relative_error
 
 pytest.importorskip("onnx", reason="needs the package onnx")
@@ -73,7 +74,7 @@ def test_a_wrong_graph_is_noticed(is_negated, ways, wrong, images, monkeypatch):
     assert runner.report().startswith("runtime: torch (the graph gives other results than PyTorch: ")
 
 
-@pytest.mark.parametrize("policy", ["edge", "edge, cad", "entropy", "boundary"])
+@pytest.mark.parametrize("policy", one_fast("edge", "edge, cad", "entropy", "boundary"))
 def test_an_empty_first_image_is_no_difference(policy, images):
     """Its blocks have the same scores."""
     kind = "deep" if policy == "boundary" else "lite"  # whose logits are nowhere equal to rounding

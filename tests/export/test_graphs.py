@@ -18,6 +18,7 @@ from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.selective import build_network
 from tests.captured import trained
 from tests.export.kinds import KINDS, POLICIES, arrays, cases, compare, kind_model
+from tests.fast import one_fast
 from tests.graph.drawn import FAMILIES, draw_network
 from tests.graph.test_random_networks import few
 from tests.reference import relative_error
@@ -53,7 +54,7 @@ def test_networks_of_ours(kind):
     check(kind_model(kind, "entropy"), fixed, [])
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "resizing"])
+@pytest.mark.parametrize("family", one_fast("resizing", *FAMILIES))
 @settings(few, max_examples=2)
 @given(st.data())
 def test_networks_drawn_at_random(family, data):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.selective import build_network, check_graph
 from sparse_seg.run.way import Way
 from sparse_seg.sites import EXCHANGES, Mixed
+from tests.fast import one_fast
 from tests.graph.definitions import Definitions
 from tests.graph.drawn import FAMILIES, draw_network
 from tests.graph.layers import Drawn, as_layers
@@ -29,11 +29,6 @@ TOLERANCE = 1e-10
 SIZES = ((64, 96), (70, 53), (49, 64))
 # a network that fails is small as it is, and each try takes a second
 few = settings(max_examples=3, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-
-
-def one_fast(fast: str, *slow: str) -> list[Any]:
-    """Parameters of which the fast tests run one."""
-    return [fast, *(pytest.param(one, marks=pytest.mark.slow) for one in slow)]
 
 
 def drawn_settings(strides: Sequence[int]) -> ModelConfig:

@@ -15,6 +15,7 @@ from tests.peers import package
 from tests.reference import NUM_CLASSES, block_mask, randomise, relative_error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1, 2])
 @torch.no_grad()
 def test_as_timm(number: int) -> None:

@@ -15,13 +15,13 @@ from tests.captured import trained
 from tests.reference import relative_error
 from tests.sites.rows import Case
 
+pytestmark = pytest.mark.slow  # spconv is imported, Triton's kernels are interpreted
+
 WINDOWS = (1, 2, 18)  # as layer3's, layer4's, and the widest of ASPP's
 RULES = ("linear", "nearest", "none")  # of a lone level; `separate` is that of networks
 
 
-@pytest.mark.parametrize(
-    "size", [(9, 13), *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 1), (21, 18)))]
-)
+@pytest.mark.parametrize("size", [(9, 13), (1, 1), (21, 18)])
 @torch.no_grad()
 def test_a_level_equals_a_slow_reference(size: tuple[int, int], engine: str, device: str) -> None:
     """Also beyond the border of odd sizes; and the rules differ, else agreement would prove nothing."""

@@ -34,8 +34,8 @@ def run(model: SelectiveNetwork, images: Tensor, mask: Tensor, **way: Any) -> Te
     ("channels", "kernel", "spacing", "groups"),
     [
         ((8, 16), (3, 3), 16, 1),
-        ((20, 19), (3, 1), 32, 1),
-        ((3, 5), (5, 5), 16, 1),
+        pytest.param((20, 19), (3, 1), 32, 1, marks=pytest.mark.slow),
+        pytest.param((3, 5), (5, 5), 16, 1, marks=pytest.mark.slow),
         ((24, 24), (3, 3), 48, 24),
     ],
     ids=["3x3", "odd channels, 3x1", "5x5", "depthwise"],
