@@ -14,7 +14,7 @@ from sparse_seg.export.policies import Ranking, StaticRun, static_policy
 from sparse_seg.export.tiles import Tiles
 from sparse_seg.masks import MaskPolicy
 from sparse_seg.ops import Graph
-from sparse_seg.ops.upsample import interpolation_matrix
+from sparse_seg.ops.upsample import at_least_float32, interpolation_matrix
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.patch import patched
 from sparse_seg.run.values import Interpreter
@@ -102,17 +102,18 @@ class StaticNetwork(nn.Module):
         return self._upsampled(Grid(grid_logits, stride))
 
     def _upsampled(self, grid: Grid, every: int = 1) -> Tensor:
-        """As `ops.upsample.upsample_logits`, always by two matrix products."""
-        key = grid.stride, every, grid.tensor.dtype
+        """As `ops.upsample.upsample_logits` in float32 or more, always by two matrix products."""
+        logits = at_least_float32(grid.tensor)
+        key = grid.stride, every, logits.dtype
         if key not in self._matrices:
-            geometry = grid.stride, *self._offset, every, grid.tensor.dtype, grid.tensor.device
+            geometry = grid.stride, *self._offset, every, logits.dtype, logits.device
             rows, columns = (
                 interpolation_matrix(int(cells), length, *geometry)
-                for cells, length in zip(grid.tensor.shape[2:], self.options.size, strict=True)
+                for cells, length in zip(logits.shape[2:], self.options.size, strict=True)
             )
             self._matrices[key] = rows, columns.t().contiguous()
         rows, columns = self._matrices[key]
-        return torch.matmul(rows, torch.matmul(grid.tensor, columns))
+        return torch.matmul(rows, torch.matmul(logits, columns))
 
     @property
     def _offset(self) -> tuple[int, bool]:
