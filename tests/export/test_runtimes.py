@@ -73,7 +73,7 @@ def test_what_a_runtime_refuses():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @torch.no_grad()
 def test_cuda_graphs(dtype):
-    model = kind_model("lite", "entropy").cuda().to(dtype)
+    model = copy.deepcopy(kind_model("lite", "entropy")).cuda().to(dtype)
     fast, images = cuda_graph.CudaGraphSegmentor(model), torch.randn(3, 1, 3, 64, 96).to("cuda", dtype)
     first, second, _ = (fast(each) for each in images)
     assert not torch.equal(first, second), "each call gives tensors of its own"
