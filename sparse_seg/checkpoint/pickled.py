@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_seg.data.reading import IMAGE_SUFFIXES
 from sparse_seg.errors import CheckpointError, first_line
 
 MOST_NESTED = 20  # containers within containers that are looked into
@@ -50,7 +51,7 @@ def load_pickled(path: Path, weights_only: bool = True) -> Any:
         raise
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) if weights_only else None
-        problem = "is truncated or no PyTorch checkpoint"
+        problem = _foreign(path)
         if wanted is not None:
             problem = (
                 f"holds a pickled {wanted[1]}, and loading it can run code; if you trust its author "
@@ -63,7 +64,16 @@ def load_pickled(path: Path, weights_only: bool = True) -> Any:
     except MemoryError:
         raise CheckpointError(f"{path} does not fit into memory, or claims to be larger than it is") from None
     except Exception as error:  # a broken pickle fails in many ways
-        raise CheckpointError(f"{path} is truncated or no PyTorch checkpoint ({first_line(error)})") from None
+        raise CheckpointError(f"{path} {_foreign(path)} ({first_line(error)})") from None
+
+
+def _foreign(path: Path) -> str:
+    """What a file without a readable pickle is."""
+    if path.suffix.lower() == ".onnx":
+        return "is an ONNX file, no checkpoint; examples/run_onnx.py runs it"
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return "is a picture, no checkpoint; the checkpoint comes before the pictures"
+    return "is truncated or no PyTorch checkpoint"
 
 
 def _checked_records(path: Path) -> list[zipfile.ZipInfo]:

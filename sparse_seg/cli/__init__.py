@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _overview(arguments)
     module = importlib.import_module(f"{__name__}.{command}")
     parser = Parser(
-        prog=f"sparse-seg {command}",
+        prog=f"sparse-seg {command.replace('_', '-')}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -61,7 +61,12 @@ def _overview(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"sparse_seg {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument(
+        "command",
+        choices=[name.replace("_", "-") for name in COMMANDS],
+        metavar="COMMAND",
+        help="one of those below",
+    )
     parser.parse_args(arguments)
     return 2
 

@@ -45,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
         mask = dataclasses.replace(config.model.mask, **cuts)
         network = dataclasses.replace(loaded.config, mask=mask, strides=list(model.strides))
         save(dataclasses.replace(loaded, path=Path(args.out), config=network))
-        print(f"{args.out}: has these settings")
+        print(f"{args.out}: has these settings; run it without a config, whose mask would replace them")
     return 0

@@ -11,7 +11,8 @@ examples:
   sparse-seg convert best_deeplabv3plus.pth v3plus.safetensors --from vainf --output-stride 16
   sparse-seg convert resnet50.pth backbone.safetensors --allow-missing head
   sparse-seg convert lraspp.pth lraspp.safetensors --classes voc --verify \\
-    --module torchvision.models.segmentation:lraspp_mobilenet_v3_large --args num_classes=21
+    --module torchvision.models.segmentation:lraspp_mobilenet_v3_large \\
+    --args num_classes=21 weights_backbone=null
   sparse-seg convert r101.safetensors back.pth --to-dense
 """
 

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     elif policy:
         mask = dataclasses.replace(loaded.config.mask, policy=policy)
         loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, mask=mask))
+    if config is not None and config.model.mask.threshold is None is not loaded.config.mask.threshold:
+        print("note: the config's fine fraction replaces the checkpoint's threshold")
     model, card = network_of(loaded, config), read_card(loaded, config)
     options = ExportOptions(
         size=args.size,

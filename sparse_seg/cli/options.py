@@ -144,7 +144,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def output_file(text: str) -> str:
     """An argument type: a file to write, checked before the work that fills it."""
-    path = Path(output_folder(text))
+    path = Path(_named(text))
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
     if path.exists() and not path.is_file():  # a rename would replace even /dev/null
@@ -153,7 +153,14 @@ def output_file(text: str) -> str:
 
 
 def output_folder(text: str) -> str:
-    """An argument type: a folder to write to. An empty text, as of a variable that is not set, is none."""
+    """An argument type: a folder to write to."""
+    if Path(_named(text)).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
+    return text
+
+
+def _named(text: str) -> str:
+    """An empty text, as of a variable that is not set, names no place."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a place to write to, such as . for this folder")
     return text

@@ -108,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
     way, looks = Way(args.dense, args.policy, args.fine_fraction), views(args)
     if args.fps and not looks.is_one_look:
         args.usage_error("argument --fps: refines one look; leave out --flip and all --scales but one")
+    if args.policy and POLICIES[args.policy.partition(":")[0]].is_bound:
+        args.usage_error(f"argument --policy: {args.policy} reads labels, which only evaluate --compare has")
     config_file, checkpoint, inputs = _parts(args)
     config = None
     if config_file is not None:

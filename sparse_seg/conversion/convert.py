@@ -72,7 +72,8 @@ def convert(
         path: `.pth`, `.pt`, `.ckpt` or `.safetensors`.
         source: name in `SOURCES`, or `auto`: by the names of the tensors.
         output_stride: that the network was trained at, where its tensors cannot tell.
-        overrides: model settings that cannot be inferred from the tensors, such as `bn_eps`.
+        overrides: model settings that cannot be inferred from the tensors, such as `bn_eps`, and how it runs;
+            by default the mask's policy is `confidence`.
         allow_missing: `("head",)` converts a backbone that has none.
         trust: see `read_source`.
         prefix, drop: see `find_network`.
@@ -97,7 +98,7 @@ def convert(
             raise CheckpointError("--threshold is for networks of one logit, which it is not")
         check_file_name(file, plan, output_stride)
         _check_head(plan, named, "head" in allow_missing)
-        config = model_config({**plan.config, **(overrides or {})})
+        config = model_config(_masked({**plan.config, **(overrides or {})}))
         return name, plan, config, map_tensors(named.tensors, plan, config)
 
     named, notes, (name, plan, config, mapped) = _first(file, is_known, (), prefix, drop, use)
@@ -138,8 +139,8 @@ def convert_module(
     """
     given = dict(overrides or {})
     nested = given.pop("model", {})
-    mask = {"policy": "confidence"} | given.pop("mask", {}) | nested.pop("mask", {})
-    settings = model_config({**given, **nested, "module": name, "module_args": dict(arguments), "mask": mask})
+    given = _masked({**given, **nested})
+    settings = model_config({**given, "module": name, "module_args": dict(arguments)})
     module = import_module(name, arguments).eval()
     own = module.state_dict()
     needed = {key for key in own if not key.endswith(COUNTER)}
@@ -161,6 +162,12 @@ def convert_module(
     checkpoint = dataclasses.replace(checkpoint_of(network), path=file.path)
     checkpoint = _told(checkpoint, named, mean, std, classes)
     return Conversion(checkpoint, report_module(checkpoint, network, notes))
+
+
+def _masked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a model whose mask's policy is `confidence` where they name none."""
+    mask = settings.get("mask", {})
+    return {**settings, "mask": {"policy": "confidence", **mask} if isinstance(mask, Mapping) else mask}
 
 
 def _first(

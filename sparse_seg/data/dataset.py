@@ -177,12 +177,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
             DataError: names the first faulty file, what to do, and how many files are faulty; or no pixel
                 belongs to a class.
         """
-        paired = {label for _, label in self.samples}
-        faults = [
-            f"{label}: no image belongs to this label; add the image or remove the label"
-            for label in self._label_files
-            if label not in paired
-        ]
+        faults = self.lone_labels()
         if self.depth.note:
             self.warn(self.depth.note)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -190,7 +185,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         seen = [result for result in results if not isinstance(result, str)]
         faults += [result for result in results if isinstance(result, str)]
         if len(faults) > 1:
-            raise DataError(f"{faults[0]} (faulty files in all: {len(faults)})")
+            raise DataError(f"{faults[0]} (faulty files in all: {len(faults)}; sparse-seg browse lists them)")
         if faults:
             raise DataError(faults[0])
         self._check_highest([highest for highest, _, _ in seen])
@@ -200,6 +195,15 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         if limit is not None and limit < len(self):
             self._class_counts(counts[:limit].sum(0), limit)
         return self._check_values(counts.sum(0))
+
+    def lone_labels(self) -> list[str]:
+        """A message for each label file without an image."""
+        paired = {label for _, label in self.samples}
+        return [
+            f"{label}: no image belongs to this label; add the image or remove the label"
+            for label in self._label_files
+            if label not in paired
+        ]
 
     def _inspect(self, index: int) -> tuple[int, NDArray[np.int64], tuple[int, int]] | str:
         """The image's highest value if above its bits, else 0, pixels of each label value, and the size; or a
@@ -232,7 +236,10 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         """
         classes = self._class_counts(counts, len(self))
         if (classes > 0).sum() == 1:
-            self.warn(f"all labelled pixels are of one class, {self.classes.names[int(classes.argmax())]!r}")
+            ignored = [value for value in np.flatnonzero(counts) if self._lookup[value] == IGNORE_INDEX]
+            others = f"; the values {ranges(ignored)} are ignored" if ignored else ""
+            name = self.classes.names[int(classes.argmax())]
+            self.warn(f"all labelled pixels are of one class, {name!r}{others}")
         return classes
 
     def _class_counts(self, counts: NDArray[np.int64], images: int) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from sparse_seg.data.reading import IMAGE_SUFFIXES, Image, read_label_palette
 from sparse_seg.errors import ConfigError, DataError
 
 CLASS_FILE = "classes.yaml"
+MANY = 10  # unknown colours in a label: no class has been forgotten, edges were smoothed
 
 
 class FolderDataset(SegmentationDataset):
@@ -86,9 +87,10 @@ class FolderDataset(SegmentationDataset):
         if (ids < 0).any():
             unknown = np.unique(packed[ids < 0])
             colours = [[int(value) >> shift & 255 for shift in (16, 8, 0)] for value in unknown[:6]]
+            smooth = " (so many are of smoothed edges: save labels without antialiasing)"
             raise DataError(
                 f"{file}: colours {some(colours)} ({(ids < 0).sum()} px) are not in {self.class_file}; add "
-                "them to colours or ignore_colours, or fix the file"
+                f"them to colours or ignore_colours, or fix the file{smooth if len(unknown) > MANY else ''}"
             )
         return ids.astype(np.uint8)
 

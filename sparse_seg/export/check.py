@@ -83,7 +83,7 @@ def random_inputs(network: StaticNetwork, generator: torch.Generator) -> tuple[t
     if options.input == "uint8":
         first = (images * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
         images = first.permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(value).float().reshape(1, 3, 1, 1) for value in (options.mean, options.std))
+    mean, std = (torch.tensor(value).float().reshape(1, 3, 1, 1) for value in network.normalisation)
     others = []
     if len(network.interface()[0]) > 1:
         counts = [network.ranking.fine, network.ranking.middle]

@@ -36,7 +36,8 @@ def export_onnx(
     """Write a network for images of one size to `path`; see `StaticNetwork.forward` for inputs and outputs.
 
     Args:
-        names, colours: of the classes, colours as RGB in 0..255; kept in the file.
+        names, colours: of the classes, colours as RGB in 0..255; kept in the file. Without names, those of
+            the model's card, if it has one.
         check: run the file in onnxruntime before it is written, see `check.check_onnx`.
 
     Returns:
@@ -63,6 +64,9 @@ def describe(
     """The file's metadata; with a digest of the weights, by which two files of one network know each
     other."""
     options, card = network.options, model.card
+    if card is not None and not names:
+        names, colours = card.names, card.colours
+    mean, std = network.normalisation
     selective: dict[str, Any] = {"dense": options.dense}
     if options.dense is None:
         total = network.blocks[0] * network.blocks[1]
@@ -79,8 +83,8 @@ def describe(
     return {
         "names": list(names) or [str(number) for number in range(network.classes)],
         "colours": [list(map(int, colour)) for colour in colours],
-        "mean": list(options.mean),
-        "std": list(options.std),
+        "mean": list(mean),
+        "std": list(std),
         "size": list(options.size),
         "frame": list(card.frame) if card and card.frame else None,
         "batch": options.batch,

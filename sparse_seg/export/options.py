@@ -25,7 +25,8 @@ class ExportOptions:
         given: whether the fine blocks are an input, in place of the policy.
         merge: `whole` or `patch`, see `SelectiveNetwork`; None for the model's own.
         input: `float`, `[B, 3, H, W]` in 0..1; or `uint8`, `[B, H, W, 3]`.
-        mean, std: of the normalisation, which the network does itself.
+        mean, std: of the normalisation, which the network does itself; None for those of the model's card,
+            which are ImageNet's where it has none.
         logits: whether the logits `[B, K, H, W]` are an output, too.
         ghosts: whether ghosts are made for the needed cells only; their number, the one shape that depends
             on the data, makes it faster on CPUs.
@@ -41,8 +42,8 @@ class ExportOptions:
     given: bool = False
     merge: str | None = None
     input: str = "float"
-    mean: Sequence[float] = (0.485, 0.456, 0.406)
-    std: Sequence[float] = (0.229, 0.224, 0.225)
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
     logits: bool = False
     ghosts: bool = True
     tiles: bool = True

@@ -15,6 +15,7 @@ from sparse_seg.export.tiles import Tiles
 from sparse_seg.masks import MaskPolicy
 from sparse_seg.ops import Graph
 from sparse_seg.ops.upsample import at_least_float32, interpolation_matrix
+from sparse_seg.run.card import Card
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.patch import patched
 from sparse_seg.run.values import Interpreter
@@ -31,6 +32,7 @@ class StaticNetwork(nn.Module):
 
     Attributes:
         choice: the policy; None where the network is dense, or blocks are given.
+        normalisation: mean and std of its images, RGB in units of 0..1.
         output_stride: of the network where it runs dense, at most.
 
     Raises:
@@ -49,8 +51,10 @@ class StaticNetwork(nn.Module):
         self.exchange, self.merge = model.exchange, options.merge or model.merge
         self.classes = model.num_classes
         self.engine = model.engine if model.engine == "triton" else "gather"  # no graph has it
+        card = model.card or Card.unnamed(model.num_classes)
+        self.normalisation = options.mean or card.mean, options.std or card.std
         scale = 1.0 if options.input == "float" else 255.0
-        for name, values in (("mean", options.mean), ("std", options.std)):
+        for name, values in zip(("mean", "std"), self.normalisation, strict=True):
             self.register_buffer(name, (torch.tensor(values) * scale).reshape(1, 3, 1, 1), persistent=False)
         folded = model.for_inference()
         self.geometry, tensors = folded.geometry, folded.tensors

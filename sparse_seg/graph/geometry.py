@@ -170,8 +170,8 @@ class Geometry(Strides):
             f"nothing of this network can run selectively at strides {finest} and {coarsest}: its "
             f"convolutions' taps lie at most {most} px apart before its first upsampling, and must lie "
             f"{2 * finest} px apart; "
-            "build it with dilation in place of strides (output stride 8 or 16), or give smaller strides"
-            + own
+            "build it with dilation in place of strides (output stride 8 or 16), or give smaller strides, "
+            "at which its weights are less accurate than at its own" + own
         )
 
     def trained(self, name: str) -> int:

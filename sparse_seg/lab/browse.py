@@ -101,6 +101,7 @@ def _read(name: str, dataset: SegmentationDataset) -> _Split:
                 split.faults.append(found)
             else:
                 split.frames.append(found)
+    split.faults.extend(dataset.lone_labels())
     if not split.faults:
         try:
             dataset.check()  # what only shows across files

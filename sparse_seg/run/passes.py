@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
 from sparse_seg.ops import OPERATORS, Node
 from sparse_seg.ops.upsample import at_least_float32, upsample_classes
-from sparse_seg.run.images import check_images, warn_of_bytes
+from sparse_seg.run.images import check_dtype, check_images, warn_of_bytes
 from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.patch import patched
 from sparse_seg.run.values import Interpreter, Values
@@ -43,6 +43,8 @@ class Pass:
 
     def __init__(self, model: SelectiveNetwork, images: Tensor, labels: Tensor | None = None) -> None:
         check_images(images)
+        tensors = model.tensors
+        check_dtype(images, tensors.values())
         warn_of_bytes(images)
         self.model, self.labels = model, labels
         self.images = images.contiguous(memory_format=torch.channels_last)
@@ -51,7 +53,6 @@ class Pass:
         self._with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
         self._counts: dict[str, int] = {}
         frozen = model.frozen if model.training else ()
-        tensors = model.tensors
         self._run = Interpreter(model.geometry, tensors, self.images, model.training, self._count, frozen)
         self._coarse: Values | None = None  # of the coarse pass that can be refined
         self._sites: Sites | None = None

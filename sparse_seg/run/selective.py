@@ -95,7 +95,10 @@ def captured(
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The network inside what DataParallel and torch.compile add."""
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"selective() takes a torch.nn.Module, not {type(module).__name__}")
+        raise ConfigError(
+            f"selective() takes a torch.nn.Module, not {type(module).__name__}; files of weights are for "
+            "sparse-seg convert"
+        )
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return _unwrapped(module.module)
     original = getattr(module, "_orig_mod", None)

@@ -36,7 +36,7 @@ def test_help_has_examples_and_the_overview_purposes(capsys):
             main([command, "--help"] if command else ["--help"])
         assert stop.value.code == 0
         text = capsys.readouterr().out
-        assert command in text
+        assert command.replace("_", "-") in text
         assert not command or re.search(r"examples?:\n", text), command
     for name in COMMANDS:
         assert re.search(rf"^  {name.replace('_', '-')} +[A-Z].*\.$", text, re.MULTILINE), name
@@ -106,6 +106,8 @@ def test_usage_errors(capsys, trained):
             ("predict", best, "a.png", "--set", "model.exchange=none", "--out", "o"),
             "--set: overrides a config",
         ),
+        (("predict", best, "a.png", "--out", best), "best.safetensors is a file; name a folder"),
+        (("predict", best, "a.png", "--policy", "oracle:gain", "--out", "o"), "oracle:gain reads labels"),
         (("predict", best, "a.png", "--window", 9, "--out", "o"), "windows of 9 px are too small; use 256"),
     ):
         assert complaint in fails(capsys, *arguments, code=2)
@@ -145,6 +147,10 @@ def test_failures_are_one_line(capsys, trained, tmp_path):
         assert ("did you mean" in (line := fails(capsys, "train", config, "--set", f"{key}=1"))) == bool(near)
         assert near in line
     assert "did you mean" not in fails(capsys, "train", config.with_name("camvid.yaml"))
+    picture = tmp_path / "photo.JPG"
+    picture.write_bytes(b"\xff\xd8\xff")
+    line = fails(capsys, "predict", picture, checkpoint, "--out", tmp_path / "out")
+    assert "photo.JPG is a picture, no checkpoint; the checkpoint comes before" in line
     for head in ("deeplabv3", "deeplabv3plus"):
         pooled = ("--scopes", "train", "--set", f"model.head={head}")
         line = fails(capsys, "benchmark", config, "--size", "64x96", "--no-memory", *pooled)

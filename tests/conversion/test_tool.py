@@ -55,7 +55,7 @@ def test_the_report(capsys, tmp_path):
         "head fcn, 21 classes, trained at output stride 8",
         "set aside 8 tensors, aux_classifier.*: auxiliary head, used in training only",
         "left over none; missing: none",
-        "mask      policy edge, fine fraction 0.15; docs/masks.md tells how to choose them",
+        "mask      policy confidence, fine fraction 0.15; docs/masks.md tells how to choose them",
         "all-fine against dense OS8",
         "coarse sites of a random mask against dense OS32",
         "against dense OS8 at every fourth cell",

@@ -92,13 +92,14 @@ def test_nested_folders_keep_equal_stems_apart(root: Path) -> None:
             np.resize(np.array([3, 8], np.uint8), (40, 64)),
             r"label values \[8\] \(\d+ px\) are not .* 3, 7, 9, 255; fix the file or add them to ids",
         ),
+        (np.arange(7680, dtype=np.uint8).reshape(40, 64, 3), r".*so many are of smoothed edges"),
         (np.full((40, 64, 3), 77, np.uint8), r"colours \[\[77, 77, 77\]\] \(2560 px\) are not in .*classes"),
         (
             png(np.full((40, 64), 7), 8, PALETTE, palette([(10, 20, 30)] * 256)),
             r"index 7 has the colour \[10, 20, 30\], which .*classes\.yaml gives the id 3",
         ),
     ],
-    ids=["value", "colour", "palette"],
+    ids=["value", "colours", "colour", "palette"],
 )
 def test_labels_are_checked_against_the_classes(root: Path, content, fault: str) -> None:
     with pytest.raises(DataError, match=rf"labels/a/x\.png: {fault}") as caught:

@@ -103,7 +103,7 @@ def test_a_folder_is_kept_or_refused_but_never_changed(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{name}: exists and holds no synthetic scenes; choose another"):
             write_scenes(tmp_path / name, 2, (32, 48))
     assert contents(tmp_path / "foreign") == {"thesis.tex": b"years of work"}
-    with pytest.raises(DataError, match=f"python tools/make_scenes.py {tmp_path}/none"):
+    with pytest.raises(DataError, match=f"sparse-seg make-scenes {tmp_path}/none"):
         build_dataset("scenes", tmp_path / "none", "train")
 
 

@@ -1,10 +1,13 @@
 """Exported files: what stands in them, what is refused, and that nothing half-written is left."""
 
+import copy
+import dataclasses
 import json
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 from sparse_seg import build_model
 from sparse_seg.cli import main
@@ -12,7 +15,9 @@ from sparse_seg.errors import ConfigError, MeasurementError, SparseSegError
 from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, open_session
 from sparse_seg.lab.benchmark.runtimes import Timed, lift, peer_graphs, rows, time_graphs, time_network
 from sparse_seg.lab.latency import Latency
+from sparse_seg.run.card import Card
 from tests.export.kinds import kind_model
+from tests.reference import relative_error
 
 onnx = pytest.importorskip("onnx", reason="needs the package onnx")
 pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
@@ -46,6 +51,20 @@ def test_interface_and_metadata(exported):
     assert (found["classes"].dtype, found["classes"].shape) == (np.uint8, (1, 64, 96))
     assert (found["fine_blocks"].dtype, found["fine_blocks"].shape) == (bool, (1, 4, 6))
     assert found["fine_blocks"].sum() == 7
+
+
+def test_normalisation_and_names_are_those_of_the_models_card(tmp_path):
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    model = copy.deepcopy(kind_model("lite"))
+    model.card = dataclasses.replace(Card.unnamed(5), names=tuple("abcde"), mean=mean, std=std)
+    options = ExportOptions(SIZE, dense=8, logits=True)
+    told = export_onnx(model, tmp_path / "net.onnx", options)
+    assert (told["names"], told["mean"], told["std"]) == (list("abcde"), list(mean), list(std))
+    images = torch.rand(1, 3, *SIZE)
+    found = open_session(tmp_path / "net.onnx", "onnxruntime", 1)(images=images.numpy())["logits"]
+    centred, scale = (torch.tensor(one).reshape(1, 3, 1, 1) for one in (mean, std))
+    with torch.no_grad():
+        assert relative_error(torch.from_numpy(found), model.dense((images - centred) / scale, 8)) < 1e-5
 
 
 def test_stock_operators_with_readable_names_and_one_copy_of_the_weights(exported):

@@ -117,6 +117,18 @@ def test_plain_bfloat16(head: str) -> None:
     assert (logits.float() - full).square().mean().sqrt() / full.std() < 0.15
 
 
+def test_what_are_no_images_of_its_dtype() -> None:
+    model, images = random_model(), torch.randn(1, 3, 40, 40)
+    with pytest.raises(
+        ValueError, match=r"images are torch\.float64 and the network is torch\.float32; pass"
+    ):
+        model(images.double())
+    with pytest.raises(ValueError, match=r"images must be a tensor \[B, 3, H, W\], not ndarray"):
+        model(images.numpy())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images.bfloat16())
+
+
 @torch.no_grad()
 def test_float64_stays() -> None:
     model = random_model(dtype=torch.float64)

@@ -41,7 +41,7 @@ class ScenesDataset(Cityscapes):
     def __init__(self, root: str | Path, split: str) -> None:
         if not Path(root, _RECORD).is_file():
             raise DataError(
-                f"{root}: no synthetic scenes there; make them with: python tools/make_scenes.py {root}"
+                f"{root}: no synthetic scenes there; make them with: sparse-seg make-scenes {root}"
             )
         super().__init__(root, split)
 
