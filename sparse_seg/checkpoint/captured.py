@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -168,7 +168,7 @@ def captured_network(
     if checkpoint.config.module is None:
         own = {name: _computed(one) for name, one in own.items()}
     try:
-        _check(captured, own, constants)
+        _check(captured, own, constants, settings.strides)
         module = Tensors(own, captured.parameters)
         settings = dataclasses.replace(
             settings, module=checkpoint.config.module, module_args=checkpoint.config.module_args
@@ -198,7 +198,12 @@ def _computed(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_complex() or tensor.dtype == torch.bool else tensor.to(torch.int64)
 
 
-def _check(captured: Captured, own: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
+def _check(
+    captured: Captured,
+    own: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    strides: Sequence[int] | None,
+) -> None:
     """Run a graph on no images, which takes no memory, and compare all shapes with what it says.
 
     On the CPU: the first batch norm on the meta device imports a compiler, which takes 1.5 s. Only a graph
@@ -214,7 +219,7 @@ def _check(captured: Captured, own: Mapping[str, Tensor], constants: Mapping[str
     tensors = {name: one.to(device) for name, one in {**own, **constants}.items()}
     check_tensors(graph, tensors)
     try:
-        geometry = Geometry(graph)
+        geometry = Geometry(graph, strides)
     except SparseSegError as error:
         raise ValueError(str(error)) from None
     dtype = next((one.dtype for one in tensors.values()), torch.float32)

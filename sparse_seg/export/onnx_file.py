@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparse_seg.checkpoint import digest_of
-from sparse_seg.errors import import_package
+from sparse_seg.errors import SparseSegError, first_line, import_package
 from sparse_seg.export.check import check_onnx
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import INSTALL
@@ -104,23 +104,26 @@ def to_onnx(network: StaticNetwork) -> Any:
     tests/export.)
 
     Raises:
-        SparseSegError: onnx is not installed or broken.
+        SparseSegError: onnx is not installed or broken, or PyTorch cannot export an operator.
     """
     onnx = import_package("onnx", f"export needs the package onnx: {INSTALL}", "load_from_string", "checker")
     inputs, outputs = network.interface()
     buffer = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation, and fixed shapes, which are meant
-        torch.onnx.export(
-            network,
-            network.example(),
-            buffer,  # type: ignore[arg-type]  # it may be a stream
-            dynamo=False,
-            opset_version=OPSET,
-            do_constant_folding=False,  # runtimes do it when they load; here it would double the weights
-            input_names=inputs,
-            output_names=outputs,
-        )
+        try:
+            torch.onnx.export(
+                network,
+                network.example(),
+                buffer,  # type: ignore[arg-type]  # it may be a stream
+                dynamo=False,
+                opset_version=OPSET,
+                do_constant_folding=False,  # runtimes do it when they load; here it would double the weights
+                input_names=inputs,
+                output_names=outputs,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise SparseSegError(f"PyTorch cannot export this network: {first_line(error)}") from error
     graph = onnx.load_from_string(buffer.getvalue())
     graph.producer_name, graph.producer_version = "sparse_seg", __version__
     _name_nodes(graph)

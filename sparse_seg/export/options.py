@@ -71,6 +71,11 @@ def check_options(model: SelectiveNetwork, options: ExportOptions) -> None:
             f"mask policy {policy.name} reads what no mask can know, labels or the dense network, and "
             "cannot be exported; use --policy given, with the blocks as an input, or another policy"
         )
+    if policy.name == "random" and not options.given:
+        raise SparseSegError(
+            "mask policy random draws anew each time, which no graph does; use --policy given, with the "
+            "blocks as an input, or another policy"
+        )
     if policy.fine_fraction is None and options.fine_fraction is None:
         raise SparseSegError(
             "a threshold gives another number of blocks for each image; export with --fine-fraction F"

@@ -2,6 +2,7 @@
 
 from sparse_seg.graph.capture import capture, logits_of
 from sparse_seg.graph.geometry import Geometry, NotSelective
+from sparse_seg.graph.reading import CaptureFailed
 from sparse_seg.graph.rewrite import fold_norms, fold_pads
 
-__all__ = ["Geometry", "NotSelective", "capture", "fold_norms", "fold_pads", "logits_of"]
+__all__ = ["CaptureFailed", "Geometry", "NotSelective", "capture", "fold_norms", "fold_pads", "logits_of"]

@@ -135,7 +135,8 @@ class Geometry(Strides):
                     bounds.append(kept)
                 elif user.name in natural:
                     bounds.append(natural[user.name])
-                    if self.window(user) is not None and user.name not in self.mixing:
+                    mixes_late = user.name in self.mixing and self.spacing(user) >= self.own
+                    if self.window(user) is not None and not mixes_late:
                         bounds.append(_power_of_two(self.taps(user)))
             if name == self.graph.output:
                 bounds.append(kept)
@@ -153,6 +154,11 @@ class Geometry(Strides):
     def _require_windows(self) -> None:
         for node in self.graph.nodes:
             stride = self.captured[node.name]
+            if OPERATORS[node.op].needs_grid and self.kind[node.name] == "rows":
+                raise NotSelective(
+                    f"{node.where} reads all places of an image, at {stride} px: at the strides "
+                    f"{list(self.strides)} it would be on sites; the finest may be {stride}"
+                )
             if stride > self.own and node.name in self.natural:
                 raise NotSelective(
                     f"{node.where} is at {stride} px, behind an upsampling from {self.own}: "

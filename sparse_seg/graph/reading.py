@@ -127,7 +127,7 @@ class Reader(TorchDispatchMode):
         if last.name in self.vectors or len(last.shape) != 4:
             raise CaptureFailed(f"the network gives {list(last.shape)}, not logits [B, K, h, w] of images")
         align_corners = False
-        if last.op == "resize" and last.size == size:
+        if last.op == "resize" and last.size == size and not last.options.get("nearest"):
             align_corners, last = last.options["align_corners"], self.nodes[last.inputs[0]]
         return Graph(list(self.nodes.values()), last.name, size, align_corners).pruned()
 

@@ -190,4 +190,6 @@ def block_levels(fine_blocks: Tensor, strides: Sequence[int]) -> Tensor:
 
 def block_shape(images: Tensor, block: int = BLOCK) -> tuple[int, int, int]:
     """`(B, ceil(H/block), ceil(W/block))` of images `[B, C, H, W]`."""
-    return images.shape[0], -(-images.shape[2] // block), -(-images.shape[3] // block)
+    # not -(-length // block), which the ONNX exporter truncates
+    height, width = ((length + block - 1) // block for length in images.shape[2:])
+    return images.shape[0], height, width

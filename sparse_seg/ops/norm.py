@@ -98,4 +98,4 @@ def read_layer_norm(call: Any) -> Any:
 def layer_norm(x: Tensor, *, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Over the channels of each place; weight and bias: `[C]`."""
     last = x.ndim - 1  # not -1, which the ONNX exporter would write as it is
-    return F.layer_norm(x.movedim(1, last), (x.shape[1],), weight, bias, eps).movedim(last, 1)
+    return F.layer_norm(x.movedim(1, last), (int(x.shape[1]),), weight, bias, eps).movedim(last, 1)

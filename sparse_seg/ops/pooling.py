@@ -168,11 +168,23 @@ class AdaptiveAvgPool2d(Operator):
     is_pool = needs_grid = True
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        return F.adaptive_avg_pool2d(inputs[0], pair(node.options["size"]))
+        (x,), size = inputs, pair(node.options["size"])
+        if not torch.onnx.is_in_onnx_export():
+            return F.adaptive_avg_pool2d(x, size)
+        # ONNX has it for sizes alone that divide the grid's
+        down, across = (_bins(int(n), count).to(x) for n, count in zip(x.shape[2:], size, strict=True))
+        return torch.matmul(torch.matmul(down, x), across.t())
 
     def check(self, node: Node, tensors: Tensors) -> None:
         if node.size != pair(node.options["size"]) or max(node.size) > MOST_PLACES:
             raise ValueError(f"{node.options['size']} places are not {list(node.size)}, or too many")
+
+
+def _bins(length: int, count: int) -> Tensor:
+    """`[count, length]`: the share of each place in each of adaptive pooling's windows along an axis."""
+    number, place = torch.arange(count)[:, None], torch.arange(length)
+    inside = (place >= number * length // count) & (place < -(-(number + 1) * length // count))
+    return inside / inside.sum(1, keepdim=True)
 
 
 @reads("adaptive_avg_pool2d")

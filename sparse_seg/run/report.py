@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_seg.graph import Geometry
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.ops import OPERATORS
+from sparse_seg.ops import OPERATORS, Node
 from sparse_seg.sites import grid_size
 
 
@@ -33,7 +33,8 @@ class Report:
     """Where a network's convolutions run. `print` it.
 
     size: of the image that multiply-adds are for, px; fraction: of fine blocks; mixing: layers that mix
-    phases; own: layers that run by their own code.
+    phases; own: layers that run by their own code; uneven: the layer, and stride in px, of the first window
+    whose strides count otherwise than sites do where they do not divide a size.
     """
 
     rows: list[Row]
@@ -42,6 +43,7 @@ class Report:
     fraction: float
     mixing: list[str]
     own: list[str]
+    uneven: tuple[str, int] | None = None
 
     def total(self, column: str, part: str | None = None) -> int:
         """Multiply-adds, `dense` or `selective`, of a part or of all."""
@@ -62,6 +64,9 @@ class Report:
         if self.own:
             verb = "runs by its" if len(self.own) == 1 else "run by their"
             text += f"; {', '.join(self.own)} {verb} own code, on complete grids"
+        if self.uneven is not None:
+            text += "; at sizes that are no multiples of {1} px results differ from the module's, whose {0} "
+            text = f"{text}halves them otherwise".format(*self.uneven)
         return text
 
     def __str__(self) -> str:
@@ -108,4 +113,15 @@ def report(geometry: Geometry, tensors: Mapping[str, Tensor], policy: MaskPolicy
             selective = round(places * macs)
         rows.append(Row(node.layer, part, geometry.spacing(node), dense, selective))
     mixing = [geometry.nodes[name].layer for name in geometry.mixing]
-    return Report(rows, strides, size, fraction, sorted(mixing), geometry.graph.own_code)
+    uneven = [node for node in geometry.graph.nodes if _is_uneven(geometry, node)]
+    first = next(((node.layer, geometry.captured[node.name]) for node in uneven), None)
+    return Report(rows, strides, size, fraction, sorted(mixing), geometry.graph.own_code, first)
+
+
+def _is_uneven(geometry: Geometry, node: Node) -> bool:
+    """Whether a strided window gives more or fewer places than every `stride`-th of what it reads."""
+    window = geometry.window(node)
+    if window is None or window.stride == (1, 1) or window.padding is None:
+        return False
+    axes = zip(window.kernel, window.dilation, window.padding, strict=True)
+    return any(dilation * (kernel - 1) != 2 * padding for kernel, dilation, padding in axes)

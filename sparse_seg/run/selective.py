@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparse_seg.config import MaskConfig, ModelConfig
-from sparse_seg.errors import ConfigError, SparseSegError
-from sparse_seg.graph import Geometry, capture, logits_of
+from sparse_seg.errors import ConfigError, SparseSegError, first_line, shown
+from sparse_seg.graph import CaptureFailed, Geometry, capture, logits_of
 from sparse_seg.masks import POLICIES, build_policy, mask_net, parse_policy
-from sparse_seg.ops import Graph, Node
+from sparse_seg.ops import OPERATORS, Graph, Node, Spatial
 from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.run.card import Card
 from sparse_seg.run.modes import eval_mode
@@ -77,11 +77,15 @@ def captured(
 ) -> SelectiveNetwork:
     """See `selective`."""
     module = _unwrapped(module)
-    if any(length % 64 or length < 64 for length in size):
-        raise ConfigError(f"size must be multiples of 64 px, not {size[0]}x{size[1]}")
+    sides = list(size) if isinstance(size, Sequence) else []
+    if len(sides) != 2 or any(length % 64 or length < 64 for length in sides):
+        raise ConfigError(f"size must be (H, W), multiples of 64 px, not {shown(size)}")
     with eval_mode(module):
         graph, constants = capture(module, (size[0], size[1]))
-        if graph.node(graph.output).shape[1] == 1:
+        logits = graph.node(graph.output)
+        if logits.op == "sigmoid":
+            raise CaptureFailed(f"{logits.where}: the network ends in a sigmoid; give its logits, without it")
+        if logits.shape[1] == 1:
             graph = _two_classes(graph)
         network = build_network(graph, module, constants, settings, card)
         check_graph(network, module, size)
@@ -151,28 +155,47 @@ def build_network(
 
 def check_strides(strides: Sequence[int]) -> tuple[int, ...]:
     """Raises a ConfigError for strides that no mask chooses between."""
-    chosen = tuple(int(stride) for stride in strides)
+    chosen = tuple(map(int, strides)) if isinstance(strides, Sequence) else ()
     doubles = all(2 * a == b for a, b in itertools.pairwise(chosen))
     if len(chosen) not in (2, 3) or not doubles or chosen[0] < 2 or chosen[0] & (chosen[0] - 1):
         raise ConfigError(
             "strides must be two or three, finest first, each twice the one before, as (8, 16) or "
-            f"(8, 16, 32), not {list(strides)}"
+            f"(8, 16, 32), not {shown(strides)}"
         )
     return chosen
 
 
 @torch.no_grad()
 def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int]) -> None:
-    """Compare a network at its own stride with the module that it was captured from, on a random image.
+    """Compare a network at its own stride with the module that it was captured from, on random images.
 
     Raises:
         GraphDiffers: names the first layer that differs.
     """
-    reference = next(module.parameters(), torch.zeros(1))
     small = [min(length, CHECK_SIZE) for length in size]
-    generator = torch.Generator().manual_seed(0)
-    dtype = next((one.dtype for one in module.parameters() if one.is_floating_point()), torch.float32)
-    images = torch.randn(1, 3, *small, generator=generator).to(reference.device, dtype)
+    if found := _difference(network, module, small):
+        raise GraphDiffers(f"the captured graph differs from the module by {found}{_cause(network.graph)}")
+    other = next(
+        one for one in ([64, 128], [128, 192], [192, 64]) if one[0] != small[0] and one[1] != small[1]
+    )
+    try:
+        module(_image(module, other))
+    except Exception:  # a module of one size
+        return
+    try:
+        found = _difference(network, module, other)
+    except RuntimeError as error:
+        found = f"an error ({first_line(error)})"
+    if found:
+        raise GraphDiffers(
+            f"what the module computes depends on the images' size: captured at {size[0]}x{size[1]}, its "
+            f"graph differs at {other[0]}x{other[1]} by {found}"
+        )
+
+
+def _difference(network: SelectiveNetwork, module: nn.Module, size: Sequence[int]) -> str:
+    """By how much the logits of an image differ, and in which layer first; nothing if they do not."""
+    images = _image(module, size)
     seen: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -202,11 +225,26 @@ def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
         found = upsample_logits(found, full, grid.stride, trained, network.graph.align_corners)
     error = _relative(found, expected)
     if error <= TOLERANCE:
-        return
-    where = _first_difference(network, values, seen)
-    raise GraphDiffers(
-        f"the captured graph differs from the module by {error:.1g} of the logits{where}; please report it"
-    )
+        return ""
+    return f"{error:.1g} of the logits{_first_difference(network, values, seen)}"
+
+
+def _image(module: nn.Module, size: Sequence[int]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    reference = next((one for one in module.parameters() if one.is_floating_point()), torch.zeros(1))
+    return torch.randn(1, 3, *size, generator=generator).to(reference)
+
+
+def _cause(graph: Graph) -> str:
+    """What may make a graph differ from its module."""
+    for node in graph.nodes:
+        operator = OPERATORS[node.op]
+        if isinstance(operator, Spatial) and node.size != (1, 1):
+            read = graph.node(node.inputs[0]).size
+            pairs = zip(node.size, read, operator.window(node).stride, strict=True)
+            if any(made != -(-length // stride) for made, length, stride in pairs):
+                return f": {node.where} gives {node.size} of {read} places; pad it to keep them"
+    return "; please report it"
 
 
 def _first_difference(network: SelectiveNetwork, values: dict[str, Any], seen: dict[str, Any]) -> str:

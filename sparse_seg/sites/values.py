@@ -39,8 +39,10 @@ class Grid:
     def rows(self) -> Tensor:
         """`[B * h * w, C]`."""
         if self._rows is None:  # not functools.cached_property: its lock is beyond torch.compile
-            batch, channels, height, width = map(int, self.tensor.shape)
-            self._rows = self.tensor.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
+            batch, *channels, height, width = map(int, self.tensor.shape)
+            rank = self.tensor.ndim  # no negative axes, which the ONNX exporter would write as they are
+            last = self.tensor.permute(0, rank - 2, rank - 1, *range(1, rank - 2))
+            self._rows = last.reshape(batch * height * width, *channels)
         return self._rows
 
     @property
@@ -62,12 +64,13 @@ class Grid:
     def thinned(self, stride: int) -> Tensor:
         """The values at the places of a larger stride alone."""
         step = stride // self.stride
-        return self.tensor if step == 1 else self.tensor[:, :, ::step, ::step]
+        return self.tensor if step == 1 else self.tensor[..., ::step, ::step]
 
 
 def rows_to_grid(rows: Tensor, batch: int, size: tuple[int, int]) -> Tensor:
     """`[B * H * W, C]` to `[B, C, H, W]` in channels_last memory."""
-    return rows.reshape(batch, *size, int(rows.shape[1])).permute(0, 3, 1, 2)
+    grid = rows.reshape(batch, *size, *map(int, rows.shape[1:]))
+    return grid.permute(0, *range(3, grid.ndim), 1, 2)
 
 
 class Mixed:
@@ -205,7 +208,7 @@ class Mixed:
 
 
 def _padded(rows: Tensor) -> Tensor:
-    return torch.cat([rows, rows.new_zeros(1, int(rows.shape[1]))])
+    return torch.cat([rows, rows.new_zeros(1, *map(int, rows.shape[1:]))])
 
 
 def _padded_grid(tensor: Tensor) -> Tensor:

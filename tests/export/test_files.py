@@ -102,6 +102,7 @@ def test_options_that_do_not_fit(change, message):
     ("change", "options", "message"),
     [
         ({"exchange": "separate"}, {}, r"exchange separate .* with --dense only"),
+        ({"mask": {"policy": "random"}}, {}, "random draws anew each time, which no graph does"),
         (
             {"head": "deeplabv3", "dilate_second": False},
             {"merge": "patch"},
@@ -110,7 +111,7 @@ def test_options_that_do_not_fit(change, message):
     ],
 )
 def test_networks_that_cannot_be_exported(change, options, message):
-    model = build_model(SMALL | change | {"mask": {"policy": "edge"}}).eval()
+    model = build_model(SMALL | {"mask": {"policy": "edge"}} | change).eval()
     with pytest.raises(SparseSegError, match=message):
         StaticNetwork(model, ExportOptions(SIZE, **options))
     StaticNetwork(model, ExportOptions(SIZE, dense=8))

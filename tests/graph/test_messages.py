@@ -85,6 +85,34 @@ class Writing(Toy):
         return self.head(features)
 
 
+class Stepping(Toy):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images)[:, :, ::2, ::2])
+
+
+class Cutting(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.d = nn.Conv2d(8, 8, 3)
+
+
+class Halving(Toy):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.body(images)
+        return self.head(x + F.interpolate(F.adaptive_avg_pool2d(x, (x.shape[2] // 2, 2)), x.shape[2:]))
+
+
+class Deciding(Toy):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).sigmoid()
+
+
+class Grouped(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem.append(nn.GroupNorm(2, 8))
+
+
 class Vector(Toy):
     def forward(self, images: Tensor) -> Tensor:
         return self.body(images).mean((2, 3))
@@ -99,6 +127,10 @@ class Vector(Toy):
         (Strided, r"nothing of this network can run selectively .* build it with dilation in place"),
         (Pyramid, r"at strides 32 and 64: .* taps lie at most 16 px apart .* must lie 64"),
         (Branches, r"conv2d in d is at 32 px, behind an upsampling from 16: a network of several branches"),
+        (Stepping, r"^the network: every 2th of an axis$"),
+        (Cutting, r"differs from the module by .*: conv2d in d gives \(6, 6\) of \(8, 8\) places; pad it"),
+        (Halving, r"depends on the images' size: captured at 64x64, its graph differs at 128x192 by"),
+        (lambda: Deciding(1), r"the network ends in a sigmoid; give its logits, without it"),
         (Vector, r"the network gives \[1, 8, 1, 1\], not logits"),
         (Writing, r"^the network: copy_ writes to a part of a tensor; make a new one, by torch.cat"),
         (lambda: nn.Sequential(nn.LazyConv2d(8, 3), Toy()), r"has lazy layers without weights: run"),
@@ -117,10 +149,25 @@ def test_networks_that_cannot(build: Callable[[], nn.Module], says: str, capfd: 
 def test_what_is_no_module_or_size():
     with pytest.raises(SparseSegError, match=r"takes a torch.nn.Module, not function"):
         selective(lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(SparseSegError, match=r"multiples of 64 px, not 100x100"):
+    with pytest.raises(SparseSegError, match=r"multiples of 64 px, not \(100, 100\)"):
         selective(Toy(), size=(100, 100))
     with pytest.raises(SparseSegError, match=r"each twice the one before"):
         selective(Toy(), strides=(8, 32), size=SIZE)
+
+
+def test_a_norm_of_all_places_is_no_norm_of_sites():
+    says = r"group_norm in stem.7 reads all places .* at 8 px: at the strides \[4, 8\] .* finest may be 8"
+    with pytest.raises(SparseSegError, match=says):
+        selective(Grouped().eval(), (4, 8), size=SIZE)
+
+
+def test_strides_that_are_none():
+    network, images = selective(Toy().eval(), size=SIZE), torch.randn(1, 3, 64, 64)
+    for stride in (0, -8, 12, "8"):
+        with pytest.raises(ValueError, match="output_stride must be a power of two"):
+            network.dense(images, stride)  # type: ignore[arg-type]
+    with pytest.raises(SparseSegError, match=r"each twice the one before, .* not 8"):
+        selective(Toy(), 8)  # type: ignore[arg-type]
 
 
 def test_a_graph_that_differs_names_the_first_layer():
