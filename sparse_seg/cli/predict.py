@@ -168,7 +168,8 @@ def _report(
         dense, stride = segmenter.dense_seconds(), segmenter.model.strides[0]
         beside = "" if dense is None else f"; dense OS{stride}: {1 / dense:.1f}"
         print(f"{segmenter.frames / segmenter.seconds:.1f} frames/s in the network{beside}")
-    print(f"{len(results)} images segmented" + (f"; pictures in {args.out}" if results else ""))
+    count = "1 image" if len(results) == 1 else f"{len(results)} images"
+    print(f"{count} segmented" + (f"; pictures in {args.out}" if results else ""))
 
 
 def _scaled(card: Card, scales: list[float], total: int) -> str:

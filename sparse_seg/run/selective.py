@@ -48,7 +48,8 @@ def selective(
 
     Args:
         module: from normalised images `[B, 3, H, W]` to logits: a tensor, a dict with `out` or `logits`, or
-            an output with `.logits`. A single logit is taken as two classes, split at 0.
+            an output with `.logits`. A single logit is taken as two classes, split at 0; logits on a smaller
+            grid are upsampled to the images' size.
         strides: px, finest first, each twice the one before, two or three. By default the output stride that
             the module itself has, and twice it: weights lose accuracy at a finer stride than they were
             trained at.

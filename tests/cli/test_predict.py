@@ -33,7 +33,7 @@ def test_a_checkpoint_alone_names_classes_ids_and_colours(own, predict, photo, t
     (own / "data").rename(own / "gone")
     said = predict(photo, "--fine-fraction", 0.5)
     (own / "gone").rename(own / "data")
-    assert "1 images segmented" in capsys.readouterr().out
+    assert "1 image segmented" in capsys.readouterr().out
     ids = read_label(tmp_path / "out/photo_ids.png")
     assert ids.shape == (75, 97)
     assert set(np.unique(ids)) <= set(IDS)

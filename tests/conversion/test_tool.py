@@ -112,7 +112,7 @@ def test_evaluate_and_predict_need_nothing_else(capsys, folder, tmp_path):
     assert "selective, edge" in run(capsys, "evaluate", *files, *options)
     assert "resnet50 x0.125, deeplabv3plus head" in (tmp_path / "report.html").read_text()
     cv2.imwrite(str(street), np.full((70, 90, 3), 99, np.uint8))
-    assert "1 images segmented" in run(capsys, "predict", *files, street, "--out", tmp_path / "out")
+    assert "1 image segmented" in run(capsys, "predict", *files, street, "--out", tmp_path / "out")
     options = [street, "--out", tmp_path / "none", "--set", "data.dataset=camvid"]
     message = run(capsys, "predict", *files, *options, code=1)
     assert "has 19 classes, but 11 are asked for (by model.num_classes or data.dataset camvid)" in message
@@ -262,7 +262,7 @@ def test_classes_from_torchvision_to_pictures(capsys, tmp_path):
         run(capsys, "convert", tmp_path / "fcn.pth", tmp_path / "fcn.safetensors", *options)
         out = tmp_path / f"out{len(options)}{first}"
         text = run(capsys, "predict", tmp_path / "fcn.safetensors", tmp_path / "street.png", "--out", out)
-        assert "1 images segmented" in text
+        assert "1 image segmented" in text
         found = read_class_file(out / "classes.yaml")
         assert list(found.classes.names) == names
         assert found.classes.palette == read_classes("voc").classes.palette
