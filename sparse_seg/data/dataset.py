@@ -236,7 +236,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         """
         classes = self._class_counts(counts, len(self))
         if (classes > 0).sum() == 1:
-            ignored = [value for value in np.flatnonzero(counts) if self._lookup[value] == IGNORE_INDEX]
+            ignored = [int(value) for value in np.flatnonzero(counts * (self._lookup == IGNORE_INDEX))]
             others = f"; the values {ranges(ignored)} are ignored" if ignored else ""
             name = self.classes.names[int(classes.argmax())]
             self.warn(f"all labelled pixels are of one class, {name!r}{others}")
