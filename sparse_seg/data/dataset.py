@@ -103,7 +103,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
 
     def starts(self, index: int) -> bool:
         """Whether a video begins with this sample: what a mask policy knows of the one before is void."""
-        return index == 0
+        return index == 0 or self.sequence(index) != self.sequence(index - 1)
 
     def load(self, index: int) -> tuple[Image, Image]:
         """Image `[H, W, 3]` uint8 RGB and label `[H, W]` uint8 of train ids, 255 where ignored.

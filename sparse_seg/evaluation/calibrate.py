@@ -63,20 +63,31 @@ def calibrate(
     return Calibration(threshold, lower, [float((one > threshold).double().mean()) for one in scores])
 
 
+def _whole_ties(ranked: Tensor, count: int) -> int:
+    """The nearest number of highest scores that equal scores do not cross."""
+    if not 0 < count < len(ranked):
+        return count
+    first, last = (int(found.sum()) for found in (ranked > ranked[count], ranked >= ranked[count]))
+    if ranked[count - 1] > ranked[count]:
+        return count
+    return first if count - first <= last - count else last
+
+
 def _cut(ranked: Tensor, share: float) -> float:
     """A threshold that the first `share` of the falling scores exceed, half way to the next score.
 
     Raises:
         ConfigError: equal scores at the cut leave no threshold within a tenth of the share.
     """
-    count = round(share * len(ranked))
+    wanted = round(share * len(ranked))
+    count, tied = _whole_ties(ranked, wanted), float(ranked[min(wanted, len(ranked) - 1)])
     above, below = (ranked[min(max(at, 0), len(ranked) - 1)] for at in (count - 1, count))
     threshold = float((above + below) / 2) if 0 < count < len(ranked) else float(ranked[-1 if count else 0])
     threshold = threshold if count < len(ranked) else threshold - 1
     reached = float((ranked > threshold).double().mean())
     if abs(reached - share) > 0.1 * share + 1 / len(ranked):
         raise ConfigError(
-            f"no threshold makes a share of {share:g} of the blocks fine: too many scores are {threshold:g}; "
+            f"no threshold makes a share of {share:g} of the blocks fine: too many scores are {tied:g}; "
             f"the nearest share is {reached:.3g}. Choose a policy with finer scores, or blur"
         )
     return threshold

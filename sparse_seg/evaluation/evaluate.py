@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from sparse_seg.config import DataConfig
 from sparse_seg.data.batches import evaluation_loader
 from sparse_seg.data.dataset import IGNORE_INDEX, SegmentationDataset
+from sparse_seg.errors import DataError
 from sparse_seg.evaluation.metrics import MetricsResult, SegmentationMetrics
 from sparse_seg.evaluation.views import ONCE, Views, predict, single
 from sparse_seg.export.runner import Runner
+from sparse_seg.ops.upsample import sampled_pixels
 from sparse_seg.processes import Processes
 from sparse_seg.progress import bar
 from sparse_seg.run.modes import eval_mode
@@ -121,14 +123,20 @@ def measure(
             image, label = image.to(device), label.to(device)
             start = now(device) - (runner.seconds if runner else 0)
             run = model.start(image, label).follow(way, policy) if with_loss else None
-            found = predict(runner or model, image, label, way, policy, views) if run is None else single(run)
+            try:
+                found = (
+                    predict(runner or model, image, label, way, policy, views) if run is None else single(run)
+                )
+            except ValueError as error:
+                raise DataError(f"{dataset.name(index)}: {error}") from None
             part.seconds += now(device) - (runner.seconds if runner else 0) - start
             part.metrics.update(found.classes, label)
             if found.levels is not None:
                 part.fractions.append((found.levels == len(model.strides) - 1).float().mean().item())
             if run is not None:
                 logits = run.upsample(run.grid_logits(), LOSS_STEP)
-                target = label[:, ::LOSS_STEP, ::LOSS_STEP]
+                rows, columns = (sampled_pixels(n, LOSS_STEP).to(device) for n in label.shape[1:])
+                target = label[:, rows[:, None], columns]
                 total = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum")
                 part.losses.append((total.item(), int((target != IGNORE_INDEX).sum())))
     return part

@@ -207,6 +207,7 @@ def _look(
         run = model.start(images, labels).follow(way, policy)
         return single(run), run
     size, total, levels = (images.shape[2], images.shape[3]), None, None
+    seen: Sequence[int] = size
     common = _size(images, min(1.0, max(views.factors)))
     for scale in views.factors:
         look, truth = scaled(images, labels, scale)
@@ -220,22 +221,27 @@ def _look(
                 probabilities = F.interpolate(probabilities, common, mode="bilinear", align_corners=False)
             total = probabilities if total is None else total.add_(probabilities)
             if levels is None and run.mask is not None:
-                levels = block_levels(run.mask, model.strides)  # of the first look
+                levels, seen = block_levels(run.mask, model.strides), look.shape[2:]  # of the first look
     assert total is not None
-    return at_size(total, levels, size, model.strides[-1]), run
+    return at_size(total, levels, seen, size, model.strides[-1]), run
 
 
-def at_size(scores: Tensor, levels: Tensor | None, size: tuple[int, int], block: int) -> Prediction:
+def at_size(
+    scores: Tensor, levels: Tensor | None, seen: Sequence[int], size: tuple[int, int], block: int
+) -> Prediction:
     """What was found in scaled images, at the size of the images themselves.
 
     Args:
         scores: logits or probabilities `[B, K, h, w]`; interpolated bilinearly.
-        levels: int64 `[B, hc, wc]`, None when dense; each block gets the nearest one's.
+        levels: int64 `[B, hc, wc]` of images of size `seen`, None when dense; each block gets that of the
+            one in which its middle lies.
         block: side of a block, px.
     """
     if levels is not None:
-        grid = [-(-length // block) for length in size]
-        levels = F.interpolate(levels[:, None].float(), grid, mode="nearest")[:, 0].long()
+        for axis, (length, scaled_to) in enumerate(zip(size, seen, strict=True), start=1):
+            starts = torch.arange(0, length, block)
+            middles = (starts + (starts + block).clamp(max=length)) / 2 * (scaled_to / length)
+            levels = levels.index_select(axis, (middles / block).long().to(levels.device))
     same = tuple(scores.shape[2:]) == size
     return Prediction(scores.max(1).indices if same else _enlarged(scores, size), levels)
 
@@ -274,7 +280,7 @@ def scaled(images: Tensor, labels: Tensor | None, scale: float) -> tuple[Tensor,
     resized = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=scale < 1)
     if labels is None:
         return resized, None
-    return resized, F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
+    return resized, F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].long()
 
 
 def _size(images: Tensor, scale: float) -> tuple[int, int]:

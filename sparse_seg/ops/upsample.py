@@ -45,6 +45,11 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def sampled_pixels(length: int, every: int) -> Tensor:
+    """Which pixels of an axis `upsample_logits` gives with `every`, int64 `[ceil(length / every)]`."""
+    return (torch.arange(0, length, every, device="cpu") + every // 2).clamp_max(length - 1)
+
+
 @torch.no_grad()
 def upsample_classes(
     logits: Tensor, size: tuple[int, int], stride: int, trained_stride: int, align_corners: bool = False
@@ -127,7 +132,7 @@ def interpolation_matrix(
 ) -> Tensor:
     """`[ceil(length / every), cells]`: the share of each cell in each pixel, along one axis; kept where it is
     used, for a copy to a GPU waits for it."""
-    pixels = (torch.arange(0, length, every, device="cpu") + every // 2).clamp_max(length - 1)
+    pixels = sampled_pixels(length, every)
     places = _places(pixels, cells, length, stride, trained_stride, align_corners).clamp(0, cells - 1)
     shares = (1 - (places[:, None] - torch.arange(cells, device="cpu")).abs()).clamp_min(0)
     return shares.to(device, dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_seg.config import MaskConfig, ModelConfig
 from sparse_seg.config.keys import choices
-from sparse_seg.errors import SparseSegError, TrainingError, choose_one
+from sparse_seg.errors import ConfigError, SparseSegError, TrainingError, choose_one
 from sparse_seg.graph import Geometry, fold_norms
 from sparse_seg.graph.reading import COMPUTED
 from sparse_seg.masks import POLICIES, MaskPolicy, block_levels, build_policy
@@ -159,7 +159,10 @@ class SelectiveNetwork(Predicting, nn.Module):
             return self.policy
         settings = way.mask_config(self.mask)
         net = getattr(self.policy, "net", None) if type(self.policy) is POLICIES[settings.policy] else None
-        policy = build_policy(settings, self.strides, net)
+        try:
+            policy = build_policy(settings, self.strides, net)
+        except ValueError as error:
+            raise ConfigError(f"{way.name}: {error}") from None
         return policy.to(self.device).eval()
 
     def separates(self, way: Way) -> bool:

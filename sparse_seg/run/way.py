@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from sparse_seg.config import MaskConfig
+from sparse_seg.errors import ConfigError
 from sparse_seg.masks import parse_policy
 
 
@@ -59,6 +60,11 @@ class Way:
             ConfigError: an unknown policy or option.
         """
         mask = configured if self.mask is None else parse_policy(self.mask, configured)
+        if mask != configured and mask.threshold is not None and self.fine_fraction is None:
+            raise ConfigError(
+                f"the threshold {mask.threshold:g} was found for another policy than {self.mask}: give a "
+                "fine fraction"
+            )
         if self.fine_fraction is not None:
             mask = dataclasses.replace(
                 mask, fine_fraction=self.fine_fraction, threshold=None, middle_threshold=None

@@ -111,11 +111,14 @@ class Teacher:
                 torch.save(tuple(found[index]), buffer)
                 atomic_write(paths[index], buffer.getvalue())
         ordered = [found[index] for index in range(len(paths))]
-        return TeacherOutputs(*(torch.stack(grids) for grids in zip(*ordered, strict=True)))
+        with torch.autocast("cpu", enabled=False):  # which stacks no float16 beside bfloat16
+            return TeacherOutputs(*(torch.stack(grids) for grids in zip(*ordered, strict=True)))
 
     def _path(self, cache: Path, image: Tensor, strides: tuple[int, int]) -> Path:
         content = hashlib.blake2b(self._digest, digest_size=16)
-        content.update(f"{CONTENT} {strides} {image.dtype} {list(image.shape)}".encode())
+        kind = image.device.type
+        mixed = f" {torch.get_autocast_dtype(kind)}" if torch.is_autocast_enabled(kind) else ""
+        content.update(f"{CONTENT} {strides} {image.dtype}{mixed} {list(image.shape)}".encode())
         content.update(image.cpu().contiguous().numpy().data)
         name = content.hexdigest()
         return cache / name[:2] / f"{name}.pt"

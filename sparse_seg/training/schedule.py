@@ -35,7 +35,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def update_average(average: nn.Module, model: nn.Module, decay: float, iteration: int) -> None:
     """Exponential moving average of weights and statistics; its decay grows from 0.1 to `decay`."""
     decay = min(decay, (1 + iteration) / (10 + iteration))
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    found = (one.state_dict(keep_vars=True).values() for one in (average, model))
+    by_id = ({id(tensor): tensor.detach() for tensor in tensors} for tensors in found)  # of two names: once
+    pairs = list(zip(*(tensors.values() for tensors in by_id), strict=True))
     averaged = [pair for pair in pairs if pair[0].is_floating_point()]
     get_ema_multi_avg_fn(decay)(*zip(*averaged, strict=True), None)
     for kept, new in pairs:

@@ -234,7 +234,9 @@ def test_comparison_goes_on(capsys, trained, tmp_path, monkeypatch):
     assert result["commits"] == [str(result["commit"])]
     assert "edge:cad, f=0.5, linear" in capsys.readouterr().out
     other = fails(capsys, *compare, "--limit", 1)
-    assert "holds rows of other weights, images or strides, or of another runtime" in other
+    assert "holds rows of other weights, images, strides or rules, or of another runtime" in other
+    other = fails(capsys, *compare, "--set", "model.mask.reduce=mean")
+    assert "holds rows of other weights, images, strides or rules" in other
     assert json.loads(out.read_text()) == result
     out.write_text("{}")
     assert "holds no comparison to resume" in fails(capsys, *compare)

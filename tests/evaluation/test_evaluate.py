@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sparse_seg import build_model
 from sparse_seg.config import DataConfig
 from sparse_seg.data import build_dataset
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.data.transforms import normalise
-from sparse_seg.evaluation.evaluate import evaluate
+from sparse_seg.evaluation.evaluate import combined, evaluate, measure
 from sparse_seg.lab.compare import run as comparison
 from sparse_seg.lab.compare.run import compare, comparison_ways, groups
 from sparse_seg.masks.previous import PreviousPolicy
@@ -31,6 +32,21 @@ def slow_miou(model, dataset, run) -> float:
             inter[k] += (predicted & labelled).sum()
             union[k] += (predicted | labelled).sum()
     return float((inter[union > 0] / union[union > 0]).mean())
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_every_fourth_pixel(dataset):
+    torch.manual_seed(0)
+    model = build_model({"width": 0.125, "num_classes": 19}).eval()
+    found = combined([measure(model, dataset, DATA, Way.dense(8), range(2), with_loss=True)]).loss
+    logits, labels = [], []
+    for index in (0, 1):
+        image, label = dataset.load(index)
+        full = model.dense(normalise(image, DATA.mean, DATA.std)[None], 8)
+        logits.append(full[0, :, 2::4, 2::4].flatten(1).T)
+        labels.append(torch.from_numpy(label[2::4, 2::4].astype(np.int64)).flatten())
+    expected = F.cross_entropy(torch.cat(logits), torch.cat(labels), ignore_index=255)
+    assert found == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_seg.evaluation.views import ONCE, Views, _spans, predict
+from sparse_seg.evaluation.views import ONCE, Views, _spans, at_size, predict
 from sparse_seg.run.build import build_model
 from sparse_seg.run.card import Card
 from sparse_seg.run.way import Way
@@ -148,6 +148,21 @@ def test_images_get_the_area_of_the_training_frames(height, width, scale, at_mos
     assert [card.scale_for(height, width) for card in known] == pytest.approx([1, scale, at_most])
     assert Views(scales=(0.5, 1)).at(0.1).factors == (0.5, 1), "what is asked for stays"
     assert Views(flip=True).at(0.1) == Views(flip=True, scales=(0.1,))
+
+
+@pytest.mark.parametrize(
+    ("size", "seen"), [((640, 96), (480, 72)), ((480, 65), (360, 49)), ((1024, 80), (410, 32))]
+)
+def test_a_block_of_a_scaled_image_is_that_in_which_its_middle_lies(size, seen):
+    grids = [[-(-length // 16) for length in one] for one in (size, seen)]
+    levels = torch.arange(grids[1][0] * grids[1][1]).reshape(1, *grids[1])
+    found = at_size(torch.zeros(1, 2, *seen), levels, seen, size, 16).levels
+    assert found is not None
+    assert list(found.shape[1:]) == grids[0]
+    for y, x in itertools.product(*map(range, grids[0])):
+        middles = ((16 * n + min(16 * n + 16, length)) / 2 for n, length in zip((y, x), size, strict=True))
+        row, column = (int(m * b / a / 16) for m, a, b in zip(middles, size, seen, strict=True))
+        assert found[0, y, x] == levels[0, row, column]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_seg import build_model
+from sparse_seg.errors import ConfigError
 from sparse_seg.masks import POLICIES, MaskPolicy, OraclePolicy, block_shape, blur_scores, top_blocks
 from sparse_seg.masks.edge import EdgePolicy, gradient_magnitude
 from sparse_seg.masks.random import RandomPolicy
 from sparse_seg.masks.uniform import UniformPolicy
+from sparse_seg.run.way import Way
 
 SIZES = [(32, 32), (49, 81)]
 
@@ -218,6 +221,16 @@ def test_blurred_scores() -> None:
 def test_bad_cuts(cut: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EdgePolicy(**cut)
+
+
+def test_ways_that_cannot_be() -> None:
+    model = build_model({"width": 0.125, "strides": [8, 16, 32], "mask": {"middle_fraction": 0.3}}).eval()
+    with pytest.raises(ConfigError, match=r"f=0.9: "):
+        model.policy_for(Way(fine_fraction=0.9))
+    model = build_model({"width": 0.125, "mask": {"policy": "confidence", "threshold": 0.5}}).eval()
+    with pytest.raises(ConfigError, match=r"threshold 0.5 was found for another policy than edge"):
+        model.policy_for(Way(mask="edge"))
+    assert model.policy_for(Way(mask="edge", fine_fraction=0.2)).threshold is None
 
 
 def test_uniform() -> None:

@@ -71,6 +71,8 @@ def test_cuts() -> None:
     assert _cut(ranked, 0.5) == 0.5
     with pytest.raises(ConfigError, match=r"a share of 0.2 of the blocks fine: too many scores are 1;"):
         _cut(ranked, 0.2)
+    ties = torch.tensor([1.0] * 21 + [0.5] * 79)  # a share of 0.2 lies within the first
+    assert _cut(ties, 0.2) == 0.75
 
 
 def test_a_threshold_is_there_already(dataset: SegmentationDataset) -> None:

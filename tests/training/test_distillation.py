@@ -166,6 +166,10 @@ def test_cache_changes_no_value_and_saves_the_run(
     assert torch.equal(second.logits[:2], torch.cat([outputs.logits for outputs in first]))
     kept(images, 16, 16)
     assert ran == [1, 3], "another output stride is another file"
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = [kept(images, 8, 8) for _ in range(2)]
+    assert ran == [1, 3, 3], "another precision, too"
+    assert all(map(torch.equal, *mixed))
     for file in (tmp_path / "cache").rglob("*.pt"):
         file.write_bytes(file.read_bytes()[:50])
     assert all(map(torch.equal, kept(images[:1], 8, 8), first[0])), "a damaged file is made again"

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparse_seg.config import LossConfig, TrainConfig
 from sparse_seg.training.losses import SegmentationLoss, hard_pixels, near_boundary
-from sparse_seg.training.schedule import build_optimizer, learning_rate
+from sparse_seg.training.schedule import build_optimizer, learning_rate, update_average
 
 
 def test_poly_schedule_with_warm_up():
@@ -20,6 +20,18 @@ def test_poly_schedule_with_warm_up():
     assert rates[3] == pytest.approx(0.5 * 4 / 5 * 0.97**0.9)
     assert rates[50] == pytest.approx(0.5 * 0.5**0.9)
     assert all(a > b > 0 for a, b in itertools.pairwise(rates[4:]))
+
+
+def test_a_tensor_of_two_names_is_averaged_once():
+    pair = []
+    for value in (0.0, 1.0):
+        first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+        nn.init.constant_(first.weight, value)
+        second.weight = first.weight
+        pair.append(nn.Sequential(first, second))
+    average, model = pair
+    update_average(average, model, 0.9, 10**6)
+    assert torch.allclose(average.state_dict()["1.weight"], torch.full((2, 2), 0.1))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])

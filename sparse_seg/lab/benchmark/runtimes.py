@@ -24,6 +24,7 @@ from sparse_seg.export.onnx_file import export_onnx
 from sparse_seg.export.runtime import INSTALL, RUNTIMES, open_session
 from sparse_seg.export.segmentor import options_of
 from sparse_seg.lab.latency import SPAWN, Latency, Run, in_child, interleaved
+from sparse_seg.masks import parse_policy
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
@@ -208,6 +209,12 @@ def lift(accuracies: tuple[float, float, float], times: tuple[float, float, floa
     return share(*accuracies) - share(*times)
 
 
+def _is_own(row: Mapping[str, Any], model: SelectiveNetwork) -> bool:
+    """Whether a row was measured under the model's own policy, with its options, and exchange rule."""
+    same = parse_policy(row["policy"], model.mask) == model.mask
+    return same and row.get("exchange") in (None, model.exchange)
+
+
 def read_accuracies(path: str, model: SelectiveNetwork) -> tuple[float, float, dict[str, float]]:
     """mIoU of the dense coarse network, of the dense fine one, and of the selective one by form, from a
     comparison's file.
@@ -220,7 +227,7 @@ def read_accuracies(path: str, model: SelectiveNetwork) -> tuple[float, float, d
         dense = {row["output_stride"]: row["miou"] for row in found if row["policy"] is None}
         selective: dict[str, float] = {}
         for row in found:
-            if row["policy"] and row["policy"].partition(":")[0] == model.policy.name:
+            if row["policy"] and _is_own(row, model):
                 merge, fraction = row.get("merge") or model.merge, row["fine_fraction"]
                 selective[form_of(merge, fraction)] = row["miou"]
                 if fraction == model.policy.fine_fraction:

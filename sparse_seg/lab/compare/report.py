@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -21,9 +22,11 @@ from sparse_seg.lab.report.html import PagePart, Picture, Section, plot, write_r
 from sparse_seg.lab.report.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
 from sparse_seg.lab.report.plots import COSTS, cost_curve
 from sparse_seg.lab.report.tables import Table, table
+from sparse_seg.masks.build import CUTS
 from sparse_seg.run.way import Way
 
 Rows = Sequence[dict[str, Any]]
+_ROWS_OWN = ("policy", *CUTS)  # of a mask: each row says its own
 
 
 def written(json_path: str | Path | None, report_path: str | Path | None = None) -> list[Path]:
@@ -59,8 +62,11 @@ def compare_and_report(
     ways = comparison_ways(model, policies, fractions, exchanges, merges)
     fast, reason = comparison_runtime(model, dataset, config.data, ways, runtime)
     origin, rows = provenance() | {"runtime": fast.runtime if fast else TORCH}, list[dict[str, Any]]()
-    subject = [config.data.dataset, str(Path(config.data.root).resolve()), split, limit, list(model.strides)]
-    subject += filter(None, [config.data.bits, fast.runtime if fast else None])
+    data = config.data
+    subject: list[Any] = [data.dataset, str(Path(data.root).resolve()), split, limit, list(model.strides)]
+    subject += [data.bits, fast.runtime if fast else None, data.train_on, data.withheld]
+    rules = {key: value for key, value in dataclasses.asdict(model.mask).items() if key not in _ROWS_OWN}
+    subject += [rules, model.exchange, model.merge]
     digest = hashlib.blake2b(loaded.path.read_bytes() + json.dumps(subject).encode(), digest_size=16)
     origin["subject"] = digest.hexdigest()
     if resume:
@@ -103,8 +109,8 @@ def _earlier(path: str | Path | None, subject: str) -> tuple[list[dict[str, Any]
         raise ConfigError(f"{path} holds no comparison to resume; remove it or name another file") from None
     if earlier != subject:
         raise ConfigError(
-            f"{path} holds rows of other weights, images or strides, or of another runtime; name another "
-            "--json file"
+            f"{path} holds rows of other weights, images, strides or rules, or of another runtime; name "
+            "another --json file"
         )
     return rows, commits
 

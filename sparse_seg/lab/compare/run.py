@@ -189,7 +189,8 @@ def compare(
         for result in results:
             if result.policy is not None and dataset.starts(index):
                 result.policy.remember(None)
-            if index <= 1:  # counts the cost, and warms up; a second time for policies that look back
+            looks_back = result.policy is not None and not result.policy.reads_image_alone
+            if index == 0 or (index == 1 and looks_back):  # the first frame of such has another's cost
                 macs = count_macs(model, image, result.way, label, result.policy)
                 result.gmacs = sum(macs.values()) / 1e9
             if coarse is not None and result.policy is not None and model.refines(result.way):

@@ -73,6 +73,8 @@ def write_pictures(
     """
     assert isinstance(source.path, Path)
     image = read_image(source.path, upright=True, bits=bits)
+    if segmenter.policy is not None:
+        segmenter.policy.remember(None)  # a photo is no frame of a video
     found = segmenter(image)
     for kind, file in zip(outputs.pictures, outputs.files(source), strict=True):
         write_image(file, draw_steps(segmenter, image, fractions) if kind == STEPS else PICTURES[kind](found))

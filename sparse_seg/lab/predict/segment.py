@@ -187,7 +187,9 @@ class ImageSegmenter:
     def refined(self, image: Image, step: Refined) -> Segmentation:
         """A step of `refine`, at the image's size."""
         height, width = image.shape[:2]
-        found = at_size(step.logits, step.levels, (height, width), self.model.strides[-1])
+        found = at_size(
+            step.logits, step.levels, step.logits.shape[2:], (height, width), self.model.strides[-1]
+        )
         return self._result(image, found, self.views_of(image).factors[:1])
 
     def dense_seconds(self) -> float | None:
