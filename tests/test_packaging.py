@@ -2,6 +2,8 @@
 
 import configparser
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
@@ -51,3 +53,16 @@ def test_one_version() -> None:
 def test_types_are_published() -> None:
     assert "py.typed" in SETUP["options.package_data"]["sparse_seg"].split()
     assert (ROOT / "sparse_seg/py.typed").is_file()
+
+
+def test_names_are_imported_when_they_are_asked_for() -> None:
+    program = """
+import sys, sparse_seg
+assert "torch" not in sys.modules
+for name in sparse_seg.__all__:
+    assert getattr(sparse_seg, name) is not None
+from sparse_seg import selective
+assert selective is sparse_seg.selective and sparse_seg.conversion.convert
+assert not hasattr(sparse_seg, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
