@@ -139,7 +139,8 @@ def convert_module(
     """
     given = dict(overrides or {})
     nested = given.pop("model", {})
-    given = _masked({**given, **nested})
+    mask = {**given.get("mask", {}), **nested.get("mask", {})}
+    given = _masked({**given, **nested, "mask": mask})
     settings = model_config({**given, "module": name, "module_args": dict(arguments)})
     module = import_module(name, arguments).eval()
     own = module.state_dict()

@@ -66,5 +66,5 @@ def cad_edges(images: Tensor) -> Tensor:
     dx = grey[:, :, 1:-1, 2:] - grey[:, :, 1:-1, :-2]
     dy = grey[:, :, 2:, 1:-1] - grey[:, :, :-2, 1:-1]
     dilated = F.max_pool2d(dx.maximum(dy), CAD_DILATION, stride=CAD_STRIDE, padding=CAD_DILATION // 2)
-    height, width = ((length + CAD_STRIDE - 1) // CAD_STRIDE for length in images.shape[2:])
+    _, height, width = block_shape(images, CAD_STRIDE)
     return F.max_pool2d(dilated[..., :height, :width], CAD_BLOCK // CAD_STRIDE, ceil_mode=True).squeeze(1)
