@@ -12,26 +12,16 @@ from typing import TYPE_CHECKING, Any
 from sparse_seg.version import __version__
 
 if TYPE_CHECKING:
-    from sparse_seg.checkpoint import load_model, save_model
-    from sparse_seg.export.runner import in_runtime
-    from sparse_seg.export.segmentor import RuntimeSegmentor
-    from sparse_seg.lab.predict.segment import Segmentation, segment
-    from sparse_seg.run.build import build_model
-    from sparse_seg.run.network import SelectiveNetwork
-    from sparse_seg.run.selective import selective
+    from sparse_seg.checkpoint import load_model as load_model
+    from sparse_seg.checkpoint import save_model as save_model
+    from sparse_seg.export.runner import in_runtime as in_runtime
+    from sparse_seg.export.segmentor import RuntimeSegmentor as RuntimeSegmentor
+    from sparse_seg.lab.predict.segment import Segmentation as Segmentation
+    from sparse_seg.lab.predict.segment import segment as segment
+    from sparse_seg.run.build import build_model as build_model
+    from sparse_seg.run.network import SelectiveNetwork as SelectiveNetwork
+    from sparse_seg.run.selective import selective as selective
 
-__all__ = [
-    "RuntimeSegmentor",
-    "Segmentation",
-    "SelectiveNetwork",
-    "__version__",
-    "build_model",
-    "in_runtime",
-    "load_model",
-    "save_model",
-    "segment",
-    "selective",
-]
 _MODULES = {
     "RuntimeSegmentor": "export.segmentor",
     "Segmentation": "lab.predict.segment",
@@ -43,6 +33,7 @@ _MODULES = {
     "segment": "lab.predict.segment",
     "selective": "run.selective",
 }
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

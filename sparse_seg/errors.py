@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -92,6 +92,11 @@ def choose_one(value: object, valid: Iterable[object]) -> str:
     names = [str(one) for one in valid]
     near = did_you_mean(str(value), names)
     return f"{shown(value)}{f'{near} Choose' if near else '; choose'} one of {', '.join(names)}"
+
+
+def and_more(faults: Sequence[str], what: str = "more") -> str:
+    """The first of some faults or names, and how many there are beside it."""
+    return faults[0] + (f" (and {len(faults) - 1} {what})" if len(faults) > 1 else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -56,17 +56,20 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, keep_suffix: bool = False) -> Iterator[Path]:
     """A temporary name to write to, in the folder of `path`, which is created if need be.
 
     On leaving, the content is forced to disk and replaces `path` in one step, so that not even a power
     failure leaves half of it. On failure it is removed and `path` is as it was. Each `path` has one temporary
     name, `.NAME.tmp`: a killed process leaves at most that, and the next write uses it again. Processes that
     write the same `path` take turns. Raises OSError where the folder cannot be written.
+
+    Args:
+        keep_suffix: for writers that go by it: the name is then `.STEM.tmp.SUFFIX`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}") if keep_suffix else temporary_name(path)
     try:
         file = _locked(temporary)
     except OSError as error:
@@ -145,20 +148,14 @@ def _locked(path: Path, wait: bool = True) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if _is(path, file):
-                os.ftruncate(file, 0)
-                return file
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file)):
+                    os.ftruncate(file, 0)
+                    return file
         except BaseException:
             os.close(file)
             raise
         os.close(file)  # the other one renamed or removed it meanwhile
-
-
-def _is(path: Path, file: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file))
-    except FileNotFoundError:
-        return False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -41,8 +41,8 @@ class ProcessLost(TrainingError):
         super().__init__(f"another process of this job has ended{how}")
 
 
-class FailedElsewhere(TrainingError):
-    """Another process could not do its part; it says why."""
+class _FailedElsewhere(TrainingError):
+    """Another process could not do its part."""
 
 
 @dataclass(frozen=True)
@@ -75,33 +75,34 @@ class Processes:
         It may ask for a `mean`, but for nothing else that all do at the same time.
 
         Raises:
-            FailedElsewhere: it failed in another process.
+            SparseSegError, OSError: as of the work in the first process where it failed.
         """
+        zero = torch.zeros((), device=device)
         try:
             yield
-        except (FailedElsewhere, ProcessLost):
+            self.mean(zero)
+        except ProcessLost:
             raise
-        except (SparseSegError, OSError):
-            self._sum(torch.zeros((), device=device), failed=True)
-            raise
-        self.mean(torch.zeros((), device=device))
+        except _FailedElsewhere:
+            self._exchange(None)
+        except (SparseSegError, OSError) as error:
+            self.mean(zero, failed=True)
+            self._exchange(error)
 
-    def mean(self, value: Tensor) -> Tensor:
+    def mean(self, value: Tensor, failed: bool = False) -> Tensor:
         """The mean of a number over all processes, the same in each.
 
-        Raises:
-            FailedElsewhere: another process failed in this work, see `together`.
+        Args:
+            failed: end the work of the others that ask for a mean, see `together`.
         """
         if self.count == 1:
             return value
-        total, failed = self._sum(value)
-        if failed > 0:
-            raise FailedElsewhere("another process failed")
-        return (total / self.count).to(value.dtype)
-
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set in any process."""
-        return bool(self._sum(torch.tensor(float(flag), device=device))[0] > 0)
+        total = torch.stack([value.detach().double(), torch.full_like(value, failed, dtype=torch.float64)])
+        with _loss_named():
+            dist.all_reduce(total)
+        if not failed and total[1] > 0:
+            raise _FailedElsewhere
+        return (total[0] / self.count).to(value.dtype)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace gradients by their mean over all processes; the same parameters have one in all."""
@@ -133,6 +134,14 @@ class Processes:
             raise
         except (SparseSegError, OSError) as error:
             own = error
+        return self._exchange(own)
+
+    def decided(self, decide: Callable[[], _T]) -> _T:
+        """What the first process decides."""
+        return self.gather(lambda: decide() if self.is_first else None)[0]  # type: ignore[return-value]
+
+    def _exchange(self, own: Any) -> list[Any]:
+        """What each process has, by rank. Raises the first of the errors among that."""
         found = [own] * self.count
         if self.count > 1:
             with _loss_named():
@@ -141,18 +150,6 @@ class Processes:
             if isinstance(one, Exception):
                 raise one
         return found
-
-    def decided(self, decide: Callable[[], _T]) -> _T:
-        """What the first process decides."""
-        return self.gather(lambda: decide() if self.is_first else None)[0]  # type: ignore[return-value]
-
-    def _sum(self, value: Tensor, failed: bool = False) -> tuple[Tensor, Tensor]:
-        """Sums over all processes of a number and of a flag that says where work has failed."""
-        pair = torch.stack([value.detach().double(), value.new_tensor(float(failed), dtype=torch.float64)])
-        if self.count > 1:
-            with _loss_named():
-                dist.all_reduce(pair)
-        return pair[0], pair[1]
 
 
 @contextmanager
@@ -191,10 +188,9 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
     signal.signal(signal.SIGTERM, _end)
     store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    settings = {"store": store, "rank": rank, "world_size": count, "timeout": TIMEOUT}
     ends = backend == "gloo"  # NCCL only where all went well: others may be inside a collective
     try:
-        _interruptible(lambda: _join(backend, settings))
+        _interruptible(lambda: _join(backend, store, rank, count))
         yield Processes(rank, count), device
         ends = True
     except (SparseSegError, OSError):
@@ -210,24 +206,13 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
             dist.destroy_process_group()
 
 
-def _join(backend: str, settings: dict[str, Any]) -> None:
+def _join(backend: str, store: Any, rank: int, count: int) -> None:
     try:
-        dist.init_process_group(backend, **settings)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     except RuntimeError as error:
         name = f"{backend.upper()}_SOCKET_IFNAME"
         hint = f"; {name}={os.environ[name]} must be this machine's interface" if name in os.environ else ""
         raise TrainingError(f"cannot join the processes of this job: {first_line(error)}{hint}") from None
-
-
-def _leave() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    if not isinstance(sys.exc_info()[1], SparseSegError):  # an error on its way out says more
-        raise ProcessLost("; start it again")
 
 
 def _interruptible(work: Callable[[], object]) -> None:
@@ -242,6 +227,17 @@ def _interruptible(work: Callable[[], object]) -> None:
 
     Thread(target=run, daemon=True).start()
     done.result()
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if not isinstance(sys.exc_info()[1], SparseSegError):  # an error on its way out says more
+        raise ProcessLost("; start it again")
 
 
 def _speaks(store: Any, waits: bool) -> bool:

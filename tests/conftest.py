@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ settings.load_profile("steady")
 
 os.environ["SPARSE_SEG_CACHE"] = "off"  # no test leaves graphs to the next one, nor to who runs the tests
 
+gc.disable()  # until all is imported: there is no garbage yet, and looking for it takes a second a process
 torch.set_num_threads(1)  # tensors are tiny: more threads only wait for each other, many times slower
 
 _CUDA = [
@@ -30,6 +32,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield request.param
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so no collection of garbage need look at it."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg import build_model
+from sparse_seg.networks.encoder_decoder import EncoderDecoder, build_module
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.passes import Pass
 from sparse_seg.sites import Grid, Mixed
@@ -27,6 +28,7 @@ DEPTHS = {
     "resnet50": (3, 4, 6, 3),
     "resnet101": (3, 4, 23, 3),
 }
+SHALLOW = (1, 1, 2, 2)  # a stage's later blocks are all alike
 NUM_CLASSES = 5
 
 
@@ -75,13 +77,13 @@ class DenseResNet(nn.Module):
     A dilated stage's first 3x3 keeps the dilation before it. Basic blocks dilate both their convolutions.
     """
 
-    def __init__(self, name: str, width: float, output_stride: int) -> None:
+    def __init__(self, name: str, width: float, output_stride: int, depths: Sequence[int] | None) -> None:
         super().__init__()
         block = DenseBasicBlock if name in ("resnet18", "resnet34") else DenseBottleneck
         channels, stride_so_far, dilation = int(64 * width), 4, 1
         stages: list[nn.Sequential] = []
         self.conv1, self.bn1 = _conv(3, channels, 7, 2), nn.BatchNorm2d(channels)
-        for number, depth in enumerate(DEPTHS[name], start=1):
+        for number, depth in enumerate(depths or DEPTHS[name], start=1):
             stride, first_dilation = (1 if number == 1 else 2), dilation
             if stride_so_far * stride > output_stride:
                 stride, dilation = 1, dilation * 2
@@ -160,10 +162,11 @@ class DenseSegmentor(nn.Module):
         head: str,
         channels: int,
         rates: Sequence[int],
-        dilation: int = 1,
+        dilation: int,
+        depths: Sequence[int] | None,
     ):
         super().__init__()
-        self.backbone = DenseResNet(name, width, output_stride)
+        self.backbone = DenseResNet(name, width, output_stride, depths)
         inside = self.backbone.channels
         if head == "lite":
             self.head: nn.Module = DenseLite(inside, channels, dilation)
@@ -230,13 +233,14 @@ def random_model(
     exchange: str = "linear",
     trained_stride: int = 8,
     strides: tuple[int, ...] = (8, 16),
+    depths: tuple[int, ...] | None = SHALLOW,
 ) -> SelectiveNetwork:
     """A network with random weights and statistics, in eval mode. Shared between tests: do not change it."""
     torch.manual_seed(0)
     config = {"backbone": backbone, "head": head, "width": width, "exchange": exchange, "head_channels": 16}
     config |= {"num_classes": NUM_CLASSES, "trained_stride": trained_stride}
     config["aspp_rates"] = [rate * 8 // trained_stride for rate in (4, 8, 12)]
-    config["strides"] = list(strides)
+    config |= {"strides": list(strides), "depths": depths and list(depths)}
     model = build_model(config).to(device, dtype)
     randomise(model)
     return model
@@ -281,10 +285,30 @@ def dense_reference(
     """The `nn.Conv2d` network of the same weights at an output stride."""
     rates = [rate * 8 // output_stride for rate in (4, 8, 12)]
     dilation = max(1, 8 // output_stride)
-    reference = DenseSegmentor(backbone, width, output_stride, head, 16, rates, dilation)
+    depths = model.settings.depths
+    reference = DenseSegmentor(backbone, width, output_stride, head, 16, rates, dilation, depths)
     reference.to(next(model.parameters()))
     copy_weights(model, reference)
     return reference.train(model.training)
+
+
+def plain_network(model: SelectiveNetwork, output_stride: int) -> EncoderDecoder:
+    """The module that is built at an output stride, with the same weights and mode."""
+    plain = build_module(model.settings, output_stride).to(next(model.parameters()))
+    plain.load_state_dict(model.module.state_dict())
+    return plain.train(model.training)
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def without_dropout(network: Network) -> Network:
+    """In training mode, but for dropout."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    return network
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -82,7 +82,7 @@ class SlowSites:
 
     @once
     def rebuild_matrix(self, exchange: str) -> Tensor:
-        """`[B*H*W, N]` float64: rows to the whole grid, cells without a site by the exchange rule."""
+        """`[B*H*W, N]` float64, sparse: rows to the whole grid, cells without a site by the exchange rule."""
         places = _all_cells(self.batch, self.size)
         matrix = torch.zeros(len(places), len(self.rows_of[-1]), dtype=torch.float64)
         for place, cell in enumerate(places):
@@ -91,17 +91,21 @@ class SlowSites:
                     matrix[place, row] = weight
             elif exchange == "nearest":
                 matrix[place, self.owner(cell)] = 1
-        return matrix
+        return matrix.to_sparse()
 
     def rebuild(self, rows: Tensor, exchange: str) -> Tensor:
         """Rows `[N, C]` to the whole grid `[B, C, H, W]`."""
-        grid = self.rebuild_matrix(exchange).to(rows) @ rows
+        grid = torch.sparse.mm(self.rebuild_matrix(exchange).to(rows), rows)
         return grid.view(self.batch, *self.size, rows.shape[1]).permute(0, 3, 1, 2)
 
     def read(self, grid: Tensor) -> Tensor:
         """`[B, C, H, W]` to rows `[N, C]`."""
-        b, y, x = torch.tensor(self.cells, device=grid.device).T
+        b, y, x = self._places.to(grid.device)
         return grid[b, :, y, x]
+
+    @functools.cached_property
+    def _places(self) -> Tensor:
+        return torch.tensor(self.cells).T
 
 
 def _all_cells(batch: int, size: tuple[int, int]) -> list[tuple[int, int, int]]:

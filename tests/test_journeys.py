@@ -18,8 +18,7 @@ from sparse_seg.data.dataset import read_image
 from sparse_seg.data.reading import read_label
 from sparse_seg.data.scenes import write_scenes
 from tests.conversion.cases import SMALL, randomise, state_of
-from tests.conversion.deeplabs import Smp
-from tests.conversion.networks import ResNet
+from tests.conversion.networks import Head, ResNet, Smp
 from tests.data.files import sideways_photo
 from tests.peers import package
 
@@ -45,7 +44,7 @@ def write_foreign_files() -> None:
     torch.save({"model_state": state_of("vainf deeplabv3")}, "best_deeplabv3_resnet101_cityscapes.pth")
     torch.save(state_of("torchvision deeplabv3"), "deeplabv3_resnet50_coco.pth")
     encoder = ResNet(50, 8, "smp", **SMALL)  # type: ignore[arg-type]
-    binary = Smp("deeplabv3", encoder, [12, 24, 36], channels=6, classes=1)
+    binary = Smp(encoder, Head("deeplabv3", channels=6, classes=1))
     torch.save(randomise(binary).state_dict(), "smp_binary.pth")
     torch.save(randomise(ResNet(50, 32, width=8, classes=1000)).state_dict(), "resnet50.pth")
 

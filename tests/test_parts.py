@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Sequence
@@ -18,13 +19,20 @@ from sparse_seg import build_model, load_model
 from sparse_seg.cli import main
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import MaskPolicy, PolicyInput
-from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.registry import BACKBONES, HEADS, POLICIES
 from sparse_seg.run.exits import last_exit
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Mixed
-from tests.reference import randomise, relative_error, stage_values
+from tests.reference import (
+    SHALLOW,
+    VARIANTS,
+    plain_network,
+    randomise,
+    relative_error,
+    stage_values,
+    variant_model,
+)
 
 
 class Inverted(nn.Module):
@@ -107,8 +115,9 @@ OPTIONS = {"backbone": {"backbone_options": {"grow": 3}}, "head": {"head_options
 def network(part: str = "", name: str = "", **settings: Any) -> SelectiveNetwork:
     """A small network with one part of a name, the toy's with an option of its own."""
     torch.manual_seed(0)
-    has_width = part != "backbone" or "width" in inspect.signature(BACKBONES[name]).parameters
-    small = {"width": 0.125} if has_width else {}
+    small: dict[str, Any] = {"width": 0.125, "depths": list(SHALLOW)}
+    if part == "backbone":
+        small = {"width": 0.125} if "width" in inspect.signature(BACKBONES[name]).parameters else {}
     config = {"num_classes": 5, "head_channels": 8} | small | settings
     if part:
         config |= {part: name} | (OPTIONS[part] if name == "toy" else {})
@@ -127,45 +136,51 @@ def mask_of(images: Tensor, share: float) -> Tensor:
 
 
 PARTS = [("backbone", name) for name in BACKBONES] + [("head", name) for name in HEADS]
+PARTS += [("variant", name) for name in VARIANTS]
+FAST = [("head", "lite"), ("head", "deeplabv3")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("part", "name"), PARTS)
+@pytest.mark.parametrize(
+    ("part", "name"), [one if one in FAST else pytest.param(*one, marks=pytest.mark.slow) for one in PARTS]
+)
 @torch.no_grad()
 def test_a_backbone_or_head(part: str, name: str) -> None:
-    """P1 and P2, its fused and plain forms, refinement, and its own count against its layers'."""
-    model, images = network(part, name), images_of()
-    mask = mask_of(images, 0.3)
-    logits = model(images, mask)
-    assert relative_error(model(images, torch.ones_like(mask)), model.dense(images, 8)) < 1e-12, "P2"
-    lattices = []
-    for value in (
-        stage_values(model.start(images).take(mask))[-1],
-        stage_values(model.start(images).follow(Way.dense(16)))[-1],
-    ):
-        lattices.append(value.lattice.tensor if isinstance(value, Mixed) else value.tensor)
-    assert relative_error(*lattices) < 1e-12, "P1"
-    fast = model.for_inference()
-    assert relative_error(fast(images, mask), logits) < 1e-12
-    assert not any(node.op == "batch_norm" for node in fast.graph.nodes)
-    small = images_of((33, 49))
+    """P1, P2 and P4; dense at every stride as the plain network, with its own count of multiply-adds; and the
+    form for inference, in both precisions."""
+    model = variant_model(name) if part == "variant" else network(part, name)
+    before, images, small = copy.deepcopy(model.state_dict()), images_of(), images_of((33, 49))
+    mask, fast = mask_of(images, 0.3), model.for_inference()
+    logits, fine = model(images, mask), torch.ones_like(mask)
+    assert relative_error(model(images, fine), model.dense(images, 8)) < 1e-12, "P2"
+    for one, expected in ((mask, logits), (fine, model(images, fine))):
+        assert relative_error(fast(images, one), expected) < 1e-12
+    single = copy.deepcopy(model).float().for_inference()
+    assert relative_error(single(images.float(), mask).double(), logits) < 1e-5
+    assert not any(node.op == "batch_norm" for node in fast.graph.nodes), "all are folded"
     for stride in (4, 8, 16, 32):
-        plain = build_module(model.settings, stride).double().eval()
-        plain.load_state_dict(model.module.state_dict())
         with FlopCounterMode(display=False) as counter:
-            expected = plain(small)
+            expected = plain_network(model, stride)(small)
         run = model.start(small).follow(Way.dense(stride))
-        assert relative_error(run.logits(), expected) < 1e-12
+        for found in (run.logits(), fast.dense(small, stride)):
+            assert relative_error(found, expected) < 1e-12
         flops = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
         assert 2 * sum(run.macs().values()) == flops
-    run = model.start(images).start_coarse()
-    run.grid_logits()
-    assert relative_error(run.take(mask).logits(), logits) < 1e-12, "P4"
+    if model.geometry.refines:
+        runs = model.start(images).take(mask), model.start(images).follow(Way.dense(16))
+        values = [stage_values(run)[-1] for run in runs]
+        lattices = [one.lattice.tensor if isinstance(one, Mixed) else one.tensor for one in values]
+        assert relative_error(*lattices) < 1e-12, "P1"
+        run = model.start(images).start_coarse()
+        run.grid_logits()
+        assert relative_error(run.take(mask).logits(), logits) < 1e-12, "P4"
     run = model.start(images).take(mask)
     macs, fewer = run.macs(), fast.start(images).take(mask).macs()
-    if name.startswith("deeplab"):  # the projection of the pooled vector: once an image, not at each site
-        fewer["rows"] += (int(last_exit(run)[1].sum()) - len(images)) * 8 * 8
+    if model.settings.head.startswith("deeplab") and model.settings.aspp_projection:
+        width = model.module.head.aspp.out_channels
+        # the projection of the pooled vector: once an image, not at each site
+        fewer["rows"] += (int(last_exit(run)[1].sum()) - len(images)) * width**2
     assert fewer == macs
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
@@ -190,8 +205,9 @@ def test_a_policy(name: str) -> None:
     assert type(model.policy_for(way)) is type(model.policy)
 
 
-@pytest.mark.parametrize("merge", ["whole", "patch"])
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize(
+    ("name", "merge"), [*((name, "whole") for name in POLICIES), ("edge", "patch"), ("confidence", "patch")]
+)
 def test_gradients_in_eval_mode(name: str, merge: str) -> None:
     """Those under the mask that the policy chooses, of images and weights; without autograd it refines."""
     fraction = 1.0 if name == "uniform" else 0.25
@@ -214,7 +230,7 @@ def test_options_of_parts_from_outside() -> None:
     assert shapes["module.head.classifier.weight"] == [5, 10, 1, 1]
     shapes = {name: list(value.shape) for name, value in network("backbone", "toy").state_dict().items()}
     assert shapes["module.backbone.stage1.0.layers.0.weight"] == [24, 8, 1, 1]
-    assert build_model({"mask": {"policy": "toy", "options": {"power": 2.0}}}).policy.power == 2.0
+    assert network(mask={"policy": "toy", "options": {"power": 2.0}}).policy.power == 2.0
     for config, message in (
         ({"head": "toy", "head_options": {"iner": 3}}, r"model.head_options.iner.*did you mean 'inner'"),
         ({"backbone": "toy", "backbone_options": {"x": 3}}, r"backbone_options.x: the backbone 'toy' has no"),
@@ -239,7 +255,7 @@ def test_options_of_parts_from_outside() -> None:
 )
 def test_options_that_cannot_be_are_named(config: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        build_model({"num_classes": 5} | config)
+        build_model({"num_classes": 5} | ({} if "backbone" in config else {"width": 0.125}) | config)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,21 +81,18 @@ def checkpoint_of(network: SelectiveNetwork, card: Card | None = None) -> Checkp
         for name, tensor in weights.items()
         if name.startswith((MODULE, ASIDE))
     ]
-    known, back = "" if card is None else "as told", {"entries": entries, "aliases": {}}
+    known, said = "", dict[str, Any]()
+    if card is not None:
+        if len(card.names) != count:
+            raise CheckpointError(
+                f"{len(card.names)} class names are given, and the network has {count} classes"
+            )
+        training = {"ids": list(card.ids)} | ({} if card.frame is None else {"frame": list(card.frame)})
+        known, said = "as told", {"classes": card.names, "colours": card.colours, "training": training}
+        said |= {"mean": tuple(card.mean), "std": tuple(card.std)}
+    back = {"entries": entries, "aliases": {}}
     origin = Origin("module", settings.module or "", normalisation=known, back=back)
-    checkpoint = Checkpoint(Path(), weights, settings, origin=origin, captured=captured)
-    if card is None:
-        return checkpoint
-    if len(card.names) != count:
-        raise CheckpointError(f"{len(card.names)} class names are given, and the network has {count} classes")
-    return dataclasses.replace(
-        checkpoint,
-        classes=card.names,
-        colours=card.colours,
-        mean=tuple(card.mean),
-        std=tuple(card.std),
-        training={"ids": list(card.ids)} | ({} if card.frame is None else {"frame": list(card.frame)}),
-    )
+    return Checkpoint(Path(), weights, settings, origin=origin, captured=captured, **said)
 
 
 def content_of(network: SelectiveNetwork) -> tuple[dict[str, Tensor], Captured]:
@@ -103,7 +101,7 @@ def content_of(network: SelectiveNetwork) -> tuple[dict[str, Tensor], Captured]:
     What the graph does not name, as an auxiliary head, is kept for the way back to the module.
     """
     graph, tensors = network.graph, network.tensors
-    named = names_of(graph)
+    named = graph.tensor_names
     own = {name: one for name, one in network.module.state_dict().items() if isinstance(one, Tensor)}
     weights = {(MODULE if name in named else ASIDE) + name: tensor for name, tensor in own.items()}
     weights |= {CONSTANTS + name: tensors[name].detach() for name in sorted(named - own.keys())}
@@ -120,12 +118,7 @@ def own_captured(settings: ModelConfig) -> Captured:
 
 def _captured(graph: Graph, module: nn.Module) -> Captured:
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    return Captured(graph, frozenset(parameters) & names_of(graph))
-
-
-def names_of(graph: Graph) -> set[str]:
-    """The tensors that a graph names."""
-    return {name for node in graph.nodes for name in node.tensors.values()}
+    return Captured(graph, frozenset(parameters) & graph.tensor_names)
 
 
 def recaptured(checkpoint: Checkpoint, settings: ModelConfig) -> Checkpoint:
@@ -138,21 +131,15 @@ def recaptured(checkpoint: Checkpoint, settings: ModelConfig) -> Checkpoint:
     path, unused = checkpoint.path, MODULE + AUXILIARY  # which only training uses, may be missing or not
     weights = {name: one for name, one in checkpoint.weights.items() if not name.startswith(unused)}
     try:
-        module = meta_module(settings)
-        planned = module.state_dict()
-        planned = {name: one for name, one in planned.items() if not name.startswith(AUXILIARY)}
-        check_shapes(planned, part_of(weights, MODULE), path)
+        module = meta_module(dataclasses.replace(settings, auxiliary=False))
+        check_shapes(module.state_dict(), part_of(weights, MODULE), path)
         captured = _captured(own_graph(settings, module), module)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return dataclasses.replace(checkpoint, weights=weights, captured=captured)
 
 
-def captured_network(
-    checkpoint: Checkpoint,
-    settings: ModelConfig,
-    card: Card,
-) -> SelectiveNetwork:
+def captured_network(checkpoint: Checkpoint, settings: ModelConfig, card: Card) -> SelectiveNetwork:
     """The network of a file, in eval mode; `settings` say how it runs.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,22 @@ from sparse_seg.files import atomic_write
 
 FORMAT, FORMAT_VERSION = "sparse_seg.checkpoint", 4
 KEY = "sparse_seg"  # of the JSON text among the metadata
-_ABOUT_FILE = ("format", "format_version", "weights")  # in that text, which else is of the checkpoint
+_ABOUT_FILE = ("format", "format_version", "weights", "digest")  # in that text; else of the checkpoint
 SUFFIX = ".safetensors"
 SHIPPED = Path(__file__).parents[1] / "weights"  # by name; a card beside each says what it is
 MOST_HEADER = 10**8  # bytes, by the format
 
 
+class ForeignCheckpoint(CheckpointError):
+    """A file of another package's, which has to be converted first."""
+
+
 def save(checkpoint: Checkpoint) -> None:
     """Write a checkpoint to its `path`. Raises OSError where the folder cannot be written."""
-    # with memory of their own, on which the safetensors library insists: a module has parameters by two names
-    weights = {
-        name: tensor.detach().cpu().clone().contiguous() for name, tensor in checkpoint.weights.items()
-    }
     content = {"format": FORMAT, "format_version": FORMAT_VERSION} | checkpoint.description()
-    content["weights"] = digest_of(weights)
+    content["weights"] = digest_of(checkpoint.weights)
     content["digest"] = digest_of(content)
-    atomic_write(checkpoint.path, safetensors.torch.save(weights, {KEY: json.dumps(content)}))
+    write_safetensors(checkpoint.path, checkpoint.weights, {KEY: json.dumps(content)})
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -45,7 +46,7 @@ def load(path: str | Path) -> Checkpoint:
     `best.safetensors` where only that is there, and the other way round.
 
     Raises:
-        CheckpointError: missing, damaged or foreign file.
+        CheckpointError: missing, damaged or foreign file (a `ForeignCheckpoint`).
     """
     return earlier.as_today(_load(find(path)))
 
@@ -54,44 +55,46 @@ def _load(path: Path) -> Checkpoint:
     if not is_safetensors(path):
         return earlier.from_training(load_pt(path), path)
     weights, metadata = read_safetensors(path)
-    if KEY not in metadata:
-        if metadata.get("format") == earlier.CONVERTED:
-            return earlier.from_conversion(metadata, weights, path)
+    if not is_ours(metadata):
         raise _foreign(path)
-    try:
+    if KEY not in metadata:
+        return earlier.from_conversion(metadata, weights, path)
+    content: Any = None
+    with suppress(ValueError, RecursionError):
         content = json.loads(metadata[KEY])
-    except (ValueError, RecursionError):
-        content = None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: what it says of itself cannot be read")
     version = content.get("format_version")
     if content.get("format") == FORMAT and isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(f"{path} is of a later sparse_seg (format {version}); update the package")
-    digest, found = content.pop("digest", None), digest_of(weights)
-    if digest_of(content) != digest or content.get("weights") != found:
-        raise _damaged(path)
+    found = digest_of(weights)
+    _check_digest(content | {"weights": found}, path)
     said = {name: value for name, value in content.items() if name not in _ABOUT_FILE}
     return parse(said, weights, path, found)
 
 
-def load_pt(path: str | Path) -> dict[str, Any]:
+def load_pt(path: Path) -> dict[str, Any]:
     """The content of a `.pt` file of our training; its digest, if it has one, is verified.
 
     Raises:
-        CheckpointError: missing, damaged or foreign file.
+        CheckpointError: damaged or foreign file.
     """
-    path = find(path)
     content = load_pickled(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise _foreign(path)
-    digest = content.pop("digest", None)
-    try:
-        whole = digest is None or digest_of(content) == digest
-    except (RecursionError, RuntimeError, TypeError):  # nested without end, or tensors of other devices
-        whole = False
-    if not whole:
-        raise _damaged(path)
+    if content.get("digest") is not None:
+        _check_digest(content, path)
     return content
+
+
+def _check_digest(content: Mapping[str, Any], path: Path) -> None:
+    """Raises a CheckpointError unless a content's `digest` is that of the rest."""
+    fits = False
+    with suppress(RecursionError, RuntimeError, TypeError):  # nested without end, tensors of other devices
+        rest = {name: value for name, value in content.items() if name != "digest"}
+        fits = digest_of(rest) == content.get("digest")
+    if not fits:
+        raise CheckpointError(f"{path} is damaged: its digest is wrong; copy it again")
 
 
 def find(path: str | Path) -> Path:
@@ -151,21 +154,18 @@ def is_checkpoint(path: str | Path) -> bool:
     return start == ZIP or start.startswith(b"\x80") or is_safetensors(path)
 
 
-def is_ours(path: str | Path) -> bool:
-    """Whether a file was written by this package, by its content; False for a damaged one, too."""
-    path = Path(path)
-    if is_safetensors(path):
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-        except (SafetensorError, OSError, ValueError):
-            return False
-        return KEY in metadata or metadata.get("format") == earlier.CONVERTED
-    try:
-        content = load_pickled(path)
-    except CheckpointError:
-        return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
+def is_ours(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file was written by this package, by its metadata."""
+    return KEY in metadata or metadata.get("format") == earlier.CONVERTED
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Raises OSError where it cannot be written, as on a full disk."""
+    # with memory of their own, on which the safetensors library insists: a module has parameters by two names
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, safetensors.torch.save(own, metadata))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -181,11 +181,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({first_line(error)})") from None
 
 
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: its digest is wrong; copy it again")
-
-
 def _foreign(path: Path) -> CheckpointError:
-    return CheckpointError(
+    return ForeignCheckpoint(
         f"{path} was not written by sparse_seg; convert it first: sparse-seg convert {path} DST.safetensors"
     )

@@ -23,7 +23,7 @@ from sparse_seg.config import (
     model_config,
     num_classes,
 )
-from sparse_seg.data import dataset_classes, dataset_ids
+from sparse_seg.data import dataset_classes
 from sparse_seg.errors import CheckpointError
 from sparse_seg.graph.file import first_difference
 from sparse_seg.networks.encoder_decoder import captured_stride
@@ -71,9 +71,8 @@ def read_card(checkpoint: Checkpoint, config: Config | None = None) -> Card:
     names, colours = checkpoint.classes, checkpoint.colours
     ids, unnamed = checkpoint.training.get("ids"), Card.unnamed(count)
     if config is not None and names is None:
-        dataset, root = config.data.dataset, config.data.root
-        known = dataset_classes(dataset, root)
-        names, colours, ids = known.names, known.palette, dataset_ids(dataset, root)
+        known = dataset_classes(config.data.dataset, config.data.root)
+        names, colours, ids = known.classes.names, known.classes.palette, known.ids
     if not ids or len(ids) != count or not all(type(value) is int and 0 <= value <= 255 for value in ids):
         ids = unnamed.ids
     scaling = checkpoint if config is None else config.data
@@ -113,7 +112,7 @@ def network_settings(checkpoint: Checkpoint, config: Config | None = None) -> Mo
     """
     if config is None:
         return checkpoint.config
-    check_fits(checkpoint, config)
+    check_fits(checkpoint, config, checkpoint.origin.is_trained_here)
     if checkpoint.origin.is_trained_here:
         result = model_config(config)
     else:
@@ -132,9 +131,10 @@ def initial_weights(checkpoint: Checkpoint, model: SelectiveNetwork, config: Con
     Raises:
         CheckpointError: it is another network than the config's.
     """
-    check_fits(checkpoint, config, whole=True)
-    captured, own, found = checkpoint.captured, model.state_dict(), checkpoint.weights
-    if captured is not None and config.model.module is not None:
+    own, found = model.state_dict(), checkpoint.weights
+    captured = checkpoint.captured if config.model.module is not None else None
+    check_fits(checkpoint, config, captured is None)
+    if captured is not None:  # which says all
         where = first_difference(captured.graph, model.graph)
         if where is not None:
             raise CheckpointError(
@@ -146,11 +146,11 @@ def initial_weights(checkpoint: Checkpoint, model: SelectiveNetwork, config: Con
     return kept | aside | {name: one for name, one in found.items() if name in own or name.startswith(MODULE)}
 
 
-def check_fits(checkpoint: Checkpoint, config: Config, whole: bool = False) -> None:
+def check_fits(checkpoint: Checkpoint, config: Config, function: bool) -> None:
     """Compare a config with what the weights' shapes do not tell.
 
     Args:
-        whole: of a converted network, too, whose settings otherwise stand in its file.
+        function: compare the settings that change what the network computes, too.
 
     Raises:
         CheckpointError: class count, mean or std, or a setting that changes the function is another.
@@ -161,10 +161,8 @@ def check_fits(checkpoint: Checkpoint, config: Config, whole: bool = False) -> N
             f"{path} has {own} classes, but {asked} are asked for (by model.num_classes or data.dataset "
             f"{config.data.dataset}); choose the dataset that the network was trained on"
         )
-    wanted, found = function_of(config.model), function_of(checkpoint.config)
-    graphs = whole and checkpoint.captured is not None and config.model.module is not None
-    if graphs or not (whole or checkpoint.origin.is_trained_here):  # of graphs, all is compared
-        wanted, found = {}, {}
+    wanted = function_of(config.model) if function else {}
+    found = function_of(checkpoint.config) if function else {}
     if checkpoint.origin.normalisation:
         for key in ("mean", "std"):
             wanted[f"data.{key}"] = list(getattr(config.data, key))

@@ -6,6 +6,9 @@ may be compressed.
 
 from __future__ import annotations
 
+import argparse
+import io
+import pathlib
 import pickle
 import re
 import warnings
@@ -15,18 +18,48 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_seg.data.reading import IMAGE_SUFFIXES
 from sparse_seg.errors import CheckpointError, first_line
+from sparse_seg.files import atomic_write
 
 MOST_NESTED = 20  # containers within containers that are looked into
 ZIP = b"PK\x03\x04"
 
 
+class _Inert:
+    """Stands for a class that is not needed, such as mmengine's history of losses: takes any state, does
+    nothing."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _harmless_types() -> Any:
+    """Lets weights-only loading make what training scripts commonly save beside weights: options, paths,
+    numpy arrays and numbers, mmengine's history of losses. None of them runs code when unpickled."""
+    scalar: Any = np.float64(0).__reduce__()[0]  # numpy's constructors of scalars and of arrays
+    array: Any = np.zeros(0).__reduce__()[0]
+    kinds = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool", "str")
+    allowed = [argparse.Namespace, np.dtype, np.ndarray, scalar, array]
+    allowed += [type(np.dtype(name)) for name in kinds]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of numpy 1 and 2
+        allowed += [(scalar, f"{module}.scalar"), (array, f"{module}._reconstruct")]
+    for kind, name in ((pathlib.PurePosixPath, "PosixPath"), (pathlib.PureWindowsPath, "WindowsPath")):
+        for module in ("pathlib", "pathlib._local"):
+            allowed += [(kind, f"{module}.{name}"), (kind, f"{module}.Pure{name}")]
+    allowed.append((_Inert, "mmengine.logging.history_buffer.HistoryBuffer"))
+    return torch.serialization.safe_globals(allowed)
+
+
 def load_pickled(path: Path, weights_only: bool = True) -> Any:
     """What `torch.save` wrote, on the CPU; tensors may be mapped from the file.
+
+    Args:
+        weights_only: run no code: plain data and the harmless types above load, anything else is refused.
 
     Files of PyTorch before 1.6 are no zip archives and have no checksums.
 
@@ -39,7 +72,7 @@ def load_pickled(path: Path, weights_only: bool = True) -> Any:
     stored = is_zip and all(record.compress_type == zipfile.ZIP_STORED for record in records)
     try:
         # torch.load would go by the name `.safetensors`
-        with path.open("rb") as file, warnings.catch_warnings():
+        with path.open("rb") as file, warnings.catch_warnings(), _harmless_types():
             warnings.simplefilter("ignore")  # what is wrong, the error says
             by_name = path.suffix != ".safetensors"
             source, mapped = (path, stored) if by_name else (file, False)
@@ -65,6 +98,14 @@ def load_pickled(path: Path, weights_only: bool = True) -> Any:
         raise CheckpointError(f"{path} does not fit into memory, or claims to be larger than it is") from None
     except Exception as error:  # a broken pickle fails in many ways
         raise CheckpointError(f"{path} {_foreign(path)} ({first_line(error)})") from None
+
+
+def save_pickled(path: str | Path, content: Any) -> None:
+    """Write what `load_pickled` reads. Raises OSError where it cannot be written: on a full disk torch.save
+    itself raises a RuntimeError that tells nothing."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic_write(path, buffer.getvalue())
 
 
 def _foreign(path: Path) -> str:

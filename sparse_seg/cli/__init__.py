@@ -3,8 +3,6 @@
 Each command is a module here with `add_arguments(parser)` and `run(args)`; its docstring is its help.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import io

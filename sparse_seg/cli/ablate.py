@@ -12,8 +12,6 @@ examples:
   for gpu in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$gpu sparse-seg ablate configs/ablation/cityscapes.yaml & done
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -37,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--checkpoint C", f"{text}; {CHECKPOINT}")
     told = "runs/ablation/CONFIG's name"
     option(parser, "--work-dir D", "where all is kept", output_folder, told=told)
-    text = "list the remaining work, estimate its time, and stop"
-    parser.add_argument("--dry-run", action="store_true", help=text)
+    option(parser, "--dry-run", "list the remaining work, estimate its time, and stop", bool)
     add_device(parser)
 
 

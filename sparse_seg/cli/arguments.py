@@ -48,6 +48,7 @@ def option(
 
     Args:
         spelt: as in `--batch N`: the name, and what stands for the value in the help.
+        kind: converts the value; bool for a switch, which has none.
         told: the default in the help, where it is not told as it is.
         more: see `ArgumentParser.add_argument`.
     """
@@ -56,7 +57,8 @@ def option(
         text += f" (default: {told or default})"
     if metavar:
         more["metavar"] = metavar
-    parser.add_argument(name, type=kind, default=default, help=text, **more)
+    kept = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
+    parser.add_argument(name, help=text, **kept, **more)
 
 
 def size(lowest: int = 1) -> Callable[[str], tuple[int, int]]:

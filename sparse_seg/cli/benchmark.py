@@ -15,10 +15,7 @@ examples:
     --runtimes onnxruntime --peer-onnx pidnet_s.onnx ddrnet.onnx
 """
 
-from __future__ import annotations
-
 import argparse
-import json
 from typing import Any
 
 import torch
@@ -29,13 +26,13 @@ from sparse_seg.config import load_config, num_classes
 from sparse_seg.data.scenes import SMALLEST_SIDE
 from sparse_seg.errors import ConfigError
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_parameters
+from sparse_seg.export.runner import TORCH
 from sparse_seg.export.runtime import RUNTIMES, check_runtime
-from sparse_seg.files import atomic_write, check_outputs
-from sparse_seg.lab.benchmark.measure import COLUMNS, cases, measure_cases
-from sparse_seg.lab.benchmark.runtimes import TORCH, Timed, peer_graphs, read_accuracies, time_network
+from sparse_seg.files import check_outputs
+from sparse_seg.lab.benchmark.measure import COLUMNS, PEERS, Subject, cases, measure_cases
+from sparse_seg.lab.benchmark.runtimes import Opener, peer_graphs, read_accuracies, time_network
 from sparse_seg.lab.benchmark.runtimes import rows as runtime_rows
-from sparse_seg.lab.benchmark.subject import PEERS, Setup, Subject
-from sparse_seg.lab.provenance import provenance
+from sparse_seg.lab.provenance import provenance, write_result
 from sparse_seg.lab.report.tables import table
 from sparse_seg.masks import POLICIES
 
@@ -59,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     policies = ["given", *sorted(set(POLICIES) - {"uniform"})]
     text = "also these mask policies; given: the config's mask, ready made"
     option(parser, "--policies P", text, default=[], told="none", nargs="+", choices=policies)
-    parser.add_argument("--peers", action="store_true", help=f"also {', '.join(PEERS)}, where installed")
+    option(parser, "--peers", f"also {', '.join(PEERS)}, where installed", bool)
     text = "also dense and selective (the config's mask) in these, each in a process of its own"
     option(parser, "--runtimes", text, nargs="+", choices=(TORCH, *RUNTIMES))
     option(parser, "--threads N", "of a process of --runtimes", whole_number(1), 2)
@@ -69,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--accuracy JSON", text)
     option(parser, "--dtype", "of the network", default="float32", choices=("float32", "float16"))
     option(parser, "--repeats N", "timings of each", whole_number(1), 5)
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out (much faster)")
+    option(parser, "--no-memory", "leave peak memory out (much faster)", bool)
     add_json(parser)
     add_device(parser)
 
@@ -88,8 +85,9 @@ def run(args: argparse.Namespace) -> int:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     peers = peer_graphs(args.peer_onnx, args.runtimes or (), (1, 3, *args.size))
-    setup = Setup(config, args.checkpoint, args.size, args.batch, str(args.device), args.dtype)
-    subject, notes, rows = Subject(setup), list[str](), list[dict[str, Any]]()
+    dtype = getattr(torch, args.dtype)
+    subject = Subject(config, args.checkpoint, args.size, args.batch, args.device, dtype)
+    notes, rows = list[str](), list[dict[str, Any]]()
     strides = subject.model.strides
     if "train" in args.scopes and args.batch < 2 and subject.model.norms_vectors:
         raise ConfigError("a training step needs --batch 2 or more: a norm sees one vector of each image")
@@ -110,25 +108,16 @@ def run(args: argparse.Namespace) -> int:
     }
     print(_footer(origin))
     if args.json:
-        content = origin | {"rows": rows, "runtimes": timed}
-        atomic_write(args.json, json.dumps(content, indent=1) + "\n")
+        write_result(args.json, origin | {"rows": rows, "runtimes": timed})
     return 0
 
 
-def _runtimes(args: argparse.Namespace, subject: Subject, peers: dict[str, Timed]) -> list[dict[str, Any]]:
+def _runtimes(args: argparse.Namespace, subject: Subject, peers: dict[str, Opener]) -> list[dict[str, Any]]:
     """The network, and peers, in other runtimes, on the subject's first image."""
     model, image = subject.float_model.cpu(), subject.images[:1].cpu().float().contiguous()
     accuracies = read_accuracies(args.accuracy, model) if args.accuracy else None
-    timed = time_network(
-        model,
-        image.numpy(),
-        args.threads,
-        args.runtimes,
-        merges(model),
-        args.repeats,
-        peers=peers,
-        fractions=args.fine_fraction or (),
-    )
+    forms = args.runtimes, merges(model), args.fine_fraction or [None]
+    timed = time_network(model, image.numpy(), args.threads, *forms, args.repeats, peers=peers)
     rows = [{"threads": args.threads} | row for row in runtime_rows(timed, accuracies)]
     print(f"{args.threads} threads, a process each; shares are of the way from dense OS16 to OS8")
     print(table(rows).to_text())

@@ -8,8 +8,6 @@ example:
   sparse-seg browse own.yaml --out runs/own.html
 """
 
-from __future__ import annotations
-
 import argparse
 
 from sparse_seg.cli.arguments import option, whole_number

@@ -8,8 +8,6 @@ examples:
   sparse-seg calibrate configs/camvid_light.yaml camvid-slim --split val --out light_budget.safetensors
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import statistics

@@ -16,8 +16,6 @@ examples:
   sparse-seg convert r101.safetensors back.pth --to-dense
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,17 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "head: convert a backbone that has none"
     option(parser, "--allow-missing", text, nargs="+", choices=("head",))
-    text = "load a pickle that runs code, if you trust it"
-    parser.add_argument("--trust", action="store_true", default=None, help=text)
+    option(parser, "--trust", "load a pickle that runs code, if you trust it", bool)
     option(parser, "--prefix P", "prefix of the network's tensors in SRC; all others are left out")
     option(parser, "--drop P", "leave out tensors whose names begin so", nargs="+", action="extend")
     for name in ("mean", "std"):
         text, told = f"{name} of SRC's input, in units of 0..1", "SRC's own, else ImageNet's"
         option(parser, f"--{name}", text, float, told=told, nargs=3, metavar=("R", "G", "B"))
     text = "run what was written on random input, in all its forms, and compare them"
-    parser.add_argument("--verify", action="store_true", default=None, help=text)
-    text = "convert a converted SRC back to its own format and names"
-    parser.add_argument("--to-dense", action="store_true", help=text)
+    option(parser, "--verify", text, bool)
+    option(parser, "--to-dense", "convert a converted SRC back to its own format and names", bool)
 
 
 def _pairs(files: Sequence[argparse.Action]) -> type[argparse.Action]:
@@ -124,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Options that exclude each other, and values out of range, are usage errors."""
-    given = [name for name, value in vars(args).items() if value is not None]
+    given = [name for name, value in vars(args).items() if value is not None and value is not False]
     refused, why = {"args"}, "only with --module"
     if args.to_dense:
         refused, why = set(given) - {"src", "dst", "to_dense", "usage_error"}, "not with --to-dense"

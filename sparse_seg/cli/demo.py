@@ -9,8 +9,6 @@ example:
   sparse-seg demo --out runs/demo
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -24,13 +22,13 @@ from sparse_seg.data.scenes import write_scenes
 from sparse_seg.errors import ConfigError, TrainingError
 from sparse_seg.files import check_outputs
 from sparse_seg.lab.compare.report import compare_and_report
+from sparse_seg.lab.compare.run import comparison_ways
 from sparse_seg.lab.opened import open_checkpoint
 from sparse_seg.lab.report.overlays import write_image
 from sparse_seg.training.checkpoint import run_files
 from sparse_seg.training.finish import finish_training
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5)
-POLICIES = ("confidence",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +58,8 @@ def _run(out: Path, config: Config, args: argparse.Namespace) -> None:
     checkpoint = finish_training(config, out / "training", args.device)
     subject = open_checkpoint(config, checkpoint, args.device)
     torch.set_num_threads(1)
-    compare_and_report(subject, POLICIES, FRACTIONS, out / "comparison.json", out / "report.html")
+    ways = comparison_ways(subject.model, ["confidence"], FRACTIONS)
+    compare_and_report(subject, ways, out / "comparison.json", out / "report.html")
     scene = min((out / "scenes/leftImg8bit/val").rglob("*.png"))
     found = sparse_seg.segment(checkpoint, scene)
     write_image(out / "picture.png", found.overlay())

@@ -21,8 +21,6 @@ examples:
     --policies random edge edge:cad confidence oracle --exchange linear nearest --resume
 """
 
-from __future__ import annotations
-
 import argparse
 
 from sparse_seg.cli.arguments import fraction, option
@@ -46,6 +44,7 @@ from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.evaluation.views import ONCE
 from sparse_seg.export.runner import AUTO, TORCH, Runner
 from sparse_seg.lab.compare.report import compare_and_report, written
+from sparse_seg.lab.compare.run import comparison_ways
 from sparse_seg.lab.opened import Opened
 from sparse_seg.lab.provenance import write_result
 from sparse_seg.lab.report.tables import Column, Table
@@ -63,10 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in (("exchange", "rules to compare"), ("merge", "ways to merge the levels to compare")):
         known = choices(ModelConfig, name)
         option(parser, f"--{name}", f"with --compare: {text}", told="the model's", nargs="+", choices=known)
-    text = "with --compare: keep the rows that the --json file holds"
-    parser.add_argument("--resume", action="store_true", help=text)
+    option(parser, "--resume", "with --compare: keep the rows that the --json file holds", bool)
     text = "with --compare: measure no time, and share the coarse pass between masks: several times faster"
-    parser.add_argument("--accuracy-only", action="store_true", help=text)
+    option(parser, "--accuracy-only", text, bool)
     option(parser, "--report OUT", "with --compare: also write an HTML report", output_file)
     add_data(parser, "val")
     add_json(parser)
@@ -92,18 +90,11 @@ def run(args: argparse.Namespace) -> int:
         if args.compare is None:
             _evaluate(subject, args, processes)
             return 0
-        compare_and_report(
-            subject,
-            args.policies or ["edge", "oracle"],
-            args.compare,
-            args.json,
-            args.report,
-            args.exchange or (),
-            args.merge or (),
-            args.resume,
-            not args.accuracy_only,
-            TORCH if args.accuracy_only else args.runtime,
-        )
+        policies, rules = args.policies or ["edge", "oracle"], (args.exchange or (), args.merge or ())
+        ways = comparison_ways(subject.model, policies, args.compare, *rules)
+        runtime = TORCH if args.accuracy_only else args.runtime
+        files = args.json, args.report
+        compare_and_report(subject, ways, *files, args.resume, not args.accuracy_only, runtime)
     return 0
 
 

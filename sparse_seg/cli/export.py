@@ -13,8 +13,6 @@ examples:
   sparse-seg export configs/converted.yaml r101.safetensors r101.onnx --size 512x1024 --input uint8
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 
@@ -41,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--merge", text, told="the config's", choices=choices(ModelConfig, "merge"))
     option(parser, "--input", "type of images", default="float", choices=INPUTS)
     option(parser, "--batch B", "images at once", whole_number(1), 1)
-    parser.add_argument("--logits", action="store_true", help="logits of every pixel, too")
+    option(parser, "--logits", "logits of every pixel, too", bool)
     text = "no shape may depend on the data, as compilers for GPUs want it; slower on CPUs"
-    parser.add_argument("--static", action="store_true", help=text)
+    option(parser, "--static", text, bool)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,8 +9,6 @@ examples:
   sparse-seg fit-gain configs/converted.yaml r101.safetensors r101_gain.safetensors --without-labels
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from pathlib import Path
@@ -27,8 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, checkpoint=True)
     option(parser, "out OUT", "checkpoint to write, .safetensors", output_file)
     add_data(parser, "train")
-    text = "take the network's own dense prediction for the truth"
-    parser.add_argument("--without-labels", action="store_true", help=text)
+    option(parser, "--without-labels", "take the network's own dense prediction for the truth", bool)
     option(parser, "--seed", "of masks and net", int, 0)
     add_device(parser)
 

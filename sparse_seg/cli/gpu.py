@@ -2,15 +2,14 @@
 
 A DeepLabV3-ResNet-50 and a light network run dense and selective, at two sizes, with one image and four, in
 float32, TF32, float16 and bfloat16, by cuDNN, the gather, spconv and triton engines, the static form and CUDA
-graphs; then by torch.compile, while time remains. First come the cells that matter most, the first network's
-large images where tensor cores run; then the others, the cheapest first. Written after each cell, so a run
-that is stopped keeps what it has. On a CPU it rehearses: tiny sizes, no graphs.
+graphs, the latter on two streams, too; then by torch.compile and TensorRT, while time remains. First come the
+cells that matter most, the first network's large images where tensor cores run; then the others, the cheapest
+first. Written after each cell, so a run that is stopped keeps what it has. On a CPU it rehearses: tiny sizes,
+no graphs.
 
 example:
   sparse-seg gpu --json docs/results/gpu_h100.json --minutes 8
 """
-
-from __future__ import annotations
 
 import argparse
 import itertools
@@ -25,8 +24,8 @@ from sparse_seg.cli.arguments import number, option, whole_number
 from sparse_seg.cli.options import output_file
 from sparse_seg.config import load_config
 from sparse_seg.files import atomic_write, check_outputs
-from sparse_seg.lab.benchmark.gpu import PRECISIONS, gpu_table, measure_gpu
-from sparse_seg.lab.benchmark.subject import Setup
+from sparse_seg.lab.benchmark.gpu import PRECISIONS, gpu_table, in_one_line, measure_gpu
+from sparse_seg.lab.benchmark.measure import Subject
 from sparse_seg.lab.provenance import write_result
 
 NETWORKS = {
@@ -51,27 +50,36 @@ def run(args: argparse.Namespace) -> int:
     device, sizes = ("cuda", ((512, 1024), (1024, 2048))) if cuda else ("cpu", ((64, 96),))
     keys = by_weight(itertools.product(NETWORKS, sizes, BATCHES, PRECISIONS))
     cases = [(key, "") for key in keys]
-    cases += [((name, sizes[-1], 1, "fp16"), ", torch.compile") for name in NETWORKS if cuda]
+    cases += [((name, sizes[-1], 1, "fp16"), ", compiled") for name in NETWORKS if cuda]
     cells: dict[Any, list[dict[str, Any]]] = {}
     end = time.monotonic() + 60 * args.minutes
     for done, (key, compiled) in enumerate(cases):
         if time.monotonic() > end:
             print(f"stopped after {args.minutes:g} minutes; not measured:")
-            for (network, size, batch, precision), more in cases[done:]:
-                print(f"  {network}, {batch} x {size[0]}x{size[1]}, {precision}{more}")
+            for left, more in cases[done:]:
+                print(f"  {told(left)}{more}")
             break
         network, size, batch, precision = key
         name, fraction, settings = NETWORKS[network]
         dtype, tf32 = PRECISIONS[precision]
         config = load_config(Path(args.configs, name), settings)
-        setup = Setup(config, None, size, batch, device, str(dtype).removeprefix("torch."))
-        found = measure_gpu(setup, tf32, fraction, args.repeats, bool(compiled))
+        subject = Subject(config, None, size, batch, torch.device(device), dtype)
+        try:
+            found = measure_gpu(subject, tf32, fraction, args.repeats, bool(compiled))
+        except Exception as error:  # whatever CUDA raises: other cells are measured all the same
+            print(f"{told(key)}{compiled} not measured: {in_one_line(error)}")
+            continue
         place = {"network": network, "size": list(size), "batch": batch, "precision": precision}
         cells[key] = [place | row for row in found]
         print(gpu_table([cells[key]]), flush=True)
         write_result(args.json, {"rows": list(itertools.chain(*cells.values()))})
         atomic_write(tables, gpu_table(list(cells.values())))
     return 0
+
+
+def told(key: Key) -> str:
+    network, size, batch, precision = key
+    return f"{network}, {batch} x {size[0]}x{size[1]}, {precision}"
 
 
 def by_weight(keys: Iterable[Key]) -> list[Key]:

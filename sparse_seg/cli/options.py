@@ -1,7 +1,5 @@
 """Arguments that several commands share."""
 
-from __future__ import annotations
-
 import argparse
 from contextlib import suppress
 from pathlib import Path
@@ -66,7 +64,7 @@ def add_views(parser: argparse.ArgumentParser, window: int = 0, scales: str = "1
     Args:
         window, scales: what runs by default.
     """
-    parser.add_argument("--flip", action="store_true", help="average with the mirror image")
+    option(parser, "--flip", "average with the mirror image", bool)
     text = "scale the image's sides by S before it runs; several: average over these sizes. Results have "
     option(parser, "--scales S", f"{text}the image's own size", number(0.05, 4), told=scales, nargs="+")
     option(

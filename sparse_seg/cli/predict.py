@@ -30,8 +30,6 @@ examples:
   sparse-seg predict configs/camvid_r18.yaml runs/camvid_r18/best.pt street.jpg --steps 0 0.1 0.3 --out out
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -60,8 +58,14 @@ from sparse_seg.data.depth import find_depth
 from sparse_seg.data.folder import CLASS_FILE
 from sparse_seg.errors import DataError
 from sparse_seg.export.runner import AUTO, TORCH, Runner
-from sparse_seg.lab.predict.inputs import OutputFiles, find_sources
-from sparse_seg.lab.predict.pictures import STEPS, check_legend, write_legend, write_pictures
+from sparse_seg.lab.predict.files import (
+    STEPS,
+    OutputFiles,
+    check_legend,
+    find_sources,
+    write_legend,
+    write_pictures,
+)
 from sparse_seg.lab.predict.segment import ImageSegmenter
 from sparse_seg.lab.predict.video import write_video
 from sparse_seg.lab.provenance import write_result
@@ -79,9 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"{CHECKPOINT}; then images, videos, folders of them, camera:N"
     parser.add_argument("files", nargs="+", metavar="CHECKPOINT INPUT", help=text)
     option(parser, "--out D", "folder to write to", output_folder, required=True)
-    parser.add_argument("--ids-only", action="store_true", help="write NAME_ids.png and classes.yaml alone")
+    option(parser, "--ids-only", "write NAME_ids.png and classes.yaml alone", bool)
     option(parser, "--json OUT", "write each image's share of each class to this file", output_file)
-    parser.add_argument("--show-levels", action="store_true", help="also blocks coloured by stride")
+    option(parser, "--show-levels", "also blocks coloured by stride", bool)
     option(parser, "--steps F", "also refinement to these rising fractions", fraction, nargs="+")
     add_set(parser, "override keys of the config that stands before CHECKPOINT")
     add_network(parser)
@@ -93,8 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--bits", text, int, told=told, choices=BITS)
     option(parser, "--fps N", "of videos: keep up with N frames per second", number(0.01, 1000))
     option(parser, "--limit N", "of videos: the first N frames only", whole_number(1))
-    parser.add_argument("--video-ids", action="store_true", help="of videos: also NAME_ids/000000.png, ...")
-    parser.add_argument("--video-blocks", action="store_true", help="of videos: also NAME_blocks.mp4")
+    option(parser, "--video-ids", "of videos: also NAME_ids/000000.png, ...", bool)
+    option(parser, "--video-blocks", "of videos: also NAME_blocks.mp4", bool)
     add_runtime(parser)
     add_device(parser)
 
@@ -108,7 +112,13 @@ def run(args: argparse.Namespace) -> int:
     way, looks = Way(args.dense, args.policy, args.fine_fraction), views(args)
     if args.fps and not looks.is_one_look:
         args.usage_error("argument --fps: refines one look; leave out --flip and all --scales but one")
-    if args.policy and POLICIES[args.policy.partition(":")[0]].is_bound:
+    for name, value in (("--dense", args.dense), ("--fine-fraction", args.fine_fraction)):
+        if args.fps and value is not None:
+            args.usage_error(f"argument --fps: refines as far as the time allows; leave out {name}")
+    named = POLICIES[args.policy.partition(":")[0]] if args.policy else None
+    if args.fps and named and not named.ranks_refinement:
+        args.usage_error(f"argument --fps: ranks blocks by a coarse pass, which {args.policy} does not read")
+    if named and named.is_bound:
         args.usage_error(f"argument --policy: {args.policy} reads labels, which only evaluate --compare has")
     config_file, checkpoint, inputs = _parts(args)
     config = None
@@ -122,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     outputs.check(sources, input_files(config_file, config, checkpoint))
     model = network_of(load(checkpoint), config).to(args.device)
     runner = Runner(model, args.runtime, way, "--fps refines" if args.fps else None)
-    segmenter = ImageSegmenter(model, way, looks, runner)
+    segmenter = ImageSegmenter(runner, way, looks)
     check_legend(segmenter.card, args.out)
     told = config.data.bits if config is not None and args.bits is None else args.bits
     images = [source.path for source in sources if isinstance(source.path, Path) and not source.is_video]
@@ -133,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     failed: dict[str, str] = {}
     for index, source in enumerate(bar(sources, "predict", len(sources), len(sources) > 1)):
         try:
-            runner.expect(len(sources) - index if looks.is_single else None)
+            segmenter.restart(len(sources) - index if looks.is_single else None)
             outputs.check_names(source)
             if source.is_video:
                 found = write_video(segmenter, source, outputs, args.fps, args.limit)

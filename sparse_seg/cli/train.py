@@ -7,8 +7,6 @@ examples:
   torchrun --nproc_per_node=4 tools/train.py configs/cityscapes_r50.yaml   (4 GPUs share each batch)
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -28,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--work-dir D", "where the run is kept", output_folder, told=told)
     text = "resume from the run's last.pt, or from PATH"
     parser.add_argument("--resume", nargs="?", const=True, default=False, metavar="PATH", help=text)
-    parser.add_argument("--amp", action="store_true", help="mixed precision: short for --set train.amp=true")
+    option(parser, "--amp", "mixed precision: short for --set train.amp=true", bool)
     add_device(parser)
 
 

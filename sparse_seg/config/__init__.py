@@ -1,6 +1,6 @@
 """Strict configs: the schema, and how to read and check them. Imports no model and no dataset."""
 
-from sparse_seg.config.keys import all_keys, function_keys, key, section
+from sparse_seg.config.keys import all_keys, function_keys, key
 from sparse_seg.config.load import (
     changes,
     config_from_dict,
@@ -49,7 +49,6 @@ __all__ = [
     "parse_tree",
     "parse_yaml",
     "read_yaml",
-    "section",
     "to_dict",
     "to_yaml",
 ]

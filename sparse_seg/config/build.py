@@ -11,7 +11,7 @@ import typing
 import unicodedata
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from sparse_seg.config.keys import Key, all_keys, item_type, plain_type, type_name
 from sparse_seg.errors import ConfigError, choose_one, did_you_mean, shown
@@ -44,9 +44,9 @@ def build(schema: type[_T], tree: Any, where: str, prefix: str = "", root: type 
             values[name] = build(kinds[name], value, where, f"{full}.", root)
         else:
             values[name] = _value(value, kinds[name], f"{where}: '{full}'")
-    for field in dataclasses.fields(cast(Any, schema)):
-        if field.name in values and "key" in field.metadata and field.metadata["key"].path:
-            values[field.name] = values[field.name] and os.path.expanduser(values[field.name])
+    for name, info, _, _ in all_keys(schema):
+        if info.path and values.get(name):
+            values[name] = os.path.expanduser(values[name])
     return schema(**values)
 
 
@@ -93,7 +93,10 @@ def _value(value: Any, kind: Any, place: str) -> Any:
         hint = "; put it in quotes" if plain is str and isinstance(value, (int, float)) else ""
         raise ConfigError(f"{place} must be {type_name(plain)}, not {shown(value)}{hint}")
     _check_texts(value, place)
-    return _number(value) if plain is float else value
+    try:
+        return float(value) if plain is float else value
+    except OverflowError:  # a whole number beyond all floats is infinite, which no bounds allow
+        return math.inf
 
 
 def _options(value: Any, place: str) -> Any:
@@ -106,14 +109,6 @@ def _options(value: Any, place: str) -> Any:
     if not isinstance(value, Mapping) or plain != value:
         raise ConfigError(f"{place} must be names with plain, finite values, not {shown(value)}")
     return plain
-
-
-def _number(value: float) -> float:
-    """A whole number as a float, too: one beyond all floats is infinite, which no bounds allow."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 def _check_texts(value: Any, place: str) -> None:

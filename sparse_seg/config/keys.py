@@ -16,25 +16,15 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Key:
-    """Metadata of a key beyond its name, type and default.
+    """Metadata of a key beyond its name, type and default."""
 
-    Args:
-        meaning: one line.
-        bounds: interval of a number, or of each in a list: "[0, 1)"; a bracket includes the bound.
-        choices: valid values, a tuple or a registry.
-        items: a list's length: the names of its items, or how many there may be at most.
-        function: whether it is part of what the network computes, so that a checkpoint fits one value only.
-        above: what to say of a number above its bounds.
-        path: whether it is a file or folder, in whose name `~` stands for the home folder.
-    """
-
-    meaning: str
-    bounds: str = ""
-    choices: Collection[Any] = ()
-    items: tuple[str, ...] | int = MAX_ITEMS
-    function: bool = False
-    above: str = ""
-    path: bool = False
+    meaning: str  # one line
+    bounds: str = ""  # interval of a number, or of each in a list: "[0, 1)"; a bracket includes the bound
+    choices: Collection[Any] = ()  # valid values, a tuple or a registry
+    items: tuple[str, ...] | int = MAX_ITEMS  # a list's length: its items' names, or how many at most
+    function: bool = False  # part of what the network computes, so that a checkpoint fits one value only
+    above: str = ""  # what to say of a number above its bounds
+    path: bool = False  # a file or folder, in whose name `~` stands for the home folder
 
     @property
     def interval(self) -> tuple[float, float]:

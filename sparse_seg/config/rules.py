@@ -14,9 +14,7 @@ ENTRY_STRIDES = (4, 8, 16)  # natural strides of the stages before layer2..layer
 
 def num_classes(config: Config) -> int:
     """The model's class count: its own if set, else the dataset's."""
-    if config.model.num_classes is not None:
-        return config.model.num_classes
-    return _dataset_count(config)
+    return config.model.num_classes or _dataset_count(config)
 
 
 def _dataset_count(config: Config) -> int:
@@ -29,8 +27,7 @@ def check_classes(config: Config) -> None:
     Raises:
         ConfigError: their counts differ.
     """
-    count = _dataset_count(config)
-    own = num_classes(config)
+    count, own = _dataset_count(config), num_classes(config)
     _require(
         own == count,
         f"model.num_classes is {own} but {config.data.dataset} has {count} classes; choose the data.dataset "
@@ -161,15 +158,15 @@ def check_training(config: Config) -> None:
         not coarse or train.network == "selective" or dense in (None, finest),
         f"{named} needs train.output_stride={finest or 'null'}: the coarse lattice is part of it",
     )
-    if learned and supervised:
-        _require(train.freeze, "train.mask_loss=supervised trains the mask alone: set train.freeze=true")
-    elif learned:
-        fits = len(strides) == 2 and mask.threshold is None
-        _require(
-            fits,
-            "train.mask_loss=straight_through needs two strides and a budget: set model.mask.threshold=null "
-            "and model.strides=[8,16], or train.mask_loss=supervised with train.freeze=true",
-        )
+    _require(
+        train.freeze or not (learned and supervised),
+        "train.mask_loss=supervised trains the mask alone: set train.freeze=true",
+    )
+    _require(
+        not learned or supervised or (len(strides) == 2 and mask.threshold is None),
+        "train.mask_loss=straight_through needs two strides and a budget: set model.mask.threshold=null "
+        "and model.strides=[8,16], or train.mask_loss=supervised with train.freeze=true",
+    )
 
 
 def _require(holds: bool, message: str) -> None:

@@ -22,8 +22,8 @@ LOGITS = "7."  # its last convolution
 def detect(tensors: Tensors) -> bool:
     """Whether only CAD uses these names; its dense deeplabs are named like VainF's."""
     marks = ("backbone.layer4.0.conv2.conv.weight", "backbone.layer4_low_res.0.conv2.weight")
-    fcn = "backbone.conv1.weight" in tensors and "classifier.classifier.0.weight" in tensors
-    return any(mark in tensors for mark in marks) or (fcn and "classifier.project.0.weight" not in tensors)
+    fcn = "backbone.conv1.weight" in tensors and vainf.is_fcn(tensors)
+    return fcn or any(mark in tensors for mark in marks)
 
 
 def plan(tensors: Tensors, output_stride: int | None) -> Plan:
@@ -35,8 +35,7 @@ def plan(tensors: Tensors, output_stride: int | None) -> Plan:
     learned = "backbone.layer4_low_res.0.conv2.weight" in tensors
     flat = [stage for stage in (3, 4) if f"backbone.layer{stage}.0.conv2.conv.weight" in tensors]
     stride, assumed = _output_stride(output_stride, 3 if learned else min(flat, default=None))
-    result = vainf.plan_at(tensors, stride, [*_stage_names(learned, flat), *_fcn_names(tensors)])
-    result.assumed = assumed
+    result = vainf.plan_at(tensors, stride, assumed, _stage_names(learned, flat))
     head, _, backbone = result.arch.partition("_")
     result.arch = f"{head}{'_ad' if learned else '_ap' if flat else ''}_{backbone}"
     result.dropped = {"backbone.fc.": CLASSIFIER}
@@ -53,13 +52,6 @@ def _stage_names(learned: bool, flat: list[int]) -> Pairs:
     parts = {"conv2": "conv2.conv", "downsample.0": "downsample.conv1", "downsample.1": "downsample.norm1"}
     blocks = [f"backbone.layer{stage}.#" for stage in flat]
     return [(f"{block}.{ours}.", f"{block}.{own}.") for block in blocks for ours, own in parts.items()]
-
-
-def _fcn_names(tensors: Tensors) -> Pairs:
-    if f"{vainf.SEQUENCE}.0.weight" not in tensors or "classifier.project.0.weight" in tensors:
-        return []
-    places = {"refine.0": 0, "refine.1": 1, "classifier": 4}
-    return [(f"head.{ours}.", f"{vainf.SEQUENCE}.{place}.") for ours, place in places.items()]
 
 
 def _output_stride(asked: int | None, first: int | None) -> tuple[int, list[str]]:
@@ -91,14 +83,14 @@ def _add_mask_net(result: Plan, tensors: Tensors) -> None:
 
 
 def _drop_high_resolution(result: Plan, tensors: Tensors) -> None:
-    twins = {name: name.replace("_high_res.", "_low_res.") for name in tensors if "_high_res." in name}
-    result.aliases = {
-        name: twin
-        for name, twin in twins.items()
-        if twin in tensors and torch.equal(tensors[name], tensors[twin])
-    }
+    others = list[str]()
+    for name in tensors:
+        twin = name.replace("_high_res.", "_low_res.")
+        if twin in tensors and twin != name and torch.equal(tensors[name], tensors[twin]):
+            result.aliases[name] = twin
+        elif twin != name:
+            others.append(name)
     result.dropped |= {f"backbone.layer{n}_high_res.": f"twin of layer{n}_low_res" for n in (3, 4)}
-    others = [name for name in twins if name not in result.aliases]
     weights = [one for one in others if ".running_" not in one and not one.endswith("num_batches_tracked")]
     result.notes.append(
         f"layer3 and layer4 run with the low-resolution statistics at both resolutions, as in CAD's own "

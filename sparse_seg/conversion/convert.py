@@ -6,7 +6,7 @@ Strict either way: each tensor of the file finds its place in the network, and t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,18 +15,20 @@ import torch
 
 from sparse_seg.checkpoint import Checkpoint, Origin, save
 from sparse_seg.checkpoint.captured import checkpoint_of, own_captured
-from sparse_seg.config import ModelConfig, model_config
-from sparse_seg.conversion.mapping import COUNTER, Mapped, map_tensors
-from sparse_seg.conversion.naming import Known, Named, find_network
-from sparse_seg.conversion.plan import Plan, as_two_classes
+from sparse_seg.config import model_config
+from sparse_seg.config.reading import merged_trees
+from sparse_seg.conversion.mapping import COUNTER, map_tensors
+from sparse_seg.conversion.naming import Named, find_network
+from sparse_seg.conversion.plan import Plan, Tensors, as_two_classes
 from sparse_seg.conversion.reading import SourceFile, StateDict, read_source
 from sparse_seg.conversion.report import report_module, report_source
 from sparse_seg.conversion.sources import SOURCES, check_file_name, find_source, is_known, unknown
 from sparse_seg.data.class_file import ClassFile
-from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError
+from sparse_seg.errors import CheckpointError, ConfigError, SparseSegError, and_more, shown
 from sparse_seg.run.build import capture_module, import_module
 from sparse_seg.run.weights import load_weights, shape_faults
 
+BY_DEFAULT = {"mask": {"policy": "confidence"}}  # settings of a model
 _T = TypeVar("_T")
 
 
@@ -89,7 +91,8 @@ def convert(
     """
     file = read_source(path, trust)
 
-    def use(named: Named) -> tuple[str, Plan, ModelConfig, Mapped]:
+    def use(found: Tensors) -> tuple[Named, tuple[Checkpoint, Plan]]:
+        named = find_network(found, is_known, prefix, drop)
         name = find_source(named.tensors, source)
         plan = SOURCES[name].plan(named.tensors, output_stride)
         if plan.config.get("num_classes") == 1:
@@ -98,19 +101,19 @@ def convert(
             raise CheckpointError("--threshold is for networks of one logit, which it is not")
         check_file_name(file, plan, output_stride)
         _check_head(plan, named, "head" in allow_missing)
-        config = model_config(_masked({**plan.config, **(overrides or {})}))
-        return name, plan, config, map_tensors(named.tensors, plan, config)
+        config = model_config(merged_trees(BY_DEFAULT, {**plan.config, **(overrides or {})}))
+        weights, entries = map_tensors(named.tensors, plan, config)
+        known, net = f"ImageNet's, the convention of {name}", "cad_mask_net" if plan.fresh else "mask_net"
+        back = {"entries": entries, "aliases": plan.aliases}
+        origin = Origin(name, plan.arch, plan.has_head, net, known, plan.assumed, back)
+        return named, (Checkpoint(file.path, weights, config, origin=origin), plan)
 
-    named, notes, (name, plan, config, mapped) = _first(file, is_known, (), prefix, drop, use)
-    known, net = f"ImageNet's, the convention of {name}", "cad_mask_net" if plan.fresh else "mask_net"
-    back = {"entries": mapped.entries, "aliases": plan.aliases}
-    origin = Origin(name, plan.arch, plan.has_head, net, known, plan.assumed, back)
-    checkpoint = Checkpoint(file.path, mapped.weights, config, origin=origin)
-    for names, colours in ((file.classes, file.colours), (plan.classes, None)):
-        if names is not None and len(names) == config.num_classes and checkpoint.classes is None:
+    named, notes, (checkpoint, plan) = _first(file, use)
+    for names, colours in ((plan.classes, None), (file.classes, file.colours)):  # the file's count for more
+        if names is not None and len(names) == checkpoint.config.num_classes:
             checkpoint = dataclasses.replace(checkpoint, classes=tuple(names), colours=colours)
     checkpoint = _told(checkpoint, named, mean, std, classes)
-    return Conversion(checkpoint, report_source(checkpoint, plan, mapped, named.tensors, notes))
+    return Conversion(checkpoint, report_source(checkpoint, plan, named.tensors, notes))
 
 
 def convert_module(
@@ -139,25 +142,26 @@ def convert_module(
     """
     given = dict(overrides or {})
     nested = given.pop("model", {})
-    mask = {**given.get("mask", {}), **nested.get("mask", {})}
-    given = _masked({**given, **nested, "mask": mask})
+    if not isinstance(nested, Mapping):
+        raise ConfigError(f"'model' holds keys of its own, not the value {shown(nested)}")
+    given = merged_trees(BY_DEFAULT, merged_trees(given, nested))
     settings = model_config({**given, "module": name, "module_args": dict(arguments)})
     module = import_module(name, arguments).eval()
     own = module.state_dict()
     needed = {key for key in own if not key.endswith(COUNTER)}
 
-    def use(named: Named) -> dict[str, torch.Tensor]:
+    def use(found: Tensors) -> tuple[Named, Tensors]:
+        named = find_network(found, lambda tensors: needed <= tensors.keys(), prefix, drop, own)
         fresh = {key: torch.zeros_like(one) for key, one in own.items() if key.endswith(COUNTER)}
         weights = fresh | named.tensors  # older files lack the counters
         if faults := shape_faults(own, weights):
-            more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
             raise CheckpointError(
-                f"it does not fit the module: {faults[0]}{more}; check --args, --prefix and --drop"
+                f"it does not fit the module: {and_more(faults)}; check --args, --prefix and --drop"
             )
-        return weights
+        return named, weights
 
     file = read_source(path, trust)
-    named, notes, weights = _first(file, lambda tensors: needed <= tensors.keys(), own, prefix, drop, use)
+    named, notes, weights = _first(file, use)
     load_weights(module, weights, path)
     network = capture_module(module, settings)
     checkpoint = dataclasses.replace(checkpoint_of(network), path=file.path)
@@ -165,22 +169,9 @@ def convert_module(
     return Conversion(checkpoint, report_module(checkpoint, network, notes))
 
 
-def _masked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a model whose mask's policy is `confidence` where they name none."""
-    mask = settings.get("mask", {})
-    return {**settings, "mask": {"policy": "confidence", **mask} if isinstance(mask, Mapping) else mask}
-
-
-def _first(
-    file: SourceFile,
-    known: Known,
-    own: Collection[str],
-    prefix: str | None,
-    drop: Sequence[str],
-    use: Callable[[Named], _T],
-) -> tuple[Named, list[str], _T]:
-    """The first network of a file that `use` takes, notes of what was passed over and left out, and what
-    `use` makes of it.
+def _first(file: SourceFile, use: Callable[[Tensors], tuple[Named, _T]]) -> tuple[Named, list[str], _T]:
+    """The first network of a file that `use` finds and takes, notes of what was passed over and left out, and
+    what `use` makes of it.
 
     Raises:
         CheckpointError, ConfigError: it takes none; of the fullest state dict, with the file.
@@ -188,12 +179,10 @@ def _first(
     failed: list[tuple[StateDict, SparseSegError]] = []
     for candidate in file.candidates:
         try:
-            named = find_network(candidate.tensors, known, prefix, drop, own)
-            result = use(named)
+            named, result = use(candidate.tensors)
             if named.outside:
-                more = f" (and {len(named.outside) - 1} more)" if len(named.outside) > 1 else ""
                 raise CheckpointError(
-                    f"{named.outside[0]}{more} has no place in it; leave it out with --drop "
+                    f"{and_more(named.outside)} has no place in it; leave it out with --drop "
                     f"{named.outside[0].partition('.')[0]}"
                 )
         except (CheckpointError, ConfigError) as error:

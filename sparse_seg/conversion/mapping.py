@@ -5,23 +5,21 @@ Every step only moves values or adds rows, so that the way back is exact, bit fo
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from sparse_seg.checkpoint import Checkpoint, load
 from sparse_seg.checkpoint.content import ASIDE, MODULE
-from sparse_seg.checkpoint.file import SUFFIX
+from sparse_seg.checkpoint.file import SUFFIX, write_safetensors
+from sparse_seg.checkpoint.pickled import save_pickled
 from sparse_seg.config import ModelConfig
 from sparse_seg.conversion.plan import Plan, Tensors
-from sparse_seg.errors import CheckpointError
-from sparse_seg.files import atomic_write
+from sparse_seg.errors import CheckpointError, and_more
 from sparse_seg.run.weights import meta_module
 
 COUNTER = "num_batches_tracked"  # older files lack it; it counts, and computes nothing
@@ -38,32 +36,19 @@ class Entry(NamedTuple):
     added: int = 0
 
 
-class Mapped(NamedTuple):
-    """A whole file: every tensor of the source is in an entry, or the same as another.
-
-    Args:
-        weights: by a file's names of ours, of the network and what it does not need.
-        entries: in the source's order.
-        aside: the source's names of what the network does not need, by reason.
-        counters: how many of ours start at 0, for the source has none.
-    """
-
-    weights: dict[str, Tensor]
-    entries: list[Entry]
-    aside: dict[str, list[str]]
-    counters: int
-
-
-def map_tensors(tensors: Tensors, plan: Plan, config: ModelConfig) -> Mapped:
+def map_tensors(tensors: Tensors, plan: Plan, config: ModelConfig) -> tuple[dict[str, Tensor], list[Entry]]:
     """Find the source's tensor for each of ours and a reason for each that is left over.
+
+    Returns:
+        Tensors by a file's names of ours, of the network and what it does not need; and an entry for each of
+        the source's, in its order, but those that are the same as another.
 
     Raises:
         CheckpointError: a tensor that is missing, of another shape, or without a place; names the first and
             how many there are.
         ConfigError: an impossible config.
     """
-    result, faults = Mapped(dict(plan.fresh), [], {}, 0), list[str]()
-    placed, counters = dict[str, Entry](), 0
+    weights, placed, faults = dict(plan.fresh), dict[str, Entry](), list[str]()
     for ours, wanted in meta_module(config).state_dict().items():
         theirs, added = plan.own.source_name(ours), int(ours in plan.added)
         if not plan.has_head and not ours.startswith("backbone."):
@@ -74,30 +59,21 @@ def map_tensors(tensors: Tensors, plan: Plan, config: ModelConfig) -> Mapped:
             placed[theirs] = entry
             if entry.shape in shapes:
                 value = _to_ours(tensors[theirs], entry, plan.added.get(ours, 0.0))
-                result.weights[entry.ours] = value.reshape(wanted.shape).contiguous()
+                weights[entry.ours] = value.reshape(wanted.shape).contiguous()
             else:
                 faults.append(f"{theirs} is {entry.shape}, a {plan.arch} has {shapes[0]}")
         elif ours.endswith(COUNTER):
-            counters += 1
-            result.weights[MODULE + ours] = torch.zeros((), dtype=torch.int64)
+            weights[MODULE + ours] = torch.zeros((), dtype=torch.int64)
         else:
             faults.append(f"{theirs} is missing")
-    for theirs, tensor in tensors.items():
-        reason = next((why for prefix, why in plan.dropped.items() if theirs.startswith(prefix)), None)
-        if theirs in plan.aliases:
-            continue
-        if theirs not in placed and reason is not None:
-            placed[theirs] = Entry(ASIDE + theirs, theirs, list(tensor.shape))
-            result.weights[ASIDE + theirs] = tensor
-            result.aside.setdefault(reason, []).append(theirs)
-        if theirs in placed:
-            result.entries.append(placed[theirs])
-        else:
-            faults.append(f"{theirs} {list(tensor.shape)} has no place in it")
+    for name in (one for one in tensors if one not in placed and one not in plan.aliases):
+        entry = placed[name] = Entry(ASIDE + name, name, list(tensors[name].shape))
+        weights[entry.ours] = tensors[name]
+        if plan.reason(name) is None:
+            faults.append(f"{name} {entry.shape} has no place in it")
     if faults:
-        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
-        raise CheckpointError(f"it is no {plan.arch}: {faults[0]}{more}")
-    return result._replace(counters=counters)
+        raise CheckpointError(f"it is no {plan.arch}: {and_more(faults, 'more faults')}")
+    return weights, [placed[name] for name in tensors if name in placed]
 
 
 def _shapes(shape: list[int]) -> list[list[int]]:
@@ -164,8 +140,6 @@ def write_dense(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     Raises OSError where it cannot be written, as on a full disk.
     """
     if Path(path).suffix == SUFFIX:
-        atomic_write(path, safetensors.torch.save({name: tensor.clone() for name, tensor in tensors.items()}))
+        write_safetensors(path, tensors)
     else:
-        buffer = io.BytesIO()  # on a full disk torch.save raises RuntimeError, which tells nothing
-        torch.save(dict(tensors), buffer)
-        atomic_write(path, buffer.getvalue())
+        save_pickled(path, dict(tensors))

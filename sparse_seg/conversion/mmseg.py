@@ -35,14 +35,13 @@ def plan(tensors: Tensors, output_stride: int | None) -> Plan:
     if "decode_head.aspp_modules.0.conv.weight" not in tensors:
         raise CheckpointError("its decode head is neither deeplabv3 nor deeplabv3plus of mmsegmentation")
     stride, assumed = assumed_stride(output_stride, 8)
-    result = resnet_plan(tensors, _head_names(tensors), "backbone.", 96 // stride)
+    pairs, dropped = _head_names(tensors), {"auxiliary_head.": AUXILIARY}
+    result = resnet_plan(tensors, pairs, "backbone.", stride, assumed=assumed, dropped=dropped)
+    result.threshold = THRESHOLD
     if result.config.get("shortcut") == "avg_pool":
         raise CheckpointError("ResNetV1d of mmsegmentation is not supported; ResNet and ResNetV1c are")
-    result.config["trained_stride"] = stride
     if "backbone.layer1.0.conv3" not in result.own:
         result.config["dilate_second"] = False
-    result.assumed, result.threshold = assumed, THRESHOLD
-    result.dropped = {"auxiliary_head.": AUXILIARY}
     result.rolls["head.refine.0.weight"] = (1, result.config["head_channels"])  # image pooling, last in ours
     return result
 

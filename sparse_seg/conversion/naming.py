@@ -65,7 +65,7 @@ def find_network(
     scaling = [name for name in foreign if _is_scaling(name, unwrapped[name])]
     gone += dict.fromkeys([*scaling, *(n for n in foreign if any(map(_BESIDE.fullmatch, n.split("."))))])
     left = {name: tensor for name, tensor in unwrapped.items() if name not in gone}
-    found = _find_prefix(left, known) if prefix is None else dotted(prefix)
+    found = _find_prefix(left, known) if prefix is None else prefix and f"{prefix.removesuffix('.')}."
     network = part_of(left, found)
     if not network:
         raise CheckpointError(f"it has no tensor under the prefix {found!r}")
@@ -98,10 +98,6 @@ def _unwrap(tensors: Mapping[str, Tensor], own: Collection[str]) -> tuple[dict[s
             raise CheckpointError(f"it holds {name} twice: as {origin[name]} and as {full}")
         result[name], origin[name] = tensor, full
     return result, [f"wrapper {', '.join(sorted(stripped))} stripped from names"] if stripped else []
-
-
-def dotted(prefix: str) -> str:
-    return f"{prefix}." if prefix and not prefix.endswith(".") else prefix
 
 
 def _find_prefix(tensors: Mapping[str, Tensor], known: Known) -> str:

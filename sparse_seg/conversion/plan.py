@@ -125,14 +125,22 @@ class Plan:
         """False of a backbone alone."""
         return "num_classes" in self.config
 
+    def reason(self, name: str) -> str | None:
+        """Why the network does not need a tensor of the source's."""
+        return next((why for prefix, why in self.dropped.items() if name.startswith(prefix)), None)
 
-def resnet_plan(tensors: Tensors, pairs: Pairs, prefix: str, rate: int = 12) -> Plan:
+
+def resnet_plan(
+    tensors: Tensors, pairs: Pairs, prefix: str, stride: int = 8, rate: int | None = None, **said: Any
+) -> Plan:
     """The plan of a ResNet and its head.
 
     Args:
         pairs: names of what is special, none without a head; prefix: of the ResNet's, with its dot, by
             torchvision's names.
-        rate: the smallest dilation of ASPP, of which the others are multiples.
+        stride: the output stride that it was trained at.
+        rate: the smallest dilation of ASPP, of which the others are multiples; None: 96 px at `stride`.
+        said: further fields of the `Plan`.
 
     Raises:
         CheckpointError: a part that tells settings is missing.
@@ -147,9 +155,9 @@ def resnet_plan(tensors: Tensors, pairs: Pairs, prefix: str, rate: int = 12) -> 
     own = Renamed(tensors, [*pairs, *backbone])
     name, config = _backbone_settings(own)
     if not pairs:
-        return Plan(own, name, config)
-    config |= _head_settings(own, rate)
-    return Plan(own, f"{config['head']}_{name}", config)
+        return Plan(own, name, config, **said)
+    config |= _head_settings(own, rate or 96 // stride) | {"trained_stride": stride}
+    return Plan(own, f"{config['head']}_{name}", config, **said)
 
 
 def _backbone_settings(own: Renamed) -> tuple[str, dict[str, Any]]:

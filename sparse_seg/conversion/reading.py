@@ -1,14 +1,11 @@
 """Read a checkpoint of any source: `.safetensors` or PyTorch's own files, in whatever they are wrapped.
 
-Nothing that a file holds is run unless the caller trusts it: plain data and the harmless types below load
-with `weights_only=True`, anything else is refused with the name of the flag that would load it. PyTorch's
-files are memory-mapped, so that only the tensors that are used are read twice (once for their checksums).
+Nothing that a file holds is run unless the caller trusts it. PyTorch's files are memory-mapped, so that only
+the tensors that are used are read twice (once for their checksums).
 """
 
 from __future__ import annotations
 
-import argparse
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from operator import index
 from pathlib import Path
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 from sparse_seg.checkpoint import find
 from sparse_seg.checkpoint.file import FORMAT, is_ours, is_safetensors, read_safetensors
 from sparse_seg.checkpoint.pickled import load_pickled
-from sparse_seg.data.palette import Colour
+from sparse_seg.data.class_file import Colour
 from sparse_seg.errors import CheckpointError
 
 # keys under which state dicts stand, in the order in which they are taken: averaged weights first, as timm
@@ -72,12 +69,12 @@ def read_source(path: str | Path, trust: bool = False) -> SourceFile:
     """
     path = find(path)
     if is_safetensors(path):
-        content: Any = read_safetensors(path)[0]
-        if is_ours(path):
+        content: Any
+        content, metadata = read_safetensors(path)
+        if is_ours(metadata):
             raise CheckpointError(f"{path} is converted already; --to-dense goes back")
     else:
-        with _harmless_types():
-            content = load_pickled(path, weights_only=not trust)
+        content = load_pickled(path, weights_only=not trust)
     content = content.state_dict() if isinstance(content, nn.Module) else content
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict")
@@ -91,31 +88,6 @@ def read_source(path: str | Path, trust: bool = False) -> SourceFile:
     nameless = [key for key in WRAPPERS if content.get(key) is not None and key not in taken]
     arch = content.get("arch")
     return SourceFile(path, candidates, nameless, *_classes(content), arch if isinstance(arch, str) else "")
-
-
-class _Inert:
-    """Stands for a class that is not needed, such as mmengine's history of losses: takes any state, does
-    nothing."""
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _harmless_types() -> Any:
-    """Lets weights-only loading make what training scripts commonly save beside weights: options, paths,
-    numpy arrays and numbers, mmengine's history of losses. None of them runs code when unpickled."""
-    scalar: Any = np.float64(0).__reduce__()[0]  # numpy's constructors of scalars and of arrays
-    array: Any = np.zeros(0).__reduce__()[0]
-    kinds = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool", "str")
-    allowed = [argparse.Namespace, np.dtype, np.ndarray, scalar, array]
-    allowed += [type(np.dtype(name)) for name in kinds]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of numpy 1 and 2
-        allowed += [(scalar, f"{module}.scalar"), (array, f"{module}._reconstruct")]
-    for kind, name in ((pathlib.PurePosixPath, "PosixPath"), (pathlib.PureWindowsPath, "WindowsPath")):
-        for module in ("pathlib", "pathlib._local"):
-            allowed += [(kind, f"{module}.{name}"), (kind, f"{module}.Pure{name}")]
-    allowed.append((_Inert, "mmengine.logging.history_buffer.HistoryBuffer"))
-    return torch.serialization.safe_globals(allowed)
 
 
 def _candidates(content: Any, way: tuple[str, ...]) -> Iterator[StateDict]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from sparse_seg.checkpoint import Checkpoint
-from sparse_seg.conversion.mapping import Mapped
+from sparse_seg.checkpoint.content import ASIDE
 from sparse_seg.conversion.plan import Plan
 from sparse_seg.errors import printable
 from sparse_seg.run.network import SelectiveNetwork
@@ -16,32 +16,30 @@ Lines = list[tuple[str, str]]
 
 
 def report_source(
-    checkpoint: Checkpoint, plan: Plan, mapped: Mapped, tensors: Mapping[str, Tensor], notes: Sequence[str]
+    checkpoint: Checkpoint, plan: Plan, tensors: Mapping[str, Tensor], notes: Sequence[str]
 ) -> str:
     """Lines for the terminal: every tensor of the source is mapped, set aside for a reason, or a twin."""
-    config, origin = checkpoint.config, checkpoint.origin
-    head = (
-        f"head {config.head}, {config.num_classes} classes, trained at output stride {config.trained_stride}"
-    )
-    aside, missing = (
-        sum(map(len, mapped.aside.values())),
-        "" if plan.has_head else " but the head, as allowed",
-    )
+    config, origin, entries = checkpoint.config, checkpoint.origin, checkpoint.origin.back["entries"]
+    aside = [entry.theirs for entry in entries if entry.ours.startswith(ASIDE)]
+    counters = checkpoint.weights.keys() - {entry.ours for entry in entries} - plan.fresh.keys()
+    head, missing = "no head", " but the head, as allowed"
+    if plan.has_head:
+        stride, missing = config.trained_stride, ""
+        head = f"head {config.head}, {config.num_classes} classes, trained at output stride {stride}"
     lines = [
         ("source", f"{origin.source} {plan.arch}, {_size(tensors)}"),
         *(("", note) for note in notes),
-        ("network", f"{config.backbone} x{config.width:g}, {head if plan.has_head else 'no head'}"),
-        ("mapped", f"{len(mapped.entries) - aside} tensors"),
-        *(
-            ("set aside", f"{len(names)} tensors, {_common_prefix(names)}*: {reason}")
-            for reason, names in mapped.aside.items()
-        ),
+        ("network", f"{config.backbone} x{config.width:g}, {head}"),
+        ("mapped", f"{len(entries) - len(aside)} tensors"),
     ]
+    for reason in dict.fromkeys(map(plan.reason, aside)):
+        names = [name for name in aside if plan.reason(name) == reason]
+        lines.append(("set aside", f"{len(names)} tensors, {_common_prefix(names)}*: {reason}"))
     if plan.aliases:
         lines.append(("twins", f"{len(plan.aliases)} tensors, the same values by another name"))
     lines.append(("left over", f"none; missing: none{missing}"))
-    if mapped.counters:
-        lines.append(("", f"{mapped.counters} num_batches_tracked start at 0: the source has none"))
+    if counters:
+        lines.append(("", f"{len(counters)} num_batches_tracked start at 0: the source has none"))
     lines += [*_known(checkpoint), *(("note", line) for line in plan.notes)]
     return _table(lines + (_mask(checkpoint) if plan.has_head else []))
 

@@ -51,20 +51,16 @@ def plan(tensors: Tensors, output_stride: int | None) -> Plan:
     if plus:
         pairs += conv_names(tensors, "head.decoder.0", "decoder.block2.0", "decoder.block2.1")
         pairs.append(("head.low_level.", "decoder.block1."))
-    result = resnet_plan(tensors, pairs, "encoder.")
-    stride, result.assumed = assumed_stride(output_stride, 16 if plus else 8)
-    result.config |= {
-        "align_corners": True,
-        "trained_stride": stride,
-        "entry_spacings": [4, 16 if stride == 8 else 8, 32],
-    }
-    result.assumed.append("ASPP rates 12, 24, 36 (else use --set aspp_rates=[...])")
+    stride, assumed = assumed_stride(output_stride, 16 if plus else 8)
+    assumed.append("ASPP rates 12, 24, 36 (else use --set aspp_rates=[...])")
+    dropped = {"classification_head.": CLASSIFIER}
+    result = resnet_plan(tensors, pairs, "encoder.", stride, 12, assumed=assumed, dropped=dropped)
+    result.config |= {"align_corners": True, "entry_spacings": [4, 16 if stride == 8 else 8, 32]}
     result.notes.append(
         f"entries of dilated stages have the stage's own spacing, as in smp at output stride {stride}; smp's "
         f"own network of output stride {24 - stride} has another spacing at layer3's entry, so these weights "
         "run at that stride here compute something else than there"
     )
-    result.dropped = {"classification_head.": CLASSIFIER}
     return result
 
 

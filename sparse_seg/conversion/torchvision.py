@@ -36,9 +36,8 @@ def plan(tensors: Tensors, output_stride: int | None) -> Plan:
     has_aspp = "classifier.0.weight" not in tensors
     pairs: Pairs = [("head.aspp.", "classifier.0.")] if has_aspp else []
     pairs += [(f"head.refine.{part}.", f"classifier.{part + has_aspp}.") for part in (0, 1)]
-    result = resnet_plan(tensors, [*pairs, ("head.classifier.", "classifier.4.")], "backbone.")
-    result.dropped = {"aux_classifier.": AUXILIARY}
-    return result
+    pairs.append(("head.classifier.", "classifier.4."))
+    return resnet_plan(tensors, pairs, "backbone.", dropped={"aux_classifier.": AUXILIARY})
 
 
 def classifier_plan(tensors: Tensors, output_stride: int | None) -> Plan:
@@ -49,11 +48,8 @@ def classifier_plan(tensors: Tensors, output_stride: int | None) -> Plan:
     """
     if output_stride is not None:
         raise CheckpointError("--output-stride is for networks with a head: this is a backbone alone")
-    result = resnet_plan(tensors, [], "")
-    result.dropped = {"fc.": CLASSIFIER}
-    result.assumed.append(
-        "no anti-aliasing (timm's resnetaa and resnetblur have the same tensors, and are not supported)"
-    )
+    assumed = "no anti-aliasing (timm's resnetaa and resnetblur have the same tensors, and are not supported)"
+    result = resnet_plan(tensors, [], "", dropped={"fc.": CLASSIFIER}, assumed=[assumed])
     if result.config.get("shortcut") == "avg_pool":
         result.notes.append(
             "the 2x2 means of its shortcuts keep their distance in pixels at every stride, as the trained "

@@ -19,17 +19,13 @@ def detect(tensors: Tensors) -> bool:
 
 def plan(tensors: Tensors, output_stride: int | None) -> Plan:
     """See `Plan`."""
-    stride, assumed = assumed_stride(output_stride, 8)
-    result = plan_at(tensors, stride)
-    result.assumed = assumed
-    return result
+    return plan_at(tensors, *assumed_stride(output_stride, 8))
 
 
-def plan_at(tensors: Tensors, stride: int, special: Pairs | None = None) -> Plan:
+def plan_at(tensors: Tensors, stride: int, assumed: list[str], special: Pairs | None = None) -> Plan:
     """The plan of a network trained at `stride`, with `special` names of its backbone."""
     pairs = [*(special or []), *_head_names(tensors)]
-    result = resnet_plan(tensors, pairs, "backbone.", 96 // stride)
-    result.config["trained_stride"] = stride
+    result = resnet_plan(tensors, pairs, "backbone.", stride, assumed=assumed)
     if result.config["head"] == "deeplabv3plus":  # the skip's channels stand before ASPP's, in ours behind
         skip, depthwise = result.config["low_level_channels"], result.config["separable"] != "none"
         result.rolls["head.decoder.0.0.weight"] = (0 if depthwise else 1, skip)
@@ -37,7 +33,14 @@ def plan_at(tensors: Tensors, stride: int, special: Pairs | None = None) -> Plan
     return result
 
 
+def is_fcn(tensors: Tensors) -> bool:
+    """Whether the head is CAD's fcn, which VainF has not."""
+    return f"{SEQUENCE}.0.weight" in tensors and "classifier.project.0.weight" not in tensors
+
+
 def _head_names(tensors: Tensors) -> Pairs:
+    if is_fcn(tensors):
+        return [("head.classifier.", f"{SEQUENCE}.4."), ("head.refine.#.", f"{SEQUENCE}.#.")]
     if f"{SEQUENCE}.0.convs.0.0.weight" in tensors:
         aspp, last = f"{SEQUENCE}.0.", f"{SEQUENCE}.4."
         conv = conv_names(tensors, "head.refine", f"{SEQUENCE}.1", f"{SEQUENCE}.2")

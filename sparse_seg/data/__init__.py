@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sparse_seg.config import DataConfig
+from sparse_seg.data.class_file import ClassFile
 from sparse_seg.data.dataset import IGNORE_INDEX, ClassList, SegmentationDataset
 from sparse_seg.data.listing import unsaid
 from sparse_seg.errors import ConfigError, SparseSegError, choose_one
@@ -17,7 +18,6 @@ __all__ = [
     "SegmentationDataset",
     "build_dataset",
     "dataset_classes",
-    "dataset_ids",
     "open_split",
 ]
 
@@ -36,7 +36,7 @@ def build_dataset(name: str, root: str | Path, split: str, bits: int | None = No
     """
     dataset = DATASETS[name](root, split)
     dataset.bits = bits
-    dataset.other_images = functools.partial(_images, name, root, split)
+    dataset.all_images = functools.partial(_images, name, root)
     return dataset
 
 
@@ -71,29 +71,20 @@ def _part(dataset: SegmentationDataset, withheld: tuple[str, ...], split: str) -
         raise ConfigError("data.withheld leaves no frame to train; withhold fewer, or add to data.train_on")
 
 
-def _images(name: str, root: str | Path, without: str) -> list[Path]:
+def _images(name: str, root: str | Path) -> list[Path]:
     """Images of the splits that are there; what their folders lack is said to whoever uses them."""
     files = list[Path]()
     for split in SPLITS:
-        if split != without:
-            with suppress(SparseSegError, OSError), unsaid():
-                files += [image for image, _ in DATASETS[name](root, split).samples]
+        with suppress(SparseSegError, OSError), unsaid():
+            files += [image for image, _ in DATASETS[name](root, split).samples]
     return files
 
 
-def dataset_classes(name: str, root: str | Path) -> ClassList:
-    """The classes of the dataset called `name`; for `folder` they stand in `root`.
+def dataset_classes(name: str, root: str | Path) -> ClassFile:
+    """The classes of the dataset called `name`, and their values in labels; for `folder` they stand in
+    `root`.
 
     Raises:
         ConfigError: no dataset has that name, or the folder's `classes.yaml` is missing or wrong.
     """
-    return DATASETS[name].known_in(root).classes
-
-
-def dataset_ids(name: str, root: str | Path) -> tuple[int, ...]:
-    """The value of each class in the labels of the dataset called `name`.
-
-    Raises:
-        ConfigError: as `dataset_classes`.
-    """
-    return DATASETS[name].known_in(root).ids
+    return DATASETS[name].known_in(root)

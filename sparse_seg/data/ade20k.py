@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from sparse_seg.data.class_file import known_classes
+from sparse_seg.data.class_file import read_classes
 from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.listing import pair_files
 
-_KNOWN = known_classes("ade20k")
+_KNOWN = read_classes("ade20k")
 _FOLDERS = {"train": "training", "val": "validation"}
 
 

@@ -41,7 +41,7 @@ def training_batches(
     data, train, transform = config.data, config.train, TrainTransform(config.data)
     keys = ResumableSampler(len(dataset), train.batch_size, train.seed, start_iteration, iterations, part)
     if data.on_device and device is not None:
-        return ResidentBatches(dataset, transform, keys, train.seed, device)
+        return ResidentBatches(dataset, transform, keys, device)
     view = TrainingView(dataset, transform, train.seed, data.cache)
     return _loader(view, data.workers, batch_sampler=keys)
 
@@ -62,20 +62,16 @@ class TrainingView(Dataset[Sample]):
     def __init__(
         self, dataset: SegmentationDataset, transform: TrainTransform, seed: int, cache: bool = False
     ) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
-        self._kept: dict[int, tuple[Image, Image]] | None = {} if cache else None
+        self.dataset, self.transform, self.seed, self.cache = dataset, transform, seed, cache
+        self._kept: dict[int, tuple[Image, Image]] = {}
 
     def __getitem__(self, key: int) -> Sample:
         """Image float32 `[3, h, w]` and label int64 `[h, w]`."""
-        image, label = self._load(key % len(self.dataset))
+        index = key % len(self.dataset)
+        image, label = self._kept.get(index) or self.dataset.load(index)
+        if self.cache:
+            self._kept[index] = image, label
         return self.transform(image, label, np.random.default_rng([self.seed, key]))
-
-    def _load(self, index: int) -> tuple[Image, Image]:
-        if self._kept is None:
-            return self.dataset.load(index)
-        if index not in self._kept:
-            self._kept[index] = self.dataset.load(index)
-        return self._kept[index]
 
 
 class EvaluationView(Dataset[tuple[Tensor, Tensor, int]]):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparse_seg.config import read_yaml
-from sparse_seg.data.palette import Colour, default_palette
 from sparse_seg.errors import ConfigError, choose_one, did_you_mean, shown
+
+Colour = tuple[int, int, int]
 
 IGNORE_INDEX = 255
 """Train id of pixels that neither the loss nor the metrics count."""
@@ -53,12 +53,6 @@ class ClassFile:
         return tuple(values[train_id] for train_id in range(len(self.classes)))
 
 
-@functools.cache
-def known_classes(name: str) -> ClassFile:
-    """The classes of a set in `CLASS_SETS`."""
-    return read_class_file(Path(__file__).parent / "classes" / f"{name}.yaml")
-
-
 def read_classes(name: str | Path) -> ClassFile:
     """The classes of a set in `CLASS_SETS`, or of a `classes.yaml`.
 
@@ -66,7 +60,7 @@ def read_classes(name: str | Path) -> ClassFile:
         ConfigError: no such set or file, or the file says what cannot be.
     """
     if name in CLASS_SETS:
-        return known_classes(str(name))
+        return read_class_file(Path(__file__).parent / "classes" / f"{name}.yaml")
     if not Path(name).is_file():
         raise ConfigError(f"unknown classes {choose_one(str(name), CLASS_SETS)}, or a classes.yaml file")
     return read_class_file(name)
@@ -99,9 +93,8 @@ def read_class_file(file: str | Path) -> ClassFile:
     count, byte, triple = len(names), "whole numbers from 0 to 255", "[r, g, b], each from 0 to 255"
     ids = _list(file, "ids", tree.get("ids", list(range(count))), _is_byte, byte, count)
     ignored = _list(file, "ignore", tree.get("ignore", [] if 255 in ids else [255]), _is_byte, byte)
-    colours: list[Any] = []
-    if "colours" in tree:
-        colours = _list(file, "colours", tree["colours"], _is_colour, triple, count)
+    wanted = count if "colours" in tree else None
+    colours = _list(file, "colours", tree.get("colours", []), _is_colour, triple, wanted)
     not_counted = _list(file, "ignore_colours", tree.get("ignore_colours", []), _is_colour, triple)
     _differ(file, "ids and ignore", [*ids, *ignored])
     _differ(file, "colours and ignore_colours", [*colours, *not_counted])
@@ -147,3 +140,14 @@ def _differ(file: str | Path, keys: str, values: list[Any]) -> None:
     for index, value in enumerate(values):
         if value in values[:index]:
             raise ConfigError(f"{file}: {keys}: {shown(value)} stands twice; each may stand once")
+
+
+def default_palette(count: int) -> tuple[Colour, ...]:
+    """Colours for classes that have none, PASCAL VOC's: the bits of a class's number, dealt out to red, green
+    and blue in turn, the lowest to each channel's highest. The first 256 differ; the first is black."""
+    return tuple((_channel(number), _channel(number >> 1), _channel(number >> 2)) for number in range(count))
+
+
+def _channel(bits: int) -> int:
+    """Every third bit, from the lowest on, in the order turned round."""
+    return sum((bits >> 3 * place & 1) << 7 - place for place in range(8))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -32,6 +32,14 @@ _NO_SUCH_LABEL = 254  # a stored value outside the dataset's list; never leaves 
 _LOG = logging.getLogger(__name__)
 
 
+class Seen(NamedTuple):
+    """Of a sample: the image's highest value if above its bits, else 0, pixels of each label value, size."""
+
+    above: int
+    values: NDArray[np.int64]
+    size: tuple[int, int]
+
+
 class SegmentationDataset(Dataset[tuple[Image, Image]]):
     """Image and label pairs on disk. A subclass sets the two attributes and lists the files.
 
@@ -39,7 +47,7 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         classes: names and colours by train id.
         train_ids: the train id of each label value on disk; other values are errors.
         bits: how many of 16 bits per channel the images use; None: `depth` finds out.
-        other_images: lists those of the data set's other splits, which `depth` looks at too.
+        all_images: lists those of all the data set's splits, which `depth` looks at.
         frame_size: height and width of the median frame, by area, px; None before `check`.
 
     Args:
@@ -59,13 +67,12 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         return ClassFile(cls.classes, cls.train_ids, {})
 
     def __init__(self, samples: list[tuple[Path, Path]], label_files: Sequence[Path]) -> None:
-        self.samples = samples
-        self._label_files = label_files
-        self.other_images: Callable[[], Sequence[Path]] = tuple
+        self.samples, paired = samples, {label for _, label in samples}
+        self._lone_labels = [label for label in label_files if label not in paired]
+        self.all_images: Callable[[], Sequence[Path]] = tuple
         self._lookup = np.full(256, _NO_SUCH_LABEL, np.uint8)
         for value, train_id in self.train_ids.items():
             self._lookup[value] = train_id
-        self._unknown = (self._lookup == _NO_SUCH_LABEL).astype(np.uint8)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -87,17 +94,15 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
     def join(self, other: SegmentationDataset) -> None:
         """Take another split's frames, too."""
         self.samples = [*self.samples, *other.samples]
-        self._label_files = [*self._label_files, *other._label_files]
+        self._lone_labels += other._lone_labels
 
     def keep(self, wanted: Callable[[str], bool]) -> None:
         """Leave out the frames whose names are not wanted."""
-        kept = [pair for index, pair in enumerate(self.samples) if wanted(self.name(index))]
-        gone = {label for _, label in self.samples} - {label for _, label in kept}
-        self.samples, self._label_files = kept, [one for one in self._label_files if one not in gone]
+        self.samples = [pair for index, pair in enumerate(self.samples) if wanted(self.name(index))]
 
     def files(self) -> Iterator[Path]:
         """Every file that the split is read from."""
-        yield from self._label_files
+        yield from self._lone_labels
         for pair in self.samples:
             yield from pair
 
@@ -113,22 +118,6 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         """
         picture, values = self._read(index)
         return picture.pixels, np.asarray(cv2.LUT(values, self._lookup), np.uint8)
-
-    def stored_label(self, file: Path) -> Image:
-        """A label file's values `[H, W]` uint8, those of `train_ids` alone.
-
-        Raises:
-            DataError: the file is unreadable, holds colours, or a value is unknown.
-        """
-        values = self.ids(file, read_label(file))
-        unknown = np.asarray(cv2.LUT(values, self._unknown), bool)
-        if unknown.any():
-            found, known = np.unique(values[unknown]), np.flatnonzero(self._unknown == 0)
-            raise DataError(
-                f"{file}: label values {some(found.tolist())} ({unknown.sum()} px) are not in this "
-                f"dataset's list {ranges(known)}; fix the file or {self.hint}"
-            )
-        return values
 
     def ids(self, file: Path, stored: Image) -> Image:
         """Label values `[H, W]` from what a file holds, `[H, W]` ids or `[H, W, 3]` colours.
@@ -149,14 +138,22 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         own, setting = {image for image, _ in self.samples}, "set data.bits"
         found = find_depth(sorted(own), self.bits, setting)
         unsure = self.bits is None and found.bits is not None
-        return find_depth(sorted({*own, *self.other_images()}), None, setting) if unsure else found
+        return find_depth(sorted({*own, *self.all_images()}), None, setting) if unsure else found
 
     def _read(self, index: int) -> tuple[Decoded, Image]:
-        """The picture and the label's stored values."""
+        """The picture, and the label's stored values `[H, W]` uint8, those of `train_ids` alone."""
         image_file, label_file = self.samples[index]
         if not os.path.lexists(label_file):
             raise DataError(f"{image_file}: its label {label_file} is missing; add it or remove the image")
-        picture, values = decode_image(image_file, bits=self.depth.bits), self.stored_label(label_file)
+        picture = decode_image(image_file, bits=self.depth.bits)
+        values = self.ids(label_file, read_label(label_file))
+        unknown = np.asarray(cv2.LUT(values, self._lookup)) == _NO_SUCH_LABEL
+        if unknown.any():
+            found, known = np.unique(values[unknown]), np.flatnonzero(self._lookup != _NO_SUCH_LABEL)
+            raise DataError(
+                f"{label_file}: label values {some(found.tolist())} ({unknown.sum()} px) are not in this "
+                f"dataset's list {ranges(known)}; fix the file or {self.hint}"
+            )
         if picture.pixels.shape[:2] != values.shape:
             raise DataError(
                 f"{label_file}: the label is {_size(values)} but its image {image_file} is "
@@ -181,52 +178,48 @@ class SegmentationDataset(Dataset[tuple[Image, Image]]):
         if self.depth.note:
             self.warn(self.depth.note)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = list(pool.map(self._inspect, range(len(self))))
+            results = list(pool.map(self._inspected, range(len(self))))
         seen = [result for result in results if not isinstance(result, str)]
         faults += [result for result in results if isinstance(result, str)]
-        if len(faults) > 1:
-            raise DataError(f"{faults[0]} (faulty files in all: {len(faults)}; sparse-seg browse lists them)")
         if faults:
-            raise DataError(faults[0])
-        self._check_highest([highest for highest, _, _ in seen])
-        sizes = sorted((size for _, _, size in seen), key=math.prod)
+            more = f" (faulty files in all: {len(faults)}; sparse-seg browse lists them)"
+            raise DataError(faults[0] + (more if len(faults) > 1 else ""))
+        if above := [(one.above, index) for index, one in enumerate(seen) if one.above]:
+            first, highest = self.samples[above[0][1]][0].name, max(above)[0]
+            self.warn(
+                f"{len(above)} of {len(seen)} images have values up to {highest}, such as {first}: read as "
+                f"{self.depth.bits}-bit pictures, they are clipped; set data.bits"
+            )
+        sizes = sorted((one.size for one in seen), key=math.prod)
         self.frame_size = sizes[len(sizes) // 2]
-        counts = np.array([values for _, values, _ in seen])
+        counts = np.array([one.values for one in seen])
         if limit is not None and limit < len(self):
             self._class_counts(counts[:limit].sum(0), limit)
         return self._check_values(counts.sum(0))
 
     def lone_labels(self) -> list[str]:
         """A message for each label file without an image."""
-        paired = {label for _, label in self.samples}
-        return [
-            f"{label}: no image belongs to this label; add the image or remove the label"
-            for label in self._label_files
-            if label not in paired
-        ]
+        fault = "no image belongs to this label; add the image or remove the label"
+        return [f"{label}: {fault}" for label in self._lone_labels]
 
-    def _inspect(self, index: int) -> tuple[int, NDArray[np.int64], tuple[int, int]] | str:
-        """The image's highest value if above its bits, else 0, pixels of each label value, and the size; or a
-        fault."""
+    def _inspected(self, index: int) -> Seen | str:
+        """What `_inspect` sees, or a fault."""
         try:
-            picture, values = self._read(index)
+            return self._inspect(index)
         except DataError as error:
             return str(error)
+
+    def _inspect(self, index: int) -> Seen:
+        """Read a sample for `check`. Raises a DataError where it is faulty; a subclass may look closer."""
+        picture, values = self._read(index)
         if min(values.shape) < SMALLEST_SIDE:
             file, size = self.samples[index][0], _size(values)
-            return f"{file}: the image is {size}; use images of {SMALLEST_SIDE}x{SMALLEST_SIDE} or more"
-        histogram = cv2.calcHist([values], [0], None, [256], [0, 256])
-        above = picture.highest if picture.highest and picture.highest >> picture.bits else 0
-        return above, histogram.ravel().astype(np.int64), (values.shape[0], values.shape[1])
-
-    def _check_highest(self, above: Sequence[int]) -> None:
-        found = [index for index, value in enumerate(above) if value]
-        if found:
-            first, bits = self.samples[found[0]][0].name, self.depth.bits
-            self.warn(
-                f"{len(found)} of {len(above)} images have values up to {max(above)}, such as {first}: read "
-                f"as {bits}-bit pictures, they are clipped; set data.bits"
+            raise DataError(
+                f"{file}: the image is {size}; use images of {SMALLEST_SIDE}x{SMALLEST_SIDE} or more"
             )
+        histogram = cv2.calcHist([values], [0], None, [256], [0, 256])
+        above = picture.highest if picture.highest >> picture.bits else 0
+        return Seen(above, histogram.ravel().astype(np.int64), (values.shape[0], values.shape[1]))
 
     def _check_values(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Pixels of each class, `[K]`, from those of each label value, `[256]`; a subclass may look closer.

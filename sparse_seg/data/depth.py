@@ -7,10 +7,11 @@ read 16 times darker than the next.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from sparse_seg.data.headers import file_header
+from sparse_seg.data.headers import read_header
 from sparse_seg.data.reading import decode_image, guessed_bits
 from sparse_seg.errors import DataError
 
@@ -37,16 +38,14 @@ def find_depth(files: Sequence[Path], told: int | None, setting: str) -> Depth:
     if told is not None:
         return Depth(told)
     deep = [file for file in files if _is_open(file)]
-    if not deep:
-        return Depth(None)
     count = min(LOOKED_AT, len(deep))
     chosen = [deep[number * len(deep) // count] for number in range(count)]
-    found = [value for value in map(_highest, chosen) if value is not None]
-    if not found:
+    highest = max(map(_highest, chosen), default=0)
+    if not highest:
         return Depth(None)
-    bits = guessed_bits(max(found))
+    bits = guessed_bits(highest)
     ceiling = (1 << bits) - 1 if bits < 16 else _CERTAIN - 1
-    if max(found) > ceiling:
+    if highest > ceiling:
         return Depth(bits)
     some = f" in {count} of them" if count < len(deep) else ""
     return Depth(
@@ -59,12 +58,16 @@ def find_depth(files: Sequence[Path], told: int | None, setting: str) -> Depth:
 
 def _is_open(file: Path) -> bool:
     """Whether a file has 16 bits per channel and does not tell how many are used."""
-    header = file_header(file)
-    return header is not None and header.bits == 16 and header.told is None
+    with suppress(OSError, ValueError):
+        if file.is_file():  # a pipe may never end
+            with file.open("rb") as stream:
+                header = read_header(stream)
+            return header.bits == 16 and header.told is None
+    return False
 
 
-def _highest(file: Path) -> int | None:
+def _highest(file: Path) -> int:
     try:
         return decode_image(file).highest
     except DataError:
-        return None
+        return 0

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparse_seg.data.class_file import ClassFile, ClassList, read_class_file
-from sparse_seg.data.dataset import SegmentationDataset, some
-from sparse_seg.data.listing import pair_files, require_root
-from sparse_seg.data.palette import Colour
+from sparse_seg.data.dataset import Seen, SegmentationDataset, some
+from sparse_seg.data.listing import pair_files
 from sparse_seg.data.reading import IMAGE_SUFFIXES, Image, read_label_palette
 from sparse_seg.errors import ConfigError, DataError
 
@@ -40,16 +39,16 @@ class FolderDataset(SegmentationDataset):
 
     @classmethod
     def known_in(cls, root: str | Path) -> ClassFile:
-        require_root(root)
+        if not Path(root).is_dir():
+            raise DataError(f"{root}: no such folder; set data.root to the dataset's folder")
         file = Path(root, CLASS_FILE)
         if not file.exists():
             raise ConfigError(f"{file} does not exist; write it, with a line such as names: [road, sky]")
         return read_class_file(file)
 
     def __init__(self, root: str | Path, split: str) -> None:
-        self.class_file, known = Path(root, CLASS_FILE), self.known_in(root)
-        self.classes, self.train_ids = known.classes, known.train_ids
-        self._ids_of_colours, self._rgb_ids = known.ids_of_colours, known.rgb_ids
+        self.class_file, self._known = Path(root, CLASS_FILE), self.known_in(root)
+        self.classes, self.train_ids = self._known.classes, self._known.train_ids
         self._images, self._labels = Path(root, split, "images"), Path(root, split, "labels")
         self._folders = [self._images]
         super().__init__(*pair_files(self._images, self._labels, IMAGE_SUFFIXES, needs_labels=False))
@@ -80,9 +79,10 @@ class FolderDataset(SegmentationDataset):
     def ids(self, file: Path, stored: Image) -> Image:
         if stored.ndim == 2:
             return stored
-        if not self._ids_of_colours:
+        if not self._known.ids_of_colours:
             return self._repeated_ids(file, stored)
-        packed = _packed(stored)
+        red, green, blue = np.moveaxis(stored.astype(np.int32), -1, 0)
+        packed = red << 16 | green << 8 | blue
         ids = self._table[packed]
         if (ids < 0).any():
             unknown = np.unique(packed[ids < 0])
@@ -101,7 +101,7 @@ class FolderDataset(SegmentationDataset):
             DataError: they do not, or it is not said that they may.
         """
         is_grey = (stored == stored[..., :1]).all()
-        if is_grey and self._rgb_ids:
+        if is_grey and self._known.rgb_ids:
             return np.ascontiguousarray(stored[..., 0])
         reason = f"the label holds colours, and {self.class_file} has none; add colours to it"
         if is_grey:
@@ -112,33 +112,21 @@ class FolderDataset(SegmentationDataset):
     def _table(self) -> NDArray[np.int16]:
         """The label value of each of 2^24 colours, -1 of unknown ones."""
         table = np.full(1 << 24, -1, np.int16)
-        for (red, green, blue), value in self._ids_of_colours.items():
+        for (red, green, blue), value in self._known.ids_of_colours.items():
             table[red << 16 | green << 8 | blue] = value
         return table
 
-    def _inspect(self, index: int) -> tuple[int, NDArray[np.int64], tuple[int, int]] | str:
-        result = super()._inspect(index)
-        if isinstance(result, str) or not self._ids_of_colours:
-            return result
-        file = self.samples[index][1]
-        used = [(value, colour) for value, colour in enumerate(read_label_palette(file)) if result[1][value]]
-        return self._palette_fault(file, used) or result
-
-    def _palette_fault(self, file: Path, used: list[tuple[int, Colour]]) -> str | None:
-        """A palette that shows each index in a class's colour, but not in its own: which one counts?"""
-        said = self._ids_of_colours
-        if not all(colour in said for _, colour in used):
-            return None  # a palette of another kind
-        for value, colour in used:
-            if said[colour] != value:
-                return (
-                    f"{file}: index {value} has the colour {list(colour)}, which {self.class_file} gives the "
-                    f"id {said[colour]}; save the label as RGB, or with ids as its indices"
-                )
-        return None
-
-
-def _packed(colours: Image) -> NDArray[np.int32]:
-    """`[H, W, 3]` RGB to one number each."""
-    channels = colours.astype(np.int32)
-    return channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
+    def _inspect(self, index: int) -> Seen:
+        """Raises also for a palette that shows each index in a class's colour, but not in its own: which one
+        counts?"""
+        seen, file, said = super()._inspect(index), self.samples[index][1], self._known.ids_of_colours
+        palette = read_label_palette(file) if said else []
+        used = {value: colour for value, colour in enumerate(palette) if seen.values[value]}
+        if all(colour in said for colour in used.values()):  # else a palette of another kind
+            for value, colour in used.items():
+                if said[colour] != value:
+                    raise DataError(
+                        f"{file}: index {value} has the colour {list(colour)}, which {self.class_file} gives "
+                        f"the id {said[colour]}; save the label as RGB, or with ids as its indices"
+                    )
+        return seen

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import stat
 import warnings
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from PIL.BmpImagePlugin import BmpImageFile
@@ -31,28 +29,19 @@ _KINDS = {1: "unsigned", 2: "signed", 3: "float"}
 
 
 class Header(NamedTuple):
-    """What a file says of its pixels.
+    """What a file says of its pixels."""
 
-    Args:
-        kind: its format.
-        width, height: px, as stored.
-        bits: per channel, as stored.
-        numbers: `unsigned`, `signed` or `float`.
-        orientation: 1 to 8 as in EXIF.
-        told: how many of 16 bits are used as OpenCV decodes them; None where only the values tell.
-    """
-
-    kind: str
-    width: int
-    height: int
-    bits: int = 8
-    numbers: str = "unsigned"
-    orientation: int = 1
-    told: int | None = None
+    kind: str = ""  # its format, of those that are known
+    width: int = 0  # px, as stored
+    height: int = 0
+    bits: int = 8  # per channel, as stored
+    numbers: str = "unsigned"  # or `signed`, `float`
+    orientation: int = 1  # 1 to 8 as in EXIF
+    told: int | None = None  # how many of 16 bits are used as OpenCV decodes them; None: only values tell
 
 
-def read_header(stream: BinaryIO) -> Header | None:
-    """The header of a PNG, JPEG, WebP, TIFF, BMP or PNM; None of another file.
+def read_header(stream: BinaryIO) -> Header:
+    """The header of a PNG, JPEG, WebP, TIFF, BMP or PNM; of another file without a kind.
 
     Raises:
         ValueError: it is broken.
@@ -64,7 +53,7 @@ def read_header(stream: BinaryIO) -> Header | None:
         if start[:4] in _TIFF + _BIG_TIFF:
             return _tiff(stream, start)
         if plugin is None:
-            return None
+            return Header()
         image, bits, told = plugin(stream), 8, None
         if isinstance(image, PngImageFile):
             bits = start[24]
@@ -83,17 +72,6 @@ def _pnm_bits(image: PpmImageFile) -> tuple[int, int | None]:
     said = image.tile[0][3]  # how to decode: a raw mode, or one and the highest value
     highest = int(said[1]) if isinstance(said, tuple) else 65535 if said == "I;16B" else 255
     return (8, None) if highest < 256 else (16, highest.bit_length() if highest < 65535 else None)
-
-
-def file_header(file: Path) -> Header | None:
-    """`read_header` of a regular file; None where it cannot be read."""
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            return None
-        with file.open("rb") as stream:
-            return read_header(stream)
-    except (OSError, ValueError):
-        return None
 
 
 def _tiff(stream: BinaryIO, start: bytes) -> Header:

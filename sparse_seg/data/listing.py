@@ -6,21 +6,16 @@ A name may be stored in one of Unicode's forms and asked for in another: macOS w
 import codecs
 import logging
 import os
+import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sparse_seg.errors import DataError, did_you_mean
 
 _LOG = logging.getLogger(__name__)
-_LEFT_BY_SYSTEMS = frozenset(("Thumbs.db", "desktop.ini"))
-
-
-def require_root(root: str | Path) -> None:
-    """Raises a DataError where a dataset's folder is not there."""
-    if not Path(root).is_dir():
-        raise DataError(f"{root}: no such folder; set data.root to the dataset's folder")
+_HIDDEN = (".", "Thumbs.db", "desktop.ini")  # what names begin with
 
 
 @contextmanager
@@ -33,58 +28,65 @@ def unsaid() -> Iterator[None]:
         _LOG.disabled = False
 
 
-def list_files(folder: Path, wanted: Callable[[Path], bool], rule: str) -> list[Path]:
-    """Files below `folder` that are wanted, sorted; of the others, a warning is logged.
+def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Files below `folder` whose names end in one of the suffixes, sorted; of others, a warning is logged.
 
     Links are followed; one that leads nowhere counts as a file, so that reading it fails. Hidden files do not
     count.
 
-    Args:
-        rule: what is wanted, as the warning says it.
-
     Raises:
         DataError: the folder or one in it is missing or may not be read, or links form a circle.
     """
-    files = _walk(folder)
-    left_out = [file for file in files if not wanted(file)]
-    if left_out:
+    files, ends = _walk(folder), tuple(map(str.lower, suffixes))
+    wanted = [file for file in files if file.name.lower().endswith(ends)]
+    if left_out := sorted({*files} - {*wanted}):
         _LOG.warning(
-            "warning: %s: %d of %d files are left out, such as %s; %s",
-            *(folder, len(left_out), len(files), left_out[0].relative_to(folder), rule),
+            "warning: %s: %d of %d files are left out, such as %s; names end in %s",
+            *(folder, len(left_out), len(files), left_out[0].relative_to(folder)),
+            ", ".join(sorted(suffixes)),
         )
-    return [file for file in files if wanted(file)]
+    return wanted
 
 
 def pair_files(
-    images: Path, labels: Path, suffixes: Collection[str], needs_labels: bool = True
+    images: Path,
+    labels: Path,
+    suffixes: Collection[str],
+    label_suffix: str = ".png",
+    beside: Collection[str] = (),
+    needs_labels: bool = True,
 ) -> tuple[list[tuple[Path, Path]], list[Path]]:
-    """Images and PNG labels at the same place below two folders, apart from suffixes and from the form of
-    Unicode: pairs, and all labels.
+    """Images and labels at the same place below two folders, apart from the ends of their names and from the
+    form of Unicode: pairs, and all labels.
+
+    Args:
+        suffixes, label_suffix: what names of images and of labels end in.
+        beside: what names of files beside the labels, which are not read, end in.
+        needs_labels: whether the second folder must be there.
 
     Raises:
         DataError: a folder is missing or may not be read, there is no image, or two images or labels differ
             in suffix only.
     """
-    rule = f"names end in {', '.join(sorted(suffixes))}"
-    image_files = _by_stem(images, list_files(images, lambda file: file.suffix.lower() in suffixes, rule))
-    if not image_files:
+    files = _by_stem(images, suffixes)
+    known = _by_stem(labels, (label_suffix,), beside) if needs_labels or labels.exists() else {}
+    if not files:
         raise DataError(f"{images}: no {' or '.join(sorted(suffixes))} image in it; put the split's there")
-    found: list[Path] = []
-    if needs_labels or labels.exists():
-        found = list_files(labels, lambda file: file.suffix.lower() == ".png", "labels are .png")
-    label_files = _by_stem(labels, found)
-    samples = [(file, label_files.get(stem, labels / f"{stem}.png")) for stem, file in image_files.items()]
-    return samples, found
+    samples = [(file, known.get(stem, labels / f"{stem}{label_suffix}")) for stem, file in files.items()]
+    return samples, list(known.values())
 
 
-def _by_stem(folder: Path, files: list[Path]) -> dict[Path, Path]:
-    stems: dict[Path, Path] = {}
-    for file in files:
-        other = stems.setdefault(composed(file.relative_to(folder).with_suffix("")), file)
-        if other is not file:
-            same_look = other.name != file.name and composed(other) == composed(file)
-            form = ", in another form of Unicode" if same_look else ""
-            raise DataError(f"{file}: {other.name} has the same stem{form}; keep one of the two")
+def _by_stem(folder: Path, suffixes: Collection[str], beside: Collection[str] = ()) -> dict[str, Path]:
+    """Files whose names end in one of the suffixes, by their place below the folder without it."""
+    named = re.compile(f"(.+)({'|'.join(map(re.escape, suffixes))})", re.IGNORECASE | re.DOTALL)
+    stems: dict[str, Path] = {}
+    for file in list_files(folder, (*suffixes, *beside)):
+        if match := named.fullmatch(str(composed(file.relative_to(folder)))):
+            other = stems.setdefault(match[1], file)
+            if other is not file:
+                same_look = other.name != file.name and composed(other) == composed(file)
+                form = ", in another form of Unicode" if same_look else ""
+                raise DataError(f"{file}: {other.name} has the same stem{form}; keep one of the two")
     return stems
 
 
@@ -97,10 +99,7 @@ def as_stored(path: Path) -> Path:
     """The file of that name, in whatever form of Unicode it is stored; the path itself if there is none."""
     if str(path).isascii() or path.exists() or not path.parent.is_dir():
         return path
-    names = (
-        name for name in sorted(os.listdir(path.parent)) if composed(Path(name)).name == composed(path).name
-    )
-    return path.with_name(next(names, path.name))
+    return min((one for one in path.parent.iterdir() if composed(one) == composed(path)), default=path)
 
 
 def read_list(file: Path) -> list[str]:
@@ -143,9 +142,5 @@ def _walk(folder: Path) -> list[Path]:
             raise DataError(f"{parent}: a link to a folder that is read already; remove it")
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not _is_hidden(name)]
+        files += [Path(parent, name) for name in names if not name.startswith(_HIDDEN)]
     return sorted(files)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in _LEFT_BY_SYSTEMS

@@ -8,7 +8,7 @@ most bit depths.
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,21 +35,10 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Of image files, lower case."""
 
-GUESSED_BITS = (12, 16)  # of 16-bit files: whose values are all below 4096, and the others
 _MOST_PIXELS, _LONGEST_SIDE = 1 << 30, 10**6  # that OpenCV reads
 # pixels that a byte may hold: zlib makes 1032 bytes of one, a JPEG's 8x8 block takes a bit, a blank WebP none
 _INFLATED, _PIXELS_PER_BYTE = 8 * 1032, {"JPEG": 512, "WEBP": 1 << 28}
-# how a stored picture becomes upright, by its orientation
-_TURNS: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
-    2: np.fliplr,
-    3: lambda image: np.rot90(image, 2),
-    4: np.flipud,
-    5: lambda image: image.swapaxes(0, 1),
-    6: lambda image: np.rot90(image, -1),
-    7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
-    8: np.rot90,
-}
-_BACK = {6: 8, 8: 6}  # the others undo themselves
+_BACK = {6: 8, 8: 6}  # orientations that undo each other; the others undo themselves
 _HARMLESS = "bad ICC marker"
 # the first bytes of files that are not read: where they stand, and what they are
 _OTHERS = (
@@ -76,8 +65,8 @@ class Decoded(NamedTuple):
     highest value."""
 
     pixels: Image
-    bits: int
-    highest: int | None = None
+    bits: int = 8
+    highest: int = 0
 
 
 def read_image(file: Path, upright: bool = False, bits: int | None = None) -> Image:
@@ -100,33 +89,39 @@ def decode_image(file: Path, upright: bool = False, bits: int | None = None) -> 
     """`read_image`, with what is known of its bits."""
     data = _read_bytes(file)
     if _is_heic(data):
-        return Decoded(_read_heic(file, data), 8)
+        return Decoded(_read_heic(file, data))
     header = _header(file, data)
-    kind = header and header.kind
-    if kind == "JPEG":
+    if header.kind == "JPEG":
         image = _decode_jpeg(file, data)
     else:
-        if kind == "PNG":
+        if header.kind == "PNG":
             _verified_png(file, data)
         flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
         image = _decode(file, data, flags)[..., ::-1]
-    used, highest = 8, None
+    used, highest = 8, 0
     if image.dtype == np.uint16:
         highest = int(image.max())
-        used = (header and header.told) or bits or guessed_bits(highest)
+        used = header.told or bits or guessed_bits(highest)
         image = (np.minimum(image, 2**used - 1) >> (used - 8)).astype(np.uint8)
     if image.dtype != np.uint8:
         raise DataError(f"{file}: the image is {image.dtype}; save it with 8 or 16 bits per channel")
-    if header is not None and upright != (kind == "TIFF"):  # which OpenCV turns, asked or not
+    if upright != (header.kind == "TIFF"):  # which OpenCV turns, asked or not
         turn = header.orientation if upright else _BACK.get(header.orientation, header.orientation)
-        image = _TURNS.get(turn, np.asarray)(image)
+        image = _turned(image, turn)
     return Decoded(np.ascontiguousarray(image), used, highest)
+
+
+def _turned(image: Image, orientation: int) -> Image:
+    """A stored picture as it looks upright; those from 5 on are transposed, too."""
+    if not 1 <= orientation <= 8:
+        return image
+    rows, columns = ((1, 1), (1, -1), (-1, -1), (-1, 1))[(orientation - 1) % 4]
+    return (image.swapaxes(0, 1) if orientation > 4 else image)[::rows, ::columns]
 
 
 def guessed_bits(highest: int) -> int:
     """How many of 16 bits are used, where this is the highest value."""
-    fewer, all_of_them = GUESSED_BITS
-    return fewer if highest < 1 << fewer else all_of_them
+    return 12 if highest < 1 << 12 else 16
 
 
 def read_label(file: Path) -> Image:
@@ -140,9 +135,7 @@ def read_label(file: Path) -> Image:
     depth, png = _label_png(file, data)
     is_flat = png.mode in ("1", "L", "P")
     values = _decode(file, data, cv2.IMREAD_GRAYSCALE if is_flat else cv2.IMREAD_UNCHANGED)
-    if (
-        png.mode == "P"
-    ):  # OpenCV has painted the indices, which Pillow keeps, but it would leave missing rows black
+    if png.mode == "P":  # OpenCV has painted the indices; Pillow keeps them, but leaves missing rows black
         with _damage_named(file):
             return np.array(png)
     if is_flat:
@@ -166,7 +159,7 @@ def read_label_palette(file: Path) -> list[tuple[int, int, int]]:
 def _label_png(file: Path, data: bytes) -> tuple[int, PngImageFile]:
     """A label's bits per channel, and the file, its pixels not read yet."""
     header = _header(file, data)
-    if header is None:
+    if not header.kind:
         raise _damaged(file)
     if header.kind == "JPEG":
         raise DataError(f"{file}: the label is a JPEG, which changes ids; save it as a PNG")
@@ -182,16 +175,14 @@ def _verified_png(file: Path, data: bytes) -> PngImageFile:
         return PngImageFile(io.BytesIO(data))
 
 
-def _header(file: Path, data: bytes) -> Header | None:
-    """What a file says of its pixels, where that can be.
+def _header(file: Path, data: bytes) -> Header:
+    """What a file says of its pixels.
 
     Raises:
         DataError: it is broken, too large, or holds numbers that are no pixels.
     """
     with _damage_named(file):
         header = read_header(io.BytesIO(data))
-    if header is None:
-        return None
     if header.width * header.height > _PIXELS_PER_BYTE.get(header.kind, _INFLATED) * len(data):
         raise _damaged(file)
     if header.width * header.height > _MOST_PIXELS or max(header.width, header.height) > _LONGEST_SIDE:

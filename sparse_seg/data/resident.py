@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from sparse_seg.errors import DataError, out_of_memory
 from sparse_seg.progress import bar
 
 
+@dataclass(eq=False)
 class ResidentBatches:
     """The batches that a loader would give, cut from frames on `device`: the same crops, but for rounding.
 
@@ -24,19 +26,15 @@ class ResidentBatches:
     in size, or there is no room.
     """
 
-    def __init__(
-        self,
-        dataset: SegmentationDataset,
-        transform: TrainTransform,
-        keys: ResumableSampler,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self.dataset, self.transform, self.keys = dataset, transform, keys
-        self.seed, self.device = seed, device
+    dataset: SegmentationDataset
+    transform: TrainTransform
+    keys: ResumableSampler
+    device: torch.device
+
+    def __post_init__(self) -> None:
         self.mean, self.std, self.luma = (
-            torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
-            for values in (transform.data.mean, transform.data.std, LUMA.tolist())
+            torch.tensor(values, dtype=torch.float32, device=self.device)[:, None, None]
+            for values in (self.transform.data.mean, self.transform.data.std, LUMA.tolist())
         )
 
     def __len__(self) -> int:
@@ -76,7 +74,8 @@ class ResidentBatches:
     def _crops(self, images: Tensor, labels: Tensor, keys: list[int]) -> tuple[Tensor, Tensor]:
         """The keys' crops, as `TrainTransform` makes them."""
         total, height, width = labels.shape
-        draws = [self.transform.draw(height, width, np.random.default_rng([self.seed, key])) for key in keys]
+        rngs = (np.random.default_rng([self.keys.seed, key]) for key in keys)
+        draws = [self.transform.draw(height, width, rng) for rng in rngs]
         warp, exponent, colour, luma_share = (
             self._sent(np.array(values, np.float32)) for values in zip(*draws, strict=True)
         )

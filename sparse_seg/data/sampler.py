@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
 
 
+@dataclass(eq=False)
 class ResumableSampler(Sampler[list[int]]):
     """Batches of keys for `TrainingView`, cut from an endless stream of epochs, each newly shuffled.
 
@@ -16,17 +18,12 @@ class ResumableSampler(Sampler[list[int]]):
     i-th of n parts of each batch.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        start_iteration: int,
-        iterations: int,
-        part: tuple[int, int] = (0, 1),
-    ) -> None:
-        self.length, self.batch_size, self.seed, self.part = length, batch_size, seed, part
-        self.start_iteration, self.iterations = start_iteration, iterations
+    length: int
+    batch_size: int
+    seed: int
+    start_iteration: int
+    iterations: int
+    part: tuple[int, int] = (0, 1)
 
     def __len__(self) -> int:
         return max(self.iterations - self.start_iteration, 0)

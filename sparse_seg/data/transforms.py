@@ -44,18 +44,12 @@ def _normalise(image: NDArray[np.float32], mean: Sequence[float], std: Sequence[
 
 
 class Draw(NamedTuple):
-    """Random parameters of one sample's augmentation.
+    """Random parameters of one sample's augmentation."""
 
-    warp: `[2, 3]`, from a crop's pixel (x, y) to the place in the image that it shows.
-    exponent: that values 0..1 are raised to; 1 keeps them.
-    colour: `[3, 3]`, which RGB is multiplied with.
-    luma_share: of the crop's mean luma, which is added.
-    """
-
-    warp: NDArray[np.float64]
-    exponent: float
-    colour: NDArray[np.float64]
-    luma_share: float
+    warp: NDArray[np.float64]  # [2, 3], from a crop's pixel (x, y) to the place in the image that it shows
+    exponent: float  # that values 0..1 are raised to; 1 keeps them
+    colour: NDArray[np.float64]  # [3, 3], which RGB is multiplied with
+    luma_share: float  # of the crop's mean luma, which is added
 
 
 class TrainTransform:

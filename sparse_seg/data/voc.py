@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from sparse_seg.data.class_file import known_classes
+from sparse_seg.data.class_file import read_classes
 from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.listing import as_stored, read_list
 from sparse_seg.errors import DataError
 
-_KNOWN = known_classes("voc")
+_KNOWN = read_classes("voc")
 
 
 class VOC(SegmentationDataset):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.config import DataConfig
@@ -57,20 +58,9 @@ def calibrate(
             found = policy.scores(model.start(image.to(device), label.to(device)))
             scores.append((blur_scores(found) if policy.blur else found).flatten().double().cpu())
     ranked = torch.cat(scores).sort(descending=True).values
-    threshold = _cut(ranked, policy.fine_fraction)
-    middle = policy.middle_fraction
-    lower = None if middle is None else min(threshold, _cut(ranked, policy.fine_fraction + middle))
+    threshold, middle = _cut(ranked, policy.fine_fraction), policy.middle_fraction
+    lower = None if middle is None else _cut(ranked, policy.fine_fraction + middle)
     return Calibration(threshold, lower, [float((one > threshold).double().mean()) for one in scores])
-
-
-def _whole_ties(ranked: Tensor, count: int) -> int:
-    """The nearest number of highest scores that equal scores do not cross."""
-    if not 0 < count < len(ranked):
-        return count
-    first, last = (int(found.sum()) for found in (ranked > ranked[count], ranked >= ranked[count]))
-    if ranked[count - 1] > ranked[count]:
-        return count
-    return first if count - first <= last - count else last
 
 
 def _cut(ranked: Tensor, share: float) -> float:
@@ -79,15 +69,16 @@ def _cut(ranked: Tensor, share: float) -> float:
     Raises:
         ConfigError: equal scores at the cut leave no threshold within a tenth of the share.
     """
+    values, counts = ranked.unique_consecutive(return_counts=True)
+    cuts = torch.cat([values[:1], (values[:-1] + values[1:]) / 2, values[-1:] - 1])
+    above = F.pad(counts.cumsum(0), (1, 0))  # how many scores exceed each cut
     wanted = round(share * len(ranked))
-    count, tied = _whole_ties(ranked, wanted), float(ranked[min(wanted, len(ranked) - 1)])
-    above, below = (ranked[min(max(at, 0), len(ranked) - 1)] for at in (count - 1, count))
-    threshold = float((above + below) / 2) if 0 < count < len(ranked) else float(ranked[-1 if count else 0])
-    threshold = threshold if count < len(ranked) else threshold - 1
-    reached = float((ranked > threshold).double().mean())
+    place = (above - wanted).abs().argmin()
+    reached = float(above[place]) / len(ranked)
     if abs(reached - share) > 0.1 * share + 1 / len(ranked):
+        tied = float(ranked[min(wanted, len(ranked) - 1)])
         raise ConfigError(
             f"no threshold makes a share of {share:g} of the blocks fine: too many scores are {tied:g}; "
             f"the nearest share is {reached:.3g}. Choose a policy with finer scores, or blur"
         )
-    return threshold
+    return float(cuts[place])

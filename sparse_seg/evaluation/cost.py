@@ -58,7 +58,6 @@ def checkpoint_bytes(model: SelectiveNetwork) -> int:
 
 def _needed(model: SelectiveNetwork) -> dict[str, Tensor]:
     """Of the state dict, what the graph names, and the policy's."""
-    named = {name for node in model.graph.nodes for name in node.tensors.values()}
-    owners = {f"{owner}.{name}" for owner in ("module", "constants") for name in named}
+    owners = {f"{owner}.{name}" for owner in ("module", "constants") for name in model.graph.tensor_names}
     state = model.state_dict().items()
     return {name: tensor for name, tensor in state if name in owners or name.startswith("policy.")}

@@ -6,46 +6,23 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.data.dataset import SMALLEST_SIDE
-from sparse_seg.masks import MaskPolicy, block_levels, block_shape
+from sparse_seg.export.segmentor import Elsewhere
+from sparse_seg.masks import MaskPolicy, block_shape
 from sparse_seg.ops.upsample import upsample_classes
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
 ALIGNMENT = 32  # px; windows start on sites of every stride
 LEAST_WINDOW = 256  # px
 LEAST_SIDE = 2 * ALIGNMENT  # px of the image in a window, for two to overlap
 STRIP = 256  # rows
-
-
-class PassLike(Protocol):
-    """A pass over images, wherever it runs."""
-
-    def follow(self, way: Way | None = None, policy: MaskPolicy | None = None) -> PassLike: ...
-
-    def logits(self) -> Tensor: ...
-
-    def classes(self) -> Tensor: ...
-
-    @property
-    def mask(self) -> Tensor | None: ...
-
-    @property
-    def levels(self) -> Tensor: ...
-
-
-class ModelLike(Protocol):
-    """What starts passes: a network, or its form in another runtime."""
-
-    @property
-    def strides(self) -> Sequence[int]: ...
-
-    def start(self, images: Tensor, labels: Tensor | None = None) -> PassLike: ...
 
 
 class Prediction(NamedTuple):
@@ -122,7 +99,7 @@ ONCE = Views()
 
 @torch.inference_mode()
 def predict(
-    model: ModelLike,
+    model: SelectiveNetwork | Elsewhere,
     images: Tensor,
     labels: Tensor | None = None,
     way: Way | None = None,
@@ -138,7 +115,7 @@ def predict(
     Raises:
         ValueError: images of a wrong shape or dtype, or too small at one of the scales.
     """
-    way = way or Way()
+    way, block = way or Way(), model.strides[-1]
     height, width = images.shape[2:]
     rows, columns = (list(_spans(length, views)) for length in (height, width))
     if len(rows) == len(columns) == 1:
@@ -146,17 +123,16 @@ def predict(
         if policy is not None and views.is_one_look:
             policy.remember(run)
         return found
-    block = model.strides[-1]
     classes = images.new_empty(images.shape[0], height, width, dtype=torch.int64)
     levels = None if way.is_dense else classes.new_empty(block_shape(images, block))
-    for row in rows:
-        for column in columns:
-            window = (..., slice(row.start, row.stop), slice(column.start, column.stop))
-            truth = None if labels is None else labels[window]
-            part, _ = _look(model, images[window], truth, way, policy, views)
-            _copy(classes, part.classes, row, column, 1)
-            if levels is not None and part.levels is not None:
-                _copy(levels, part.levels, row, column, block)
+    for row, column in itertools.product(rows, columns):
+        window = (..., slice(row.start, row.stop), slice(column.start, column.stop))
+        truth = None if labels is None else labels[window]
+        part, _ = _look(model, images[window], truth, way, policy, views)
+        for whole, own, cell in ((classes, part.classes, 1), (levels, part.levels, block)):
+            if whole is not None and own is not None:
+                (top, own_top), (left, own_left) = row.cells(cell), column.cells(cell)
+                whole[:, top, left] = own[:, own_top, own_left]
     return Prediction(classes, levels)
 
 
@@ -167,6 +143,11 @@ class _Span(NamedTuple):
     stop: int
     first: int
     last: int
+
+    def cells(self, side: int) -> tuple[slice, slice]:
+        """The cells of `side` px that count: in a map of the whole, and in one of the window."""
+        first, last, start = self.first // side, -(-self.last // side), self.start // side
+        return slice(first, last), slice(first - start, last - start)
 
 
 def _spans(length: int, views: Views) -> Iterator[_Span]:
@@ -185,28 +166,19 @@ def _spans(length: int, views: Views) -> Iterator[_Span]:
         yield _Span(start, min(start + side, length), first, last)
 
 
-def _copy(whole: Tensor, part: Tensor, row: _Span, column: _Span, cell: int) -> None:
-    """Copy what counts of a window's map, whose cells are `cell` px wide."""
-    places = [(slice(s.first // cell, -(-s.last // cell)), s.start // cell) for s in (row, column)]
-    (rows, top), (columns, left) = places
-    whole[:, rows, columns] = part[
-        :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
-    ]
-
-
 def _look(
-    model: ModelLike,
+    model: SelectiveNetwork | Elsewhere,
     images: Tensor,
     labels: Tensor | None,
     way: Way,
     policy: MaskPolicy | None,
     views: Views,
-) -> tuple[Prediction, PassLike]:
+) -> tuple[Prediction, Any]:
     """What all looks together find, and the last one's pass."""
     if views.is_single:
         run = model.start(images, labels).follow(way, policy)
         return single(run), run
-    size, total, levels = (images.shape[2], images.shape[3]), None, None
+    size, total, levels = (images.shape[2], images.shape[3]), torch.zeros(()), None
     seen: Sequence[int] = size
     common = _size(images, min(1.0, max(views.factors)))
     for scale in views.factors:
@@ -219,10 +191,9 @@ def _look(
             probabilities = probabilities.flip(3) if mirrored else probabilities
             if probabilities.shape[2:] != common:
                 probabilities = F.interpolate(probabilities, common, mode="bilinear", align_corners=False)
-            total = probabilities if total is None else total.add_(probabilities)
+            total = probabilities.add_(total)
             if levels is None and run.mask is not None:
-                levels, seen = block_levels(run.mask, model.strides), look.shape[2:]  # of the first look
-    assert total is not None
+                levels, seen = run.levels, look.shape[2:]  # of the first look
     return at_size(total, levels, seen, size, model.strides[-1]), run
 
 
@@ -261,7 +232,7 @@ def _enlarged(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.cat(strips, 1)
 
 
-def single(run: PassLike) -> Prediction:
+def single(run: Any) -> Prediction:
     """What a pass found."""
     return Prediction(run.classes(), None if run.mask is None else run.levels)
 

@@ -15,9 +15,9 @@ import torch
 from sparse_seg.checkpoint import digest_of
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import check_runtime
+from sparse_seg.export.segmentor import description
 from sparse_seg.files import atomic_write
 from sparse_seg.graph.file import to_json
-from sparse_seg.masks import MaskPolicy
 from sparse_seg.ops import OPERATORS
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.version import __version__
@@ -60,8 +60,7 @@ class GraphCache:
         policy = None if options.dense is not None or options.given else options.policy or self.model.policy
         if self.folder is None or not (policy is None or _is_ours(policy)):
             return None
-        told = {one.name: getattr(options, one.name) for one in dataclasses.fields(options)}
-        told["policy"] = policy and _description(policy)
+        told = vars(options) | {"policy": policy and description(policy)}
         return self.folder / f"{digest_of([self._network, told])}.graph"
 
     def read(self, options: ExportOptions) -> bytes | None:
@@ -96,13 +95,8 @@ class GraphCache:
         return digest_of([to_json(self.model.graph), self.model.tensors, settings, made_by])
 
 
-def _description(policy: MaskPolicy) -> list[object]:
-    own = {name: value for name, value in vars(policy).items() if not name.startswith("_")}
-    return [type(policy).__qualname__, repr(policy), own, policy.state_dict()]
-
-
 def _is_ours(part: object) -> bool:
-    return type(part).__module__.startswith("sparse_seg.")
+    return part.__module__.startswith("sparse_seg.")
 
 
 @functools.cache

@@ -40,9 +40,8 @@ def check_onnx(graph: bytes, model: SelectiveNetwork, network: StaticNetwork, im
         names = network.interface()[0]
         arrays = session(**{name: value.numpy() for name, value in zip(names, inputs, strict=True)})
         found = {name: torch.from_numpy(value) for name, value in arrays.items()}
-        if problem := _problem(
-            outside, network.options, normalised, found, chosen_levels(network, inputs, found)
-        ):
+        mask = chosen_levels(network, inputs, found)
+        if problem := _problem(outside, network.options, normalised, found, mask):
             raise SparseSegError(f"the exported graph differs from the model: {problem}; nothing is written")
 
 
@@ -84,13 +83,10 @@ def random_inputs(network: StaticNetwork, generator: torch.Generator) -> tuple[t
         first = (images * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
         images = first.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(value).float().reshape(1, 3, 1, 1) for value in network.normalisation)
-    others = []
-    if len(network.interface()[0]) > 1:
-        counts = [network.ranking.fine, network.ranking.middle]
-        total = network.blocks[0] * network.blocks[1]
-        ranks = torch.stack([torch.randperm(total, generator=generator) for _ in range(options.batch)])
-        others = list(ranks[:, : sum(counts)].split(counts if counts[1] else counts[:1], 1))
-    return (first, *others), (images - mean) / std
+    total = network.blocks[0] * network.blocks[1] if network.lists else 0
+    ranks = torch.stack([torch.randperm(total, generator=generator) for _ in range(options.batch)])
+    blocks = ranks[:, : sum(network.lists)].split(network.lists, 1)
+    return (first, *blocks), (images - mean) / std
 
 
 def _problem(

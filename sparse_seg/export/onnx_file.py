@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,12 @@ def describe(
     mean, std = network.normalisation
     selective: dict[str, Any] = {"dense": options.dense}
     if options.dense is None:
-        total = network.blocks[0] * network.blocks[1]
-        policy = "given" if network.choice is None else network.choice.name
         selective |= {
-            "fine_fraction": network.ranking.fine / total,
+            "fine_fraction": network.ranking.fine / (network.blocks[0] * network.blocks[1]),
             "fine_blocks": network.ranking.fine,
             "middle_blocks": network.ranking.middle,
             "blocks": list(network.blocks),
-            "policy": policy,
+            "policy": "given" if network.choice is None else network.choice.name,
             "exchange": network.exchange,
             "merge": network.merge,
         }
@@ -151,18 +150,17 @@ def _name_nodes(graph: Any) -> None:
         weight = weight_of(node.input[1])
         if weight is None:
             continue
-        layer = weight.removesuffix(".weight").removesuffix(".lattice").removesuffix(".extra")
+        layer = weight.removesuffix(".weight").removeprefix("weights.")
         part = "lattice" if node.op_type == "Conv" else "extra"
-        layer = layer.removeprefix("weights." if layer.startswith("weights.") else "backbone.")
         named[id(node)] = f"{layer}/{part}"
         value = node.input[0]
         while value in makers and id(makers[value]) not in named and makers[value].op_type in _PREPARE:
             named[id(makers[value])] = f"{layer}/{part}/{makers[value].op_type.lower()}"
             value = makers[value].input[0]
-    taken: dict[str, int] = {}
+    taken = Counter[str]()
     for node in graph.graph.node:
         name = named.get(id(node), node.name.strip("/") or node.op_type)
-        taken[name] = taken.get(name, 0) + 1
+        taken[name] += 1
         node.name = name if taken[name] == 1 else f"{name}:{taken[name]}"
 
 

@@ -42,17 +42,22 @@ def in_runtime(
     Several threads may use it at once.
 
     Args:
-        model: in eval mode; its device is where onnxruntime runs, if it is built for it.
+        model: in eval mode; its device is where onnxruntime runs, if it is built for it. Where it changes
+            afterwards (weights, settings, policy), a call raises a SparseSegError: call this again.
         runtime: `onnxruntime` or `openvino`; `cuda-graph`, on a CUDA device, in the model's precision; or
             `auto`, which runs in PyTorch until a graph in onnxruntime is worth making, see `Runner`.
         threads: of the processor; None: as many as PyTorch uses.
 
     Raises:
         SparseSegError: an unknown runtime, or one that is not installed or does not run on this device.
+        ValueError: no network of this package.
     """
-    if runtime == AUTO:
-        return Runner(model, threads=threads)
-    return runtime_segmentor(model, runtime, threads)
+    if not isinstance(model, SelectiveNetwork):
+        raise ValueError(
+            f"model must be a network of this package, not {type(model).__name__}: load_model reads a file, "
+            "selective takes a module"
+        )
+    return Runner(model, threads=threads) if runtime == AUTO else runtime_segmentor(model, runtime, threads)
 
 
 def runtime_segmentor(
@@ -102,7 +107,7 @@ class Runner(Elsewhere):
         threads: of another runtime; None: as many as PyTorch uses.
 
     Attributes:
-        last: where the last pass ran.
+        last: where the last pass ran; runs: how many passes each runtime had.
 
     Raises:
         SparseSegError: what is asked for is not installed, or cannot run this way.
@@ -118,7 +123,7 @@ class Runner(Elsewhere):
     ) -> None:
         super().__init__(model)
         self._auto = asked == AUTO
-        self._counts, self.cases = Counter[str](), dict[ExportOptions, _Case]()
+        self.runs, self.cases = Counter[str](), dict[ExportOptions, _Case]()
         self._coming: int | None = None  # as counted from the first pass
         device = model.device.type
         self.refusal = (refusal or (None if device == "cpu" else f"on {device}")) if self._auto else None
@@ -147,14 +152,9 @@ class Runner(Elsewhere):
         """Spent on making graphs."""
         return self.fast.seconds if self.fast else 0.0
 
-    @property
-    def runs(self) -> dict[str, int]:
-        """How many passes each runtime had."""
-        return dict(self._counts)
-
     def expect(self, passes: int | None) -> None:
         """Say how many passes are still to come; None: unknown."""
-        self._coming = None if passes is None else passes + self._counts.total()
+        self._coming = None if passes is None else passes + self.runs.total()
 
     def start(self, images: Tensor, labels: Tensor | None = None) -> Any:
         """Start a pass over normalised images `[B, 3, H, W]`; nothing is computed yet.
@@ -162,6 +162,7 @@ class Runner(Elsewhere):
         Raises:
             ValueError: images of a wrong shape or dtype.
         """
+        self.check_unchanged()
         if self.fast is not None and self._auto:
             check_images(images)
             return _Run(self, images, labels)
@@ -170,13 +171,13 @@ class Runner(Elsewhere):
     def counted(self, place: RuntimeSegmentor | SelectiveNetwork) -> RuntimeSegmentor | SelectiveNetwork:
         """Count a pass at a place. Returns the place."""
         self.last = place
-        self._counts[place.runtime if isinstance(place, RuntimeSegmentor) else TORCH] += 1
+        self.runs[place.runtime if isinstance(place, RuntimeSegmentor) else TORCH] += 1
         return place
 
     def report(self) -> str:
         """One line: what ran where, why not elsewhere, and what graphs took."""
         name = self.fast.runtime if self.fast else ""
-        fast, slow, reason = self._counts[name], self._counts[TORCH], self.refusal
+        fast, slow, reason = self.runs[name], self.runs[TORCH], self.refusal
         text = f"runtime: {name if fast else TORCH}"
         if fast and slow:
             text += f" for {fast} of {fast + slow} runs, {TORCH} for the others"
@@ -208,7 +209,7 @@ class Runner(Elsewhere):
         graphs = sum(bool(other.is_fast) for other in self.cases.values())
         if case.seconds is None or graphs >= SIZES:
             return False
-        past = self._counts.total()
+        past = self.runs.total()
         coming = past if self._coming is None or self._coming <= past else self._coming - past
         share = case.seen / sum(other.seen for other in self.cases.values())
         cost = NODE_SECONDS * len(self.model.graph.nodes) + RUNS * case.seconds

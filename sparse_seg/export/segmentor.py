@@ -7,7 +7,6 @@ import dataclasses
 import threading
 import time
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -17,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_seg.checkpoint import digest_of
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export.options import ExportOptions, check_options
 from sparse_seg.export.static import StaticNetwork
 from sparse_seg.masks import MaskPolicy, block_levels, block_shape
-from sparse_seg.run.images import check_images
+from sparse_seg.run.images import check_images, warn_of_bytes
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.predicting import Predicting
 from sparse_seg.run.way import Way
@@ -33,14 +33,30 @@ SIZE_TO_CHECK = (512, 512)  # px; which options fit does not depend on it
 
 
 class Elsewhere(Predicting):
-    """A model whose passes may run in another runtime."""
+    """A model whose passes may run in another runtime; it must not change meanwhile."""
+
+    __call__ = Predicting.forward
 
     def __init__(self, model: SelectiveNetwork) -> None:
         self.model, self.strides = model, model.strides
         self._policies: dict[Way, MaskPolicy | None] = {}
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._known = self._state()
 
-    def __call__(self, images: Tensor, fine_blocks: Tensor | None = None) -> Tensor:
-        return self.forward(images, fine_blocks)
+    def _state(self) -> list[Any]:
+        """What tells whether the model has changed."""
+        own = own_settings(self.model.policy) | {"training": False}  # which changes no result
+        told = [value if isinstance(value, (float, int, str)) else id(value) for value in own.values()]
+        versions = [0 if one.is_inference() else one._version for one in self._tensors]
+        places = [one.data_ptr() for one in self._tensors]
+        return [self.model.settings, id(self.model.policy), told, versions, places]
+
+    def check_unchanged(self) -> None:
+        """Raises a SparseSegError where the model has changed since it was read."""
+        if self._state() != self._known:
+            raise SparseSegError(
+                "the network has changed since its graphs were made: call in_runtime again, for the new one"
+            )
 
     def policy_for(self, way: Way) -> MaskPolicy | None:
         """The policy of a way, the same object each time, since graphs are kept by it; None when dense."""
@@ -70,17 +86,21 @@ class RuntimeSegmentor(Elsewhere):
     def __init__(self, model: SelectiveNetwork, most: int | None = None) -> None:
         super().__init__(model)
         self.most, self.made, self.seconds = most or GRAPHS, 0, 0.0
-        self._sessions: OrderedDict[ExportOptions, Session] = OrderedDict()
+        self._sessions: dict[ExportOptions, Session] = {}
         self._lock = threading.Lock()  # of the dictionary: others run their graphs while one is made
         self._checked: set[tuple[Way, MaskPolicy | None]] = set()
+        self._equal: dict[str, MaskPolicy] = {}
 
     def start(self, images: Tensor, labels: Tensor | None = None) -> RuntimeRun:
         """Start a run over images `[B, 3, H, W]`; nothing is computed yet.
 
         Raises:
             ValueError: images of a wrong shape or dtype.
+            SparseSegError: the model has changed.
         """
+        self.check_unchanged()
         check_images(images)
+        warn_of_bytes(images)
         if images.dtype != self.dtype:
             raise ValueError(f"{self.runtime} takes {str(self.dtype)[6:]} images, not {images.dtype}")
         return RuntimeRun(self, images)
@@ -95,6 +115,10 @@ class RuntimeSegmentor(Elsewhere):
         check_options(self.model, options_of(SIZE_TO_CHECK, 1, way, policy))
         self._checked.add((way, policy))
 
+    def equal_policy(self, policy: MaskPolicy) -> MaskPolicy:
+        """The first one that was given of the same content: graphs are kept by it."""
+        return self._equal.setdefault(digest_of([description(policy)]), policy)
+
     def check_sites(self, way: Way) -> None:
         """Raises a SparseSegError for strides or an exchange rule that no graph has."""
         if not way.is_dense and len(self.strides) > 2:
@@ -108,41 +132,40 @@ class RuntimeSegmentor(Elsewhere):
         Raises:
             SparseSegError: it gives other results than PyTorch.
         """
-        session = self._kept(options)
-        if session is not None:
+        if session := self._kept(options):
             return session
-        with _MAKING:
-            return self._cached(options) or self._made(options, inputs)
+        with _MAKING, self._counted(), torch.autocast("cpu", enabled=False):
+            if session := self._cached(options):
+                return session
+            session = self._make(options, inputs)
+            self.made += 1
+            return self._keep(options, session)
 
     def find(self, options: ExportOptions) -> bool:
         """Whether there is a graph for these options, in memory or on disk; it is then ready."""
-        with _MAKING:
+        with _MAKING, self._counted():
             return self._cached(options) is not None
 
     def _kept(self, options: ExportOptions) -> Session | None:
         with self._lock:
-            if options in self._sessions:
-                self._sessions.move_to_end(options)
-            return self._sessions.get(options)
+            session = self._sessions.pop(options, None)
+            if session is not None:
+                self._sessions[options] = session  # the last one that was used is the last
+            return session
 
     def _cached(self, options: ExportOptions) -> Session | None:
         """The graph in memory, or the one on disk."""
-        session = self._kept(options)
-        with self._counted(), suppress(SparseSegError):  # one that does not open is made again
-            if session is None and (session := self._read(options)) is not None:
-                self._keep(options, session)
-        return session
-
-    def _made(self, options: ExportOptions, inputs: dict[str, Tensor]) -> Session:
-        with self._counted(), torch.autocast("cpu", enabled=False):
-            session = self._make(options, inputs)
-            self.made += 1
-        return self._keep(options, session)
+        if session := self._kept(options):
+            return session
+        with suppress(SparseSegError):  # one that does not open is made again
+            if session := self._read(options):
+                return self._keep(options, session)
+        return None
 
     def _keep(self, options: ExportOptions, session: Session) -> Session:
         with self._lock:
             while len(self._sessions) >= self.most:
-                self._sessions.popitem(last=False)
+                del self._sessions[next(iter(self._sessions))]
             self._sessions[options] = session
         return session
 
@@ -174,6 +197,16 @@ class RuntimeSegmentor(Elsewhere):
         return StaticNetwork(self._folded, dataclasses.replace(options, policy=policy))
 
 
+def description(policy: MaskPolicy) -> list[object]:
+    """All that a policy's scores and cuts follow from."""
+    return [type(policy).__qualname__, repr(policy), own_settings(policy), policy.state_dict()]
+
+
+def own_settings(policy: MaskPolicy) -> dict[str, Any]:
+    """A policy's attributes, but for its tensors and what is private."""
+    return {name: value for name, value in vars(policy).items() if not name.startswith("_")}
+
+
 def options_of(
     size: tuple[int, int], batch: int, way: Way, policy: MaskPolicy | None, **more: Any
 ) -> ExportOptions:
@@ -200,7 +233,7 @@ class RuntimeRun:
     def __init__(self, segmentor: RuntimeSegmentor, images: Tensor) -> None:
         self.segmentor, self.images = segmentor, images
         self._options: ExportOptions | None = None
-        self._blocks: dict[str, Tensor] = {}
+        self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
 
     def follow(self, way: Way | None = None, policy: MaskPolicy | None = None) -> RuntimeRun:
@@ -213,9 +246,11 @@ class RuntimeRun:
             SparseSegError: no graph can run it.
         """
         way = way or Way()
+        if policy is not None:
+            policy = self.segmentor.equal_policy(policy)
         policy = None if way.is_dense else policy or self.segmentor.policy_for(way)
         self.segmentor.check(way, policy)
-        return self._ask(options_of(self._size, len(self.images), way, policy))
+        return self._ask(way, policy, {})
 
     def take(self, fine_blocks: Tensor, way: Way | None = None) -> RuntimeRun:
         """Run under this mask, bool `[B, Hc, Wc]`.
@@ -238,8 +273,7 @@ class RuntimeRun:
             raise ValueError("in a runtime all images need the same number of fine blocks, and some")
         numbers = fine_blocks.flatten(1).nonzero()[:, 1].reshape(-1, count).to(self.images.device)
         fraction = count / fine_blocks[0].numel()
-        options = options_of(self._size, len(self.images), way, None, fine_fraction=fraction, given=True)
-        return self._ask(options, {"blocks": numbers})
+        return self._ask(way, None, {"blocks": numbers}, fine_fraction=fraction, given=True)
 
     def logits(self) -> Tensor:
         """Logits `[B, K, H, W]` at the images' size."""
@@ -271,7 +305,8 @@ class RuntimeRun:
         Raises:
             SparseSegError: it gives other results than PyTorch.
         """
-        self.segmentor.session(self.options(logits), self._inputs)
+        options = self.options(logits)
+        self.segmentor.session(options, self._inputs)
 
     def options(self, logits: bool) -> ExportOptions:
         """Of the graph that gives `logits` or `classes`."""
@@ -280,21 +315,16 @@ class RuntimeRun:
         assert self._options is not None
         return dataclasses.replace(self._options, logits=logits)
 
-    @property
-    def _inputs(self) -> dict[str, Tensor]:
-        return {"images": self.images} | self._blocks
-
-    @property
-    def _size(self) -> tuple[int, int]:
-        return int(self.images.shape[2]), int(self.images.shape[3])
-
-    def _ask(self, options: ExportOptions, blocks: dict[str, Tensor] | None = None) -> RuntimeRun:
-        self._options, self._blocks, self._outputs = options, blocks or {}, {}
+    def _ask(
+        self, way: Way, policy: MaskPolicy | None, blocks: dict[str, Tensor], **given: Any
+    ) -> RuntimeRun:
+        size = int(self.images.shape[2]), int(self.images.shape[3])
+        self._options = options_of(size, len(self.images), way, policy, **given)
+        self._inputs, self._outputs = {"images": self.images} | blocks, {}
         return self
 
     def _run(self, logits: bool) -> dict[str, Tensor]:
         options = self.options(logits)
         if not self._outputs or (logits and "logits" not in self._outputs):
-            inputs = self._inputs
-            self._outputs = self.segmentor.session(options, inputs)(**inputs)
+            self._outputs = self.segmentor.session(options, self._inputs)(**self._inputs)
         return self._outputs

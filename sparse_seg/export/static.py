@@ -3,24 +3,53 @@ blocks' numbers in place of a mask."""
 
 from __future__ import annotations
 
-from typing import Any, Self
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export.options import ExportOptions, check_options
-from sparse_seg.export.policies import Ranking, StaticRun, static_policy
 from sparse_seg.export.tiles import Tiles
-from sparse_seg.masks import MaskPolicy
+from sparse_seg.masks import MaskPolicy, blur_scores
 from sparse_seg.ops import Graph
 from sparse_seg.ops.upsample import at_least_float32, interpolation_matrix
 from sparse_seg.run.card import Card
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.patch import patched
+from sparse_seg.run.side_stream import SideStream
 from sparse_seg.run.values import Interpreter
 from sparse_seg.run.weights import Tensors
 from sparse_seg.sites import Grid, LevelPlan, Sites, grid_size
+
+
+class _Asked(NamedTuple):
+    """What a policy may ask, see `masks.PolicyInput` (but what only bounds may)."""
+
+    images: Tensor
+    features: Callable[[], Tensor]
+    coarse_logits: Callable[..., Tensor]
+    labels: None = None
+
+
+class Ranking(NamedTuple):
+    """The blocks of the highest scores: how many of an image get the finest stride, and with three strides
+    the middle one; and whether scores are blurred before."""
+
+    fine: int
+    middle: int
+    blur: bool
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Scores `[B, Hc, Wc]` to block numbers `[B, fine + middle]`, in rank."""
+        scores = blur_scores(scores) if self.blur else scores
+        flat, count = scores.flatten(1), self.fine + self.middle
+        if torch.jit.is_tracing():  # ONNX's TopK takes equal scores in raster order
+            return flat.topk(count, 1).indices
+        return flat.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
 class StaticNetwork(nn.Module):
@@ -32,8 +61,11 @@ class StaticNetwork(nn.Module):
 
     Attributes:
         choice: the policy; None where the network is dense, or blocks are given.
+        lists: how many blocks each list has that is given, at the finest stride and at the middle one.
         normalisation: mean and std of its images, RGB in units of 0..1.
         output_stride: of the network where it runs dense, at most.
+        second_stream: whether extra sites run on a CUDA stream of their own, beside the lattices; read when
+            the network goes to a device.
 
     Raises:
         SparseSegError: options that do not fit the model.
@@ -50,6 +82,7 @@ class StaticNetwork(nn.Module):
         self.options, self.strides = options, model.strides
         self.exchange, self.merge = model.exchange, options.merge or model.merge
         self.classes = model.num_classes
+        self.second_stream = False
         self.engine = model.engine if model.engine == "triton" else "gather"  # no graph has it
         card = model.card or Card.unnamed(model.num_classes)
         self.normalisation = options.mean or card.mean, options.std or card.std
@@ -62,10 +95,14 @@ class StaticNetwork(nn.Module):
         self.names = _names_by_layer(folded.graph)
         self.weights = Tensors({name: tensors[own].float() for own, name in self.names.items()})
         self.choice: MaskPolicy | None = None
+        self.lists: list[int] = []
         if options.dense is None:
             self._prepare_choice(model)
         self.output_stride = options.dense or self.strides[0]
-        (trained, align), stride = self._offset, self.geometry.cells(self.output_stride)[folded.graph.output]
+        output = folded.graph.output
+        self._stride = stride = self.geometry.cells(self.output_stride)[output]  # of the logits' grid, px
+        # of their upsampling: the stride whose offset it keeps, and whether it aligns corners
+        self._offset = trained, align = self.geometry.trained(output), folded.graph.align_corners
         self.tiles = None
         if options.tiles and Tiles.fit(options.size, stride, trained, align):
             cells = grid_size(options.size, stride)
@@ -76,77 +113,66 @@ class StaticNetwork(nn.Module):
     def grid_logits(self, images: Tensor, *blocks: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits `[B, K, h, w]` before the last upsampling, and the blocks that are not coarse `[B, k]`, the
         finest first."""
-        centred, geometry = self._centred(images), self.geometry
+        images = images.permute(0, 3, 1, 2).float() if self.options.input == "uint8" else images
+        centred, geometry = images - self.mean, self.geometry
         weights = dict(self.weights.named_buffers())
         tensors = {own: weights[name] for own, name in self.names.items()}
-        run = Interpreter(geometry, tensors, centred / self.std if self.has_std else centred)
+        images = centred / self.std if self.has_std else centred
+        run = Interpreter(geometry, tensors, images, side=self.side)
         if self.options.dense is not None:
             return run.output(run.dense(self.options.dense)).tensor, None
         patches = self.merge == "patch"
         kept = geometry.kept_lattices | (geometry.kept_late if patches else set())
-        coarse = run.dense(self.strides[-1], kept)
         features = run.early()[geometry.features].thinned(self.strides[0])
-        if self.choice is None:
-            chosen = torch.cat(list(blocks), 1) if len(blocks) > 1 else blocks[0]
-        else:
-            asked: Any = StaticRun(
-                centred / self.std, features, lambda every: self._upsampled(run.output(coarse), every)
-            )
-            chosen = self.ranking(self.choice.scores(asked))
-        near = geometry.near(self.options.size) if self.options.ghosts else {}
-        sites = Sites.of_numbers(chosen, self.ranking.fine, self.plans, self.exchange, near, self.engine)
-        values = run.mixed(sites, coarse if geometry.refines else None, late=not patches)
+        if self.side is not None:
+            self.side.computed()
+        coarse = run.dense(self.strides[-1], kept)
+        with nullcontext() if self.side is None else self.side.beside():
+            if self.choice is None:
+                chosen = torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
+            else:
+                output = geometry.graph.output
+                asked: Any = _Asked(
+                    centred / self.std,
+                    lambda: features,
+                    lambda every=1, _=None: self._upsampled(run.awaited(coarse, output), every),
+                )
+                chosen = self.ranking(self.choice.scores(asked))
+            near = geometry.near(self.options.size) if self.options.ghosts else {}
+            sites = Sites.of_numbers(chosen, self.ranking.fine, self.plans, self.exchange, near, self.engine)
+            values = run.mixed(sites, coarse if geometry.refines else None, late=False)
         if patches:
             return patched(run, sites, coarse, values).tensor, chosen
-        return run.output(values).tensor, chosen
+        return run.late(values).tensor, chosen
 
     def upsampling(self, grid_logits: Tensor) -> Tensor:
         """Logits `[B, K, h, w]` at the images' size."""
-        stride = self.geometry.cells(self.output_stride)[self.geometry.graph.output]
-        return self._upsampled(Grid(grid_logits, stride))
+        return self._upsampled(Grid(grid_logits, self._stride))
 
     def _upsampled(self, grid: Grid, every: int = 1) -> Tensor:
         """As `ops.upsample.upsample_logits` in float32 or more, always by two matrix products."""
         logits = at_least_float32(grid.tensor)
-        key = grid.stride, every, logits.dtype
-        if key not in self._matrices:
+        if (grid.stride, every) not in self._matrices:
             geometry = grid.stride, *self._offset, every, logits.dtype, logits.device
-            rows, columns = (
-                interpolation_matrix(int(cells), length, *geometry)
-                for cells, length in zip(logits.shape[2:], self.options.size, strict=True)
-            )
-            self._matrices[key] = rows, columns.t().contiguous()
-        rows, columns = self._matrices[key]
+            axes = zip(map(int, logits.shape[2:]), self.options.size, strict=True)
+            rows, columns = (interpolation_matrix(*axis, *geometry) for axis in axes)
+            self._matrices[grid.stride, every] = rows, columns.t().contiguous()
+        rows, columns = self._matrices[grid.stride, every]
         return torch.matmul(rows, torch.matmul(logits, columns))
-
-    @property
-    def _offset(self) -> tuple[int, bool]:
-        """Of the logits' upsampling: the stride whose offset it keeps, and whether it aligns corners."""
-        graph = self.geometry.graph
-        return self.geometry.trained(graph.output), graph.align_corners
 
     def example(self) -> tuple[Tensor, ...]:
         """Inputs of the right shapes."""
-        batch, (height, width) = self.options.batch, self.options.size
-        images = torch.zeros(batch, 3, height, width)
+        batch, size = self.options.batch, self.options.size
+        images = torch.zeros(batch, 3, *size)
         if self.options.input == "uint8":
-            images = torch.zeros(batch, height, width, 3, dtype=torch.uint8)
-        if self.options.dense is not None or not self.options.given:
-            return (images,)
-        lists = (self.ranking.fine, self.ranking.middle) if len(self.strides) == 3 else (self.ranking.fine,)
-        blocks = torch.arange(sum(lists)).repeat(batch, 1)
-        return (images, *blocks.split(lists, 1))
+            images = torch.zeros(batch, *size, 3, dtype=torch.uint8)
+        return images, *torch.arange(sum(self.lists)).repeat(batch, 1).split(self.lists, 1)
 
     def interface(self) -> tuple[list[str], list[str]]:
         """Names of inputs and of outputs."""
-        inputs, outputs = ["images"], ["classes"]
-        if self.options.dense is None:
-            outputs.append("fine_blocks")
-            if self.choice is None:
-                inputs += ["blocks", "middle_blocks"] if self.ranking.middle else ["blocks"]
-        if self.options.logits:
-            outputs.append("logits")
-        return inputs, outputs
+        inputs, outputs = ["images", "blocks", "middle_blocks"][: 1 + len(self.lists)], ["classes"]
+        outputs += ["fine_blocks"] if self.options.dense is None else []
+        return inputs, outputs + (["logits"] if self.options.logits else [])
 
     def forward(self, images: Tensor, *blocks: Tensor) -> tuple[Tensor, ...]:
         """Images, and with `given` block numbers, to classes uint8 `[B, H, W]`, if selective fine blocks bool
@@ -158,15 +184,9 @@ class StaticNetwork(nn.Module):
         """
         logits, chosen = self.grid_logits(images, *blocks)
         every = self.upsampling(logits) if self.options.logits or self.tiles is None else logits
-        if self.tiles is not None:
-            outputs = [self.tiles(logits)]
-        else:
-            outputs = [every.argmax(1).to(torch.uint8)]
-        if chosen is not None:
-            outputs.append(self._mask(chosen[:, : self.ranking.fine]))
-        if self.options.logits:
-            outputs.append(every)
-        return tuple(outputs)
+        classes = every.argmax(1).to(torch.uint8) if self.tiles is None else self.tiles(logits)
+        mask = [] if chosen is None else [self._mask(chosen[:, : self.ranking.fine])]
+        return classes, *mask, *([every] if self.options.logits else [])
 
     def _prepare_choice(self, model: SelectiveNetwork) -> None:
         options, coarsest = self.options, self.strides[-1]
@@ -182,12 +202,17 @@ class StaticNetwork(nn.Module):
                 f"a fine fraction of {fine:g} gives none of {total} blocks; choose a larger one, or --dense "
                 f"{coarsest}"
             )
-        self.choice = None if options.given else static_policy(policy)
+        if options.given:
+            self.lists = [count for count in self.ranking[:2] if count]
+        else:
+            self.choice = _static_policy(policy)
 
     def _prepare(self) -> None:
         """Make the tables, where the network is."""
         batch, size, device = self.options.batch, self.options.size, self.mean.device
-        self._matrices: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}  # of upsampling
+        has_side = self.second_stream and self.geometry.refines and device.type == "cuda"
+        self.side = SideStream(device) if has_side else None
+        self._matrices: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of upsampling
         self.plans = {stride: LevelPlan(batch, size, stride, device) for stride in self.strides[-2::-1]}
         with torch.no_grad():
             self(*(value.to(self.mean if value.is_floating_point() else device) for value in self.example()))
@@ -197,17 +222,21 @@ class StaticNetwork(nn.Module):
         self._prepare()
         return self
 
-    def _centred(self, images: Tensor) -> Tensor:
-        """Images as given to float32 `[B, 3, H, W]` less the mean, not yet over the standard deviation."""
-        if self.options.input == "uint8":
-            images = images.permute(0, 3, 1, 2).float()
-        return images - self.mean
-
     def _mask(self, fine: Tensor) -> Tensor:
         batch, total = self.options.batch, self.blocks[0] * self.blocks[1]
         mask = torch.zeros(batch, total, dtype=torch.bool, device=fine.device)
         mask = mask.scatter(1, fine, torch.ones_like(fine, dtype=torch.bool))
         return mask.reshape(batch, *self.blocks)
+
+
+def _static_policy(policy: MaskPolicy) -> MaskPolicy:
+    """A copy whose scores can be traced."""
+    policy = copy.deepcopy(policy)
+    for part in policy.modules():
+        if isinstance(part, nn.BatchNorm2d) and not part.affine:  # ONNX's operator has a weight and a bias
+            part.weight = nn.Parameter(torch.ones(part.num_features), requires_grad=False)
+            part.bias = nn.Parameter(torch.zeros(part.num_features), requires_grad=False)
+    return policy
 
 
 def _names_by_layer(graph: Graph) -> dict[str, str]:

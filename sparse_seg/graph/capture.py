@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparse_seg.errors import first_line
 from sparse_seg.graph.reading import CaptureFailed, Reader
 from sparse_seg.graph.rewrite import fold_pads
-from sparse_seg.ops import OPERATORS, Graph, Node, Spatial, UnknownOperator
+from sparse_seg.ops import OPERATORS, Graph, Node, UnknownOperator
 from sparse_seg.ops.own_code import Part, able_parts
 
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def capture(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str, 
             pass  # a module of even sizes alone
         else:
             _find_same(graph, other)
-    return fold_pads(graph).pruned(), constants
+    return fold_pads(graph), constants
 
 
 def _find_same(graph: Graph, other: Graph) -> None:
@@ -71,23 +71,23 @@ def _find_same(graph: Graph, other: Graph) -> None:
 
     Where a layer has it in that graph alone, its window takes it.
     """
-    ours, theirs = ([node for node in one.nodes if node.op != "pad"] for one in (graph, other))
-    if [node.op for node in ours] != [node.op for node in theirs]:
+    ours, theirs = _with_first_input(graph), _with_first_input(other)
+    if [node.op for node, _ in ours] != [node.op for node, _ in theirs]:
         return
-    for node, again in zip(ours, theirs, strict=True):
-        pads, others = _pads_before(graph, node), _pads_before(other, again)
-        if pads == others or not isinstance(OPERATORS[node.op], Spatial):
+    for (node, before), (_, again) in zip(ours, theirs, strict=True):
+        alike = before.options.get("pads") == again.options.get("pads")
+        if alike or OPERATORS[node.op].window(node) is None:
             continue
-        before = graph.node(node.inputs[0])
         if before.op == "pad":
             before.options["pads"] = "same"
         elif node.options["padding"] == [0, 0]:
             node.options["padding"] = "same"
 
 
-def _pads_before(graph: Graph, node: Node) -> list[int] | None:
-    before = graph.node(node.inputs[0]) if node.inputs else node
-    return before.options["pads"] if before.op == "pad" else None
+def _with_first_input(graph: Graph) -> list[tuple[Node, Node]]:
+    """Each node but paddings, and what makes the first value that it reads."""
+    made = graph.by_name
+    return [(node, made[(*node.inputs, node.name)[0]]) for node in graph.nodes if node.op != "pad"]
 
 
 def _captured(module: nn.Module, size: tuple[int, int]) -> tuple[Graph, dict[str, Tensor]]:
@@ -136,8 +136,8 @@ def _read(
             f"{_place(error) or (f' ({reader.failed})' if reader.failed else '')}"
         ) from error
     graph = reader.graph(logits_of(output), size)
-    used = {name for node in graph.nodes for name in node.tensors.values()}
-    return graph, {name: tensor for name, tensor in reader.constants.items() if name in used}
+    used = graph.tensor_names
+    return graph, {name: tensor for name, tensor in reader.record.constants.items() if name in used}
 
 
 def _place(error: Exception) -> str:

@@ -81,7 +81,6 @@ def check_tensors(graph: Graph, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: a tensor that is missing, left over, no floating-point one, or does not fit its operator.
     """
-    named = {name for node in graph.nodes for name in node.tensors.values()}
     for node in graph.nodes:
         own = dict[str, Tensor]()
         for role, name in node.tensors.items():
@@ -97,18 +96,21 @@ def check_tensors(graph: Graph, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{node.where}: {error} is missing") from None
         except (ValueError, TypeError, IndexError) as error:
             raise ValueError(f"{node.where}: {error}") from None
-    left = sorted(tensors.keys() - named)
+    left = sorted(tensors.keys() - graph.tensor_names)
     _require(not left, f"nothing of the graph reads its tensor {left[:1]}")
 
 
 def first_difference(graph: Graph, other: Graph) -> str | None:
     """Where two graphs compute something else, for messages; None where they do not."""
-    places = {node.name: place for place, node in enumerate(graph.nodes)}
-    others = {node.name: place for place, node in enumerate(other.nodes)}
-    for node, theirs in zip(graph.nodes, other.nodes, strict=False):
-        same = (node.op, node.tensors, node.options) == (theirs.op, theirs.tensors, theirs.options)
-        read = [places[name] for name in node.inputs] == [others[name] for name in theirs.inputs]
-        if not same or not read:
+
+    def computed(one: Graph) -> list[Any]:
+        made = {node.name: place for place, node in enumerate(one.nodes)}
+        return [
+            (node.op, node.tensors, node.options, [made[name] for name in node.inputs]) for node in one.nodes
+        ]
+
+    for node, ours, theirs in zip(graph.nodes, computed(graph), computed(other), strict=False):
+        if ours != theirs:
             return node.where
     return None if len(graph.nodes) == len(other.nodes) else "its length"
 

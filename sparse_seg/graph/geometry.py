@@ -18,15 +18,15 @@ lattice comes to depend on the mask, and P1 and P4 of docs/method.md do not hold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.graph.strides import Strides
-from sparse_seg.ops import OPERATORS, Graph, Node, Spatial
+from sparse_seg.graph.rewrite import fuse_epilogues
+from sparse_seg.graph.strides import ANY, Strides
+from sparse_seg.ops import OPERATORS, Graph, Node
 from sparse_seg.sites import Taps
 
-ANY = 1 << 20  # px; a natural stride that nothing bounds
 NEAR = 3  # cells: taps up to so far share ghosts made for near cells only
 
 
@@ -73,43 +73,39 @@ class Geometry(Strides):
     def _divide(self) -> None:
         """Which values are late, and which windows mix phases."""
         clean = set[str]()  # windows on rows: their phases never mix
-        deep = set[str]()  # what is made of such, grids and vectors
+        deep = set[str]()  # these, and what is made of them, grids and vectors
         behind = set[str]()  # from a resizing or whole images on
         apart: dict[str, int] = {}  # px; how far the taps of windows on rows that it is made of are
-
-        def from_rows(names: Iterable[str]) -> bool:
-            return any(name in clean or name in deep for name in names)
-
         for node in self.graph.nodes:
             name, operator, grids = node.name, OPERATORS[node.op], self._grids(node)
             apart[name] = max((apart[one] for one in grids), default=0)
+            grids_deep, any_deep = (not deep.isdisjoint(names) for names in (grids, node.inputs))
+            any_behind = not behind.isdisjoint(node.inputs)
             if not self.captured[name] and not (operator.is_pool and operator.needs_grid):
                 self.kind[name] = "vector"
-                if from_rows(node.inputs) or not behind.isdisjoint(node.inputs):
+                if any_deep or any_behind:
                     deep.add(name)
                 continue
-            ends = node.op == "resize" or operator.is_pool or (operator.needs_grid and from_rows(grids))
-            gated = from_rows(node.inputs) and not from_rows(grids)  # an early grid by a vector of rows
-            if ends or gated or not behind.isdisjoint(node.inputs):
+            ends = node.op == "resize" or operator.is_pool or (operator.needs_grid and grids_deep)
+            gated = any_deep and not grids_deep  # an early grid by a vector of rows
+            if ends or gated or any_behind:
                 behind.add(name)
-            elif self.window(node) is not None and _power_of_two(self.taps(node)) > self.strides[0]:
+            elif self.distances.get(name, 0) > self.strides[0]:
                 clean.add(name)
-                apart[name] = max(apart[name], min(_power_of_two(self.taps(node)), self.strides[-1]))
-            if from_rows(grids):
+                apart[name] = max(apart[name], min(self.distances[name], self.strides[-1]))
+            if grids_deep or name in clean:
                 deep.add(name)
         before_clean = set[str]()
         for node in reversed(self.graph.nodes):
             users = [user.name for user in self.users[node.name] if self.captured[user.name]]
             if any(user in before_clean or user in clean for user in users):
                 before_clean.add(node.name)
-            elif node.name in clean:
-                distance = _power_of_two(self.taps(node))
-                if distance <= self.own and distance < apart[node.name]:
-                    clean.remove(node.name)  # on rows it would bound the lattices of all that it is made of
+            elif node.name in clean and self.distances[node.name] < min(apart[node.name], self.own + 1):
+                clean.remove(node.name)  # on rows it would bound the lattices of all that it is made of
         for node in self.graph.nodes:
             name, reads_late = node.name, any(self.kind.get(one) == "late" for one in node.inputs)
             is_vector = self.kind.get(name) == "vector"
-            mixes = not is_vector and self.window(node) is not None and name in deep and name not in clean
+            mixes = not is_vector and name in self.distances and name in deep and name not in clean
             if node.options.get("cell") or (mixes and name in before_clean and name not in behind):
                 self.mixing.add(name)
             elif mixes or name in behind or reads_late:
@@ -136,8 +132,8 @@ class Geometry(Strides):
                 elif user.name in natural:
                     bounds.append(natural[user.name])
                     mixes_late = user.name in self.mixing and self.spacing(user) >= self.own
-                    if self.window(user) is not None and not mixes_late:
-                        bounds.append(_power_of_two(self.taps(user)))
+                    if user.name in self.distances and not mixes_late:
+                        bounds.append(self.distances[user.name])
             if name == self.graph.output:
                 bounds.append(kept)
             natural[name] = min(bounds)
@@ -165,7 +161,7 @@ class Geometry(Strides):
                     "a network of several branches at once, as HRNet, cannot run selectively"
                 )
         for node in self.graph.nodes:
-            if self.window(node) is not None and self.kind[node.inputs[0]] == self.kind[node.name] == "rows":
+            if node.name in self.distances and self.kind[node.inputs[0]] == self.kind[node.name] == "rows":
                 return
         finest, coarsest = self.strides[0], self.strides[-1]
         parts = self.graph.own_code
@@ -237,7 +233,7 @@ class Geometry(Strides):
         """
         reach, pools = set[str](), set[str]()
         for node in reversed(self.graph.nodes):
-            on_rows = self.kind[node.name] == "rows" and self.window(node) is not None
+            on_rows = self.kind[node.name] == "rows" and node.name in self.distances
             pools_rows = OPERATORS[node.op].is_pool and self.kind.get(node.inputs[0]) == "rows"
             behind = any(user.name in reach for user in self.users[node.name])
             if pools_rows and not behind:
@@ -276,8 +272,8 @@ class Geometry(Strides):
                 captured = self.captured[name]
                 cells[name] = captured if captured < self.own else max(1, captured * stride // self.own)
             else:
-                window = OPERATORS[node.op]
-                step = window.window(node).stride[0] if isinstance(window, Spatial) else 1
+                window = OPERATORS[node.op].window(node)
+                step = 1 if window is None else window.stride[0]
                 cells[name] = step * max(cells[one] for one in self._grids(node))
         self._cells[stride] = cells  # whole: others may read it at once
         return cells
@@ -287,7 +283,7 @@ class Geometry(Strides):
         near: dict[int, list[Taps]] = {stride: [] for stride in self.strides[:-1]}
         for node in self.of_kind("rows"):
             source = node.inputs[0]
-            if self.window(node) is None or node.name in self.mixing or self.kind[source] != "rows":
+            if node.name not in self.distances or node.name in self.mixing or self.kind[source] != "rows":
                 continue
             taps, _ = self.inside(node, size)
             for stride, shared in near.items():
@@ -300,12 +296,11 @@ class Geometry(Strides):
     @cached_property
     def first(self) -> set[str]:
         """Early values, and vectors made of such alone."""
-        found = set[str]()
-        for node in self.graph.nodes:
-            kind = self.kind[node.name]
-            if kind == "early" or (kind == "vector" and all(name in found for name in node.inputs)):
-                found.add(node.name)
-        return found
+        kind = self.kind
+        behind = self._flow(
+            lambda node: kind[node.name] in ("rows", "late"), lambda node: kind[node.name] == "vector"
+        )
+        return self.nodes.keys() - behind
 
     @cached_property
     def overwritable(self) -> set[str]:
@@ -314,6 +309,16 @@ class Geometry(Strides):
         return {
             node.name for node in fresh if len(self.users[node.name]) == 1 and node.name != self.graph.output
         }
+
+    @cached_property
+    def fused(self) -> list[Node]:
+        """The nodes, those behind a convolution on rows as part of it, see `rewrite.fuse_epilogues`."""
+
+        def fits(node: Node) -> bool:
+            one = self.kind[node.name] == "rows" and node.name not in self.masked
+            return one and node.options.get("groups", 1) in (1, node.shape[1])
+
+        return fuse_epilogues(self.graph, fits).nodes
 
     @cached_property
     def entries(self) -> set[str]:
@@ -338,7 +343,7 @@ class Geometry(Strides):
     @cached_property
     def kept_late(self) -> set[str]:
         """Late values of a coarse pass that late ones in fine blocks read, or that are the output."""
-        return self._kept("late", lambda _, user: user.op == "resize" or self.window(user) is not None)
+        return self._kept("late", lambda _, user: user.op == "resize" or user.name in self.distances)
 
     def _kept(self, kind: str, reads: Callable[[Node, Node], bool]) -> set[str]:
         """The values of a kind of which some user `reads` more, and the output if it is one."""
@@ -350,19 +355,11 @@ class Geometry(Strides):
 
     def _reads_sites(self, node: Node, user: Node) -> bool:
         """Whether a user reads other rows than its own."""
-        others = self.kind[user.name] in ("late", "vector") or self.window(user) is not None
-        return others or user.name in self.masked
+        others = self.distances.keys() | self.masked
+        return self.kind[user.name] in ("late", "vector") or user.name in others
 
     @cached_property
     def exits(self) -> list[str]:
         """Values on rows that late ones read, or that are the output."""
         read = {name for node in self.of_kind("late") for name in node.inputs} | {self.graph.output}
         return [node.name for node in self.of_kind("rows") if node.name in read]
-
-
-def _power_of_two(taps: Taps) -> int:
-    """The largest power of two that all taps' distances are multiples of."""
-    bits = 0
-    for place in taps.y + taps.x:
-        bits |= abs(place)
-    return bits & -bits if bits else ANY

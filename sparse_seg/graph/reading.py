@@ -4,8 +4,7 @@ what its family says (`ops.READERS`)."""
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,23 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.graph.call import Call, Constant, Ref, Unknown
 from sparse_seg.ops import READERS, Graph, Node, UnknownOperator
+from sparse_seg.ops.call import MOVES, SHAPES, Call, Constant, Known, Record, Ref
 from sparse_seg.ops.own_code import Part, standing_in
 
 # operators of PyTorch's that change nothing that matters here
 CASTS = {"to", "_to_copy", "type_as"}
 SAME = {"contiguous", "clone", "alias", "detach", "detach_", "lift_fresh", "lift_fresh_copy"} | CASTS
-SHAPES = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "_unsafe_view", "unflatten"}
-MOVES = {"permute", "transpose", "expand", "expand_as"}
 PERHAPS_COPIES = SAME | {"reshape", "reshape_as", "flatten"}  # views of some tensors, copies of others
 INPLACE_SHAPES = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 GROW = {"cat", "concat", "concatenate", "repeat", "tile", "repeat_interleave"}  # perhaps the batch
 VALUES = {"item", "_local_scalar_dense", "is_nonzero", "equal"}  # tell Python what a tensor holds
-# names of tensors that no state dict has
-CONSTANT, COMPUTED = "constant.", "computed."  # the latter are computed of parameters
 
 
 class CaptureFailed(SparseSegError):
@@ -60,29 +56,17 @@ class Reader(TorchDispatchMode):
         parts: run by their own code.
 
     Attributes:
-        nodes: what is read so far, by name; vectors: names of those that are vectors.
-        constants: tensors that the state dict has not.
+        record: what is read so far.
     """
 
     def __init__(self, module: nn.Module, parts: Iterable[Part]) -> None:
         super().__init__()
-        self.module, self.parts = module, list(parts)
-        self.nodes: dict[str, Node] = {}
-        self.vectors: set[str] = set()
-        self.constants: dict[str, Tensor] = {}
+        self.module, self.parts, self.record = module, list(parts), Record(module)
         self.home = next((one.device for one in module.parameters()), torch.device("cpu"))
         self.layers = [""]  # that are being called, the innermost last
         self.failed = ""  # the layer whose call failed
-        self._known: dict[int, Ref | Constant | Unknown] = {}  # by the tensor's id
         self._of_image: set[int] = set()  # ids of tensors without values
         self._viewed: dict[int, Tensor] = {}  # of which a tensor without values is a view, by its id
-        self._kept: list[Tensor] = []  # all of these, lest another one gets an id of theirs
-        self._names = Counter[str]()
-        self._parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        for named in (module.named_parameters, module.named_buffers):
-            for name, tensor in named(remove_duplicate=False):
-                if id(tensor) not in self._known:
-                    self._bind(tensor, Constant(name, tuple(tensor.shape)))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -93,8 +77,8 @@ class Reader(TorchDispatchMode):
         """Run the network on an image of `size` px. Returns its output."""
         dtype = next((one.dtype for one in self.module.parameters() if one.is_floating_point()), None)
         image = torch.empty(1, 3, *size, dtype=dtype, device="meta")
-        self.nodes["images"] = Node("images", "image", shape=tuple(image.shape))
-        self._bind(image, Ref("images"), of_image=True)
+        self.record.nodes.append(Node("images", "image", shape=tuple(image.shape)))
+        self._bind(image, Ref(self.record.nodes[0]))
         # as in inference mode calls come whole; what the module keeps of its run can be trained with
         below_autograd = torch._C._AutoDispatchBelowAutograd()
         no_autocast = torch._C._DisableAutocast()  # which casts no tensors without values
@@ -116,37 +100,17 @@ class Reader(TorchDispatchMode):
             UnknownOperator: they depend on an operator that is not known.
             CaptureFailed: they are no logits.
         """
-        found = self.known(logits)
-        if isinstance(found, Unknown):
-            error = UnknownOperator(found.message)
-            error.layers = list(found.layers)
-            raise error
+        found = self.record.known(logits)
+        if isinstance(found, UnknownOperator):
+            raise found
         if not isinstance(found, Ref):
             raise CaptureFailed("the network's output does not depend on its images")
-        last = self.nodes[found.name]
-        if last.name in self.vectors or len(last.shape) != 4:
+        last, output, align_corners = found.node, found.node.name, False
+        if found.is_vector or len(last.shape) != 4:
             raise CaptureFailed(f"the network gives {list(last.shape)}, not logits [B, K, h, w] of images")
-        align_corners = False
         if last.op == "resize" and last.size == size and not last.options.get("nearest"):
-            align_corners, last = last.options["align_corners"], self.nodes[last.inputs[0]]
-        return Graph(list(self.nodes.values()), last.name, size, align_corners).pruned()
-
-    def known(self, tensor: Any) -> Ref | Constant | Unknown | None:
-        """What a tensor is; None for what is no tensor."""
-        if not isinstance(tensor, Tensor):
-            return None
-        if id(tensor) not in self._known:  # an attribute of the module's, or made by torch.tensor
-            self._bind(tensor, self._constant(tensor, CONSTANT))
-        return self._known[id(tensor)]
-
-    def named(self, tensor: str) -> bool:
-        """Whether the module has a tensor of this name."""
-        return any(isinstance(one, Constant) and one.name == tensor for one in self._known.values())
-
-    def unique(self, name: str) -> str:
-        """A node's name that no other has."""
-        self._names[name] += 1
-        return name if self._names[name] == 1 else f"{name}_{self._names[name] - 1}"
+            align_corners, (output,) = last.options["align_corners"], last.inputs
+        return Graph(self.record.nodes, output, size, align_corners).pruned()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, schema = kwargs or {}, func._schema
@@ -154,14 +118,14 @@ class Reader(TorchDispatchMode):
             one.name: one.default_value if one.has_default_value() else None for one in schema.arguments
         }
         arguments |= dict(zip(arguments, args, strict=False)) | kwargs
-        call = Call(self, schema.name.split("::")[1], arguments, self.layers[-1])
+        call = Call(self.record, schema.name.split("::")[1], arguments, self.layers[-1])
         of_image = [id(one) in self._of_image for one in call.tensors]
         if call.operator in CASTS and of_image == [False, True]:  # cast as the image is
             args, kwargs, of_image = (args[0], args[1].dtype), {}, [False]
             func = torch.ops.aten.to.dtype
         if not any(of_image):
             out = func(*map(self._at_home, args), **{k: self._at_home(v) for k, v in kwargs.items()})
-            self._enter(call, out)
+            self._enter(call, out, of_image=False)
             return out
         if call.operator in VALUES:
             raise CaptureFailed("what it runs depends on the values of the images")
@@ -174,7 +138,7 @@ class Reader(TorchDispatchMode):
         except Exception:
             self.failed = call.layer
             raise
-        self._enter(call, out, of_image=True)
+        self._enter(call, out)
         self._follow_views(call, func._schema, args[0] if args else None, out)
         return out
 
@@ -186,9 +150,9 @@ class Reader(TorchDispatchMode):
         if not alias.is_write and call.operator not in PERHAPS_COPIES:
             outs = out if isinstance(out, (list, tuple)) else [out]
             self._viewed |= {id(one): source for one in outs if one is not source}
-        message = f"{call.where}: {call.operator} writes to a part of a tensor; make a new one, by torch.cat"
+        error = call.error(f"{call.operator} writes to a part of a tensor; make a new one, by torch.cat")
         while alias.is_write and (whole := self._viewed.get(id(source))) is not None:
-            self._bind(whole, Unknown(message, (call.layer,) if call.layer else ()), of_image=True)
+            self._bind(whole, error)
             source = whole
 
     def _without_values(self, call: Call, func: Any, args: Any, kwargs: Any) -> Any:
@@ -199,6 +163,9 @@ class Reader(TorchDispatchMode):
             dtype = next((one for one in others if isinstance(one, torch.dtype)), first.dtype)
             return first if dtype == first.dtype else torch.empty_like(first, dtype=dtype, device="meta")
         device = next((one.device for one in call.tensors if not one.is_meta), "cpu")
+
+        def run_on(change: Callable[[Tensor], Tensor]) -> Any:
+            return func(*tree_map_only(Tensor, change, args), **tree_map_only(Tensor, change, kwargs))
 
         def no_images(one: Tensor) -> Tensor:
             of_image = id(one) in self._of_image
@@ -214,11 +181,11 @@ class Reader(TorchDispatchMode):
         first_error = None
         if call.operator not in SHAPES | MOVES:
             try:
-                return _mapped(func(*_mapped(args, no_images), **_mapped(kwargs, no_images)), one_image)
+                return tree_map_only(Tensor, one_image, run_on(no_images))
             except (RuntimeError, IndexError) as error:
                 first_error = error
         try:
-            return func(*_mapped(args, _meta), **_mapped(kwargs, _meta))
+            return run_on(lambda one: one if one.is_meta else torch.empty_like(one, device="meta"))
         except Exception as error:  # the meta device's own messages tell less
             raise first_error or error from None
 
@@ -226,57 +193,39 @@ class Reader(TorchDispatchMode):
         """The module's device in place of that of tensors without values."""
         return self.home if isinstance(value, torch.device) and value.type == "meta" else value
 
-    def _enter(self, call: Call, out: Any, of_image: bool = False) -> None:
+    def _enter(self, call: Call, out: Any, of_image: bool = True) -> None:
         """Note what the results of a call are."""
         outs = [one for one in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(one, Tensor)]
         if not outs:
             return
-        known = [self.known(one) for one in call.tensors]
-        unknown = [one for one in known if isinstance(one, Unknown)]
-        result: Any
-        if unknown:
-            layers = dict.fromkeys(layer for one in unknown for layer in one.layers)
-            result = Unknown(unknown[0].message, tuple(layers))
-        elif call.operator not in SAME | SHAPES and known and all(isinstance(one, Constant) for one in known):
-            result = [self._computed(known, one) for one in outs]
-        else:
-            try:
-                result = self._result(call, outs)
-            except UnknownOperator as error:
-                result = Unknown(str(error), (call.layer,) if call.layer else ())
+        call.shapes = [tuple(one.shape) for one in outs]
+        try:
+            result = self._result(call, outs)
+        except UnknownOperator as error:
+            result = error.with_traceback(None)
         results = result if isinstance(result, list) else [result] * len(outs)
         for one, its in zip(outs, results, strict=True):
             self._bind(one, its, of_image)
 
     def _result(self, call: Call, outs: list[Tensor]) -> Any:
-        call.shapes = [tuple(one.shape) for one in outs]
-        name = call.operator
-        if name in SAME:
-            return self.known(call.tensors[0])
-        if name in SHAPES | MOVES:
-            return call.reshaped()
-        read = READERS.get(name)
-        if read is None:
+        known, name = [self.record.known(one) for one in call.tensors], call.operator
+        unknown = [one for one in known if isinstance(one, UnknownOperator)]
+        if unknown:
             raise UnknownOperator(
-                f"{call.where}: the operator {name} is not known to run on sites; replace the layer, or run "
-                "the network dense"
+                str(unknown[0]), dict.fromkeys(layer for one in unknown for layer in one.layers)
             )
-        return read(call)
+        if name not in SAME | SHAPES and known and all(isinstance(one, Constant) for one in known):
+            return [self.record.constant(one, known) for one in outs]
+        if name in SAME:
+            return known[0]
+        if name in READERS:
+            return READERS[name](call)
+        raise call.error(
+            f"the operator {name} is not known to run on sites; replace the layer, or run the network dense"
+        )
 
-    def _computed(self, known: list[Any], value: Tensor) -> Constant:
-        """What is computed of the network's tensors alone, as a standardised weight is: a new constant."""
-        trains = any(one.name in self._parameters or one.name.startswith(COMPUTED) for one in known)
-        return self._constant(value, COMPUTED if trains else CONSTANT)
-
-    def _constant(self, value: Tensor, kind: str) -> Constant:
-        name = f"{kind}{len(self.constants)}"
-        with torch.inference_mode(False):
-            self.constants[name] = value.detach().clone()
-        return Constant(name, tuple(value.shape))
-
-    def _bind(self, tensor: Tensor, known: Ref | Constant | Unknown, of_image: bool = False) -> None:
-        self._known[id(tensor)] = known
-        self._kept.append(tensor)
+    def _bind(self, tensor: Tensor, known: Known, of_image: bool = True) -> None:
+        self.record.bind(tensor, known)
         if of_image:
             self._of_image.add(id(tensor))
 
@@ -284,8 +233,8 @@ class Reader(TorchDispatchMode):
         """The output of a part that runs by its own code."""
         first = inputs[0]
         out = first.new_empty(first.shape[0], part.channels, *first.shape[2:], device="meta")
-        call = Call(self, "own_code", {"inputs": list(inputs), "part": part}, self.layers[-1])
-        self._enter(call, out, of_image=True)
+        arguments = {"inputs": list(inputs), "part": part}
+        self._enter(Call(self.record, "own_code", arguments, self.layers[-1]), out)
         return out
 
     @contextmanager
@@ -312,18 +261,3 @@ class Reader(TorchDispatchMode):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _mapped(values: Any, change: Any) -> Any:
-    """The same arguments with other tensors."""
-    if isinstance(values, Tensor):
-        return change(values)
-    if isinstance(values, dict):
-        return {name: _mapped(value, change) for name, value in values.items()}
-    return (
-        type(values)(_mapped(one, change) for one in values) if isinstance(values, (list, tuple)) else values
-    )
-
-
-def _meta(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")

@@ -1,4 +1,4 @@
-"""Rewrites of a graph: each replaces a pattern by something that gives the same values."""
+"""Rewrites of a graph: each rule replaces a node by something that gives the same values."""
 
 from __future__ import annotations
 
@@ -9,11 +9,47 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparse_seg.ops import OPERATORS, Graph, Node, Spatial, UnknownOperator
+from sparse_seg.ops import OPERATORS, Graph, Node, UnknownOperator
 from sparse_seg.ops.convolution import kernel_of
 
 Tensors = dict[str, Tensor]
 IGNORES = {"conv2d": 0.0, "max_pool2d": -math.inf, "avg_pool2d": 0.0}  # values that stand for no padding
+
+
+class _State:
+    """A graph while it is rewritten."""
+
+    def __init__(self, graph: Graph, tensors: Tensors) -> None:
+        self.graph, self.tensors = graph, tensors
+
+    def apply(self, rule: Rule) -> None:
+        self.users, self.by_name = self.graph.users(), self.graph.by_name
+        names: dict[str, str] = {}  # of values that others stand for now
+        nodes: list[Node] = []
+        for old in self.graph.nodes:
+            node = replace(old, inputs=tuple(names.get(name, name) for name in old.inputs))
+            made = rule(node, self)
+            made = [node] if made is None else made
+            names[node.name] = made[-1].name if made else node.inputs[0]
+            self.by_name.update((one.name, one) for one in made)
+            nodes += made
+        self.graph = replace(self.graph, nodes=nodes, output=names[self.graph.output]).pruned()
+
+    def of(self, node: Node) -> Tensors:
+        return {role: self.tensors[name] for role, name in node.tensors.items()}
+
+    def has_one_user(self, name: str) -> bool:
+        return len(self.users.get(name, ())) == 1 and name != self.graph.output
+
+    def keep(self, name: str, tensor: Tensor) -> str:
+        """Enter a tensor that the network has not."""
+        self.tensors[name] = tensor.detach()
+        return name
+
+
+# Gives what stands in a node's place, the last of it makes its value. None: the node stays. An empty list:
+# its first input stands for it
+Rule = Callable[[Node, _State], list[Node] | None]
 
 
 # -- padding -----------------------------------------------------------------------------------------------
@@ -28,58 +64,53 @@ def fold_pads(graph: Graph) -> Graph:
     Raises:
         UnknownOperator: padding that no window reads.
     """
-    users = graph.users()
-    replaced: dict[str, list[Node]] = {}
-    for node in graph.nodes:
+    state = _State(graph, {})
+    for rule in (_outside, _push_pad):
+        state.apply(rule)
+    for node in state.graph.nodes:
         if node.op == "pad":
-            _push_pad(node, graph, users, replaced)
-    nodes = [new for node in graph.nodes for new in replaced.get(node.name, [node])]
-    return replace(graph, nodes=nodes)
+            raise UnknownOperator(f"{node.layer or 'the network'}: padding that no window reads")
+    return state.graph
 
 
-def _push_pad(pad: Node, graph: Graph, users: dict[str, list[Node]], replaced: dict[str, list[Node]]) -> None:
-    source = graph.node(pad.inputs[0])
-    replaced[pad.name] = []
-
-    def start() -> Node:
-        """The vector that stands outside."""
-        shape = (1, source.shape[1], 1, 1)
-        zeros = Node(f"{pad.name}.outside", "zeros", shape=shape, layer=pad.layer)
-        replaced[pad.name] = [zeros]
-        if pad.options["value"] != 0:
-            number = {"number": pad.options["value"]}
-            shifted = Node(f"{pad.name}.value", "add", (zeros.name,), {}, number, shape, pad.layer)
-            replaced[pad.name].append(shifted)
-        return replaced[pad.name][-1]
-
-    def visit(padded: Node, name: str, outside: Node | None) -> None:
-        """Users of a padded value read `name`, which is not."""
-        for user in users[padded.name]:
-            operator = OPERATORS[user.op]
-            now = replaced.get(user.name, [user])[-1]
-            now = replace(now, inputs=tuple(name if one == padded.name else one for one in now.inputs))
-            if isinstance(operator, Spatial) and operator.window(user).kernel != (1, 1):
-                replaced[user.name] = _padded(now, pad, outside)
-            elif len(user.inputs) == 1 and not (operator.is_pool or operator.needs_grid or user.op == "pad"):
-                if isinstance(operator, Spatial) and operator.window(user).stride != (1, 1):
-                    raise UnknownOperator(f"{user.layer}: padding is read by a strided 1x1 convolution")
-                clone = replace(
-                    user,
-                    name=f"{user.name}.outside",
-                    inputs=((outside or start()).name,),
-                    options=user.options | ({"frozen": True} if user.op == "batch_norm" else {}),
-                    shape=(*user.shape[:-2], 1, 1),
-                )
-                replaced[user.name] = [clone, replace(now, shape=(*user.shape[:-2], *source.size))]
-                visit(user, user.name, clone)
-            else:
-                raise UnknownOperator(f"{pad.layer or 'the network'}: padding is read by {user.where}")
-
-    visit(pad, source.name, None)
+def _outside(node: Node, state: _State) -> list[Node] | None:
+    """A pad reads the vector that stands outside, too."""
+    if node.op != "pad":
+        return None
+    shape, value = (1, node.shape[1], 1, 1), node.options["value"]
+    made = [Node(f"{node.name}.outside", "zeros", shape=shape, layer=node.layer)]
+    if value != 0:
+        zeros, number = (made[0].name,), {"number": value}
+        made.append(Node(f"{node.name}.value", "add", zeros, {}, number, shape, node.layer))
+    return [*made, replace(node, inputs=(*node.inputs, made[-1].name))]
 
 
-def _padded(user: Node, pad: Node, outside: Node | None) -> list[Node]:
-    """What gives a window's value without the pad; outside stands a vector, or the pad's own value."""
+def _push_pad(node: Node, state: _State) -> list[Node] | None:
+    """A window takes the pad that it reads; what treats each place by itself comes before it.
+
+    The pad of such a value has no `value` of its own: outside stands what its second input is.
+    """
+    pad = next((one for name in node.inputs if (one := state.by_name[name]).op == "pad"), None)
+    if pad is None:
+        return None
+    operator, window, (source, outside) = OPERATORS[node.op], OPERATORS[node.op].window(node), pad.inputs
+    if window is not None and window.kernel != (1, 1):
+        return _padded(replace(node, inputs=(source,)), pad, state.by_name[outside])
+    if len(node.inputs) != 1 or operator.is_pool or operator.needs_grid:
+        raise UnknownOperator(f"{pad.layer or 'the network'}: padding is read by {node.where}")
+    if window is not None and window.stride != (1, 1):
+        raise UnknownOperator(f"{node.layer}: padding is read by a strided 1x1 convolution")
+    shape, options = node.shape[:-2], dict(node.options)
+    around = replace(node, name=f"{node.name}.outside", inputs=(outside,), shape=(*shape, 1, 1))
+    around.options = options | ({"frozen": True} if node.op == "batch_norm" else {})
+    inside = replace(node, inputs=(source,), shape=(*shape, *state.by_name[source].size))
+    both, unlike = (inside.name, around.name), pad.options | {"value": None}
+    pushed = replace(pad, name=f"{node.name}.pad", inputs=both, options=unlike, shape=node.shape)
+    return [around, inside, pushed]
+
+
+def _padded(user: Node, pad: Node, outside: Node) -> list[Node]:
+    """What gives a window's value without the pad."""
     value, options = pad.options["value"], dict(user.options)
     if pad.options["pads"] == "same":
         if options["padding"] != [0, 0]:
@@ -88,11 +119,12 @@ def _padded(user: Node, pad: Node, outside: Node | None) -> list[Node]:
     else:
         left, _, above, _ = pad.options["pads"]
         options["padding"] = [options["padding"][0] + above, options["padding"][1] + left]
-    if outside is None and IGNORES.get(user.op) == value:
+    if value is not None and IGNORES.get(user.op) == value:
         options |= {"count_outside": True} if user.op == "avg_pool2d" else {}
         return [replace(user, options=options)]
-    if outside is None or user.op != "conv2d":
-        raise UnknownOperator(f"{user.where}: reads padding of {value}")
+    if value is not None or user.op != "conv2d":
+        what = "what layers give there" if value is None else value
+        raise UnknownOperator(f"{user.where}: reads padding of {what}")
     (name,) = user.inputs
     shape = (*outside.shape[:-2], *user.size)
     shifted = Node(f"{user.name}.above", "sub", (name, outside.name), {}, {}, shape, user.layer)
@@ -118,45 +150,7 @@ def fold_norms(graph: Graph, tensors: Mapping[str, Tensor]) -> tuple[Graph, Tens
     state = _State(graph, dict(tensors))
     for rule in RULES:
         state.apply(rule)
-    names = {name for node in state.graph.nodes for name in node.tensors.values()}
-    return state.graph, {name: state.tensors[name] for name in names}
-
-
-class _State:
-    """A graph while it is rewritten."""
-
-    def __init__(self, graph: Graph, tensors: Tensors) -> None:
-        self.graph, self.tensors = graph, tensors
-
-    def apply(self, rule: Callable[[Node, _State], list[Node] | None]) -> None:
-        """A rule gives what stands in a node's place, the last of it makes its value; None: the node stays.
-
-        An empty list: its first input stands for it.
-        """
-        self.users, self.by_name = self.graph.users(), self.graph.by_name
-        names: dict[str, str] = {}  # of values that others stand for now
-        nodes: list[Node] = []
-        for old in self.graph.nodes:
-            node = replace(old, inputs=tuple(names.get(name, name) for name in old.inputs))
-            made = rule(node, self)
-            made = [node] if made is None else made
-            if not made:
-                names[node.name] = node.inputs[0]
-            self.by_name.update((one.name, one) for one in made)
-            nodes += made
-        output = names.get(self.graph.output, self.graph.output)
-        self.graph = replace(self.graph, nodes=nodes, output=output).pruned()
-
-    def of(self, node: Node) -> Tensors:
-        return {role: self.tensors[name] for role, name in node.tensors.items()}
-
-    def has_one_user(self, name: str) -> bool:
-        return len(self.users.get(name, ())) == 1 and name != self.graph.output
-
-    def keep(self, name: str, tensor: Tensor) -> str:
-        """Enter a tensor that the network has not."""
-        self.tensors[name] = tensor.detach()
-        return name
+    return state.graph, {name: state.tensors[name] for name in state.graph.tensor_names}
 
 
 def _drop_dropout(node: Node, state: _State) -> list[Node] | None:
@@ -242,29 +236,66 @@ def _part_joined(node: Node, state: _State) -> list[Node] | None:
     columns = weight.split([part.shape[1] for part in parts], 1)
     made: list[Node] = []
     for suffix, is_vector in (("grid", False), ("vector", True)):
-        chosen = [number for number, one in enumerate(vectors) if one == is_vector]
-        own = torch.cat([columns[number] for number in chosen], 1)
-        size = parts[chosen[0]].size
-        names = tuple(parts[number].name for number in chosen)
-        if len(names) > 1:
-            shape = (1, int(own.shape[1]), *size)
-            made.append(Node(f"{node.name}.{suffix}.joined", "cat", names, {}, {}, shape, node.layer))
-            names = (made[-1].name,)
-        tensors = {"weight": state.keep(f"{node.name}.{suffix}.weight", own)}
+        name, chosen = (
+            f"{node.name}.{suffix}",
+            [place for place, one in enumerate(vectors) if one == is_vector],
+        )
+        own, inputs = torch.cat([columns[place] for place in chosen], 1), [parts[place] for place in chosen]
+        if len(inputs) > 1:
+            shape, names = (1, int(own.shape[1]), *inputs[0].size), tuple(one.name for one in inputs)
+            inputs = [Node(f"{name}.joined", "cat", names, {}, {}, shape, node.layer)]
+            made += inputs
+        tensors = {"weight": state.keep(f"{name}.weight", own)}
         if is_vector and "bias" in node.tensors:
             tensors["bias"] = node.tensors["bias"]
-        shape = (1, node.shape[1], *size)
-        made.append(
-            Node(f"{node.name}.{suffix}", "conv2d", names, tensors, dict(node.options), shape, node.layer)
-        )
-    inputs = (f"{node.name}.grid", f"{node.name}.vector")
-    return [*made, Node(node.name, "add", inputs, {}, {}, node.shape, node.layer)]
+        shape = (1, node.shape[1], *inputs[0].size)
+        made.append(replace(node, name=name, inputs=(inputs[0].name,), tensors=tensors, shape=shape))
+    both = (f"{node.name}.grid", f"{node.name}.vector")
+    return [*made, Node(node.name, "add", both, {}, {}, node.shape, node.layer)]
 
 
-RULES: tuple[Callable[[Node, _State], list[Node] | None], ...] = (
+RULES: tuple[Rule, ...] = (
     _drop_dropout,
     _compute_constants,
     _fold_shift,
     _fold_batch_norm,
     _part_joined,
 )
+
+
+# -- for one kernel ----------------------------------------------------------------------------------------
+
+FUSED = "fused"  # an operator of rows alone, which `Interpreter.mixed` takes apart
+UNBOUND = (-math.inf, math.inf)
+CLAMPS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0)}  # where options say no other
+
+
+def fuse_epilogues(graph: Graph, fits: Callable[[Node], bool]) -> Graph:
+    """The graph with an addition and a clamping activation behind a convolution as part of it.
+
+    A `fused` node has the name of the last of them and reads what the convolution reads, then what is added,
+    if anything is. Options: `conv`, the convolution's name, and `bounds` of the values.
+
+    Args:
+        fits: which nodes may become part of one.
+    """
+
+    def rule(node: Node, state: _State) -> list[Node] | None:
+        inputs = [state.by_name[name] for name in node.inputs]
+        if not fits(node) or not (node.op in CLAMPS or (node.op == "add" and len(inputs) == 2)):
+            return None
+        for source in reversed(inputs):
+            added = [one for one in inputs if one is not source]
+            is_free = source.op == "conv2d" or (source.options.get("bounds") == UNBOUND and not added)
+            if is_free and fits(source) and state.has_one_user(source.name):
+                low, high = CLAMPS.get(node.op, UNBOUND)
+                bounds = node.options.get("min_val", low), node.options.get("max_val", high)
+                options = {"conv": source.options.get("conv", source.name), "bounds": bounds}
+                names = (*source.inputs, *(one.name for one in added))
+                same = all(one.shape == node.shape for one in added)
+                return [replace(node, op=FUSED, inputs=names, options=options)] if same else None
+        return None
+
+    state = _State(graph, {})
+    state.apply(rule)
+    return state.graph

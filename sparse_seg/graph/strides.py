@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from sparse_seg.ops import OPERATORS, Graph, Node, Spatial, UnknownOperator, Window
+import functools
+import operator
+
+from sparse_seg.ops import OPERATORS, Graph, Node, UnknownOperator, Window
 from sparse_seg.sites import Taps
+
+ANY = 1 << 20  # px; a distance or stride that nothing bounds
 
 
 class Strides:
@@ -15,6 +20,7 @@ class Strides:
     Attributes:
         captured: each value's stride as captured, px; 0 of vectors.
         own: output stride of the network as captured, px: the largest up to its first upsampling.
+        distances: of each window, px: the largest power of two that its taps' distances are multiples of.
 
     Raises:
         UnknownOperator: a geometry that cannot be.
@@ -25,19 +31,22 @@ class Strides:
         self.users = graph.users()
         self.captured = self._captured()
         self.own = self._own()
+        windows = (node for node in graph.nodes if self.window(node) is not None)
+        self.distances = {node.name: _power_of_two(self.taps(node)) for node in windows}
 
     def _captured(self) -> dict[str, int]:
         strides: dict[str, int] = {}
         for node in self.graph.nodes:
-            operator, grids = OPERATORS[node.op], [name for name in node.inputs if strides[name]]
+            operator, window = OPERATORS[node.op], OPERATORS[node.op].window(node)
+            grids = [name for name in node.inputs if strides[name]]
             if node.op == "image":
                 strides[node.name] = 1
             elif node.op == "resize" and self.nodes[node.inputs[0]].size != (1, 1):
                 strides[node.name] = self._resized(node)
             elif operator.is_pool or not grids:
                 strides[node.name] = 0
-            elif isinstance(operator, Spatial):
-                down, across = operator.window(node).stride
+            elif window is not None:
+                down, across = window.stride
                 if down != across:
                     raise UnknownOperator(f"{node.where}: strides {down} and {across} along the two axes")
                 strides[node.name] = strides[grids[0]] * down
@@ -68,11 +77,9 @@ class Strides:
 
     def window(self, node: Node) -> Window | None:
         """A node's window, if it reads more than one place of a grid."""
-        operator = OPERATORS[node.op]
-        if not isinstance(operator, Spatial) or not self.captured[node.name]:
-            return None
-        window = operator.window(node)
-        return None if window.kernel == (1, 1) else window
+        window = OPERATORS[node.op].window(node)
+        is_one = window is not None and window.kernel != (1, 1) and self.captured[node.name]
+        return window if is_one else None
 
     def taps(self, node: Node, size: tuple[int, int] | None = None) -> Taps:
         """Where a window reads, for images of `size` px."""
@@ -97,8 +104,8 @@ class Strides:
         Large atrous rates reach beyond small images: of torchvision's 36, at stride 16, one tap of nine reads
         inside 512x512.
         """
-        operator, taps = OPERATORS[node.op], self.taps(node, size)
-        if not isinstance(operator, Spatial) or not operator.skips_outside:
+        taps = self.taps(node, size)
+        if not OPERATORS[node.op].skips_outside:
             return taps, None
         parts = taps.inside(size)
         return taps.part(parts), None if taps.part(parts) == taps else parts
@@ -113,3 +120,8 @@ class Strides:
 
     def _grids(self, node: Node) -> list[str]:
         return [name for name in node.inputs if self.captured[name]]
+
+
+def _power_of_two(taps: Taps) -> int:
+    bits = functools.reduce(operator.or_, map(abs, taps.y + taps.x))
+    return bits & -bits if bits else ANY

@@ -1,12 +1,10 @@
 """A page to look at before training: labels over images, classes, odd frames, augmentation."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +46,8 @@ class _Frame:
 class _Split:
     name: str
     dataset: SegmentationDataset
-    frames: list[_Frame] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    frames: list[_Frame]
+    faults: list[str]
 
 
 def write_page(config: Config, out: str | Path, count: int = 12) -> list[str]:
@@ -84,7 +82,6 @@ def write_page(config: Config, out: str | Path, count: int = 12) -> list[str]:
 
 def _read(name: str, dataset: SegmentationDataset) -> _Split:
     """Look at every file, on all cores."""
-    split = _Split(name, dataset)
 
     def look(index: int) -> _Frame | str:
         try:
@@ -96,18 +93,14 @@ def _read(name: str, dataset: SegmentationDataset) -> _Split:
         return _Frame(index, (label.shape[0], label.shape[1]), float(image.mean()), pixels)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for found in pool.map(look, range(len(dataset))):
-            if isinstance(found, str):
-                split.faults.append(found)
-            else:
-                split.frames.append(found)
-    split.faults.extend(dataset.lone_labels())
-    if not split.faults:
+        found = list(pool.map(look, range(len(dataset))))
+    faults = [one for one in found if isinstance(one, str)] + dataset.lone_labels()
+    if not faults:
         try:
             dataset.check()  # what only shows across files
         except DataError as error:
-            split.faults.append(str(error))
-    return split
+            faults.append(str(error))
+    return _Split(name, dataset, [one for one in found if isinstance(one, _Frame)], faults)
 
 
 def _overview(splits: Sequence[_Split]) -> Section:
@@ -125,13 +118,8 @@ def _overview(splits: Sequence[_Split]) -> Section:
                 "ignored": 100 * total[-1] / max(total.sum(), 1),
             }
         )
-    columns = [
-        Column("split", "split"),
-        Column("images", "images"),
-        Column("faulty", "faulty"),
-        Column("sizes", "height x width (images)"),
-        Column("ignored", "ignored %", "{:.1f}"),
-    ]
+    columns = [Column(key, key) for key in ("split", "images", "faulty")]
+    columns += [Column("sizes", "height x width (images)"), Column("ignored", "ignored %", "{:.1f}")]
     return Section("Splits", table=Table(columns, rows))
 
 
@@ -183,7 +171,7 @@ def _examples(split: _Split, count: int) -> Section:
     places = np.unique(np.linspace(0, len(split.frames) - 1, count).round().astype(int))
     pictures = [_pair(split, split.frames[place]) for place in places]
     text = f"{len(pictures)} of {len(split.frames)}, evenly spread: image, and labels over it."
-    return Section(f"{split.name}: labels", text, pictures=pictures, pictures_per_row=2)
+    return Section(f"{split.name}: labels", text, pictures=pictures)
 
 
 def _odd(split: _Split) -> Section | None:
@@ -205,7 +193,7 @@ def _odd(split: _Split) -> Section | None:
     text = f"{len(found)} frames look odd; they need not be wrong." + (
         f" The first {SHOWN_ODD}:" if len(found) > SHOWN_ODD else ""
     )
-    return Section(f"{split.name}: odd frames", text, pictures=pictures, pictures_per_row=2)
+    return Section(f"{split.name}: odd frames", text, pictures=pictures)
 
 
 def _reasons(
@@ -250,4 +238,4 @@ def _augmented(dataset: SegmentationDataset, config: Config) -> Section:
         shown = np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8))
         pictures.append(_show(shown, label.numpy().astype(np.uint8), dataset.classes, ""))
     text = "The first batch of training: crop, scale, flip, light and colour by the config's data keys."
-    return Section("Augmentation", text, pictures=pictures, pictures_per_row=2)
+    return Section("Augmentation", text, pictures=pictures)

@@ -1,7 +1,5 @@
 """Frames for a report: those on which two networks differ most, run at every step of a slider."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +12,7 @@ from sparse_seg.data.dataset import IGNORE_INDEX, Image, SegmentationDataset
 from sparse_seg.data.transforms import normalise
 from sparse_seg.evaluation.views import predict
 from sparse_seg.lab.benchmark.runtimes import lift
-from sparse_seg.lab.report.explorer import Explorer, Frame, Shot
-from sparse_seg.lab.report.html import Picture, photo
+from sparse_seg.lab.report.html import Explorer, Frame, Picture, Shot, photo
 from sparse_seg.lab.report.overlays import colourise, draw_levels, overlay, shrink
 from sparse_seg.progress import bar
 from sparse_seg.run.network import SelectiveNetwork
@@ -50,17 +47,17 @@ def explore(
     cases: Sequence[Contender],
     chosen: int,
     dataset: SegmentationDataset,
-    count: int,
+    limit: int | None,
     text: str = "",
 ) -> Explorer:
     """Cases from the dense coarse network to the dense fine one, on the frames that show most.
 
     Args:
         chosen: the case that is compared with the last one, to choose frames, and that is shown first.
-        count: choose among the first so many frames.
+        limit: choose among the first so many frames; None: among all.
     """
     fine = cases[-1]
-    frames = most_different((fine, cases[chosen]), dataset, count)
+    frames = most_different((fine, cases[chosen]), dataset, min(len(dataset), limit or len(dataset)))
     text += (
         f" The frames are those on which {fine.name} and {cases[chosen].name} disagree about most labelled "
         "pixels, no two near each other. In the pictures of differences, pixels are white where the first "
@@ -129,7 +126,7 @@ def _frame(
     }
     note = f"{100 * share:.1f} % of the labelled pixels differ"
     pictures = [_photo(picture, name) for name, picture in still.items()]
-    return Frame(dataset.name(index), note, pictures, shots[-1].prediction, shots)
+    return Frame(dataset.name(index), note, pictures, shots)
 
 
 def _photo(image: Image, caption: str) -> Picture:

@@ -1,10 +1,10 @@
 """Time and memory of a run, measured so that a noisy machine misleads least."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
+import itertools
 import multiprocessing
+import os
 import re
 import statistics
 import time
@@ -26,6 +26,7 @@ T = TypeVar("T")
 SPAWN = multiprocessing.get_context("spawn")
 MIB = 2**20
 _M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -3, 2**16  # mallopt(3); bytes
+_run: Run  # of a process that times one
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,45 @@ def _cuda_time(run: Run) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end)
+
+
+def timed_apart(
+    prepares: Mapping[str, Callable[[], Run]], threads: int, turns: int, repeats: int
+) -> dict[str, Latency]:
+    """Time runs, each in a process of its own: in one, their threads disturb each other. The processes take
+    turns, so that drift of the machine falls on all alike.
+
+    Args:
+        prepares: what makes the runs there; picklable.
+        repeats: of a turn, after a run that does not count.
+
+    Raises:
+        MeasurementError: a run failed.
+    """
+    pools = {name: ProcessPoolExecutor(1, SPAWN) for name in prepares}
+    samples: dict[str, list[float]] = {name: [] for name in prepares}
+    try:
+        for name, pool in pools.items():
+            in_child(pool, f"{name} cannot be timed", _prepare, prepares[name], threads)
+        for _, (name, pool) in itertools.product(range(turns), pools.items()):
+            samples[name] += in_child(pool, f"{name} cannot be timed", _time, repeats)
+    finally:
+        for pool in pools.values():
+            pool.shutdown()
+    return {name: Latency(tuple(values)) for name, values in samples.items()}
+
+
+def _prepare(prepare: Callable[[], Run], threads: int) -> None:
+    """In a process of its own: make ready what `_time` runs."""
+    global _run
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    _run = prepare()
+    _run()
+
+
+def _time(repeats: int) -> tuple[float, ...]:
+    return interleaved({"": _run}, repeats, torch.device("cpu"))[""].samples
 
 
 def peak_memory(

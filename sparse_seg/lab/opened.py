@@ -1,7 +1,5 @@
 """A checkpoint and the data set that an experiment runs it on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

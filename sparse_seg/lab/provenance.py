@@ -1,7 +1,5 @@
 """Where a figure comes from: kept in every result file."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

@@ -128,6 +128,12 @@ class MaskPolicy(nn.Module, ABC):
         """
         return 0
 
+    def fine_count(self, blocks: int) -> int | None:
+        """How many of an image's blocks become fine; None where that follows from the scores, or a subclass
+        cuts them itself."""
+        own = (type(self).forward, type(self).cut) == (MaskPolicy.forward, MaskPolicy.cut)
+        return round(self.fine_fraction * blocks) if own and self.fine_fraction is not None else None
+
     def cut(self, scores: Tensor) -> Tensor:
         """Scores `[B, h, w]` to fine blocks or levels."""
         scores = blur_scores(scores) if self.blur else scores

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_seg.masks.base import PolicyInput
 from sparse_seg.masks.confidence import entropy
-from sparse_seg.masks.learned import NetPolicy, conv_macs
+from sparse_seg.masks.learned import NetPolicy
 
 HIDDEN = 24  # channels: with 11 classes 0.6 % of a light network's multiply-adds at f = 0.15
 
@@ -53,9 +53,9 @@ class GainPolicy(NetPolicy):
         return torch.cat([F.avg_pool2d(values, cells) / known, largest], 1)
 
     def macs(self, size: tuple[int, int], stride: int, batch: int) -> int:
+        """Of the net's convolutions, on the grid of blocks."""
         factor = self.block // stride
-        blocks = -(-size[0] // factor), -(-size[1] // factor)
-        return conv_macs(self.net, blocks, batch)
+        return super().macs((-(-size[0] // factor), -(-size[1] // factor)), self.block, batch)
 
 
 def gain_net(classes: int, hidden: int = HIDDEN) -> nn.Sequential:

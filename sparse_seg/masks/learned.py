@@ -25,6 +25,16 @@ class NetPolicy(MaskPolicy):
         super().__init__(*cut, **levels)
         self.net = net
 
+    def macs(self, size: tuple[int, int], stride: int, batch: int) -> int:
+        """Of the net's convolutions, one after the other, on features' grid."""
+        total = 0
+        for layer in self.net.modules():
+            if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)) and layer.stride in (2, (2, 2)):
+                size = -(-size[0] // 2), -(-size[1] // 2)
+            if isinstance(layer, nn.Conv2d):
+                total += batch * size[0] * size[1] * layer.weight.numel()
+        return total
+
 
 class LearnedPolicy(NetPolicy):
     """A block's score is a net's logit; above 0 the net itself would make the block fine.
@@ -45,20 +55,6 @@ class LearnedPolicy(NetPolicy):
 
     def scores(self, run: PolicyInput) -> Tensor:
         return self.net(run.features()).float().squeeze(1)
-
-    def macs(self, size: tuple[int, int], stride: int, batch: int) -> int:
-        return conv_macs(self.net, size, batch)
-
-
-def conv_macs(net: nn.Module, size: tuple[int, int], batch: int) -> int:
-    """Multiply-adds of a net's convolutions, one after the other, on a grid of a size (h, w)."""
-    total = 0
-    for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)) and layer.stride in (2, (2, 2)):
-            size = -(-size[0] // 2), -(-size[1] // 2)
-        if isinstance(layer, nn.Conv2d):
-            total += batch * size[0] * size[1] * layer.weight.numel()
-    return total
 
 
 def mask_net(channels: int, factor: int, hidden: int = HIDDEN) -> nn.Sequential:

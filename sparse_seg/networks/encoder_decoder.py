@@ -40,11 +40,8 @@ class EncoderDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.auxiliary = backbone, head, auxiliary
-        self.output_stride, self.trained_stride, self.align_corners = (
-            output_stride,
-            trained_stride,
-            align_corners,
-        )
+        self.output_stride, self.trained_stride = output_stride, trained_stride
+        self.align_corners = align_corners
 
     def forward(self, images: Tensor) -> Tensor:
         """`[B, 3, H, W]` to logits `[B, K, H, W]`."""

@@ -7,7 +7,7 @@ are `[N, C]`, a vector of each image `[B, C, 1, 1]`. So what treats each place b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,7 +28,9 @@ class UnknownOperator(SparseSegError):
         layers: the modules in which such operators stand, as far as they are known.
     """
 
-    layers: Sequence[str] = ()
+    def __init__(self, message: str, layers: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.layers = list(layers)
 
 
 class Operator:
@@ -38,11 +40,14 @@ class Operator:
         is_pool: reads all places of an image and gives a vector.
         needs_grid: runs on complete grids alone: sites end before it.
         joins: in training runs once over all sites, as batch norm's statistics need.
+        skips_outside: what lies outside the image adds nothing to a window, so taps that always do are left
+            out, with their part of the `weight` `[O, I, kh, kw]`.
     """
 
     is_pool: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
     joins: ClassVar[bool] = False
+    skips_outside: ClassVar[bool] = False
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
         """The value from those that it reads, all of one form: grids, or rows."""
@@ -50,6 +55,10 @@ class Operator:
 
     def overwrite(self, node: Node, inputs: list[Tensor]) -> Tensor | None:
         """The value in the memory of the first that it reads; None where it needs memory of its own."""
+        return None
+
+    def window(self, node: Node) -> Window | None:
+        """What it reads around each place; None: the place itself."""
         return None
 
     def macs(self, node: Node, tensors: Tensors) -> int:
@@ -61,19 +70,22 @@ class Operator:
 
 
 class Function(Operator):
-    """A function of the values that it reads; tensors and options are its keyword arguments.
+    """A function of the values that it reads; tensors, options and `training` are its keyword arguments.
 
     Args:
-        options: names of those that it takes, as far as the node has them; flags: the operator's attributes.
+        options: names of those that it takes, as far as the node has them; own: the operator's attributes and
+            methods.
     """
 
-    def __init__(self, function: Callable[..., Tensor], options: Sequence[str], **flags: bool) -> None:
+    def __init__(self, function: Callable[..., Tensor], *options: str, **own: Any) -> None:
         self.function, self.options = function, options
-        vars(self).update(flags)
+        vars(self).update(own)
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        options = {name: node.options[name] for name in self.options if name in node.options}
-        return self.function(*inputs, **tensors, **options)
+        given = node.options | {"training": training}
+        return self.function(
+            *inputs, **tensors, **{name: given[name] for name in self.options if name in given}
+        )
 
 
 class Window(NamedTuple):
@@ -86,14 +98,7 @@ class Window(NamedTuple):
 
 
 class Spatial(Operator):
-    """An operator that reads a window.
-
-    Attributes:
-        skips_outside: what lies outside the image adds nothing, so taps that always do are left out, with
-            their part of the `weight` `[O, I, kh, kw]`.
-    """
-
-    skips_outside: ClassVar[bool] = False
+    """An operator that reads a window."""
 
     def window(self, node: Node) -> Window:
         """As the options kernel, stride, dilation and padding (or `same`) say."""
@@ -128,12 +133,13 @@ class Reads:
         taken = self.table.index_select(0, self.index)
         return taken.reshape(-1, self.count, int(self.table.shape[1]))
 
-    def tiles(self, size: int) -> Iterator[Reads]:
-        """The same for parts of the sites, so many that a part's values take at most `size` bytes."""
+    def tiles(self, size: int) -> Iterator[tuple[slice, Reads]]:
+        """Parts of the sites, so many at once that their values take at most `size` bytes."""
         each = self.count * int(self.table.shape[1]) * self.table.element_size()
-        at_once = max(1, size // each) * self.count
-        for first in range(0, max(1, int(self.index.shape[0])), at_once):
-            yield Reads(self.table, self.index[first : first + at_once], self.count)
+        sites, at_once = int(self.index.shape[0]) // self.count, max(1, size // each)
+        for first in range(0, max(1, sites), at_once):
+            tile = slice(first, min(first + at_once, sites))
+            yield tile, Reads(self.table, self.index[first * self.count : tile.stop * self.count], self.count)
 
     def inside(self) -> Tensor:
         """`[M, T]` bool."""
@@ -142,7 +148,6 @@ class Reads:
 
 
 OPERATORS: dict[str, Operator] = {}
-READERS: dict[str, Callable[[Any], Any]] = {}  # by the name of an operator of PyTorch's
 
 
 def operator(name: str) -> Callable[[type[Operator]], type[Operator]]:
@@ -155,22 +160,14 @@ def operator(name: str) -> Callable[[type[Operator]], type[Operator]]:
     return enter
 
 
-def function(name: str, **flags: bool) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def function(name: str, **own: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Enter a function as an operator, see `Function`: its arguments behind `*` are tensors and options."""
 
     def enter(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        OPERATORS[name] = Function(call, list(inspect.signature(call).parameters), **flags)
+        OPERATORS[name] = Function(
+            call, *inspect.signature(call).parameters, __module__=call.__module__, **own
+        )
         return call
-
-    return enter
-
-
-def reads(*names: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
-    """Enter a function that reads these operators of PyTorch's, see `graph/capture.py`."""
-
-    def enter(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        READERS.update(dict.fromkeys(names, function))
-        return function
 
     return enter
 
@@ -183,3 +180,9 @@ def pair(value: Any, default: int = 1) -> tuple[int, int]:
         return value, value
     first, *rest = value
     return int(first), int(rest[0] if rest else first)
+
+
+def window_options(kernel: Any, stride: Any = 1, dilation: Any = 1, padding: Any = 0) -> dict[str, Any]:
+    """A window's options, of arguments of PyTorch's."""
+    along = {"kernel": pair(kernel), "stride": pair(stride), "dilation": pair(dilation)}
+    return {name: list(one) for name, one in (along | {"padding": pair(padding, 0)}).items()}

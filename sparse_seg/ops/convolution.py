@@ -16,12 +16,12 @@ from sparse_seg.ops.base import (
     Reads,
     Spatial,
     Tensors,
-    UnknownOperator,
     function,
     operator,
     pair,
-    reads,
+    window_options,
 )
+from sparse_seg.ops.call import Call, Ref, reads
 from sparse_seg.ops.node import Node
 
 # of taps of grouped convolutions, which have no product to hide memory behind: 1 to 4 MiB took 0.7 of the
@@ -31,40 +31,24 @@ TILE_BYTES = 32 << 20  # of gathered taps: 32 MiB was best of 1 to 64 on two Xeo
 
 
 @reads("conv2d")
-def read_conv2d(call: Any) -> Any:
+def read_conv2d(call: Call) -> Ref:
     weight, padding = call.tensor("weight"), call.argument("padding")
-    kernel = tuple(call.shape_of(weight)[2:])
-    stride, dilation = pair(call.argument("stride")), pair(call.argument("dilation"))
+    assert weight is not None
+    window = window_options(weight.shape[2:], call.argument("stride"), call.argument("dilation"))
     if padding == "same":
-        pads = [(k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True)]
-    else:
-        pads = [0, 0] if padding == "valid" else list(pair(padding, 0))
-    if kernel == (1, 1) and pads != [0, 0]:
-        raise UnknownOperator(f"{call.where}: a 1x1 convolution with padding has places outside the image")
-    return call.make(
-        "conv2d",
-        ["input"],
-        {"weight": weight, "bias": call.tensor("bias")},
-        kernel=list(kernel),
-        stride=list(stride),
-        dilation=list(dilation),
-        padding=pads,
-        groups=call.argument("groups"),
-    )
+        both = zip(window["kernel"], window["dilation"], strict=True)
+        window["padding"] = [(kernel - 1) * dilation // 2 for kernel, dilation in both]
+    elif padding != "valid":
+        window["padding"] = list(pair(padding, 0))
+    if window["kernel"] == [1, 1] and window["padding"] != [0, 0]:
+        raise call.error("a 1x1 convolution with padding has places outside the image")
+    tensors, groups = call.named("weight", "bias"), call.argument("groups")
+    return call.make("conv2d", tensors=tensors, **window, groups=groups)
 
 
 @reads("linear")
-def read_linear(call: Any) -> Any:
-    return call.make(
-        "conv2d",
-        ["input"],
-        {"weight": call.tensor("weight"), "bias": call.tensor("bias")},
-        kernel=[1, 1],
-        stride=[1, 1],
-        dilation=[1, 1],
-        padding=[0, 0],
-        groups=1,
-    )
+def read_linear(call: Call) -> Ref:
+    return call.make("conv2d", tensors=call.named("weight", "bias"), **window_options(1), groups=1)
 
 
 @operator("conv2d")
@@ -104,10 +88,8 @@ class Conv2d(Spatial):
         weight, bias, groups = tensors["weight"], tensors.get("bias"), node.options["groups"]
         if groups > 1:
             table, weight, bias = _autocast(reads.table, weight, bias)
-            parts = [
-                _grouped(part.values(), weight, bias, groups)
-                for part in Reads(table, reads.index, reads.count).tiles(GROUPED_BYTES)
-            ]
+            tiles = Reads(table, reads.index, reads.count).tiles(GROUPED_BYTES)
+            parts = [_grouped(part.values(), weight, bias, groups) for _, part in tiles]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         matrix = weight.permute(0, 2, 3, 1).flatten(1)  # [O, T * I]
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
@@ -216,10 +198,10 @@ class _GatherProduct(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         table, matrix, bias = _autocast(table, matrix, bias)
         ctx.save_for_backward(matrix, index, *(parts or (table,)))
-        ctx.make = make
-        sites, width = index.shape[0] * table.shape[1] // matrix.shape[1], matrix.shape[1]
-        out = table.new_empty(sites, matrix.shape[0])
-        for tile, taken in _tiles(table, index, width):
+        ctx.make, ctx.count = make, matrix.shape[1] // table.shape[1]
+        out = table.new_empty(index.shape[0] // ctx.count, matrix.shape[0])
+        for tile, part in Reads(table, index, ctx.count).tiles(TILE_BYTES):
+            taken = part.values().flatten(1)
             if bias is None:
                 torch.mm(taken, matrix.t(), out=out[tile])
             else:
@@ -231,27 +213,14 @@ class _GatherProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         matrix, index, *parts = ctx.saved_tensors
         table = ctx.make(*parts).to(matrix.dtype)
-        channels, count = table.shape[1], matrix.shape[1] // table.shape[1]
         grad_table = torch.zeros_like(table) if ctx.needs_input_grad[0] else None
         total = torch.zeros_like(matrix, dtype=torch.promote_types(matrix.dtype, torch.float32))
-        for tile, taken in _tiles(table, index, matrix.shape[1]):
-            part = grad[tile]
-            total += part.t() @ taken
+        for tile, part in Reads(table, index, ctx.count).tiles(TILE_BYTES):
+            total += grad[tile].t() @ part.values().flatten(1)
             if grad_table is not None:
-                rows = index[tile.start * count : tile.stop * count]
-                grad_table.index_add_(0, rows, (part @ matrix).reshape(-1, channels))
+                grad_table.index_add_(0, part.index, (grad[tile] @ matrix).reshape(-1, table.shape[1]))
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_table, total.to(matrix.dtype), grad_bias, None, None, *(None for _ in parts)
-
-
-def _tiles(table: Tensor, index: Tensor, width: int) -> Any:
-    """Yields (sites, their taps `[n, width]`)."""
-    count = width // table.shape[1]
-    sites, at_once = index.shape[0] // count, max(1, TILE_BYTES // (width * table.element_size()))
-    for first in range(0, sites, at_once):
-        tile = slice(first, min(first + at_once, sites))
-        rows = index[tile.start * count : tile.stop * count]
-        yield tile, table.index_select(0, rows).reshape(-1, width)
 
 
 def _autocast(table: Tensor, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

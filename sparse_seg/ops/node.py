@@ -64,6 +64,10 @@ class Graph:
         return {node.name: node for node in self.nodes}
 
     @property
+    def tensor_names(self) -> set[str]:
+        return {name for node in self.nodes for name in node.tensors.values()}
+
+    @property
     def own_code(self) -> list[str]:
         """The layers that run by their own code, see `ops/own_code.py`."""
         return [node.layer for node in self.nodes if node.op == "module"]

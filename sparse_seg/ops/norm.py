@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules._functions import SyncBatchNorm as synchronised
 
-from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, function, operator, reads
+from sparse_seg.ops.base import Tensors, function
+from sparse_seg.ops.call import Call, Ref, reads
 from sparse_seg.ops.node import Node
 
 AFFINE = ("weight", "bias")
@@ -17,50 +16,47 @@ COUNT = "num_batches_tracked"
 
 
 @reads("batch_norm")
-def read_batch_norm(call: Any) -> Any:
+def read_batch_norm(call: Call) -> Ref:
     if call.argument("training"):
-        raise UnknownOperator(f"{call.where}: a batch norm without running statistics")
-    names = {name: call.tensor(name) for name in (*AFFINE, "running_mean", "running_var")}
-    names[COUNT] = call.beside(names["running_mean"], COUNT)
-    return call.make(
-        "batch_norm", ["input"], names, eps=call.argument("eps"), momentum=call.argument("momentum")
-    )
+        raise call.error("a batch norm without running statistics")
+    tensors = call.named(*AFFINE, "running_mean", "running_var")
+    count = "".join(tensors["running_mean"].rpartition(".")[:2]) + COUNT  # of the same module
+    tensors |= {COUNT: count} if count in call.record.tensors else {}
+    options = {name: call.argument(name) for name in ("eps", "momentum")}
+    return call.make("batch_norm", tensors=tensors, **options)
 
 
-@operator("batch_norm")
-class BatchNorm(Operator):
-    """Tensors: running_mean, running_var, and, where it has them, weight and bias, `[C]` each, and
-    num_batches_tracked.
+def _check_batch_norm(node: Node, tensors: Tensors) -> None:
+    for name, tensor in tensors.items():  # PyTorch compares none of no images
+        if name != COUNT and tuple(tensor.shape) != (node.shape[1],):
+            raise ValueError(f"{name} is {list(tensor.shape)}, not [{node.shape[1]}]")
+    if not 0 < node.options["eps"] <= 1:
+        raise ValueError(f"eps is {node.options['eps']}")
+    if COUNT in tensors and tensors[COUNT].shape != ():
+        raise ValueError(f"{COUNT} is {list(tensors[COUNT].shape)}, not one number")
+
+
+@function("batch_norm", joins=True, check=_check_batch_norm)
+def batch_norm(
+    x: Tensor, *, running_mean: Tensor, running_var: Tensor, weight: Tensor | None = None,
+    bias: Tensor | None = None, num_batches_tracked: Tensor | None = None, eps: float, momentum: float,
+    frozen: bool = False, training: bool,
+) -> Tensor:  # fmt: skip
+    """Tensors `[C]`, but for num_batches_tracked, one number.
 
     In training its statistics are those of all sites, and on GPUs of all processes where several are joined,
-    as `nn.SyncBatchNorm` has them; with momentum 0 (PyTorch's None, as captured) the
-    running ones are the mean of all batches. Option `frozen`: always by running statistics.
+    as `nn.SyncBatchNorm` has them; with momentum 0 (PyTorch's None, as captured) the running ones are the
+    mean of all batches. frozen: always by running statistics.
     """
-
-    joins = True
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        weight, bias = (tensors.get(name) for name in AFFINE)
-        training = training and not node.options.get("frozen", False)
-        statistics = tensors["running_mean"], tensors["running_var"]
-        momentum = node.options["momentum"]
-        if training and COUNT in tensors:
-            tensors[COUNT].add_(1)
-            momentum = momentum or 1 / tensors[COUNT].item()
-        eps, count = node.options["eps"], _processes(inputs[0]) if training else 1
-        if count > 1:
-            group = torch.distributed.group.WORLD
-            return synchronised.apply(inputs[0], weight, bias, *statistics, eps, momentum, group, count)
-        return F.batch_norm(inputs[0], *statistics, weight, bias, training, momentum, eps)
-
-    def check(self, node: Node, tensors: Tensors) -> None:
-        for name, tensor in tensors.items():  # PyTorch compares none of no images
-            if name != COUNT and tuple(tensor.shape) != (node.shape[1],):
-                raise ValueError(f"{name} is {list(tensor.shape)}, not [{node.shape[1]}]")
-        if not 0 < node.options["eps"] <= 1:
-            raise ValueError(f"eps is {node.options['eps']}")
-        if COUNT in tensors and tensors[COUNT].shape != ():
-            raise ValueError(f"{COUNT} is {list(tensors[COUNT].shape)}, not one number")
+    training = training and not frozen
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        momentum = momentum or 1 / num_batches_tracked.item()
+    count = _processes(x) if training else 1
+    if count > 1:
+        group = torch.distributed.group.WORLD
+        return synchronised.apply(x, weight, bias, running_mean, running_var, eps, momentum, group, count)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _processes(x: Tensor) -> int:
@@ -70,12 +66,11 @@ def _processes(x: Tensor) -> int:
 
 
 @reads("group_norm", "instance_norm")
-def read_group_norm(call: Any) -> Any:
+def read_group_norm(call: Call) -> Ref:
     if call.operator == "instance_norm" and not call.argument("use_input_stats"):
-        raise UnknownOperator(f"{call.where}: an instance norm by running statistics")
-    groups = call.argument("num_groups", call.value_shape("input")[1])
-    names = {name: call.tensor(name) for name in AFFINE}
-    return call.make("group_norm", ["input"], names, groups=groups, eps=call.argument("eps"))
+        raise call.error("an instance norm by running statistics")
+    groups = call.argument("num_groups", call.value().shape[1])
+    return call.make("group_norm", tensors=call.named(*AFFINE), groups=groups, eps=call.argument("eps"))
 
 
 @function("group_norm", needs_grid=True)
@@ -87,11 +82,10 @@ def group_norm(
 
 
 @reads("layer_norm")
-def read_layer_norm(call: Any) -> Any:
-    if len(call.argument("normalized_shape")) != 1 or not call.is_last("input"):
-        raise UnknownOperator(f"{call.where}: a layer norm over more than the channels of a place")
-    names = {name: call.tensor(name) for name in AFFINE}
-    return call.make("layer_norm", ["input"], names, eps=call.argument("eps"))
+def read_layer_norm(call: Call) -> Ref:
+    if len(call.argument("normalized_shape")) != 1 or not call.value().is_last:
+        raise call.error("a layer norm over more than the channels of a place")
+    return call.make("layer_norm", tensors=call.named(*AFFINE), eps=call.argument("eps"))
 
 
 @function("layer_norm")

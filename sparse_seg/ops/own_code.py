@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, operator, reads
+from sparse_seg.ops.base import Operator, Tensors, operator
+from sparse_seg.ops.call import Call, Ref, reads
 from sparse_seg.ops.node import Node
 
 
@@ -49,12 +50,12 @@ def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
 
 
 @reads("own_code")
-def read_own_code(call: Any) -> Any:
-    if not call.are_grids("inputs"):
-        raise UnknownOperator(f"{call.where} reads more than grids of the image")
+def read_own_code(call: Call) -> Ref:
+    if any(ref.form != "first" or ref.is_vector for ref in call.values("inputs")):
+        raise call.error("reads more than grids of the image")
     part: Part = call.argument("part")
     tensors = {name: f"{part.name}.{name}" for name in part.tensors}
-    return call.make("module", ["inputs"], tensors, module=part.skeleton, macs=part.macs)
+    return call.make("module", tensors=tensors, module=part.skeleton, macs=part.macs)
 
 
 class Part:

@@ -9,54 +9,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg.ops.base import (
-    OPERATORS,
-    READERS,
-    Function,
-    Operator,
-    Tensors,
-    UnknownOperator,
-    function,
-    operator,
-    reads,
-)
+from sparse_seg.ops.base import OPERATORS, Function, Tensors, function
+from sparse_seg.ops.call import READERS, Call, Ref, reads
 from sparse_seg.ops.node import Node
 
-
-class Activation(Function):
-    """A function of one value; options have PyTorch's names."""
-
-    def overwrite(self, node: Node, inputs: list[Tensor]) -> Tensor | None:
-        return inputs[0].relu_() if node.op == "relu" else None
-
-
-UNARY = {
-    "relu": Activation(F.relu, ()),
-    "relu6": Activation(F.relu6, ()),
-    "hardtanh": Activation(F.hardtanh, ("min_val", "max_val")),
-    "hardswish": Activation(F.hardswish, ()),
-    "hardsigmoid": Activation(F.hardsigmoid, ()),
-    "sigmoid": Activation(torch.sigmoid, ()),
-    "silu": Activation(F.silu, ()),
-    "gelu": Activation(F.gelu, ("approximate",)),
-    "leaky_relu": Activation(F.leaky_relu, ("negative_slope",)),
-    "elu": Activation(F.elu, ("alpha",)),
-    "tanh": Activation(torch.tanh, ()),
-    "mish": Activation(F.mish, ()),
-    "softplus": Activation(F.softplus, ("beta", "threshold")),
-    "clamp": Activation(torch.clamp, ("min", "max")),
-    "neg": Activation(torch.neg, ()),
-    "exp": Activation(torch.exp, ()),
-    "sqrt": Activation(torch.sqrt, ()),
-    "abs": Activation(torch.abs, ()),
+UNARY = {  # options have PyTorch's names
+    "relu": Function(F.relu, overwrite=lambda node, inputs: inputs[0].relu_()),
+    "relu6": Function(F.relu6),
+    "hardtanh": Function(F.hardtanh, "min_val", "max_val"),
+    "hardswish": Function(F.hardswish),
+    "hardsigmoid": Function(F.hardsigmoid),
+    "sigmoid": Function(torch.sigmoid),
+    "silu": Function(F.silu),
+    "gelu": Function(F.gelu, "approximate"),
+    "leaky_relu": Function(F.leaky_relu, "negative_slope"),
+    "elu": Function(F.elu, "alpha"),
+    "tanh": Function(torch.tanh),
+    "mish": Function(F.mish),
+    "softplus": Function(F.softplus, "beta", "threshold"),
+    "clamp": Function(torch.clamp, "min", "max"),
+    "neg": Function(torch.neg),
+    "exp": Function(torch.exp),
+    "sqrt": Function(torch.sqrt),
+    "abs": Function(torch.abs),
 }
 OPERATORS.update(UNARY)
 
 
 @reads(*UNARY, *(f"{name}_" for name in UNARY))
-def read_unary(call: Any) -> Any:
+def read_unary(call: Call) -> Ref:
     name = call.operator.removesuffix("_")
-    return call.make(name, [call.first], {}, **{key: call.argument(key) for key in UNARY[name].options})
+    return call.make(name, **{key: call.argument(key) for key in UNARY[name].options})
 
 
 @function("prelu")
@@ -66,8 +49,8 @@ def prelu(x: Tensor, *, weight: Tensor) -> Tensor:
 
 
 @reads("prelu")
-def read_prelu(call: Any) -> Any:
-    return call.make("prelu", ["self"], {"weight": call.tensor("weight")})
+def read_prelu(call: Call) -> Ref:
+    return call.make("prelu", tensors=call.named("weight"))
 
 
 # -- two values, or a value and a constant -----------------------------------------------------------------
@@ -83,12 +66,9 @@ BINARY: dict[str, Callable[[Any, Any], Tensor]] = {
 }
 
 
-class Arithmetic(Operator):
+class Arithmetic(Function):
     """Of two values; or of one and a number (`number`) or a tensor of a value for each channel (`tensor`,
     whose channel axes are `axes`), before it where `first` says so."""
-
-    def __init__(self, function: Callable[[Any, Any], Tensor]) -> None:
-        self.function = function
 
     def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
         if len(inputs) == 2:
@@ -106,27 +86,27 @@ class Arithmetic(Operator):
         return first.add_(*others) if node.op == "add" and others and same else None
 
 
-for _name, _function in BINARY.items():
-    OPERATORS[_name] = Arithmetic(_function)
+OPERATORS.update({name: Arithmetic(call) for name, call in BINARY.items()})
 
 
-def _read_binary(name: str, first: str = "self", second: str = "other") -> Callable[[Any], Any]:
-    def read(call: Any) -> Any:
+def _read_binary(name: str, first: str = "self", second: str = "other") -> Callable[[Call], Ref]:
+    def read(call: Call) -> Ref:
         values = [key for key in (first, second) if call.is_value(key)]
         if float(call.argument("alpha", 1)) != 1:
-            raise UnknownOperator(f"{call.where}: arithmetic with alpha={call.argument('alpha')}")
-        if call.argument("rounding_mode", None) is not None:
-            raise UnknownOperator(f"{call.where}: a division that rounds")
+            raise call.error(f"arithmetic with alpha={call.argument('alpha')}")
+        if call.argument("rounding_mode") is not None:
+            raise call.error("a division that rounds")
         if len(values) == 2:
-            return call.make(name, values, {})
+            return call.make(name, *values)
         constant = second if values == [first] else first
         options: dict[str, Any] = {"first": True} if constant == first else {}
         number = call.argument(constant)
         if isinstance(number, (int, float)):
-            return call.make(name, values, {}, number=number, **options)
+            return call.make(name, *values, number=number, **options)
         tensor = call.tensor(constant)
-        axes = call.channel_axes(call.shape_of(tensor), values[0])
-        return call.make(name, values, {"tensor": tensor}, axes=axes, **options)
+        assert tensor is not None
+        axes = call.channel_axes(tensor.shape, call.value(values[0]))
+        return call.make(name, *values, tensors={"tensor": tensor.name}, axes=axes, **options)
 
     return read
 
@@ -140,24 +120,14 @@ READERS["pow"] = READERS["pow_"] = _read_binary("pow", "self", "exponent")
 # -- dropout -----------------------------------------------------------------------------------------------
 
 
-@operator("dropout")
-class Dropout(Operator):
-    """Options: p; `whole`: whole channels of an image at once."""
-
-    joins = True
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        (x,), p, whole = inputs, node.options["p"], node.options["whole"]
-        if not training or p == 0:
-            return x
-        return F.dropout2d(x, p) if whole and x.ndim == 4 else F.dropout(x, p)
+@function("dropout", joins=True)
+def dropout(x: Tensor, *, p: float, whole: bool, training: bool) -> Tensor:
+    """whole: whole channels of an image at once."""
+    if not training or p == 0:
+        return x
+    return F.dropout2d(x, p) if whole and x.ndim == 4 else F.dropout(x, p)
 
 
-@reads("dropout", "dropout_")
-def read_dropout(call: Any) -> Any:
-    return call.make("dropout", ["input"], {}, p=call.argument("p"), whole=False)
-
-
-@reads("feature_dropout", "feature_dropout_")
-def read_feature_dropout(call: Any) -> Any:
-    return call.make("dropout", ["input"], {}, p=call.argument("p"), whole=True)
+@reads("dropout", "dropout_", "feature_dropout", "feature_dropout_")
+def read_dropout(call: Call) -> Ref:
+    return call.make("dropout", p=call.argument("p"), whole=call.operator.startswith("feature"))

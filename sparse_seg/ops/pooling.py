@@ -9,18 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.ops.base import (
-    Operator,
     Pads,
     Pair,
     Reads,
     Spatial,
     Tensors,
-    UnknownOperator,
     function,
     operator,
     pair,
-    reads,
+    window_options,
 )
+from sparse_seg.ops.call import Call, Ref, reads
 from sparse_seg.ops.node import Node
 
 MOST_PLACES = 64  # along a side, that a pooling gives whatever the image
@@ -79,27 +78,25 @@ class AvgPool2d(Pool):
 
 
 @reads("max_pool2d")
-def read_max_pool(call: Any) -> Any:
-    return _read_pool(call, "max_pool2d", call.argument("dilation"))
+def read_max_pool(call: Call) -> Ref:
+    return call.make("max_pool2d", **_window_of(call))
 
 
 @reads("avg_pool2d")
-def read_avg_pool(call: Any) -> Any:
+def read_avg_pool(call: Call) -> Ref:
     if call.argument("divisor_override") is not None:
-        raise UnknownOperator(f"{call.where}: an average pooling with divisor_override")
-    shape, kernel = call.value_shape("self"), pair(call.argument("kernel_size"))
-    if kernel == tuple(shape[-2:]):
-        return call.make("global_mean", ["self"], {})
+        raise call.error("an average pooling with divisor_override")
+    window = _window_of(call)
+    if window["kernel"] == list(call.value().node.size):
+        return call.make("global_mean")
     # beyond the border, ceil_mode's windows are cut off and never counted
-    outside = call.argument("count_include_pad") and pair(call.argument("padding"), 0) != (0, 0)
-    return _read_pool(call, "avg_pool2d", 1, count_outside=bool(outside))
+    outside = call.argument("count_include_pad") and window["padding"] != [0, 0]
+    return call.make("avg_pool2d", **window, count_outside=bool(outside))
 
 
-@torch.library.custom_op("sparse_seg::dilated_mean", mutates_args=())
-def dilated_mean(grid: Tensor, stride: int, dilation: int) -> Tensor:
-    """Mean of each place and those `dilation` cells right, below, and diagonal, as far as they are inside:
-    `nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)`, which PyTorch has not dilated."""
-    return _window_mean(grid, stride, dilation)
+def _window_of(call: Call) -> dict[str, Any]:
+    kernel, stride, dilation, padding = map(call.argument, ("kernel_size", "stride", "dilation", "padding"))
+    return window_options(kernel, stride or kernel, dilation, padding)
 
 
 def _window_mean(grid: Tensor, stride: int, dilation: int) -> Tensor:
@@ -113,38 +110,24 @@ def _window_mean(grid: Tensor, stride: int, dilation: int) -> Tensor:
     return window_sum(grid) / window_sum(grid.new_ones(1, 1, *grid.shape[2:]))
 
 
-@dilated_mean.register_fake
-def _(grid: Tensor, stride: int, dilation: int) -> Tensor:
-    return grid.new_empty(*grid.shape[:2], -(-grid.shape[2] // stride), -(-grid.shape[3] // stride))
+_LIBRARY = torch.library.Library("sparse_seg", "FRAGMENT")
+_LIBRARY.define("dilated_mean(Tensor grid, int stride, int dilation) -> Tensor")
+_LIBRARY.impl("dilated_mean", _window_mean, "CompositeImplicitAutograd")
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.shape, ctx.sides = inputs[0].shape, inputs[1:]
+def dilated_mean(grid: Tensor, stride: int, dilation: int) -> Tensor:
+    """Mean of each place and those `dilation` cells right, below, and diagonal, as far as they are inside:
+    `nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)`, which PyTorch has not dilated.
 
-
-def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    with torch.enable_grad():
-        grid = grad.new_zeros(ctx.shape, requires_grad=True)
-        mean = _window_mean(grid, *ctx.sides)
-    return torch.autograd.grad(mean, grid, grad)[0], None, None
-
-
-dilated_mean.register_autograd(_mean_backward, setup_context=_remember)
+    An operator of its own, so that a graph has it whole.
+    """
+    return torch.ops.sparse_seg.dilated_mean(grid, stride, dilation)
 
 
 @reads("dilated_mean")
-def read_dilated_mean(call: Any) -> Any:
-    sides = {"stride": [call.argument("stride")] * 2, "dilation": [call.argument("dilation")] * 2}
-    return call.make("avg_pool2d", ["grid"], {}, kernel=[2, 2], **sides, padding=[0, 0], count_outside=False)
-
-
-def _read_pool(call: Any, name: str, dilation: Any, **options: Any) -> Any:
-    kernel = pair(call.argument("kernel_size"))
-    stride = kernel if not call.argument("stride") else pair(call.argument("stride"))
-    sides = {"kernel": kernel, "stride": stride, "dilation": pair(dilation)}
-    lists = {key: list(value) for key, value in sides.items()}
-    padding = list(pair(call.argument("padding"), 0))
-    return call.make(name, ["self"], {}, **lists, padding=padding, **options)
+def read_dilated_mean(call: Call) -> Ref:
+    window = window_options(2, call.argument("stride"), call.argument("dilation"))
+    return call.make("avg_pool2d", **window, count_outside=False)
 
 
 # -- whole images ------------------------------------------------------------------------------------------
@@ -161,23 +144,19 @@ def global_max(x: Tensor) -> Tensor:
     return x.amax((-2, -1), keepdim=True)
 
 
-@operator("adaptive_avg_pool2d")
-class AdaptiveAvgPool2d(Operator):
+def _check_places(node: Node, tensors: Tensors) -> None:
+    if node.size != pair(node.options["size"]) or max(node.size) > MOST_PLACES:
+        raise ValueError(f"{node.options['size']} places are not {list(node.size)}, or too many")
+
+
+@function("adaptive_avg_pool2d", is_pool=True, needs_grid=True, check=_check_places)
+def adaptive_avg_pool2d(x: Tensor, *, size: Pair) -> Tensor:
     """To `size` places, whatever the image, on complete grids alone: a vector of so many places."""
-
-    is_pool = needs_grid = True
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        (x,), size = inputs, pair(node.options["size"])
-        if not torch.onnx.is_in_onnx_export():
-            return F.adaptive_avg_pool2d(x, size)
-        # ONNX has it for sizes alone that divide the grid's
-        down, across = (_bins(int(n), count).to(x) for n, count in zip(x.shape[2:], size, strict=True))
-        return torch.matmul(torch.matmul(down, x), across.t())
-
-    def check(self, node: Node, tensors: Tensors) -> None:
-        if node.size != pair(node.options["size"]) or max(node.size) > MOST_PLACES:
-            raise ValueError(f"{node.options['size']} places are not {list(node.size)}, or too many")
+    if not torch.onnx.is_in_onnx_export():
+        return F.adaptive_avg_pool2d(x, pair(size))
+    # ONNX has it for sizes alone that divide the grid's
+    down, across = (_bins(int(n), count).to(x) for n, count in zip(x.shape[2:], pair(size), strict=True))
+    return torch.matmul(torch.matmul(down, x), across.t())
 
 
 def _bins(length: int, count: int) -> Tensor:
@@ -188,35 +167,33 @@ def _bins(length: int, count: int) -> Tensor:
 
 
 @reads("adaptive_avg_pool2d")
-def read_adaptive(call: Any) -> Any:
+def read_adaptive(call: Call) -> Ref:
     size = pair(call.argument("output_size"))
-    if size == (1, 1):
-        return call.make("global_mean", ["self"], {})
-    return call.make("adaptive_avg_pool2d", ["self"], {}, size=list(size))
+    return call.make("global_mean") if size == (1, 1) else call.make("adaptive_avg_pool2d", size=list(size))
 
 
 @reads("adaptive_max_pool2d")
-def read_adaptive_max(call: Any) -> Any:
+def read_adaptive_max(call: Call) -> list[Ref]:
     if pair(call.argument("output_size")) != (1, 1):
-        raise UnknownOperator(f"{call.where}: adaptive max pooling to more than one place")
-    return [call.make("global_max", ["self"], {})] * len(call.shapes)
+        raise call.error("adaptive max pooling to more than one place")
+    return [call.make("global_max")] * len(call.shapes)
 
 
 @reads("mean", "amax", "sum")
-def read_mean(call: Any) -> Any:
+def read_mean(call: Call) -> Ref:
     """Over height and width, or over a channel axis."""
-    name, key = call.operator, call.first
-    shape, axes = call.value_shape(key), call.argument("dim")
-    axes = [axes] if isinstance(axes, int) else list(axes or range(len(shape)))
-    axes = sorted(call.channel_axis(axis, key) for axis in axes)
-    if axes == [len(shape) - 2, len(shape) - 1]:
+    name, value, axes = call.operator, call.value(), call.argument("dim")
+    rank = len(value.shape)
+    axes = [axes] if isinstance(axes, int) else list(axes or range(rank))
+    axes = sorted(value.channel_axis(axis) for axis in axes)
+    if axes == [rank - 2, rank - 1]:
         if name == "sum":
-            raise UnknownOperator(f"{call.where}: a sum over an image, which grows with its size")
-        return call.make("global_mean" if name == "mean" else "global_max", [key], {})
-    if len(axes) == 1 and 1 <= axes[0] <= len(shape) - 3 and name in ("sum", "mean"):
-        count = {"count": shape[axes[0]]} if name == "mean" else {}
+            raise call.error("a sum over an image, which grows with its size")
+        return call.make("global_mean" if name == "mean" else "global_max")
+    if len(axes) == 1 and 1 <= axes[0] <= rank - 3 and name in ("sum", "mean"):
+        count = {"count": value.shape[axes[0]]} if name == "mean" else {}
         keep = bool(call.argument("keepdim"))
-        if not keep and len(shape) == 4:
-            raise UnknownOperator(f"{call.where}: a {name} over all channels that drops their axis")
-        return call.make("sum", [key], {}, axis=axes[0], keep=keep, **count)
-    raise UnknownOperator(f"{call.where}: a {name} over axes {axes}")
+        if not keep and rank == 4:
+            raise call.error(f"a {name} over all channels that drops their axis")
+        return call.make("sum", axis=axes[0], keep=keep, **count)
+    raise call.error(f"a {name} over axes {axes}")

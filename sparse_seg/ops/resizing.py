@@ -6,51 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_seg.ops.base import Operator, Tensors, UnknownOperator, function, operator, reads
-from sparse_seg.ops.node import Node
+from sparse_seg.ops.base import OPERATORS, Operator, function
+from sparse_seg.ops.call import Call, Ref, reads
 
-
-@operator("resize")
-class Resize(Operator):
-    """To the stride that its captured size tells; options align_corners, and `nearest` in place of bilinear.
-
-    `run/` gives it its geometry.
-    """
-
-    needs_grid = True
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        return inputs[0]  # of a vector
-
-
-@reads("upsample_bilinear2d")
-def read_bilinear(call: Any) -> Any:
-    return call.make("resize", [call.first], {}, align_corners=bool(call.argument("align_corners")))
-
-
-@reads("upsample_nearest2d")
-def read_nearest(call: Any) -> Any:
-    return call.make("resize", [call.first], {}, align_corners=False, nearest=True)
-
-
-@reads("upsample_bicubic2d", "_upsample_nearest_exact2d")
-def read_other(call: Any) -> Any:
-    if call.is_vector(call.first):
-        return call.make("resize", [call.first], {}, align_corners=False)
-    raise UnknownOperator(f"{call.where}: resizing is known bilinear and nearest, not as {call.operator}")
-
-
-@operator("image")
-class Image(Operator):
-    """The network's input."""
-
-
-@operator("zeros")
-class Zeros(Operator):
-    """A vector `[1, C, 1, 1]` of zeros, the start of what stands outside a padded image."""
-
-    def apply(self, node: Node, tensors: Tensors, inputs: list[Tensor], training: bool) -> Tensor:
-        raise NotImplementedError  # it is made in the images' dtype, see `run/`
+# `run/` makes the first two, `zeros` in the images' dtype; `graph/rewrite.py` gives the last to the window
+# that reads it
+OPERATORS["image"] = Operator()  # the network's input
+OPERATORS["zeros"] = Operator()  # a vector `[1, C, 1, 1]`, the start of what stands outside a padded image
+OPERATORS["pad"] = Operator()  # options pads, places left, right, above, below; value, what stands there
 
 
 @function("constant")
@@ -59,22 +22,32 @@ def constant(*, value: Tensor) -> Tensor:
     return value
 
 
-@operator("pad")
-class Pad(Operator):
-    """As a layer of its own: `graph/rewrite.py` gives it to the window that reads it.
+@function("resize", needs_grid=True)
+def resize(x: Tensor) -> Tensor:
+    """A vector, as it is; grids go to the stride that the captured size tells, by `run/`.
 
-    Options: pads, places left, right, above, below; value, what stands there.
+    Options: align_corners, and `nearest` in place of bilinear.
     """
+    return x
+
+
+@reads("upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d", "_upsample_nearest_exact2d")
+def read_resize(call: Call) -> Ref:
+    nearest: dict[str, Any] = {"nearest": True} if call.operator == "upsample_nearest2d" else {}
+    if call.operator not in ("upsample_bilinear2d", "upsample_nearest2d") and not call.value().is_vector:
+        raise call.error(f"resizing is known bilinear and nearest, not as {call.operator}")
+    align_corners = call.operator == "upsample_bilinear2d" and bool(call.argument("align_corners"))
+    return call.make("resize", align_corners=align_corners, **nearest)
 
 
 @reads("pad", "constant_pad_nd")
-def read_pad(call: Any) -> Any:
+def read_pad(call: Call) -> Ref:
     pads = [int(count) for count in call.argument("pad")]
     if call.argument("mode", "constant") != "constant":
-        raise UnknownOperator(f"{call.where}: padding by {call.argument('mode')}")
-    if len(pads) not in (2, 4) or call.is_last(call.first):
-        raise UnknownOperator(f"{call.where}: padding of other axes than height and width")
+        raise call.error(f"padding by {call.argument('mode')}")
+    if len(pads) not in (2, 4) or call.value().is_last:
+        raise call.error("padding of other axes than height and width")
     pads += [0] * (4 - len(pads))
     if not any(pads):
-        return call.same(call.first)
-    return call.make("pad", [call.first], {}, pads=pads, value=float(call.argument("value") or 0))
+        return call.value()
+    return call.make("pad", pads=pads, value=float(call.argument("value") or 0))

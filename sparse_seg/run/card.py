@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparse_seg.data.palette import Colour, default_palette
+from sparse_seg.data.class_file import Colour, default_palette
 from sparse_seg.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from sparse_seg.run.images import MIN_SIZE
 

@@ -35,7 +35,8 @@ def check_dtype(images: Tensor, tensors: Iterable[Tensor]) -> None:
 
 def warn_of_bytes(images: Tensor) -> None:
     """On the CPU, warn of values that look like bytes: none negative, some far above a normalised image's."""
-    if images.device.type == "cpu":  # elsewhere a look at the values would wait for the device
+    # elsewhere a look at the values would wait for the device; compiled, it would cut the graph
+    if images.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (value.item() for value in images.detach().aminmax())
         if low >= 0 and high > LIKE_BYTES:
             warnings.warn(

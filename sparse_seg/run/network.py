@@ -15,10 +15,10 @@ from sparse_seg.config import MaskConfig, ModelConfig
 from sparse_seg.config.keys import choices
 from sparse_seg.errors import ConfigError, SparseSegError, TrainingError, choose_one
 from sparse_seg.graph import Geometry, fold_norms
-from sparse_seg.graph.reading import COMPUTED
 from sparse_seg.masks import POLICIES, MaskPolicy, block_levels, build_policy
 from sparse_seg.networks.encoder_decoder import EncoderDecoder
 from sparse_seg.ops import OPERATORS, Graph
+from sparse_seg.ops.call import COMPUTED
 from sparse_seg.run.card import Card
 from sparse_seg.run.passes import Pass
 from sparse_seg.run.patch import check_patch

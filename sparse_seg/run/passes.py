@@ -73,14 +73,17 @@ class Pass:
         self._way = way = way or Way()
         if way.output_stride is not None:
             self.model.check_way(way)
-            self.mask, self._stride, self._values, self._patched = None, way.output_stride, None, None
+            self._forget(way.output_stride)
             return self
         policy = policy or self.model.policy_for(way)
+        if self._coarse is None or self._stride is not None:
+            self._forget()  # a policy that asks for the coarse pass starts what is then refined
         fine_blocks = policy(self)
         finest = self.model.strides[0]
         size = grid_size(self._run.size, finest)
         self._add("mask", policy.macs(size, finest, len(self.images)))
-        return self.take(fine_blocks, way)
+        count = policy.fine_count(fine_blocks[0].numel())
+        return self._take(fine_blocks, way, None if count is None else len(self.images) * count)
 
     def take(self, fine_blocks: Tensor, way: Way | None = None) -> Pass:
         """Run under this mask, see `Predicting.forward`. After a coarse pass, refine it; merge `patch` starts
@@ -95,7 +98,14 @@ class Pass:
             SparseSegError: a merge that the network has not, with this exchange rule.
             EngineError: the engine is spconv, which is missing, broken, or cannot run this dtype or backward.
         """
-        self._way = way = way or Way()
+        return self._take(fine_blocks, way or Way())
+
+    def _take(self, fine_blocks: Tensor, way: Way, count: int | None = None) -> Pass:
+        """
+        Args:
+            count: of the mask's fine blocks, where it is known: a CUDA device is then not waited for.
+        """
+        self._way = way
         self.model.check_way(way)
         levels, geometry = self._levels(fine_blocks), self.model.geometry
         if self._patches and self._coarse is None and not (self._with_grad or self._run.training):
@@ -109,16 +119,17 @@ class Pass:
         plans = self.model.plans(len(self.images), self._run.size, self.images.device)
         near, exchange = geometry.near(self._run.size), way.exchange or self.model.exchange
         engine = way.engine or self.model.engine
-        sites = Sites.of_mask(levels, plans, exchange, near, before, engine)
+        known = count if len(plans) == 1 and before is None else None
+        sites = Sites.of_mask(levels, plans, exchange, near, before, engine, known)
         coarse = self._coarse if refines else None
         with self.context():
             if self._patches and not self._run.training:
                 coarse = self._with_late(coarse)
-            known = self._values if before is not None else None
+            earlier = self._values if before is not None else None
             kept = self.model.auxiliary[1:] if self.model.training else ()
-            self._values = self._run.mixed(sites, coarse, known, not self._patches, kept)
+            self._values = self._run.mixed(sites, coarse, earlier, not self._patches, kept)
             self._patched = patched(self._run, sites, coarse, self._values) if self._patches else None
-        self.mask, self._sites, self._stride = fine_blocks, sites, None
+        self.mask, self._sites, self._stride = fine_blocks.clone(), sites, None  # the caller's may change
         return self
 
     def fork(self) -> Pass:
@@ -143,8 +154,8 @@ class Pass:
         """Logits of the dense network at the coarsest stride, at every `every`-th pixel.
 
         In eval mode without gradients this pass then refines what was run here. Where the lattice depends on
-        the mask (exchange `separate`, or layers that mix phases) it cannot: the coarse pass is then one of
-        its own, which shares early values alone.
+        the mask (exchange `separate`, or layers that mix phases) it cannot, and where a way to run is chosen
+        it must not: the coarse pass is then one of its own, which shares early values alone.
 
         Returns:
             Float32 or more, `[B, K, ceil(H/every), ceil(W/every)]`.
@@ -152,7 +163,8 @@ class Pass:
         if self.model.training or self._with_grad:
             with eval_mode(self.model):
                 return Pass(self.model, self.images).coarse_logits(every, stored_dtype)
-        if self._coarse is None and not self.model.refines(self._way):
+        is_chosen = self.mask is not None or self._stride is not None
+        if self._coarse is None and (is_chosen or not self.model.refines(self._way)):
             with self.context():
                 beside = self._run.dense(self.model.strides[-1])
             return self._run.upsample(self._run.output(beside), every)
@@ -327,7 +339,14 @@ class Pass:
         self._coarse = anew | coarse
         return self._coarse
 
+    def _forget(self, stride: int | None = None) -> None:
+        """Drop what was run, but for a coarse pass, to run dense at a stride or, next, selectively."""
+        self.mask, self._sites, self._values, self._patched = None, None, None, None
+        self._stride = stride
+
     def _levels(self, fine_blocks: Tensor) -> Tensor:
+        if not isinstance(fine_blocks, Tensor):
+            raise ValueError(f"fine_blocks must be a tensor, not {type(fine_blocks).__name__}")
         expected, count = block_shape(self.images, self.model.strides[-1]), len(self.model.strides) - 1
         if tuple(fine_blocks.shape) != expected or fine_blocks.dtype not in (torch.bool, torch.int64):
             raise ValueError(
@@ -335,7 +354,7 @@ class Pass:
                 f"{list(self.images.shape)}, not {fine_blocks.dtype} {list(fine_blocks.shape)}"
             )
         levels = block_levels(fine_blocks, self.model.strides).to(self.images.device)
-        if bool(((levels < 0) | (levels > count)).any()):
+        if fine_blocks.dtype != torch.bool and bool(((levels < 0) | (levels > count)).any()):
             raise ValueError(f"levels must lie in 0..{count} for the strides {list(self.model.strides)}")
         return levels
 

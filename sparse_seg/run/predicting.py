@@ -52,9 +52,14 @@ class Predicting(ABC):
             output_stride: run dense at this stride; None: selective.
             policy: overrides the model's own; labels: see `start`.
             fine_blocks: the mask, where no policy is to choose it.
+
+        Raises:
+            ValueError: see `forward`; or both a stride and a mask.
         """
+        if output_stride is not None and fine_blocks is not None:
+            raise ValueError("a dense run has no mask: give output_stride or fine_blocks")
         run = self.start(images, labels)
-        if output_stride is None and fine_blocks is not None:
+        if fine_blocks is not None:
             run.take(fine_blocks)
         else:
             run.follow(Way(output_stride), policy)

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.graph import Geometry
+from sparse_seg.graph.rewrite import FUSED
 from sparse_seg.ops import OPERATORS, Node, Spatial
 from sparse_seg.ops.upsample import at_least_float32, axis_shares, upsample_logits
-from sparse_seg.run.windows import Windows
+from sparse_seg.run.side_stream import SideStream
+from sparse_seg.run.windows import Windows, fuses
 from sparse_seg.sites import Grid, Level, Mixed, Sites, grid_size, rows_to_grid
+from sparse_seg.sites.values import Epilogue
 
 Value = Any  # a Grid, a Mixed, or a tensor: a vector of each image `[B, C, 1, 1]`
 Values = dict[str, Value]
@@ -33,6 +36,7 @@ class Interpreter(Windows):
         images: `[B, 3, H, W]`.
         training: how norms and dropout behave, but for
         frozen: names of those in eval mode.
+        side: where mixed runs are, beside the dense one before them; None: behind it.
         count: told of each node that ran, and at how many places.
     """
 
@@ -44,10 +48,11 @@ class Interpreter(Windows):
         training: bool = False,
         count: Callable[[Node, int], None] | None = None,
         frozen: Collection[str] = (),
+        side: SideStream | None = None,
     ) -> None:
         super().__init__(geometry, tensors, (int(images.shape[2]), int(images.shape[3])), count)
         self.images, self.batch = images, int(images.shape[0])
-        self.training, self.frozen = training, frozen
+        self.training, self.frozen, self.side = training, frozen, side
         self._shared: set[str] = set()  # values that a run must not overwrite
         self._early: Values | None = None
         self._stored = False  # whether they are kept in another dtype
@@ -118,22 +123,25 @@ class Interpreter(Windows):
         def compute(node: Node, read: list[Value]) -> Value:
             kind, name = self.geometry.kind[node.name], node.name
             known = coarse is not None and name not in self.geometry.masked
+            stored = self.awaited(coarse, name) if coarse is not None and known else None
             if kind == "rows":
-                stored = (coarse or {}).get(name)
                 lattice = self._restored(stored) if known else self._lattice(node, read, sites)
                 return self._mixed(node, read, sites, lattice, (before or {}).get(name))
             if kind == "vector":
-                return coarse[name] if known and coarse and name in coarse else self._vector(node, read)
+                return self._vector(node, read) if stored is None else stored
             return self._dense(node, [_grid(one) for one in read], cells)
 
-        nodes = self._later(late)
+        # with known lattices nothing reads the values between
+        fused = coarse is not None and not wanted and fuses(sites.engine, self.images.device)
+        nodes = self._later(late, fused)
         kept = self.geometry.kept_rows if late else self.geometry.kept_rows | self.geometry.entries
         return self._run(nodes, dict(self.early()), {*kept, *wanted}, compute, coarse or ())
 
-    def _later(self, late: bool) -> list[Node]:
-        """What is not early, with late values or without."""
+    def _later(self, late: bool, fused: bool = False) -> list[Node]:
+        """What is not early, with late values or without; `fused`: as `Geometry.fused`."""
         first, kind = self.geometry.first, self.geometry.kind
-        nodes = (node for node in self.geometry.graph.nodes if node.name not in first)
+        every = self.geometry.fused if fused else self.geometry.graph.nodes
+        nodes = (node for node in every if node.name not in first)
         return [node for node in nodes if late or kind[node.name] != "late"]
 
     def late(self, values: Mapping[str, Value]) -> Grid:
@@ -149,6 +157,12 @@ class Interpreter(Windows):
     def output(self, values: Mapping[str, Value]) -> Grid:
         """The grid of logits in what a run gave."""
         return _grid(values[self.geometry.graph.output])
+
+    def awaited(self, values: Mapping[str, Value], name: str) -> Value:
+        """What a dense run gave, None if it did not; a side stream waits for it."""
+        if self.side is not None:
+            self.side.needs(name)
+        return values.get(name)
 
     def upsample(self, grid: Grid, every: int = 1) -> Tensor:
         """A grid of logits in float32 or more at every `every`-th pixel of the images."""
@@ -181,6 +195,8 @@ class Interpreter(Windows):
         for node in nodes:
             if node.name not in values:
                 values[node.name] = compute(node, [values[name] for name in node.inputs])
+                if self.side is not None and node.name in wanted:
+                    self.side.computed(node.name)
             for name in node.inputs:
                 left[name] -= 1
                 if not left[name] and name in values:
@@ -290,14 +306,23 @@ class Interpreter(Windows):
         if node.name in self.geometry.masked:  # a last pooling changes with each step, so all sites do
             read = [one.whole if isinstance(one, Mixed) else one for one in read]
             sites, before = sites.whole, None
-        stride, operator = self.geometry.lattice(node.name), OPERATORS[node.op]
+        stride = self.geometry.lattice(node.name)
+        ends: dict[int, Epilogue] = {}
         levels = {one: level for one, level in sites.levels.items() if one < stride}
-        if self.trains(node) and operator.joins:
+        if node.op == FUSED:
+            for one, level in levels.items():
+                added = _rows(read[1], one, level) if len(read) > 1 else None
+                ends[one] = Epilogue(added, *node.options["bounds"])
+            node = self.geometry.graph.node(node.options["conv"])
+        if self.trains(node) and OPERATORS[node.op].joins:
             return self._joined(node, read[0], sites, levels, stride)
         for level in levels.values() if self.count is not None else ():
             self.counted(node, level.num_run)
         if node.name in self.taps:
-            rows = self.extra_rows(node, read[0], sites, levels)
+            rows = self.extra_rows(node, read[0], sites, levels, ends)
+        elif ends:
+            pairs = levels.items()
+            rows = {one: self.own_rows(node, _rows(read[0], one, own), own, ends[one]) for one, own in pairs}
         else:
             rows = {
                 one: self._applied(node, [_rows(value, one, level) for value in read], False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparse_seg.config import ModelConfig
-from sparse_seg.errors import CheckpointError, ConfigError, first_line
+from sparse_seg.errors import CheckpointError, ConfigError, and_more, first_line
 from sparse_seg.networks.encoder_decoder import EncoderDecoder, build_module, captured_stride
 
 
@@ -55,7 +55,7 @@ def check_shapes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], sourc
     faults = shape_faults(own, weights)
     if faults:
         raise CheckpointError(
-            f"{source} does not fit the configured model: {_first(faults)}; check model.* keys"
+            f"{source} does not fit the configured model: {and_more(faults)}; check model.* keys"
         )
 
 
@@ -85,7 +85,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
             kind = "a floating-point" if tensor.is_floating_point() else "a whole-number"
             faults.append(f"{name} is {weights[name].dtype}, where {kind} type is needed")
     if faults:
-        raise CheckpointError(f"{source}: {_first(faults)}; take an earlier checkpoint")
+        raise CheckpointError(f"{source}: {and_more(faults)}; take an earlier checkpoint")
     check_finite({name: weights[name].to(tensor.dtype) for name, tensor in own.items()}, source)
     model.load_state_dict(dict(weights))
 
@@ -96,17 +96,13 @@ def check_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
         f"{name} holds NaN or infinite values" for name, one in weights.items() if not one.isfinite().all()
     ]
     if faults:
-        raise CheckpointError(f"{source}: {_first(faults)}; take an earlier checkpoint")
+        raise CheckpointError(f"{source}: {and_more(faults)}; take an earlier checkpoint")
 
 
 def _same_kind(tensor: Tensor, own: Tensor) -> bool:
     """Both floating-point, or both whole numbers."""
     whole = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
     return tensor.is_floating_point() if own.is_floating_point() else whole
-
-
-def _first(faults: Sequence[str]) -> str:
-    return faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
 
 
 class Tensors(nn.Module):

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from sparse_seg.graph import Geometry
 from sparse_seg.ops import OPERATORS, Node, Reads, Spatial
+from sparse_seg.ops.convolution import kernel_of
 from sparse_seg.sites import Grid, Level, Mixed, Sites, Taps, TapTable, rows_to_grid, spconv, triton
+from sparse_seg.sites.values import NOTHING, Epilogue
+
+Ends = Mapping[int, Epilogue]  # what follows a convolution, by a level's stride
 
 
 class Windows:
@@ -80,23 +84,32 @@ class Windows:
         )
 
     def extra_rows(
-        self, node: Node, value: Grid | Mixed, sites: Sites, levels: Mapping[int, Level]
+        self, node: Node, value: Grid | Mixed, sites: Sites, levels: Mapping[int, Level], ends: Ends
     ) -> dict[int, Tensor]:
         """Rows `[3 * run, C]` of a window by a level's stride; a mixing one reads the densified value."""
         mixes = node.name in self.geometry.mixing and isinstance(value, Mixed)
         source = value.densify(sites.exchange) if mixes and isinstance(value, Mixed) else value
         rows = {}
         for stride, level in levels.items():
+            end = ends.get(stride, NOTHING)
             if isinstance(source, Mixed):
-                rows[stride] = self._of_mixed(node, source, stride)
+                rows[stride] = self._of_mixed(node, source, stride, end)
                 continue
             taps, apart = self.taps[node.name], sites.apart
             if apart is not None and isinstance(value, Mixed):
                 index = apart.in_grid(taps, stride, source.stride, value.lattice.stride)
             else:
                 index = level.grid_rows(taps, source.stride)
-            rows[stride] = self._of_grid(node, source, index, sites.engine)
+            rows[stride] = self._of_grid(node, source, index, sites.engine, end)
         return rows
+
+    def own_rows(self, node: Node, rows: Tensor, level: Level, end: Epilogue) -> Tensor:
+        """A 1x1 convolution of the extra sites' own rows `[3 * run, C]`, and what follows it."""
+        index = level.cached("own", lambda: torch.arange(int(rows.shape[0]), device=rows.device))
+        found = self._by_triton(node, rows, index, None, None, end)
+        if found is None:
+            found = end(OPERATORS[node.op].apply(node, self.tensors_of(node), [rows], False))
+        return found
 
     def apart_lattice(self, node: Node, value: Mixed, sites: Sites) -> Grid:
         """A window's lattice under `separate`: it depends on the mask, so its sites are gathered."""
@@ -111,10 +124,10 @@ class Windows:
             rows = spconv.lattice_conv2d(level, taps, source.rows, weight, bias, blocks)
         else:
             index = sites.apart.around_lattice(taps, stride, source.stride, base)
-            rows = self._of_grid(node, source, index, sites.engine)
+            rows = self._of_grid(node, source, index, sites.engine, NOTHING)
         return Grid(rows_to_grid(rows, level.plan.batch, level.plan.coarse), stride)
 
-    def _of_mixed(self, node: Node, value: Mixed, stride: int) -> Tensor:
+    def _of_mixed(self, node: Node, value: Mixed, stride: int, end: Epilogue) -> Tensor:
         sites, taps = value.sites, self.taps[node.name]
         level = sites.levels[stride]
         reads_all_extras = value.lattice.stride > stride and level.run == level.count > 0
@@ -125,21 +138,21 @@ class Windows:
             return spconv.level_conv2d(level, taps, source, value.extras(stride), weight, bias, blocks)
         if self._is_for_triton(node, sites.engine, value.lattice):
             rows, index, ghosts = value.reads_apart(stride, taps)
-            found = self._by_triton(node, rows, index, ghosts, level)
+            found = self._by_triton(node, rows, index, ghosts, level, end)
             if found is not None:
                 return found
         table, index = value.reads(stride, taps)
-        return self._gathered(node, table, index)
+        return end(self._gathered(node, table, index))
 
-    def _of_grid(self, node: Node, source: Grid, index: Tensor, engine: str) -> Tensor:
+    def _of_grid(self, node: Node, source: Grid, index: Tensor, engine: str, end: Epilogue) -> Tensor:
         is_one = self._is_for_triton(node, engine, source)
-        found = self._by_triton(node, source.rows, index) if is_one else None
-        return self._gathered(node, source.table, index) if found is None else found
+        found = self._by_triton(node, source.rows, index, None, None, end) if is_one else None
+        return end(self._gathered(node, source.table, index)) if found is None else found
 
     def _by_triton(self, node: Node, rows: Tensor, index: Tensor, *ghosts: Any) -> Tensor | None:
         """See `triton.conv2d`; None where that is for gather."""
         tensors = self.tensors_of(node)
-        return triton.conv2d(rows, index, tensors["weight"], tensors.get("bias"), *ghosts)
+        return triton.conv2d(rows, index, kernel_of(tensors["weight"]), tensors.get("bias"), *ghosts)
 
     def _gathered(self, node: Node, table: TapTable, index: Tensor) -> Tensor:
         operator = OPERATORS[node.op]
@@ -154,3 +167,10 @@ class Windows:
     def _is_for_triton(self, node: Node, engine: str, source: Grid) -> bool:
         is_one = engine == "triton" and node.op == "conv2d" and triton.may_run(source.tensor.device)
         return is_one and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+
+def fuses(engine: str, device: torch.device) -> bool:
+    """Whether what follows convolutions may run as part of them."""
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_grad_enabled()
+    is_one = engine == "triton" and triton.may_run(device) and not traced
+    return is_one and not torch.is_autocast_enabled(device.type)

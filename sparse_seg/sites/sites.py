@@ -38,6 +38,7 @@ class Sites:
         near: Mapping[int, Sequence[Taps]],
         before: Sites | None = None,
         engine: str = "gather",
+        count: int | None = None,
     ) -> Sites:
         """From block levels int64 `[B, Hc, Wc]`: 0 keeps a block coarse, each more halves its stride.
 
@@ -47,6 +48,7 @@ class Sites:
             near: see `Level`, by stride.
             before: the sites of the step before, all of them sites of this one; only new ones are run. Not
                 under `separate`.
+            count: of the split blocks, with two strides, where it is known: nothing waits for a device.
         """
         levels, separates = {}, exchange == SEPARATE
         exchange = "none" if separates else exchange
@@ -55,7 +57,10 @@ class Sites:
             if number:
                 split = split.repeat_interleave(2**number, 1).repeat_interleave(2**number, 2)
                 split = split[:, : plan.coarse[0], : plan.coarse[1]]
-            cells, new = split.flatten().nonzero().squeeze(1), None
+            if count is None:
+                cells, new = split.flatten().nonzero().squeeze(1), None
+            else:  # the split ones first, in order; nonzero_static came to CUDA late
+                cells, new = split.flatten().byte().argsort(descending=True, stable=True)[:count], None
             if before is not None:
                 known = before.levels[stride].cells
                 fresh = split.flatten().clone()

@@ -1,9 +1,10 @@
 """The triton engine: a convolution at extra sites as one kernel, which gathers what it multiplies.
 
 The gather engine writes ghosts to memory, and then all that the taps read; the kernel (`implicit_gemm.py`)
-reads rows where they are and makes ghosts in registers. It runs forward on CUDA, and on the CPU where Triton
-interprets it (`TRITON_INTERPRET=1`), for tests. It is used only once it has shown, on its device and in its
-dtype, that its numbers are right. Where they are not, or it cannot run, gather runs, and a warning says why.
+reads rows where they are, makes ghosts in registers, and adds and clamps before it writes. It runs forward on
+CUDA, and on the CPU where Triton interprets it (`TRITON_INTERPRET=1`), for tests. It is used only once it has
+shown, on its device and in its dtype, that its numbers are right. Where they are not, or it cannot run,
+gather runs, and a warning says why.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sparse_seg.errors import first_line, out_of_memory
 from sparse_seg.sites.level import Level
 from sparse_seg.sites.plan import LevelPlan, Taps
 from sparse_seg.sites.spconv import computing_dtype
+from sparse_seg.sites.values import NOTHING, Epilogue
 
 # of the self-check, by dtype, relative to the largest value: ten times what rounding gave
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
@@ -50,9 +52,11 @@ def conv2d(
     bias: Tensor | None = None,
     source: Tensor | None = None,
     level: Level | None = None,
+    end: Epilogue = NOTHING,
 ) -> Tensor | None:
-    """A convolution of T taps at M sites: `[M, O]`. None where gather is to run: without CUDA, with
-    gradients, with groups that are neither one nor as many as channels, and where the kernel does not work.
+    """A convolution of T taps at M sites, and what follows it: `[M, O]`. None where gather is to run: without
+    CUDA, with gradients, with groups that are neither one nor as many as channels, and where the kernel does
+    not work.
 
     Args:
         rows: `[R, I]`.
@@ -63,7 +67,7 @@ def conv2d(
     """
     if not may_run(rows.device):
         return None
-    tensors = [one for one in (rows, weight, bias, source) if one is not None]
+    tensors = [one for one in (rows, weight, bias, source, end.residual) if one is not None]
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
         return None
     channels = int(rows.shape[1])
@@ -81,7 +85,7 @@ def conv2d(
     rows, weight, source = (one.to(dtype) for one in (rows, weight, rows if source is None else source))
     try:
         bias = None if bias is None else bias.to(dtype)
-        return _kernels().conv2d(rows, index, weight, bias, source, level, tf32)
+        return _kernels().conv2d(rows, index, weight, bias, source, level, tf32, end)
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -143,13 +147,14 @@ def _self_check(kind: Kind) -> float:
     outer = inner if kind.is_depthwise else outer
     source, extras, index = draw(plan.cells, inner), draw(3 * level.count, inner), level.tap_rows(taps)
     weight, bias = draw(outer, 1 if kind.is_depthwise else inner, 3, 3), draw(outer)
+    end = Epilogue(draw(3 * level.count, outer), 0.0)
     table = level.table(source.double(), extras.double(), level.kind(taps))
     read, flat = table[index].reshape(-1, 9, inner), weight.double().flatten(2)
     expected = torch.einsum("mti,it->mi" if kind.is_depthwise else "mti,oit->mo", read, flat.squeeze(1))
-    expected += bias.double()
+    expected = end(expected + bias.double())
     ghosts = None if kind.rule == "none" else level
     errors = []
     for tile in kernels.tiles(kind.is_depthwise):
-        found = kernels.conv2d(extras, index, weight, bias, source, ghosts, kind.tf32, tile)
+        found = kernels.conv2d(extras, index, weight, bias, source, ghosts, kind.tf32, end, tile)
         errors.append((found - expected).abs().max() / expected.abs().max())
     return torch.stack(errors).max().item()

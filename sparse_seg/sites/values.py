@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +26,22 @@ class TapTable(NamedTuple):
     rows: Tensor
     make: Callable[..., Tensor]  # the rows, of the parts
     parts: tuple[Tensor, ...]
+
+
+class Epilogue(NamedTuple):
+    """What follows a convolution at M sites: rows `[M, O]` that are added, then bounds."""
+
+    residual: Tensor | None = None
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The same of rows that a convolution gave."""
+        rows = rows if self.residual is None else rows + self.residual
+        return rows if self[1:] == NOTHING[1:] else rows.clamp(self.low, self.high)
+
+
+NOTHING = Epilogue()
 
 
 class Grid:

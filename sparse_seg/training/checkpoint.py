@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sparse_seg.checkpoint.content import Captured, Checkpoint, is_state_dict
 from sparse_seg.checkpoint.digest import digest_of
 from sparse_seg.checkpoint.file import FORMAT, find, is_safetensors, load_pt, save
 from sparse_seg.checkpoint.loading import check_same, function_of
+from sparse_seg.checkpoint.pickled import save_pickled
 from sparse_seg.config import (
     Config,
     config_from_dict,
@@ -27,9 +27,9 @@ from sparse_seg.config import (
     to_dict,
     to_yaml,
 )
-from sparse_seg.data import dataset_classes, dataset_ids
+from sparse_seg.data import dataset_classes
 from sparse_seg.errors import CheckpointError, ConfigError, TrainingError
-from sparse_seg.files import atomic_write, holder_of, locked
+from sparse_seg.files import holder_of, locked
 from sparse_seg.version import __version__
 
 BEST, LAST, CONFIG, LOCK = "best.safetensors", "last.pt", "config.yaml", ".training.lock"
@@ -95,17 +95,16 @@ def save_checkpoint(
 ) -> None:
     """Write weights and the network's graph (`content_of`) as a checkpoint; `said` stands in its `training`,
     beside the config and the ids that the classes have in labels."""
-    dataset, root = config.data.dataset, config.data.root
-    classes = dataset_classes(dataset, root)
-    known = len(classes) == num_classes(config)
-    ids = {"ids": list(dataset_ids(dataset, root))} if known else {}
+    labels = dataset_classes(config.data.dataset, config.data.root)
+    known = len(labels.classes) == num_classes(config)
+    ids = {"ids": list(labels.ids)} if known else {}
     save(
         Checkpoint(
             Path(path),
             dict(weights),
             model_config(config),
-            classes.names if known else None,
-            classes.palette if known else None,
+            labels.classes.names if known else None,
+            labels.classes.palette if known else None,
             tuple(config.data.mean),
             tuple(config.data.std),
             training={"config": to_dict(config)} | ids | said,
@@ -137,9 +136,7 @@ def save_state(path: str | Path, config: Config, weights: Mapping[str, Tensor], 
     """Write all that the next step depends on (see `load_state`), with a digest."""
     content = {"format": FORMAT, "version": __version__, "config": to_dict(config), "model": dict(weights)}
     content |= state
-    buffer = io.BytesIO()
-    torch.save(content | {"digest": digest_of(content)}, buffer)
-    atomic_write(path, buffer.getvalue())
+    save_pickled(path, content | {"digest": digest_of(content)})
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
@@ -153,7 +150,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     state = {} if is_safetensors(path) else load_pt(path)
     if "progress" not in state:
         raise CheckpointError(f"{path} holds weights only; resume from {LAST}")
-    faults = [name for name in _PARTS if name not in state or not _is_part(name, state[name])]
+    faults = [name for name, fits in _PARTS.items() if name not in state or not fits(state[name])]
     if faults:
         raise CheckpointError(f"{path} is damaged: its {faults[0]!r} cannot be resumed from")
     try:
@@ -186,8 +183,7 @@ def restore_optimizer(
         fits = [group["params"] for group in state["param_groups"]] == [group["params"] for group in own]
         for index, entry in state["state"].items():
             found = {name: one for name, one in entry.items() if one is not None}  # plain SGD has none
-            count = {"step": torch.zeros(())} if kind == "adamw" else {}
-            like = dict.fromkeys(_MOMENTA[kind], parameters[index]) | count
+            like = {name: torch.zeros(()) if name == "step" else parameters[index] for name in _MOMENTA[kind]}
             fits = fits and (not found or _is_like(found, like))
             fits = fits and all(bool((found[name] >= 0).all()) for name in _POSITIVE & found.keys())
     except (LookupError, TypeError, AttributeError):
@@ -197,24 +193,23 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": state["state"], "param_groups": own})
 
 
-_PARTS = ("config", "model", "ema", "optimizer", "scaler", "progress", "random")
-_MOMENTA = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+_PARTS: dict[str, Callable[[Any], bool]] = {  # of a state, checked as far as can be without the network
+    "config": _is_mapping,
+    "model": is_state_dict,
+    "ema": lambda value: value is None or is_state_dict(value),
+    "optimizer": _is_mapping,
+    "scaler": lambda value: (
+        _is_mapping(value) and all(_is_like(one, 0.0) and one >= 0 for one in value.values())
+    ),
+    "progress": lambda value: _is_mapping(value) and _is_like({"validated": 0, **value}, PROGRESS),
+    "random": lambda value: _is_like(value, torch.get_rng_state()),
+}
+_MOMENTA = {"sgd": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
 _POSITIVE = {"step", "exp_avg_sq"}
-
-
-def _is_part(name: str, value: Any) -> bool:
-    """Whether a value may be a part of a state, as far as that can be told without the network."""
-    if name == "random":
-        return _is_like(value, torch.get_rng_state())
-    if value is None:
-        return name == "ema"
-    if name in ("model", "ema"):
-        return is_state_dict(value)
-    if not isinstance(value, Mapping):
-        return False
-    if name == "progress":
-        return _is_like({"validated": 0, **value}, PROGRESS)  # which earlier versions did not say
-    return name != "scaler" or all(_is_like(one, 0.0) and one >= 0 for one in value.values())
 
 
 def _is_like(value: Any, own: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.checkpoint import Checkpoint, load, network_of
-from sparse_seg.checkpoint.pickled import load_pickled
+from sparse_seg.checkpoint.pickled import load_pickled, save_pickled
 from sparse_seg.config import Config, num_classes
 from sparse_seg.errors import CheckpointError, ConfigError
-from sparse_seg.files import atomic_write
 from sparse_seg.run.exits import last_exit
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid
@@ -107,9 +105,7 @@ class Teacher:
             outputs = self._run(images[new], *strides)
             for index, logits, features in zip(new, *outputs, strict=True):
                 found[index] = TeacherOutputs(logits.cpu().clone(), features.cpu().clone())
-                buffer = io.BytesIO()
-                torch.save(tuple(found[index]), buffer)
-                atomic_write(paths[index], buffer.getvalue())
+                save_pickled(paths[index], tuple(found[index]))
         ordered = [found[index] for index in range(len(paths))]
         with torch.autocast("cpu", enabled=False):  # which stacks no float16 beside bfloat16
             return TeacherOutputs(*(torch.stack(grids) for grids in zip(*ordered, strict=True)))

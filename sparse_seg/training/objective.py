@@ -26,6 +26,11 @@ from sparse_seg.training.distillation import Teacher, likeness_difference, logit
 from sparse_seg.training.losses import SegmentationLoss
 
 
+def training_way(config: TrainConfig, model: SelectiveNetwork) -> Way:
+    """How a network runs in training and validation."""
+    return Way.dense(config.output_stride or model.dense_stride) if config.network == "dense" else Way()
+
+
 class Objective(nn.Module):
     """Loss of a network on a batch.
 
@@ -46,22 +51,15 @@ class Objective(nn.Module):
             if config.mask_loss == "supervised":  # it may have three strides
                 return supervised_loss(run)
             return straight_through_loss(run, labels, self.loss, config.budget_weight)
-        fine_blocks = model.policy(run) if self._needs_blocks else None
-        if config.network == "dense":
-            run.follow(Way.dense(config.output_stride or model.dense_stride))
-        else:
-            assert fine_blocks is not None
-            run.take(fine_blocks)
-        fine = None if fine_blocks is None else model.fine_pixels(fine_blocks, images)
+        way, distills = training_way(config, model), self.teacher is not None
+        weighs = config.loss.fine_weight > 0 or (distills and config.distill.fine_weight > 0)
+        mask = model.policy(run) if way.is_dense and weighs else None
+        run.follow(way)
+        mask = run.mask if mask is None else mask
+        fine = None if mask is None else model.fine_pixels(mask, images)
         coarse = lattice_logits(run) if config.loss.reads_coarse_logits else None
         loss = self.loss(run.logits(), labels, auxiliary_logits(run), coarse, fine)
         return loss if self.teacher is None else loss + self._distill(self.teacher, run, fine)
-
-    @property
-    def _needs_blocks(self) -> bool:
-        """Whether the mask is used: by the layout, or by a weight."""
-        distilled = self.teacher is not None and self.config.distill.fine_weight > 0
-        return self.config.network == "selective" or self.config.loss.fine_weight > 0 or distilled
 
     def _distill(self, teacher: Teacher, run: Pass, fine: Tensor | None) -> Tensor:
         """fine: pixels `[B, H, W]` of fine blocks."""

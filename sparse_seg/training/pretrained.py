@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from sparse_seg.checkpoint import find, load
 from sparse_seg.checkpoint.content import ASIDE, MODULE
-from sparse_seg.checkpoint.file import is_ours
+from sparse_seg.checkpoint.file import ForeignCheckpoint
 from sparse_seg.checkpoint.loading import check_same, initial_weights
 from sparse_seg.config import Config
 from sparse_seg.conversion import convert, read_source
 from sparse_seg.conversion.mapping import COUNTER
 from sparse_seg.conversion.naming import find_network
-from sparse_seg.errors import CheckpointError, printable
+from sparse_seg.errors import CheckpointError, and_more, printable
 from sparse_seg.processes import Processes
 from sparse_seg.progress import say
 from sparse_seg.run.build import build_model
@@ -68,10 +68,10 @@ def load_module(network: SelectiveNetwork, path: str | Path) -> str:
     module, found, candidates = network.module, find(path), list[dict[str, Tensor]]()
     own = module.state_dict()
     needed = {name for name in own if not name.endswith(COUNTER)}
-    if is_ours(found):
+    try:
         weights = load(found).weights
         candidates.append(part_of(weights, MODULE) | part_of(weights, ASIDE))
-    else:
+    except ForeignCheckpoint:
         for state in read_source(found).candidates:
             with suppress(CheckpointError):  # of no such network
                 named = find_network(state.tensors, lambda part: needed <= part.keys(), own=own)
@@ -85,7 +85,7 @@ def load_module(network: SelectiveNetwork, path: str | Path) -> str:
         raise CheckpointError(f"{path} holds no tensor with name and shape of one of model.module's")
     load_weights(module, own | taken, path)
     fresh = [name for name in own if name in needed and name not in taken]
-    rest = f"; fresh: {fresh[0]}" + (f" (and {len(fresh) - 1} more)" if fresh[1:] else "") if fresh else ""
+    rest = f"; fresh: {and_more(fresh)}" if fresh else ""
     return printable(f"pretrained: {len(taken)} of {len(own)} tensors from {path}{rest}")
 
 
@@ -102,7 +102,10 @@ def load_own(network: SelectiveNetwork, path: str | Path) -> str:
         CheckpointError: the file cannot be read, or its backbone is another.
     """
     file = packaged(str(path)) or find(path)
-    found = load(file) if is_ours(file) else convert(file, allow_missing=("head",)).checkpoint
+    try:
+        found = load(file)
+    except ForeignCheckpoint:
+        found = convert(file, allow_missing=("head",)).checkpoint
     weights, own, settings = part_of(found.weights, MODULE), found.config, network.settings
     module: Any = network.module
     asked, has = ({f"model.{key}": getattr(one, key) for key in SAME} for one in (settings, own))

@@ -8,7 +8,6 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -56,10 +55,10 @@ class TrainingReport:
     def step(self, loss: float, best: float) -> None:
         """Count a step on the bar; a best mIoU below 0 is none."""
         numbers = {"loss": f"{loss:.3f}"} | ({"best": f"{best:.4f}"} if best >= 0 else {})
-        self.bar.set_postfix(
-            numbers | {"images/s": self._rate(self.started, int(self.bar.n) + 1)}, refresh=False
-        )
-        self.bar.update()
+        numbers["images/s"] = self._rate(self.started, int(self.bar.n) + 1)
+        self.bar.set_postfix(numbers, refresh=False)
+        with suppress(OSError):  # the terminal may be gone
+            self.bar.update()
 
     def loss(self, iteration: int, loss: float, rate: float) -> None:
         """Log a mean loss and the learning rate. Without a bar it is also printed, unless the last line is
@@ -78,29 +77,23 @@ class TrainingReport:
 
     def validation(self, iteration: int, result: Evaluation, best: float, names: tuple[str, ...]) -> None:
         """Log and print a validation, whose time counts for no line's speed; names: of the classes."""
-        metrics, loss = result.metrics, math.nan if result.loss is None else result.loss
+        metrics, known = result.metrics, result.metrics.as_dict()
         say(
             f"{self._place(iteration)}  mIoU {metrics.miou:.4f}  boundary mIoU {metrics.boundary_miou:.4f}  "
-            f"validation loss {loss:.4f}  best mIoU {best:.4f}"
+            f"validation loss {math.nan if result.loss is None else result.loss:.4f}  best mIoU {best:.4f}"
         )
         self.marked = time.monotonic(), iteration
-        self.write(
-            iteration,
-            miou=metrics.miou,
-            boundary_miou=metrics.boundary_miou,
-            pixel_accuracy=metrics.pixel_accuracy,
-            val_loss=loss,
-            class_iou=dict(zip(names, metrics.class_iou, strict=True)),
-        )
+        values = {name: known[name] for name in ("miou", "boundary_miou", "pixel_accuracy")}
+        class_iou = dict(zip(names, known["class_iou"], strict=True))
+        self.write(iteration, **values, val_loss=result.loss, class_iou=class_iou)
 
-    def write(self, iteration: int, **values: float | Mapping[str, float]) -> None:
-        """Add a line of numbers, or of numbers by name, to the log; those that are nan become null."""
-        known = {name: _known(value) for name, value in values.items()}
+    def write(self, iteration: int, **values: Any) -> None:
+        """Add a line to the log: of numbers, or numbers by name; None of what is not known."""
         elapsed = {"iteration": iteration, "seconds": round(time.monotonic() - self.began, 1)}
         with self.path.open("a") as file:
-            file.write(json.dumps(elapsed | known) + "\n")
+            file.write(json.dumps(elapsed | values) + "\n")
         if self.tensorboard is not None:
-            for name, value in known.items():
+            for name, value in values.items():
                 parts = value if isinstance(value, dict) else {"": value}
                 for part, number in parts.items():
                     if number is not None:
@@ -131,12 +124,6 @@ class TrainingReport:
     def _place(self, iteration: int) -> str:
         total = self.config.iterations
         return f"iteration {iteration:{len(str(total))}} of {total}"
-
-
-def _known(value: float | Mapping[str, float]) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _known(one) for name, one in value.items()}
-    return None if math.isnan(value) else value
 
 
 def _content(line: str) -> dict[str, Any] | None:

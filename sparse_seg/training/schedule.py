@@ -35,11 +35,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def update_average(average: nn.Module, model: nn.Module, decay: float, iteration: int) -> None:
     """Exponential moving average of weights and statistics; its decay grows from 0.1 to `decay`."""
     decay = min(decay, (1 + iteration) / (10 + iteration))
-    found = (one.state_dict(keep_vars=True).values() for one in (average, model))
-    by_id = ({id(tensor): tensor.detach() for tensor in tensors} for tensors in found)  # of two names: once
-    pairs = list(zip(*(tensors.values() for tensors in by_id), strict=True))
-    averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+    tensors = (one.state_dict(keep_vars=True).values() for one in (average, model))
+    found = {id(kept): (kept.detach(), new.detach()) for kept, new in zip(*tensors, strict=True)}  # once each
+    averaged = [pair for pair in found.values() if pair[0].is_floating_point()]
     get_ema_multi_avg_fn(decay)(*zip(*averaged, strict=True), None)
-    for kept, new in pairs:
+    for kept, new in found.values():
         if not kept.is_floating_point():
             kept.copy_(new)

@@ -59,8 +59,8 @@ def _averaging(model: SelectiveNetwork, norms: Sequence[Node], number: int) -> I
     layers: dict[str, nn.Module] = dict(model.module.named_modules())
     trained = [model, *(layers[norm.layer] for norm in norms if norm.layer in layers)]
     momenta = [norm.options["momentum"] for norm in norms]
-    for norm in norms:  # 0: by the norm's own count of batches
-        norm.options["momentum"] = 0 if COUNT in norm.tensors else 1 / number
+    for norm in norms:
+        norm.options["momentum"] = 1 / number
     for layer in trained:
         layer.training = True
     try:

@@ -51,8 +51,7 @@ class Step:
         """Take step `iteration` on this process's share of a batch; returns the loss of the whole batch.
 
         Raises:
-            SparseSegError, OSError: it failed, and nothing has changed; of the same kind in each process, but
-                `FailedElsewhere` where it was another one that failed.
+            SparseSegError, OSError: it failed, in one process at least, and nothing has changed in any.
         """
         random, buffers = torch.get_rng_state(), [buffer.clone() for buffer in self.model.buffers()]
         for group in self.optimizer.param_groups:

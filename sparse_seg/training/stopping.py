@@ -7,12 +7,9 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-
-from sparse_seg.errors import DataError, SparseSegError, TrainingError, first_line
-from sparse_seg.processes import FailedElsewhere, Processes, ProcessLost
+from sparse_seg.errors import DataError, TrainingError, first_line
 from sparse_seg.progress import say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a batch system's, a lost terminal's
@@ -27,104 +24,78 @@ class Diverged(TrainingError):
     """Loss or gradient is not finite: other settings are needed."""
 
 
-class DeviceFailed(TrainingError):
-    """A GPU gave up, and with it all that this process keeps there."""
+class Stopped(TrainingError):
+    """A signal asked for the end."""
 
 
 class _Interrupted(BaseException):
     """Raised into long work by a request to stop."""
 
 
-@contextmanager
-def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Give signals that end a process to `handler`; one that is ignored (nohup) stays ignored."""
-    taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in taken}
-    try:
-        yield
-    finally:
-        for number, own in before.items():
-            signal.signal(number, own)
-
-
 class Stop:
-    """Whether and why a training ends early: a request, or the first failure, in any process.
+    """Whether a signal asked a training to end.
 
     Args:
-        processes: that train together.
-        device: of their common flags.
+        alone: whether no other process trains with this one.
     """
 
-    def __init__(self, processes: Processes, device: torch.device) -> None:
-        self.processes, self.device = processes, device
-        self.requested = self.interrupts = False
-        self.failure: Exception | None = None
+    def __init__(self, alone: bool) -> None:
+        self.alone, self.requested, self.interrupts = alone, False, False
+
+    @contextmanager
+    def signals_heard(self) -> Iterator[None]:
+        """Take the signals that end a process; one that is ignored (nohup) stays ignored."""
+        taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self.request) for number in taken}
+        try:
+            yield
+        finally:
+            for number, own in before.items():
+                signal.signal(number, own)
 
     def request(self, number: int, frame: FrameType | None) -> None:
         """A signal's handler: stop after this step, or at once in long work or if asked twice."""
-        alone = self.processes.count == 1
         if self.requested:
-            if alone:
+            if self.alone:
                 raise KeyboardInterrupt
             return  # torchrun passes on what the terminal has sent already
         self.requested = True
-        if alone:
+        if self.alone:
             with suppress(OSError):  # the terminal may be gone
                 say("stopping after this step (once more to stop at once)")
         if self.interrupts:
             raise _Interrupted
 
-    def interruptible(self, work: Callable[[], _Result]) -> _Result | None:
-        """The result of work that may take long; None where a request ends it."""
+    def interruptible(self, work: Callable[[], _Result]) -> _Result:
+        """The result of work that reads data and may take long.
+
+        Raises:
+            Stopped: a request came before it or ended it.
+        """
         self.interrupts = True
         try:
+            if self.requested:
+                raise _Interrupted
             return work()
-        except _Interrupted:
-            return None
+        except (_Interrupted, DataError):
+            if self.requested:  # workers were asked to stop, too
+                raise Stopped from None
+            raise
         finally:
             self.interrupts = False
 
-    def attempt(self, work: Callable[..., _Result], *arguments: Any) -> _Result | None:
-        """The work's result; None where it fails, and the first failure is kept."""
-        try:
-            return work(*arguments)
-        except (SparseSegError, OSError) as error:
-            self.failure = self.failure or error
-        except RuntimeError as error:
-            if not device_failed(error):
-                raise
-            self.failure = self.failure or DeviceFailed(f"the GPU failed: {first_line(error)}")
-        return None
 
-    def is_due(self) -> bool:
-        """Whether any process has to stop; all ask together."""
-        if isinstance(self.failure, ProcessLost):
-            return True
-        own = self.requested or self.failure is not None
-        return self.attempt(self.processes.any, own, self.device) is not False
-
-    def cause(self) -> Exception | None:
-        """The first process's failure that is the cause, the same in all; None for a request alone."""
-        own = self.failure
-        if isinstance(own, ProcessLost):
-            return own
-        if isinstance(own, FailedElsewhere) or (self.requested and isinstance(own, DataError)):
-            own = None  # workers were asked to stop, too
-        try:
-            return next((one for (one,) in self.processes.gather(lambda: (own,)) if one is not None), None)
-        except ProcessLost as lost:
-            return own or lost
-
-
-def device_failed(error: RuntimeError) -> bool:
+def device_failed(error: BaseException) -> bool:
     """Whether an error is the GPU's, and not of what it was asked for: an index that is too large, say."""
-    text = str(error)
+    text = str(error) if isinstance(error, RuntimeError) else ""
     told = any(name in text for name in ("CUDA error", "cudaError", "cuDNN error"))
     return told and not any(fault in text for fault in ("device-side assert", "no kernel image"))
 
 
 def reason(error: Exception) -> str:
     """An error in one line."""
+    if device_failed(error):
+        return f"the GPU failed: {first_line(error)}"
     if not isinstance(error, OSError):
         return str(error)
     where = f"{error.filename}: " if error.filename else ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,11 @@ from sparse_seg.config import Config, changes, check_classes, check_training, to
 from sparse_seg.data import open_split
 from sparse_seg.data.batches import training_batches
 from sparse_seg.errors import DataError, SparseSegError, TrainingError
-from sparse_seg.evaluation.evaluate import Evaluation, Tally, combined, measure
+from sparse_seg.evaluation.evaluate import combined, measure
 from sparse_seg.files import atomic_write
 from sparse_seg.graph.file import check_plain
 from sparse_seg.processes import Processes, ProcessLost
 from sparse_seg.progress import say
-from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import (
     CONFIG,
     LAST,
@@ -35,12 +36,12 @@ from sparse_seg.training.checkpoint import (
 )
 from sparse_seg.training.distillation import Teacher
 from sparse_seg.training.losses import check_class_weights
-from sparse_seg.training.objective import Objective
+from sparse_seg.training.objective import Objective, training_way
 from sparse_seg.training.pretrained import initial_model
 from sparse_seg.training.report import TrainingReport
 from sparse_seg.training.schedule import learning_rate
 from sparse_seg.training.step import Step
-from sparse_seg.training.stopping import AlreadyTrained, DeviceFailed, Diverged, Stop, reason, signals_to
+from sparse_seg.training.stopping import AlreadyTrained, Diverged, Stop, Stopped, device_failed, reason
 
 
 class Trainer:
@@ -115,8 +116,7 @@ class Trainer:
 
         self.dataset, self.validation = (open_split(data, split) for split in ("train", "val"))
         check_classes(config)
-        check_class_weights(self.dataset.check(), train.loss.class_weights)
-        self.validation.check(train.eval_images)
+        self.processes.decided(self._check_frames)
         if self.processes.is_first and {*self.dataset.samples} & {*self.validation.samples}:
             say("warning: frames of the validation train, too: its score flatters")
 
@@ -134,12 +134,16 @@ class Trainer:
             self._restore(state, source)
             self.saved = self.iteration if goes_on else 0
         self.processes.seed(train.seed, self.iteration)
-        self.stop = Stop(self.processes, self.device)
+        self.stop = Stop(alone=self.processes.count == 1)
         self.report: TrainingReport | None = None
         self.processes.gather(lambda: None)  # all have come so far
         if self.processes.is_first:
             atomic_write(self.work_dir / CONFIG, to_yaml(config))
             self.report = TrainingReport(train, self.work_dir, self.iteration, self.device)
+
+    def _check_frames(self) -> None:
+        check_class_weights(self.dataset.check(), self.config.train.loss.class_weights)
+        self.validation.check(self.config.train.eval_images)
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         self.step.restore(state, path)
@@ -172,40 +176,38 @@ class Trainer:
                 f"this trainer has run; make another one with resume=True for {self.work_dir}"
             )
         held, self._held = self._held, None
-        with held:
-            return self._run()
+        with held, self.stop.signals_heard():
+            try:
+                self._train()
+            except (SparseSegError, OSError, RuntimeError) as failure:
+                if isinstance(failure, RuntimeError) and not device_failed(failure):
+                    raise
+                raise self._stopped(failure) from None
+        return self.best
 
-    def _run(self) -> float:
-        train, part = self.config.train, (self.processes.rank, self.processes.count)
+    def _train(self) -> None:
+        """Raises what ends it early, the same in all processes, or the loss of one of them."""
+        iterations, part = self.config.train.iterations, (self.processes.rank, self.processes.count)
         batches = iter(
-            training_batches(self.dataset, self.config, self.iteration, train.iterations, part, self.device)
+            training_batches(self.dataset, self.config, self.iteration, iterations, part, self.device)
         )
         self._set_training()
-        with signals_to(self.stop.request):
-            before = self.validated, self.loss_count
-            self._log_and_validate()  # what a run that was stopped meanwhile left undone
-            caught_up = before != (self.validated, self.loss_count)
-            if not self.stop.is_due() and caught_up:  # else one alone may have failed, and all save below
-                self.stop.attempt(self.save)
-            while True:
-                batch = None if self.stop.failure else self.stop.attempt(next, batches, None)
-                if self.stop.is_due():
-                    raise self._stopped()
-                if batch is None:
-                    return self.best
-                self.stop.attempt(self._advance, batch)
+        before = self.validated, self.loss_count
+        self._log_and_validate()  # what a run that was stopped meanwhile left undone
+        if before != (self.validated, self.loss_count):
+            self.save()
+        while (batch := self._next(batches)) is not None:
+            loss = self.step(*batch, self.iteration)
+            self.iteration += 1
+            self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+            self._after_step()
+            if self.report:
+                self.report.step(loss, self.best)
 
-    def _advance(self, batch: tuple[Tensor, Tensor]) -> None:
-        loss = self._step(*batch)
-        self._after_step()
-        if self.report:
-            self.report.step(loss, self.best)
-
-    def _step(self, images: Tensor, labels: Tensor) -> float:
-        loss = self.step(images, labels, self.iteration)
-        self.iteration += 1
-        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
-        return loss
+    def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+        """The next batch, None after the last one; in all processes, or an error in all."""
+        with self.processes.together(self.device):
+            return self.stop.interruptible(lambda: next(batches, None))
 
     def _set_training(self) -> None:
         """Training mode; a frozen network stays in eval mode, so that its statistics stay as they are."""
@@ -216,15 +218,15 @@ class Trainer:
         """Log, validate and save when it is time."""
         self._log_and_validate()
         if self._is_due(self.config.train.save_every):
-            self.stop.attempt(self.save)
+            self.save()
 
     def _log_and_validate(self) -> None:
         """Log and validate when it is time and not yet done."""
         train = self.config.train
         if self._is_due(train.log_every) and self.loss_count:
-            self.stop.attempt(self._log_loss)
+            self.processes.gather(self._log_loss)
         if self._is_due(train.eval_every) and self.validated < self.iteration:
-            self.stop.attempt(self._validate)
+            self._validate()
 
     def _is_due(self, every: int) -> bool:
         return self.iteration % every == 0 or self.iteration >= self.config.train.iterations
@@ -236,10 +238,20 @@ class Trainer:
         self.loss_sum, self.loss_count = 0.0, 0
 
     def _validate(self) -> None:
+        """Validate the network as it trains.
+
+        Raises:
+            DataError: an image cannot be read, in any process.
+            Stopped: a request ended it; it is repeated when the run resumes.
+        """
         model: Any = self.ema or self.model
-        result = self._measured(model)
-        if result is None:  # repeated when the run resumes
-            return
+        train, frames = self.config.train, self.validation
+        share = self.processes.share(min(len(frames), train.eval_images or len(frames)))
+        work = partial(
+            measure, model, frames, self.config.data, training_way(train, model), share, with_loss=True
+        )
+        self.processes.share_buffers(model)
+        result = combined(self.processes.gather(lambda: self.stop.interruptible(work)))
         miou = result.metrics.miou
         if math.isnan(miou):
             raise TrainingError(
@@ -247,39 +259,22 @@ class Trainer:
                 "raise train.eval_images"
             )
         best = max(miou, self.best)
-        if self.report:
-            if miou > self.best:
+
+        def write() -> None:
+            if self.report and miou > self.best:
                 said: dict[str, Any] = {"frame": self.dataset.frame_size, "iteration": self.iteration}
                 save_best(self.work_dir, self.config, *content_of(model), miou=miou, **said)
-            self.report.validation(self.iteration, result, best, self.validation.classes.names)
+            if self.report:
+                self.report.validation(self.iteration, result, best, self.validation.classes.names)
+
+        self.processes.gather(write)
         self.best, self.validated = best, self.iteration
-
-    def _measured(self, model: Any) -> Evaluation | None:
-        """The validation of a model, run as it trains; None where a request to stop ends it in any process.
-
-        Raises:
-            DataError: an image cannot be read, in any process.
-        """
-        train, data, frames = self.config.train, self.config.data, len(self.validation)
-        way = Way.dense(train.output_stride or model.dense_stride) if train.network == "dense" else Way()
-        share = self.processes.share(min(frames, train.eval_images or frames))
-
-        def work() -> Tally:
-            return measure(model, self.validation, data, way, share, with_loss=True)
-
-        self.processes.share_buffers(model)
-        parts = self.processes.gather(lambda: self.stop.interruptible(work))
-        done = [part for part in parts if part is not None]
-        return combined(done) if len(done) == len(parts) else None
 
     # -- stopping ------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write `last.pt`, with everything that the next step depends on: the first process does, for all."""
-        if not isinstance(self.stop.failure, ProcessLost):
-            self.processes.decided(self._write_state)
-        elif self.processes.is_first:
-            self._write_state()
+        self.processes.decided(self._write_state)
         self.saved = self.iteration
 
     def _write_state(self) -> None:
@@ -287,22 +282,22 @@ class Trainer:
         save_state(self.last, self.config, self.model.state_dict(), progress=progress, **self.step.state())
         self.saved = self.iteration
 
-    def _stopped(self) -> SparseSegError:
-        """Save; returns the error that says what happened, what was saved and how to resume."""
-        failure = self.stop.failure = self.stop.cause()
-        what = reason(failure) if failure else f"stopped at iteration {self.iteration}"
+    def _stopped(self, failure: Exception) -> SparseSegError:
+        """Save; returns the error that says what ended `_train`, what was saved and how to resume."""
+        asked, lost = isinstance(failure, Stopped), isinstance(failure, ProcessLost)
+        what = f"stopped at iteration {self.iteration}" if asked else reason(failure)
         kind = DataError if isinstance(failure, DataError) else TrainingError
-        if isinstance(failure, ProcessLost) and not self.processes.is_first:  # the first one may be gone
+        if lost and not self.processes.is_first:  # the first one may be gone
             return kind(f"{what}; if {self.last} is there, {self.resume_hint}, else start again")
-        if self.iteration > 0 and not isinstance(failure, DeviceFailed):
+        if self.iteration > 0 and not device_failed(failure):
             try:
-                self.save()
+                (self._write_state if lost else self.save)()
             except (OSError, ProcessLost) as error:
                 what += "" if reason(error) in what else f"; {reason(error)}"
         kept, how = "no checkpoint was written yet; ", "start again"
         if self.saved:
             last = f"the last good checkpoint is {self.last}, of iteration {self.saved}; "
-            kept, how = last if failure or self.saved < self.iteration else "", self.resume_hint
+            kept, how = "" if asked and self.saved == self.iteration else last, self.resume_hint
         if isinstance(failure, Diverged):
             how = f"lower train.lr or set train.clip_grad_norm, then {how}"
         return kind(f"{what}; {kept}{how}")

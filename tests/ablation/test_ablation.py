@@ -31,12 +31,13 @@ from tests.cli.commands import fails
 ROOT = Path(__file__).parents[2]
 
 
-def files(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".json", ".pt")}
+@pytest.fixture
+def ablation(grid_file: Path, finished: Path) -> Ablation:
+    return Ablation(load_grid(grid_file), finished)
 
 
 @pytest.mark.slow
-def test_all_is_written_and_true(grid_file: Path, finished: Path) -> None:
+def test_all_is_written_and_true(ablation: Ablation, finished: Path) -> None:
     content = json.loads((finished / "results.json").read_text())
     assert {"command", "commit", "commits", "machine", "date"} <= set(content)
     rows = content["rows"]
@@ -46,7 +47,6 @@ def test_all_is_written_and_true(grid_file: Path, finished: Path) -> None:
         ("baseline", "random, f=0", "linear"),
         ("baseline", "random, f=1", "linear"),
     ]
-    ablation = Ablation(load_grid(grid_file), finished)
     cell = ablation.grid.cells[0]
     config = ablation.cell_config(cell)
     dataset = build_dataset(config.data.dataset, config.data.root, "val")
@@ -82,8 +82,7 @@ def test_tables_and_report(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_starts_from_the_network_named(grid_file: Path, finished: Path) -> None:
-    ablation = Ablation(load_grid(grid_file), finished)
+def test_training_starts_from_the_network_named(ablation: Ablation) -> None:
     student, tuned = (
         dict(load_model(ablation.checkpoint(name, 1)).named_parameters()) for name in ("student", "tuned")
     )
@@ -104,34 +103,22 @@ def test_seeds_and_differences_by_class() -> None:
 
 
 @pytest.mark.slow
-def test_finished_cells_are_not_done_again(grid_file: Path, finished: Path) -> None:
-    before = files(finished)
-    assert main(["ablate", str(grid_file), "--work-dir", str(finished), "--device", "cpu"]) == 0
-    after = files(finished)
-    changed = {path.name for path in after if after[path] != before.get(path)}
-    assert changed == {"results.json"}
-
-
-@pytest.mark.slow
 def test_only_what_is_missing_or_out_of_date_is_done(
-    grid_file: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+    grid_file: Path, ablation: Ablation, finished: Path
 ) -> None:
-    ablation = Ablation(load_grid(grid_file), finished)
-    gone, damaged = ablation.grid.cells[2], ablation.grid.cells[-1]
-    ablation._cell_path(gone).unlink()
-    path = ablation._cell_path(damaged)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"key": "of other weights"}))
-    done: list[Cell] = []
-    evaluate_cell = ablation.evaluate
+    """None of the cells, trainings and costs that are finished is done again."""
 
-    def counted(cell: Cell) -> None:
-        done.append(cell)
-        evaluate_cell(cell)
+    def changed() -> set[str]:
+        before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.*")}
+        assert main(["ablate", str(grid_file), "--work-dir", str(finished), "--device", "cpu"]) == 0
+        found = {path for path in finished.rglob("*.*") if path.stat().st_mtime_ns != before.get(path)}
+        return {path.name for path in found if path.suffix in (".json", ".pt", ".safetensors")}
 
-    monkeypatch.setattr(ablation, "evaluate", counted)
-    monkeypatch.setattr(ablation, "train", None)
-    ablation.run()
-    assert done == [gone, damaged]
+    assert changed() == {"results.json"}
+    gone, damaged = (ablation._cell_path(ablation.grid.cells[number]) for number in (2, -1))
+    gone.unlink()
+    damaged.write_text(json.dumps(json.loads(damaged.read_text()) | {"key": "of other weights"}))
+    assert changed() == {"results.json", gone.name, damaged.name}
     assert len(ablation.results()) == len(ablation.grid.cells)
 
 
@@ -227,8 +214,7 @@ def test_a_given_checkpoint_takes_the_first_networks_place(
 
 
 @pytest.mark.slow
-def test_cells_of_one_size_and_run_share_a_cost(grid_file: Path, finished: Path) -> None:
-    ablation = Ablation(load_grid(grid_file), finished)
+def test_cells_of_one_size_and_run_share_a_cost(ablation: Ablation) -> None:
     by_name = {(cell.network, cell.run): cell for cell in ablation.grid.cells}
     edge = Run(None, "edge", 0.25, exchange="linear")
     keys = {network: cost_key(ablation, by_name[network, edge]) for network in ("student", "taught")}
@@ -238,8 +224,7 @@ def test_cells_of_one_size_and_run_share_a_cost(grid_file: Path, finished: Path)
 
 
 @pytest.mark.slow
-def test_spread_is_the_standard_deviation(grid_file: Path, finished: Path) -> None:
-    ablation = Ablation(load_grid(grid_file), finished)
+def test_spread_is_the_standard_deviation(ablation: Ablation, finished: Path) -> None:
     ablation.grid.spec.seeds = [0, 1]
     results = [
         {"metrics": {"miou": 0.5 + 0.1 * cell.seed, "boundary_miou": 0.3, "class_iou": [0.2, None]}}

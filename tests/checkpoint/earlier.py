@@ -8,11 +8,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sparse_seg.checkpoint import digest_of, load
 from sparse_seg.config import ModelConfig, model_config, to_dict
+from tests.checkpoint.stored import header_of, opened, packed
 
 ON_ROWS = re.compile(r"backbone\.layer|head\.aspp|head\.reduce")
 CAD = "backbone.mask_estimator."
@@ -63,9 +63,7 @@ def write_format_2(path: Path, conversion: Any) -> None:
     """A converted file without a graph: the entries of the way back tell old layouts, too. Of CAD's mask net
     only the two logits stood aside."""
     conversion.write(path)
-    with safe_open(path, framework="pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        content = json.loads(file.metadata()["sparse_seg"])
+    weights, content = opened(path)[0], header_of(path)
     entries = content["origin"]["back"]["entries"]
     for entry in entries:
         if entry[1].startswith(CAD) and not entry[1].startswith(f"{CAD}7."):
@@ -75,26 +73,22 @@ def write_format_2(path: Path, conversion: Any) -> None:
     for entry in entries:
         name = old_name(entry[0], conversion.checkpoint.config)
         entry[0], entry[3:] = name, [is_krsc(name, weights[entry[0]]), *entry[3:]]
-    del content["digest"], content["graph"]
-    content |= {"format_version": 2, "weights": digest_of(old)}
-    content["digest"] = digest_of(content)
-    path.write_bytes(safetensors.torch.save(old, {"sparse_seg": json.dumps(content)}))
+    del content["graph"]
+    path.write_bytes(packed(old, content | {"format_version": 2, "weights": digest_of(old)}))
 
 
 def write_converted(path: Path, conversion: Any) -> None:
     """Version 0.1: a text per entry in the metadata, CAD's mask net with its own two logits."""
     conversion.write(path)
     checkpoint = load(path)
-    origin, weights, entries = checkpoint.origin, {}, []
-    tensors = old_weights(checkpoint.weights, checkpoint.config)
+    origin, entries = checkpoint.origin, []
+    weights = old_weights(checkpoint.weights, checkpoint.config)
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("policy.")}
     for ours, theirs, shape, roll, _ in origin.back["entries"]:
         own = old_name(ours, checkpoint.config)
         name = "mask_net." + theirs.removeprefix(CAD) if theirs.startswith(CAD) else own
-        weights[name] = tensors[own]
+        weights[name] = weights.pop(own)
         entries.append([name, theirs, shape, is_krsc(own, checkpoint.weights[ours]), roll])
-    used = {old_name(entry[0], checkpoint.config) for entry in origin.back["entries"]}
-    fresh = {name: tensor for name, tensor in tensors.items() if name not in used}
-    weights |= {name: tensor for name, tensor in fresh.items() if not name.startswith("policy.")}
     metadata = {
         "format": "sparse_seg.converted",
         "version": "0.1.0",

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import nn
 
 import sparse_seg
 from sparse_seg import load_model, save_model, selective
-from sparse_seg.checkpoint import digest_of, load
+from sparse_seg.checkpoint import load
 from sparse_seg.config import config_from_dict
 from sparse_seg.conversion import to_dense
 from sparse_seg.errors import CheckpointError
@@ -27,6 +25,8 @@ from sparse_seg.run.card import Card
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from tests import captured
+from tests.checkpoint.stored import write_changed
+from tests.conversion.cases import same
 from tests.reference import relative_error
 
 SIZE = (64, 64)
@@ -76,9 +76,7 @@ def test_the_code_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_way_back_is_the_modules_state_dict(saved: Path) -> None:
-    own, back = captured.trained().state_dict(), to_dense(saved)
-    assert own.keys() == back.keys()
-    assert all(torch.equal(tensor, back[name]) for name, tensor in own.items())
+    assert same(to_dense(saved), captured.trained().state_dict())
 
 
 def test_what_is_known_of_the_classes_is_in_the_file(tmp_path: Path) -> None:
@@ -152,21 +150,14 @@ def test_what_is_not_saved(tmp_path: Path) -> None:
 def test_a_network_of_ours_is_saved_as_well(tmp_path: Path) -> None:
     torch.manual_seed(0)
     own = sparse_seg.build_model({"width": 0.0625, "depths": [1, 1, 1, 1], "num_classes": 3}).eval()
-    save_model(own, tmp_path / "net.safetensors")
-    found = load_model(tmp_path / "net.safetensors")
+    path, wider = tmp_path / "net.safetensors", tmp_path / "wider.safetensors"
+    save_model(own, path)
+    found = load_model(path)
     assert torch.equal(found(images()), own(images()))
     assert found.settings == own.settings
-    back = to_dense(tmp_path / "net.safetensors")
-    assert all(torch.equal(tensor, back[name]) for name, tensor in own.module.state_dict().items())
-    wider = lambda model: model.update(width=1.0)  # noqa: E731
-    write_changed(tmp_path / "net.safetensors", tmp_path / "wider.safetensors", wider, "model")
-    other = load_model(tmp_path / "wider.safetensors")  # the graph is what runs
-    assert torch.equal(other(images()), own(images()))
-
-
-def test_earlier_packages_are_told_of_a_later_format(saved: Path) -> None:
-    with safe_open(saved, framework="pt") as file:
-        assert json.loads(file.metadata()["sparse_seg"])["format_version"] == 4
+    assert same(to_dense(path), own.module.state_dict())
+    write_changed(path, wider, lambda content: content["model"].update(width=1.0))
+    assert torch.equal(load_model(wider)(images()), own(images())), "the graph is what runs"
 
 
 # -- what a graph may not say --------------------------------------------------------------------------------
@@ -232,23 +223,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
-def write_changed(
-    source: Path, path: Path, change: Callable[[dict[str, Any]], object], part: str = "graph"
-) -> None:
-    """A copy whose graph says something else, with a right digest."""
-    with safe_open(source, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        content = json.loads(file.metadata()["sparse_seg"])
-    change(content[part] if part else content)
-    del content["digest"]
-    content["digest"] = digest_of(content)
-    path.write_bytes(safetensors.torch.save(tensors, {"sparse_seg": json.dumps(content)}))
-
-
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_graph_that_cannot_be_is_refused_in_one_line(saved: Path, tmp_path: Path, what: str) -> None:
     change, message = CHANGES[what]
-    write_changed(saved, tmp_path / "net.safetensors", change)
+    write_changed(saved, tmp_path / "net.safetensors", lambda content: change(content["graph"]))
     with pytest.raises(CheckpointError, match=message) as found:
         load_model(tmp_path / "net.safetensors")
     assert str(found.value).isprintable()
@@ -258,12 +236,12 @@ def test_a_module_without_its_graph_is_never_imported(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"imports {name}"))
-    write_changed(saved, tmp_path / "net.safetensors", lambda content: content.pop("graph"), "")
+    write_changed(saved, tmp_path / "net.safetensors", lambda content: content.pop("graph"))
     with pytest.raises(CheckpointError, match="damaged"):
         load_model(tmp_path / "net.safetensors")
-    change = lambda model: model.update(module="os:system")  # noqa: E731
-    write_changed(saved, tmp_path / "net.safetensors", change, "model")
-    assert load_model(tmp_path / "net.safetensors").settings.module == "os:system"  # a name, and no more
+    named = tmp_path / "named.safetensors"
+    write_changed(saved, named, lambda content: content["model"].update(module="os:system"))
+    assert load_model(named).settings.module == "os:system"  # a name, and no more
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """One format of ours: what stands in it, files of version 0.1, and damage that is noticed."""
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -7,13 +8,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparse_seg import load_model
-from sparse_seg.checkpoint import Checkpoint, Origin, load, save
+from sparse_seg.checkpoint import Checkpoint, Origin, load, network_settings, save
 from sparse_seg.checkpoint.captured import content_of
-from sparse_seg.checkpoint.loading import check_fits, initial_weights
+from sparse_seg.checkpoint.loading import initial_weights
 from sparse_seg.config import config_from_dict, load_config, to_dict
 from sparse_seg.conversion import convert, to_dense
 from sparse_seg.data.cityscapes import CITYSCAPES_CLASSES, CITYSCAPES_IDS
@@ -22,7 +22,8 @@ from sparse_seg.run.build import build_model
 from sparse_seg.run.weights import load_weights
 from sparse_seg.training.checkpoint import best_of, save_best, save_checkpoint
 from tests.checkpoint.earlier import write_converted, write_format_2, write_training
-from tests.conversion.cases import state_of
+from tests.checkpoint.stored import header_of, opened, write_changed
+from tests.conversion.cases import same, state_of
 from tests.reference import relative_error
 
 FILES, HALF = Path(__file__).with_name("files"), "torchvision fcn"
@@ -41,10 +42,6 @@ def weights(config):
     return build_model(config).eval().state_dict()
 
 
-def same(found, expected) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
-
-
 def test_a_checkpoint_alone_is_enough(config, weights, tmp_path):
     save_checkpoint(tmp_path / "a.safetensors", config, weights, miou=0.5)
     found = load(tmp_path / "a.safetensors")
@@ -56,33 +53,28 @@ def test_a_checkpoint_alone_is_enough(config, weights, tmp_path):
     assert found.origin.is_trained_here
     assert found.training == {"config": to_dict(config), "ids": list(CITYSCAPES_IDS.values()), "miou": 0.5}
     assert same(load_model(tmp_path / "a.safetensors").state_dict(), weights)
-    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
-        assert list(file.metadata()) == ["sparse_seg"]
-        assert json.loads(file.metadata()["sparse_seg"])["weights"] == found.digest
+    metadata = opened(tmp_path / "a.safetensors")[1]
+    assert list(metadata) == ["sparse_seg"]
+    assert json.loads(metadata["sparse_seg"])["weights"] == found.digest
 
 
 def test_the_training_frames_size_is_in_the_file_or_bounded_by_the_crop(config, weights, tmp_path):
-    path, twice = tmp_path / "a.safetensors", tuple(2 * side for side in config.data.crop)
-    for told, frame in (
-        ([360, 480], (360, 480)),
-        (None, None),
-        ([360], None),
-        ([360, 10**400], None),
-        ("a", None),
-    ):
-        save_checkpoint(path, config, weights, frame=told)
+    def known(path):
         card = load_model(path).card
         assert card is not None
-        assert (card.frame, card.at_most) == (frame, twice)
+        return card.frame, card.at_most
+
+    path, twice = tmp_path / "a.safetensors", tuple(2 * side for side in config.data.crop)
+    save_checkpoint(path, config, weights, frame=[360, 480])
+    assert known(path) == ((360, 480), twice)
+    for told in (None, [360], [360, 10**400], "a"):
+        save_checkpoint(path, config, weights, frame=told)
+        assert known(path) == (None, twice)
     write_training(tmp_path / "old.pt", config, weights)
-    card = load_model(tmp_path / "old.pt").card
-    assert card is not None
-    assert (card.frame, card.at_most) == (None, twice)
+    assert known(tmp_path / "old.pt") == (None, twice)
     for nothing in ({}, {"config": None}, {"config": {"data": {"crop": "256"}}}):
         save(dataclasses.replace(load(path), training=nothing))
-        card = load_model(path).card
-        assert card is not None
-        assert (card.frame, card.at_most) == (None, None), "as of a converted file"
+        assert known(path) == (None, None), "as of a converted file"
 
 
 def test_files_are_told_apart_by_content(config, weights, tmp_path):
@@ -136,10 +128,10 @@ def test_converted_files_of_earlier_formats(name, tmp_path):
     assert same(*(network.state_dict() for network in networks))
     (tmp_path / "run.yaml").write_text(f"data: {{root: {tmp_path}, mean: [0.5, 0.5, 0.5]}}")
     config = load_config(tmp_path / "run.yaml")
-    check_fits(version_0_1, config)
+    network_settings(version_0_1, config)
     message = r"trained with data\.mean \[0\.485, .* --set data\.mean=\[0\.485,"
     with pytest.raises(CheckpointError, match=message):
-        check_fits(today, config)
+        network_settings(today, config)
 
 
 def test_a_file_that_format_2_wrote():
@@ -232,14 +224,6 @@ def test_damage_is_noticed(config, weights, tmp_path):
             load_model(tmp_path / name)
 
 
-def said(path: Path, **changes: object) -> None:
-    """Let a file say something else, with a right digest."""
-    found = load(path)
-    description = found.description() | changes
-    object.__setattr__(found, "description", lambda: description)
-    save(found)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -260,18 +244,19 @@ def test_all_that_a_file_says_is_checked_before_anything_is_built(
     changes, message, config, weights, tmp_path
 ):
     save_checkpoint(tmp_path / "a.safetensors", config, weights)
-    said(tmp_path / "a.safetensors", **changes)
+    write_changed(tmp_path / "a.safetensors", tmp_path / "a.safetensors", lambda said: said.update(changes))
     with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
         load_model(tmp_path / "a.safetensors")
     assert "\n" not in str(caught.value)
 
 
-def test_a_later_format_is_named(config, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparse_seg.checkpoint.file.FORMAT_VERSION", 5)
-    save_checkpoint(tmp_path / "a.safetensors", config, weights)
-    monkeypatch.undo()
+def test_a_later_format_is_named(config, weights, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, config, weights)
+    assert header_of(path)["format_version"] == 4
+    write_changed(path, path, lambda said: said.update(format_version=5))
     with pytest.raises(CheckpointError, match=r"of a later sparse_seg \(format 5\); update the package"):
-        load(tmp_path / "a.safetensors")
+        load(path)
 
 
 def test_the_way_back_needs_all_its_entries(tmp_path):
@@ -316,10 +301,10 @@ def test_other_things_than_checkpoints(tmp_path):
     with pytest.raises(CheckpointError, match="is truncated or no PyTorch checkpoint"):
         load(tmp_path / "text.pt")
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(
-        CheckpointError, match="was not written by sparse_seg; convert it first: sparse-seg conv"
-    ):
-        load(tmp_path / "foreign.safetensors")
+    torch.save({"model": {}, "args": argparse.Namespace(lr=0.1)}, tmp_path / "foreign.pth")
+    for name in ("foreign.safetensors", "foreign.pth"):
+        with pytest.raises(CheckpointError, match="not written by sparse_seg; convert it first: sparse-seg "):
+            load(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"best\.pt does not exist"):
         load(tmp_path / "best.pt")
 

@@ -1,7 +1,5 @@
 """Own data and the network that a training made of it, once for all tests of commands."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable

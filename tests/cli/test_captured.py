@@ -1,20 +1,17 @@
 """Every command that takes a model takes a file with a graph; what makes no sense for one is one line."""
 
-from __future__ import annotations
-
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from sparse_seg import load_model, save_model, selective
 from sparse_seg.data.scenes import write_scenes
-from sparse_seg.lab.benchmark.runtimes import Timed
-from sparse_seg.lab.latency import Latency
+from sparse_seg.lab.latency import Latency, Run
 from tests import captured
 from tests.cli.commands import done
 
@@ -98,11 +95,11 @@ def test_benchmark_in_a_runtime(folder: Path, tmp_path: Path, monkeypatch: pytes
     rows.append({"output_stride": None, "policy": "confidence", "fine_fraction": 0.2, "miou": 58.0})
     (tmp_path / "accuracy.json").write_text(json.dumps({"rows": rows}))
 
-    def timed(graphs: dict[str, Timed], *given: object) -> dict[str, Latency]:
-        assert all(torch.load(graph.path, weights_only=False) for graph in graphs.values())
-        return {name: Latency((20.0 - number,)) for number, name in enumerate(graphs)}
+    def timed(prepares: dict[str, Callable[[], Run]], *given: object) -> dict[str, Latency]:
+        assert all(prepare()().shape == (1, 64, 96) for prepare in prepares.values())
+        return {name: Latency((20.0 - number,)) for number, name in enumerate(prepares)}
 
-    monkeypatch.setattr("sparse_seg.lab.benchmark.runtimes.time_graphs", timed)
+    monkeypatch.setattr("sparse_seg.lab.benchmark.runtimes.timed_apart", timed)
     common = ("benchmark", folder / "data.yaml", "--checkpoint", folder / "net.safetensors", "--scopes")
     options = ("--runtimes", "torch", "--fine-fraction", 0.2, "--accuracy", tmp_path / "accuracy.json")
     done(*common, "--size", "64x96", "--repeats", 1, *options, "--json", tmp_path / "out.json")

@@ -1,15 +1,16 @@
 """What `gpu` measures on a CUDA device, rehearsed on the CPU."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparse_seg.cli import gpu
-from sparse_seg.lab.benchmark.gpu import PRECISIONS, gpu_table
+from sparse_seg.errors import MeasurementError
+from sparse_seg.lab.benchmark.gpu import PRECISIONS, by_onnxruntime, gpu_table
+from sparse_seg.lab.benchmark.measure import Subject
 from tests.cli.commands import done
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
@@ -35,6 +36,8 @@ def test_rehearsal(
     said = capsys.readouterr().out
     assert "dense OS8, CUDA graph not measured: " in said
     assert "selective, triton not measured: EngineError: it needs a CUDA device, not cpu" in said
+    for name in ("", "2 streams, ", "triton, ", "triton, 2 streams, "):
+        assert f"\nselective, static, {name}CUDA graph not measured: " in said
     assert out.with_suffix(".md").read_text().count("\n") == len(rows) + 2
 
 
@@ -47,6 +50,38 @@ def test_a_run_that_is_stopped_says_what_it_left_out(
     assert lines[0] == "stopped after 0 minutes; not measured:"
     assert len(lines) == 1 + 2 * 2 * 4
     assert lines[1] == "  DeepLabV3-ResNet-50, 1 x 64x96, tf32"
+
+
+def test_a_cell_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(subject: Subject, *_: object) -> list[dict[str, object]]:
+        if subject.batch == 4:
+            raise RuntimeError("CUDA error:\nan illegal memory access")
+        return [{"run": "dense OS8, cuDNN", "milliseconds": 2.0, "spread": 0.1, "difference": 0.0}]
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(gpu, "measure_gpu", fail)
+    done("gpu", "--json", tmp_path / "gpu.json")
+    said = capsys.readouterr().out.splitlines()
+    reason = "not measured: RuntimeError: CUDA error: an illegal memory access"
+    assert f"light, 4 x 64x96, fp16 {reason}" in said
+    assert len([line for line in said if line.endswith(reason)]) == 2 * 4
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 2 * 4
+
+
+@torch.inference_mode()
+def test_by_a_provider_of_onnxruntime() -> None:
+    """Images and logits stay where they are, in their dtype; a provider that is not there is named."""
+    pytest.importorskip("onnxruntime")
+    images = torch.rand(2, 3, 8, 12).to(memory_format=torch.channels_last)
+    for dtype in (torch.float32, torch.float16):
+        network, given = torch.nn.Conv2d(3, 4, 3).to(dtype).eval(), images.to(dtype)
+        run = by_onnxruntime("CPUExecutionProvider", network, given)
+        assert run().dtype == dtype
+        assert (run() - network(given)).abs().max() < 1e-2
+    with pytest.raises(MeasurementError, match="cannot load TensorrtExecutionProvider here"):
+        by_onnxruntime("TensorrtExecutionProvider", network, given, trt_fp16_enable=True)
 
 
 def test_large_images_on_tensor_cores_come_first() -> None:

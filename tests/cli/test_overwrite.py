@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparse_seg.data.scenes import write_scenes
-from sparse_seg.lab.predict.inputs import OutputFiles, find_sources
+from sparse_seg.lab.predict.files import OutputFiles, find_sources
 from tests.cli.commands import done, fails
 
 
@@ -126,6 +126,15 @@ def test_inputs_that_are_still_to_be_read(folder, capsys):
     frames = [*predict, "drive_ids/000001.png", "away/drive.mp4", "--video-ids"]
     os.rename("drive.mp4", "away/drive.mp4")
     assert "drive_ids/000001.png is an input" in refused(capsys, *frames)
+
+
+def test_what_stands_beside_an_input(folder, capsys):
+    """A picture or video of another's, by the name of what would be written."""
+    picture("photo_ids.png")
+    write_video("drive.avi")
+    for source, there in (("photo.png", "photo_ids.png"), ("drive.avi", "drive.mp4")):
+        said = refused(capsys, "predict", "--out", ".", "net.safetensors", source)
+        assert f"{there} is there already, beside {source}; name another folder" in said
 
 
 def test_two_outputs_in_one_file(folder, capsys):

@@ -184,6 +184,10 @@ def test_segment_takes_a_pillow_image(model, photo, tmp_path):
     deep = r"an image of mode I.* has over 8 bits per channel; give its path"
     with PIL.Image.open(tmp_path / "deep.png") as image, pytest.raises(ValueError, match=deep):
         sparse_seg.segment(model, image)
+    assert cv2.imwrite(str(tmp_path / "deep.png"), pixels.astype(np.uint16) * 16)
+    deep = r"an image of mode RGB;16B has over 8 bits per channel; give its path"
+    with PIL.Image.open(tmp_path / "deep.png") as image, pytest.raises(ValueError, match=deep):
+        sparse_seg.segment(model, image)
     (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:9000])
     cut = r"the image cannot be read: .*; restore it from the original"
     with PIL.Image.open(tmp_path / "cut.png") as image, pytest.raises(DataError, match=cut):

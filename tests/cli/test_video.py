@@ -45,7 +45,7 @@ def properties(path: Path) -> tuple[int, float, tuple[int, int]]:
     return count, capture.get(cv2.CAP_PROP_FPS), (int(capture.get(3)), int(capture.get(4)))
 
 
-def test_there_and_back(checkpoint, video, tmp_path, capsys):
+def test_there_and_back(checkpoint, video, tmp_path, capsys, caplog):
     """Two videos of one content: a policy that looks back forgets the one before."""
     out, again = tmp_path / "out", shutil.copy(video, video.with_name("again.avi"))
     more = ["--video-ids", "--video-blocks", "--policy", "previous", "--json", str(tmp_path / "v.json")]
@@ -68,6 +68,8 @@ def test_there_and_back(checkpoint, video, tmp_path, capsys):
         assert found["frames"] == FRAMES
         assert found["fine_fraction"] == pytest.approx(round(0.15 * 24) / 24)
         assert sum(found["shares"].values()) == pytest.approx(1)
+    done("predict", checkpoint, again, "--out", out, "--video-ids", "--limit", 7)
+    assert f"{out / 'again_ids/000007.png'} and 1 more are of an earlier run" in caplog.text
     capture = cv2.VideoCapture(str(out / "drive.mp4"))
     for number in range(3):  # the bar's red shines through where it is
         red = capture.read()[1][..., 2].astype(float).mean(0)
@@ -185,6 +187,13 @@ def test_a_large_video_is_scaled_and_kept_up_with(checkpoint, video, tmp_path, c
         assert said["fine_fraction"] == pytest.approx(fine, abs=0.1 if option == "--policy" else 0)
     line = fails(capsys, *arguments, "--fps", "10", "--flip", "--out", tmp_path / "out", code=2)
     assert "--fps: refines one look; leave out --flip" in line
+    for option, value, message in (
+        ("--dense", "8", "--fps: refines as far as the time allows; leave out --dense"),
+        ("--fine-fraction", "0.1", "leave out --fine-fraction"),
+        ("--policy", "edge", "--fps: ranks blocks by a coarse pass, which edge does not read"),
+    ):
+        line = fails(capsys, *arguments, "--fps", "10", option, value, "--out", tmp_path / "out", code=2)
+        assert message in line
 
 
 @pytest.mark.slow

@@ -6,18 +6,23 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparse_seg import load_model
+from sparse_seg.checkpoint import load_backbone
+from sparse_seg.conversion import convert, to_dense
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.values import Interpreter
-from tests.conversion.deeplabs import Mmseg, Smp, VainF
-from tests.conversion.networks import Network, ResNet, Torchvision
+from tests.conversion.networks import Head, Mmseg, ResNet, Smp, Torchvision, VainF
 
 SMALL = {"width": 8, "depths": (2, 1, 2, 2)}
-THIN, SKIP = {"channels": 6}, {"skip": 5}
+TV, VAINF, SMP, MMSEG, CAD = "torchvision", "vainf", "smp", "mmseg", "cad"
+V3, PLUS = "deeplabv3", "deeplabv3plus"
+NETWORKS: dict[str, Any] = {TV: Torchvision, VAINF: VainF, SMP: Smp, MMSEG: Mmseg, CAD: VainF}
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,9 @@ class Case:
     """One network of a source.
 
     Args:
-        build: a small network for an output stride, or a full-size one.
+        head: empty of a classifier.
+        depth, stem, pooled: of its ResNet.
+        more: fields of its `Head`; `channels` and `skip` in full size.
         stride: the source's own output stride.
         options: of `convert`.
         rename: the network's state dict to that of the source's file.
@@ -34,39 +41,27 @@ class Case:
     """
 
     source: str
-    build: Callable[..., nn.Module]
+    head: str
+    depth: int
+    stem: str = "conv7"
+    pooled: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
     stride: int = 8
     options: dict[str, Any] = field(default_factory=dict)
     rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     peer: str | None = None
     p1: bool = True
 
-
-def _resnet(depth: int, stride: int, small: bool, **settings: Any) -> ResNet:
-    return ResNet(depth, stride, **settings, **(SMALL if small else {}))  # type: ignore[arg-type]
-
-
-def _torchvision(head: str, depth: int, stride: int, small: bool = True) -> Network:
-    return Torchvision(head, _resnet(depth, stride, small), stride, **(THIN if small else {}))
-
-
-def _vainf(head: str, kind: str, depth: int, stride: int, small: bool = True) -> Network:
-    return VainF(head, _resnet(depth, stride, small), stride, kind, **(THIN | SKIP if small else {}))
-
-
-def _smp(head: str, kind: str, depth: int, stride: int, small: bool = True) -> Network:
-    encoder = _resnet(depth, stride, small, style="smp")
-    return Smp(head, encoder, [12, 24, 36], kind, **(THIN | SKIP if small else {}))
-
-
-def _mmseg(head: str, depth: int, stem: str, stride: int, small: bool = True) -> Network:
-    full = {"channels": 128, "skip": 12} if depth == 18 else {}
-    backbone = _resnet(depth, stride, small, style="mmseg", stem=stem)
-    return Mmseg(head, backbone, stride, **(THIN | SKIP if small else full))
-
-
-def _classifier(depth: int, stem: str, pooled: bool, stride: int, small: bool = True) -> ResNet:
-    return _resnet(depth, stride, small, stem=stem, pooled=pooled, classes=1000)
+    def build(self, stride: int, small: bool = True) -> nn.Module:
+        """Its network for an output stride, small or in full size."""
+        style = self.source if self.source in (SMP, MMSEG) else TV
+        sizes: dict[str, Any] = SMALL if small else {}
+        classes = None if self.head else 1000
+        backbone = ResNet(self.depth, stride, style, self.stem, self.pooled, classes=classes, **sizes)
+        if not self.head:
+            return backbone
+        more = self.more | ({"channels": 6, "skip": 5} if small else {})
+        return NETWORKS[self.source](backbone, Head(self.head, stride, **more))
 
 
 PARTS = {"0": "conv1", "1": "norm1"}
@@ -116,53 +111,41 @@ def old_smp_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _case(source: str, build: Callable[..., nn.Module], *arguments: Any, **settings: Any) -> Case:
-    return Case(source, functools.partial(build, *arguments), **settings)
-
-
-OS16 = {"stride": 16, "options": {"output_stride": 16}}
-TV, VAINF, SMP, MMSEG, CAD = "torchvision", "vainf", "smp", "mmseg", "cad"
-V3, PLUS = "deeplabv3", "deeplabv3plus"
+OS16: dict[str, Any] = {"stride": 16, "options": {"output_stride": 16}}
+BODY, SEPARABLE = {"kind": "body"}, {"kind": "smp"}
+WIDE, NARROW = {"channels": 512}, {"channels": 128, "skip": 12}  # of mmsegmentation
 CASES = {
-    "torchvision deeplabv3": _case(TV, _torchvision, V3, 50, peer="torchvision_deeplabv3_resnet50"),
-    "torchvision fcn": _case(TV, _torchvision, "fcn", 50, peer="torchvision_fcn_resnet50"),
-    "vainf deeplabv3": _case(VAINF, _vainf, V3, "plain", 50, peer="vainf_deeplabv3_resnet50"),
-    "vainf deeplabv3 16": _case(VAINF, _vainf, V3, "plain", 50, **OS16),
-    "vainf deeplabv3 separable": _case(
-        VAINF, _vainf, V3, "body", 50, peer="vainf_deeplabv3_separable_resnet50"
+    "torchvision deeplabv3": Case(TV, V3, 50, more={"classes": 21}, peer="torchvision_deeplabv3_resnet50"),
+    "torchvision fcn": Case(TV, "fcn", 50, more={"classes": 21}, peer="torchvision_fcn_resnet50"),
+    "vainf deeplabv3": Case(VAINF, V3, 50, peer="vainf_deeplabv3_resnet50"),
+    "vainf deeplabv3 16": Case(VAINF, V3, 50, **OS16),
+    "vainf deeplabv3 separable": Case(VAINF, V3, 50, more=BODY, peer="vainf_deeplabv3_separable_resnet50"),
+    "vainf deeplabv3plus": Case(VAINF, PLUS, 50, peer="vainf_deeplabv3plus_resnet50"),
+    "vainf deeplabv3plus 16": Case(VAINF, PLUS, 50, **OS16),
+    "vainf deeplabv3plus separable": Case(
+        VAINF, PLUS, 50, more=BODY, peer="vainf_deeplabv3plus_separable_resnet50"
     ),
-    "vainf deeplabv3plus": _case(VAINF, _vainf, PLUS, "plain", 50, peer="vainf_deeplabv3plus_resnet50"),
-    "vainf deeplabv3plus 16": _case(VAINF, _vainf, PLUS, "plain", 50, **OS16),
-    "vainf deeplabv3plus separable": _case(
-        VAINF, _vainf, PLUS, "body", 50, peer="vainf_deeplabv3plus_separable_resnet50"
+    "smp deeplabv3": Case(SMP, V3, 50, peer="smp_deeplabv3_resnet50"),
+    "smp deeplabv3 old": Case(SMP, V3, 50, rename=old_smp_names),
+    "smp deeplabv3 separable": Case(SMP, V3, 18, more=SEPARABLE, peer="smp_deeplabv3_separable_resnet18"),
+    "smp deeplabv3plus": Case(SMP, PLUS, 50, more=SEPARABLE, stride=16, peer="smp_deeplabv3plus_resnet50"),
+    "smp deeplabv3plus 8": Case(
+        SMP, PLUS, 18, options={"output_stride": 8}, peer="smp_deeplabv3plus_plain_resnet18"
     ),
-    "smp deeplabv3": _case(SMP, _smp, V3, "plain", 50, peer="smp_deeplabv3_resnet50"),
-    "smp deeplabv3 old": _case(SMP, _smp, V3, "plain", 50, rename=old_smp_names),
-    "smp deeplabv3 separable": _case(SMP, _smp, V3, "smp", 18, peer="smp_deeplabv3_separable_resnet18"),
-    "smp deeplabv3plus": _case(SMP, _smp, PLUS, "smp", 50, stride=16, peer="smp_deeplabv3plus_resnet50"),
-    "smp deeplabv3plus 8": _case(
-        SMP, _smp, PLUS, "plain", 18, options={"output_stride": 8}, peer="smp_deeplabv3plus_plain_resnet18"
+    "mmseg deeplabv3 r18": Case(MMSEG, V3, 18, MMSEG, more=NARROW, peer="mmseg_deeplabv3_r18-d8", p1=False),
+    "mmseg deeplabv3 r50": Case(MMSEG, V3, 50, MMSEG, more=WIDE, peer="mmseg_deeplabv3_r50-d8"),
+    "mmseg deeplabv3 16": Case(MMSEG, V3, 50, more=WIDE, peer="mmseg_deeplabv3_resnet50-d16", **OS16),
+    "mmseg deeplabv3plus r18": Case(
+        MMSEG, PLUS, 18, MMSEG, more=NARROW, peer="mmseg_deeplabv3plus_r18-d8", p1=False
     ),
-    "mmseg deeplabv3 r18": _case(MMSEG, _mmseg, V3, 18, "mmseg", peer="mmseg_deeplabv3_r18-d8", p1=False),
-    "mmseg deeplabv3 r50": _case(MMSEG, _mmseg, V3, 50, "mmseg", peer="mmseg_deeplabv3_r50-d8"),
-    "mmseg deeplabv3 16": _case(MMSEG, _mmseg, V3, 50, "conv7", peer="mmseg_deeplabv3_resnet50-d16", **OS16),
-    "mmseg deeplabv3plus r18": _case(
-        MMSEG, _mmseg, PLUS, 18, "mmseg", peer="mmseg_deeplabv3plus_r18-d8", p1=False
-    ),
-    "mmseg deeplabv3plus r50": _case(MMSEG, _mmseg, PLUS, 50, "mmseg", peer="mmseg_deeplabv3plus_r50-d8"),
-    "cad fcn": _case(CAD, _vainf, "fcn", "plain", 50, peer="cad_fcn_resnet50"),
-    "cad edge mask": _case(
-        CAD, _vainf, V3, "plain", 101, rename=edge_mask_names, peer="cad_deeplabv3_batch_ap_resnet101"
-    ),
-    "cad edge mask 16": _case(
-        CAD, _vainf, V3, "plain", 50, stride=16, rename=functools.partial(edge_mask_names, first=4)
-    ),
-    "cad learned mask": _case(
-        CAD, _vainf, V3, "plain", 101, rename=learned_mask_names, peer="cad_deeplabv3_ad_resnet101"
-    ),
+    "mmseg deeplabv3plus r50": Case(MMSEG, PLUS, 50, MMSEG, more=WIDE, peer="mmseg_deeplabv3plus_r50-d8"),
+    "cad fcn": Case(CAD, "fcn", 50, peer="cad_fcn_resnet50"),
+    "cad edge mask": Case(CAD, V3, 101, rename=edge_mask_names, peer="cad_deeplabv3_batch_ap_resnet101"),
+    "cad edge mask 16": Case(CAD, V3, 50, stride=16, rename=functools.partial(edge_mask_names, first=4)),
+    "cad learned mask": Case(CAD, V3, 101, rename=learned_mask_names, peer="cad_deeplabv3_ad_resnet101"),
 }
 BACKBONES = {
-    f"{source} {name}": _case(source, _classifier, depth, stem, pooled, stride=32, peer=f"{source}_{name}")
+    f"{source} {name}": Case(source, "", depth, stem, pooled, stride=32, peer=f"{source}_{name}")
     for source, name, depth, stem, pooled in (
         (TV, "resnet18", 18, "conv7", False),
         (TV, "resnet50", 50, "conv7", False),
@@ -213,6 +196,25 @@ def at_stride(name: str, stride: int) -> Any:
     network = (CASES | BACKBONES)[name].build(stride)
     network.load_state_dict(network_of(name).state_dict())
     return network.eval()
+
+
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """The same tensors by the same names, bit for bit."""
+    return found.keys() == expected.keys() and all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        for name, tensor in expected.items()
+    )
+
+
+def converted(state: Mapping[str, Tensor], folder: Path, told: str, **options: Any) -> SelectiveNetwork:
+    """The network of a file whose tensors are those of the source `told`; the way back is exact."""
+    path = folder / "net.safetensors"
+    torch.save(dict(state), folder / "source.pth")
+    conversion = convert(folder / "source.pth", allow_missing=["head"], **options)
+    conversion.write(path)
+    assert same(to_dense(path), state)
+    assert conversion.checkpoint.origin.source == told
+    return load_model(path) if conversion.checkpoint.origin.has_head else load_backbone(path)
 
 
 def stages(model: SelectiveNetwork) -> list[str]:

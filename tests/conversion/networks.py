@@ -2,12 +2,15 @@
 
 None of our layers are used. A network is built for one output stride; the same weights fit another. Widths
 and depths are parameters, so that tests can use small networks; with the defaults, names and shapes are those
-of the real files (see `test_networks.py`).
+of the real files (see `test_packages.py`).
 """
 
 from __future__ import annotations
 
+import functools
+from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,33 +97,19 @@ def _shortcut(inside: int, outside: int, stride: int, pooled: bool) -> nn.Sequen
     return nn.Sequential(pool, conv(inside, outside, 1), nn.BatchNorm2d(outside))
 
 
-class Separable(nn.Sequential):
-    """Depthwise and 1x1 (smp's names: 0, 1)."""
-
-    def __init__(self, inside: int, outside: int, dilation: int = 1) -> None:
-        super().__init__(conv(inside, inside, 3, 1, dilation, inside), conv(inside, outside, 1))
-
-
-class BodySeparable(nn.Module):
-    """The same by VainF's names: body.0, body.1."""
-
-    def __init__(self, inside: int, outside: int, dilation: int = 1) -> None:
-        super().__init__()
-        self.body = Separable(inside, outside, dilation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
-
-
 def conv3x3(inside: int, outside: int, kind: str = "plain", dilation: int = 1) -> nn.Module:
+    """Or a separable one, depthwise and 1x1: smp's names are 0 and 1, VainF's body.0 and body.1."""
     if kind == "plain":
         return conv(inside, outside, 3, 1, dilation)
-    return (Separable if kind == "smp" else BodySeparable)(inside, outside, dilation)
+    both = nn.Sequential(conv(inside, inside, 3, 1, dilation, inside), conv(inside, outside, 1))
+    return both if kind == "smp" else nn.Sequential(OrderedDict(body=both))
 
 
 class ImagePool(nn.Sequential):
-    def __init__(self, inside: int, channels: int) -> None:
-        super().__init__(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(inside, channels, 1))
+    """The mean of the image in all its places, by what reads it."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(1), *layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).expand(-1, -1, *x.shape[2:])
@@ -135,30 +124,37 @@ class Aspp(nn.Module):
         for rate in rates:
             atrous = conv3x3(inside, channels, kind, rate)
             branches.append(nn.Sequential(atrous, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)))
-        self.convs = nn.ModuleList([*branches, ImagePool(inside, channels)])
+        self.convs = nn.ModuleList([*branches, ImagePool(*conv_bn_relu(inside, channels, 1))])
         self.project = conv_bn_relu(len(self.convs) * channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(torch.cat([branch(x) for branch in self.convs], 1))
 
 
-def resize(x: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
+def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
-
-
-def shape(x: Tensor) -> tuple[int, int]:
-    return x.shape[2], x.shape[3]
 
 
 def rates_at(output_stride: int) -> list[int]:
     return [96 // output_stride * index for index in (1, 2, 3)]
 
 
+class Head(NamedTuple):
+    """Of which kind, trained at which output stride; kind: of its 3x3, see `conv3x3`; skip: channels of the
+    low-level features in `deeplabv3plus`."""
+
+    name: str
+    stride: int = 8
+    kind: str = "plain"
+    channels: int = 256
+    skip: int = 48
+    classes: int = 19
+
+
 class Network(nn.Module):
     """`grid_logits` of features, then upsampling to the image."""
 
     align_corners = False
-    features: ResNet
 
     def grid_logits(self, features: list[Tensor]) -> Tensor:
         raise NotImplementedError
@@ -167,24 +163,20 @@ class Network(nn.Module):
         return self.get_submodule("encoder" if hasattr(self, "encoder") else "backbone")  # type: ignore[return-value]
 
     def forward(self, images: Tensor) -> Tensor:
-        return resize(self.grid_logits(self.backbone_of()(images)), shape(images), self.align_corners)
+        return resize(self.grid_logits(self.backbone_of()(images)), images.shape[2:], self.align_corners)
 
 
 class Torchvision(Network):
     """`deeplabv3_resnet*` and `fcn_resnet*`, with their auxiliary head."""
 
-    def __init__(
-        self, head: str, backbone: ResNet, output_stride: int, channels: int = 256, classes: int = 21
-    ) -> None:
+    def __init__(self, backbone: ResNet, head: Head) -> None:
         super().__init__()
-        self.backbone = backbone
-        inside = backbone.channels
-        self.classifier: nn.Module = fcn_head(inside, classes)
-        if head == "deeplabv3":
-            aspp = Aspp(inside, channels, rates_at(output_stride))
-            last = nn.Conv2d(channels, classes, 1)
+        self.backbone, inside, channels = backbone, backbone.channels, head.channels
+        self.classifier = fcn_head(inside, head.classes)
+        if head.name == "deeplabv3":
+            aspp, last = Aspp(inside, channels, rates_at(head.stride)), nn.Conv2d(channels, head.classes, 1)
             self.classifier = nn.Sequential(aspp, *conv_bn_relu(channels, channels, 3), last)
-        self.aux_classifier = fcn_head(inside // 2, classes)
+        self.aux_classifier = fcn_head(inside // 2, head.classes)
 
     def grid_logits(self, features: list[Tensor]) -> Tensor:
         return self.classifier(features[3])
@@ -194,3 +186,107 @@ def fcn_head(inside: int, classes: int) -> nn.Sequential:
     return nn.Sequential(
         *conv_bn_relu(inside, inside // 4, 3), nn.Dropout(0.1), nn.Conv2d(inside // 4, classes, 1)
     )
+
+
+class VainF(Network):
+    """deeplabv3 and deeplabv3plus, and CAD's fcn; the dense 3x3 of networks run finer than trained may be
+    dilated."""
+
+    def __init__(self, backbone: ResNet, head: Head) -> None:
+        super().__init__()
+        inside, channels, own = backbone.channels, head.channels, nn.Module()
+        aspp = Aspp(inside, channels, rates_at(head.stride), head.kind)
+        last = nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, head.classes, 1)
+        if head.name == "fcn":
+            own.classifier = fcn_head(inside, head.classes)
+        elif head.name == "deeplabv3":
+            own.classifier = nn.Sequential(aspp, conv3x3(channels, channels, head.kind), *last)
+        else:
+            own.project, own.aspp = conv_bn_relu(backbone.low_channels, head.skip, 1), aspp
+            own.classifier = nn.Sequential(conv3x3(channels + head.skip, channels, head.kind), *last)
+        self.backbone, self.classifier = backbone, own
+
+    def grid_logits(self, features: list[Tensor]) -> Tensor:
+        own: Any = self.classifier
+        if not hasattr(own, "project"):
+            return own.classifier(features[3])
+        low = own.project(features[0])
+        return own.classifier(torch.cat([low, resize(own.aspp(features[3]), low.shape[2:])], 1))
+
+
+class Smp(Network):
+    """`DeepLabV3` and `DeepLabV3Plus`. For images that its strides do not divide, which smp refuses, the
+    upsampling goes to the size of the image."""
+
+    align_corners = True
+
+    def __init__(self, encoder: ResNet, head: Head) -> None:
+        super().__init__()
+        channels, own = head.channels, nn.Module()
+
+        def separable(inside: int) -> list[nn.Module]:
+            return [conv3x3(inside, channels, "smp"), nn.BatchNorm2d(channels), nn.ReLU()]
+
+        aspp = Aspp(encoder.channels, channels, [12, 24, 36], head.kind)  # at any output stride
+        if head.name == "deeplabv3":
+            own.aspp, own.conv, own.bn = aspp, conv(channels, channels, 3), nn.BatchNorm2d(channels)
+        else:
+            own.aspp = nn.Sequential(aspp, *separable(channels))
+            own.block1 = conv_bn_relu(encoder.low_channels, head.skip, 1)
+            own.block2 = nn.Sequential(*separable(channels + head.skip))
+        self.encoder, self.decoder = encoder, own
+        self.segmentation_head = nn.Sequential(nn.Conv2d(channels, head.classes, 1))
+
+    def grid_logits(self, features: list[Tensor]) -> Tensor:
+        own: Any = self.decoder
+        grid = own.aspp(features[3])
+        if not hasattr(own, "block1"):
+            return self.segmentation_head(torch.relu(own.bn(own.conv(grid))))
+        low = own.block1(features[0])
+        up = resize(grid, low.shape[2:], align_corners=True)
+        return self.segmentation_head(own.block2(torch.cat([up, low], 1)))
+
+
+def conv_module(inside: int, outside: int, kernel: int, dilation: int = 1, groups: int = 1) -> nn.Sequential:
+    """mmcv's ConvModule."""
+    layers = conv(inside, outside, kernel, 1, dilation, groups), nn.BatchNorm2d(outside), nn.ReLU()
+    return nn.Sequential(OrderedDict(zip(("conv", "bn", "activate"), layers, strict=True)))
+
+
+def separable_module(inside: int, outside: int, dilation: int = 1) -> nn.Sequential:
+    """mmcv's DepthwiseSeparableConvModule: norm and ReLU after both parts."""
+    depthwise, pointwise = conv_module(inside, inside, 3, dilation, inside), conv_module(inside, outside, 1)
+    return nn.Sequential(OrderedDict(depthwise_conv=depthwise, pointwise_conv=pointwise))
+
+
+class Mmseg(Network):
+    """With ASPPHead or, of deeplabv3plus, DepthwiseSeparableASPPHead: image pooling first, a 3x3 over all
+    branches."""
+
+    def __init__(self, backbone: ResNet, head: Head) -> None:
+        super().__init__()
+        inside, channels, plus = backbone.channels, head.channels, head.name == "deeplabv3plus"
+        own, auxiliary = nn.Module(), nn.Module()
+        own.conv_seg = nn.Conv2d(channels, head.classes, 1)
+        own.image_pool = ImagePool(conv_module(inside, channels, 1))
+        atrous: Any = separable_module if plus else functools.partial(conv_module, kernel=3)
+        branches = [atrous(inside, channels, dilation=rate) for rate in rates_at(head.stride)]
+        own.aspp_modules = nn.ModuleList([conv_module(inside, channels, 1), *branches])
+        own.bottleneck = conv_module(5 * channels, channels, 3)
+        if plus:
+            own.c1_bottleneck = conv_module(backbone.low_channels, head.skip, 1)
+            own.sep_bottleneck = nn.Sequential(
+                separable_module(channels + head.skip, channels), separable_module(channels, channels)
+            )
+        auxiliary.conv_seg = nn.Conv2d(inside // 8, head.classes, 1)
+        auxiliary.convs = nn.Sequential(conv_module(inside // 2, inside // 8, 3))
+        self.backbone, self.decode_head, self.auxiliary_head = backbone, own, auxiliary
+
+    def grid_logits(self, features: list[Tensor]) -> Tensor:
+        own: Any = self.decode_head
+        branches = [own.image_pool(features[3]), *(module(features[3]) for module in own.aspp_modules)]
+        out = own.bottleneck(torch.cat(branches, 1))
+        if hasattr(own, "c1_bottleneck"):
+            low = own.c1_bottleneck(features[0])
+            out = own.sep_bottleneck(torch.cat([resize(out, low.shape[2:]), low], 1))
+        return own.conv_seg(out)

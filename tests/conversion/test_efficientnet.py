@@ -16,6 +16,7 @@ from sparse_seg.conversion.mapping import dense_tensors
 from sparse_seg.errors import CheckpointError
 from sparse_seg.registry import BACKBONES
 from sparse_seg.training.pretrained import load_own, packaged
+from tests.conversion.cases import same
 from tests.peers import package
 from tests.reference import relative_error
 
@@ -58,9 +59,7 @@ def test_timms_names_and_the_way_back(tmp_path: Path) -> None:
     assert (origin.source, origin.arch) == ("efficientnet", "efficientnet_lite0")
     weight = conversion.checkpoint.weights["module.backbone.conv_stem.weight"]
     assert torch.equal(weight, tensors["conv_stem.weight"])
-    back = dense_tensors(conversion.checkpoint)
-    assert back.keys() == tensors.keys()
-    assert all(torch.equal(back[key], tensor) for key, tensor in tensors.items())
+    assert same(dense_tensors(conversion.checkpoint), tensors)
 
 
 def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

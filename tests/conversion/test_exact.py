@@ -6,34 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_seg import load_model
-from sparse_seg.checkpoint import load_backbone
-from sparse_seg.conversion import convert, to_dense
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.values import Interpreter
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid, Mixed, Sites
-from tests.conversion.cases import BACKBONES, CASES, at_stride, features, network_of, stages, state_of
+from tests.conversion.cases import (
+    BACKBONES,
+    CASES,
+    at_stride,
+    converted,
+    features,
+    network_of,
+    stages,
+    state_of,
+)
 from tests.reference import block_mask, relative_error
 
 SIZES = [(64, 96), (67, 93)]
 TOLERANCE = 1e-5
-
-
-def converted(name: str, folder: Path) -> SelectiveNetwork:
-    """After the way back: bit for bit, all of them."""
-    case, path = (CASES | BACKBONES)[name], folder / "net.safetensors"
-    torch.save(state_of(name), folder / "source.pth")
-    missing = ["head"] if name in BACKBONES else []
-    conversion = convert(folder / "source.pth", allow_missing=missing, **case.options)
-    assert conversion.checkpoint.origin.source == case.source
-    conversion.write(path)
-    dense, expected = to_dense(path), state_of(name)
-    assert dense.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert dense[key].dtype == tensor.dtype
-        assert torch.equal(dense[key], tensor), key
-    return load_backbone(path) if name in BACKBONES else load_model(path)
 
 
 def images_of(size: tuple[int, int]) -> Tensor:
@@ -62,7 +52,8 @@ def lattice(model: SelectiveNetwork, images: Tensor) -> Tensor:
 @torch.no_grad()
 def test_a_network(name: str, tmp_path: Path) -> None:
     """Logits at the source's own stride, dense, and all-fine where that is 8; at the other one; and P1."""
-    model, case = converted(name, tmp_path), CASES[name]
+    case = CASES[name]
+    model = converted(state_of(name), tmp_path, case.source, **case.options)
     for images in map(images_of, SIZES):
         expected = network_of(name)(images)
         assert expected.std() > 0.05
@@ -100,7 +91,7 @@ def check_other_stride(name: str, model: SelectiveNetwork, images: Tensor) -> No
 @torch.no_grad()
 def test_features_of_classifiers(name: str, tmp_path: Path) -> None:
     """Every stage at output stride 32; finer, sampled at multiples of 32 px, they are the same (P1)."""
-    model, images = converted(name, tmp_path), images_of(SIZES[1])
+    model, images = converted(state_of(name), tmp_path, BACKBONES[name].source), images_of(SIZES[1])
     expected = network_of(name)(images)
     for found, grid in zip(features(model, images, 32), expected, strict=True):
         assert relative_error(found, grid) < TOLERANCE

@@ -1,6 +1,6 @@
 """The sources' own packages, where they can be imported: their networks are converted exactly.
 
-The plain networks of `networks.py` and `deeplabs.py` have the names and shapes of the real files, which
+The plain networks of `networks.py` have the names and shapes of the real files, which
 real_files.json records; VainF's and CAD's are of their repositories, at 4e1087d and c440e4e, which are no
 packages. In float64: these networks are deep, and random ones let float32's rounding grow to 1e-5.
 """
@@ -15,11 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_seg import load_model
-from sparse_seg.checkpoint import load_backbone
-from sparse_seg.conversion import convert, to_dense
+from sparse_seg.conversion import convert
 from sparse_seg.errors import CheckpointError
-from tests.conversion.cases import BACKBONES, CASES, features, randomise
+from tests.conversion.cases import BACKBONES, CASES, converted, features, randomise
 from tests.conversion.packages import PACKAGED, mmseg, mmseg_logits, timm
 from tests.fast import one_fast
 from tests.peers import package
@@ -64,19 +62,6 @@ def images_of(height: int = 75, width: int = 98) -> Tensor:
     return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(1)).double()
 
 
-def converted(network: Any, folder: Path, **options: Any) -> Any:
-    """A package's network, after the way back, in float64."""
-    state = network.state_dict()
-    torch.save(state, folder / "source.pth")
-    conversion = convert(folder / "source.pth", allow_missing=["head"], **options)
-    conversion.write(folder / "net.safetensors")
-    dense = to_dense(folder / "net.safetensors")
-    assert dense.keys() == state.keys()
-    assert all(torch.equal(dense[name], tensor) for name, tensor in state.items())
-    load = load_model if conversion.checkpoint.origin.has_head else load_backbone
-    return load(folder / "net.safetensors").double()
-
-
 @pytest.mark.parametrize("peer", PACKAGED)
 def test_records_are_those_of_the_packages(peer: str) -> None:
     with torch.device("meta"):
@@ -94,7 +79,8 @@ COMPARED = PACKAGED.keys() - {"mmseg_deeplabv3_r50-d8", "mmseg_deeplabv3plus_r50
 def test_a_packages_network(peer: str, tmp_path: Path) -> None:
     """Logits at its own output stride, and all-fine where that is 8; of classifiers all stages' features."""
     source, stride, network = peer.partition("_")[0], RECORDED[peer].stride, randomise(PACKAGED[peer]())
-    model = converted(network, tmp_path, source=source, **RECORDED[peer].options)
+    options = {"source": source} | RECORDED[peer].options
+    model = converted(network.state_dict(), tmp_path, source, **options).double()
     images = images_of(80, 112) if source == "smp" else images_of()  # which takes multiples of 16
     expected = logits_of(network.double(), images)
     if stride == 32:
@@ -126,7 +112,8 @@ def test_timms_dilated_networks(name: str, stride: int, tmp_path: Path) -> None:
     """The mean of its `d` variants keeps a window of one cell and counts zeros at the border: at output
     stride 8 it is another function than ours."""
     network: Any = randomise(timm(name))
-    model, images = converted(network, tmp_path, source="timm"), images_of(64, 96)
+    model = converted(network.state_dict(), tmp_path, "timm", source="timm").double()
+    images = images_of(64, 96)
     create = package("timm").create_model
     dilated = create(name, features_only=True, output_stride=stride, out_indices=(1, 2, 3, 4))
     dilated.load_state_dict(network.state_dict(), strict=False)
@@ -146,7 +133,7 @@ def test_mmsegmentations_one_logit_has_its_threshold(tmp_path: Path) -> None:
     network: Any = randomise(mmseg("deeplabv3plus", 18, channels=32, logits=1)).double()
     images = images_of(64, 96)
     network.decode_head.conv_seg.bias -= mmseg_logits(network, images).median() + 0.4  # around 0.3 and 0.5
-    model = converted(network, tmp_path)
+    model = converted(network.state_dict(), tmp_path, "mmseg").double()
     logits = mmseg_logits(network, images)
     classes = network.postprocess_result(logits)[0].pred_sem_seg.data[0]
     assert 0.1 < classes.mean() < 0.9

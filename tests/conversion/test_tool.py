@@ -24,7 +24,7 @@ from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import save_checkpoint
 from sparse_seg.training.pretrained import load_own
 from sparse_seg.version import __version__
-from tests.conversion.cases import state_of
+from tests.conversion.cases import same, state_of
 
 NAME = "vainf deeplabv3plus"  # 19 classes, as the scenes
 
@@ -133,9 +133,7 @@ def test_the_way_back(suffix, capsys, folder, tmp_path):
     path, state = tmp_path / f"back{suffix}", state_of(NAME)
     text = run(capsys, "convert", folder / "net.safetensors", path, "--to-dense")
     assert f"{len(state)} tensors written" in text
-    back = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[key], state[key]) for key in state)
+    assert same(load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True), state)
     message = run(capsys, "convert", folder / "source.pth", tmp_path / "x.pth", "--to-dense", code=1)
     assert "was not written by sparse_seg" in message
     assert not (tmp_path / "x.pth").exists()

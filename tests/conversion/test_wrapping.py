@@ -17,11 +17,11 @@ from torch import Tensor
 from sparse_seg import load_model
 from sparse_seg.checkpoint import load
 from sparse_seg.cli import main
-from sparse_seg.config import load_config, model_config
-from sparse_seg.conversion import SOURCES, Conversion, convert, find_source, to_dense
-from sparse_seg.conversion.mapping import Mapped, dense_tensors, map_tensors
+from sparse_seg.config import load_config
+from sparse_seg.conversion import Conversion, convert, to_dense
+from sparse_seg.conversion.mapping import dense_tensors
 from sparse_seg.errors import CheckpointError
-from tests.conversion.cases import network_of, state_of
+from tests.conversion.cases import network_of, same, state_of
 from tests.reference import relative_error
 
 State = dict[str, Tensor]
@@ -36,10 +36,6 @@ def under(prefix: str, state: Mapping[str, Tensor] = WHOLE) -> State:
 
 def named(before: str, after: str, first: str = "") -> State:
     return {first + name.replace(before, after): tensor for name, tensor in WHOLE.items()}
-
-
-def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def converted(folder: Path, content: Any, **options: Any) -> Conversion:
@@ -266,35 +262,27 @@ DECODERS = {
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_other_networks_of_smp_are_named(name: str) -> None:
+def test_other_networks_of_smp_are_named(name: str, tmp_path: Path) -> None:
     """smp's MAnet has Unet's names, too."""
     names = ["encoder.conv1.weight", DECODERS[name], "segmentation_head.0.weight"]
     names += ["decoder.blocks.1.conv1.0.weight"] if name == "MAnet" else []
-    state = {key: torch.zeros(3) for key in names}
-    assert find_source(state) == "smp"
     message = f"it is a {name} of smp, which is not supported; of smp, DeepLabV3"
     with pytest.raises(CheckpointError, match=message):
-        SOURCES["smp"].plan(state, None)
+        converted(tmp_path, {key: torch.zeros(3) for key in names})
 
 
-def test_other_encoders_of_smp_are_named() -> None:
+def test_other_encoders_of_smp_are_named(tmp_path: Path) -> None:
     state = {key.replace("layer1", "features"): value for key, value in state_of("smp deeplabv3").items()}
     with pytest.raises(CheckpointError, match=r"a network of smp whose encoder \(encoder\..*\) is no ResNet"):
-        SOURCES["smp"].plan(state, None)
-
-
-def mapped(state: State) -> Mapped:
-    plan = SOURCES[find_source(state)].plan(state, None)
-    return map_tensors(state, plan, model_config(plan.config))
+        converted(tmp_path, state)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision deeplabv3", "vainf deeplabv3plus", "mmseg deeplabv3plus r50"])
-def test_any_tensor_may_be_missing(name: str) -> None:
+def test_any_tensor_may_be_missing(name: str, tmp_path: Path) -> None:
     """One line, whichever it is."""
     state = state_of(name)
     needed = [key for key in state if not key.startswith("aux") and not key.endswith("num_batches_tracked")]
     for missing in needed[:: len(needed) // 12]:
-        rest = {key: value for key, value in state.items() if key != missing}
         with pytest.raises(CheckpointError):
-            mapped(rest)
+            converted(tmp_path, {key: value for key, value in state.items() if key != missing})

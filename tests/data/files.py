@@ -1,7 +1,8 @@
-"""Image files that no library at hand writes: PNGs of any bit depth with any chunks; photos on their side."""
+"""Files to read: CamVid's folders; PNGs of any bit depth with any chunks, photos on their side, TIFFs."""
 
 import struct
 import zlib
+from pathlib import Path
 from typing import Any, Literal
 
 import cv2
@@ -9,6 +10,15 @@ import numpy as np
 
 GREY, PALETTE = 0, 3  # kinds of PNGs
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def write(file: Path, content: np.ndarray | bytes | str) -> None:
+    """A picture (BGR, if it has colours), bytes or a text, and the folders around it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, np.ndarray):
+        assert cv2.imwrite(str(file), content)
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -35,6 +45,14 @@ def scene(height: int = 48, width: int = 64) -> np.ndarray:
     """A smooth picture `[H, W, 3]` uint8."""
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     return np.asarray(cv2.GaussianBlur(noise, (0, 0), 2))
+
+
+def camvid(root: Path, *labels: np.ndarray, split: str = "train") -> Path:
+    """A split in CamVid's folders: `0.png` and so on, labels `[H, W]` with pictures of their size."""
+    for index, label in enumerate(labels):
+        write(root / split / f"{index}.png", scene(*label.shape))
+        write(root / f"{split}annot" / f"{index}.png", label)
+    return root
 
 
 def jpeg(height: int = 48, width: int = 64) -> bytes:

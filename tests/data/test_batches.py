@@ -21,6 +21,7 @@ from sparse_seg.data import SegmentationDataset, build_dataset
 from sparse_seg.data.batches import ResumableSampler, TrainingView, evaluation_loader, training_batches
 from sparse_seg.data.transforms import TrainTransform, normalise
 from sparse_seg.errors import DataError
+from tests.data.files import write
 
 CPU = torch.device("cpu")
 RANGE = 1 / 0.225  # of a normalised channel
@@ -35,8 +36,7 @@ def dataset_of(root: Path, sizes: list[tuple[int, int]]) -> SegmentationDataset:
         cells = rng.integers(0, 12, (size[0] // 16 + 1, size[1] // 16 + 1), np.uint8)
         label = np.kron(cells, np.ones((16, 16), np.uint8))[: size[0], : size[1]]
         for folder, pixels in (("train", image), ("trainannot", label)):
-            (root / folder).mkdir(exist_ok=True)
-            assert cv2.imwrite(str(root / folder / f"{index}.png"), pixels)
+            write(root / folder / f"{index}.png", np.asarray(pixels))
     return build_dataset("camvid", root, "train")
 
 

@@ -6,14 +6,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
 from sparse_seg.data import DATASETS, build_dataset, dataset_classes
-from sparse_seg.data.palette import default_palette
+from sparse_seg.data.class_file import default_palette
 from sparse_seg.errors import ConfigError, DataError
-from tests.data.files import PALETTE, damaged_jpeg, jpeg, palette, png, scene
+from tests.data.files import PALETTE, camvid, damaged_jpeg, jpeg, palette, png, scene, write
 from tests.shared import SHARED, needs_shared
 
 _IGNORED = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30, 255)
@@ -23,24 +22,9 @@ _CITYSCAPES = {
 }  # fmt: skip  # typed from cityscapesScripts' documentation
 
 
-def write(file: Path, content: np.ndarray | bytes | str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, np.ndarray):
-        assert cv2.imwrite(str(file), content)
-    else:
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
 def blocks(*values: int) -> np.ndarray:
     """A label `[48, 64 or more]` in which each value has columns of its own."""
     return np.repeat(np.array(values, np.uint8)[None], 48, 0).repeat(-(-64 // len(values)), 1)
-
-
-def camvid(root: Path, *labels: np.ndarray, split: str = "train") -> Path:
-    for index, label in enumerate(labels):
-        write(root / split / f"{index}.png", scene(*label.shape))
-        write(root / f"{split}annot" / f"{index}.png", label)
-    return root
 
 
 def cityscapes(root: Path, *labels: np.ndarray, city: str = "ulm") -> Path:
@@ -86,7 +70,7 @@ def test_a_dataset_has_its_folders_and_ids(tmp_path: Path, name, image, label, v
 
 
 def test_classes_are_known_without_files() -> None:
-    known = {name: dataset_classes(name, "nowhere") for name in DATASETS if name != "folder"}
+    known = {name: dataset_classes(name, "nowhere").classes for name in DATASETS if name != "folder"}
     counts = {"cityscapes": 19, "camvid": 11, "scenes": 19, "voc": 21, "ade20k": 150}
     assert {name: len(set(classes.names)) for name, classes in known.items()} == counts
     for name, index, class_name, colour in (
@@ -196,7 +180,7 @@ def test_folders_that_are_missing_or_empty(root: Path) -> None:
         with pytest.raises(DataError, match=fault):
             build_dataset(name, folder, split)
     (root / "gtFine/val").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"leftImg8bit/val: no \{city\}/\*_leftImg8bit\.png"):
+    with pytest.raises(DataError, match=r"leftImg8bit/val: no _leftImg8bit\.png image in it; put the split"):
         build_dataset("cityscapes", root, "val")
 
 

@@ -3,7 +3,6 @@
 import pickle
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from sparse_seg.data import build_dataset
 from sparse_seg.data.depth import find_depth
 from sparse_seg.data.reading import read_image
 from sparse_seg.errors import ConfigError
+from tests.data.files import camvid, write
 
 DARK, BRIGHT = 3000, 4200  # below and above 12 bits
 
@@ -23,11 +23,10 @@ def frame(highest: int, dtype: type = np.uint16) -> np.ndarray:
     return pixels.astype(dtype)
 
 
-def write(folder: Path, *highest: int) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
+def frames(folder: Path, *highest: int) -> list[Path]:
     files = [folder / f"{number}.png" for number in range(len(highest))]
     for file, value in zip(files, highest, strict=True):
-        assert cv2.imwrite(str(file), frame(value))
+        write(file, frame(value))
     return files
 
 
@@ -36,7 +35,7 @@ def write(folder: Path, *highest: int) -> list[Path]:
     [((DARK, DARK), 12, 4095), ((DARK, BRIGHT), 16, 16383), ((DARK, 60000), 16, None)],
 )
 def test_one_answer_for_all_files(tmp_path: Path, highest, bits: int, ceiling: int | None) -> None:
-    files = write(tmp_path, *highest)
+    files = frames(tmp_path, *highest)
     depth = find_depth(files, None, "set it")
     assert depth.bits == bits
     if ceiling is None:
@@ -50,12 +49,12 @@ def test_one_answer_for_all_files(tmp_path: Path, highest, bits: int, ceiling: i
 
 
 def test_of_many_files_some_are_looked_at(tmp_path: Path) -> None:
-    files = write(tmp_path, *[DARK] * 40)
+    files = frames(tmp_path, *[DARK] * 40)
     assert "but no value above 4095 in 32 of them, such as 0.png" in find_depth(files, None, "set it").note
 
 
 def test_values_above_the_bits_are_clipped(tmp_path: Path) -> None:
-    (file,) = write(tmp_path, BRIGHT)
+    (file,) = frames(tmp_path, BRIGHT)
     pixels = read_image(file, bits=12)
     assert pixels[0, 0].tolist() == [255] * 3
     np.testing.assert_array_equal(pixels[1:], (frame(BRIGHT)[1:, :, ::-1] >> 4).astype(np.uint8))
@@ -63,7 +62,7 @@ def test_values_above_the_bits_are_clipped(tmp_path: Path) -> None:
 
 
 def test_8_bits_and_files_that_tell_need_no_guess(tmp_path: Path) -> None:
-    assert cv2.imwrite(str(tmp_path / "a.png"), frame(255, np.uint8))
+    write(tmp_path / "a.png", frame(255, np.uint8))
     pixels = frame(1023).clip(0, 1023)
     (tmp_path / "b.ppm").write_bytes(b"P6\n# c\n64 48\n1023\n" + pixels[..., ::-1].astype(">u2").tobytes())
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:20])
@@ -72,18 +71,15 @@ def test_8_bits_and_files_that_tell_need_no_guess(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "b.ppm", bits=16), pixels[..., ::-1] >> 2)
 
 
-def camvid(root: Path, **splits: tuple[int, ...]) -> Path:
+def deep_camvid(root: Path, **splits: tuple[int, ...]) -> Path:
     for split, highest in splits.items():
-        write(root / split, *highest)
-        (root / f"{split}annot").mkdir()
-        for number in range(len(highest)):
-            label = np.resize(np.array([3, 4], np.uint8), (48, 64))
-            assert cv2.imwrite(str(root / f"{split}annot/{number}.png"), label)
+        camvid(root, *[np.resize(np.array([3, 4], np.uint8), (48, 64))] * len(highest), split=split)
+        frames(root / split, *highest)
     return root
 
 
 def test_the_unit_is_the_whole_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    root = camvid(tmp_path, train=(DARK, DARK), val=(DARK, BRIGHT))
+    root = deep_camvid(tmp_path, train=(DARK, DARK), val=(DARK, BRIGHT))
     (root / "val" / "left_out.txt").touch()
     datasets = [build_dataset("camvid", root, split) for split in ("train", "val")]
     caplog.clear()
@@ -98,7 +94,7 @@ def test_the_unit_is_the_whole_data_set(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_a_data_sets_bits_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    root = camvid(tmp_path, train=(DARK, BRIGHT), val=(DARK,))
+    root = deep_camvid(tmp_path, train=(DARK, BRIGHT), val=(DARK,))
     dataset = build_dataset("camvid", root, "train", 12)
     dataset.check()
     (message,) = caplog.messages

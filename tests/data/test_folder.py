@@ -9,9 +9,9 @@ import yaml
 
 from sparse_seg.config import load_config, num_classes
 from sparse_seg.data import SegmentationDataset, build_dataset, dataset_classes
-from sparse_seg.data.palette import default_palette
+from sparse_seg.data.class_file import default_palette
 from sparse_seg.errors import ConfigError, DataError
-from tests.data.files import PALETTE, palette, png, scene
+from tests.data.files import PALETTE, palette, png, scene, write
 
 NAMES = ["ground", "wall", "plant"]
 COLOURS = [[10, 20, 30], [200, 0, 0], [0, 200, 0]]
@@ -26,19 +26,15 @@ RGB = np.resize(np.array([*COLOURS, [0, 0, 0]], np.uint8), (40, 64, 3))
 def root(tmp_path: Path) -> Path:
     """One image in a sub-folder; no label yet."""
     (tmp_path / "classes.yaml").write_text(yaml.safe_dump(CLASSES))
-    for folder in ("images", "labels"):
-        (tmp_path / "train" / folder / "a").mkdir(parents=True)
-    assert cv2.imwrite(str(tmp_path / "train" / "images" / "a" / "x.jpg"), scene(40, 64))
+    (tmp_path / "train" / "labels" / "a").mkdir(parents=True)
+    write(tmp_path / "train" / "images" / "a" / "x.jpg", scene(40, 64))
     return tmp_path
 
 
 def label(root: Path, content: np.ndarray | bytes, name: str = "a/x.png") -> SegmentationDataset:
-    file = root / "train" / "labels" / name
-    file.parent.mkdir(exist_ok=True)
-    if isinstance(content, bytes):
-        file.write_bytes(content)
-    else:
-        assert cv2.imwrite(str(file), content if content.ndim == 2 else content[..., ::-1])
+    if isinstance(content, np.ndarray) and content.ndim == 3:
+        content = content[..., ::-1]
+    write(root / "train" / "labels" / name, content)
     return build_dataset("folder", root, "train")
 
 
@@ -76,8 +72,7 @@ def test_masks_of_0_and_255(root: Path) -> None:
 
 
 def test_nested_folders_keep_equal_stems_apart(root: Path) -> None:
-    (root / "train" / "images" / "b").mkdir()
-    assert cv2.imwrite(str(root / "train" / "images" / "b" / "x.PNG"), scene(40, 64))
+    write(root / "train" / "images" / "b" / "x.PNG", scene(40, 64))
     label(root, STORED)
     dataset = label(root, np.full((40, 64), 7, np.uint8), "b/x.PNG")
     dataset.check()
@@ -134,7 +129,7 @@ def test_names_in_other_forms_of_unicode_are_pairs(root: Path) -> None:
     dataset = label(root, STORED, f"a/{apart}.png")
     assert dataset.check().tolist() == [640, 640, 640]
     assert dataset.samples[0][1].name == f"{apart}.png"
-    assert cv2.imwrite(str(root / f"train/images/a/{apart}.jpg"), scene(40, 64))
+    write(root / f"train/images/a/{apart}.jpg", scene(40, 64))
     with pytest.raises(DataError, match="has the same stem, in another form of Unicode; keep one of the two"):
         build_dataset("folder", root, "train")
 
@@ -163,7 +158,7 @@ def test_pairs_that_are_none(root: Path) -> None:
     label(root, STORED)
     with pytest.raises(DataError, match=r"labels/a/y\.png: no image belongs to this label"):
         label(root, STORED, "a/y.png").check()
-    assert cv2.imwrite(str(root / "train" / "images" / "a" / "x.png"), scene(40, 64))
+    write(root / "train" / "images" / "a" / "x.png", scene(40, 64))
     with pytest.raises(DataError, match="has the same stem"):
         build_dataset("folder", root, "train")
     missing = r"trian/images: no such folder; check the dataset's root and split; did you mean 'train'\?"

@@ -26,6 +26,7 @@ from tests.data.files import (
     tiff,
     turn_by_exif,
     turned,
+    write,
 )
 
 
@@ -48,14 +49,14 @@ def test_a_label_of_colours_is_read_as_rgb(tmp_path: Path) -> None:
     colours = scene()
     opaque = np.dstack([colours, np.full(colours.shape[:2], 255, np.uint8)])
     for pixels in (colours, opaque):
-        assert cv2.imwrite(str(tmp_path / "label.png"), pixels)
+        write(tmp_path / "label.png", pixels)
         np.testing.assert_array_equal(read_label(tmp_path / "label.png"), colours[..., ::-1])
 
 
 def test_labels_that_cannot_be_ids_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "label.png"
     transparent = np.zeros((8, 8, 4), np.uint8)
-    assert cv2.imwrite(str(file), transparent)
+    write(file, transparent)
     with pytest.raises(DataError, match=r"label\.png: the label is 4-channel uint8"):
         read_label(file)
     file.write_bytes(jpeg())
@@ -68,7 +69,7 @@ def test_pictures_of_more_than_8_bits_keep_their_brightness(tmp_path: Path, bits
     shown = scene()
     shown[0, 0] = 255
     deep = shown.astype(np.uint16) << (bits - 8)
-    assert cv2.imwrite(str(tmp_path / f"image{suffix}"), deep)
+    write(tmp_path / f"image{suffix}", deep)
     picture = decode_image(tmp_path / f"image{suffix}")
     assert picture.bits == bits
     np.testing.assert_array_equal(picture.pixels, shown[..., ::-1])

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
 from sparse_seg.config import DataConfig
 from sparse_seg.data import open_split
 from sparse_seg.errors import ConfigError, DataError
+from tests.data.files import write
 
 TRAIN, VAL = ("a1_0.png", "a1_1.png", "b2_0.png", "c3-0.png"), ("a1_2.png", "d_0.png")
 
@@ -17,13 +17,9 @@ TRAIN, VAL = ("a1_0.png", "a1_1.png", "b2_0.png", "c3-0.png"), ("a1_2.png", "d_0
 def own(tmp_path: Path) -> Path:
     """A folder of frames of three drives; `d` has no number, so it need not be one."""
     for split, names in (("train", TRAIN), ("val", VAL)):
-        for kind in ("images", "labels"):
-            (tmp_path / split / kind).mkdir(parents=True)
         for number, name in enumerate(names):
-            shape = (40, 40, 3)
-            assert cv2.imwrite(str(tmp_path / split / "images" / name), np.full(shape, number, np.uint8))
-            label = np.full(shape[:2], number % 2, np.uint8)
-            assert cv2.imwrite(str(tmp_path / split / "labels" / name), label)
+            write(tmp_path / split / "images" / name, np.full((40, 40, 3), number, np.uint8))
+            write(tmp_path / split / "labels" / name, np.full((40, 40), number % 2, np.uint8))
     (tmp_path / "classes.yaml").write_text("names: [road, sky]\n")
     return tmp_path
 

@@ -9,15 +9,13 @@ import torch
 from sparse_seg.cli.benchmark import ENGINES
 from sparse_seg.config import config_from_dict
 from sparse_seg.errors import SparseSegError
-from sparse_seg.lab.benchmark.measure import COLUMNS, cases, measure_cases
-from sparse_seg.lab.benchmark.subject import Case, Setup, Subject, peer_run
+from sparse_seg.lab.benchmark.measure import COLUMNS, Case, Subject, cases, measure_cases, peer_run
 from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.run.passes import Pass
 from sparse_seg.run.way import Way
 from tests.reference import relative_error
 
 TREE = {"model": {"backbone": "resnet50", "width": 0.125, "head": "deeplabv3", "num_classes": 19}}
-SETUP = Setup(config_from_dict(TREE, "test"), size=(70, 100), batch=2)
 STRIDES = (8, 16)
 BASELINE = Case("network", Way.dense(8))
 FRACTIONS = [0.1, 0.5, 1.0]
@@ -29,7 +27,7 @@ def selective(scope: str, fraction: float, engine: str = "gather") -> Case:
 
 @pytest.fixture(scope="module")
 def subject():
-    return Subject(SETUP)
+    return Subject(config_from_dict(TREE, "test"), size=(70, 100), batch=2)
 
 
 def test_cases_start_with_the_baseline():
@@ -95,14 +93,14 @@ def _norms(module):
 @pytest.mark.parametrize("scope", ["network", "train"])
 def test_rows_are_sane(subject, scope, monkeypatch):
     """An engine that cannot run is noted, and the others are measured."""
-    take, notes = Pass.take, list[str]()
+    follow, notes = Pass.follow, list[str]()
 
-    def refuse(self, fine_blocks, way=None):
+    def refuse(self, way=None, policy=None):
         if way is not None and way.engine == "spconv":
             raise SparseSegError("spconv is not installed")
-        return take(self, fine_blocks, way)
+        return follow(self, way, policy)
 
-    monkeypatch.setattr(Pass, "take", refuse)
+    monkeypatch.setattr(Pass, "follow", refuse)
     rows = measure_cases(
         subject, cases(scope, FRACTIONS, ENGINES, STRIDES), 2, memory=False, notes=notes.append
     )
@@ -145,17 +143,14 @@ def test_training_steps_train_copies(subject):
 
 
 def test_peers_that_cannot_run_are_noted(subject, monkeypatch):
-    def missing(module, given):
+    def missing(model):
         raise ModuleNotFoundError("No module named 'fastest'\nmore")
 
-    def wrong(module, given):
-        return lambda: module(given) + 1
+    def wrong(model):
+        return lambda images, stride: model.dense(images, stride) + 1
 
-    def right(module, given):
-        return lambda: module(given).detach().numpy()
-
-    found = {"missing": missing, "wrong": wrong, "right": right}
-    monkeypatch.setattr("sparse_seg.lab.benchmark.subject.PEERS", found)
+    found = {"missing": missing, "wrong": wrong, "right": lambda model: model.dense}
+    monkeypatch.setattr("sparse_seg.lab.benchmark.measure.PEERS", found)
     names = ["missing", "wrong", "right"]
     todo = [BASELINE, *(Case("network", Way.dense(8), peer=name) for name in names)]
     notes: list[str] = []
@@ -172,5 +167,5 @@ def test_peers(subject, name):
     pytest.importorskip(name)
     with torch.inference_mode():
         expected = subject.folded_model.dense(subject.images, 8)
-    found = torch.as_tensor(peer_run(name, *subject.dense_module(Way.dense(8)))())
+    found = peer_run(name, subject.folded_model, subject.images, 8)()
     assert relative_error(found, expected) < 1e-3

@@ -49,25 +49,6 @@ def test_the_loss_is_that_of_every_fourth_pixel(dataset):
     assert found == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32)], ids=str)
-def test_a_shared_coarse_pass_changes_no_accuracy(dataset, strides):
-    torch.manual_seed(0)
-    mask = {"middle_fraction": 0.3}
-    model = build_model({"width": 0.125, "num_classes": 19, "strides": list(strides), "mask": mask}).eval()
-    ways = comparison_ways(model, ["edge", "confidence", "oracle"], [0, 0.3], ["linear", "separate"])
-    timed = compare(model, dataset, DATA, ways, limit=2)
-    shared = compare(model, dataset, DATA, ways, limit=2, timed=False)
-    assert len(timed) == len(strides) + 3 * 2 * 2
-    for one, other in zip(timed, shared, strict=True):
-        for key in ("network", "fine_fraction", "exchange", "gmacs", "images"):
-            assert one[key] == other[key]
-        assert other["miou"] == pytest.approx(one["miou"], rel=1e-3), one["network"]
-        assert other["boundary_miou"] == pytest.approx(one["boundary_miou"], rel=1e-3)
-        assert one["milliseconds"] > 0
-        assert other["milliseconds"] is None
-
-
 def test_dense_miou_is_that_of_the_slow_loop(model, dataset):
     result = evaluate(model.train(), dataset, DATA, Way.dense(8))
     assert model.training, "its mode is put back"
@@ -120,28 +101,36 @@ def test_bounds_cost_their_last_pass_only(model, dataset, monkeypatch):
 
 
 @pytest.mark.slow
-def test_comparison_of_options_exchanges_and_strides(dataset):
-    """Every policy with its options under every rule; three strides have three dense rows."""
+@pytest.mark.parametrize("strides", [[8, 16], [8, 16, 32]], ids=str)
+def test_comparison_of_options_exchanges_and_strides(dataset, strides):
+    """Each way as it is alone, and from a shared coarse pass."""
     torch.manual_seed(0)
     mask = {"middle_fraction": 0.25}
-    model = build_model({"width": 0.125, "head_channels": 16, "strides": [8, 16, 32], "mask": mask}).eval()
-    specs, rules = ["edge:cad", "confidence:entropy,max"], ["linear", "none"]
-    ways = comparison_ways(model, specs, [0.25], rules)
-    assert [len(part) for part in groups(ways)] == [3, 1, 1, 1, 1]
-    rows = compare(model, dataset, DATA, ways, limit=2)
-    names = [*(f"dense OS{stride}" for stride in (8, 16, 32)), "selective, edge:cad, f=0.25+0.25, linear"]
-    assert [row["network"] for row in rows][:4] == names
-    assert [row["exchange"] for row in rows[3:]] == ["linear", "none", "linear", "none"]
-    assert rows[-1]["middle_fraction"] == 0.25
+    model = build_model({"width": 0.125, "head_channels": 16, "strides": strides, "mask": mask}).eval()
+    specs, rules = ["edge:cad", "confidence:entropy,max", "oracle"], ["linear", "separate"]
+    ways = comparison_ways(model, specs, [0, 0.25], rules)
+    dense = len(strides)
+    assert [len(part) for part in groups(ways)] == [dense, *[2] * 6]
+    timed, shared = (compare(model, dataset, DATA, ways, 2, timed=one) for one in (True, False))
+    middle = "+0.25" if dense == 3 else ""
+    names = [f"selective, edge:cad, f={fraction}{middle}, linear" for fraction in (0, 0.25)]
+    assert [row["network"] for row in timed][: dense + 2] == [*(f"dense OS{one}" for one in strides), *names]
+    assert [row["exchange"] for row in timed[dense:]] == ["linear", "linear", "separate", "separate"] * 3
+    assert timed[-1]["middle_fraction"] == (0.25 if dense == 3 else None)
     assert model.exchange == "linear"
-    for way, row in zip(ways, rows, strict=True):
-        alone = evaluate(model, dataset, DATA, way, limit=2)
-        assert row["miou"] == pytest.approx(100 * alone.metrics.miou)
-        assert row["boundary_miou"] == pytest.approx(100 * alone.metrics.boundary_miou)
-        assert row["images"] == 2
-        assert row["class_iou"] == pytest.approx([100 * iou for iou in alone.metrics.class_iou], nan_ok=True)
-    assert rows[2]["gmacs"] < rows[3]["gmacs"] < rows[0]["gmacs"]
-    assert rows[3]["gmacs"] < rows[5]["gmacs"] < 1.2 * rows[3]["gmacs"], "a head on the coarse grid more"
+    for way, row, other in zip(ways, timed, shared, strict=True):
+        alone = evaluate(model, dataset, DATA, way, limit=2).metrics
+        for name, value in (("miou", alone.miou), ("boundary_miou", alone.boundary_miou)):
+            assert row[name] == pytest.approx(100 * value), way.name
+            assert other[name] == pytest.approx(100 * value, rel=1e-3), way.name
+        assert row["class_iou"] == pytest.approx([100 * iou for iou in alone.class_iou], nan_ok=True)
+        for key in ("network", "fine_fraction", "exchange", "gmacs", "images"):
+            assert row[key] == other[key]
+        assert (row["images"], other["milliseconds"]) == (2, None)
+        assert row["milliseconds"] > 0
+    edge, confidence = timed[dense + 1]["gmacs"], timed[dense + 5]["gmacs"]
+    assert timed[dense - 1]["gmacs"] < edge < timed[0]["gmacs"]
+    assert edge < confidence < 1.2 * edge, "a head on the coarse grid more"
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_seg.export import cuda_graph
+from sparse_seg.export import StaticNetwork, cuda_graph, onnx_segmentor, to_onnx
 
 
 @pytest.fixture
@@ -10,3 +10,16 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs on the CPU: what would be captured runs as it is."""
     monkeypatch.setattr(cuda_graph, "check_device", lambda device: None)
     monkeypatch.setattr(cuda_graph, "graphed", lambda module, *example: module)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[StaticNetwork]:
+    """The networks of which graphs are made from here on."""
+    networks = []
+
+    def noted(network: StaticNetwork) -> object:
+        networks.append(network)
+        return to_onnx(network)
+
+    monkeypatch.setattr(onnx_segmentor, "to_onnx", noted)
+    return networks

@@ -15,41 +15,26 @@ from sparse_seg.export import StaticNetwork
 from sparse_seg.export.check import chosen_levels, random_inputs
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
-from tests.reference import randomise, relative_error
+from tests import captured
+from tests.reference import VARIANTS, randomise, relative_error
 
-DEEP = {"backbone": "resnet50", "depths": [1, 1, 2, 2]}
+COMMON = {"depths": [1, 1, 1, 2], "width": 0.125, "head_channels": 16, "low_level_channels": 6}
+COMMON |= {"num_classes": 5, "aspp_rates": [4, 8, 12]}
 KINDS: dict[str, dict[str, Any]] = {
+    "tiny": {"module": captured.NAME, "module_args": {"classes": 5}},  # whose graphs are soon made
     "lite": {},
     "deep": {"depths": [2, 2, 2, 2]},
     "resnet34": {"backbone": "resnet34", "depths": [1, 1, 2, 1], "head": "fcn"},
-    "bottleneck": DEEP,
-    "resnet101": {"backbone": "resnet101", "depths": [1, 2, 3, 1]},
     "deeplabv3": {"head": "deeplabv3"},
-    "deeplabv3 without refine": {"head": "deeplabv3", "refine": False},
-    "deep stem, pooled, separable": DEEP
-    | {
-        "head": "deeplabv3",
-        "stem": "deep",
-        "shortcut": "avg_pool",
-        "aspp_separable": "linear",
-        "separable": "linear",
-    },
     "plus": {"head": "deeplabv3plus", "aspp_separable": "normed", "separable": "normed", "decoder_convs": 2},
-    "smp's plus": {
-        "head": "deeplabv3plus",
-        "align_corners": True,
-        "trained_stride": 16,
-        "entry_spacings": [4, 16, 32],
-        "refine": False,
-    },
     "undilated": {"head": "deeplabv3", "dilate_second": False, "aspp_projection": False},
-    "unprojected": {"head": "deeplabv3", "aspp_projection": False},
     "nearest": {"head": "deeplabv3", "exchange": "nearest", "shortcut": "avg_pool"},
     "none": {"exchange": "none", "shortcut": "avg_pool"},
     "8 16 32": {"head": "deeplabv3", "strides": [8, 16, 32], "shortcut": "avg_pool"},
     "8 16 32 nearest": {"strides": [8, 16, 32], "exchange": "nearest"},
-    "4 8 16": DEEP | {"head": "deeplabv3", "strides": [4, 8, 16]},
+    "4 8 16": {"backbone": "resnet50", "depths": [1, 1, 2, 2], "head": "deeplabv3", "strides": [4, 8, 16]},
 }
+KINDS |= {name: VARIANTS[name] for name in ("deep stem, pooled, separable", "smp's plus")}
 POLICIES: dict[str, dict[str, Any]] = {
     "edge": {"policy": "edge"},
     "edge, cad": {"policy": "edge", "edge": "cad", "blur": True},
@@ -65,14 +50,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 def kind_model(kind: str, policy: str = "edge", fraction: float = 0.3) -> SelectiveNetwork:
     """A network with random weights and statistics, in eval mode. Shared: do not change it."""
     torch.manual_seed(0)
-    common = {
-        "depths": [1, 1, 1, 2],
-        "width": 0.125,
-        "head_channels": 16,
-        "low_level_channels": 6,
-        "num_classes": 5,
-    }
-    settings = common | {"aspp_rates": [4, 8, 12]} | KINDS[kind]
+    settings = KINDS[kind] if "module" in KINDS[kind] else COMMON | KINDS[kind]
     mask = POLICIES[policy] | {"fine_fraction": fraction, "middle_fraction": 0.3}
     model = build_model(settings | {"mask": mask})
     randomise(model)

@@ -10,10 +10,10 @@ import torch
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export import StaticNetwork, cache, in_runtime
 from sparse_seg.export.cache import GraphCache
-from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.onnx_segmentor import OnnxSegmentor
 from sparse_seg.export.runner import Runner
 from sparse_seg.export.segmentor import options_of
+from sparse_seg.ops.base import OPERATORS, function
 from sparse_seg.run.way import Way
 from tests.export.kinds import kind_model
 
@@ -28,26 +28,13 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def made(monkeypatch) -> list[StaticNetwork]:
-    """The networks that are exported from here on."""
-    networks = []
-
-    def counted(network):
-        networks.append(network)
-        return to_onnx(network)
-
-    monkeypatch.setattr("sparse_seg.export.onnx_segmentor.to_onnx", counted)
-    return networks
-
-
-@pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.slow
 def test_the_next_command_starts_with_the_graph_of_the_last(folder, made, images):
-    model = copy.deepcopy(kind_model("lite", "gain"))  # its policy has weights
+    model = copy.deepcopy(kind_model("tiny", "gain"))  # its policy has weights
     first = in_runtime(model, "onnxruntime", 1).classify(images)[0]
     (file,) = folder.iterdir()
     runner = Runner(copy.deepcopy(model))
@@ -66,7 +53,7 @@ def test_the_next_command_starts_with_the_graph_of_the_last(folder, made, images
 
 def test_what_makes_another_graph(folder, monkeypatch):
     """All that the graph depends on, one by one."""
-    model, other = (copy.deepcopy(kind_model("lite", "gain")) for _ in range(2))
+    model, other = (copy.deepcopy(kind_model("tiny", "gain")) for _ in range(2))
     way, policy = Way(), model.policy
     paths = [GraphCache(model, "onnxruntime").path(options_of((32, 48), 1, way, policy))]
     assert paths[0] == GraphCache(other, "onnxruntime").path(options_of((32, 48), 1, way, other.policy))
@@ -103,7 +90,7 @@ def test_what_makes_another_graph(folder, monkeypatch):
 @pytest.mark.slow
 def test_what_is_not_kept(folder, images, monkeypatch):
     """A graph that differs from PyTorch, and one with someone else's code, which may change."""
-    model = copy.deepcopy(kind_model("lite", "edge"))
+    model = copy.deepcopy(kind_model("tiny", "edge"))
 
     class Own(type(model.policy)):  # type: ignore[misc]
         pass
@@ -118,12 +105,20 @@ def test_what_is_not_kept(folder, images, monkeypatch):
 
     monkeypatch.setattr(StaticNetwork, "grid_logits", negated)
     with pytest.raises(SparseSegError, match="other results than PyTorch"):
-        in_runtime(kind_model("lite", "edge"), "onnxruntime", 1).classify(images)
+        in_runtime(kind_model("tiny", "edge"), "onnxruntime", 1).classify(images)
     assert not folder.exists()
 
 
-def test_the_folder_is_bounded_and_what_else_is_in_it_stays(folder, monkeypatch):
+def test_networks_with_operators_of_someone_elses_are_not_kept(folder, monkeypatch):
     model = kind_model("lite", "edge")
+    assert GraphCache(model, "onnxruntime").folder == folder
+    monkeypatch.setitem(OPERATORS, "relu", OPERATORS["relu"])
+    function("relu")(lambda x: x.clamp(min=0))
+    assert GraphCache(model, "onnxruntime").folder is None
+
+
+def test_the_folder_is_bounded_and_what_else_is_in_it_stays(folder, monkeypatch):
+    model = kind_model("tiny", "edge")
     store = GraphCache(model, "onnxruntime")
     monkeypatch.setattr(cache, "MOST_BYTES", 300)
     folder.mkdir()
@@ -149,7 +144,7 @@ def test_without_a_folder_graphs_are_made_all_the_same(place, made, images, tmp_
     Path("file").write_text("no folder")
     monkeypatch.setenv("SPARSE_SEG_CACHE", place)
     for _ in range(2):
-        in_runtime(kind_model("lite", "edge"), "onnxruntime", 1).classify(images)
+        in_runtime(kind_model("tiny", "edge"), "onnxruntime", 1).classify(images)
     assert len(made) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from sparse_seg import build_model
 from sparse_seg.cli import main
 from sparse_seg.errors import ConfigError, MeasurementError, SparseSegError
 from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, open_session
-from sparse_seg.lab.benchmark.runtimes import Timed, lift, peer_graphs, rows, time_graphs, time_network
-from sparse_seg.lab.latency import Latency
+from sparse_seg.lab.benchmark.runtimes import lift, open_run, peer_graphs, rows, time_network
+from sparse_seg.lab.latency import Latency, timed_apart
 from sparse_seg.run.card import Card
 from tests.export.kinds import kind_model
 from tests.reference import relative_error
@@ -55,7 +56,7 @@ def test_interface_and_metadata(exported):
 
 def test_normalisation_and_names_are_those_of_the_models_card(tmp_path):
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    model = copy.deepcopy(kind_model("lite"))
+    model = copy.deepcopy(kind_model("tiny"))
     model.card = dataclasses.replace(Card.unnamed(5), names=tuple("abcde"), mean=mean, std=std)
     options = ExportOptions(SIZE, dense=8, logits=True)
     told = export_onnx(model, tmp_path / "net.onnx", options)
@@ -94,7 +95,7 @@ def test_stock_operators_with_readable_names_and_one_copy_of_the_weights(exporte
 def test_options_that_do_not_fit(change, message):
     options = {"size": SIZE, **change}
     with pytest.raises((SparseSegError, ValueError), match=message) as error:
-        StaticNetwork(kind_model("lite", "entropy"), ExportOptions(**options))
+        StaticNetwork(kind_model("tiny", "entropy"), ExportOptions(**options))
     assert "\n" not in str(error.value)
 
 
@@ -121,13 +122,13 @@ def test_networks_that_cannot_be_exported(change, options, message):
 def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        export_onnx(kind_model("lite"), tmp_path / "file" / "net.onnx", ExportOptions(SIZE), check=False)
+        export_onnx(kind_model("tiny"), tmp_path / "file" / "net.onnx", ExportOptions(SIZE), check=False)
 
 
 def test_missing_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(SparseSegError, match=r"needs the package onnx: pip install 'sparse_seg\[export\]'"):
-        export_onnx(kind_model("lite"), tmp_path / "net.onnx", ExportOptions(SIZE))
+        export_onnx(kind_model("tiny"), tmp_path / "net.onnx", ExportOptions(SIZE))
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(SparseSegError, match="openvino is not installed: pip install openvino"):
         open_session(b"", "openvino")
@@ -161,11 +162,11 @@ def test_command_line(tmp_path, capsys):
 @pytest.mark.slow
 def test_timing_of_a_network():
     image, model = np.zeros((1, 3, *SIZE), np.float32), kind_model("lite", "entropy")
-    timed = time_network(model, image, 1, ("torch",), ("patch",), turns=2, runs=2)
+    timed = time_network(model, image, 1, ("torch",), ("patch",), turns=2, repeats=2)
     assert set(timed) == {"fine torch", "coarse torch", "selective torch patch"}
     assert all(len(run.samples) == 4 and min(run.samples) > 0 for run in timed.values())
     with pytest.raises(MeasurementError, match="missing cannot be timed"):
-        time_graphs({"missing": Timed("none.onnx")}, image, 1)
+        timed_apart({"missing": partial(open_run, "none.onnx", "onnxruntime", image)}, 1, 10, 5)
 
 
 def write_peer(path, shape=(1, 3, *SIZE), inputs=("x",), dtype=onnx.TensorProto.FLOAT):

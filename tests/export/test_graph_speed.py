@@ -35,13 +35,13 @@ class Excite(nn.Module):
 
 
 class ASPP(nn.Module):
-    """Two atrous branches, a 1x1 and the image's mean."""
+    """Atrous branches, a 1x1 and the image's mean."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, rates: tuple[int, ...]) -> None:
         super().__init__()
         self.point, self.pool = conv(channels, width), conv(channels, width)
-        self.atrous = nn.ModuleList(conv(channels, width, 3, dilation=rate) for rate in (2, 4))
-        self.project = conv(4 * width, width)
+        self.atrous = nn.ModuleList(conv(channels, width, 3, dilation=rate) for rate in rates)
+        self.project = conv((len(rates) + 2) * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
@@ -51,14 +51,11 @@ class ASPP(nn.Module):
 class Atrous(nn.Module):
     """Output stride 8; an ASPP of which some taps or all but one lie outside small images."""
 
-    def __init__(self, rates: tuple[int, ...] = (2, 7, 40), head: bool = True) -> None:
+    def __init__(self, head: bool = True) -> None:
         super().__init__()
         self.stem = nn.Sequential(*(conv(a, b, 3, stride=2) for a, b in ((3, 6), (6, 8), (8, 12))))
         self.body = nn.Sequential(conv(12, 12, 3, dilation=2), Excite(12))
-        self.aspp = ASPP(12, 8) if head else conv(12, 8)
-        if head:
-            self.aspp.atrous = nn.ModuleList(conv(12, 8, 3, dilation=rate) for rate in rates)
-            self.aspp.project = conv(8 * (len(rates) + 2), 8)
+        self.aspp = ASPP(12, 8, (2, 7, 40)) if head else conv(12, 8)
         self.classifier = nn.Conv2d(8, 5, 1)
 
     def forward(self, images):

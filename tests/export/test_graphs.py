@@ -101,19 +101,17 @@ def test_policies_and_options(name, policy, options):
         ("4 8 16", "entropy", {"input": "uint8"}),
         ("8 16 32", "entropy", {"merge": "patch"}),
         ("plus", "entropy", {"dense": 16}),
+        *(
+            (kind, "entropy", {"size": (96, 160), "batch": 1, "fine_fraction": fraction, "given": True})
+            for kind in ("deeplabv3", "8 16 32")
+            for fraction in (0.07, 1.0)  # one block, and all
+        ),
     ],
     ids=str,
 )
 def test_a_few_of_them_in_pytorch(name, policy, options):
     options = ExportOptions(**{"size": (47, 96), "batch": 2, "logits": True, **options})
     check(kind_model(name, policy), options, [])
-
-
-@pytest.mark.parametrize("fraction", [0.07, 1.0])
-@pytest.mark.parametrize("kind", ["deeplabv3", "8 16 32"])
-def test_one_block_and_all(kind, fraction):
-    options = ExportOptions((96, 160), fine_fraction=fraction, given=True, logits=True)
-    check(kind_model(kind, "entropy"), options, [])
 
 
 @pytest.mark.parametrize("size", [(64, 96), (75, 101)], ids=str)

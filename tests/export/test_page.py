@@ -44,7 +44,7 @@ def test_page(tmp_path):
         shutil.copy(EXAMPLES / "web" / name, tmp_path)
     (tmp_path / "node_modules").symlink_to(PACKAGE.parent)
     options = ExportOptions((64, 96))
-    export_onnx(kind_model("lite", "entropy"), tmp_path / "net.onnx", options, NAMES, [(9, 99, 199)] * 5)
+    export_onnx(kind_model("tiny", "entropy"), tmp_path / "net.onnx", options, NAMES, [(9, 99, 199)] * 5)
     (tmp_path / "models.json").write_text(json.dumps(["net.onnx"]))
     _picture(tmp_path / "street.png", 3)
     index = tmp_path / "index.html"
@@ -82,36 +82,14 @@ class _Server(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["float", "uint8"])
-def test_run_onnx(tmp_path, kind):
-    options = ExportOptions((64, 96), input=kind)
-    export_onnx(kind_model("lite", "entropy"), tmp_path / "net.onnx", options, NAMES, check=False)
-    _picture(tmp_path / "street.png", 3)
-    script = [sys.executable, str(EXAMPLES / "run_onnx.py"), "net.onnx", "street.png", "overlay.png"]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert any(name in done.stdout for name in NAMES)
-    assert done.stdout.endswith("; seen at 64x96 px\n")
-    overlay = cv2.imread(str(tmp_path / "overlay.png"))
-    assert overlay is not None
-    assert overlay.shape == (192, 288, 3), "the picture's size"
-    ends = np.argwhere((overlay == 255).all(2)).max(0) + 1
-    assert (ends % 48 == 0).all(), "frames of fine blocks, three times as large"
-    script[3] = "missing.png"
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "missing.png is no picture" in done.stderr
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
-    """A folder with a network for two pictures at once, one that is told its blocks, and a picture."""
-    folder = tmp_path_factory.mktemp("exported")
-    model = kind_model("lite", "edge")
-    export_onnx(model, folder / "two.onnx", ExportOptions((64, 96), batch=2), NAMES, check=False)
-    export_onnx(model, folder / "given.onnx", ExportOptions((64, 96), given=True), NAMES, check=False)
-    _picture(folder / "street.png")
+    """A folder with a picture, and networks for one, for two at once, and to be told their blocks."""
+    folder, model = tmp_path_factory.mktemp("exported"), kind_model("tiny", "entropy")
+    for name, more in (("one", {}), ("two", {"batch": 2, "input": "uint8"}), ("given", {"given": True})):
+        options = ExportOptions((64, 96), **more)
+        export_onnx(model, folder / f"{name}.onnx", options, NAMES, check=False)
+    _picture(folder / "street.png", 3)
     return folder
 
 
@@ -136,16 +114,24 @@ def run_example(exported, monkeypatch, capsys) -> Callable[..., tuple[object, st
     return run
 
 
-def test_run_onnx_takes_a_batch(exported, run_example):
-    code, line = run_example("two.onnx", "street.png", "two.png")
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_run_onnx(exported, run_example, name):
+    code, line = run_example(f"{name}.onnx", "street.png", f"{name}.png")
     assert code == 0, line
-    assert cv2.imread(str(exported / "two.png")) is not None
+    assert any(name in line for name in NAMES)
+    assert line.endswith("; seen at 64x96 px")
+    overlay = cv2.imread(str(exported / f"{name}.png"))
+    assert overlay is not None
+    assert overlay.shape == (192, 288, 3), "the picture's size"
+    ends = np.argwhere((overlay == 255).all(2)).max(0) + 1
+    assert (ends % 48 == 0).all(), "frames of fine blocks, three times as large"
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         ([], 2, "usage: python run_onnx.py NETWORK.onnx PICTURE OVERLAY"),
+        (["two.onnx", "missing.png", "a.png"], 1, "missing.png is no picture that OpenCV reads"),
         (["two.onnx", "street.png", "missing/a.png"], 1, "missing/a.png cannot be written; name a .png"),
         (["two.onnx", "street.png", "a.xyz"], 1, "a.xyz cannot be written; name a .png"),
         (["two.onnx", "street.png", "./street.png"], 1, "./street.png is an input and would be overwritten"),

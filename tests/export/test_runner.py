@@ -10,7 +10,6 @@ import sparse_seg
 from sparse_seg.errors import SparseSegError
 from sparse_seg.export import in_runtime
 from sparse_seg.export import runner as rules
-from sparse_seg.export.onnx_file import to_onnx
 from sparse_seg.export.runner import Runner
 from sparse_seg.lab.predict.segment import ImageSegmenter
 from sparse_seg.run.way import Way
@@ -57,7 +56,7 @@ def test_a_graph_is_made_when_it_saves_more_than_it_costs(expected, count, image
 
     monkeypatch.setattr("sparse_seg.export.onnx_segmentor.to_onnx", ask)
     price(10)
-    runner = Runner(kind_model("lite", "edge"))
+    runner = Runner(kind_model("tiny", "edge"))
     runner.expect(expected)
     for number in range(expected if expected in (11, 12) else 14):
         run(runner, images)
@@ -74,7 +73,7 @@ def test_a_graph_is_made_when_it_saves_more_than_it_costs(expected, count, image
 def test_sizes_get_their_graphs(images, price, monkeypatch):
     price(0)
     monkeypatch.setattr(rules, "SIZES", 1)
-    model = kind_model("lite", "entropy")
+    model = kind_model("tiny", "entropy")
     runner, expected = Runner(model, "auto", Way()), model.classify(images)[0]
     for number in range(5):
         assert (run(runner, images) == expected).float().mean() > 0.99
@@ -101,7 +100,7 @@ def test_a_model_anywhere_is_the_model(runtime, images, price, replayed_here):
     run."""
     pytest.importorskip("openvino" if runtime == "openvino" else "onnxruntime")
     price(0)
-    model = kind_model("lite", "entropy")
+    model = kind_model("tiny", "entropy")
     fast, blocks, pair = (
         in_runtime(model, runtime, 1),
         block_mask("random", (1, 4, 6)),
@@ -135,9 +134,9 @@ def test_a_model_anywhere_is_the_model(runtime, images, price, replayed_here):
 @pytest.mark.parametrize(
     ("kind", "way", "reason"),
     [
-        ("lite", Way.policy("previous", 0.2), "mask policy previous needs more than the image"),
+        ("tiny", Way.policy("previous", 0.2), "mask policy previous needs more than the image"),
         ("8 16 32", Way(), "not for three strides"),
-        ("lite", Way.policy("edge", 0.001), "gives none of 24 blocks"),
+        ("tiny", Way.policy("edge", 0.001), "gives none of 24 blocks"),
         ("undilated", Way(merge="patch"), "the coarse pass depend on the mask"),
     ],
     ids=str,
@@ -161,7 +160,7 @@ def test_one_failing_size_leaves_the_others_where_they_are(images, price, monkey
         raise RuntimeError("too much memory\nIR follows")
 
     price(0)
-    runner = Runner(kind_model("lite", "edge"), "auto", Way())
+    runner = Runner(kind_model("tiny", "edge"), "auto", Way())
     for _ in range(3):
         run(runner, images)
     monkeypatch.setattr("sparse_seg.export.onnx_segmentor.to_onnx", fail)
@@ -176,41 +175,30 @@ def test_one_failing_size_leaves_the_others_where_they_are(images, price, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [Way(), Way.policy("edge", 0.3)], ids=["own policy", "named policy"])
-def test_one_graph_for_one_way(way, images, price, monkeypatch):
+def test_one_graph_for_one_way(way, images, price, made):
     """Whoever asks for it, however often: `auto`, a named runtime, and a segmenter of photos."""
-    graphs = []
-
-    def counted(network):
-        graphs.append(network)
-        return to_onnx(network)
-
     price(0)
-    monkeypatch.setattr("sparse_seg.export.onnx_segmentor.to_onnx", counted)
-    model = kind_model("lite", "edge")
+    model = kind_model("tiny", "edge")
     runner = Runner(model, "auto", way)
-    segmenter = ImageSegmenter(model, way, runner=runner)
+    segmenter = ImageSegmenter(runner, way)
     for _ in range(4):
         segmenter(np.zeros((64, 96, 3), np.uint8))
-    assert (len(graphs), runner.runs) == (1, {"torch": 2, "onnxruntime": 2})
+    assert (len(made), runner.runs) == (1, {"torch": 2, "onnxruntime": 2})
     assert (segmenter.frames, segmenter.seconds > 0) == (4, True)
-    fast = in_runtime(model, "onnxruntime")
+    named = Runner(model, "onnxruntime", way)
     for _ in range(2):
-        fast.start(images).follow(way).classes()
-    assert len(graphs) == 2
+        run(named, images, way)
+    assert len(made) == 2
+    assert named.report().partition(";")[0] == "runtime: onnxruntime"
 
 
 def test_a_missing_package(images, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    runner = Runner(kind_model("lite", "edge"), "auto", Way())
+    runner = Runner(kind_model("tiny", "edge"), "auto", Way())
     run(runner, images)
     assert runner.report().startswith("runtime: torch (onnxruntime is not installed: pip install")
-    with pytest.raises(SparseSegError, match="onnxruntime is not installed"):
-        Runner(kind_model("lite", "edge"), "onnxruntime", Way())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("asked", ["onnxruntime", "torch"])
-def test_reports_of_one_runtime(asked, images):
-    runner = Runner(kind_model("lite", "edge"), asked, Way())
+    runner = Runner(kind_model("tiny", "edge"), "torch", Way())
     run(runner, images)
-    assert runner.report().partition(";")[0] == f"runtime: {asked}"
+    assert runner.report() == "runtime: torch"
+    with pytest.raises(SparseSegError, match="onnxruntime is not installed"):
+        Runner(kind_model("tiny", "edge"), "onnxruntime", Way())

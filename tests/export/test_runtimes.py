@@ -1,12 +1,15 @@
 """A network in onnxruntime or OpenVINO has the model's interface; what it refuses."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export import cuda_graph, in_runtime, onnx_segmentor, open_session, to_onnx
+from sparse_seg.export import cuda_graph, in_runtime, onnx_segmentor, open_session
+from sparse_seg.masks import ConfidencePolicy
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from tests.export.kinds import kind_model
 from tests.reference import block_mask, relative_error
@@ -15,26 +18,59 @@ pytest.importorskip("onnx", reason="needs the package onnx")
 
 
 @pytest.mark.slow
-def test_graphs_are_made_once_and_their_number_is_bounded(monkeypatch):
+def test_graphs_are_made_once_and_their_number_is_bounded(made):
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-    made = []
-
-    def make(network):
-        made.append(network.options.size)
-        return to_onnx(network)
-
-    monkeypatch.setattr(onnx_segmentor, "to_onnx", make)
-    fast = onnx_segmentor.OnnxSegmentor(kind_model("lite", "edge"), "onnxruntime", 1, most=2)
+    fast = onnx_segmentor.OnnxSegmentor(kind_model("tiny", "edge"), "onnxruntime", 1, most=2)
     sizes = [(32, 32), (32, 48), (32, 32), (48, 48), (32, 32), (32, 48)]
     for size in sizes:
         assert fast.classify(torch.randn(1, 3, *size))[0].shape == (1, *size)
-    assert made == [(32, 32), (32, 48), (48, 48), (32, 48)]
+    assert [network.options.size for network in made] == [(32, 32), (32, 48), (48, 48), (32, 48)]
+
+
+@pytest.mark.slow
+def test_equal_policies_share_a_graph(made):
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    fast = onnx_segmentor.OnnxSegmentor(kind_model("tiny", "edge"), "onnxruntime", 1)
+    for fraction in (0.2, 0.2, 0.4):
+        fast.classify(torch.randn(1, 3, 32, 48), policy=ConfidencePolicy(fraction))
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "auto"])
+def test_a_model_that_has_changed_is_told(runtime):
+    """Its old graphs would give the old results, and new ones go by the old name in the cache on disk."""
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    images = torch.randn(1, 3, 64, 96)
+
+    def train(model):
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.05)
+
+    def choose(model):
+        model.policy.fine_fraction = 0.5
+
+    def exchange(model):
+        model.settings = dataclasses.replace(model.settings, exchange="nearest")
+
+    for change in (train, choose, exchange, SelectiveNetwork.half):
+        model = copy.deepcopy(kind_model("tiny", "edge"))
+        fast = in_runtime(model, runtime, 1)
+        fast.start(images)
+        change(model)
+        with pytest.raises(SparseSegError, match="has changed since its graphs were made: call in_runtime"):
+            fast(images)
 
 
 def test_what_a_runtime_refuses():
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-    model, images = kind_model("lite", "edge"), torch.randn(2, 3, 64, 96)
+    model, images = kind_model("tiny", "edge"), torch.randn(2, 3, 64, 96)
     fast, blocks = in_runtime(model, "onnxruntime", 1), torch.zeros(2, 4, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match="must be a network of this package, not Conv2d: load_model reads a"):
+        in_runtime(torch.nn.Conv2d(3, 3, 1), "onnxruntime")  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match=r"look like 0\.\.255"):
+        fast.start(images.abs() * 100)
+    with pytest.raises(ValueError, match="a dense run has no mask: give output_stride or fine_blocks"):
+        fast.classify(images, output_stride=8, fine_blocks=blocks)
     for wrong, message in (
         (images.double(), "float32 images, not torch.float64"),
         (images[..., :16], "32x32"),
@@ -87,7 +123,7 @@ def test_cuda_graphs(dtype):
 
 def test_cuda_graphs_need_a_cuda_device():
     with pytest.raises(SparseSegError, match="needs a model on a CUDA device; this one is on the cpu"):
-        in_runtime(kind_model("lite", "edge"), "cuda-graph")
+        in_runtime(kind_model("tiny", "edge"), "cuda-graph")
 
 
 @pytest.mark.parametrize("policy", ["edge", "entropy", "learned"])
@@ -104,7 +140,7 @@ def test_cuda_graphs_in_half_precision(policy, replayed_here):
 def test_a_cuda_graph_that_differs_is_refused(replayed_here, monkeypatch):
     monkeypatch.setattr(cuda_graph, "graphed", lambda module, *_: lambda images: module(images.flip(-1)))
     with pytest.raises(SparseSegError, match="gives other results than PyTorch"):
-        in_runtime(kind_model("lite", "edge"), "cuda-graph")(torch.randn(1, 3, 64, 96))
+        in_runtime(kind_model("tiny", "edge"), "cuda-graph")(torch.randn(1, 3, 64, 96))
 
 
 def test_what_no_cuda_graph_captures_is_one_line(replayed_here, monkeypatch):
@@ -113,11 +149,11 @@ def test_what_no_cuda_graph_captures_is_one_line(replayed_here, monkeypatch):
 
     monkeypatch.setattr(cuda_graph, "graphed", fail)
     with pytest.raises(SparseSegError, match=r"^cuda-graph cannot capture this network: op.* is capturing$"):
-        in_runtime(kind_model("lite", "edge"), "cuda-graph")(torch.randn(1, 3, 64, 96))
+        in_runtime(kind_model("tiny", "edge"), "cuda-graph")(torch.randn(1, 3, 64, 96))
 
 
 def test_unknown_runtime():
     with pytest.raises(SparseSegError, match="unknown runtime 'tflite'; choose one of onnxruntime, openvino"):
         open_session(b"", "tflite")
     with pytest.raises(SparseSegError, match="unknown runtime 'cuda_graph'; did you mean 'cuda-graph'"):
-        in_runtime(kind_model("lite", "edge"), "cuda_graph")
+        in_runtime(kind_model("tiny", "edge"), "cuda_graph")

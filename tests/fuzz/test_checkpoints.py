@@ -16,14 +16,13 @@ import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sparse_seg import selective
@@ -41,8 +40,9 @@ from sparse_seg.training.step import Step
 from sparse_seg.training.trainer import Trainer
 from tests import captured
 from tests.checkpoint.earlier import write_converted, write_training
-from tests.conversion.cases import randomise
-from tests.conversion.networks import ResNet, Torchvision
+from tests.checkpoint.stored import opened, packed
+from tests.conversion.cases import randomise, same
+from tests.conversion.networks import Head, ResNet, Torchvision
 from tests.fuzz.damage import ANY, ZIP, change_tree
 
 OUTCOMES = ("right", "refused", "traceback", "wrong")
@@ -71,7 +71,7 @@ def trained() -> dict[str, Tensor]:
 @functools.cache
 def source() -> dict[str, Tensor]:
     torch.manual_seed(0)
-    network = Torchvision("fcn", ResNet(18, 8, width=4, depths=(1, 1, 1, 1)), 8, classes=3)
+    network = Torchvision(ResNet(18, 8, width=4, depths=(1, 1, 1, 1)), Head("fcn", classes=3))
     return randomise(network).state_dict()
 
 
@@ -110,13 +110,6 @@ def bare_trainer() -> Trainer:
     trainer.step.average = copy.deepcopy(model)
     trainer.model, trainer.ema, trainer.optimizer = model, trainer.step.average, trainer.step.optimizer
     return trainer
-
-
-def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(
-        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-        for name, tensor in expected.items()
-    )
 
 
 # -- what is tried with a file; each returns whether all that was read is right
@@ -244,12 +237,6 @@ def damaged(damages: tuple[Damage, ...]) -> Spoil:
     return lambda whole, rng: rng.choice(damages)(whole.read_bytes(), rng)
 
 
-def opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-
-
 def hostile(whole: Path, rng: random.Random) -> bytes:
     """A file whose metadata say something else, with a right digest."""
     tensors, metadata = opened(whole)
@@ -271,10 +258,7 @@ def hostile_graph(whole: Path, rng: random.Random) -> bytes:
     content = json.loads(metadata["sparse_seg"])
     for _ in range(rng.randint(1, 3)):
         content["graph"] = _changed_graph(content["graph"], rng)
-    del content["digest"]
-    content["digest"] = digest_of(content)
-    text = json.dumps(content).encode("utf-8", "replace").decode()
-    return safetensors.torch.save(tensors, {"sparse_seg": text})
+    return packed(tensors, content)
 
 
 OPTIONS = (0, 1, 2, 3, 127, 1000, [1, 2], [2, 1], [3, 3], True, "same", None)

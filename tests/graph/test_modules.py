@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from sparse_seg import load_model, save_model, selective
 from sparse_seg.errors import TrainingError
-from sparse_seg.ops import UnknownOperator
 from sparse_seg.run.way import Way
-from tests.graph.toys import Gated, Toy
+from tests.graph.toys import Gated, Toy, check_module
 from tests.reference import relative_error
 
 SIZE = (64, 64)
@@ -125,6 +124,14 @@ class Computed(Toy):
         self.b, self.d = Standardised(), nn.utils.parametrizations.weight_norm(self.d)
 
 
+class Halves(Toy):
+    """Changes a half in place, and reads the halves."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        one, other = self.a(self.stem(images)).chunk(2, 1)
+        return self.head(self.d(self.b(torch.cat([one.mul_(3), other], 1))))
+
+
 def sequential() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU6(), nn.Conv2d(8, 8, 3, 2, 1),
@@ -139,22 +146,12 @@ def sync_norms() -> nn.Module:
 
 @pytest.mark.parametrize(
     "build",
-    [Shared, Alias, Gated, Tied, Normalising, Summed, Scaled, Padding, First, Attended, Computed, sequential,
-     sync_norms,
+    [Shared, Alias, Gated, Tied, Normalising, Summed, Scaled, Padding, First, Attended, Computed, Halves,
+     sequential, sync_norms,
      lambda: Toy(affine=False), lambda: Toy(momentum=None), lambda: Toy().requires_grad_(False)],
 )  # fmt: skip
-@torch.no_grad()
 def test_modules(build: Any):
-    module = build().double().eval()
-    network, images = selective(module, size=SIZE), torch.randn(2, 3, 64, 96).double()
-    expected = module(images)
-    expected = expected[0] if isinstance(expected, tuple) else expected
-    run = network.start(images).follow(Way.dense(8))
-    found = run.logits() if expected.shape[2:] == images.shape[2:] else run.grid_logits()
-    assert relative_error(found, expected) < 1e-12
-    blocks = torch.ones(2, 4, 6, dtype=torch.bool)
-    pools_rows = build is Attended  # vectors pooled of rows read the lattice: docs/method.md
-    assert relative_error(network(images, blocks), network.dense(images, 8)) < (0.01 if pools_rows else 1e-12)
+    check_module(build(), fine=0.01 if build is Attended else 1e-12)
 
 
 def test_computed_weights_are_saved_and_do_not_train(tmp_path: Path):
@@ -167,32 +164,6 @@ def test_computed_weights_are_saved_and_do_not_train(tmp_path: Path):
     for refused in (network.train, lambda: selective(module.train(), size=SIZE)):
         with pytest.raises(TrainingError, match=r"^conv2d in b computes its weight of parameters"):
             refused()
-
-
-class Halves(Toy):
-    """Changes a half in place, and reads the halves."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        one, other = self.a(self.stem(images)).chunk(2, 1)
-        return self.head(self.d(self.b(torch.cat([one.mul_(3), other], 1))))
-
-
-class Whole(Toy):
-    """Changes a half in place, and reads the whole."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.a(self.stem(images))
-        x.chunk(2, 1)[0].relu_()
-        return self.head(self.d(self.b(x)))
-
-
-def test_a_change_in_place_through_a_view():
-    module, images = Halves().double().eval(), torch.randn(1, 3, 64, 96).double()
-    with torch.no_grad():
-        expected = F.interpolate(module(images), images.shape[2:], mode="bilinear")
-        assert relative_error(selective(module, size=SIZE).dense(images, 8), expected) < 1e-12
-    with pytest.raises(UnknownOperator, match=r"^the network: relu_ writes to a part of a tensor"):
-        selective(Whole().eval(), size=SIZE)
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}])

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from sparse_seg import load_model, save_model, selective
 from sparse_seg.export import ExportOptions, export_onnx
-from tests.graph.toys import Toy
-from tests.reference import relative_error
+from tests.graph.toys import Toy, check_module
 
 SIZE = (64, 64)
 needs_onnx = pytest.mark.skipif(
@@ -62,16 +61,9 @@ class Nearest(Toy):
         *((Nearest, strides) for strides in (None, (4, 8, 16))),
     ],
 )
-@torch.no_grad()
 def test_dense_and_all_fine(kind: type[Toy], strides: tuple[int, ...] | None):
     torch.manual_seed(0)
-    module, images = kind().double().eval(), torch.randn(2, 3, 64, 96).double()
-    network = selective(module, strides, size=SIZE)
-    finest, coarsest = network.strides[0], network.strides[-1]
-    fine = torch.full((2, 64 // coarsest, 96 // coarsest), len(network.strides) - 1)
-    assert relative_error(network.dense(images, network.geometry.own), module(images)) < 1e-12
-    assert relative_error(network(images, fine), network.dense(images, finest)) < 1e-12
-    assert network(images).shape == (2, 5, 64, 96)
+    check_module(kind(), strides)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from sparse_seg.errors import CheckpointError, SparseSegError
 from sparse_seg.export.onnx_file import export_onnx
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.run.way import Way
-from tests.graph.toys import Toy
+from tests.graph.toys import Toy, check_module
 from tests.reference import relative_error
 
 SIZE = (64, 64)
@@ -64,22 +64,16 @@ class Reflecting(Toy):
         (lambda: Toy(track_running_stats=False), "stem.1, norm run by their own"),
     ],
 )
-@torch.no_grad()
 def test_other_layers_that_no_operator_makes(build: Callable[[], nn.Module], says: str):
-    module, images = build().double().eval(), torch.randn(2, 3, 72, 100).double()
-    net = sparse_seg.selective(module, size=SIZE)
-    assert relative_error(net.dense(images, 8), module(images)) < 1e-12
-    assert net.report().limit.endswith(f"; {says} code, on complete grids")
+    report = check_module(build(), size=(72, 100)).report()
+    assert report.limit.endswith(f"; {says} code, on complete grids")
 
 
 @pytest.mark.parametrize("early", [False, True])
 @torch.no_grad()
 def test_attention_is_exact(early: bool):
-    module, images = Attending(early=early).double().eval(), torch.randn(2, 3, 72, 100).double()
-    net = sparse_seg.selective(module, size=SIZE)
-    blocks = torch.rand(2, 5, 7) < 0.5
-    assert relative_error(net.dense(images, 8), module(images)) < 1e-12
-    assert relative_error(net(images, torch.ones_like(blocks)), module(images)) < 1e-12
+    net = check_module(Attending(early=early), size=(72, 100))
+    images, blocks = torch.randn(2, 3, 72, 100).double(), torch.rand(2, 5, 7) < 0.5
     assert relative_error(net.for_inference()(images, blocks), net(images, blocks)) < 1e-12
     coarse = net.start(images).start_coarse()
     assert relative_error(coarse.take(blocks).logits(), net(images, blocks)) < 1e-12

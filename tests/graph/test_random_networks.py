@@ -23,7 +23,7 @@ from tests.graph.definitions import Definitions
 from tests.graph.drawn import FAMILIES, draw_network
 from tests.graph.layers import Drawn, as_layers
 from tests.graph.reference import Reference
-from tests.reference import random_model, relative_error
+from tests.reference import random_model, relative_error, without_dropout
 
 TOLERANCE = 1e-10
 SIZES = ((64, 96), (70, 53), (49, 64))
@@ -232,10 +232,8 @@ def test_networks_of_ours(backbone: str, head: str, strides: tuple[int, ...]):
 )
 def test_gradients_of_networks_of_ours(backbone: str, head: str, train: bool, exchange: str):
     torch.manual_seed(0)
-    network = copy.deepcopy(random_model(backbone, head, dtype=torch.float64)).train(train)
-    for part in network.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.eval()
+    network = copy.deepcopy(random_model(backbone, head, dtype=torch.float64))
+    network = without_dropout(network) if train else network
     twin, images = copy.deepcopy(network), torch.randn(2, 3, 70, 53, dtype=torch.float64)
     check_gradients(network, network.module, twin.module, as_layers(twin), images, exchange)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg import SelectiveNetwork, selective
+from sparse_seg.graph import logits_of
+from sparse_seg.run.way import Way
 from tests.graph.layers import randomise
+from tests.reference import relative_error
 
 
 class Toy(nn.Module):
@@ -31,6 +35,29 @@ class Toy(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         return F.interpolate(self.head(self.body(images)), images.shape[2:], mode="bilinear")
+
+
+@torch.no_grad()
+def check_module(
+    module: nn.Module,
+    strides: Sequence[int] | None = None,
+    fine: float = 1e-12,
+    size: tuple[int, int] = (64, 96),
+) -> SelectiveNetwork:
+    """Capture a module: dense at its own stride it gives the module's logits, and all fine the dense ones.
+
+    Args:
+        fine: tolerance of all fine; pooled vectors of rows read the lattice, see docs/method.md.
+    """
+    module = module.double().eval()
+    network, images = selective(module, strides, size=(64, 64)), torch.randn(2, 3, *size).double()
+    expected, run = logits_of(module(images)), network.start(images).follow(Way.dense(network.geometry.own))
+    found = run.logits() if expected.shape[2:] == images.shape[2:] else run.grid_logits()
+    assert relative_error(found, expected) < 1e-12
+    blocks = (-(-length // network.strides[-1]) for length in size)
+    levels = torch.full((2, *blocks), len(network.strides) - 1)
+    assert relative_error(network(images, levels), network.dense(images, network.strides[0])) < fine
+    return network
 
 
 class Gated(Toy):

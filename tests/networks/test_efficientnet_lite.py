@@ -46,6 +46,7 @@ def test_lraspp_upsamples_channels() -> None:
     assert relative_error(head([low, grid]), expected) < 1e-12
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_selective() -> None:
     """Dense as the module itself; P2: all fine as that at the finer stride; P4: refined as in one pass."""

@@ -1,22 +1,19 @@
 """The page that one looks around in, in a browser: slider, divider, links, phone, no script."""
 
-from __future__ import annotations
-
 import html
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.lab.frames import most_different, numbers
-from sparse_seg.lab.report.explorer import Explorer, Frame, Shot
-from sparse_seg.lab.report.html import Section, photo, write_report
+from sparse_seg.lab.report.html import Explorer, Frame, Section, Shot, photo, write_report
 from sparse_seg.lab.report.tables import Column, Table
 from tests.reporting.test_html import Outline
 
@@ -53,10 +50,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Shot(picture(40 * step, f"<{step}>"), picture(9, "blocks") if step == 1 else None)
         for step in range(3)
     ]
-    frames = [
-        Frame(f"frame {number}", "3.0 % differ", [picture(200, "input")], picture(120, "dense OS8"), shots)
-        for number in range(2)
-    ]
+    frames = [Frame(f"frame {number}", "3.0 % differ", [picture(200, "input")], shots) for number in range(2)]
     table = Table([Column("network", "network")], [{"network": name} for name, _ in STEPS])
     sections = [Section("Table", table=table, links={0: "#step-0", 2: "#step-2"})]
     path = tmp_path_factory.mktemp("page") / "report.html"
@@ -146,30 +140,13 @@ def test_without_a_script_all_is_shown(page: Path, tmp_path: Path) -> None:
     assert said["bar"] == "none"
 
 
-class Frames(SegmentationDataset):
-    """24 frames of 10x10 pixels; the value of frame 11 is highest."""
-
-    def __init__(self) -> None:
-        pass
-
-    def load(self, index: int):
-        return np.full((10, 10, 3), 50 - abs(2 * index - 22), np.uint8), np.zeros((10, 10), np.uint8)
-
-
-class Differs:
-    """Differs from a label of zeros on as many pixels as the frame's value says."""
-
-    def classes(self, image: np.ndarray, label: np.ndarray):
-        return (np.arange(100) < image[0, 0, 0]).astype(np.uint8).reshape(10, 10), None
-
-
-class Right:
-    def classes(self, image: np.ndarray, label: np.ndarray):
-        return label, None
-
-
 def test_frames_differ_most_and_are_no_neighbours() -> None:
-    chosen = most_different((Right(), Differs()), Frames(), 24)  # type: ignore[arg-type]
+    """Of 24 frames; two networks differ on as many pixels as the frame's value says, most in frame 11."""
+    label, order = np.zeros((10, 10), np.uint8), np.arange(100).reshape(10, 10)
+    frames: Any = Namespace(load=lambda index: (np.full((10, 10, 3), 50 - abs(2 * index - 22)), label))
+    right: Any = Namespace(classes=lambda image, label: (label, None))
+    differs: Any = Namespace(classes=lambda image, label: (order < image[0, 0, 0], None))
+    chosen = most_different((right, differs), frames, 24)
     assert chosen == [(0.5, 11), (0.44, 8), (0.44, 14), (0.38, 5)], "no other within two of one"
 
 

@@ -1,8 +1,6 @@
 """The cost curve is an image with its series and references on it, and leaves no global state."""
 
-import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -38,9 +36,3 @@ def test_missing_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SparseSegError, match=r"pip install 'sparse_seg\[plots\]'"):
         cost_curve(SERIES, "x", "y", POINTS)
-
-
-@pytest.mark.slow
-def test_matplotlib_loads_late_and_pyplot_never() -> None:
-    text = Path(plots.__file__).read_text()
-    assert not re.search(r"^ *(import|from) matplotlib|pyplot\"", text, re.MULTILINE)

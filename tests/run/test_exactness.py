@@ -12,6 +12,7 @@ from sparse_seg.run.way import Way
 from sparse_seg.sites import Grid, Mixed
 from tests.reference import (
     MASKS,
+    SHALLOW,
     at_sites,
     block_mask,
     dense_reference,
@@ -46,8 +47,9 @@ def make_case(
     dtype: torch.dtype,
     device: str,
     width: float = 0.125,
+    depths: tuple[int, ...] | None = SHALLOW,
 ) -> Case:
-    model = random_model(backbone, head, width, dtype, device)
+    model = random_model(backbone, head, width, dtype, device, depths=depths)
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     features, grid_logits, logits = {}, {}, {}
     for stride in (8, 16, 32):
@@ -127,7 +129,7 @@ def test_logits_at_the_ends(backbone: str, head: str, size: tuple[int, int], dev
 @torch.no_grad()
 def test_full_width() -> None:
     size = (65, 97)
-    case = make_case("resnet18", "deeplabv3", size, torch.float32, "cpu", width=1.0)
+    case = make_case("resnet18", "deeplabv3", size, torch.float32, "cpu", 1.0, None)
     lattice = lattice_of(case, block_mask("random", block_shape(size)))
     assert relative_error(lattice, case.features[16][3]) < case.tolerance
     all_fine = case.model(case.images, fine_blocks=block_mask("full", block_shape(size)))
@@ -135,11 +137,11 @@ def test_full_width() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["resnet34", "resnet101"])
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "resnet101"])
 @torch.no_grad()
 def test_the_deeper_ones(backbone: str) -> None:
     size = (49, 70)
-    case = make_case(backbone, "lite", size, torch.float64, "cpu")
+    case = make_case(backbone, "lite", size, torch.float64, "cpu", depths=None)
     mask = block_mask("random", block_shape(size))
     assert relative_error(lattice_of(case, mask), case.features[16][3]) < case.tolerance
     all_fine = case.model(case.images, fine_blocks=torch.ones_like(mask))

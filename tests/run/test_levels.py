@@ -5,12 +5,10 @@ import torch
 from torch import Tensor
 
 from sparse_seg import build_model
-from sparse_seg.errors import ConfigError
-from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Mixed
-from tests.reference import dense_reference, random_model, relative_error, stage_values
+from tests.reference import dense_reference, plain_network, random_model, relative_error, stage_values
 
 STRIDES = [(8, 16, 32), (4, 8, 16)]
 SIZES = [(33, 47), (70, 101), (96, 64)]
@@ -66,9 +64,7 @@ def test_all_fine_is_dense(head: str, strides: tuple[int, ...]) -> None:
     expected = upsample_logits(reference.grid_logits(images), size, strides[0], 8)
     fine = block_levels("fine", images, strides[-1])
     runs = [model(images, fine), model(images, fine.bool()), model.dense(images, strides[0])]
-    module = build_module(model.settings, strides[0]).double().eval()
-    module.load_state_dict(model.module.state_dict())
-    runs += [module(images), model.for_inference()(images, fine)]
+    runs += [plain_network(model, strides[0])(images), model.for_inference()(images, fine)]
     for logits in runs:
         assert relative_error(logits, expected) < 1e-12
 
@@ -92,29 +88,3 @@ def test_policies_cut_twice() -> None:
     for one in levels:
         assert one.flatten().bincount(minlength=3).tolist() == [32 - 8 - 6, 6, 8]
     assert torch.equal(model(images), model(images, levels))
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"strides": [8, 32]}, r"model.strides is \[8, 32\]"),
-        ({"strides": [16, 8]}, r"model.strides is \[16, 8\]"),
-        ({"strides": [8, 16, 32], "head": "deeplabv3", "aspp_rates": [6, 12]}, "must divide by 32"),
-        ({"strides": [8, 16, 32], "mask": {"threshold": 0.1}}, "needs model.mask.middle_threshold"),
-        ({"strides": [8, 16, 32], "mask": {"fine_fraction": 0.9}}, "must add up to 1 at most"),
-        ({"mask": {"edge": "canny"}}, "model.mask.edge is 'canny'"),
-    ],
-)
-def test_bad_configs(config: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build_model(config)
-
-
-def test_bad_levels() -> None:
-    model, images = random_model(strides=(8, 16, 32)), torch.zeros(1, 3, 64, 64)
-    with pytest.raises(ValueError, match=r"levels must lie in 0..2 for the strides \[8, 16, 32\]"):
-        model(images, torch.full((1, 2, 2), 3))
-    with pytest.raises(ValueError, match=r"must be bool or int64 levels \[1, 2, 2\]"):
-        model(images, torch.zeros(1, 4, 4).bool())
-    with pytest.raises(ValueError, match=r"levels must lie in 0..1"):
-        random_model()(images, torch.full((1, 4, 4), 2))

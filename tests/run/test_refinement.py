@@ -39,7 +39,7 @@ def rising_levels(images: Tensor, strides: tuple[int, ...], seed: int = 0) -> li
 def test_one_step_is_the_one_shot_pass(
     backbone: str, head: str, strides: tuple[int, ...], fast: bool
 ) -> None:
-    for dtype, size, tolerance in ((torch.float64, (33, 47), 1e-12), (torch.float32, (101, 137), 1e-5)):
+    for dtype, size, tolerance in ((torch.float64, (33, 47), 1e-12), (torch.float32, (70, 101), 1e-5)):
         model = random_model(backbone, head, dtype=dtype, strides=strides)
         images = random_images(size).to(dtype)
         levels = rising_levels(images, strides)[1]
@@ -82,8 +82,8 @@ def test_memory_counts_shared_rows_once() -> None:
     model, images = random_model("resnet50", "deeplabv3"), random_images((64, 96)).float()
     run = model.start(images).start_coarse()
     eighth, coarse = 2 * 8 * 12, 2 * 4 * 6
-    stage3 = [eighth * 32, eighth * 64, *[coarse * 32] * 5]  # first 3x3, shortcut, five more 3x3
-    stage4 = [coarse * 64] * 3  # its sites are layer3's: no shortcut strides
+    stage3 = [eighth * 32, eighth * 64, coarse * 32]  # first 3x3, shortcut, one more 3x3
+    stage4 = [coarse * 64] * 2  # its sites are layer3's: no shortcut strides
     head = [coarse * 256, *[coarse * 16] * 4, 2 * (256 + 3 * 16), coarse * NUM_CLASSES]
     assert kept_bytes(run) == 4 * sum(stage3 + stage4 + head)
 
@@ -220,16 +220,13 @@ def test_refine_within_a_time_budget(milliseconds: int, monkeypatch: pytest.Monk
         assert took > 0.8 * milliseconds, "time was left"
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
-@pytest.mark.parametrize("reduce", ["max", "mean"])
 @pytest.mark.parametrize("uncertainty", ["margin", "entropy", "boundary"])
 @pytest.mark.parametrize("size", [(64, 96), (33, 50)], ids=str)
 @torch.no_grad()
-def test_scores(size: tuple[int, int], uncertainty: str, reduce: str, neighbours: bool) -> None:
+def test_scores(size: tuple[int, int], uncertainty: str) -> None:
     """Against loops over blocks and the full-size logits' pixels in the middle of 4x4."""
     model, images = random_model(), random_images(size).float()
     run = model.start(images).start_coarse()
-    policy = ConfidencePolicy(0.1, uncertainty=uncertainty, reduce=reduce, neighbours=neighbours)
     height, width = size
     ys, xs = ([min(4 * i + 2, length - 1) for i in range(-(-length // 4))] for length in size)
     probabilities = model.dense(images, 16).softmax(1)[:, :, ys][:, :, :, xs]
@@ -244,14 +241,17 @@ def test_scores(size: tuple[int, int], uncertainty: str, reduce: str, neighbours
         for dy, dx in ((0, 1), (2, 1), (1, 0), (1, 2)):
             moved = padded[:, dy : dy + len(ys), dx : dx + len(xs)]
             values = values.maximum((moved != classes).float())
-    blocks = torch.zeros(2, -(-height // 16), -(-width // 16))
-    for b, y, x in itertools.product(*map(range, blocks.shape)):
-        inside = values[b, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
-        blocks[b, y, x] = inside.max() if reduce == "max" else inside.mean()
-    expected = blocks.clone()
-    for b, y, x in itertools.product(*map(range, blocks.shape)) if neighbours else ():
-        expected[b, y, x] = blocks[b, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].max()
-    assert torch.allclose(policy.scores(run), expected, atol=1e-5)
+    for reduce in ("max", "mean"):
+        blocks = torch.zeros(2, -(-height // 16), -(-width // 16))
+        around = torch.zeros_like(blocks)
+        for b, y, x in itertools.product(*map(range, blocks.shape)):
+            inside = values[b, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+            blocks[b, y, x] = inside.max() if reduce == "max" else inside.mean()
+        for b, y, x in itertools.product(*map(range, blocks.shape)):
+            around[b, y, x] = blocks[b, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].max()
+        for neighbours, expected in ((False, blocks), (True, around)):
+            policy = ConfidencePolicy(0.1, uncertainty=uncertainty, reduce=reduce, neighbours=neighbours)
+            assert torch.allclose(policy.scores(run), expected, atol=1e-5), (reduce, neighbours)
 
 
 def test_unknown_options_of_the_policy() -> None:
@@ -297,3 +297,28 @@ def test_masks_may_lie_on_the_cpu(device: str) -> None:
     assert run.mask.device == once.device
     again = run.take(mask | block_mask("full", (1, 4, 6))).logits()
     assert again.shape == once.shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merge", ["whole", "patch"])
+def test_a_pass_keeps_what_is_chosen(merge: str) -> None:
+    """The coarse logits do not take its place, nor does the caller's mask when it is used anew."""
+    model, images = random_model(), random_images((64, 96)).float()
+    way, mask = Way(merge=merge), torch.zeros(2, 4, 6, dtype=torch.bool)
+    mask[:, :2] = True
+    kept = mask.clone()
+    run, coarse = model.start(images), model.dense(images, 16)
+    for choose, expected in (
+        (lambda: run.follow(Way.dense(8)), model.dense(images, 8)),
+        (lambda: run.take(mask, way), model.start(images).take(kept, way).logits()),
+        (lambda: run.follow(Way.dense(8)), model.dense(images, 8)),
+        (lambda: run.follow(way), model.start(images).follow(way).logits()),
+    ):
+        choose()
+        assert relative_error(run.coarse_logits(), coarse) < 1e-5
+        assert relative_error(run.logits(), expected) < 1e-5
+    run = model.start(images).start_coarse().take(mask, way)
+    mask.copy_(~mask)
+    assert torch.equal(run.levels, kept.long())
+    with pytest.raises(ValueError, match="a step can only refine"):
+        run.take(mask, way)

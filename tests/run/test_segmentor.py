@@ -50,34 +50,32 @@ def test_training_keeps_no_copies() -> None:
         (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), r"must be float .* got torch.uint8 \[2, 3, 64, 64\]"),
         (torch.zeros(2, 1, 64, 64), r"must be float \[B, 3, H, W\], normalised; got .* \[2, 1, 64, 64\]"),
         (torch.zeros(3, 64, 64), r"got torch.float32 \[3, 64, 64\]"),
+        (torch.zeros(1, 3, 40, 40).double(), r"are torch\.float64 and the network is torch\.float32; pass"),
+        (torch.zeros(1, 3, 40, 40).numpy(), r"images must be a tensor \[B, 3, H, W\], not ndarray"),
     ],
 )
-def test_bad_images(images: Tensor, message: str) -> None:
+def test_bad_images(images: Any, message: str) -> None:
     for call in (random_model(), random_model().dense):
         with pytest.raises(ValueError, match=message):
             call(images)
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (
-            torch.zeros(2, 4, 7).bool(),
-            r"bool or int64 levels \[2, 5, 7\] for images \[2, 3, 65, 97\], not torch.bool \[2, 4, 7\]",
-        ),
-        (torch.zeros(1, 5, 7).bool(), r"not torch.bool \[1, 5, 7\]"),
-        (torch.zeros(2, 5, 7), r"not torch.float32 \[2, 5, 7\]"),
-        (torch.zeros(2, 1, 5, 7).bool(), r"not torch.bool \[2, 1, 5, 7\]"),
-    ],
-)
-def test_bad_masks(mask: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        random_model()(torch.zeros(2, 3, 65, 97), fine_blocks=mask)
-
-
-def test_bad_output_stride() -> None:
+def test_bad_masks_and_strides() -> None:
+    images, levels = torch.zeros(2, 3, 65, 97), torch.zeros(2, 5, 7, dtype=torch.int64)
+    says = r"bool or int64 levels \[2, 5, 7\] for images \[2, 3, 65, 97\], not torch."
+    masks = levels[:, 1:].bool(), levels[:1].bool(), levels.float(), levels[:, None].bool()
+    for mask, told in zip(masks, ("bool .2, 4", "bool .1, 5", "float32 .2, 5", "bool .2, 1, 5"), strict=True):
+        with pytest.raises(ValueError, match=says + told):
+            random_model()(images, fine_blocks=mask)
+    with pytest.raises(ValueError, match=r"levels must lie in 0..1 for the strides \[8, 16\]"):
+        random_model()(images, levels + 2)
+    three = random_model(strides=(8, 16, 32))
+    with pytest.raises(ValueError, match=r"levels must lie in 0..2 for the strides \[8, 16, 32\]"):
+        three(images, torch.full((2, 3, 4), 3))
+    with pytest.raises(ValueError, match=r"must be bool or int64 levels \[2, 3, 4\]"):
+        three(images, levels)
     with pytest.raises(ValueError, match="output_stride must be 4, 8, 16 or 32, not 2"):
-        random_model().dense(torch.zeros(1, 3, 64, 64), output_stride=2)
+        three.dense(images, output_stride=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -91,6 +89,7 @@ def test_autocast(backbone: str, head: str, dtype: torch.dtype, device: str) -> 
         full = model(images, fine_blocks=mask)
         with torch.autocast(device, dtype):
             half = model(images, fine_blocks=mask)
+            model(images.to(dtype), fine_blocks=mask)  # images of its dtype are taken, too
     assert half.dtype == torch.float32, "logits are for the loss"
     error = (half - full).square().mean().sqrt() / full.std()
     assert error < (0.1 if dtype == torch.bfloat16 else 0.02)
@@ -115,18 +114,6 @@ def test_plain_bfloat16(head: str) -> None:
     full = model(images, fine_blocks=mask)
     logits = half(images.bfloat16(), fine_blocks=mask)
     assert (logits.float() - full).square().mean().sqrt() / full.std() < 0.15
-
-
-def test_what_are_no_images_of_its_dtype() -> None:
-    model, images = random_model(), torch.randn(1, 3, 40, 40)
-    with pytest.raises(
-        ValueError, match=r"images are torch\.float64 and the network is torch\.float32; pass"
-    ):
-        model(images.double())
-    with pytest.raises(ValueError, match=r"images must be a tensor \[B, 3, H, W\], not ndarray"):
-        model(images.numpy())
-    with torch.autocast("cpu", torch.bfloat16):
-        model(images.bfloat16())
 
 
 @torch.no_grad()
@@ -172,6 +159,12 @@ def test_build_from_a_plain_dict() -> None:
         ({"mask": {"policy": "uniform"}}, "uniform policy takes fine_fraction 0 or 1, not 0.15"),
         ({"width": 0.3}, "width 0.3 makes 19.2 of 64 channels"),
         ({"trained_stride": 4}, "model.trained_stride is 4"),
+        ({"strides": [8, 32]}, r"model.strides is \[8, 32\]"),
+        ({"strides": [16, 8]}, r"model.strides is \[16, 8\]"),
+        ({"strides": [8, 16, 32], "head": "deeplabv3", "aspp_rates": [6, 12]}, "must divide by 32"),
+        ({"strides": [8, 16, 32], "mask": {"threshold": 0.1}}, "needs model.mask.middle_threshold"),
+        ({"strides": [8, 16, 32], "mask": {"fine_fraction": 0.9}}, "must add up to 1 at most"),
+        ({"mask": {"edge": "canny"}}, "model.mask.edge is 'canny'"),
     ],
 )
 def test_bad_configs(config: dict[str, Any], message: str) -> None:
@@ -181,7 +174,7 @@ def test_bad_configs(config: dict[str, Any], message: str) -> None:
 
 def test_print() -> None:
     text = str(random_model())
-    assert "strides=[8, 16], convolutions: 10 early, 11 rows, 3 late" in text
+    assert "strides=[8, 16], convolutions: 6 early, 11 rows, 3 late" in text
     assert "EdgePolicy(fine_fraction=0.15)" in text
 
 

@@ -21,10 +21,12 @@ from tests.captured import trained
 from tests.reference import block_mask, relative_error
 from tests.sites.rows import Case
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("spconv") is None, reason="spconv is optional"),
-    pytest.mark.usefixtures("imported"),
-]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("spconv") is None, reason="spconv is optional")
+
+
+def with_library(test: Any) -> Any:
+    """Slow: its import takes as long as fifty tests."""
+    return pytest.mark.slow(pytest.mark.usefixtures("imported")(test))
 
 
 def run(model: SelectiveNetwork, images: Tensor, mask: Tensor, **way: Any) -> Tensor:
@@ -44,6 +46,7 @@ def test_dense_networks_and_coarse_masks_have_nothing_for_it(fresh: None, monkey
         assert run(model, images, ~mask, engine="auto").isfinite().all()
 
 
+@with_library
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -67,6 +70,7 @@ def test_gradients_equal_gather(exchange: str, eval_first: bool) -> None:
         assert relative_error(ours, theirs) < 1e-5
 
 
+@with_library
 @pytest.mark.parametrize("needed", ["grid", "weight"])
 def test_no_training_on_the_cpu(needed: str) -> None:
     case = Case("spconv")
@@ -76,6 +80,7 @@ def test_no_training_on_the_cpu(needed: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@with_library
 def test_index_pairs_are_found_once(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Once per level and window, whatever the channels; levels do not mix; of the sites inside the image and
     their rim."""
@@ -106,6 +111,7 @@ def test_index_pairs_are_found_once(monkeypatch: pytest.MonkeyPatch, device: str
     assert found[0] == first.level.num_run + int(inside[:, rim.cpu()].sum())
 
 
+@with_library
 def test_the_layer_it_calls(fresh: None, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Its weight has no memory of its own, places are contiguous int32, and the device has the algorithm."""
     from spconv.pytorch import SubMConv2d
@@ -137,6 +143,7 @@ def test_the_layer_it_calls(fresh: None, monkeypatch: pytest.MonkeyPatch, device
         assert not layer.training
 
 
+@with_library
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @torch.no_grad()
 def test_dtypes_that_it_cannot_run(dtype: torch.dtype, device: str) -> None:
@@ -190,19 +197,21 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
         lambda: _raising(RuntimeError("no kernel image is available\nfor this device")),
         "spconv fails on cpu (no kernel image is available)",
     ),
-    "mismatched": (
-        "sparse_seg.sites.spconv._import",
-        lambda: _raising(ImportError("libcudart.so.12: cannot open shared object file\nand more")),
-        "spconv cannot be imported (libcudart.so.12: cannot open shared object file)",
-    ),
 }
 
 
+@with_library
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_broken_library_is_refused(fresh: None, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     name, make, message = REFUSED[what]
     monkeypatch.setattr(name, make())
     assert message in refused()
+
+
+def test_a_mismatched_library_is_refused(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ImportError("libcudart.so.12: cannot open shared object file\nand more")
+    monkeypatch.setattr(spconv, "_import", _raising(error))
+    assert "spconv cannot be imported (libcudart.so.12: cannot open shared object file)" in refused()
 
 
 def test_a_missing_library_is_refused(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:

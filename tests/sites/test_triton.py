@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 from typing import Any
@@ -16,7 +17,9 @@ from sparse_seg.export import ExportOptions, StaticNetwork
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.sites import Level, LevelPlan, Taps, triton
+from sparse_seg.sites.values import Epilogue
 from tests.captured import trained
+from tests.export.kinds import kind_model
 from tests.reference import relative_error
 from tests.sites.rows import Case
 
@@ -45,7 +48,7 @@ def test_a_full_mask_is_a_plain_convolution(
     channels: tuple[int, int], kernel: tuple[int, int], spacing: int, groups: int, device: str
 ) -> None:
     """All extra sites of a level, of several programs of a kernel, against F.conv2d in float64."""
-    (inner, outer), (height, width) = channels, (14, 18)
+    (inner, outer), (height, width) = channels, (10, 14)
     plan, generator = LevelPlan(2, (8 * height, 8 * width), 8, device), torch.Generator().manual_seed(0)
     level = Level(plan, torch.arange(plan.cells, device=device))
     grid = torch.randn(2, inner, height, width, generator=generator).to(device)
@@ -71,7 +74,7 @@ def test_a_full_mask_is_a_plain_convolution(
 def test_the_static_form(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA graph of it runs the kernel, which reads no shape from a mask."""
     model, original, calls = selective(trained(), size=(64, 64)), triton.conv2d, []
-    options = ExportOptions((47, 101), 2, None, 0.3, given=True, logits=True, ghosts=False, tiles=False)
+    options = ExportOptions((33, 47), 2, None, 0.3, given=True, logits=True, ghosts=False, tiles=False)
 
     def count(*args: Any) -> Tensor | None:
         calls.append(original(*args))
@@ -88,6 +91,59 @@ def test_the_static_form(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_error(network(images, *blocks)[-1], gathered(images, *blocks)[-1]) < 1e-5
     assert len(calls) == 3  # the windows on an early value and on rows
     assert all(one is not None for one in calls)
+
+
+@pytest.mark.parametrize("kind", ["lite", pytest.param("resnet34", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_sums_and_activations_are_part_of_the_kernel(
+    kind: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all extra sites behind convolutions: in the static form, and in a pass that refines."""
+    model, original, ends = kind_model(kind), triton.conv2d, list[Epilogue]()
+    options = ExportOptions((64, 96), 1, None, 0.3, logits=True, ghosts=False, tiles=False)
+    gathered = StaticNetwork(model, options).to(device)
+    fused = copy.copy(gathered)
+    fused.engine = "triton"
+    images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def note(*args: Any) -> Tensor | None:
+        ends.append(args[6])
+        return original(*args)
+
+    monkeypatch.setattr(triton, "conv2d", note)
+    assert relative_error(fused(images)[-1], gathered(images)[-1]) < 1e-5
+    nodes = gathered.geometry.of_kind("rows")
+    assert len([end for end in ends if end.residual is not None]) == len([n for n in nodes if n.op == "add"])
+    assert len([end for end in ends if end.low == 0]) == len([n for n in nodes if n.op == "relu"]) > 3
+    model, mask = model.for_inference().to(device), torch.rand(1, 4, 6) < 0.5
+    passes = [model.start(images).start_coarse().take(mask, Way(engine=one)) for one in ("triton", "gather")]
+    assert relative_error(*(one.logits() for one in passes)) < 1e-5
+    assert passes[0].macs() == passes[1].macs()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)], ids=str
+)
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@torch.no_grad()
+def test_split_channels(splits: int, dtype: torch.dtype, tolerance: float, device: str) -> None:
+    """The same each time; a split of five has no channels. Bias, sum and bounds come at the end."""
+    from sparse_seg.sites import implicit_gemm
+
+    generator, shapes = torch.Generator().manual_seed(0), ((50, 64), (24, 64, 3, 1), (24,), (37, 24))
+    drawn = (torch.randn(*shape, generator=generator) for shape in shapes)
+    rows, weight, bias, residual = (one.to(device, dtype) for one in drawn)
+    index = torch.randint(0, 51, (37 * 3,), generator=generator).to(device)  # 50 is outside
+    residual[0, 0] = torch.nan
+    end = Epilogue(residual, -1.0, 6.0)
+    tile = implicit_gemm.Tile(16, 16, 16 * rows.element_size(), 4, 1, splits)
+    given = rows, index, weight, bias, rows, None, False, end, tile
+    found = [implicit_gemm.conv2d(*given) for _ in range(2)]
+    read = torch.cat([rows, rows.new_zeros(1, 64)])[index].double().reshape(37, 3, 64)
+    expected = end(torch.einsum("mti,oit->mo", read, weight.double().flatten(2)) + bias)
+    assert torch.allclose(found[0].double(), expected, rtol=tolerance, atol=6 * tolerance, equal_nan=True)
+    assert torch.allclose(found[0], found[1], rtol=0, atol=0, equal_nan=True)
 
 
 @torch.no_grad()

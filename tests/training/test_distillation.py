@@ -96,17 +96,6 @@ def teacher(tiny: Path, tmp_path: Path) -> tuple[Config, Path]:
     return load_config(tiny, ["model.auxiliary=false"]), path
 
 
-def test_teacher_gives_its_dense_logits_and_features(teacher: tuple[Config, Path]) -> None:
-    config, path = teacher
-    images = values(2, 3, 64, 80).float()
-    outputs = Teacher(path, config)(images, 8, 8)
-    model = Teacher(path, config).model
-    grid = model.start(images).follow(Way.dense(8)).grid_logits()
-    torch.testing.assert_close(outputs.logits, grid.half().float())
-    assert outputs.features.shape == (2, 16, 8, 10)
-    assert not outputs.logits.requires_grad
-
-
 def test_teacher_of_another_normalisation_sees_the_same_pictures(
     teacher: tuple[Config, Path], tiny: Path
 ) -> None:
@@ -153,6 +142,10 @@ def test_cache_changes_no_value_and_saves_the_run(
     first = [kept(image[None], 8, 8) for image in images[:2]]
     for image, outputs in zip(images, first, strict=False):
         assert all(map(torch.equal, outputs, plain(image[None], 8, 8)))
+        grid = plain.model.start(image[None]).follow(Way.dense(8)).grid_logits()
+        torch.testing.assert_close(outputs.logits, grid.half().float())
+        assert outputs.features.shape == (1, 16, 8, 10)
+        assert not outputs.logits.requires_grad
     ran: list[int] = []
     run = kept._run
 

@@ -18,7 +18,7 @@ HERE = f"process {os.getpid()} on {socket.gethostname()}"
 
 def test_a_second_training_is_refused_until_the_first_ends(tiny: Path, tmp_path: Path) -> None:
     """Before its first step, before its first save and after it, with --resume and without; and nothing is
-    touched."""
+    touched. However it ends, the folder is free."""
     config, run = load_config(tiny, ["train.iterations=4", "train.save_every=2"]), tmp_path / "run"
     first, refused = Trainer(config, run), []
 
@@ -30,14 +30,20 @@ def test_a_second_training_is_refused_until_the_first_ends(tiny: Path, tmp_path:
             refused.append(str(error.value))
         assert {path: path.read_bytes() for path in run.iterdir()} == files
 
+    def try_another_and_end() -> None:
+        try_another()
+        raise KeyboardInterrupt
+
     try_another()
     at_iteration(first, 1, try_another)
-    at_iteration(first, 3, try_another)
-    first.run()
+    at_iteration(first, 3, try_another_and_end)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
     message = f"{run} is in use: {HERE} trains there; stop it first, or choose another --work-dir"
     assert refused == 6 * [message]
     assert not (run / LOCK).exists()
-    Trainer(load_config(tiny, ["train.iterations=5"]), run, resume=True).run()
+    for iterations in (4, 5):
+        Trainer(load_config(tiny, [f"train.iterations={iterations}"]), run, resume=True).run()
 
 
 def test_a_training_that_cannot_start_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -66,15 +72,3 @@ def test_a_folder_that_cannot_be_locked_is_one_line(tiny: Path, tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         Trainer(load_config(tiny), tmp_path / "file/run")
-
-
-def test_an_interrupted_run_frees_the_folder(tiny: Path, tmp_path: Path) -> None:
-    trainer = Trainer(load_config(tiny), tmp_path / "run")
-
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    at_iteration(trainer, 1, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
-    assert not (tmp_path / "run" / LOCK).exists()

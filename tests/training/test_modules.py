@@ -59,7 +59,14 @@ def trained_at(config: Config, folder: Path) -> Trainer:
 def test_training_writes_a_file_that_needs_no_code(
     configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, merge: str
 ) -> None:
-    trainer = trained_at(configured(model={"merge": merge}, train={"network": network}), tmp_path)
+    """And resumes bit for bit."""
+    trainer = trained_at(configured(model={"merge": merge}, train={"network": network}), tmp_path / "whole")
+    first = Trainer(trainer.config, tmp_path / "parts")
+    at_iteration(first, 1, lambda: first.stop.request(signal.SIGINT, None))
+    with pytest.raises(TrainingError, match="stopped at iteration 1"):
+        first.run()
+    Trainer(trainer.config, tmp_path / "parts", resume=True).run()
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
     after = trainer.model
     torch.manual_seed(trainer.config.train.seed)
     changed = [
@@ -70,24 +77,13 @@ def test_training_writes_a_file_that_needs_no_code(
     assert "early.0.0.weight" in changed
     assert "head.weight" in changed
     monkeypatch.setattr("sparse_seg.run.build._imported", lambda name: pytest.fail(f"imports {name}"))
-    found, images = load_model(tmp_path / "best.safetensors"), torch.randn(1, 3, 64, 96)
+    found, images = load_model(tmp_path / "whole/best.safetensors"), torch.randn(1, 3, 64, 96)
     assert isinstance(found, SelectiveNetwork)
     assert found.card is not None
     assert found.card.names[0] == "road"
-    again = load_model(tmp_path / "best.safetensors", trainer.config)
+    again = load_model(tmp_path / "whole/best.safetensors", trainer.config)
     assert torch.equal(found(images), again(images))
     assert (found.settings.module, found.settings.module_args) == (captured.NAME, {"classes": 19})
-
-
-def test_resumes_bit_for_bit(configured: Configured, tmp_path: Path) -> None:
-    config = configured(train={"network": "selective"})
-    trained_at(config, tmp_path / "whole")
-    first = Trainer(config, tmp_path / "parts")
-    at_iteration(first, 1, lambda: first.stop.request(signal.SIGINT, None))
-    with pytest.raises(TrainingError, match="stopped at iteration 1"):
-        first.run()
-    Trainer(config, tmp_path / "parts", resume=True).run()
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_starts_from_a_file_with_a_graph(configured: Configured, tmp_path: Path) -> None:
@@ -121,18 +117,21 @@ def test_starts_from_a_plain_state_dict(
         Trainer(configured(model={"pretrained": str(tmp_path / "other.pth")}), tmp_path / "none")
 
 
-def test_a_learned_mask_is_trained_supervised(configured: Configured, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["supervised", "straight_through"])
+def test_a_learned_mask_is_trained(configured: Configured, tmp_path: Path, mode: str) -> None:
+    """Supervised on a network that is frozen; straight through together with the network."""
     trained_at(configured(train={"iterations": 1}), tmp_path / "network")
-    init = str(tmp_path / "network/best.safetensors")
-    frozen = {"init": init, "freeze": True, "mask_loss": "supervised", "ema_decay": None}
-    trainer = trained_at(configured({"mask": {"policy": "learned"}}, frozen), tmp_path / "mask")
-    found, before = load_model(tmp_path / "mask/best.safetensors"), load_model(init)
-    net = trainer.model.policy.get_submodule("net").state_dict()
-    assert all(
-        torch.equal(one, net[name]) for name, one in found.policy.get_submodule("net").state_dict().items()
-    )
-    frozen_weights = found.module.state_dict()
-    assert all(torch.equal(one, frozen_weights[name]) for name, one in before.module.state_dict().items())
+    init, frozen = str(tmp_path / "network/best.safetensors"), mode == "supervised"
+    settings = {"init": init, "freeze": frozen, "mask_loss": mode, "ema_decay": None, "network": "selective"}
+    trainer = Trainer(configured({"mask": {"policy": "learned"}}, settings), tmp_path / "mask")
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.run()
+    after = trainer.model.state_dict()
+    changed = {name.partition(".")[0] for name, one in before.items() if not torch.equal(one, after[name])}
+    assert changed == ({"policy"} if frozen else {"policy", "module"})
+    found = load_model(tmp_path / "mask/best.safetensors").state_dict()
+    assert all(torch.equal(one, found[name]) for name, one in after.items() if name in found)
+    assert any(name.startswith("policy.net.") for name in found)
 
 
 def test_losses_on_detail_and_distillation_work_together(configured: Configured, tmp_path: Path) -> None:
@@ -149,15 +148,6 @@ def test_a_network_that_no_file_holds_does_not_begin_to_train(configured: Config
     with pytest.raises(CheckpointError, match=r"^attention runs by its own code"):
         Trainer(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_mask_is_trained_through_a_module(configured: Configured, tmp_path: Path) -> None:
-    settings = {"network": "selective", "iterations": 1, "ema_decay": None, "eval_every": 1}
-    config = configured({"mask": {"policy": "learned"}}, settings)
-    torch.manual_seed(config.train.seed)
-    before = build_model(config).policy.state_dict()
-    after = trained_at(config, tmp_path).model.policy.state_dict()
-    assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items() if "weight" in name)
 
 
 def not_a_module() -> int:

@@ -135,10 +135,8 @@ def test_every_weight_gets_gradients_and_the_mask_pass_leaves_training_mode() ->
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("network", ["dense", "selective"])
-def test_statistics_are_the_means_over_batches(
-    tiny: Path, network: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_are_the_means_over_batches(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the rows that a selective pass gives a norm. Dense ones: test_modules.py."""
     config = load_config(tiny, ["model.mask.policy=confidence", "model.mask.fine_fraction=0.3"])
     torch.manual_seed(0)
     model = build_model(config)
@@ -154,18 +152,12 @@ def test_statistics_are_the_means_over_batches(
         return batch_norm(value, mean, *others)
 
     monkeypatch.setattr(F, "batch_norm", note)
-    recalibrate_batch_norm(model, config, network, batches=3)
-    assert len(seen) == 3
-    expected = torch.stack(
-        [rows.flatten(2).mean((0, 2)) if rows.ndim == 4 else rows.mean(0) for rows in seen]
-    )
-    torch.testing.assert_close(norm.running_mean, expected.mean(0))
+    recalibrate_batch_norm(model, config, "selective", batches=3)
+    assert [len(rows) for rows in seen] == [round(2 * 16 * (1 + 3 * round(0.3 * 16) / 16))] * 3
+    torch.testing.assert_close(norm.running_mean, torch.stack([rows.mean(0) for rows in seen]).mean(0))
     assert norm.num_batches_tracked == 3
     assert not any(module.training for module in model.modules())
     assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
-    run = [entry.numel() // entry.shape[1] for entry in seen]
-    blocks = 2 * 16 * (1 + 3 * round(0.3 * 16) / 16)
-    assert run == ([2 * 64] * 3 if network == "dense" else [round(blocks)] * 3)
 
 
 @pytest.mark.parametrize("strides", [(8, 16), (8, 16, 32)], ids=str)

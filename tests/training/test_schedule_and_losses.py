@@ -84,11 +84,6 @@ def test_the_loss_is_its_definition(logits, labels, config):
     expected = expected + config.coarse_weight * mean(coarse, classes)
     found = SegmentationLoss(config)(logits, labels, auxiliary, coarse, fine)
     torch.testing.assert_close(found, expected.float())
-    if stress.max() == 1:
-        plain = F.cross_entropy(
-            logits, labels, torch.tensor(config.class_weights or [1.0] * 3), ignore_index=255
-        )
-        torch.testing.assert_close(SegmentationLoss(config)(logits, labels), plain)
 
 
 @pytest.mark.parametrize(

@@ -117,15 +117,10 @@ def test_what_fails_in_a_thread_is_raised() -> None:
         processes._interruptible(lambda: 1 // 0)
 
 
-def test_of_several_processes_one_speaks() -> None:
-    store = HashStore()
-    assert [processes._speaks(store, waits) for waits in (False, False, True)] == [True, False, False]
-
-
-def test_the_first_of_several_speaks_if_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_processes_one_speaks_the_first_if_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     store, first = HashStore(), list[bool]()
-    Timer(0.2, lambda: first.append(processes._speaks(store, False))).start()
-    assert not processes._speaks(store, True)
+    Timer(0.2, lambda: first.append(processes._speaks(store, waits=False))).start()
+    assert [processes._speaks(store, waits) for waits in (True, False)] == [False, False]
     assert first == [True]
     monkeypatch.setattr(processes, "PATIENCE", 0.2)
-    assert processes._speaks(HashStore(), True)
+    assert processes._speaks(HashStore(), waits=True)

@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -21,10 +22,12 @@ from sparse_seg.checkpoint import load
 from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.cli import main
 from sparse_seg.config import load_config
-from sparse_seg.errors import CheckpointError, ConfigError, DataError, TrainingError
+from sparse_seg.errors import CheckpointError, DataError, SparseSegError, TrainingError
 from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import best_of, load_state, save_checkpoint
 from sparse_seg.training.finish import finish_training
+from sparse_seg.training.objective import Objective
+from sparse_seg.training.stopping import AlreadyTrained
 from sparse_seg.training.trainer import Trainer
 
 
@@ -116,18 +119,14 @@ def wait_for_iteration(folder: Path, iteration: int, process: ForkProcess) -> No
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_with_the_same_losses(tiny, tmp_path):
-    settings = ["train.iterations=12", "train.eval_every=12", "train.eval_images=1", "train.save_every=1"]
-    process = start(tiny, tmp_path / "killed", *settings)
-    wait_for_iteration(tmp_path / "killed", 4, process)
+def test_killed_run_goes_on_with_the_same_losses(tiny, trained, tmp_path):
+    process = start(tiny, tmp_path / "run", "train.save_every=1")
+    wait_for_iteration(tmp_path / "run", 2, process)
     process.kill()
     process.join()
-    reached = load_state(tmp_path / "killed/last.pt")["progress"]["iteration"]
-    assert 3 <= reached < 12
-    config = load_config(tiny, settings)
-    run(config, tmp_path / "killed", resume=True)
-    run(config, tmp_path / "whole")
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert 1 <= load_state(tmp_path / "run/last.pt")["progress"]["iteration"] < 6
+    run(load_config(tiny, ["train.save_every=1"]), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", trained)
 
 
 @pytest.mark.slow
@@ -148,30 +147,21 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny, tmp_path):
     assert state["progress"]["iteration"] == log_of(tmp_path / "run")[-1]["iteration"]
 
 
-def test_gradient_that_is_not_finite_stops_before_the_weights_change(tiny, tmp_path):
-    trainer = Trainer(load_config(tiny), tmp_path / "run")
-    weight = trainer.model.module.backbone.conv1.weight
-    weight.register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(
-        TrainingError,
-        match=r"gradient is (nan|inf) at iteration 0; no checkpoint was written yet; "
-        r"lower train\.lr or set train\.clip_grad_norm, then start again$",
-    ):
-        trainer.run()
-    assert weight.isfinite().all()
-
-
-@pytest.mark.slow
-def test_a_folder_with_a_run_is_refused_unless_resuming(tiny, trained, tmp_path):
-    config, before = load_config(tiny), (trained / "last.pt").read_bytes()
-    with pytest.raises(TrainingError, match="already holds a run; add --resume alone"):
-        Trainer(config, trained)
-    with pytest.raises(TrainingError, match=r"already trained to iteration 6; raise train\.iterations"):
-        Trainer(config, trained, resume=True)
-    shutil.copy(trained / "last.pt", tmp_path)
-    with pytest.raises(TrainingError, match="already holds a run"):
-        Trainer(config, trained, resume=tmp_path / "last.pt")
-    assert (trained / "last.pt").read_bytes() == before
+def test_a_finished_run_is_not_trained_again(tiny, trained, tmp_path, capsys):
+    """Resumed it is a success; another training in its folder is refused; and nothing is touched."""
+    config, before = load_config(tiny), {path: path.read_bytes() for path in trained.iterdir()}
+    arguments = ["train", str(tiny), "--work-dir", str(trained), "--set", "data.root=not_needed", "--resume"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "run is already trained to iteration 6; raise train.iterations to continue" in said
+    last = shutil.copy(trained / "last.pt", tmp_path)
+    for resume in (False, last):
+        with pytest.raises(TrainingError, match="already holds a run; add --resume alone"):
+            Trainer(config, trained, resume)
+    with pytest.raises(TrainingError, match="already trained to iteration 6") as caught:
+        Trainer(config, tmp_path / "new", last)
+    assert not isinstance(caught.value, AlreadyTrained), "the new folder holds no trained network"
+    assert {path: path.read_bytes() for path in trained.iterdir()} == before
 
 
 @pytest.mark.slow
@@ -185,16 +175,9 @@ def test_best_of_another_folder_is_not_claimed(tiny, trained, tmp_path):
     assert run(config, tmp_path / "second", resume=last).best < 0.99
     assert best_of(tmp_path / "second").exists()
     assert run(config, tmp_path / "first", resume=True).best == 0.99
-
-
-@pytest.mark.slow
-def test_validation_without_a_label_is_named(tiny, tmp_path, monkeypatch):
-    trainer = Trainer(load_config(tiny), tmp_path / "run")
-    load = trainer.validation.load
-    monkeypatch.setattr(trainer.validation, "load", lambda i: (load(i)[0], np.full_like(load(i)[1], 255)))
-    with pytest.raises(TrainingError, match="validation at iteration 3 found no labelled pixel"):
-        trainer.run()
-    assert load_state(tmp_path / "run/last.pt")["progress"]["iteration"] == 3
+    best_of(tmp_path / "first").unlink()
+    assert run(config, tmp_path / "first", resume=True).best == log_of(tmp_path / "first")[-1]["miou"] < 0.99
+    assert best_of(tmp_path / "first").exists(), "a finished run makes up for it"
 
 
 def test_settings_changed_on_resume_take_effect(tiny, trained, tmp_path):
@@ -214,6 +197,7 @@ def test_float16_may_be_switched_on_resume(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_finish_training_starts_goes_on_and_leaves_alone(tiny, trained, tmp_path, monkeypatch):
+    """Whatever ends it, its advice can be followed."""
     config, written = load_config(tiny), (trained / "best.safetensors").stat().st_mtime_ns
     assert finish_training(config, trained).stat().st_mtime_ns == written
     with pytest.raises(TrainingError, match="holds a run of another config"):
@@ -222,9 +206,13 @@ def test_finish_training_starts_goes_on_and_leaves_alone(tiny, trained, tmp_path
     with pytest.raises(TrainingError, match="stopped at iteration 1; run it again to resume"):
         finish_training(config, tmp_path / "run")
     monkeypatch.undo()
+    monkeypatch.setattr(Objective, "forward", lambda *_: torch.tensor(float("nan")))
+    advice = f"then run it again to resume, with another config after removing {tmp_path / 'run'}$"
+    with pytest.raises(TrainingError, match=f"loss is nan at iteration 1; .*{advice}"):
+        finish_training(config, tmp_path / "run")
+    monkeypatch.undo()
     assert finish_training(config, tmp_path / "run").exists()
-    last = log_of(tmp_path / "run")[-1], log_of(trained)[-1]
-    assert last[0] == last[1]
+    assert log_of(tmp_path / "run")[-1] == log_of(trained)[-1]
 
 
 @pytest.mark.slow
@@ -237,17 +225,9 @@ def test_best_checkpoint_predicts_as_the_averaged_model(tiny, trained):
     averaged, images = build_model(load_config(tiny)), torch.randn(1, 3, 64, 96)
     averaged.load_state_dict(state["ema"])
     torch.testing.assert_close(load_model(trained / "last.pt")(images), averaged.eval()(images))
-
-
-def test_checkpoints_that_do_not_fit_are_named(tiny, trained, tmp_path):
     wider = load_config(tiny, ["model.head_channels=32"])
-    with pytest.raises(
-        CheckpointError, match=r"head\.reduce\.0\.weight is \[16, 64, 1, 1\], the model's is \[32"
-    ):
+    with pytest.raises(CheckpointError, match=r"reduce\.0\.weight is \[16, 64, 1, 1\], the model's is \[32"):
         load_model(trained / "last.pt", wider)
-    with pytest.raises(CheckpointError, match="does not exist"):
-        Trainer(wider, tmp_path / "empty", resume=True)
-    assert not (tmp_path / "empty").exists()
 
 
 def test_a_config_says_how_a_network_runs_and_not_another_function(tiny, tmp_path):
@@ -277,11 +257,33 @@ def test_a_pickle_that_wants_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_bad_data_is_found_before_the_first_step(tiny, tmp_path):
-    with pytest.raises(DataError, match="no synthetic scenes there; make them with"):
-        Trainer(load_config(tiny, [f"data.root={tmp_path / 'none'}"]), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"model\.num_classes is 5 but scenes has 19 classes"):
-        Trainer(load_config(tiny, ["model.num_classes=5"]), tmp_path / "run")
-    with pytest.raises(ConfigError):
-        load_config(tiny, ["data.dataset=nothing"])
+TRAINS = [0.0] * 16 + [1.0, 0.0, 0.0]  # the weights of classes, of which no scene has that one
+NO_WEIGHT = r"class_weights are all below .* nothing would be learned"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.root=nowhere"], "no synthetic scenes there; make them with"),
+        (["model.num_classes=5"], r"model\.num_classes is 5 but scenes has 19 classes"),
+        *(([f"train.loss.class_weights={one}"], NO_WEIGHT) for one in (TRAINS, [0.0] * 19, [1e-300] * 19)),
+    ],
+)
+def test_what_cannot_train_is_refused_before_the_first_step(tiny, tmp_path, settings, message):
+    with pytest.raises(SparseSegError, match=message):
+        Trainer(load_config(tiny, settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Trainer(load_config(tiny), tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_labels_without_a_class_are_refused_before_training(tiny, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    for label in tmp_path.glob("scenes/gtFine/train/*/*_labelIds.png"):
+        assert cv2.imwrite(str(label), np.zeros((64, 96), np.uint8))
+    with pytest.raises(
+        DataError, match="no pixel of 8 labels belongs to a class: their values are 0, all ig"
+    ):
+        Trainer(load_config(tiny, [f"data.root={tmp_path / 'scenes'}"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -19,29 +19,17 @@ _FAR_OUTSIDE = 8000  # px; OpenCV's polygon filling overflows beyond some 2^15
 
 @dataclass(frozen=True)
 class View:
-    """A pinhole camera that looks along +z, and the light. World: x right, y up from the ground, z ahead, m.
+    """A pinhole camera along +z, and the light. World: x right, y up from the ground, z ahead, m."""
 
-    Args:
-        focal: px.
-        centre: column that looks straight ahead.
-        horizon: its row.
-        height: of the camera above the ground, m.
-        bend: curvature of the street, 1/m: what stands straight ahead at z is drawn at x + bend * z^2.
-        sun_side: where the sun stands, -1 left, +1 right: surfaces that face it are lit.
-        contrast: how much the others are darker, 0 under a closed sky.
-        haze: its colour.
-        haze_depth: depth where 63 % of a colour is haze, m.
-    """
-
-    focal: float
-    centre: float
-    horizon: float
-    height: float
-    bend: float
-    sun_side: int
-    contrast: float
+    focal: float  # px
+    centre: float  # column that looks straight ahead
+    horizon: float  # its row
+    height: float  # of the camera above the ground, m
+    bend: float  # curvature of the street, 1/m: what stands straight ahead at z is drawn at x + bend * z^2
+    sun_side: int  # where the sun stands, -1 left, +1 right: surfaces that face it are lit
+    contrast: float  # how much the others are darker, 0 under a closed sky
     haze: Colour
-    haze_depth: float
+    haze_depth: float  # where 63 % of a colour is haze, m
 
     def project(self, points: NDArray[np.float64]) -> NDArray[np.int32]:
         """World points `[..., 3]` to pixels `[..., 2]` (column, row)."""
@@ -69,38 +57,40 @@ class Canvas:
         self.label = np.full(size, LABEL_IDS["sky"], np.uint8)
         self.view = view
 
-    def fill(self, polygons: ArrayLike, colours: ArrayLike, label: str | None = None) -> None:
+    def draw(
+        self,
+        polygons: ArrayLike,
+        colours: ArrayLike,
+        label: str | None = None,
+        width: float = 0,
+        solid: bool = False,
+    ) -> None:
         """Fill polygons `[M, N, 3]` of world points, or one `[N, 3]`, one over the other, in one colour or
-        one each `[M, 3]`; without a label only the image changes."""
-        world = np.asarray(polygons, float).reshape(-1, *np.shape(polygons)[-2:])
-        seen = self.view.in_haze(colours, world[..., 2].mean(1))
-        for outline, colour in zip(self.view.project(world), seen.tolist(), strict=True):
-            cv2.fillPoly(self.image, [outline], colour)
-            if label is not None:
-                cv2.fillPoly(self.label, [outline], LABEL_IDS[label])
+        one each `[M, 3]`; without a label only the image changes.
 
-    def solid(self, corners: ArrayLike, colour: ArrayLike, label: str) -> None:
-        """Fill the outline of a convex solid, by its corners `[N, 3]`."""
-        world = np.asarray(corners, float)
-        outline = cv2.convexHull(self.view.project(world))
-        (seen,) = self.view.in_haze(colour, world[:, 2].mean(keepdims=True)).tolist()
-        cv2.fillConvexPoly(self.image, outline, seen)
-        cv2.fillConvexPoly(self.label, outline, LABEL_IDS[label])
+        Args:
+            width: draw lines through the points instead, so many metres wide but at least one pixel.
+            solid: the points are a convex solid's corners, in any order.
+        """
+        world = np.asarray(polygons, float).reshape(-1, *np.shape(polygons)[-2:])
+        depths = world[..., 2].mean(1)
+        seen = self.view.in_haze(colours, depths).tolist()
+        for points, depth, colour in zip(self.view.project(world), depths, seen, strict=True):
+            painted = [(self.image, colour), *([(self.label, LABEL_IDS[label])] if label else [])]
+            for picture, value in painted:
+                if width:
+                    thickness = max(1, round(width * self.view.focal / float(depth)))
+                    cv2.polylines(picture, [points], False, value, thickness)
+                elif solid:
+                    cv2.fillConvexPoly(picture, cv2.convexHull(points), value)
+                else:
+                    cv2.fillPoly(picture, [points], value)
 
     def box(self, x: Span, y: Span, z: Span, colour: Colour, label: str) -> None:
         """An upright box, its side and its near end, as the light falls on them."""
         side = colour * self.view.shade(-1 if x[0] > 0 else 1)
-        self.solid([(a, b, c) for a in x for b in y for c in z], side, label)
-        self.fill(rectangle(x, y, z[0]), colour * self.view.shade(0))
-
-    def line(self, points: ArrayLike, width: float, colour: ArrayLike, label: str) -> None:
-        """Draw a line through world points `[N, 3]`, `width` metres wide but at least one pixel."""
-        world = np.asarray(points, float)
-        z = world[:, 2].mean(keepdims=True)
-        thickness = max(1, round(width * self.view.focal / float(z[0])))
-        pixels, (seen,) = [self.view.project(world)], self.view.in_haze(colour, z).tolist()
-        cv2.polylines(self.image, pixels, False, seen, thickness)
-        cv2.polylines(self.label, pixels, False, LABEL_IDS[label], thickness)
+        self.draw([(a, b, c) for a in x for b in y for c in z], side, label, solid=True)
+        self.draw(rectangle(x, y, z[0]), colour * self.view.shade(0))
 
     def cast_shadow(self, polygons: NDArray[np.float64], strength: float) -> None:
         """Darken everything painted so far in polygons `[M, N, 3]`."""

@@ -4,12 +4,9 @@ import functools
 import json
 import multiprocessing
 import os
-import secrets
-import shutil
-from collections import deque
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from sparse_seg.progress import bar
 _VERSION = 2  # raise it when the same seed gives other scenes than before
 _RECORD = "scenes.json"
 _SPLITS = ("train", "val")
+_KINDS = (("leftImg8bit", IMAGE_SUFFIX), ("gtFine", LABEL_SUFFIX))
 FRAMES = 10  # of a scene's video
 _CITY = "scenes"
 _Job = tuple[int, int]  # split and index
@@ -79,13 +77,14 @@ def write_scenes(
     val_count = min(max(round(count * val_fraction), 1), count - 1)
     jobs = [(0, index) for index in range(count - val_count)] + [(1, index) for index in range(val_count)]
     try:
-        with _all_or_nothing(out) as folder:
-            for kind in ("leftImg8bit", "gtFine"):
-                for split in _SPLITS:
-                    (folder / kind / split / _CITY).mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(".partial", f".{out.name}.", out.parent) as beside:
+            folder = Path(beside, "scenes")  # readable by all, as the one around it is not
             done = _on_all_cores(functools.partial(_write_scene, folder, size, seed, pan), jobs)
-            deque(bar(done, "scenes", count, unit="scene"), maxlen=0)
+            for _ in bar(done, "scenes", count, unit="scene"):
+                pass
             (folder / _RECORD).write_text(json.dumps(record) + "\n")
+            folder.rename(out)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
     return True
@@ -106,28 +105,13 @@ def _holds(out: Path, record: dict[str, Any]) -> bool:
             f"{out}: holds other scenes ({json.dumps(found)}) than asked for ({json.dumps(record)}); "
             "choose another folder or remove it"
         )
-    images, labels = (
-        len(list(out.glob(f"{kind}/*/{_CITY}/*{suffix}")))
-        for kind, suffix in (("leftImg8bit", IMAGE_SUFFIX), ("gtFine", LABEL_SUFFIX))
-    )
+    images, labels = (len(list(out.glob(f"{kind}/*/{_CITY}/*{suffix}"))) for kind, suffix in _KINDS)
     if images != labels or images != record["count"] * (FRAMES if "pan" in record else 1):
         raise DataError(
             f"{out}: {images} images and {labels} labels of {record['count']} scenes are left; "
             "remove the folder and generate it again"
         )
     return True
-
-
-@contextmanager
-def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end, or is removed if the work fails."""
-    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _on_all_cores(write: Callable[[_Job], None], jobs: list[_Job]) -> Iterator[None]:
@@ -148,9 +132,7 @@ def _write_scene(folder: Path, size: tuple[int, int], seed: int, pan: int | None
     for frame in range(frames):
         seen = slice(step * frame, step * frame + size[1])
         stem = f"{_SPLITS[split]}/{_CITY}/{_CITY}_{index:06d}_{19 + frame:06d}"
-        for kind, suffix, pixels in (
-            ("leftImg8bit", IMAGE_SUFFIX, image[:, seen, ::-1]),
-            ("gtFine", LABEL_SUFFIX, label[:, seen]),
-        ):
-            data = cv2.imencode(".png", np.ascontiguousarray(pixels), _PNG)[1].tobytes()
-            (folder / kind / f"{stem}{suffix}").write_bytes(data)
+        for (kind, suffix), pixels in zip(_KINDS, (image[:, seen, ::-1], label[:, seen]), strict=True):
+            file = folder / kind / f"{stem}{suffix}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(cv2.imencode(".png", np.ascontiguousarray(pixels), _PNG)[1].tobytes())

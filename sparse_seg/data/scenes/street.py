@@ -22,25 +22,15 @@ _POLES = ["post", "lamp", "lamp", "traffic light", "sign 3", "sign 4", "sign 8",
 
 @dataclass(frozen=True)
 class _Plan:
-    """One street; metres, x from the camera.
+    """One street; metres, x from the camera."""
 
-    Args:
-        middle: x of the road's middle.
-        road: half its width.
-        front: half the distance of the building lines; pavements lie between them and the road.
-        near, end: depth of the image's lower border, and of the street's far end.
-        density: how full the street is, 0..1.
-        built: share of lots with a building.
-        leaves: their colour.
-    """
-
-    middle: float
-    road: float
-    front: float
-    near: float
-    end: float
-    density: float
-    built: float
+    middle: float  # x of the road's middle
+    road: float  # half its width
+    front: float  # half the distance of the building lines; pavements lie between them and the road
+    near: float  # depth of the image's lower border
+    end: float  # depth of the street's far end
+    density: float  # how full the street is, 0..1
+    built: float  # share of lots with a building
     leaves: Colour
 
 
@@ -125,7 +115,7 @@ def _paint_ground(canvas: Canvas, rng: np.random.Generator, plan: _Plan) -> None
     canvas.label[int(canvas.view.horizon) :] = LABEL_IDS["terrain"]
 
     def paint(x: Span, where: np.ndarray, colour: Colour, label: str | None = None) -> None:
-        canvas.fill(band(plan.middle + x[0], plan.middle + x[1], where), colour, label)
+        canvas.draw(band(plan.middle + x[0], plan.middle + x[1], where), colour, label)
 
     paint((-60, 60), depths, grass)
     paint((-plan.front, plan.front), depths, stone, "sidewalk")
@@ -180,7 +170,7 @@ def _building(canvas: Canvas, rng: np.random.Generator, x: Span, z: Span) -> Non
     for low, high, chance in ((height - 0.5, height, 1.0), (0, rng.uniform(3, 4), 0.5)):  # cornice, shops
         if rng.random() < chance:
             other = tone(rng, _FACADES, 0.3) * canvas.view.shade(faces)
-            canvas.fill(rectangle(front, (low, high), z), other)
+            canvas.draw(rectangle(front, (low, high), z), other)
     wide, tall, step = rng.uniform(0.9, 1.7), rng.uniform(1.2, 2.1), rng.uniform(2.2, 4.0)
     glass = np.array([(52, 58, 66), (84, 96, 112), (196, 192, 180)]) * rng.uniform(0.7, 1.2, (3, 1))
     levels = 1 + _FLOOR * np.arange(floors)
@@ -189,7 +179,7 @@ def _building(canvas: Canvas, rng: np.random.Generator, x: Span, z: Span) -> Non
     for pane, places in (((0, (0, tall), (0, wide)), street), (((0, wide), (0, tall), 0), end)):
         if len(places) and rng.random() < 0.9:
             colours = glass[rng.choice(3, len(places), p=(0.6, 0.25, 0.15))]
-            canvas.fill(copies(rectangle(*pane), places), colours)
+            canvas.draw(copies(rectangle(*pane), places), colours)
 
 
 def _border(canvas: Canvas, rng: np.random.Generator, x: float, z: Span) -> None:
@@ -200,11 +190,11 @@ def _border(canvas: Canvas, rng: np.random.Generator, x: float, z: Span) -> None
     elif kind == "fence":
         behind, bars = canvas.image.copy(), np.arange(z[0], z[1], 0.35)
         colour = rng.uniform(50, 180) + rng.normal(0, 12, 3)
-        canvas.fill(rectangle(x, (0, height), z), colour, "fence")
+        canvas.draw(rectangle(x, (0, height), z), colour, "fence")
         canvas.image = behind
-        canvas.fill(copies(rectangle(0, (0, height), (0, 0.12)), [(x, 0, bar) for bar in bars]), colour)
+        canvas.draw(copies(rectangle(0, (0, height), (0, 0.12)), [(x, 0, bar) for bar in bars]), colour)
         for y in (0.15, height - 0.12):
-            canvas.fill(rectangle(x, (y, y + 0.12), z), colour)
+            canvas.draw(rectangle(x, (y, y + 0.12), z), colour)
 
 
 def _objects(canvas: Canvas, rng: np.random.Generator, plan: _Plan) -> list[tuple[float, Callable[[], None]]]:

@@ -91,10 +91,7 @@ def draw_figure(canvas: Canvas, rng: np.random.Generator, x: float, z: float, ki
     colours = {name: tone(rng, _COLOURS[name]) for name in dict.fromkeys(p.colour for p in FIGURES[kind])}
     for part in FIGURES[kind]:
         points = [(x + ahead * wide * along, tall * up, z) for along, up in part.points]
-        if part.width:
-            canvas.line(points, part.width, colours[part.colour], part.label)
-        else:
-            canvas.fill(points, colours[part.colour], part.label)
+        canvas.draw(points, colours[part.colour], part.label, part.width)
 
 
 def tone(rng: np.random.Generator, colours: list[tuple[int, int, int]], spread: float = 0.2) -> Colour:
@@ -108,14 +105,14 @@ def draw_tree(
     """A trunk and a crown of ragged clumps, all labelled vegetation; `scale` below 1 makes shrubs of it."""
     tall = rng.uniform(4.5, 9.0) * scale
     crown, count = tall * rng.uniform(0.24, 0.36), int(rng.integers(6, 11))
-    canvas.line([(x, 0, z), (x, tall - crown, z)], 0.35 * scale, tone(rng, [(74, 60, 48)]), "vegetation")
+    canvas.draw([(x, 0, z), (x, tall - crown, z)], tone(rng, [(74, 60, 48)]), "vegetation", 0.35 * scale)
     around, away = rng.uniform(0, 2 * np.pi, count), crown * rng.uniform(0.1, 0.75, count)
     middles = np.stack([x + away * np.cos(around), tall - crown + away * np.sin(around), around * 0 + z], 1)
     disc = np.array([(*point, 0) for point in ring(0, 0, crown, 22)[:-1]])
     lit_from = crown * np.array((0.15 * canvas.view.sun_side, 0.15, 0))
     for move, size, light in ((0, 0.5, 0.65), (lit_from, 0.28, 1 + 0.3 * canvas.view.contrast)):
         ragged = disc * size * rng.uniform(0.72, 1.15, (count, 22, 1)) + (middles + move)[:, None]
-        canvas.fill(ragged, leaves * light * rng.uniform(0.85, 1.15, (count, 1)), "vegetation")
+        canvas.draw(ragged, leaves * light * rng.uniform(0.85, 1.15, (count, 1)), "vegetation")
 
 
 # length, width, height of the whole and of its lower part, m
@@ -128,26 +125,26 @@ def draw_vehicle(canvas: Canvas, rng: np.random.Generator, x: float, z: float, k
     left, right, far = x - width / 2, x + width / 2, z + length
     paint, glass, dark = tone(rng, PAINTS), tone(rng, [(48, 56, 66)], 0.4), np.array((28.0, 28.0, 30.0))
     radius = 0.33 if kind == "car" else 0.48
-    canvas.fill(rectangle((left - 0.2, right + 0.2), 0, (z - 0.2, far)), dark)
+    canvas.draw(rectangle((left - 0.2, right + 0.2), 0, (z - 0.2, far)), dark)
     canvas.box((left, right), (0.25, sill), (z, far), paint, kind)
     for wheel in (left, right - 0.24):
-        canvas.fill(rectangle((wheel, wheel + 0.24), (0, 1.6 * radius), z), dark, kind)
+        canvas.draw(rectangle((wheel, wheel + 0.24), (0, 1.6 * radius), z), dark, kind)
     inner = left if x > 0 else right  # the side towards the middle of the street
     for middle in (z + 2.3 * radius, far - 2.3 * radius):
-        canvas.fill([(inner, up, middle + along) for along, up in ring(0, radius, radius)], dark, kind)
+        canvas.draw([(inner, up, middle + along) for along, up in ring(0, radius, radius)], dark, kind)
     if kind == "car":
         foot = [(a, sill, c) for a in (left + 0.04, right - 0.04) for c in (z, far - 0.8)]
         roof = [(a, height, c) for a in (left + 0.18, right - 0.18) for c in (z + 0.35, far - 1.5)]
-        canvas.solid([*foot, *roof], paint * canvas.view.shade(-1 if x > 0 else 1), kind)
+        canvas.draw([*foot, *roof], paint * canvas.view.shade(-1 if x > 0 else 1), kind, solid=True)
         pane = [(left + 0.12, sill + 0.04, z), (right - 0.12, sill + 0.04, z)]
-        canvas.fill([*pane, (right - 0.3, height - 0.1, z + 0.3), (left + 0.3, height - 0.1, z + 0.3)], glass)
+        canvas.draw([*pane, (right - 0.3, height - 0.1, z + 0.3), (left + 0.3, height - 0.1, z + 0.3)], glass)
     else:
         canvas.box((left, right), (sill, height), (z, far), paint, kind)
         if kind == "bus" or rng.random() < 0.5:
             window = (height - 1.3, height - 0.3)
-            canvas.fill(rectangle((left + 0.15, right - 0.15), window, z), glass)
-            canvas.fill(rectangle(inner, window, (z + 0.4, far - 0.4)), glass)
+            canvas.draw(rectangle((left + 0.15, right - 0.15), window, z), glass)
+            canvas.draw(rectangle(inner, window, (z + 0.4, far - 0.4)), glass)
     lamp = (176, 34, 30) if rng.random() < 0.6 else (236, 232, 214)  # seen from behind or from the front
     for start in (left + 0.05, right - 0.37):
-        canvas.fill(rectangle((start, start + 0.32), (sill - 0.25, sill - 0.08), z), lamp)
-    canvas.fill(rectangle((x - 0.26, x + 0.26), (0.45, 0.57), z), (214, 214, 206))
+        canvas.draw(rectangle((start, start + 0.32), (sill - 0.25, sill - 0.08), z), lamp)
+    canvas.draw(rectangle((x - 0.26, x + 0.26), (0.45, 0.57), z), (214, 214, 206))

@@ -1,8 +1,6 @@
 """Cost of the cells: multiply-adds, parameters, bytes, memory, and latency in one interleaved run; and an
 estimate of the time that the remaining work takes, for which no network is timed."""
 
-from __future__ import annotations
-
 import json
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
@@ -18,11 +16,11 @@ from sparse_seg.config import Config, to_dict
 from sparse_seg.data import open_split
 from sparse_seg.data.batches import EvaluationView
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_parameters
-from sparse_seg.files import atomic_write, locked
+from sparse_seg.files import locked
 from sparse_seg.lab.ablation.grid import Cell
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.latency import SPAWN, Run, interleaved, peak_memory
-from sparse_seg.lab.provenance import provenance
+from sparse_seg.lab.provenance import write_result
 from sparse_seg.run.build import build_model
 from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import LOG
@@ -55,7 +53,7 @@ def dense_key(config: Config, stride: int | None) -> str:
 
 
 def measure_costs(ablation: Ablation) -> dict[str, Any]:
-    """What the grid's cells cost: `costs` by `cost_key`, `steps` by network, and the measurement's origin.
+    """What the grid's cells cost: `costs` by `cost_key`, and `steps` by network.
 
     Kept in `costs.json` of the work folder. Every distinct cost is measured on the first validation frame, by
     the weights of its first cell, as `model.for_inference()`: mask policy, network and argmax. All take turns
@@ -71,9 +69,9 @@ def measure_costs(ablation: Ablation) -> dict[str, Any]:
             kept = json.loads(path.read_text())
             if set(distinct) <= set(kept["costs"]) and trained <= set(kept["steps"]):
                 return kept
-        content = provenance() | {"costs": _measure(ablation, distinct, pool)}
-        content["steps"] = {name: step_seconds(ablation, name) for name in trained}
-        atomic_write(path, json.dumps(content, indent=1) + "\n")
+        costs = _measure(ablation, distinct, pool)
+        content = {"costs": costs, "steps": {name: step_seconds(ablation, name) for name in trained}}
+        write_result(path, content)
         return content
 
 

@@ -1,7 +1,5 @@
 """What an ablation is made of: networks to train, ways to run them, and the cells that follow."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re

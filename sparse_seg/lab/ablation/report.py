@@ -1,7 +1,5 @@
 """An ablation's rows, of several seeds each, and what shows them: Markdown, CSV, and an HTML report."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,8 +13,7 @@ from sparse_seg.lab.ablation.costs import cost_key
 from sparse_seg.lab.ablation.grid import Cell, Run
 from sparse_seg.lab.ablation.runner import Ablation
 from sparse_seg.lab.frames import Contender, explore
-from sparse_seg.lab.report.explorer import Explorer
-from sparse_seg.lab.report.html import PagePart, Section, plot, write_report
+from sparse_seg.lab.report.html import Explorer, Picture, Section, write_report
 from sparse_seg.lab.report.plots import COSTS, cost_curve
 from sparse_seg.lab.report.tables import COLUMNS, Column, Table, table
 from sparse_seg.run.way import Way
@@ -148,16 +145,16 @@ def write_ablation(ablation: Ablation, rows: Rows) -> None:
         "teacher; detail: trained with a stress on boundaries, fine blocks and the coarse lattice; s/step: "
         "seconds of a training step, the teacher's forward pass included."
     )
-    curves = [plot(plots["gmacs"], "mIoU against GMACs"), plot(plots["milliseconds"], "mIoU against ms")]
+    curves = [Picture(content, f"mIoU against {COSTS[key].split()[0]}") for key, content in plots.items()]
     explorer, links = _explorer(ablation, rows)
-    sections: list[PagePart] = [
+    parts: list[Section | Explorer] = [
         Section("Accuracy and cost", text, whole, links),
         Section("mIoU by seed", table=seeds),
-        Section("Quality against cost", pictures=curves, pictures_per_row=2),
+        Section("Quality against cost", pictures=curves),
         Section("IoU by class: the first row, and the others' difference from it", table=classes),
         *([explorer] if explorer else []),
     ]
-    write_report(work_dir / "report.html", spec.title, sections)
+    write_report(work_dir / "report.html", spec.title, parts)
 
 
 def _pareto(rows: Rows, key: str, label: str) -> bytes:
@@ -202,8 +199,8 @@ def _explorer(ablation: Ablation, rows: Rows) -> tuple[Explorer | None, dict[int
     links = {number: f"#step-{step}" for step, number in enumerate(shown)}
     cases = [_case(ablation, cells[number], rows[number]) for number in shown]
     dataset = open_split(cases[0].data, "val")
-    count = min(len(dataset), ablation.grid.spec.eval_images or len(dataset))
-    return explore(cases, shown.index(best), dataset, count, f"Weights of seed {seed}."), links
+    limit = ablation.grid.spec.eval_images
+    return explore(cases, shown.index(best), dataset, limit, f"Weights of seed {seed}."), links
 
 
 def _case(ablation: Ablation, cell: Cell, row: dict[str, Any]) -> Contender:

@@ -3,8 +3,6 @@
 Several processes may share a work folder, on as many GPUs: each takes what no other is at work on.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

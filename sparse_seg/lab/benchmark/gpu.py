@@ -4,20 +4,25 @@ A light network's time there is its kernels' launches, so each network that has 
 CUDA graph: the dense ones and the static form.
 """
 
-from __future__ import annotations
-
 import copy
-import dataclasses
 import functools
+import io
+import itertools
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparse_seg.errors import MeasurementError
 from sparse_seg.export import ExportOptions, StaticNetwork
 from sparse_seg.export.cuda_graph import graphed
-from sparse_seg.lab.benchmark.subject import Case, Setup, Subject
+from sparse_seg.export.onnx_file import OPSET
+from sparse_seg.export.runtime import check_runtime
+from sparse_seg.lab.benchmark.measure import Case, Subject
 from sparse_seg.lab.latency import Run, interleaved
 from sparse_seg.run.way import Way
 from sparse_seg.sites import EngineError, triton
@@ -28,10 +33,11 @@ PRECISIONS = {
     "fp16": (torch.float16, True),
     "bf16": (torch.bfloat16, True),
 }
+TENSORRT = "TensorrtExecutionProvider"
 
 
 def measure_gpu(
-    setup: Setup,
+    subject: Subject,
     tf32: bool,
     fraction: float,
     repeats: int = 10,
@@ -42,35 +48,33 @@ def measure_gpu(
 
     Args:
         fraction: of fine blocks.
-        compiled: also `torch.compile`, which takes minutes.
+        compiled: also `torch.compile` and TensorRT, which take minutes.
     """
     runs, differences, expected = dict[str, Run](), dict[str, float](), dict[str, Tensor]()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True  # sizes are fixed: cuDNN tries its algorithms
     with torch.inference_mode():
-        subject = Subject(setup)
-        for name, kind, make in ways(subject, fraction, compiled):
+        for name, make in ways(subject, fraction, compiled):
             try:
                 run = make()
                 logits = run().float()
+                first = expected.setdefault(name.partition(",")[0], logits)
+                difference = ((logits - first).abs().max() / first.abs().max()).item()
             except Exception as error:  # any runtime's: the others are measured all the same
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                print(f"{name} not measured: {reason}")
+                print(f"{name} not measured: {in_one_line(error)}")
                 continue
-            first = expected.setdefault(kind, logits)
-            differences[name] = ((logits - first).abs().max() / first.abs().max()).item()
-            runs[name] = run
+            runs[name], differences[name] = run, difference
         times = interleaved(runs, repeats, subject.device, warmup=2)
     rows = {name: {"milliseconds": one.median, "spread": one.spread} for name, one in times.items()}
     return [{"run": name} | row | {"difference": differences[name]} for name, row in rows.items()]
 
 
-def ways(
-    subject: Subject, fraction: float, compiled: bool
-) -> Iterator[tuple[str, str, Callable[[], Callable[[], Tensor]]]]:
-    """Name, the network it is (runs of one are to agree), and what makes the run."""
+def ways(subject: Subject, fraction: float, compiled: bool) -> Iterator[tuple[str, Callable[[], Run]]]:
+    """Name, which begins with the network's (runs of one are to agree), and what makes the run."""
     images = subject.images.contiguous(memory_format=torch.channels_last)
-    dense = {stride: subject.dense_module(Way.dense(stride))[0] for stride in (8, 16)}
+
+    def dense(stride: int) -> Callable[[Tensor], Tensor]:
+        return lambda given: subject.folded_model.dense(given, stride)
 
     def selective(engine: str) -> Run:
         return subject.run(Case("network", Way(None, None, fraction, engine=engine)))
@@ -82,43 +86,106 @@ def ways(
             raise EngineError(why)
         return run
 
-    def static(engine: str = "gather") -> Callable[[Tensor], Tensor]:
-        size, batch = subject.setup.size, subject.setup.batch
+    @functools.cache
+    def built() -> StaticNetwork:
+        size, batch = subject.size, subject.batch
         options = ExportOptions(
             size, batch, None, fraction, mean=(0,) * 3, std=(1,) * 3, logits=True, ghosts=False, tiles=False
         )
-        model = copy.deepcopy(subject.float_model).cpu()
-        model.settings = dataclasses.replace(model.settings, engine=engine)
-        network = StaticNetwork(model, options)
+        return StaticNetwork(copy.deepcopy(subject.float_model).cpu(), options)
+
+    def static(engine: str = "gather", second_stream: bool = False) -> Callable[[Tensor], Tensor]:
+        network = copy.copy(built())  # of the same weights
+        network.engine, network.second_stream = engine, second_stream
         network.to(subject.device, subject.dtype)
         return lambda given: network.upsampling(network.grid_logits(given)[0])  # no argmax: dense has none
 
-    for stride, network in dense.items():
-        yield f"dense OS{stride}, cuDNN", f"OS{stride}", functools.partial(calling, network, images)
-        yield f"dense OS{stride}, CUDA graph", f"OS{stride}", functools.partial(replaying, network, images)
-    yield "selective, gather", "selective", lambda: selective("gather")
-    yield "selective, spconv", "selective", lambda: selective("spconv")
-    yield "selective, triton", "selective", lambda: checked(selective("triton"))
-    yield "selective, static", "selective", lambda: calling(static(), images)
-    yield "selective, static, CUDA graph", "selective", lambda: replaying(static(), images)
-    name = "selective, static, triton, CUDA graph"
-    yield name, "selective", lambda: checked(replaying(static("triton"), images))
+    def captured(engine: str, second_stream: bool) -> Run:
+        run = replaying(static(engine, second_stream), images)
+        return checked(run) if engine == "triton" else run
+
+    for stride in (8, 16):
+        yield f"dense OS{stride}, cuDNN", functools.partial(calling, dense(stride), images)
+        yield f"dense OS{stride}, CUDA graph", functools.partial(replaying, dense(stride), images)
+    yield "selective, gather", lambda: selective("gather")
+    yield "selective, spconv", lambda: selective("spconv")
+    yield "selective, triton", lambda: checked(selective("triton"))
+    yield "selective, static", lambda: calling(static(), images)
+    for engine, second in itertools.product(("gather", "triton"), (False, True)):
+        forms = ["triton"] * (engine == "triton") + ["2 streams"] * second
+        name = ", ".join(["selective, static", *forms, "CUDA graph"])
+        yield name, functools.partial(captured, engine, second)
     if compiled:
+        half = {"trt_fp16_enable": images.dtype == torch.float16}
+        for stride in (8, 16):
+            make = functools.partial(
+                by_onnxruntime, "TensorrtExecutionProvider", dense(stride), images, **half
+            )
+            yield f"dense OS{stride}, TensorRT", make
         tuned = functools.partial(torch.compile, mode="max-autotune-no-cudagraphs")  # the graph is ours
-        yield "dense OS8, torch.compile", "OS8", lambda: replaying(tuned(dense[8]), images)
-        name = "selective, static, torch.compile"
-        yield name, "selective", lambda: replaying(tuned(static()), images)
+        yield "dense OS8, torch.compile", lambda: replaying(tuned(dense(8)), images)
+        yield "selective, static, torch.compile", lambda: replaying(tuned(static()), images)
 
 
-def calling(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
+def in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def calling(network: Callable[[Tensor], Tensor], images: Tensor) -> Run:
     """A run of a network as it is."""
-    return torch.inference_mode()(lambda: network(images))
+    return lambda: network(images)
 
 
-def replaying(network: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
+def replaying(network: Callable[[Tensor], Tensor], images: Tensor) -> Run:
     """A run that replays a network as one CUDA graph."""
     replay = graphed(lambda given: (network(given),), images)
     return lambda: replay(images)[0]
+
+
+class _Module(nn.Module):
+    """A function of images as PyTorch's exporter takes it."""
+
+    def __init__(self, network: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[B, 3, H, W]` to logits `[B, K, H, W]`."""
+        return self.network(images)
+
+
+def by_onnxruntime(provider: str, network: Callable[[Tensor], Tensor], images: Tensor, **options: Any) -> Run:
+    """A run by an execution provider of onnxruntime, from images to logits on their device.
+
+    Raises:
+        MeasurementError: it is not installed, or does not load.
+    """
+    onnxruntime, given, found = (
+        check_runtime("onnxruntime"),
+        images.contiguous(),
+        network(images).contiguous(),
+    )
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    session_options, graph = onnxruntime.SessionOptions(), io.BytesIO()
+    session_options.log_severity_level = 4  # what does not load is told below
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = {"input_names": ["images"], "dynamo": False, "opset_version": OPSET}
+        torch.onnx.export(_Module(network), (given,), graph, **exported)  # type: ignore[arg-type]
+        session = onnxruntime.InferenceSession(graph.getvalue(), session_options, [(provider, options)])
+    if provider not in session.get_providers():
+        raise MeasurementError(f"onnxruntime cannot load {provider} here")
+    bound, logits = session.io_binding(), session.get_outputs()[0].name
+    for bind, name, one in (bound.bind_input, "images", given), (bound.bind_output, logits, found):
+        dtype = np.dtype(str(one.dtype).removeprefix("torch."))
+        bind(name, one.device.type, one.device.index or 0, dtype, tuple(one.shape), one.data_ptr())
+
+    def run() -> Tensor:
+        _ = given  # the binding knows its address alone
+        session.run_with_iobinding(bound)
+        return found
+
+    return run
 
 
 def gpu_table(cells: Sequence[Sequence[dict[str, Any]]]) -> str:

@@ -1,17 +1,10 @@
-"""Time exported graphs, each in a process of its own: in one, their threads disturb each other.
-
-Processes take turns, so that drift of the machine falls on all alike.
-"""
-
-from __future__ import annotations
+"""Time a network, and others', in several runtimes, each run in a process of its own."""
 
 import itertools
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,79 +14,29 @@ import torch
 
 from sparse_seg.errors import ConfigError, import_package
 from sparse_seg.export.onnx_file import export_onnx
+from sparse_seg.export.runner import TORCH
 from sparse_seg.export.runtime import INSTALL, RUNTIMES, open_session
 from sparse_seg.export.segmentor import options_of
-from sparse_seg.lab.latency import SPAWN, Latency, Run, in_child, interleaved
+from sparse_seg.lab.latency import Latency, Run, timed_apart
 from sparse_seg.masks import parse_policy
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
-TORCH = "torch"  # in place of a runtime: the network itself
-_run: Run  # of a process that times one graph
+Opener = Callable[..., Run]  # `open_run`, but for the images
 
 
-@dataclass(frozen=True)
-class Timed:
-    """A graph to time.
+def open_run(path: str, runtime: str, images: np.ndarray, given: str = "images") -> Run:
+    """A run on all threads of this process.
 
     Args:
-        path: of the ONNX file; with the runtime `torch`, of a model and its way.
-        runtime: `onnxruntime`, `openvino` or `torch`.
-        input: the name of the graph's one input.
+        path: of an ONNX file; with the runtime `torch`, of a model and its way.
+        given: the name of the graph's one input.
     """
-
-    path: str
-    runtime: str = "onnxruntime"
-    input: str = "images"
-
-
-def time_graphs(
-    graphs: Mapping[str, Timed], images: np.ndarray, threads: int, turns: int = 10, runs: int = 5
-) -> dict[str, Latency]:
-    """Milliseconds of each graph, `turns * runs` samples.
-
-    Args:
-        images: the one input of all.
-        runs: of a turn, after one that does not count.
-
-    Raises:
-        MeasurementError: a graph failed to load or to run.
-    """
-    pools = {name: ProcessPoolExecutor(1, SPAWN) for name in graphs}
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    try:
-        for name, graph in graphs.items():
-            in_child(pools[name], f"{name} cannot be timed", _open, graph, images, threads)
-        for _ in range(turns):
-            for name, pool in pools.items():
-                samples[name] += in_child(pool, f"{name} cannot be timed", _time, runs)
-    finally:
-        for pool in pools.values():
-            pool.shutdown()
-    return {name: Latency(tuple(values)) for name, values in samples.items()}
-
-
-def _open(graph: Timed, images: np.ndarray, threads: int) -> None:
-    """In a process of its own: make ready what `_time` runs."""
-    global _run
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if graph.runtime == TORCH:
-        _run = _torch_run(graph.path, images, threads)
-    else:
-        _run = partial(open_session(graph.path, graph.runtime, threads), **{graph.input: images})
-    _run()
-
-
-def _time(runs: int) -> tuple[float, ...]:
-    """Milliseconds of each run, after one that does not count."""
-    return interleaved({"": _run}, runs, torch.device("cpu"))[""].samples
-
-
-def _torch_run(path: str, images: np.ndarray, threads: int) -> Run:
-    torch.set_num_threads(threads)
+    if runtime != TORCH:
+        return partial(open_session(path, runtime, torch.get_num_threads()), **{given: images})
     model, way = torch.load(path, weights_only=False)  # written by time_network
-    fast, given = model.for_inference(), torch.from_numpy(images)
-    return torch.inference_mode()(lambda: fast.start(given).follow(way).classes())
+    fast, tensor = model.for_inference(), torch.from_numpy(images)
+    return torch.inference_mode()(lambda: fast.start(tensor).follow(way).classes())
 
 
 def time_network(
@@ -102,18 +45,18 @@ def time_network(
     threads: int,
     runtimes: Sequence[str] = ("onnxruntime",),
     merges: Sequence[str] = ("whole",),
+    fractions: Sequence[float | None] = (None,),
     turns: int = 10,
-    runs: int = 5,
-    peers: Mapping[str, Timed] | None = None,
-    fractions: Sequence[float] = (),
+    repeats: int = 5,
+    peers: Mapping[str, Opener] | None = None,
 ) -> dict[str, Latency]:
     """Time a model's two dense forms and its selective one in each runtime.
 
     Args:
         image: normalised, float32 `[1, 3, H, W]`; a selective run's time depends on it, by its ghosts.
         runtimes: of exported graphs; `torch` for the network made by `for_inference`.
+        fractions: of fine blocks; None for the model's own.
         peers: other graphs, which take their turns as well, see `peer_graphs`.
-        fractions: of fine blocks; none: the model's own.
 
     Returns:
         By name: `fine RUNTIME`, `coarse RUNTIME`, `selective RUNTIME MERGE` (and `f=FRACTION`), and the names
@@ -121,11 +64,10 @@ def time_network(
     """
     size = (int(image.shape[2]), int(image.shape[3]))
     ways = {"fine": Way.dense(model.strides[0]), "coarse": Way.dense(model.strides[-1])}
-    shares: Sequence[float | None] = fractions or [None]
-    for merge, fraction in itertools.product(merges, shares):
+    for merge, fraction in itertools.product(merges, fractions):
         ways[f"selective {form_of(merge, fraction)}"] = Way(merge=merge, fine_fraction=fraction)
     with tempfile.TemporaryDirectory() as folder:
-        graphs: dict[str, Timed] = {}
+        runs = dict[str, Opener]()
         for number, (name, way) in enumerate(ways.items()):
             kind, _, form = name.partition(" ")
             for runtime in runtimes:
@@ -135,8 +77,10 @@ def time_network(
                 elif not os.path.exists(path):
                     options = options_of(size, 1, way, None, fine_fraction=way.fine_fraction)
                     export_onnx(model, path, options, check=False)
-                graphs[f"{kind} {runtime} {form}".strip()] = Timed(path, runtime)
-        return time_graphs(graphs | dict(peers or {}), image, threads, turns, runs)
+                runs[f"{kind} {runtime} {form}".strip()] = partial(open_run, path, runtime)
+        runs |= peers or {}
+        prepares = {name: partial(run, images=image) for name, run in runs.items()}
+        return timed_apart(prepares, threads, turns, repeats)
 
 
 def form_of(merge: str, fraction: float | None) -> str:
@@ -144,7 +88,7 @@ def form_of(merge: str, fraction: float | None) -> str:
     return merge if fraction is None else f"{merge} f={fraction:g}"
 
 
-def peer_graphs(paths: Sequence[str], runtimes: Sequence[str], shape: Sequence[int]) -> dict[str, Timed]:
+def peer_graphs(paths: Sequence[str], runtimes: Sequence[str], shape: Sequence[int]) -> dict[str, Opener]:
     """Networks of others, as ONNX files with one input, to be timed in each runtime.
 
     Args:
@@ -164,7 +108,7 @@ def peer_graphs(paths: Sequence[str], runtimes: Sequence[str], shape: Sequence[i
             raise ConfigError(f"{path}: another peer is called {name}, too; rename one")
     inputs = [_only_input(path, shape) for path in paths]
     return {
-        f"peer {runtime} {name}": Timed(path, runtime, given)
+        f"peer {runtime} {name}": partial(open_run, path, runtime, given=given)
         for path, name, given in zip(paths, names, inputs, strict=True)
         for runtime in runtimes
         if runtime in RUNTIMES

@@ -1,7 +1,5 @@
 """A comparison's files, whose rows can be resumed, and what shows them: a table and an HTML report."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -13,12 +11,11 @@ from sparse_seg.checkpoint import network_settings
 from sparse_seg.data.dataset import Image, SegmentationDataset
 from sparse_seg.errors import ConfigError
 from sparse_seg.export.runner import AUTO, TORCH
-from sparse_seg.files import atomic_write
-from sparse_seg.lab.compare.run import compare, comparison_runtime, comparison_ways, groups
+from sparse_seg.lab.compare.run import compare, comparison_runtime, groups
 from sparse_seg.lab.frames import Contender, explore
 from sparse_seg.lab.opened import Opened
-from sparse_seg.lab.provenance import provenance
-from sparse_seg.lab.report.html import PagePart, Picture, Section, plot, write_report
+from sparse_seg.lab.provenance import provenance, write_result
+from sparse_seg.lab.report.html import Explorer, Picture, Section, write_report
 from sparse_seg.lab.report.overlays import colourise, contact_sheet, draw_levels, overlay, write_image
 from sparse_seg.lab.report.plots import COSTS, cost_curve
 from sparse_seg.lab.report.tables import Table, table
@@ -37,12 +34,9 @@ def written(json_path: str | Path | None, report_path: str | Path | None = None)
 
 def compare_and_report(
     opened: Opened,
-    policies: Sequence[str],
-    fractions: Sequence[float],
+    ways: Sequence[Way],
     json_path: str | Path | None = None,
     report_path: str | Path | None = None,
-    exchanges: Sequence[str] = (),
-    merges: Sequence[str] = (),
     resume: bool = False,
     timed: bool = True,
     runtime: str = AUTO,
@@ -50,7 +44,7 @@ def compare_and_report(
     """Compare the ways to run a checkpoint, print the table, and write the files asked for.
 
     Args:
-        policies, fractions, exchanges, merges: see `comparison_ways`.
+        ways: as `comparison_ways` gives them.
         resume: keep the rows of the JSON file, and measure the others policy by policy.
         timed: see `compare`.
         runtime: see `comparison_runtime`.
@@ -59,14 +53,12 @@ def compare_and_report(
         ConfigError: the file to resume holds something else.
     """
     config, loaded, model, dataset, split, limit = opened
-    ways = comparison_ways(model, policies, fractions, exchanges, merges)
     fast, reason = comparison_runtime(model, dataset, config.data, ways, runtime)
-    origin, rows = provenance() | {"runtime": fast.runtime if fast else TORCH}, list[dict[str, Any]]()
-    data = config.data
-    subject: list[Any] = [data.dataset, str(Path(data.root).resolve()), split, limit, list(model.strides)]
-    subject += [data.bits, fast.runtime if fast else None, data.train_on, data.withheld]
+    data, name = config.data, fast.runtime if fast else None
+    origin, rows = provenance() | {"runtime": name or TORCH}, list[dict[str, Any]]()
     rules = {key: value for key, value in dataclasses.asdict(model.mask).items() if key not in _ROWS_OWN}
-    subject += [rules, model.exchange, model.merge]
+    subject: list[Any] = [data.dataset, str(Path(data.root).resolve()), split, limit, list(model.strides)]
+    subject += [data.bits, name, data.train_on, data.withheld, rules, model.exchange, model.merge]
     digest = hashlib.blake2b(loaded.path.read_bytes() + json.dumps(subject).encode(), digest_size=16)
     origin["subject"] = digest.hexdigest()
     if resume:
@@ -76,7 +68,7 @@ def compare_and_report(
     for part in groups([way for way in ways if way.name not in known]) if resume else [ways]:
         rows += compare(model, dataset, config.data, part, limit, timed=timed, fast=fast)
         if json_path:
-            atomic_write(json_path, json.dumps(origin | {"rows": rows}, indent=1) + "\n")
+            write_result(json_path, origin | {"rows": rows})
     print(comparison_table(rows).to_text())
     print(f"runtime: {origin['runtime']}" + (f" ({reason})" if reason else ""))
     if report_path:
@@ -128,7 +120,7 @@ def write_comparison(
     The first frame's pictures also go together into a PNG file of the same name.
 
     Args:
-        ways: those of the rows, as `comparison_ways` gives them.
+        ways: those of the rows, in their order.
     """
     model, dataset, data = opened.model, opened.dataset, opened.config.data
     dense = [way for way in ways if way.is_dense]
@@ -140,16 +132,14 @@ def write_comparison(
     cases = {way: Contender(way.name, named[way.name], model, way, data) for way in (*steps, *dense)}
     places = list(named)
     links = {places.index(way.name): f"#step-{number}" for number, way in enumerate(steps)}
-    sections: list[PagePart] = [
+    parts: list[Section | Explorer] = [
         Section("Accuracy and cost", description, comparison_table(rows), links),
-        Section("Quality against cost", CHORD, pictures=_curves(rows, dense), pictures_per_row=2),
-        explore(
-            [cases[way] for way in steps], chosen, dataset, min(len(dataset), opened.limit or len(dataset))
-        ),
+        Section("Quality against cost", CHORD, pictures=_curves(rows, dense)),
+        explore([cases[way] for way in steps], chosen, dataset, opened.limit),
     ]
     sheet = _sheet([cases[way] for way in (*dense, steps[chosen])], dataset)
     write_image(Path(path).with_suffix(".png"), sheet)
-    write_report(path, "Dense and selective", sections)
+    write_report(path, "Dense and selective", parts)
 
 
 CHORD = (
@@ -174,7 +164,7 @@ def _curves(rows: Rows, dense: Sequence[Way]) -> list[Picture]:
             points = {row["network"]: (row[cost], row[key]) for row in rows if row["policy"] is None}
             chord = [points[way.name] for way in (dense[-1], dense[0])]
             content = cost_curve(series, unit, label, points, chord=chord)
-            pictures.append(plot(content, f"{label.removesuffix(' %')} against {unit.split()[0]}"))
+            pictures.append(Picture(content, f"{label.removesuffix(' %')} against {unit.split()[0]}"))
     return pictures
 
 

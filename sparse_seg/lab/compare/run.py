@@ -1,7 +1,5 @@
 """One set of weights, several ways to run it: accuracy against cost without retraining."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics
@@ -130,9 +128,8 @@ class _Result:
     metrics: SegmentationMetrics
     gmacs: float = 0.0  # of the first image
     milliseconds: list[float] = field(default_factory=list)  # one per image, with the mask, but for bounds
-    images: int = 0
 
-    def as_row(self) -> dict[str, Any]:
+    def as_row(self, images: int) -> dict[str, Any]:
         """Plain values: percent, GMACs, median milliseconds."""
         result, way = self.metrics.result(), self.way
         return {
@@ -148,7 +145,7 @@ class _Result:
             "class_iou": [100 * iou for iou in result.class_iou],
             "gmacs": self.gmacs,
             "milliseconds": statistics.median(self.milliseconds) if self.milliseconds else None,
-            "images": self.images,
+            "images": images,
         }
 
 
@@ -174,13 +171,10 @@ def compare(
     device = model.device
     model.eval()
     count = len(dataset) if limit is None else min(limit, len(dataset))
+    policies = [None if way.is_dense else (fast or model).policy_for(way) for way in ways]
     results = [
-        _Result(
-            way,
-            None if way.is_dense else (fast or model).policy_for(way),
-            SegmentationMetrics(len(dataset.classes)),
-        )
-        for way in ways
+        _Result(way, policy, SegmentationMetrics(len(dataset.classes)))
+        for way, policy in zip(ways, policies, strict=True)
     ]
     loader = evaluation_loader(dataset, data, range(count))
     for image, label, index in bar(loader, "compare", count):
@@ -200,9 +194,8 @@ def compare(
             else:
                 classes, milliseconds = _timed(model, fast, image, label, result)
                 result.milliseconds += [milliseconds] if timed else []
-            result.images += 1
             result.metrics.update(classes, label)
-    return [result.as_row() for result in results]
+    return [result.as_row(count) for result in results]
 
 
 def _timed(

@@ -1,7 +1,5 @@
 """One image through a network: classes, blocks and what they mean."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os
@@ -36,6 +34,7 @@ from sparse_seg.run.way import Way
 from sparse_seg.timing import now
 
 MANY = 100  # images, beside which three dense runs are few
+Place = SelectiveNetwork | RuntimeSegmentor | Runner
 _LOG = logging.getLogger(__name__)
 
 
@@ -100,45 +99,36 @@ class ImageSegmenter:
     """A network made ready for images of bytes.
 
     Args:
-        model: on its device; its card gives mean, std and what the classes are.
+        place: runs the network: itself, on its device, or what `in_runtime` made of it. The network's card
+            gives mean, std and what the classes are.
         views: whole or through windows, with or without test-time augmentation. Where they name no scale, an
             image is scaled to the size of the network's training frames, if they are known.
-        runner: runs the network elsewhere: a `Runner`, or what `in_runtime` made of it.
 
     Attributes:
         frames, seconds: how many images went through the network, and how long they took there; what making
             graphs took is left out.
     """
 
-    def __init__(
-        self,
-        model: SelectiveNetwork,
-        way: Way | None = None,
-        views: Views = ONCE,
-        runner: Runner | RuntimeSegmentor | None = None,
-    ) -> None:
-        self.model, self.way, self.views, self.runner = model, way or Way(), views, runner
-        self.policy = None if self.way.is_dense else (runner or model).policy_for(self.way)
-        self.device, self.frames, self.seconds = model.device, 0, 0.0
+    def __init__(self, place: Place, way: Way | None = None, views: Views = ONCE) -> None:
+        self.place, self.way, self.views = place, way or Way(), views
+        self.model = place if isinstance(place, SelectiveNetwork) else place.model
+        self.policy = None if self.way.is_dense else place.policy_for(self.way)
+        self.device, self.frames, self.seconds = self.model.device, 0, 0.0
         self._after = 0.0  # ms from the end of the last refinement to its result
         self._last: Image | None = None
         self.restart()
 
     def restart(self, frames: int | None = None) -> None:
-        """What follows is another video, of so many frames if that is known: a policy that looks back forgets
-        the last one."""
+        """What follows is another photo or video, and so many frames are still to come, if that is known: a
+        policy that looks back forgets the last one."""
         if self.policy is not None:
             self.policy.remember(None)
-        if isinstance(self.runner, Runner):
-            self.runner.expect(frames)
+        if isinstance(self.place, Runner):
+            self.place.expect(frames)
 
     @functools.cached_property
     def card(self) -> Card:
-        if self.model.card is not None:
-            return self.model.card
-        with torch.inference_mode(), eval_mode(self.model):
-            run = self.model.start(torch.zeros(1, 3, 32, 32, device=self.device))
-            return Card.unnamed(run.follow(Way.dense(16)).grid_logits().shape[1])
+        return self.model.card or Card.unnamed(self.model.num_classes)
 
     def batch(self, image: Image) -> torch.Tensor:
         """An image uint8 `[H, W, 3]` RGB as the network's input `[1, 3, H, W]`."""
@@ -154,7 +144,7 @@ class ImageSegmenter:
             raise ValueError(f"an image must be [H, W, 3] uint8 RGB, got {list(image.shape)} {image.dtype}")
         self._last, batch, views = image, self.batch(image), self.views_of(image)
         with eval_mode(self.model), self._timed():
-            found = predict(self.runner or self.model, batch, None, self.way, self.policy, views)
+            found = predict(self.place, batch, None, self.way, self.policy, views)
         return self._result(image, found, views.factors)
 
     def follow(self, image: Image, milliseconds: float | None = None) -> Segmentation:
@@ -178,7 +168,7 @@ class ImageSegmenter:
         """Refine the coarse prediction of an image, whole and at the first of the views' scales; see
         `SelectiveNetwork.refine`. `refined` makes a segmentation of a step."""
         start = now(self.device)
-        model = self.runner.torch if isinstance(self.runner, Runner) else self.model
+        model = self.place.torch if isinstance(self.place, Runner) else self.model
         images, _ = scaled(self.batch(image), None, self.views_of(image).factors[0])
         if milliseconds is not None:
             milliseconds = max(0.0, milliseconds - 1000 * (now(self.device) - start))
@@ -198,13 +188,13 @@ class ImageSegmenter:
         None where that is not measured: the way is dense, the image was not seen whole and once, so few
         images ran that three more count, or a graph would have to be made.
         """
-        image, runner, times = self._last, self.runner, list[float]()
+        image, times = self._last, list[float]()
         if image is None or self.way.is_dense or self.frames < MANY:
             return None
         views, way = self.views_of(image), Way.dense(self.model.strides[0])
         if not views.is_one_look or views.count_windows(*image.shape[:2]) > 1:
             return None
-        place: Any = runner.last if isinstance(runner, Runner) else runner or self.model
+        place: Any = self.place.last if isinstance(self.place, Runner) else self.place
         run = place.start(scaled(self.batch(image), None, views.factors[0])[0]).follow(way)
         if isinstance(place, RuntimeSegmentor) and not place.find(run.options(not views.is_single)):
             return None
@@ -217,11 +207,9 @@ class ImageSegmenter:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        making = self.runner.seconds if self.runner else 0.0
-        start = now(self.device)
+        start = now(self.device) - getattr(self.place, "seconds", 0.0)
         yield
-        self.seconds += now(self.device) - start
-        self.seconds -= self.runner.seconds - making if self.runner else 0.0
+        self.seconds += now(self.device) - getattr(self.place, "seconds", 0.0) - start
         self.frames += 1
 
     def _result(self, image: Image, found: Prediction, scales: tuple[float, ...]) -> Segmentation:
@@ -233,7 +221,7 @@ class ImageSegmenter:
 
 
 def segment(
-    model: SelectiveNetwork | RuntimeSegmentor | Runner | nn.Module | str | Path,
+    model: Place | nn.Module | str | Path,
     image: str | Path | Image | Any,
     way: Way | None = None,
     views: Views = ONCE,
@@ -259,18 +247,15 @@ def segment(
         ValueError: a model or image of a wrong type, or an image of a wrong shape or dtype, or smaller than
             32x32.
     """
-    network, pixels = _network(model), _pixels(image, bits)
-    if isinstance(network, RuntimeSegmentor | Runner):
-        return ImageSegmenter(network.model, way, views, network)(pixels)
-    return ImageSegmenter(network, way, views)(pixels)
+    return ImageSegmenter(_network(model), way, views)(_pixels(image, bits))
 
 
-def _network(model: Any) -> SelectiveNetwork | RuntimeSegmentor | Runner:
+def _network(model: Any) -> Place:
     """The network that is given, loaded or in a wrapper: for several GPUs, of averages, of torch.compile."""
     if isinstance(model, str | os.PathLike):
         return load_model(model if isinstance(model, str) else Path(model))
     inner = model
-    while not isinstance(inner, SelectiveNetwork | RuntimeSegmentor | Runner):
+    while not isinstance(inner, Place):
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(inner, nn.Module):
             raise ValueError(
@@ -292,9 +277,11 @@ def _pixels(image: Any, bits: int | None) -> Image:
         raise ValueError(
             f"image must be a path, a Pillow image or uint8 [H, W, 3] RGB, not {type(image).__name__}"
         )
-    if image.mode.startswith(("I", "F")):  # which Pillow would cut off at 255
+    stored = [tile[3] for tile in getattr(image, "tile", ())]  # as RGB;16B, in a file that is not read yet
+    kinds = [str(kind[0] if isinstance(kind, tuple) else kind) for kind in (image.mode, *stored) if kind]
+    if any(kind.startswith(("I", "F")) or ";16" in kind for kind in kinds):  # bits would be lost
         raise ValueError(
-            f"an image of mode {image.mode} has over 8 bits per channel; give its path, or RGB bytes"
+            f"an image of mode {kinds[-1]} has over 8 bits per channel; give its path, or RGB bytes"
         )
     try:
         return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))

@@ -1,11 +1,9 @@
 """Videos and cameras, frame by frame: overlays as a video, and what the frames cost."""
 
-from __future__ import annotations
-
-import os
+import logging
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ import numpy as np
 
 from sparse_seg.data.dataset import Image
 from sparse_seg.errors import DataError
-from sparse_seg.lab.predict.inputs import OutputFiles, Source
-from sparse_seg.lab.predict.pictures import show_blocks
+from sparse_seg.files import atomic_path
+from sparse_seg.lab.predict.files import PICTURES, OutputFiles, Source
 from sparse_seg.lab.predict.segment import ImageSegmenter, Segmentation
 from sparse_seg.lab.report.overlays import write_image
 from sparse_seg.progress import bar
@@ -24,6 +22,7 @@ from sparse_seg.timing import now
 CODEC = "mp4v"  # OpenCV's builds have no H.264 encoder; its VP9 takes a second a frame
 USUAL_RATE = 25.0  # frames/s of cameras that do not tell theirs
 SLOWEST, TIME_BASE = 0.002, 65535  # frames/s that OpenCV can tell; the finest clock that MPEG-4 has
+_LOG = logging.getLogger(__name__)
 LEAST_READ = 0.95  # of the frames that a file promises; some promise a few too many
 
 
@@ -77,6 +76,9 @@ def write_video(
                 raise
     if not times:
         raise DataError(f"{source}: no frame could be read")
+    ids = [file for file in outputs.files(source) if file.suffix == ".png" and file.stem.isdecimal()]
+    if older := [file for file in ids if int(file.stem) >= len(times)]:
+        _LOG.warning("warning: %s and %d more are of an earlier run", older[0], len(older) - 1)
     if len(times) < LEAST_READ * min(count, limit or count):
         raise DataError(f"{source}: only {len(times)} of {count} frames could be read; it is damaged")
     return {
@@ -116,42 +118,30 @@ def _writers(source: Source, outputs: OutputFiles, rate: float) -> Iterator[Any]
     """A function that adds a frame; the files get their names when all is done."""
     out = Path(outputs.folder, source.name)
     writers: dict[Path, cv2.VideoWriter] = {}
+    with ExitStack() as stack:
 
-    def add(file: Path, picture: Image) -> None:
-        if file not in writers:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            size, code = (picture.shape[1], picture.shape[0]), cv2.VideoWriter.fourcc(*CODEC)
-            partial = _partial(file)
-            partial.touch()  # raises, with the reason that OpenCV does not tell
-            writers[file] = cv2.VideoWriter(str(partial), code, writable_rate(rate), size)
-            if not writers[file].isOpened():
-                raise DataError(
-                    f"{file}: cannot be written: OpenCV's {CODEC} encoder is missing, or does not take "
-                    f"{size[0]}x{size[1]} px at {rate:g} frames/s"
-                )
-        writers[file].write(picture[..., ::-1])
+        def add(file: Path, picture: Image) -> None:
+            if file not in writers:
+                size, code = (picture.shape[1], picture.shape[0]), cv2.VideoWriter.fourcc(*CODEC)
+                # absolute: in a relative name FFmpeg takes what stands before a colon for a protocol
+                partial = stack.enter_context(atomic_path(file.absolute(), keep_suffix=True))
+                writers[file] = cv2.VideoWriter(str(partial), code, writable_rate(rate), size)
+                stack.callback(writers[file].release)
+                if not writers[file].isOpened():
+                    raise DataError(
+                        f"{file}: cannot be written: OpenCV's {CODEC} encoder is missing, or does not take "
+                        f"{size[0]}x{size[1]} px at {rate:g} frames/s"
+                    )
+            writers[file].write(picture[..., ::-1])
 
-    def write(found: Segmentation, number: int) -> None:
-        add(Path(f"{out}.mp4"), found.overlay())
-        if outputs.ids:
-            write_image(Path(f"{out}_ids", f"{number:06d}.png"), found.ids())
-        if outputs.blocks:
-            add(Path(f"{out}_blocks.mp4"), show_blocks(found))
+        def write(found: Segmentation, number: int) -> None:
+            add(Path(f"{out}.mp4"), found.overlay())
+            if outputs.ids:
+                write_image(Path(f"{out}_ids", f"{number:06d}.png"), found.ids())
+            if outputs.blocks:
+                add(Path(f"{out}_blocks.mp4"), PICTURES["blocks"](found))
 
-    try:
         yield write
-        for file, writer in writers.items():
-            writer.release()
-            os.replace(_partial(file), file)
-    finally:
-        for file, writer in writers.items():
-            writer.release()
-            _partial(file).unlink(missing_ok=True)
-
-
-def _partial(file: Path) -> Path:
-    """Absolute: in a relative name FFmpeg takes what stands before a colon for a protocol."""
-    return file.absolute().with_name(f".{file.stem}.tmp{file.suffix}")
 
 
 def writable_rate(rate: float) -> float:
