@@ -19,7 +19,7 @@ from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.export.segmentor import Elsewhere, RuntimeRun, RuntimeSegmentor
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.run.images import check_images
+from sparse_seg.run.images import warn_of_bytes
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
@@ -164,13 +164,14 @@ class Runner(Elsewhere):
         """Start a pass over normalised images `[B, 3, H, W]`; nothing is computed yet.
 
         Raises:
-            ValueError: images of a wrong shape or dtype.
+            ValueError, SparseSegError: see `check_start`.
         """
-        self.check_unchanged()
-        if self.fast is not None and self._auto:
-            check_images(images)
+        if self.fast is not None and not self._auto:
+            return self.counted(self.fast).start(images, labels)
+        self.check_start(images)
+        if self.fast is not None:
             return _Run(self, images, labels)
-        return self.counted(self.fast or self.torch).start(images, labels)
+        return self.counted(self.torch).start(images, labels)
 
     def counted(self, place: RuntimeSegmentor | SelectiveNetwork) -> RuntimeSegmentor | SelectiveNetwork:
         """Count a pass at a place. Returns the place."""
@@ -280,7 +281,7 @@ class _Run:
         runner, self._case = self.runner, None
         assert runner.fast is not None
         try:
-            run = self._ask(runner.fast.start(self.images))
+            run = self._ask(RuntimeRun(runner.fast, self.images))
             self._case = runner.cases.setdefault(run.options(logits), _Case())
         except (SparseSegError, ValueError) as error:  # PyTorch can do it, or says why not
             runner.refusals[str(error)] += 1
@@ -290,6 +291,7 @@ class _Run:
                 runner.decide(self._case, run, logits)
             if self._case.is_fast:
                 runner.counted(runner.fast)
+                warn_of_bytes(self.images)
                 self._run = run
                 return run
         self._run = self._ask(runner.counted(runner.torch).start(self.images, self.labels))
