@@ -161,7 +161,7 @@ class DataConfig:
 class LossConfig:
     class_weights: list[float] | None = key(None, "weight of each class", "[0, 1e6]")
     ohem_threshold: float | None = key(None, "keep pixels of a lower true-class probability", "(0, 1)")
-    ohem_min_kept: float = key(0.1, "but never fewer than this share of pixels", SHARE)
+    ohem_min_kept: float = key(0.1, "but never fewer than this share of each process's pixels", SHARE)
     auxiliary_weight: float = key(0.4, "weight of the auxiliary head's loss", WEIGHT)
     boundary_weight: float = key(0.0, "added weight of pixels near label boundaries", WEIGHT)
     boundary_width: int = key(3, "how near, px", "[1, 64]")

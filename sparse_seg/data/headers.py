@@ -23,9 +23,11 @@ _PLUGINS: dict[bytes, type[ImageFile]] = {
     b"P": PpmImageFile,
 }
 _TIFF, _BIG_TIFF = (b"II*\0", b"MM\0*"), (b"II+\0", b"MM\0+")
-_WIDTH, _HEIGHT, _BITS, _ORIENTATION, _NUMBERS = 256, 257, 258, 274, 339  # TIFF's tags; EXIF has the fourth
+# TIFF's tags; EXIF has the orientation
+_WIDTH, _HEIGHT, _BITS, _COLOURS, _ORIENTATION, _NUMBERS = 256, 257, 258, 262, 274, 339
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")  # of damaged tags: our error names the file
 _KINDS = {1: "unsigned", 2: "signed", 3: "float"}
+_LAB = (8, 9, 10)  # CIE's, ICC's and ITU's
 
 
 class Header(NamedTuple):
@@ -38,6 +40,7 @@ class Header(NamedTuple):
     numbers: str = "unsigned"  # or `signed`, `float`
     orientation: int = 1  # 1 to 8 as in EXIF
     told: int | None = None  # how many of 16 bits are used as OpenCV decodes them; None: only values tell
+    is_lab: bool = False  # L*a*b*, of which OpenCV makes other colours
 
 
 def read_header(stream: BinaryIO) -> Header:
@@ -82,4 +85,6 @@ def _tiff(stream: BinaryIO, start: bytes) -> Header:
     numbers = _KINDS.get(tags.get(_NUMBERS, (1,))[0], "unsigned")
     size, bits = (int(tags[_WIDTH]), int(tags[_HEIGHT])), int(tags.get(_BITS, (1,))[0])
     told = 16 if 8 < bits < 16 else None  # OpenCV spreads them over 16 bits
-    return Header("TIFF", *size, bits, numbers, int(tags.get(_ORIENTATION, 1)), told)
+    return Header(
+        "TIFF", *size, bits, numbers, int(tags.get(_ORIENTATION, 1)), told, tags.get(_COLOURS) in _LAB
+    )

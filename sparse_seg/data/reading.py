@@ -179,7 +179,7 @@ def _header(file: Path, data: bytes) -> Header:
     """What a file says of its pixels.
 
     Raises:
-        DataError: it is broken, too large, or holds numbers that are no pixels.
+        DataError: it is broken, too large, or holds numbers that are no pixels, or Lab colours.
     """
     with _damage_named(file):
         header = read_header(io.BytesIO(data))
@@ -195,6 +195,8 @@ def _header(file: Path, data: bytes) -> Header:
             f"{file}: is a {header.kind} of {header.bits}-bit {header.numbers} numbers, as tifffile or "
             "rasterio reads; scale the values to 0..65535 and save it with 16 bits per channel, unsigned"
         )
+    if header.is_lab:
+        raise DataError(f"{file}: is a TIFF of Lab colours, which are not read here; save it in RGB")
     return header
 
 

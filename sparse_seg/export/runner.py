@@ -19,7 +19,7 @@ from sparse_seg.export.options import ExportOptions
 from sparse_seg.export.runtime import RUNTIMES
 from sparse_seg.export.segmentor import Elsewhere, RuntimeRun, RuntimeSegmentor
 from sparse_seg.masks import MaskPolicy
-from sparse_seg.run.images import check_images
+from sparse_seg.run.images import warn_of_bytes
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 
@@ -82,12 +82,14 @@ class _Case:
     Args:
         seen: how many came.
         seconds: that PyTorch needs for one, the least so far; None: not measured.
-        is_fast: whether it has a graph; None: not decided.
+        is_fast: whether it has a graph.
+        refusal: why it can have none; None: it has one, or may still get one.
     """
 
     seen: int = 0
     seconds: float | None = None
-    is_fast: bool | None = None
+    is_fast: bool = False
+    refusal: str | None = None
 
 
 class Runner(Elsewhere):
@@ -108,6 +110,7 @@ class Runner(Elsewhere):
 
     Attributes:
         last: where the last pass ran; runs: how many passes each runtime had.
+        refusal: why all run in PyTorch, if they do; refusals: why some passes did, and how many.
 
     Raises:
         SparseSegError: what is asked for is not installed, or cannot run this way.
@@ -124,6 +127,7 @@ class Runner(Elsewhere):
         super().__init__(model)
         self._auto = asked == AUTO
         self.runs, self.cases = Counter[str](), dict[ExportOptions, _Case]()
+        self.refusals = Counter[str]()  # of ways that no graph runs, whatever the images
         self._coming: int | None = None  # as counted from the first pass
         device = model.device.type
         self.refusal = (refusal or (None if device == "cpu" else f"on {device}")) if self._auto else None
@@ -160,13 +164,14 @@ class Runner(Elsewhere):
         """Start a pass over normalised images `[B, 3, H, W]`; nothing is computed yet.
 
         Raises:
-            ValueError: images of a wrong shape or dtype.
+            ValueError, SparseSegError: see `check_start`.
         """
-        self.check_unchanged()
-        if self.fast is not None and self._auto:
-            check_images(images)
+        if self.fast is not None and not self._auto:
+            return self.counted(self.fast).start(images, labels)
+        self.check_start(images)
+        if self.fast is not None:
             return _Run(self, images, labels)
-        return self.counted(self.fast or self.torch).start(images, labels)
+        return self.counted(self.torch).start(images, labels)
 
     def counted(self, place: RuntimeSegmentor | SelectiveNetwork) -> RuntimeSegmentor | SelectiveNetwork:
         """Count a pass at a place. Returns the place."""
@@ -177,13 +182,22 @@ class Runner(Elsewhere):
     def report(self) -> str:
         """One line: what ran where, why not elsewhere, and what graphs took."""
         name = self.fast.runtime if self.fast else ""
-        fast, slow, reason = self.runs[name], self.runs[TORCH], self.refusal
+        fast, slow, reasons = self.runs[name], self.runs[TORCH], Counter(self.refusals)
         text = f"runtime: {name if fast else TORCH}"
         if fast and slow:
             text += f" for {fast} of {fast + slow} runs, {TORCH} for the others"
-        elif name and not fast:
-            reason = reason or f"too few images for a graph in {name}"
-        text += f" ({reason})" if reason else ""
+        for case in self.cases.values():
+            if case.refusal:
+                reasons[case.refusal] += case.seen
+        if self.refusal:
+            reasons[self.refusal] = slow
+        elif name and not fast and (slow > reasons.total() or not reasons):
+            reasons[f"too few images for a graph in {name}"] = slow - reasons.total()
+        told = [
+            why if count == slow else f"{count} run{'s' * (count > 1)}: {why}"
+            for why, count in reasons.items()
+        ]
+        text += f" ({'; '.join(told)})" if told else ""
         if self.fast and self.fast.made:
             kept = f", kept in {self.fast.folder}" if self.fast.folder else ""
             text += f"; {self.fast.made} graph{'s' * (self.fast.made > 1)} in {self.seconds:.1f} s{kept}"
@@ -193,6 +207,7 @@ class Runner(Elsewhere):
         """Whether a case gets a graph, which is then made; it may stay open."""
         assert self.fast is not None
         if run.images[0, 0].numel() > PIXELS:
+            case.refusal = f"images of over {PIXELS} px get no graph"
             return
         try:
             if case.seen == 1 and self.fast.find(run.options(logits)):
@@ -201,12 +216,11 @@ class Runner(Elsewhere):
                 run.prepare(logits)
                 case.is_fast = True
         except Exception as error:  # whatever exporter or runtime raise: PyTorch can do it
-            self.refusal = first_line(error)
-            case.is_fast = False
+            case.refusal = first_line(error)
 
     def _pays(self, case: _Case) -> bool:
         """Whether a graph saves more time than it takes to make."""
-        graphs = sum(bool(other.is_fast) for other in self.cases.values())
+        graphs = sum(other.is_fast for other in self.cases.values())
         if case.seconds is None or graphs >= SIZES:
             return False
         past = self.runs.total()
@@ -267,16 +281,17 @@ class _Run:
         runner, self._case = self.runner, None
         assert runner.fast is not None
         try:
-            run = self._ask(runner.fast.start(self.images))
+            run = self._ask(RuntimeRun(runner.fast, self.images))
             self._case = runner.cases.setdefault(run.options(logits), _Case())
         except (SparseSegError, ValueError) as error:  # PyTorch can do it, or says why not
-            runner.refusal = str(error)
+            runner.refusals[str(error)] += 1
         if self._case is not None:
             self._case.seen += 1
-            if self._case.is_fast is None:
+            if not self._case.is_fast and self._case.refusal is None:
                 runner.decide(self._case, run, logits)
             if self._case.is_fast:
                 runner.counted(runner.fast)
+                warn_of_bytes(self.images)
                 self._run = run
                 return run
         self._run = self._ask(runner.counted(runner.torch).start(self.images, self.labels))

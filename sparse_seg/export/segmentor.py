@@ -51,11 +51,18 @@ class Elsewhere(Predicting):
         places = [one.data_ptr() for one in self._tensors]
         return [self.model.settings, id(self.model.policy), told, versions, places]
 
-    def check_unchanged(self) -> None:
-        """Raises a SparseSegError where the model has changed since it was read."""
+    def check_start(self, images: Tensor) -> None:
+        """Raises a SparseSegError where the model has changed since it was read; a ValueError of images of a
+        wrong shape or dtype, or whose gradients would be lost."""
         if self._state() != self._known:
             raise SparseSegError(
                 "the network has changed since its graphs were made: call in_runtime again, for the new one"
+            )
+        check_images(images)
+        if images.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "a runtime gives no gradients, and images ask for them: pass images.detach(), or run the "
+                "model itself"
             )
 
     def policy_for(self, way: Way) -> MaskPolicy | None:
@@ -95,14 +102,10 @@ class RuntimeSegmentor(Elsewhere):
         """Start a run over images `[B, 3, H, W]`; nothing is computed yet.
 
         Raises:
-            ValueError: images of a wrong shape or dtype.
-            SparseSegError: the model has changed.
+            ValueError, SparseSegError: see `check_start`.
         """
-        self.check_unchanged()
-        check_images(images)
+        self.check_start(images)
         warn_of_bytes(images)
-        if images.dtype != self.dtype:
-            raise ValueError(f"{self.runtime} takes {str(self.dtype)[6:]} images, not {images.dtype}")
         return RuntimeRun(self, images)
 
     def check(self, way: Way, policy: MaskPolicy | None = None) -> None:
@@ -227,10 +230,17 @@ class RuntimeRun:
     """One run of a graph; as a `Pass`, but what happens inside is not there.
 
     Args:
-        images: normalised, `[B, 3, H, W]`.
+        images: normalised, `[B, 3, H, W]`, see `Elsewhere.check_start`.
+
+    Raises:
+        ValueError: images of another dtype than the graphs'.
     """
 
     def __init__(self, segmentor: RuntimeSegmentor, images: Tensor) -> None:
+        if images.dtype != segmentor.dtype:
+            raise ValueError(
+                f"{segmentor.runtime} takes {str(segmentor.dtype)[6:]} images, not {images.dtype}"
+            )
         self.segmentor, self.images = segmentor, images
         self._options: ExportOptions | None = None
         self._inputs: dict[str, Tensor] = {}

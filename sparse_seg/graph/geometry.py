@@ -167,10 +167,11 @@ class Geometry(Strides):
         parts = self.graph.own_code
         own = f"; {parts[0]} runs by its own code, and all behind it is dense" if parts else ""
         before = (node for node in self.graph.nodes if node.name not in self._behind_resizing)
-        most = max((self.spacing(node) for node in before if node.op == "conv2d"), default=0)
+        widest = max((node for node in before if node.op == "conv2d"), key=self.spacing, default=None)
+        most = f"{self.spacing(widest)} px apart ({widest.where})" if widest else "0 px apart"
         raise NotSelective(
             f"nothing of this network can run selectively at strides {finest} and {coarsest}: its "
-            f"convolutions' taps lie at most {most} px apart before its first upsampling, and must lie "
+            f"convolutions' taps lie at most {most} before its first upsampling, and must lie "
             f"{2 * finest} px apart; "
             "build it with dilation in place of strides (output stride 8 or 16), or give smaller strides, "
             "at which its weights are less accurate than at its own" + own

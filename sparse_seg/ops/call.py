@@ -68,7 +68,14 @@ class Constant:
     shape: tuple[int, ...]
 
 
-Known = Ref | Constant | UnknownOperator  # the latter is raised once the output needs it
+@dataclass(frozen=True)
+class Stack:
+    """Values along a new axis before all others; a sum over it is known, and nothing else."""
+
+    refs: list[Ref]
+
+
+Known = Ref | Constant | Stack | UnknownOperator  # the latter is raised once the output needs it
 
 
 class Record:
@@ -145,6 +152,8 @@ class Call:
         refs = []
         for one in argument if isinstance(argument, (list, tuple)) else [argument]:
             found = self.record.known(one)
+            if isinstance(found, Stack):
+                raise self.error(f"{self.operator} of values stacked along another axis than the channels")
             if not isinstance(found, Ref):
                 raise self.error(f"{self.operator} of what is no value of the image")
             refs.append(found)
@@ -202,7 +211,7 @@ class Call:
             if moves or math.prod(out) != math.prod(found.shape):
                 raise self.error("a parameter that is moved about")
             return replace(found, shape=out)
-        assert isinstance(found, Ref)
+        found = self.value()
         if moves:
             return self._permuted(found)
         shape, form = found.shape, found.form
@@ -217,13 +226,22 @@ class Call:
             raise self.error(f"{self.operator} from {list(shape)} to {list(out)}")
         return replace(found, form=form) if axes == shape[1:-2] else self._view(found, axes, form)
 
-    def stacked(self) -> Ref:
-        """Values of one channel axis, joined along a new one before it."""
+    def stacked(self) -> Ref | Stack:
+        """Values of one channel axis, joined along a new one before it; or such that a sum may take apart."""
         refs, shape = self.values("tensors"), self.shapes[0]
+        if self.argument("dim", 0) == 0 and len({ref.form for ref in refs}) == 1:
+            return Stack(refs)
         if self.argument("dim", 0) != 1 or len(shape) != 5 or any(ref.form != "first" for ref in refs):
             raise self.error("values stacked along another axis than the channels")
         joined = self._enter("cat", refs, (1, shape[1] * shape[2], *shape[3:]), "first")
         return self._view(joined, shape[1:3], "first")
+
+    def added(self, refs: Sequence[Ref]) -> Ref:
+        """The sum of values of one shape and form."""
+        total, *others = refs
+        for ref in others:
+            total = self._enter("add", [total, ref], ref.shape, ref.form)
+        return total
 
     def _permuted(self, ref: Ref) -> Ref:
         if self.operator == "transpose":

@@ -19,7 +19,7 @@ from sparse_seg.ops.base import (
     pair,
     window_options,
 )
-from sparse_seg.ops.call import Call, Ref, reads
+from sparse_seg.ops.call import Call, Ref, Stack, reads
 from sparse_seg.ops.node import Node
 
 MOST_PLACES = 64  # along a side, that a pooling gives whatever the image
@@ -181,8 +181,11 @@ def read_adaptive_max(call: Call) -> list[Ref]:
 
 @reads("mean", "amax", "sum")
 def read_mean(call: Call) -> Ref:
-    """Over height and width, or over a channel axis."""
-    name, value, axes = call.operator, call.value(), call.argument("dim")
+    """Over height and width, over a channel axis, or over a stack."""
+    name, axes, stack = call.operator, call.argument("dim"), call.record.known(call.tensors[0])
+    if isinstance(stack, Stack) and name == "sum" and axes == [0] and not call.argument("keepdim"):
+        return call.added(stack.refs)
+    value = call.value()
     rank = len(value.shape)
     axes = [axes] if isinstance(axes, int) else list(axes or range(rank))
     axes = sorted(value.channel_axis(axis) for axis in axes)

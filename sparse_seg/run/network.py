@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -208,7 +208,7 @@ class SelectiveNetwork(Predicting, nn.Module):
     def refine(
         self,
         images: Tensor,
-        fractions: Sequence[float] | None = None,
+        fractions: Iterable[float] | None = None,
         milliseconds: float | None = None,
     ) -> Iterator[Tensor]:
         """Anytime prediction: ever better logits `[B, K, H, W]`; each step computes its new sites only.

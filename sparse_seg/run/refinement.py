@@ -6,11 +6,13 @@ The first result is the dense network at the coarsest stride. Blocks are ranked 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sparse_seg.errors import shown
 from sparse_seg.masks import ConfidencePolicy, MaskPolicy, blur_scores, top_blocks
 from sparse_seg.timing import now
 
@@ -27,7 +29,7 @@ class Refined(NamedTuple):
 def refine(
     model: Any,
     images: Tensor,
-    fractions: Sequence[float] | None = None,
+    fractions: Iterable[float] | None = None,
     milliseconds: float | None = None,
 ) -> Iterator[Refined]:
     """See `SelectiveNetwork.refine`.
@@ -40,13 +42,17 @@ def refine(
     """
     if (fractions is None) == (milliseconds is None):
         raise ValueError("give refine either fractions or milliseconds")
-    if milliseconds is not None and not math.isfinite(milliseconds):
-        raise ValueError(f"milliseconds must be a finite number, not {milliseconds}")
-    if fractions is not None and (not fractions or list(fractions) != sorted(fractions)):
-        raise ValueError(f"fractions must rise, not {list(fractions)}")
-    for fraction in fractions or ():
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fractions must lie in 0..1, not {fraction}")
+    try:
+        shares = None if fractions is None else [float(one) for one in fractions]
+    except (TypeError, ValueError, RuntimeError):  # of a tensor with several axes
+        raise ValueError(f"fractions must be a list of numbers in 0..1, not {shown(fractions)}") from None
+    if milliseconds is not None and not (isinstance(milliseconds, Real) and math.isfinite(milliseconds)):
+        raise ValueError(f"milliseconds must be a finite number, not {shown(milliseconds)}")
+    if shares is not None and (not shares or shares != sorted(shares)):
+        raise ValueError(f"fractions must rise, and be one or more, not {shares}")
+    for share in shares or ():
+        if not 0 <= share <= 1:
+            raise ValueError(f"fractions must lie in 0..1, not {share}")
     start, policy = now(images.device), model.policy
     if not policy.ranks_refinement:
         policy = ConfidencePolicy(fine_fraction=1.0, block=model.strides[-1])
@@ -56,9 +62,9 @@ def refine(
         yield from _within(run, policy, start, milliseconds)
         return
     scores = policy.scores(run)
-    for fraction in fractions or ():
-        if fraction > 0:
-            run.take(_cut(policy, scores, fraction))
+    for share in shares or ():
+        if share > 0:
+            run.take(_cut(policy, scores, share))
         yield Refined(run.logits(), run.levels)
 
 

@@ -166,6 +166,12 @@ def test_numbers_that_are_no_pixels_are_said(tmp_path: Path, dtype, said: str, o
         read_image(tmp_path / "depth.tif")
 
 
+def test_lab_colours_are_said(tmp_path: Path) -> None:
+    PIL.Image.new("LAB", (40, 60)).save(tmp_path / "photo.tif")
+    with pytest.raises(DataError, match=r"photo\.tif: is a TIFF of Lab colours, .* save it in RGB"):
+        read_image(tmp_path / "photo.tif")
+
+
 def test_a_cut_tiff_is_truncated(tmp_path: Path) -> None:
     whole = tiff(np.ones((40, 60), np.uint8))
     beyond = b"II+\0\x08\0\0\0" + b"\xff" * 60  # a BigTIFF whose directory lies beyond all files

@@ -154,6 +154,21 @@ def test_what_cannot_be_exported_stays_in_torch_and_says_why(kind, way, reason, 
         run(Runner(kind_model(kind, "edge"), "onnxruntime", way), images, way)
 
 
+def test_each_refusal_is_told_with_its_runs(images, monkeypatch):
+    runner, blocks = Runner(kind_model("tiny", "edge")), block_mask("random", (1, 4, 6))
+    with torch.inference_mode():
+        for _ in range(2):
+            runner(images, blocks.long())
+        runner(images, torch.zeros_like(blocks))
+        runner(images)
+        monkeypatch.setattr(rules, "PIXELS", 64 * 95)
+        runner.dense(images)
+    said = runner.report()
+    assert said.startswith("runtime: torch (2 runs: in a runtime fine_blocks must be bool")
+    assert "; 1 run: in a runtime all images need the same number of fine blocks" in said
+    assert "; 1 run: images of over 6080 px get no graph; 1 run: too few images for a graph" in said
+
+
 @pytest.mark.slow
 def test_one_failing_size_leaves_the_others_where_they_are(images, price, monkeypatch):
     def fail(network):
@@ -169,7 +184,7 @@ def test_one_failing_size_leaves_the_others_where_they_are(images, price, monkey
         run(runner, images[..., :64])
         run(runner, images)
     assert runner.runs == {"torch": 5, "onnxruntime": 4}
-    assert "for 4 of 9 runs, torch for the others (too much memory); 1 graph" in runner.report()
+    assert "for 4 of 9 runs, torch for the others (3 runs: too much memory); 1 graph" in runner.report()
     assert runner.seconds > before > 0
 
 

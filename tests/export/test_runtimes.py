@@ -61,6 +61,25 @@ def test_a_model_that_has_changed_is_told(runtime):
             fast(images)
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "auto"])
+def test_images_that_ask_for_gradients_are_told(runtime):
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    fast, images = in_runtime(kind_model("tiny", "edge"), runtime, 1), torch.randn(1, 3, 64, 96)
+    images.requires_grad_()
+    with pytest.raises(ValueError, match=r"gives no gradients, .*: pass images\.detach\(\)"):
+        fast(images)
+    with torch.no_grad():
+        fast.start(images)
+
+
+@torch.no_grad()
+def test_a_call_warns_of_bytes_once():
+    fast = in_runtime(kind_model("tiny", "edge"), "auto", 1)
+    with pytest.warns(UserWarning, match=r"look like 0\.\.255") as told:
+        fast.dense(torch.rand(1, 3, 64, 96) * 255)
+    assert len(told) == 1
+
+
 def test_what_a_runtime_refuses():
     pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
     model, images = kind_model("tiny", "edge"), torch.randn(2, 3, 64, 96)

@@ -127,6 +127,12 @@ class Padding(Toy):
         return F.pad(super().forward(images), (1, 1, 1, 1))
 
 
+class Stacking(Toy):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.a(self.stem(images))
+        return self.head(torch.stack([self.b(x), self.d(x)]).relu().sum(0))
+
+
 class Vector(Toy):
     def forward(self, images: Tensor) -> Tensor:
         return self.body(images).mean((2, 3))
@@ -139,13 +145,14 @@ class Vector(Toy):
         (Strange, r"^the module returns a dict; it must return logits, or a dict with 'out' or 'logits'"),
         (Branching, r"Branching at 64x64: what it runs depends on the values of the images \(test_messages"),
         (Strided, r"nothing of this network can run selectively .* build it with dilation in place"),
-        (Pyramid, r"at strides 32 and 64: .* taps lie at most 16 px apart .* must lie 64"),
+        (Pyramid, r"at strides 32 and 64: .* taps lie at most 16 px apart \(conv2d in d\) .* must lie 64"),
         (Branches, r"conv2d in d is at 32 px, behind an upsampling from 16: a network of several branches"),
         (Stepping, r"^the network: every 2th of an axis$"),
         (Cutting, r"differs from the module by .*: conv2d in d gives \(6, 6\) of \(8, 8\) places; pad it"),
         (Halving, r"depends on the images' size: captured at 64x64, its graph differs at 128x192 by"),
         (lambda: Deciding(1), r"the network ends in a sigmoid; give its logits, without it"),
         (Padding, r"^the network: padding that no window reads$"),
+        (Stacking, r"^the network: relu of values stacked along another axis than the channels"),
         (Vector, r"the network gives \[1, 8, 1, 1\], not logits"),
         (Writing, r"^the network: copy_ writes to a part of a tensor; make a new one, by torch.cat"),
         (Whole, r"^the network: relu_ writes to a part of a tensor"),

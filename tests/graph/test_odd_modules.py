@@ -37,6 +37,14 @@ class Selecting(Toy):
         return F.interpolate(self.head(x), images.shape[2:], mode="bilinear")
 
 
+class Adding(Toy):
+    """A sum of stacked values, as in smp's FPN."""
+
+    def body(self, images: Tensor) -> Tensor:
+        x = self.a(self.stem(images))
+        return F.relu(torch.stack([x, self.b(x), self.d(x)]).sum(dim=0))
+
+
 class Striding(Toy):
     """A dilated window at 8 px, then a stride to 16."""
 
@@ -57,6 +65,7 @@ class Nearest(Toy):
     ("kind", "strides"),
     [
         *((Selecting, strides) for strides in (None, (8, 16), (4, 8, 16), (8, 16, 32))),
+        *((Adding, strides) for strides in (None, (4, 8, 16))),
         *((Striding, strides) for strides in (None, (8, 16), (4, 8, 16), (8, 16, 32))),
         *((Nearest, strides) for strides in (None, (4, 8, 16))),
     ],

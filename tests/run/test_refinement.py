@@ -165,14 +165,18 @@ def test_refine_by_fractions(strides: tuple[int, ...], fast: bool) -> None:
 
 def test_refine_takes_any_model_in_eval_mode() -> None:
     model, images = random_model(), torch.zeros(1, 3, 64, 64)
-    assert len(list(model.refine(images, fractions=[0, 0.5]))) == 2, "an edge policy ranks nothing here"
+    for fractions in ([0, 0.5], torch.tensor([0, 0.5]), iter([0, 0.5])):
+        assert len(list(model.refine(images, fractions))) == 2, "an edge policy ranks nothing here"
     for wrong, message in (
         ({}, "either fractions or milliseconds"),
         ({"fractions": [0.1], "milliseconds": 3}, "either fractions or milliseconds"),
         ({"fractions": [0.2, 0.1]}, "fractions must rise"),
-        ({"fractions": []}, "fractions must rise"),
+        ({"fractions": []}, r"must rise, and be one or more, not \[\]"),
+        ({"fractions": 0.2}, "must be a list of numbers in 0..1, not 0.2"),
+        ({"fractions": ["edge"]}, r"must be a list of numbers in 0..1, not \['edge'\]"),
         ({"fractions": [0.2, 1.1]}, "lie in 0..1, not 1.1"),
         ({"milliseconds": float("inf")}, "must be a finite number, not inf"),
+        ({"milliseconds": "5"}, "must be a finite number, not '5'"),
     ):
         with pytest.raises(ValueError, match=message):
             next(model.refine(images, **wrong))

@@ -6,9 +6,7 @@ CUDA graph: the dense ones and the static form.
 
 import copy
 import functools
-import io
 import itertools
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from sparse_seg.errors import MeasurementError
 from sparse_seg.export import ExportOptions, StaticNetwork
 from sparse_seg.export.cuda_graph import graphed
-from sparse_seg.export.onnx_file import OPSET
+from sparse_seg.export.onnx_file import traced
 from sparse_seg.export.runtime import check_runtime
 from sparse_seg.lab.benchmark.measure import Case, Subject
 from sparse_seg.lab.latency import Run, interleaved
@@ -165,14 +163,12 @@ def by_onnxruntime(provider: str, network: Callable[[Tensor], Tensor], images: T
         images.contiguous(),
         network(images).contiguous(),
     )
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    session_options, graph = onnxruntime.SessionOptions(), io.BytesIO()
+    session_options = onnxruntime.SessionOptions()
     session_options.log_severity_level = 4  # what does not load is told below
+    graph = traced(_Module(network), (given,), ["images"], ["logits"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = {"input_names": ["images"], "dynamo": False, "opset_version": OPSET}
-        torch.onnx.export(_Module(network), (given,), graph, **exported)  # type: ignore[arg-type]
-        session = onnxruntime.InferenceSession(graph.getvalue(), session_options, [(provider, options)])
+        session = onnxruntime.InferenceSession(graph, session_options, [(provider, options)])
     if provider not in session.get_providers():
         raise MeasurementError(f"onnxruntime cannot load {provider} here")
     bound, logits = session.io_binding(), session.get_outputs()[0].name
