@@ -68,20 +68,6 @@ def renamed(change: Callable[[str], str]) -> Weights:
     return {change(name): tensor for name, tensor in weights().items()}
 
 
-WRAPPED: dict[str, Callable[[], Any]] = {
-    "Lightning": lambda: {"state_dict": renamed("net.{}".format), "epoch": 3},
-    "compiled": lambda: {"model": renamed("module._orig_mod.{}".format)},
-    "without counters": lambda: {name: one for name, one in weights().items() if "num_batches" not in name},
-}
-
-
-@pytest.mark.parametrize("how", WRAPPED)
-def test_weights_are_found_in_what_they_are_wrapped(tmp_path: Path, how: str) -> None:
-    torch.save(WRAPPED[how](), tmp_path / "net.pth")
-    found = convert_module(tmp_path / "net.pth", captured.NAME, {}).checkpoint
-    assert same(dense_tensors(found), weights())
-
-
 def without(name: str) -> Weights:
     return {key: tensor for key, tensor in weights().items() if key != name}
 

@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparse_seg import load_model
@@ -23,7 +22,6 @@ from sparse_seg.errors import CheckpointError
 from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import save_checkpoint
 from sparse_seg.training.pretrained import load_own
-from sparse_seg.version import __version__
 from tests.conversion.cases import same, state_of
 
 NAME = "vainf deeplabv3plus"  # 19 classes, as the scenes
@@ -78,18 +76,6 @@ def test_verification_says_where_p1_does_not_hold(capsys, tmp_path):
     assert "P1 holds" in text
 
 
-def test_the_file(folder):
-    with safe_open(folder / "net.safetensors", framework="pt") as file:
-        assert list(file.metadata()) == ["sparse_seg"]
-        assert file.get_slice("module.backbone.layer3.0.conv2.weight").get_shape() == [32, 32, 3, 3]
-    checkpoint = load(folder / "net.safetensors")
-    assert checkpoint.version == __version__
-    assert (checkpoint.origin.source, checkpoint.origin.arch) == ("vainf", "deeplabv3plus_resnet50")
-    assert checkpoint.config.num_classes == 19
-    assert checkpoint.config.trained_stride == 8
-    assert checkpoint.origin.assumed == ["output stride 8 (tensors cannot tell; else use --output-stride 16)"]
-
-
 def test_settings_that_tensors_cannot_tell(capsys, folder, tmp_path):
     """What was assumed stands last: verifying compares our forms with each other, so wrong rates pass."""
     text = run(capsys, "convert", folder / "source.pth", tmp_path / "net.safetensors", "--verify")
@@ -103,29 +89,6 @@ def test_settings_that_tensors_cannot_tell(capsys, folder, tmp_path):
     assert nodes["backbone.bn1"].options["eps"] == 0.01
     rates = [nodes[f"head.aspp.convs.{index}.0"].options["dilation"] for index in (1, 2, 3)]
     assert rates == [[12, 12], [24, 24], [36, 36]]  # at output stride 8: 6, 12, 18 at 16
-
-
-@pytest.mark.slow
-def test_evaluate_and_predict_need_nothing_else(capsys, folder, tmp_path):
-    files, street = [folder / "data.yaml", folder / "net.safetensors"], tmp_path / "street.png"
-    options = ["--compare", "0.2", "--policies", "edge", "--limit", "1", "--report", tmp_path / "report.html"]
-    assert "selective, edge" in run(capsys, "evaluate", *files, *options)
-    assert "resnet50 x0.125, deeplabv3plus head" in (tmp_path / "report.html").read_text()
-    cv2.imwrite(str(street), np.full((70, 90, 3), 99, np.uint8))
-    assert "1 image segmented" in run(capsys, "predict", *files, street, "--out", tmp_path / "out")
-    options = [street, "--out", tmp_path / "none", "--set", "data.dataset=camvid"]
-    message = run(capsys, "predict", *files, *options, code=1)
-    assert "has 19 classes, but 11 are asked for (by model.num_classes or data.dataset camvid)" in message
-    assert not (tmp_path / "none").exists()
-
-
-def test_mask_exchange_and_engine_are_the_configs(folder):
-    settings = ["model.exchange=nearest", "model.engine=gather", "model.mask.policy=random"]
-    model = load_model(folder / "net.safetensors", load_config(folder / "data.yaml", settings))
-    assert (model.exchange, model.engine, model.policy.name) == ("nearest", "gather", "random")
-    config = load_config(folder / "data.yaml", ["data.dataset=camvid"])
-    with pytest.raises(CheckpointError, match="has 19 classes, but 11 are asked for"):
-        load_model(folder / "net.safetensors", config)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -214,19 +177,6 @@ def test_training_starts_there_and_resumes_from_its_own(capsys, folder, tmp_path
     weight = load(tmp_path / "run/best.pt").weights["module.backbone.conv1.weight"]
     assert torch.allclose(weight, state_of(NAME)["backbone.conv1.weight"], atol=1e-6)
     assert "pretrained" not in run(capsys, *command, "--resume", *settings, "train.iterations=2")
-
-
-def test_training_starts_from_a_converted_file(capsys, folder, tmp_path):
-    """train.init: the whole network, head and all; the config must say the same network."""
-    same = [f"model.{key}={str(value).lower()}" for key, value in PLUS.items()]
-    same += [f"train.init={folder / 'net.safetensors'}", "train.iterations=1", *STEP]
-    command = ["train", folder / "data.yaml", "--work-dir"]
-    run(capsys, *command, tmp_path / "run", "--set", *same)
-    found, expected = load(tmp_path / "run/best.pt").weights, load(folder / "net.safetensors").weights
-    for part in ("module.backbone.conv1.weight", "module.head.classifier.weight"):
-        assert torch.allclose(found[part], expected[part], atol=1e-6)
-    message = run(capsys, *command, tmp_path / "x", "--set", *same, "model.trained_stride=16", code=1)
-    assert "trained with model.trained_stride 8, not 16; train again or use --set" in message
 
 
 @pytest.mark.parametrize("name", ["back.pth", "back.safetensors"])

@@ -1,4 +1,7 @@
-"""Multiply-adds against PyTorch's own counter, sites counted by hand, published figures; a file's bytes."""
+"""Multiply-adds of published figures and of policies; parameters; a file's bytes.
+
+Exact counts: `tests/graph/test_random_networks.py`, and against PyTorch's own counter `tests/test_parts.py`.
+"""
 
 import copy
 from contextlib import nullcontext
@@ -12,43 +15,9 @@ from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_param
 from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.run.way import Way
 from tests import captured
-from tests.reference import VARIANTS, random_model, variant_model
+from tests.reference import random_model
 
 PARTS = ["early", "rows", "late"]
-
-
-@pytest.mark.parametrize("output_stride", [8, 32])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_dense_count_is_pytorchs(variant, output_stride):
-    """Exactly its count of the plain module at that stride, whose upsampling is not counted."""
-    model, images = variant_model(variant), torch.randn(2, 3, 75, 98, dtype=torch.float64)
-    module = build_module(model.settings, output_stride).eval().double()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(images)
-    flops = counter.get_flop_counts()["EncoderDecoder"]
-    counts = count_macs(model, images, Way.dense(output_stride))
-    assert 2 * sum(counts.values()) == flops[torch.ops.aten.convolution]
-    assert list(counts) == PARTS
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@torch.no_grad()
-def test_rows_cost_their_sites(variant):
-    """Early and late parts cost what the dense network's do, rows by the number of sites, which is counted
-    here by hand, but for ASPP's pooled vector. Folded, the projection multiplies that once an image."""
-    model, images = variant_model(variant), torch.randn(2, 3, 75, 98, dtype=torch.float64)
-    dense = count_macs(model, images, Way.dense(8))
-    mask = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.3
-    fine = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, : -(-75 // 8), : -(-98 // 8)].clone()
-    fine[:, ::2, ::2] = True  # the lattice
-    counts = model.start(images).take(mask).macs()
-    weights = dict(model.module.named_parameters())
-    pooled = 2 * weights["head.aspp.convs.4.1.weight"].numel() if variant != "fcn" else 0
-    assert (counts["rows"] - pooled) * fine.numel() == (dense["rows"] - pooled) * int(fine.sum())
-    assert (counts["early"], counts["late"]) == (dense["early"], dense["late"])
-    saved = (int(fine.sum()) - 2) * 16 * 16 if pooled and model.settings.aspp_projection else 0
-    folded = model.for_inference().start(images).take(mask).macs()
-    assert folded == counts | {"rows": counts["rows"] - saved}
 
 
 @pytest.mark.slow

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sparse_seg import build_model, load_model
-from sparse_seg.cli import main
+from sparse_seg import build_model
 from sparse_seg.config import DataConfig
 from sparse_seg.data import build_dataset
 from sparse_seg.data.dataset import SegmentationDataset
@@ -73,26 +71,3 @@ def test_cuts() -> None:
         _cut(ranked, 0.2)
     ties = torch.tensor([1.0] * 21 + [0.5] * 79)  # a share of 0.2 lies within the first
     assert _cut(ties, 0.2) == 0.75
-
-
-def test_a_threshold_is_there_already(dataset: SegmentationDataset) -> None:
-    with pytest.raises(ConfigError, match=r"set model.mask.threshold=null, or --fine-fraction F"):
-        calibrate(network(threshold=0.1), dataset, DATA)
-
-
-@pytest.mark.slow
-def test_from_a_checkpoint_to_one_with_a_threshold(
-    tiny: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out.safetensors"
-    command = ["calibrate", str(tiny), str(trained / "best.safetensors")]
-    command += ["--set", "model.mask.policy=confidence"]
-    assert main([*command, "--fine-fraction", "0.25", "--out", str(out), "--limit", "4"]) == 0
-    printed = capsys.readouterr().out
-    assert "policy confidence: 0.250 of the blocks of 4 frames" in printed
-    threshold = float(re.findall(r"--set model.mask.threshold=(\S+)", printed)[0])
-    policy = load_model(out).policy
-    assert (policy.name, policy.fine_fraction) == ("confidence", None)
-    assert policy.threshold == pytest.approx(threshold, rel=1e-5)
-    assert main([*command[:-1], "model.mask.threshold=0.5"]) == 1
-    assert "set model.mask.threshold=null" in capsys.readouterr().err

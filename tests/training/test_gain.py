@@ -19,7 +19,7 @@ from sparse_seg.data.transforms import normalise
 from sparse_seg.masks.gain import GainPolicy
 from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import save_checkpoint
-from sparse_seg.training.gain import Sample, clusters, collect, fit, right
+from sparse_seg.training.gain import Sample, clusters, collect, fit
 from tests.reference import randomise, relative_error
 
 
@@ -54,11 +54,6 @@ def test_the_net_learns_which_blocks_gain() -> None:
         found = net(reads)
     assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.9
     assert abs((found - expected).mean()) < 0.02  # a score is a gain
-
-
-def test_right_pixels() -> None:
-    truth = torch.tensor([[[0, 1, 255]]])
-    assert right(torch.tensor([[[0, 2, 255]]]), truth).tolist() == [[[1.0, 0.0, 0.0]]]
 
 
 def test_from_frames_to_a_checkpoint(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
