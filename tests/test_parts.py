@@ -1,5 +1,5 @@
-"""One contract per kind of part, run over all that is registered: also toys that only this file knows, and the
-backbone that CONTRIBUTING.md shows in full."""
+"""One contract per kind of part, run over all that is registered: also toys that only this file knows, and
+the backbone that CONTRIBUTING.md shows in full."""
 
 from __future__ import annotations
 
