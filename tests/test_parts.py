@@ -22,7 +22,7 @@ from sparse_seg import build_model, load_model
 from sparse_seg.cli import main
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import MaskPolicy, PolicyInput
-from sparse_seg.registry import BACKBONES, HEADS, POLICIES
+from sparse_seg.registry import BACKBONES, HEADS, POLICIES, Registry
 from sparse_seg.run.exits import last_exit
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
@@ -230,6 +230,23 @@ def test_gradients_in_eval_mode(name: str, merge: str) -> None:
     if model.policy.ranks_refinement:
         for fast in (model.requires_grad_(False), model.for_inference()):
             assert fast.start(images.detach()).follow().memory is not None
+
+
+def test_a_registry() -> None:
+    registry = Registry("thing", {"path": "pathlib:Path", "missing": "no.such:Part"})
+
+    @registry.register("mine")
+    class Mine:
+        pass
+
+    assert registry.register("other", 3) == 3
+    assert list(registry) == ["path", "missing", "mine", "other"], "listing imports nothing"
+    assert registry.declared == ("path", "missing")
+    assert (registry["path"], registry["mine"]) == (Path, Mine)
+    with pytest.raises(ModuleNotFoundError):
+        registry["missing"]
+    with pytest.raises(ValueError, match="there is a thing 'mine' already; choose another name"):
+        registry.register("mine", 4)
 
 
 def test_options_of_parts_from_outside() -> None:

@@ -12,6 +12,7 @@ from sparse_seg.masks import ConfidencePolicy
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from tests.export.kinds import kind_model
+from tests.fast import one_fast
 from tests.reference import block_mask, relative_error
 
 pytest.importorskip("onnx", reason="needs the package onnx")
@@ -126,7 +127,7 @@ def test_cuda_graphs_need_a_cuda_device():
         in_runtime(kind_model("tiny", "edge"), "cuda-graph")
 
 
-@pytest.mark.parametrize("policy", ["edge", "entropy", "learned"])
+@pytest.mark.parametrize("policy", one_fast("learned", "edge", "entropy"))
 @torch.no_grad()
 def test_cuda_graphs_in_half_precision(policy, replayed_here):
     model, images = copy.deepcopy(kind_model("lite", policy)), torch.randn(1, 3, 64, 96)

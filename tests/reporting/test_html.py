@@ -7,9 +7,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pytest
 
-from sparse_seg.lab.report.html import PER_ROW, Picture, Section, page, photo, write_report
+from sparse_seg.lab.report.html import Picture, Section, page, photo, write_report
 from sparse_seg.lab.report.tables import Column, Table
 
 IMAGE = np.full((9, 13, 3), (200, 40, 40), np.uint8)
@@ -75,10 +74,3 @@ def test_text_is_escaped() -> None:
     assert "<p>one &lt;script&gt;</p>\n<p>two</p>" in text
     assert outline.attributes("img")[0]["alt"] == 'a "quoted" <caption>'
     assert not {"script", "b", "i", "caption"} & {tag for tag, _ in outline.tags}
-
-
-@pytest.mark.parametrize("count", [1, PER_ROW, 3 * PER_ROW])
-def test_pictures_stand_in_rows(count: int) -> None:
-    text = Section("Pictures", pictures=[Picture(PNG)] * count).to_html()
-    assert f"repeat({min(count, PER_ROW)}, " in text
-    assert text.count("<figure>") == count

@@ -75,7 +75,10 @@ def all_ways(model: SelectiveNetwork, images: Tensor) -> list[Tensor]:
     return [model.dense(images, 8), model(images, MASK), refined.logits(), *model.refine(images, [0, 0.2])]
 
 
-@pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
+@pytest.mark.parametrize(
+    ("backbone", "head"),
+    [("resnet18", "lite"), pytest.param("resnet50", "deeplabv3", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("fault", ["pixel", "infinite pixel", "overflow in layer1", "overflow in layer4"])
 @torch.no_grad()
 def test_it_hides_nothing_that_is_not_finite(fault: str, backbone: str, head: str) -> None:

@@ -22,7 +22,7 @@ from tests.reference import NUM_CLASSES, block_mask, random_model, randomise, re
 from tests.run.test_levels import block_levels, random_images
 
 STRIDES = [(8, 16), (8, 16, 32), (4, 8, 16)]
-CONFIGS = [("resnet18", "lite"), ("resnet50", "deeplabv3")]
+CONFIGS = [pytest.param("resnet18", "lite", marks=pytest.mark.slow), ("resnet50", "deeplabv3")]
 
 
 def rising_levels(images: Tensor, strides: tuple[int, ...], seed: int = 0) -> list[Tensor]:
