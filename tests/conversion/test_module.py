@@ -145,15 +145,6 @@ def test_errors_are_one_line_and_write_nothing(tmp_path: Path, capsys: pytest.Ca
         error = run(capsys, "convert", *files, *arguments, code=code)
         assert message in error
         assert error.count("\n") == 1
-    for arguments, message in (
-        (("--module", captured.NAME, "--from", "timm"), "argument --from: not with --module"),
-        (("--args", "classes=3"), "argument --args: only with --module"),
-        (("--module", captured.NAME, "--args", "classes"), "'classes' is no KEY=VALUE"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            main([str(one) for one in ("convert", *files, *arguments)])
-        assert stopped.value.code == 2
-        assert message in capsys.readouterr().err
     assert not files[1].exists()
 
 
