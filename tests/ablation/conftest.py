@@ -46,7 +46,7 @@ train: {{iterations: 2, batch_size: 2, threads: 1}}
 
 @pytest.fixture(scope="session")
 def finished(grid_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work folder of a finished ablation; memory is measured in tests/evaluation/test_latency.py."""
+    """The work folder of a finished ablation; memory is measured in tests/evaluation/test_cost.py."""
     work_dir = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "peak_memory", lambda prepare, arguments, *given: prepare(*arguments) and 12.0)

@@ -14,13 +14,19 @@ from torch import Tensor, nn
 
 from sparse_seg import load_model, save_model, selective
 from sparse_seg.errors import TrainingError
-from sparse_seg.export import ExportOptions, export_onnx
+from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, to_onnx
+from sparse_seg.run.values import Interpreter
 from sparse_seg.run.way import Way
+from sparse_seg.sites import Taps
 from tests.graph.toys import Doing, Toy, check_module, conv
 from tests.reference import relative_error
 
 SIZE = (64, 64)
 EVERY_CHOICE = (None, (8, 16), (4, 8, 16), (8, 16, 32))  # of strides; None: the module's own
+
+
+def resized(logits: Tensor, images: Tensor) -> Tensor:
+    return F.interpolate(logits, images.shape[2:], mode="bilinear")
 
 
 def in_place_on_what_others_read(toy: Any, images: Tensor) -> Tensor:
@@ -75,13 +81,13 @@ def selecting(toy: Any, images: Tensor) -> Tensor:
     both = torch.stack([toy.a(x), toy.norm(x)], 1)
     weights = toy.weigh(both.sum(1)).unflatten(1, (2, 8)).softmax(1)
     x = toy.d(F.relu(toy.b(toy.down((both * weights).sum(1)))))
-    return F.interpolate(toy.head(x), images.shape[2:], mode="bilinear")
+    return resized(toy.head(x), images)
 
 
 def striding(toy: Any, images: Tensor) -> Tensor:
     """A dilated window at 8 px, then a stride to 16."""
     x = F.relu(toy.b(toy.down(F.relu(toy.wide(toy.stem(images))))))
-    return F.interpolate(toy.head(toy.d(x)), images.shape[2:], mode="bilinear")
+    return resized(toy.head(toy.d(x)), images)
 
 
 class Standardised(nn.Conv2d):
@@ -213,13 +219,13 @@ def pooling(toy: Any, images: Tensor) -> Tensor:
     """A pyramid of poolings (Zhao et al., CVPR 2017), whose places do not divide the grid."""
     x = toy.body(images)
     pooled = [F.interpolate(F.adaptive_avg_pool2d(x, n), x.shape[2:], mode="bilinear") for n in (3, 6)]
-    return F.interpolate(toy.head(toy.joined(torch.cat([x, *pooled], 1))), images.shape[2:], mode="bilinear")
+    return resized(toy.head(toy.joined(torch.cat([x, *pooled], 1))), images)
 
 
 def normed(toy: Any, images: Tensor) -> Tensor:
     x = toy.b(toy.stem(images))
     x = toy.d(toy.over(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-    return F.interpolate(toy.head(x), images.shape[2:], mode="bilinear")
+    return resized(toy.head(x), images)
 
 
 def with_layer_norm() -> Doing:
@@ -240,3 +246,44 @@ def test_exports_are_the_model(build: Any, size: tuple[int, int], tmp_path: Path
     if build is with_layer_norm:
         told = "at sizes that are no multiples of 4 px results differ from the module's, whose stem.4 halves"
         assert told in str(network.report())
+
+
+def far_reaching(far: int = 40) -> Doing:
+    """An atrous branch of which small images hold one tap alone: 320 px at 40 cells."""
+    return Doing(
+        lambda toy, x: resized(toy.head(F.relu(toy.near(y := toy.body(x)) + toy.far(y))), x),
+        near=conv(7), far=conv(far),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(64, 96), (47, 200)])
+@torch.no_grad()
+def test_taps_that_are_always_outside_are_left_out(size: tuple[int, int]):
+    """Where they are early, on rows, and behind the rows: 328 px mix phases, so that the window is late."""
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    for far, merge in ((40, "whole"), (41, "patch")):
+        network = check_module(far_reaching(far), (8, 16), size=size)
+        run = Interpreter(network.geometry, network.tensors, images)
+        assert [run.taps[node.name].number for node in network.graph.nodes if node.layer == "far"] == [1]
+        blocks = torch.ones(2, -(-size[0] // 16), -(-size[1] // 16), dtype=torch.bool)
+        found = network.start(images).take(blocks, Way(merge=merge)).logits()
+        assert relative_error(found, network.dense(images, 8)) < 1e-12
+
+
+def test_which_taps_reach_an_image():
+    taps = Taps((-64, 0, 64), (-32, 0, 32))
+    assert taps.part(taps.inside((65, 33))) == taps
+    assert taps.part(taps.inside((64, 33))) == Taps((0,), (-32, 0, 32))
+    assert taps.part(taps.inside((64, 32))) == Taps((0,), (0,))
+    assert Taps((64, 128), (0,)).inside((64, 64)) == (slice(0, 1), slice(0, 1))
+
+
+def test_uneven_padding_is_part_of_the_exported_convolution():
+    pytest.importorskip("onnx")
+    module = Doing(lambda toy, x: resized(toy.head(toy.body(F.pad(x, (0, 1, 0, 1)))), x))
+    module.stem[0] = nn.Conv2d(3, 8, 3, 2)
+    network = selective(module.eval(), (8, 16), "edge", size=SIZE)
+    nodes = to_onnx(StaticNetwork(network, ExportOptions((64, 96), given=True))).graph.node
+    pads = [list(one.ints) for node in nodes for one in node.attribute if one.name == "pads"]
+    assert [0, 0, 1, 1] in pads
+    assert not any(node.op_type == "Pad" for node in nodes)
