@@ -254,11 +254,6 @@ def test_scores(size: tuple[int, int], uncertainty: str) -> None:
             assert torch.allclose(policy.scores(run), expected, atol=1e-5), (reduce, neighbours)
 
 
-def test_unknown_options_of_the_policy() -> None:
-    with pytest.raises(ValueError, match="unknown reduction 'sum'; choose one of max, mean"):
-        ConfidencePolicy(0.1, reduce="sum")
-
-
 def test_training_under_a_confidence_mask() -> None:
     """The mask comes from a pass in eval mode that leaves statistics and modes alone; gradients flow."""
     torch.manual_seed(0)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg import build_model, load_model
-from sparse_seg.config import LossConfig, MaskConfig, load_config
+from sparse_seg.config import LossConfig, load_config
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.evaluation.cost import count_macs
-from sparse_seg.masks import LearnedPolicy, block_mean, parse_policy, straight_through
+from sparse_seg.masks import LearnedPolicy, block_mean, straight_through
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.training import objective
@@ -185,32 +185,3 @@ def test_a_mask_is_trained_on_a_frozen_network(tiny, trained, tmp_path) -> None:
     assert policy.fine_fraction == 0.5
     with pytest.raises(ConfigError, match="this network has no learned mask: set model"):
         load_model(start).policy_for(Way.policy("learned"))
-
-
-@pytest.mark.parametrize(
-    ("spec", "settings"),
-    [
-        ("edge:cad", {"policy": "edge", "edge": "cad"}),
-        ("oracle:change,blur", {"policy": "oracle", "oracle": "change", "blur": True}),
-        (
-            "confidence:entropy,max,neighbours",
-            {"policy": "confidence", "uncertainty": "entropy", "reduce": "max", "neighbours": True},
-        ),
-    ],
-)
-def test_policy_specs(spec: str, settings: dict[str, object]) -> None:
-    mask = parse_policy(spec, MaskConfig(fine_fraction=0.3))
-    assert mask == MaskConfig(fine_fraction=0.3, **settings)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("edges", r"unknown mask policy 'edges'; did you mean 'edge'\? Choose one of uniform, random"),
-        ("edge:cat", r"unknown option 'cat'; did you mean 'cad'\? Choose one of blur, sobel, cad"),
-        ("random:cad", "mask policy 'random:cad': unknown option 'cad'; choose one of blur"),
-    ],
-)
-def test_bad_policy_specs(spec: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_policy(spec, MaskConfig())
