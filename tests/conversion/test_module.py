@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from sparse_seg import load_model
 from sparse_seg.checkpoint import load
-from sparse_seg.cli import main
 from sparse_seg.conversion import convert_module, to_dense
 from sparse_seg.conversion.mapping import dense_tensors
 from sparse_seg.conversion.verify import verify
 from sparse_seg.errors import CheckpointError
 from tests import captured
+from tests.cli.commands import said as run
 from tests.conversion.cases import same
 from tests.peers import package
 from tests.reference import relative_error
@@ -28,13 +28,6 @@ Weights = dict[str, Tensor]
 
 def weights(classes: int = 3) -> Weights:
     return captured.trained(classes).state_dict()
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == code
-    found = capsys.readouterr()
-    return found.out if code == 0 else found.err
 
 
 def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

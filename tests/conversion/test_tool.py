@@ -19,6 +19,7 @@ from sparse_seg.errors import CheckpointError
 from sparse_seg.run.build import build_model
 from sparse_seg.training.checkpoint import save_checkpoint
 from sparse_seg.training.pretrained import load_own
+from tests.cli.commands import said as run
 from tests.conversion.cases import same, state_of
 
 NAME = "vainf deeplabv3plus"  # 19 classes, as the scenes
@@ -32,13 +33,6 @@ def folder(tmp_path_factory):
     assert main(["convert", str(root / "source.pth"), str(root / "net.safetensors")]) == 0
     (root / "data.yaml").write_text(f"data: {{root: {root / 'scenes'}, crop: [64, 64]}}")
     return root
-
-
-def run(capsys, *arguments, code=0):
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == code
-    captured = capsys.readouterr()
-    return captured.out if code == 0 else captured.err
 
 
 def test_the_report(capsys, tmp_path):
