@@ -176,3 +176,21 @@ def test_training_updates_statistics_once_those_of_rows_by_all_sites(
             assert after[0][name] == after[1][name], name
         else:
             assert not torch.equal(after[0][name], before[f"module.{name}"]), name
+
+
+@torch.no_grad()
+def test_statistics_count_no_place_outside_the_image() -> None:
+    """All fine they are those of the coarse and of the fine grid together; the other norms are frozen."""
+    net, given = network("lite", [8, 16]), images(75, 101)
+    late = set(norms(net, "late"))
+    name, means = min(one for one in late if one.endswith("running_mean")), []
+    for module in net.train().modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train(module is net.module.get_submodule(name.rpartition(".")[0]))
+    mask = torch.ones_like(levels(net, given))
+    for run in (Way.dense(16), Way.dense(8), None):
+        before = net.tensors[name].clone()
+        (net.start(given).take(mask, PATCH) if run is None else net.start(given).follow(run)).logits()
+        means.append(net.tensors[name] - 0.9 * before)
+    coarse, fine = 5 * 7, 10 * 13
+    assert relative_error(means[2], (coarse * means[0] + fine * means[1]) / (coarse + fine)) < 1e-12
