@@ -35,7 +35,7 @@ def grid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_scenes(folder / "scenes", 10, (64, 96), val_fraction=0.2)
     (folder / "tiny.yaml").write_text(
         f"""
-model: {{width: 0.125, head_channels: 16, mask: {{policy: edge}}}}
+model: {{width: 0.125, depths: [1, 1, 1, 1], head_channels: 16, mask: {{policy: edge}}}}
 data: {{root: {folder / "scenes"}, crop: [64, 64]}}
 train: {{iterations: 2, batch_size: 2, threads: 1}}
 """

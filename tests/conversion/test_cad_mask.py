@@ -13,10 +13,10 @@ from sparse_seg.conversion import convert
 from sparse_seg.errors import CheckpointError, ConfigError
 from sparse_seg.run.network import SelectiveNetwork
 from tests.conversion.cases import network_of, state_of
+from tests.fast import one_fast
 from tests.reference import relative_error
 
 NAME = "cad learned mask"
-SIZES = [(64, 96), (67, 93)]
 MASK_NET = "backbone.mask_estimator."
 
 
@@ -61,7 +61,7 @@ def cad_logits(images: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", one_fast((67, 93), (64, 96)))
 @torch.no_grad()
 def test_the_mask_that_the_model_runs_with(size, folder):
     """With threshold 0 the likelier resolution of each block, with a fraction those of the highest scores."""

@@ -15,7 +15,7 @@ from sparse_seg.run.passes import Pass
 from sparse_seg.run.way import Way
 from tests.reference import relative_error
 
-TREE = {"model": {"backbone": "resnet50", "width": 0.125, "head": "deeplabv3", "num_classes": 19}}
+TREE = {"model": {"backbone": "resnet50", "width": 0.125, "depths": [1, 1, 1, 2], "head": "deeplabv3"}}
 STRIDES = (8, 16)
 BASELINE = Case("network", Way.dense(8))
 FRACTIONS = [0.1, 0.5, 1.0]

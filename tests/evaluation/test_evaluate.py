@@ -31,7 +31,7 @@ def dataset(tmp_path_factory):
 def model():
     torch.manual_seed(0)
     return build_model(
-        {"backbone": "resnet18", "width": 0.125, "head_channels": 16, "num_classes": 19}
+        {"width": 0.125, "depths": [1, 1, 1, 1], "head_channels": 16, "num_classes": 19}
     ).eval()
 
 

@@ -18,7 +18,7 @@ def finished(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("state")
     (folder / "tiny.yaml").write_text(
         f"""
-model: {{width: 0.125, head_channels: 16}}
+model: {{width: 0.0625, depths: [1, 1, 1, 1], head_channels: 4}}
 data: {{dataset: scenes, root: {scenes}, crop: [64, 64]}}
 train: {{iterations: 2, batch_size: 2, optimizer: adamw, ema_decay: 0.9, eval_images: 1, threads: 1}}
 """
