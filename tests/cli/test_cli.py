@@ -5,10 +5,10 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -19,6 +19,7 @@ from sparse_seg.cli import COMMANDS, demo, main
 from sparse_seg.data.dataset import read_image
 from sparse_seg.lab.compare import report
 from sparse_seg.lab.report.overlays import GAP, LEGEND_HEIGHT
+from tests import captured
 from tests.cli.commands import done, fails
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,7 @@ def test_usage_errors(capsys, trained):
         {"--compare": 0.1, "--fine-fraction": 0.1, "--dense": 8},
     )
     folder, best = checkpoint.parent, checkpoint
+    module = ("convert", best, "net.safetensors", "--module", captured.NAME)
     for arguments, complaint in (
         ((), "COMMAND"),
         (("train",), "CONFIG"),
@@ -109,6 +111,19 @@ def test_usage_errors(capsys, trained):
         (("predict", best, "a.png", "--out", best), "best.safetensors is a file; name a folder"),
         (("predict", best, "a.png", "--policy", "oracle:gain", "--out", "o"), "oracle:gain reads labels"),
         (("predict", best, "a.png", "--window", 9, "--out", "o"), "windows of 9 px are too small; use 256"),
+        (("convert", "a.pth", "net.pth"), "must end in .safetensors"),
+        (("convert", "a.pth", "net.safetensors", "--to-dense", "--verify"), "--verify: not with --to-dense"),
+        (("convert", best, best), "argument DST: is SRC"),
+        (("convert", "a.pth", "net.safetensors", "--output-stride", 32), "invalid choice"),
+        (("convert", "a.pth", "net.safetensors", "--from", "keras"), "invalid choice"),
+        ((*module, "--from", "timm"), "argument --from: not with --module"),
+        ((*module, "--args", "classes"), "'classes' is no KEY=VALUE"),
+        ((*module[:3], "--args", "classes=3"), "argument --args: only with --module"),
+        (("make-scenes", "o", "--size=256"), "HEIGHTxWIDTH"),
+        (("make-scenes", "o", "--size=0x48"), "HEIGHTxWIDTH"),
+        (("make-scenes", "o", "--size=16x48"), "at least 32 px"),
+        (("make-scenes", "o", "--count=1"), "whole number from 2"),
+        (("make-scenes", "o", "--seed=-1"), "whole number from 0"),
     ):
         assert complaint in fails(capsys, *arguments, code=2)
     for one, other in itertools.combinations(values, 2):
@@ -157,28 +172,13 @@ def test_failures_are_one_line(capsys, trained, tmp_path):
         assert "needs --batch 2 or more: a norm sees one vector of each image" in line
 
 
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
+def test_system_errors_are_one_line(capsys, monkeypatch, trained):
+    for error, line in (
         (OSError("disk full"), "error: disk full"),
         (OSError(28, "No space left", "a.json"), "error: a.json: No space left"),
-    ],
-)
-def test_system_errors_are_one_line(capsys, monkeypatch, trained, error, line):
-    def fail(*arguments):
-        raise error
-
-    monkeypatch.setattr("sparse_seg.cli.train.load_config", fail)
-    assert fails(capsys, "train", trained[0]) == line
-
-
-def test_bad_dataset_files_are_named_before_training(capsys, own, config, tmp_path):
-    shutil.copytree(own / "data", tmp_path / "data")
-    cv2.imwrite(str(tmp_path / "data/train/labels/a.png"), np.full((64, 96), 77, np.uint8))
-    work = tmp_path / "run"
-    line = fails(capsys, "train", config, "--work-dir", work, "--set", f"data.root={tmp_path / 'data'}")
-    assert "a.png: label values [77] (6144 px) are not in this dataset's list" in line
-    assert not work.exists()
+    ):
+        monkeypatch.setattr("sparse_seg.cli.train.load_config", Mock(side_effect=error))
+        assert fails(capsys, "train", trained[0]) == line
 
 
 def test_class_names_on_a_terminal_without_their_letters(trained, monkeypatch):
