@@ -43,7 +43,8 @@ def in_runtime(
 
     Args:
         model: in eval mode; its device is where onnxruntime runs, if it is built for it. Where it changes
-            afterwards (weights, settings, policy), a call raises a SparseSegError: call this again.
+            afterwards (weights, settings, policy), a call raises a SparseSegError: call this again. Values
+            written through `.data` or NumPy go unnoticed.
         runtime: `onnxruntime` or `openvino`; `cuda-graph`, on a CUDA device, in the model's precision; or
             `auto`, which runs in PyTorch until a graph in onnxruntime is worth making, see `Runner`.
         threads: of the processor; None: as many as PyTorch uses.

@@ -47,7 +47,13 @@ def test_a_model_that_has_changed_is_told(runtime):
     def exchange(model):
         model.settings = dataclasses.replace(model.settings, exchange="nearest")
 
-    for change in (train, choose, exchange, SelectiveNetwork.half):
+    def assign(model):
+        model.load_state_dict({name: value * 1.05 for name, value in model.state_dict().items()}, assign=True)
+
+    def replace(model):
+        model.module.head = torch.nn.Conv2d(8, 5, 1)
+
+    for change in (train, choose, exchange, SelectiveNetwork.half, assign, replace):
         model = copy.deepcopy(kind_model("tiny", "edge"))
         fast = in_runtime(model, runtime, 1)
         fast.start(images)
