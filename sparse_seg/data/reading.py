@@ -20,6 +20,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from sparse_seg.data.headers import Header, read_header
 from sparse_seg.errors import DataError
@@ -93,6 +94,9 @@ def decode_image(file: Path, upright: bool = False, bits: int | None = None) -> 
     header = _header(file, data)
     if header.kind == "JPEG":
         image = _decode_jpeg(file, data)
+    elif header.multiplies:
+        with _damage_named(file):
+            image = np.array(TiffImageFile(io.BytesIO(data)).convert("RGB"))
     else:
         if header.kind == "PNG":
             _verified_png(file, data)
@@ -179,7 +183,7 @@ def _header(file: Path, data: bytes) -> Header:
     """What a file says of its pixels.
 
     Raises:
-        DataError: it is broken, too large, or holds numbers that are no pixels, or Lab colours.
+        DataError: it is broken, too large, or holds numbers that are no pixels, or what OpenCV misreads.
     """
     with _damage_named(file):
         header = read_header(io.BytesIO(data))
@@ -195,8 +199,10 @@ def _header(file: Path, data: bytes) -> Header:
             f"{file}: is a {header.kind} of {header.bits}-bit {header.numbers} numbers, as tifffile or "
             "rasterio reads; scale the values to 0..65535 and save it with 16 bits per channel, unsigned"
         )
-    if header.is_lab:
-        raise DataError(f"{file}: is a TIFF of Lab colours, which are not read here; save it in RGB")
+    if header.misread:
+        raise DataError(
+            f"{file}: is a TIFF of {header.misread}, which are not read here; save it in RGB, interleaved"
+        )
     return header
 
 
