@@ -51,8 +51,10 @@ def in_runtime(
 
     Raises:
         SparseSegError: an unknown runtime, or one that is not installed or does not run on this device.
-        ValueError: no network of this package.
+        ValueError: no network of this package, or threads that are no number.
     """
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads must be a whole number from 1, not {threads!r}")
     if not isinstance(model, SelectiveNetwork):
         raise ValueError(
             f"model must be a network of this package, not {type(model).__name__}: load_model reads a file, "

@@ -112,7 +112,8 @@ class RuntimeSegmentor(Elsewhere):
         return RuntimeRun(self, images)
 
     def check(self, way: Way, policy: MaskPolicy | None = None) -> None:
-        """Raises a SparseSegError, of one line, for a way that no graph can run."""
+        """Raises a SparseSegError, of one line, for a way that no graph can run, or what the model raises."""
+        self.model.check_way(way)  # first: 8.0 equals 8
         if (way, policy) in self._checked:
             return
         if policy is not None and not policy.reads_image_alone:

@@ -88,7 +88,7 @@ def test_stock_operators_with_readable_names_and_one_copy_of_the_weights(exporte
     [
         ({"size": (31, 64)}, "size 31x64 is too small; images must have at least 32x32 px"),
         ({"fine_fraction": 0.01}, "a fine fraction of 0.01 gives none of 24 blocks; choose a larger one"),
-        ({"dense": 7}, "dense output stride must be a power of two, not 7"),
+        ({"dense": 7}, "output_stride must be a power of two, px, not 7"),
         ({"merge": "blend"}, "unknown merge 'blend'; choose one of whole, patch"),
     ],
 )

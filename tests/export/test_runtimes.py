@@ -97,6 +97,13 @@ def test_what_a_runtime_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             fast(wrong)
+    fast.dense(images, 8)
+    for stride in (8.0, "8"):  # as the model says it
+        for place in (model, fast, in_runtime(model, "auto", 1)):
+            with pytest.raises(ValueError, match=f"output_stride must be a power of two, px, not {stride!r}"):
+                place.dense(images, stride)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="threads must be a whole number from 1, not '2'"):
+        in_runtime(model, "onnxruntime", "2")  # type: ignore[arg-type]
     blocks[0, 0, 0] = True
     for mask in (blocks, blocks & False):
         with pytest.raises(ValueError, match="need the same number of fine blocks, and some"):
