@@ -159,8 +159,9 @@ def test_segment(checkpoint, model, photo):
         again = sparse_seg.segment(network, pixels)
         assert (again.classes == found.classes).all()
         assert again.names == found.names
-    with pytest.raises(ValueError, match=r"must be \[H, W, 3\] uint8 RGB"):
-        sparse_seg.segment(model, np.zeros((64, 64), np.uint8))
+    for shape in ((64, 64), (0, 60, 3)):
+        with pytest.raises(ValueError, match=r"must be \[H, W, 3\] uint8 RGB"):
+            sparse_seg.segment(model, np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="expected uint8"):
         sparse_seg.segment(model, np.zeros((64, 64, 3), np.float32))
     others: list[Any] = [torch.nn.Linear(3, 3), torch.nn.DataParallel(torch.nn.Linear(3, 3)), None, 3]
