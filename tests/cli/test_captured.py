@@ -33,6 +33,7 @@ def test_predict_refines(folder: Path, tmp_path: Path) -> None:
     done("predict", folder / "net.safetensors", folder / "photo.png", *options)
     assert (tmp_path / "photo_ids.png").exists()
     assert list(tmp_path.glob("photo_step*"))
+    done("predict", folder / "net.safetensors", folder / "photo.png", "--dense", 64, "--out", tmp_path / "64")
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_help_has_examples_and_the_overview_purposes(capsys):
         ("browse --nothing-like-it", "error: unrecognized arguments: --nothing-like-it"),
         ("predict a b --out o --policy confidense", "'confidense'; did you mean 'confidence'? Choose one of"),
         ("evaluate a b --runtime torhc", "invalid choice: 'torhc'; did you mean 'torch'? Choose one of auto"),
-        ("evaluate a b --dense 9", "argument --dense: invalid choice: 9; choose one of 4, 8, 16, 32"),
+        ("evaluate a b --dense 8.0", "argument --dense: '8.0' is not a whole number from 1"),
     ],
 )
 def test_what_is_misspelt(capsys, command, complaint):
@@ -88,6 +88,8 @@ def test_usage_errors(capsys, trained):
     )
     folder, best = checkpoint.parent, checkpoint
     module = ("convert", best, "net.safetensors", "--module", captured.NAME)
+    predict = ("predict", best, ROOT / "README.md", "--out", "o", "--dense", 8)
+    export = ("export", best, "x.onnx", "--size", "64x64", "--dense", 8)
     for arguments, complaint in (
         ((), "COMMAND"),
         (("train",), "CONFIG"),
@@ -124,6 +126,10 @@ def test_usage_errors(capsys, trained):
         (("make-scenes", "o", "--size=16x48"), "at least 32 px"),
         (("make-scenes", "o", "--count=1"), "whole number from 2"),
         (("make-scenes", "o", "--seed=-1"), "whole number from 0"),
+        ((*evaluate, "--dense", 9), "argument --dense: output_stride must be 4, 8, 16 or 32, not 9"),
+        ((*predict, "--policy", "edge"), "argument --policy: not allowed with argument --dense"),
+        ((*export, "--policy", "edge"), "argument --policy: not allowed with argument --dense"),
+        ((*export, "--merge", "patch"), "argument --merge: not allowed with argument --dense"),
     ):
         assert complaint in fails(capsys, *arguments, code=2)
     for one, other in itertools.combinations(values, 2):
@@ -165,7 +171,7 @@ def test_failures_are_one_line(capsys, trained, tmp_path):
     picture = tmp_path / "photo.JPG"
     picture.write_bytes(b"\xff\xd8\xff")
     line = fails(capsys, "predict", picture, checkpoint, "--out", tmp_path / "out")
-    assert "photo.JPG is a picture, no checkpoint; the checkpoint comes before" in line
+    assert "photo.JPG is a picture, no checkpoint; name one (to predict, before the pictures)" in line
     for head in ("deeplabv3", "deeplabv3plus"):
         pooled = ("--scopes", "train", "--set", f"model.head={head}")
         line = fails(capsys, "benchmark", config, "--size", "64x96", "--no-memory", *pooled)
