@@ -58,7 +58,7 @@ def read_header(stream: BinaryIO) -> Header:
     try:
         if start[:4] in _TIFF + _BIG_TIFF:
             return _tiff(stream, start)
-        if plugin is None:
+        if plugin is None or start[8:12] == b"AVI ":  # a RIFF file, as WebP is
             return Header()
         image, bits, told = plugin(stream), 8, None
         if isinstance(image, PngImageFile):

@@ -41,7 +41,7 @@ _MOST_PIXELS, _LONGEST_SIDE = 1 << 30, 10**6  # that OpenCV reads
 _INFLATED, _PIXELS_PER_BYTE = 8 * 1032, {"JPEG": 512, "WEBP": 1 << 28}
 _BACK = {6: 8, 8: 6}  # orientations that undo each other; the others undo themselves
 _HARMLESS = "bad ICC marker"
-# the first bytes of files that are not read: where they stand, and what they are
+# marks of files that are not read: where they stand, and what they are
 _OTHERS = (
     (0, b"8BPS", "a Photoshop document"),
     (0, b"\xff\x0a", "a JPEG XL picture"),
@@ -52,6 +52,10 @@ _OTHERS = (
     (0, b"SIMPLE  =", "a FITS picture"),
     (128, b"DICM", "a DICOM file"),
     (0, b"GIF8", "a GIF"),
+    (0, b"\0\0\1\0", "an icon"),
+    (-18, b"TRUEVISION-XFILE", "a TGA picture"),
+    (8, b"AVI ", "a video"),
+    (0, b"\x1aE\xdf\xa3", "a video"),
     (0, b"%PDF", "a PDF"),
     (0, b"<svg", "an SVG drawing"),
     (0, b"<!DOCTYPE", "a web page"),

@@ -218,6 +218,9 @@ def test_formats_that_are_not_read_are_named(tmp_path: Path, monkeypatch: pytest
         (b"8BPS\0\1" + bytes(100), "is a Photoshop document, which is not read here; save it as PNG"),
         (bytes(128) + b"DICM" + bytes(9), "is a DICOM file"),
         (b"\0\0\0\x20ftypisom" + bytes(100), "is a film"),
+        (b"RIFF\0\1\0\0AVI LIST" + bytes(100), "is a video"),
+        (b"\0\0\1\0" + bytes(100), "is an icon"),
+        (bytes(100) + b"TRUEVISION-XFILE.\0", "is a TGA picture"),
         (b"version https://git-lfs.github.com/spec/v1\noid", r"is a pointer of Git LFS \(git lfs pull gets"),
     ):
         file.write_bytes(content)
