@@ -27,6 +27,7 @@ from sparse_seg.training.checkpoint import (
     LAST,
     PROGRESS,
     best_of,
+    check_same_function,
     check_work_dir,
     is_complete,
     load_state,
@@ -147,6 +148,7 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         self.step.restore(state, path)
+        check_same_function(self.config, state["config"], path)
         progress = state["progress"]
         for name in PROGRESS:  # earlier versions did not say when they validated
             setattr(self, name, progress.get(name, progress["iteration"]))

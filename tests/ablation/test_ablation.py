@@ -104,9 +104,9 @@ def test_seeds_and_differences_by_class() -> None:
 
 @pytest.mark.slow
 def test_only_what_is_missing_or_out_of_date_is_done(
-    grid_file: Path, ablation: Ablation, finished: Path
+    grid_file: Path, ablation: Ablation, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None of the cells, trainings and costs that are finished is done again."""
+    """None of the cells, trainings and costs that are finished is done again; a copy is, of another source."""
 
     def changed() -> set[str]:
         before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.*")}
@@ -120,6 +120,17 @@ def test_only_what_is_missing_or_out_of_date_is_done(
     damaged.write_text(json.dumps(json.loads(damaged.read_text()) | {"key": "of other weights"}))
     assert changed() == {"results.json", gone.name, damaged.name}
     assert len(ablation.results()) == len(ablation.grid.cells)
+    copy = ablation.grid.networks["student again"]
+    assert ablation.is_trained("student again", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(copy, "statistics", "dense")
+        assert not ablation.is_trained("student again", 1)
+    source = ablation.checkpoint("student", 1)
+    content = source.read_bytes()
+    source.write_bytes(content + b"other weights")
+    assert not ablation.is_trained("student again", 1)
+    source.write_bytes(content)
+    assert ablation.is_trained("student again", 1)
 
 
 @pytest.mark.slow

@@ -188,6 +188,13 @@ def test_settings_changed_on_resume_take_effect(tiny, trained, tmp_path):
     assert all("momentum_buffer" in state for state in resumed.optimizer.state.values())
 
 
+@pytest.mark.parametrize("setting", ["data.mean=[0.5,0.5,0.5]", "model.bn_eps=0.01"])
+def test_what_the_weights_were_trained_with_stays_on_resume(tiny, trained, tmp_path, setting):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=setting.partition("=")[0]):
+        Trainer(load_config(tiny, [setting, "train.iterations=7"]), folder, resume=True)
+
+
 @pytest.mark.slow
 def test_float16_may_be_switched_on_resume(tiny, tmp_path):
     settings = ["train.amp_dtype=float16", "train.eval_every=1000", "train.eval_images=1"]

@@ -59,7 +59,7 @@ class Ablation:
         self.given = {next(iter(grid.networks)): find(checkpoint)} if checkpoint is not None else {}
         if checkpoint is not None:
             load_model(checkpoint, next(iter(grid.configs.values())))  # before hours of other work
-        self._digests: dict[Path, str] = {}
+        self._digests: dict[tuple[Path, int], str] = {}
 
     # -- what is there -------------------------------------------------------------------------------------
 
@@ -91,7 +91,8 @@ class Ablation:
         if name in self.given:
             return True
         if self.grid.networks[name].source is not None:
-            return self.checkpoint(name, seed).exists()
+            copy, origin = self.checkpoint(name, seed), self._origin(name, seed)
+            return copy.exists() and origin.exists() and origin.read_text() == self._made_of(name, seed)
         return is_finished(self.config(name, seed), self.folder(name, seed))
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
@@ -105,12 +106,25 @@ class Ablation:
     def _cell_path(self, cell: Cell) -> Path:
         return self.work_dir / "cells" / f"{cell.slug}.json"
 
+    def _origin(self, name: str, seed: int) -> Path:
+        """Keeps what `_made_of` said of a network with a source when it was made."""
+        return self.folder(name, seed) / "source.txt"
+
+    def _made_of(self, name: str, seed: int) -> str:
+        """Tells of which weights, and how, a network with a source is to be made."""
+        network = self.grid.networks[name]
+        source = self.checkpoint(str(network.source), seed)
+        return f"{network.statistics} {self._digest(source) if source.exists() else None}"
+
+    def _digest(self, path: Path) -> str:
+        version = path, path.stat().st_mtime_ns
+        if version not in self._digests:
+            self._digests[version] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        return self._digests[version]
+
     def _key(self, cell: Cell) -> str:
         """Identifies a result: its weights, model settings, data and images."""
-        path = self.checkpoint(cell.network, cell.seed)
-        if path not in self._digests:
-            self._digests[path] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-        config = self.cell_config(cell)
+        config, weights = self.cell_config(cell), self._digest(self.checkpoint(cell.network, cell.seed))
         settings = [
             to_dict(config.model),
             cell.run.output_stride,
@@ -118,8 +132,9 @@ class Ablation:
             str(Path(config.data.root).resolve()),
             self.grid.spec.eval_images,
             *filter(None, [config.data.bits]),
+            *([config.data.withheld, config.data.train_on] if config.data.withheld else []),
         ]
-        text = self._digests[path] + json.dumps(settings, sort_keys=True)
+        text = weights + json.dumps(settings, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def cell_config(self, cell: Cell) -> Config:
@@ -165,6 +180,7 @@ class Ablation:
         if self.processes.is_first:
             frame = None if model.card is None else model.card.frame
             save_checkpoint(self.checkpoint(name, seed), config, *content_of(model), frame=frame)
+            atomic_write(self._origin(name, seed), self._made_of(name, seed))
 
     def evaluate(self, cell: Cell) -> None:
         """Measure a cell's accuracy and write its file."""
