@@ -106,7 +106,7 @@ def test_seeds_and_differences_by_class() -> None:
 def test_only_what_is_missing_or_out_of_date_is_done(
     grid_file: Path, ablation: Ablation, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None of the cells, trainings and costs that are finished is done again; a copy is, of another source."""
+    """None of the cells, trainings and costs that are finished is done again; copies of other sources are."""
 
     def changed() -> set[str]:
         before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.*")}
