@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.run.card import Card
 from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.report import uneven
 from sparse_seg.run.values import Interpreter
 
 SIZE = (512, 1024)  # px, of the example image
@@ -170,28 +172,47 @@ def check_strides(strides: Sequence[int]) -> tuple[int, ...]:
 def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int]) -> None:
     """Compare a network at its own stride with the module that it was captured from, on random images.
 
+    Where they agree at some sizes alone, as of a module that pads to multiples of 32 px and crops, its report
+    and a warning say at which.
+
     Raises:
         GraphDiffers: names the first layer that differs.
     """
     small = [min(length, CHECK_SIZE) for length in size]
-    if found := _difference(network, module, small):
-        raise GraphDiffers(f"the captured graph differs from the module by {found}{_cause(network.graph)}")
-    other = next(
-        one for one in ([64, 128], [128, 192], [192, 64]) if one[0] != small[0] and one[1] != small[1]
-    )
-    try:
-        module(_image(module, other))
-    except Exception:  # a module of one size
-        return
-    try:
-        found = _difference(network, module, other)
-    except RuntimeError as error:
-        found = f"an error ({first_line(error)})"
+    found: str | None = _difference(network, module, small)
     if found:
-        raise GraphDiffers(
-            f"what the module computes depends on the images' size: captured at {size[0]}x{size[1]}, its "
-            f"graph differs at {other[0]}x{other[1]} by {found}"
-        )
+        raise GraphDiffers(f"the captured graph differs from the module by {found}{_cause(network.graph)}")
+    sizes = {step: [step * (length // step | 1) for length in (128, 64)] for step in (1, 2, 4, 8, 16, 32)}
+    others = ([128, 64], [192, 128], [64, 192])
+    sizes[64] = next(one for one in others if one[0] != small[0] and one[1] != small[1])
+    _, least = uneven(network.geometry) or ("", 1)
+    differs = False
+    for step in (one for one in sizes if one >= min(least, 64)):
+        other = sizes[step]
+        found = _difference_at(network, module, other)
+        if found and step == 64:
+            raise GraphDiffers(
+                f"what the module computes depends on the images' size: captured at {size[0]}x{size[1]}, its "
+                f"graph differs at {other[0]}x{other[1]} by {found}"
+            )
+        if found == "":
+            break
+        differs |= found is not None
+    if differs:
+        network.graph.nodes[0].options["multiple"] = step
+        warnings.warn(f"{type(module).__name__}: {network.report().inexact}", stacklevel=5)
+
+
+def _difference_at(network: SelectiveNetwork, module: nn.Module, size: Sequence[int]) -> str | None:
+    """See `_difference`; None where the module takes no images of this size."""
+    try:
+        module(_image(module, size))
+    except Exception:  # whatever its own code raises
+        return None
+    try:
+        return _difference(network, module, size)
+    except RuntimeError as error:
+        return f"an error ({first_line(error)})"
 
 
 def _difference(network: SelectiveNetwork, module: nn.Module, size: Sequence[int]) -> str:

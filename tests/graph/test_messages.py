@@ -149,7 +149,7 @@ class Vector(Toy):
         (Branches, r"conv2d in d is at 32 px, behind an upsampling from 16: a network of several branches"),
         (Stepping, r"^the network: every 2th of an axis$"),
         (Cutting, r"differs from the module by .*: conv2d in d gives \(6, 6\) of \(8, 8\) places; pad it"),
-        (Halving, r"depends on the images' size: captured at 64x64, its graph differs at 128x192 by"),
+        (Halving, r"depends on the images' size: captured at 64x64, its graph differs at 192x128 by"),
         (lambda: Deciding(1), r"the network ends in a sigmoid; give its logits, without it"),
         (Padding, r"^the network: padding that no window reads$"),
         (Stacking, r"^the network: relu of values stacked along another axis than the channels"),

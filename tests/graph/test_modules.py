@@ -73,15 +73,6 @@ class Scaled(Toy):
         )
 
 
-class Padding(Toy):
-    """Pads images to multiples of 32 itself, and cuts the logits."""
-
-    def forward(self, images: Tensor) -> Any:
-        height, width = images.shape[2:]
-        padded = F.pad(images, (0, -width % 32, 0, -height % 32))
-        return super().forward(padded)[:, :, :height, :width]
-
-
 class First(Toy):
     def forward(self, images: Tensor) -> Any:
         return super().forward(images), self.stem(images)
@@ -146,7 +137,7 @@ def sync_norms() -> nn.Module:
 
 @pytest.mark.parametrize(
     "build",
-    [Shared, Alias, Gated, Tied, Normalising, Summed, Scaled, Padding, First, Attended, Computed, Halves,
+    [Shared, Alias, Gated, Tied, Normalising, Summed, Scaled, First, Attended, Computed, Halves,
      sequential, sync_norms,
      lambda: Toy(affine=False), lambda: Toy(momentum=None), lambda: Toy().requires_grad_(False)],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,40 @@ def test_exports_are_the_model(kind: Any, policy: str, strides: Any, size: tuple
     export_onnx(network, tmp_path / "net.onnx", ExportOptions(size, logits=True))  # checks itself
 
 
-def test_where_sizes_matter_is_told():
-    assert "multiples" not in str(selective(Toy().eval(), size=SIZE).report())
-    told = str(selective(Normed().eval(), size=SIZE).report())
-    assert (
-        "at sizes that are no multiples of 4 px results differ from the module's, whose stem.4 halves" in told
-    )
+class Padding(Toy):
+    """Pads images to multiples of 32 itself, and cuts the logits."""
+
+    def forward(self, images: Tensor) -> Any:
+        height, width = images.shape[2:]
+        padded = F.pad(images, (0, -width % 32, 0, -height % 32))
+        return super().forward(padded)[:, :, :height, :width]
+
+
+class Scaling(Toy):
+    def forward(self, images: Tensor) -> Tensor:
+        logits = F.interpolate(self.head(self.body(images)), scale_factor=8, mode="bilinear")
+        return logits[:, :, : images.shape[2], : images.shape[3]]
+
+
+class Patches(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "warned"),
+    [
+        (Toy, "", False),
+        (Normed, "no multiples of 4 px results differ from the module's, whose stem.4 halves them", False),
+        (Patches, "no multiples of 8 px results differ from the module's, whose stem.1 halves them", False),
+        (Padding, "no multiples of 32 px results differ from the module's, which pads, crops or", True),
+        (Scaling, "no multiples of 8 px results differ from the module's, which pads, crops or", True),
+    ],
+)
+def test_where_sizes_matter_is_told(kind: type[Toy], told: str, warned: bool, tmp_path: Path):
+    with pytest.warns(UserWarning, match=told) if warned else nullcontext():
+        network = check_module(kind())
+    save_model(network.float(), tmp_path / "net.safetensors")
+    for one in (network, load_model(tmp_path / "net.safetensors")):
+        assert told in str(one.report()) if told else "multiples" not in str(one.report())
