@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,24 +12,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparse_seg.config import MaskConfig, ModelConfig
-from sparse_seg.errors import ConfigError, SparseSegError, first_line, shown
-from sparse_seg.graph import CaptureFailed, Geometry, capture, logits_of
+from sparse_seg.errors import ConfigError, shown
+from sparse_seg.graph import CaptureFailed, Geometry, capture
 from sparse_seg.masks import POLICIES, build_policy, mask_net, parse_policy
-from sparse_seg.ops import OPERATORS, Graph, Node, Spatial
-from sparse_seg.ops.upsample import upsample_logits
+from sparse_seg.ops import Graph, Node
 from sparse_seg.run.card import Card
+from sparse_seg.run.check import check_graph
 from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.report import uneven
-from sparse_seg.run.values import Interpreter
 
 SIZE = (512, 1024)  # px, of the example image
-TOLERANCE = 1e-4  # of the check against the module, relative; float32 in another order gives 1e-6
-CHECK_SIZE = 256  # px; the module and its graph are compared on an image of at most that many along a side
-
-
-class GraphDiffers(SparseSegError):
-    """A graph does not give what its module gives; the message names the first layer that differs."""
 
 
 def selective(
@@ -166,129 +157,6 @@ def check_strides(strides: Sequence[int]) -> tuple[int, ...]:
             f"(8, 16, 32), not {shown(strides)}"
         )
     return chosen
-
-
-@torch.no_grad()
-def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int]) -> None:
-    """Compare a network at its own stride with the module that it was captured from, on random images.
-
-    Where they agree at some sizes alone, as of a module that pads to multiples of 32 px and crops, its report
-    and a warning say at which.
-
-    Raises:
-        GraphDiffers: names the first layer that differs.
-    """
-    small = [min(length, CHECK_SIZE) for length in size]
-    found: str | None = _difference(network, module, small)
-    if found:
-        raise GraphDiffers(f"the captured graph differs from the module by {found}{_cause(network.graph)}")
-    sizes = {step: [step * (length // step | 1) for length in (128, 64)] for step in (1, 2, 4, 8, 16, 32)}
-    others = ([128, 64], [192, 128], [64, 192])
-    sizes[64] = next(one for one in others if one[0] != small[0] and one[1] != small[1])
-    _, least = uneven(network.geometry) or ("", 1)
-    differs = False
-    for step in (one for one in sizes if one >= min(least, 64)):
-        other = sizes[step]
-        found = _difference_at(network, module, other)
-        if found and step == 64:
-            raise GraphDiffers(
-                f"what the module computes depends on the images' size: captured at {size[0]}x{size[1]}, its "
-                f"graph differs at {other[0]}x{other[1]} by {found}"
-            )
-        if found == "":
-            break
-        differs |= found is not None
-    if differs:
-        network.graph.nodes[0].options["multiple"] = step
-        warnings.warn(f"{type(module).__name__}: {network.report().inexact}", stacklevel=5)
-
-
-def _difference_at(network: SelectiveNetwork, module: nn.Module, size: Sequence[int]) -> str | None:
-    """See `_difference`; None where the module takes no images of this size."""
-    try:
-        module(_image(module, size))
-    except Exception:  # whatever its own code raises
-        return None
-    try:
-        return _difference(network, module, size)
-    except RuntimeError as error:
-        return f"an error ({first_line(error)})"
-
-
-def _difference(network: SelectiveNetwork, module: nn.Module, size: Sequence[int]) -> str:
-    """By how much the logits of an image differ, and in which layer first; nothing if they do not."""
-    images = _image(module, size)
-    seen: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, out: Any) -> None:  # what it returns would replace the output
-            if isinstance(out, Tensor):
-                seen[name] = out.clone()  # a later activation may change it in place
-
-        return hook
-
-    layers = [pair for pair in module.named_modules() if not isinstance(pair[1], torch.jit.ScriptModule)]
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers]
-    try:
-        expected = logits_of(module(images))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    geometry = network.geometry
-    run = Interpreter(geometry, network.tensors, images)
-    values = run.dense(geometry.own, geometry.nodes)
-    grid = run.output(values)
-    if expected.shape[1] == 1:
-        expected = torch.cat([torch.zeros_like(expected), expected], 1)
-    found = grid.tensor
-    if found.shape[2:] != expected.shape[2:]:
-        full = (int(expected.shape[2]), int(expected.shape[3]))
-        trained = geometry.trained(network.graph.output)  # in the module's dtype, as it does it itself
-        found = upsample_logits(found, full, grid.stride, trained, network.graph.align_corners)
-    error = _relative(found, expected)
-    if error <= TOLERANCE:
-        return ""
-    return f"{error:.1g} of the logits{_first_difference(network, values, seen)}"
-
-
-def _image(module: nn.Module, size: Sequence[int]) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    reference = next((one for one in module.parameters() if one.is_floating_point()), torch.zeros(1))
-    return torch.randn(1, 3, *size, generator=generator).to(reference)
-
-
-def _cause(graph: Graph) -> str:
-    """What may make a graph differ from its module."""
-    for node in graph.nodes:
-        operator = OPERATORS[node.op]
-        if isinstance(operator, Spatial) and node.size != (1, 1):
-            read = graph.node(node.inputs[0]).size
-            pairs = zip(node.size, read, operator.window(node).stride, strict=True)
-            if any(made != -(-length // stride) for made, length, stride in pairs):
-                return f": {node.where} gives {node.size} of {read} places; pad it to keep them"
-    return "; please report it"
-
-
-def _first_difference(network: SelectiveNetwork, values: dict[str, Any], seen: dict[str, Any]) -> str:
-    last: dict[str, Node] = {}  # of a layer and all that it holds, in the order in which layers end
-    for node in network.graph.nodes:
-        parts = node.layer.split(".")
-        for layer in (".".join(parts[:count]) for count in range(len(parts), 0, -1)):
-            last.pop(layer, None)
-            last[layer] = node
-    for layer, node in last.items():
-        value, theirs = values.get(node.name), seen.get(layer)
-        tensor = getattr(value, "tensor", value)
-        if not isinstance(tensor, Tensor) or not isinstance(theirs, Tensor) or tensor.shape != theirs.shape:
-            continue
-        if _relative(tensor, theirs) > TOLERANCE:
-            return f", first in {layer}"
-    return ""
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    scale = expected.double().norm().clamp_min(1e-30)
-    return ((found.double() - expected.double()).norm() / scale).item()
 
 
 def _two_classes(graph: Graph) -> Graph:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from sparse_seg import selective
 from sparse_seg.errors import SparseSegError
-from sparse_seg.run.selective import GraphDiffers, build_network, check_graph
+from sparse_seg.run.check import GraphDiffers, check_graph
+from sparse_seg.run.selective import build_network
 from tests.graph.toys import Toy
 from tests.reference import relative_error
 
