@@ -17,7 +17,8 @@ from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.report import uneven
 from sparse_seg.run.values import Interpreter
 
-TOLERANCE = 1e-4  # relative; float32 in another order gives 1e-6
+TOLERANCE = 1e-4  # relative; float32 in another order gives 1e-6, and
+ROUNDINGS = 8  # of float16 and bfloat16: up to 4 seen
 CHECK_SIZE = 256  # px; module and graph are compared on an image of at most that many along a side
 
 
@@ -91,7 +92,7 @@ def _difference(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
     finally:
         for hook in hooks:
             hook.remove()
-    geometry = network.geometry
+    theirs, geometry = expected, network.geometry
     run = Interpreter(geometry, network.tensors, images)
     values = run.dense(geometry.own, geometry.nodes)
     grid = run.output(values)
@@ -102,9 +103,16 @@ def _difference(network: SelectiveNetwork, module: nn.Module, size: Sequence[int
         full = (int(expected.shape[2]), int(expected.shape[3]))
         trained = geometry.trained(network.graph.output)  # in the module's dtype, as it does it itself
         found = upsample_logits(found, full, grid.stride, trained, network.graph.align_corners)
+    if not expected.isfinite().all():
+        wide = "; capture it in float32, and call .half() then" if expected.dtype == torch.float16 else ""
+        raise GraphDiffers(f"the module's output is not finite in {expected.dtype} on a random image{wide}")
     error = _relative(found, expected)
-    if error <= TOLERANCE:
+    if error <= _tolerance(expected):
         return ""
+    if _relative(logits_of(module(images)), theirs) > _tolerance(theirs):
+        raise GraphDiffers(
+            "the module gives another result each time: it is random, or keeps what it has seen"
+        )
     return f"{error:.1g} of the logits{_first_difference(network, values, seen)}"
 
 
@@ -138,9 +146,13 @@ def _first_difference(network: SelectiveNetwork, values: dict[str, Any], seen: d
         tensor = getattr(value, "tensor", value)
         if not isinstance(tensor, Tensor) or not isinstance(theirs, Tensor) or tensor.shape != theirs.shape:
             continue
-        if _relative(tensor, theirs) > TOLERANCE:
-            return f", first in {layer}"
+        if _relative(tensor, theirs) > _tolerance(theirs):
+            return f", first in {layer or 'the network itself'}"
     return ""
+
+
+def _tolerance(expected: Tensor) -> float:
+    return max(TOLERANCE, ROUNDINGS * torch.finfo(expected.dtype).eps)
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -117,6 +117,21 @@ class Deciding(Toy):
         return super().forward(images).sigmoid()
 
 
+class Random(Toy):
+    def body(self, images: Tensor) -> Tensor:
+        return F.dropout(super().body(images), 0.5, True)
+
+
+class Overflowing(Toy):
+    def body(self, images: Tensor) -> Tensor:
+        return super().body(images).mul(1e4).mul(1e4).mul(1e4)
+
+
+class Sized(Toy):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * images.shape[2]
+
+
 class Grouped(Toy):
     def __init__(self) -> None:
         super().__init__()
@@ -150,6 +165,9 @@ class Vector(Toy):
         (Branches, r"conv2d in d is at 32 px, behind an upsampling from 16: a network of several branches"),
         (Stepping, r"^the network: every 2th of an axis$"),
         (Cutting, r"differs from the module by .*: conv2d in d gives \(6, 6\) of \(8, 8\) places; pad it"),
+        (Sized, r"at 192x128 by .* of the logits, first in the network itself$"),
+        (Random, r"^the module gives another result each time: it is random, or keeps what it has seen"),
+        (lambda: Overflowing().half(), r"not finite in torch.float16 .*; capture it in float32, and"),
         (Halving, r"depends on the images' size: captured at 64x64, its graph differs at 192x128 by"),
         (lambda: Deciding(1), r"the network ends in a sigmoid; give its logits, without it"),
         (Padding, r"^the network: padding that no window reads$"),
@@ -196,6 +214,14 @@ def test_a_graph_that_differs_names_the_first_layer():
             node.options["dilation"], node.options["padding"] = [4, 4], [4, 4]
     with pytest.raises(GraphDiffers, match=r"of the logits, first in b"):
         check_graph(build_network(wrong, module, {}, network.settings), module, SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_no_difference(dtype: torch.dtype):
+    module = Toy()
+    module.d = nn.Sequential(module.d, nn.InstanceNorm2d(8))  # type: ignore[assignment]
+    network = selective(module.to(dtype), size=SIZE)
+    assert network(torch.randn(1, 3, *SIZE, dtype=dtype)).isfinite().all()
 
 
 def test_what_it_tells():
