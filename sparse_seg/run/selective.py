@@ -77,8 +77,10 @@ def captured(
     with eval_mode(module):
         graph, constants = capture(module, (size[0], size[1]))
         logits = graph.node(graph.output)
-        if logits.op == "sigmoid":
-            raise CaptureFailed(f"{logits.where}: the network ends in a sigmoid; give its logits, without it")
+        if logits.op in ("sigmoid", "softmax", "log_softmax"):
+            raise CaptureFailed(
+                f"{logits.where}: the network ends in a {logits.op}; give its logits, without it"
+            )
         if logits.shape[1] == 1:
             graph = _two_classes(graph)
         network = build_network(graph, module, constants, settings, card)

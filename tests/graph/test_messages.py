@@ -113,8 +113,14 @@ class Halving(Toy):
 
 
 class Deciding(Toy):
+    """Gives probabilities, or their logarithms."""
+
+    def __init__(self, classes: int, by: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(classes)
+        self.by = by
+
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).sigmoid()
+        return self.by(super().forward(images))
 
 
 class Random(Toy):
@@ -169,7 +175,9 @@ class Vector(Toy):
         (Random, r"^the module gives another result each time: it is random, or keeps what it has seen"),
         (lambda: Overflowing().half(), r"not finite in torch.float16 .*; capture it in float32, and"),
         (Halving, r"depends on the images' size: captured at 64x64, its graph differs at 192x128 by"),
-        (lambda: Deciding(1), r"the network ends in a sigmoid; give its logits, without it"),
+        (lambda: Deciding(1, torch.sigmoid), r"the network ends in a sigmoid; give its logits, without it"),
+        (lambda: Deciding(5, lambda x: x.softmax(1)), r"the network ends in a softmax; give its logits"),
+        (lambda: Deciding(5, lambda x: x.log_softmax(1)), r"the network ends in a log_softmax; give its"),
         (Padding, r"^the network: padding that no window reads$"),
         (Stacking, r"^the network: relu of values stacked along another axis than the channels"),
         (Vector, r"the network gives \[1, 8, 1, 1\], not logits"),
