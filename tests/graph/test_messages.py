@@ -128,6 +128,11 @@ class Random(Toy):
         return F.dropout(super().body(images), 0.5, True)
 
 
+class Noisy(Toy):
+    def body(self, images: Tensor) -> Tensor:
+        return super().body(images) + torch.rand(1)
+
+
 class Overflowing(Toy):
     def body(self, images: Tensor) -> Tensor:
         return super().body(images).mul(1e4).mul(1e4).mul(1e4)
@@ -173,6 +178,9 @@ class Vector(Toy):
         (Cutting, r"differs from the module by .*: conv2d in d gives \(6, 6\) of \(8, 8\) places; pad it"),
         (Sized, r"at 192x128 by .* of the logits, first in the network itself$"),
         (Random, r"^the module gives another result each time: it is random, or keeps what it has seen"),
+        (Noisy, r"^the network: rand draws at random, another value at each run$"),
+        (lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 3, 1), Toy()),
+         r"^0: the operator pixel_unshuffle is not known to run on sites"),
         (lambda: Overflowing().half(), r"not finite in torch.float16 .*; capture it in float32, and"),
         (Halving, r"depends on the images' size: captured at 64x64, its graph differs at 192x128 by"),
         (lambda: Deciding(1, torch.sigmoid), r"the network ends in a sigmoid; give its logits, without it"),

@@ -77,12 +77,15 @@ def test_dense_and_all_fine(kind: type[Toy], strides: tuple[int, ...] | None):
 
 
 @torch.no_grad()
-def test_a_network_at_finer_strides_than_its_own_is_saved(tmp_path: Path):
+def test_finer_strides_than_its_own_and_whole_numbers_are_saved(tmp_path: Path):
     class Coarse(Toy):
         def __init__(self) -> None:
             super().__init__()
             self.a = nn.Conv2d(8, 8, 3, 2, 1)
             self.b, self.d = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+
+        def body(self, images: Tensor) -> Tensor:
+            return super().body(images) * torch.arange(8).view(1, 8, 1, 1)
 
     network, images = selective(Coarse().eval(), (8, 16), size=SIZE), torch.randn(1, 3, 64, 96)
     save_model(network, tmp_path / "net.safetensors")
