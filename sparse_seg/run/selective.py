@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def captured(
     """See `selective`."""
     module = _unwrapped(module)
     sides = list(size) if isinstance(size, Sequence) else []
-    if len(sides) != 2 or any(length % 64 or length < 64 for length in sides):
+    if len(sides) != 2 or not all(isinstance(one, Integral) and one >= 64 and one % 64 == 0 for one in sides):
         raise ConfigError(f"size must be (H, W), multiples of 64 px, not {shown(size)}")
     with eval_mode(module):
         graph, constants = capture(module, (size[0], size[1]))
@@ -99,18 +100,26 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             f"selective() takes a torch.nn.Module, not {type(module).__name__}; files of weights are for "
             "sparse-seg convert"
         )
+    if isinstance(module, SelectiveNetwork):
+        raise ConfigError("this network runs selectively already: give selective() the module it was made of")
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return _unwrapped(module.module)
     original = getattr(module, "_orig_mod", None)
     if isinstance(original, nn.Module):
         return _unwrapped(original)
-    if any(map(is_lazy, module.state_dict().values())):
+    tensors = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+    if any(map(is_lazy, tensors.values())):
         raise ConfigError(
             f"{type(module).__name__} has lazy layers without weights: run it on an image, or load them"
         )
-    lost = next((name for name, one in module.state_dict().items() if one.is_meta), None)
-    if lost is not None:
-        raise ConfigError(f"{lost} is on the meta device and has no values: load the weights first")
+    for name, one in tensors.items():
+        if one.is_meta:
+            raise ConfigError(f"{name} is on the meta device and has no values: load the weights first")
+        kind = type(one)  # subclasses of tensors, but for parameters, make all that is computed one of theirs
+        if kind is not Tensor and kind.__torch_function__ is not nn.Parameter.__torch_function__:
+            raise ConfigError(
+                f"{name} is a {kind.__name__}: make it a plain tensor, by .as_subclass(torch.Tensor)"
+            )
     return module
 
 
@@ -151,7 +160,10 @@ def build_network(
 
 def check_strides(strides: Sequence[int]) -> tuple[int, ...]:
     """Raises a ConfigError for strides that no mask chooses between."""
-    chosen = tuple(map(int, strides)) if isinstance(strides, Sequence) else ()
+    try:
+        chosen = () if isinstance(strides, str) else tuple(map(int, strides))
+    except (TypeError, ValueError):
+        chosen = ()
     doubles = all(2 * a == b for a, b in itertools.pairwise(chosen))
     if len(chosen) not in (2, 3) or not doubles or chosen[0] < 2 or chosen[0] & (chosen[0] - 1):
         raise ConfigError(

@@ -128,6 +128,16 @@ class Random(Toy):
         return F.dropout(super().body(images), 0.5, True)
 
 
+class Own(Tensor):
+    """A kind of tensor that makes all that is computed of it one of its kind."""
+
+
+class Wrapped(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = nn.Parameter(self.head.weight.detach().as_subclass(Own))
+
+
 class Noisy(Toy):
     def body(self, images: Tensor) -> Tensor:
         return super().body(images) + torch.rand(1)
@@ -193,6 +203,8 @@ class Vector(Toy):
         (Whole, r"^the network: relu_ writes to a part of a tensor"),
         (lambda: nn.Sequential(nn.LazyConv2d(8, 3), Toy()), r"has lazy layers without weights: run"),
         (lambda: Toy().to("meta"), r"stem.0.weight is on the meta device .* load the weights first"),
+        (Wrapped, r"head.weight is a Own: make it a plain tensor"),
+        (lambda: selective(Toy().eval(), size=SIZE), r"runs selectively already: give selective"),
         (lambda: nn.Sequential(nn.Conv2d(4, 8, 3)), r"cannot trace Sequential at 64x64: .* have 4 channels"),
     ],
 )  # fmt: skip
@@ -204,20 +216,25 @@ def test_networks_that_cannot(build: Callable[[], nn.Module], says: str, capfd: 
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_no_module_size_or_stride():
+def test_what_is_no_module_size_stride_or_policy():
     with pytest.raises(SparseSegError, match=r"takes a torch.nn.Module, not function"):
         selective(lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(SparseSegError, match=r"multiples of 64 px, not \(100, 100\)"):
-        selective(Toy(), size=(100, 100))
-    for strides, told in (((8, 32), r"\(8, 32\)"), (8, "8")):
-        with pytest.raises(SparseSegError, match=rf"each twice the one before, .* not {told}"):
+    for size in ((100, 100), (512.0, 512.0), ("64", "64")):
+        with pytest.raises(SparseSegError, match=r"multiples of 64 px, not \("):
+            selective(Toy(), size=size)  # type: ignore[arg-type]
+    with pytest.raises(SparseSegError, match=r"a mask policy is a name, .* not None"):
+        selective(Toy(), policy=None)  # type: ignore[arg-type]
+    with pytest.raises(SparseSegError, match=r"fine_fraction must lie in 0..1, not 'a'"):
+        selective(Toy(), fine_fraction="a", size=SIZE)  # type: ignore[arg-type]
+    for strides, told in (((8, 32), "32"), (8, "8"), ("auto", "'auto'"), ((8, None), "None")):
+        with pytest.raises(SparseSegError, match=rf"each twice the one before, .* not .*{told}"):
             selective(Toy(), strides, size=SIZE)  # type: ignore[arg-type]
     says = r"group_norm in stem.7 reads all places .* at 8 px: at the strides \[4, 8\] .* finest may be 8"
     with pytest.raises(SparseSegError, match=says):
         selective(Grouped().eval(), (4, 8), size=SIZE)
     network, images = selective(Toy().eval(), size=SIZE), torch.randn(1, 3, 64, 64)
-    for stride in (0, -8, 12, "8"):
-        with pytest.raises(ValueError, match="output_stride must be a power of two"):
+    for stride in (0, -8, 12, "8", None):
+        with pytest.raises(ValueError, match=r"output_stride must be a power of two|needs an output stride"):
             network.dense(images, stride)  # type: ignore[arg-type]
 
 
