@@ -49,7 +49,8 @@ def selective(
             trained at.
         policy: as `confidence` or `edge:cad`, see docs/masks.md.
         fine_fraction: share of blocks that become fine.
-        size: `(H, W)` of an example image, px, multiples of 64; other sizes run as well.
+        size: `(H, W)` of an example image, px, multiples of 64; other sizes run as well. Where the module
+            pads or crops at some, a warning says at which sizes results are its own.
         card: class names, colours, mean and std, where they are known.
 
     Raises:
