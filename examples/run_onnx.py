@@ -16,9 +16,9 @@ if len(sys.argv) != 4:
     print("usage: python run_onnx.py NETWORK.onnx PICTURE OVERLAY", file=sys.stderr)
     sys.exit(2)
 model, picture, out = sys.argv[1:]
-if os.path.exists(out) and any(
-    os.path.exists(file) and os.path.samefile(file, out) for file in (model, picture)
-):
+if missing := [file for file in (model, picture) if not os.path.exists(file)]:
+    sys.exit(f"{missing[0]} does not exist")
+if os.path.exists(out) and any(os.path.samefile(file, out) for file in (model, picture)):
     sys.exit(f"{out} is an input and would be overwritten; name another file")
 try:
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])

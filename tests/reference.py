@@ -1,16 +1,15 @@
 """What the network is tested against: dense networks of `nn.Conv2d` alone, and the models that are tested.
 
-`DenseSegmentor` uses none of our layers; it is written from torchvision's documentation.
+`DenseSegmentor` uses none of our layers; its parts are written from torchvision's documentation.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_seg import build_model
@@ -18,107 +17,21 @@ from sparse_seg.networks.encoder_decoder import EncoderDecoder, build_module
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.passes import Pass
 from sparse_seg.sites import Grid, Mixed
+from tests.conversion.networks import Aspp, ResNet, conv, conv_bn_relu, resize
 
 if TYPE_CHECKING:
     from tests.slow_reference import SlowSites
 
-DEPTHS = {
-    "resnet18": (2, 2, 2, 2),
-    "resnet34": (3, 4, 6, 3),
-    "resnet50": (3, 4, 6, 3),
-    "resnet101": (3, 4, 23, 3),
-}
 SHALLOW = (1, 1, 2, 2)  # a stage's later blocks are all alike
 NUM_CLASSES = 5
-
-
-def _conv(inside: int, outside: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    padding = dilation * (kernel // 2)
-    return nn.Conv2d(inside, outside, kernel, stride, padding, dilation, bias=False)
-
-
-class DenseBasicBlock(nn.Module):
-    expansion = 1
-
-    def __init__(self, inside: int, width: int, stride: int, first_dilation: int, dilation: int, down: bool):
-        super().__init__()
-        self.conv1, self.bn1 = _conv(inside, width, 3, stride, first_dilation), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = _conv(width, width, 3, 1, dilation), nn.BatchNorm2d(width)
-        self.downsample = (
-            nn.Sequential(_conv(inside, width, 1, stride), nn.BatchNorm2d(width)) if down else None
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + (self.downsample(x) if self.downsample else x))
-
-
-class DenseBottleneck(nn.Module):
-    expansion = 4
-
-    def __init__(self, inside: int, width: int, stride: int, first_dilation: int, dilation: int, down: bool):
-        super().__init__()
-        outside = 4 * width
-        self.conv1, self.bn1 = _conv(inside, width, 1), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = _conv(width, width, 3, stride, first_dilation), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = _conv(width, outside, 1), nn.BatchNorm2d(outside)
-        self.downsample = (
-            nn.Sequential(_conv(inside, outside, 1, stride), nn.BatchNorm2d(outside)) if down else None
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
-        return F.relu(self.bn3(self.conv3(out)) + (self.downsample(x) if self.downsample else x))
-
-
-class DenseResNet(nn.Module):
-    """torchvision's ResNet: `replace_stride_with_dilation` from the stage that would pass `output_stride`.
-
-    A dilated stage's first 3x3 keeps the dilation before it. Basic blocks dilate both their convolutions.
-    """
-
-    def __init__(self, name: str, width: float, output_stride: int, depths: Sequence[int] | None) -> None:
-        super().__init__()
-        block = DenseBasicBlock if name in ("resnet18", "resnet34") else DenseBottleneck
-        channels, stride_so_far, dilation = int(64 * width), 4, 1
-        stages: list[nn.Sequential] = []
-        self.conv1, self.bn1 = _conv(3, channels, 7, 2), nn.BatchNorm2d(channels)
-        for number, depth in enumerate(depths or DEPTHS[name], start=1):
-            stride, first_dilation = (1 if number == 1 else 2), dilation
-            if stride_so_far * stride > output_stride:
-                stride, dilation = 1, dilation * 2
-            stride_so_far *= stride
-            stage_width, blocks = int(64 * width) * 2 ** (number - 1), []
-            for index in range(depth):
-                down = index == 0 and (number > 1 or channels != stage_width * block.expansion)
-                first = (stride, first_dilation) if index == 0 else (1, dilation)
-                blocks.append(block(channels, stage_width, *first, dilation, down))
-                channels = stage_width * block.expansion
-            stages.append(nn.Sequential(*blocks))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.channels = channels
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, 2, 1)
-        features = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            features.append(x)
-        return features
 
 
 class DenseLite(nn.Module):
     def __init__(self, inside: int, channels: int, dilation: int = 1) -> None:
         super().__init__()
-        depthwise = nn.Conv2d(channels, channels, 3, 1, dilation, dilation, groups=channels, bias=False)
-        self.reduce = nn.Sequential(_conv(inside, channels, 1), nn.BatchNorm2d(channels), nn.ReLU())
-        self.refine = nn.Sequential(
-            depthwise,
-            nn.BatchNorm2d(channels),
-            _conv(channels, channels, 1),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-        )
+        depthwise = conv(channels, channels, 3, 1, dilation, channels), nn.BatchNorm2d(channels)
+        pointwise = conv(channels, channels, 1), nn.BatchNorm2d(channels), nn.ReLU()
+        self.reduce, self.refine = conv_bn_relu(inside, channels, 1), nn.Sequential(*depthwise, *pointwise)
         self.classifier = nn.Conv2d(channels, NUM_CLASSES, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,72 +43,24 @@ class DenseDeepLabV3(nn.Module):
 
     def __init__(self, inside: int, channels: int, rates: Sequence[int], dilation: int = 1) -> None:
         super().__init__()
-
-        def branch(kernel: int, rate: int) -> nn.Sequential:
-            return nn.Sequential(
-                _conv(inside, channels, kernel, 1, rate), nn.BatchNorm2d(channels), nn.ReLU()
-            )
-
-        pooled = nn.Sequential(nn.Identity(), *branch(1, 1))  # a mean in the place of the first
-        self.convs = nn.ModuleList([branch(1, 1), *(branch(3, rate) for rate in rates), pooled])
-        width = len(self.convs) * channels
-        self.project = nn.Sequential(_conv(width, channels, 1), nn.BatchNorm2d(channels), nn.ReLU())
-        last = _conv(channels, channels, 3, 1, dilation)
-        self.refine = nn.Sequential(last, nn.BatchNorm2d(channels), nn.ReLU())
+        self.aspp = Aspp(inside, channels, rates)
+        self.refine = conv_bn_relu(channels, channels, 3, dilation)
         self.classifier = nn.Conv2d(channels, NUM_CLASSES, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        branches = [conv(x) for conv in self.convs[:-1]]
-        pooled = self.convs[-1](x.mean((2, 3), keepdim=True))
-        branches.append(pooled.expand(-1, -1, *x.shape[2:]))
-        return self.classifier(self.refine(self.project(torch.cat(branches, 1))))
+        return self.classifier(self.refine(self.aspp(x)))
 
 
 class DenseSegmentor(nn.Module):
-    """`dilation` is that of the head's last 3x3 convolution."""
-
-    def __init__(
-        self,
-        name: str,
-        width: float,
-        output_stride: int,
-        head: str,
-        channels: int,
-        rates: Sequence[int],
-        dilation: int,
-        depths: Sequence[int] | None,
-    ):
+    def __init__(self, backbone: ResNet, head: nn.Module) -> None:
         super().__init__()
-        self.backbone = DenseResNet(name, width, output_stride, depths)
-        inside = self.backbone.channels
-        if head == "lite":
-            self.head: nn.Module = DenseLite(inside, channels, dilation)
-        else:
-            self.head = DenseDeepLabV3(inside, channels, rates, dilation)
+        self.backbone, self.head = backbone, head
 
     def grid_logits(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images)[3])
 
     def forward(self, images: Tensor) -> Tensor:
-        size = (images.shape[2], images.shape[3])
-        return F.interpolate(self.grid_logits(images), size, mode="bilinear", align_corners=False)
-
-
-def as_reference(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values by our names (weights, statistics, gradients) by the reference's."""
-    names = {name: name.removeprefix("module.").replace("head.aspp.", "head.") for name in values}
-    assert len(set(names.values())) == len(names), "two of them share a name"
-    return {names[name]: value for name, value in values.items()}
-
-
-def copy_weights(model: SelectiveNetwork, reference: DenseSegmentor) -> None:
-    """Weights and statistics of our model into the reference: no key missing, none left over."""
-    converted = as_reference(model.state_dict())
-    expected = reference.state_dict()
-    assert converted.keys() == expected.keys(), converted.keys() ^ expected.keys()
-    wrong = [name for name, value in converted.items() if value.shape != expected[name].shape]
-    assert not wrong, f"shapes differ: {wrong}"
-    reference.load_state_dict(converted, strict=True)
+        return resize(self.grid_logits(images), images.shape[2:])
 
 
 @torch.no_grad()
@@ -282,13 +147,15 @@ def variant_model(name: str, dtype: torch.dtype = torch.float64) -> SelectiveNet
 def dense_reference(
     model: SelectiveNetwork, output_stride: int, backbone: str, head: str = "lite", width: float = 0.125
 ) -> DenseSegmentor:
-    """The `nn.Conv2d` network of the same weights at an output stride."""
-    rates = [rate * 8 // output_stride for rate in (4, 8, 12)]
-    dilation = max(1, 8 // output_stride)
-    depths = model.settings.depths
-    reference = DenseSegmentor(backbone, width, output_stride, head, 16, rates, dilation, depths)
-    reference.to(next(model.parameters()))
-    copy_weights(model, reference)
+    """The `nn.Conv2d` network of the same weights at an output stride: no key is missing, none left over."""
+    depth, rates = int(backbone.removeprefix("resnet")), [rate * 8 // output_stride for rate in (4, 8, 12)]
+    resnet = ResNet(depth, output_stride, width=int(64 * width), depths=model.settings.depths)
+    dilation = max(1, 8 // output_stride)  # of the head's last 3x3 convolution
+    last: nn.Module = DenseLite(resnet.channels, 16, dilation)
+    if head == "deeplabv3":
+        last = DenseDeepLabV3(resnet.channels, 16, rates, dilation)
+    reference = DenseSegmentor(resnet, last).to(next(model.parameters()))
+    reference.load_state_dict(model.module.state_dict())
     return reference.train(model.training)
 
 

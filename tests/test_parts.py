@@ -1,10 +1,13 @@
-"""One contract per kind of part, run over whatever is registered; and toy parts that only this file knows."""
+"""One contract per kind of part, run over all that is registered: also toys that only this file knows, and
+the backbone that CONTRIBUTING.md shows in full."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import json
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +22,7 @@ from sparse_seg import build_model, load_model
 from sparse_seg.cli import main
 from sparse_seg.errors import ConfigError
 from sparse_seg.masks import MaskPolicy, PolicyInput
-from sparse_seg.registry import BACKBONES, HEADS, POLICIES
+from sparse_seg.registry import BACKBONES, HEADS, POLICIES, Registry
 from sparse_seg.run.exits import last_exit
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
@@ -109,6 +112,9 @@ class Surprise(MaskPolicy):
 BACKBONES.register("toy", MobileToy)
 HEADS.register("toy", TwoStepHead)
 POLICIES.register("toy", Surprise)
+PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+(SHOWN,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+exec(textwrap.dedent(SHOWN), {"nn": nn, "Tensor": Tensor, "BACKBONES": BACKBONES, "__name__": "shown"})
 OPTIONS = {"backbone": {"backbone_options": {"grow": 3}}, "head": {"head_options": {"inner": 10}}}
 
 
@@ -137,7 +143,7 @@ def mask_of(images: Tensor, share: float) -> Tensor:
 
 PARTS = [("backbone", name) for name in BACKBONES] + [("head", name) for name in HEADS]
 PARTS += [("variant", name) for name in VARIANTS]
-FAST = [("head", "lite"), ("head", "deeplabv3")]
+FAST = [("head", "deeplabv3"), ("backbone", "shown")]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +163,8 @@ def test_a_backbone_or_head(part: str, name: str) -> None:
     single = copy.deepcopy(model).float().for_inference()
     assert relative_error(single(images.float(), mask).double(), logits) < 1e-5
     assert not any(node.op == "batch_norm" for node in fast.graph.nodes), "all are folded"
-    for stride in (4, 8, 16, 32):
+    coarsest = max(model.module.get_submodule("backbone").stages.values())
+    for stride in (one for one in (4, 8, 16, 32) if one <= coarsest):
         with FlopCounterMode(display=False) as counter:
             expected = plain_network(model, stride)(small)
         run = model.start(small).follow(Way.dense(stride))
@@ -223,6 +230,23 @@ def test_gradients_in_eval_mode(name: str, merge: str) -> None:
     if model.policy.ranks_refinement:
         for fast in (model.requires_grad_(False), model.for_inference()):
             assert fast.start(images.detach()).follow().memory is not None
+
+
+def test_a_registry() -> None:
+    registry = Registry("thing", {"path": "pathlib:Path", "missing": "no.such:Part"})
+
+    @registry.register("mine")
+    class Mine:
+        pass
+
+    assert registry.register("other", 3) == 3
+    assert list(registry) == ["path", "missing", "mine", "other"], "listing imports nothing"
+    assert registry.declared == ("path", "missing")
+    assert (registry["path"], registry["mine"]) == (Path, Mine)
+    with pytest.raises(ModuleNotFoundError):
+        registry["missing"]
+    with pytest.raises(ValueError, match="there is a thing 'mine' already; choose another name"):
+        registry.register("mine", 4)
 
 
 def test_options_of_parts_from_outside() -> None:

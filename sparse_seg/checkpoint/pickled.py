@@ -113,7 +113,7 @@ def _foreign(path: Path) -> str:
     if path.suffix.lower() == ".onnx":
         return "is an ONNX file, no checkpoint; examples/run_onnx.py runs it"
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return "is a picture, no checkpoint; the checkpoint comes before the pictures"
+        return "is a picture, no checkpoint; name one (to predict, before the pictures)"
     return "is truncated or no PyTorch checkpoint"
 
 

@@ -32,6 +32,7 @@ from sparse_seg.cli.options import (
     add_network,
     add_runtime,
     add_views,
+    check_dense,
     opened,
     output_file,
     policy,
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         if args.compare is not None and processes.count > 1:
             raise ConfigError("--compare measures time, which takes one process: run it without torchrun")
         subject = opened(args, device, *written(args.json, args.report))
+        check_dense(args, subject.model)
         if args.compare is None:
             _evaluate(subject, args, processes)
             return 0

@@ -19,7 +19,7 @@ import dataclasses
 from sparse_seg.checkpoint import load, network_of
 from sparse_seg.checkpoint.loading import read_card
 from sparse_seg.cli.arguments import option, size, whole_number
-from sparse_seg.cli.options import add_config, add_network, input_files, output_file, overrides
+from sparse_seg.cli.options import add_config, add_network, check_dense, input_files, output_file, overrides
 from sparse_seg.config import ModelConfig, check_classes, load_config
 from sparse_seg.config.keys import choices
 from sparse_seg.export.onnx_file import export_onnx
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if config is not None and config.model.mask.threshold is None is not loaded.config.mask.threshold:
         print("note: the config's fine fraction replaces the checkpoint's threshold")
     model, card = network_of(loaded, config), read_card(loaded, config)
+    check_dense(args, model, "policy", "merge")
     options = ExportOptions(
         size=args.size,
         batch=args.batch,

@@ -53,9 +53,22 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     """`--dense` or `--fine-fraction`; the group, for further ways to run the network."""
     group = parser.add_mutually_exclusive_group()
-    option(group, "--dense OS", "run dense at output stride 4, 8, 16 or 32", int, choices=(4, 8, 16, 32))
+    text = "run dense at output stride 4, 8, 16 or 32; captured networks: at any power of two"
+    option(group, "--dense OS", text, whole_number(1))
     option(group, "--fine-fraction F", "share of fine blocks, 0 to 1", fraction)
     return group
+
+
+def check_dense(args: argparse.Namespace, model: SelectiveNetwork, *selective: str) -> None:
+    """A usage error for a stride of `--dense` that the network cannot have, or beside an option that chooses
+    among blocks, of those named."""
+    for name in selective:
+        if args.dense is not None and getattr(args, name) is not None:
+            args.usage_error(f"argument --{name}: not allowed with argument --dense")
+    try:
+        model.check_way(Way(args.dense))
+    except ValueError as error:
+        args.usage_error(f"argument --dense: {error}")
 
 
 def add_views(parser: argparse.ArgumentParser, window: int = 0, scales: str = "1") -> None:

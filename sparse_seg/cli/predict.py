@@ -46,6 +46,7 @@ from sparse_seg.cli.options import (
     add_runtime,
     add_set,
     add_views,
+    check_dense,
     input_files,
     output_file,
     output_folder,
@@ -131,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
             args.usage_error(f"argument --out: {path} holds the images; name another folder than {args.out}")
     outputs.check(sources, input_files(config_file, config, checkpoint))
     model = network_of(load(checkpoint), config).to(args.device)
+    check_dense(args, model, "policy")
     runner = Runner(model, args.runtime, way, "--fps refines" if args.fps else None)
     segmenter = ImageSegmenter(runner, way, looks)
     check_legend(segmenter.card, args.out)

@@ -25,9 +25,11 @@ _PLUGINS: dict[bytes, type[ImageFile]] = {
 _TIFF, _BIG_TIFF = (b"II*\0", b"MM\0*"), (b"II+\0", b"MM\0+")
 # TIFF's tags; EXIF has the orientation
 _WIDTH, _HEIGHT, _BITS, _COLOURS, _ORIENTATION, _NUMBERS = 256, 257, 258, 262, 274, 339
+_CHANNELS, _PLANES, _EXTRA = 277, 284, 338
 warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")  # of damaged tags: our error names the file
 _KINDS = {1: "unsigned", 2: "signed", 3: "float"}
-_LAB = (8, 9, 10)  # CIE's, ICC's and ITU's
+_RGB, _LAB = 2, (8, 9, 10)  # CIE's, ICC's and ITU's
+_APART, _UNASSOCIATED = 2, 2  # each channel in a plane of its own; alpha that is not multiplied in
 
 
 class Header(NamedTuple):
@@ -40,7 +42,8 @@ class Header(NamedTuple):
     numbers: str = "unsigned"  # or `signed`, `float`
     orientation: int = 1  # 1 to 8 as in EXIF
     told: int | None = None  # how many of 16 bits are used as OpenCV decodes them; None: only values tell
-    is_lab: bool = False  # L*a*b*, of which OpenCV makes other colours
+    misread: str = ""  # of what OpenCV makes other colours
+    multiplies: bool = False  # whether OpenCV darkens what is transparent
 
 
 def read_header(stream: BinaryIO) -> Header:
@@ -55,7 +58,7 @@ def read_header(stream: BinaryIO) -> Header:
     try:
         if start[:4] in _TIFF + _BIG_TIFF:
             return _tiff(stream, start)
-        if plugin is None:
+        if plugin is None or start[8:12] == b"AVI ":  # a RIFF file, as WebP is
             return Header()
         image, bits, told = plugin(stream), 8, None
         if isinstance(image, PngImageFile):
@@ -85,6 +88,10 @@ def _tiff(stream: BinaryIO, start: bytes) -> Header:
     numbers = _KINDS.get(tags.get(_NUMBERS, (1,))[0], "unsigned")
     size, bits = (int(tags[_WIDTH]), int(tags[_HEIGHT])), int(tags.get(_BITS, (1,))[0])
     told = 16 if 8 < bits < 16 else None  # OpenCV spreads them over 16 bits
+    colours, planes = tags.get(_COLOURS), tags.get(_PLANES) == _APART and tags.get(_CHANNELS, 1) > 1
+    misread = "Lab colours" if colours in _LAB else f"{bits}-bit channels in separate planes"
     return Header(
-        "TIFF", *size, bits, numbers, int(tags.get(_ORIENTATION, 1)), told, tags.get(_COLOURS) in _LAB
+        *("TIFF", *size, bits, numbers, int(tags.get(_ORIENTATION, 1)), told),
+        misread=misread if colours in _LAB or (planes and bits > 8) else "",
+        multiplies=bits == 8 and colours == _RGB and tags.get(_EXTRA, (0,))[0] == _UNASSOCIATED,
     )

@@ -20,6 +20,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from sparse_seg.data.headers import Header, read_header
 from sparse_seg.errors import DataError
@@ -40,7 +41,7 @@ _MOST_PIXELS, _LONGEST_SIDE = 1 << 30, 10**6  # that OpenCV reads
 _INFLATED, _PIXELS_PER_BYTE = 8 * 1032, {"JPEG": 512, "WEBP": 1 << 28}
 _BACK = {6: 8, 8: 6}  # orientations that undo each other; the others undo themselves
 _HARMLESS = "bad ICC marker"
-# the first bytes of files that are not read: where they stand, and what they are
+# marks of files that are not read: where they stand, and what they are
 _OTHERS = (
     (0, b"8BPS", "a Photoshop document"),
     (0, b"\xff\x0a", "a JPEG XL picture"),
@@ -51,6 +52,10 @@ _OTHERS = (
     (0, b"SIMPLE  =", "a FITS picture"),
     (128, b"DICM", "a DICOM file"),
     (0, b"GIF8", "a GIF"),
+    (0, b"\0\0\1\0", "an icon"),
+    (-18, b"TRUEVISION-XFILE", "a TGA picture"),
+    (8, b"AVI ", "a video"),
+    (0, b"\x1aE\xdf\xa3", "a video"),
     (0, b"%PDF", "a PDF"),
     (0, b"<svg", "an SVG drawing"),
     (0, b"<!DOCTYPE", "a web page"),
@@ -93,6 +98,9 @@ def decode_image(file: Path, upright: bool = False, bits: int | None = None) -> 
     header = _header(file, data)
     if header.kind == "JPEG":
         image = _decode_jpeg(file, data)
+    elif header.multiplies:
+        with _damage_named(file):
+            image = np.array(TiffImageFile(io.BytesIO(data)).convert("RGB"))
     else:
         if header.kind == "PNG":
             _verified_png(file, data)
@@ -179,7 +187,7 @@ def _header(file: Path, data: bytes) -> Header:
     """What a file says of its pixels.
 
     Raises:
-        DataError: it is broken, too large, or holds numbers that are no pixels, or Lab colours.
+        DataError: it is broken, too large, or holds numbers that are no pixels, or what OpenCV misreads.
     """
     with _damage_named(file):
         header = read_header(io.BytesIO(data))
@@ -195,8 +203,10 @@ def _header(file: Path, data: bytes) -> Header:
             f"{file}: is a {header.kind} of {header.bits}-bit {header.numbers} numbers, as tifffile or "
             "rasterio reads; scale the values to 0..65535 and save it with 16 bits per channel, unsigned"
         )
-    if header.is_lab:
-        raise DataError(f"{file}: is a TIFF of Lab colours, which are not read here; save it in RGB")
+    if header.misread:
+        raise DataError(
+            f"{file}: is a TIFF of {header.misread}, which are not read here; save it in RGB, interleaved"
+        )
     return header
 
 

@@ -51,20 +51,20 @@ class ExportOptions:
 
 
 def check_options(model: SelectiveNetwork, options: ExportOptions) -> None:
-    """Raises a SparseSegError, of one line, where a model cannot be exported with these options."""
+    """Raises a SparseSegError, of one line, where a model cannot be exported with these options; a ValueError
+    for a stride or merge that it cannot have."""
     if min(options.size) < MIN_SIZE:
         size = "x".join(map(str, options.size))
         raise SparseSegError(f"size {size} is too small; images must have at least {MIN_SIZE}x{MIN_SIZE} px")
-    if options.dense is not None:
-        if options.dense < 1 or options.dense & (options.dense - 1):
-            raise SparseSegError(f"dense output stride must be a power of two, not {options.dense}")
-        return
-    if model.separates(Way()):
+    way = Way(options.dense, merge=options.merge)
+    if not way.is_dense and model.separates(way):
         raise SparseSegError(
             "exchange separate makes the coarse lattice depend on the mask; such a network can be exported "
             "with --dense only, or with another rule (--set model.exchange=linear)"
         )
-    model.check_way(Way(merge=options.merge))
+    model.check_way(way)
+    if way.is_dense:
+        return
     policy = options.policy or model.policy
     if policy.is_bound and not options.given:
         raise SparseSegError(

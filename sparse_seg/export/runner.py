@@ -43,15 +43,18 @@ def in_runtime(
 
     Args:
         model: in eval mode; its device is where onnxruntime runs, if it is built for it. Where it changes
-            afterwards (weights, settings, policy), a call raises a SparseSegError: call this again.
+            afterwards (weights, settings, policy), a call raises a SparseSegError: call this again. Values
+            written through `.data` or NumPy go unnoticed.
         runtime: `onnxruntime` or `openvino`; `cuda-graph`, on a CUDA device, in the model's precision; or
             `auto`, which runs in PyTorch until a graph in onnxruntime is worth making, see `Runner`.
         threads: of the processor; None: as many as PyTorch uses.
 
     Raises:
         SparseSegError: an unknown runtime, or one that is not installed or does not run on this device.
-        ValueError: no network of this package.
+        ValueError: no network of this package, or threads that are no number.
     """
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads must be a whole number from 1, not {threads!r}")
     if not isinstance(model, SelectiveNetwork):
         raise ValueError(
             f"model must be a network of this package, not {type(model).__name__}: load_model reads a file, "

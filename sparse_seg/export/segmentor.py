@@ -25,6 +25,7 @@ from sparse_seg.run.images import check_images, warn_of_bytes
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.predicting import Predicting
 from sparse_seg.run.way import Way
+from sparse_seg.run.weights import held
 
 _MAKING = threading.Lock()  # PyTorch's exporter keeps state outside the network: one graph at a time
 GRAPHS = 8  # kept: each holds the weights
@@ -40,15 +41,17 @@ class Elsewhere(Predicting):
     def __init__(self, model: SelectiveNetwork) -> None:
         self.model, self.strides = model, model.strides
         self._policies: dict[Way, MaskPolicy | None] = {}
-        self._tensors = [*model.parameters(), *model.buffers()]
+        self._tensors = held(model)  # kept, lest new ones get their places in memory
         self._known = self._state()
 
     def _state(self) -> list[Any]:
-        """What tells whether the model has changed."""
+        """What tells whether the model has changed, but for values written through `.data` or NumPy, which
+        PyTorch does not count: each call asks, and to compare ResNet-50's takes 12 ms."""
         own = own_settings(self.model.policy) | {"training": False}  # which changes no result
         told = [value if isinstance(value, (float, int, str)) else id(value) for value in own.values()]
-        versions = [0 if one.is_inference() else one._version for one in self._tensors]
-        places = [one.data_ptr() for one in self._tensors]
+        tensors = held(self.model)
+        versions = [0 if one.is_inference() else one._version for one in tensors]
+        places = [one.data_ptr() for one in tensors]
         return [self.model.settings, id(self.model.policy), told, versions, places]
 
     def check_start(self, images: Tensor) -> None:
@@ -109,7 +112,8 @@ class RuntimeSegmentor(Elsewhere):
         return RuntimeRun(self, images)
 
     def check(self, way: Way, policy: MaskPolicy | None = None) -> None:
-        """Raises a SparseSegError, of one line, for a way that no graph can run."""
+        """Raises a SparseSegError, of one line, for a way that no graph can run, or what the model raises."""
+        self.model.check_way(way)  # first: 8.0 equals 8
         if (way, policy) in self._checked:
             return
         if policy is not None and not policy.reads_image_alone:

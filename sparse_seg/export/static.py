@@ -140,7 +140,7 @@ class StaticNetwork(nn.Module):
                 chosen = self.ranking(self.choice.scores(asked))
             near = geometry.near(self.options.size) if self.options.ghosts else {}
             sites = Sites.of_numbers(chosen, self.ranking.fine, self.plans, self.exchange, near, self.engine)
-            values = run.mixed(sites, coarse if geometry.refines else None, late=False)
+            values = run.mixed(sites, coarse if geometry.refines else None, late=False, last=True)
         if patches:
             return patched(run, sites, coarse, values).tensor, chosen
         return run.late(values).tensor, chosen

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_seg.errors import SparseSegError
 from sparse_seg.ops.node import Node
+from sparse_seg.sites.level import sum_rows
 
 Tensors = Mapping[str, Tensor]
 Pair = tuple[int, int]  # along y and x
@@ -120,31 +121,59 @@ class Spatial(Operator):
 @dataclass(frozen=True)
 class Reads:
     """What the T taps of a window read at M sites: rows `index` `[M * T]` of `table` `[R, I]`, whose last row
-    is what lies outside the image. Backward may keep `parts`, if any, of which `make` makes the table."""
+    is what lies outside the image. Backward may keep `parts`, if any, of which `make` makes the table. With
+    `shares`, which have no backward, both are `[M * T, k]`, and taps read sums of k rows by their shares."""
 
     table: Tensor
     index: Tensor
     count: int
     make: Callable[..., Tensor] = lambda table: table
     parts: tuple[Tensor, ...] = ()
+    shares: Tensor | None = None
+
+    @property
+    def sites(self) -> int:
+        """M."""
+        return int(self.index.shape[0]) // self.count
 
     def values(self) -> Tensor:
         """`[M, T, I]`."""
-        taken = self.table.index_select(0, self.index)
+        if self.shares is None:
+            taken = self.table.index_select(0, self.index)
+        else:
+            taken = sum_rows(self.table, self.index, self.shares)
         return taken.reshape(-1, self.count, int(self.table.shape[1]))
 
-    def tiles(self, size: int) -> Iterator[tuple[slice, Reads]]:
-        """Parts of the sites, so many at once that their values take at most `size` bytes."""
-        each = self.count * int(self.table.shape[1]) * self.table.element_size()
-        sites, at_once = int(self.index.shape[0]) // self.count, max(1, size // each)
-        for first in range(0, max(1, sites), at_once):
-            tile = slice(first, min(first + at_once, sites))
-            yield tile, Reads(self.table, self.index[first * self.count : tile.stop * self.count], self.count)
+    def tiles(self, size: int, by_taps: bool = False) -> Iterator[tuple[slice, slice, Reads]]:
+        """Parts of the sites, so many at once that their values take at most `size` bytes; or of the taps,
+        and of the sites where those of one tap take more.
+
+        Returns:
+            For each the sites, the taps, and what these read there.
+        """
+        each, sites = int(self.table.shape[1]) * self.table.element_size(), self.sites
+        most = min(self.count, max(1, size // (each * max(1, sites)))) if by_taps else self.count
+        at_once = max(1, size // (each * most))
+        for tap in range(0, self.count, most):
+            taps = slice(tap, min(tap + most, self.count))
+            for site in range(0, max(1, sites), at_once):
+                part = slice(site, min(site + at_once, sites))
+                yield part, taps, self._part(part, taps)
+
+    def _part(self, sites: slice, taps: slice) -> Reads:
+        both = [one for one in (self.index, self.shares) if one is not None]
+        if taps.stop - taps.start == self.count:
+            index, *shares = (one[sites.start * self.count : sites.stop * self.count] for one in both)
+        else:
+            each = (one.reshape(-1, self.count, *one.shape[1:])[sites, taps] for one in both)
+            index, *shares = (one.flatten(0, 1) for one in each)
+        return Reads(self.table, index, taps.stop - taps.start, shares=shares[0] if shares else None)
 
     def inside(self) -> Tensor:
         """`[M, T]` bool."""
         last = self.table.shape[0] - 1  # no int(): in an exported graph the number of ghosts is not fixed
-        return (self.index < last).reshape(-1, self.count)
+        first = self.index if self.shares is None else self.index[:, 0]
+        return (first < last).reshape(-1, self.count)
 
 
 OPERATORS: dict[str, Operator] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,10 +25,9 @@ from sparse_seg.ops.base import (
 from sparse_seg.ops.call import Call, Ref, reads
 from sparse_seg.ops.node import Node
 
-# of taps of grouped convolutions, which have no product to hide memory behind: 1 to 4 MiB took 0.7 of the
-# time of all at once in onnxruntime on an AMD EPYC (depthwise, 462 sites, 576 and 960 channels)
-GROUPED_BYTES = 4 << 20
-TILE_BYTES = 32 << 20  # of gathered taps: 32 MiB was best of 1 to 64 on two Xeon cores
+# of gathered taps. Depthwise, 1 to 4 MiB took 0.7 of the time of all at once in onnxruntime on an AMD EPYC
+# (462 sites, 576 and 960 channels); products take the same time with 2 to 32 MiB if tiles are of taps
+TILE_BYTES = 4 << 20
 
 
 @reads("conv2d")
@@ -88,13 +88,15 @@ class Conv2d(Spatial):
         weight, bias, groups = tensors["weight"], tensors.get("bias"), node.options["groups"]
         if groups > 1:
             table, weight, bias = _autocast(reads.table, weight, bias)
-            tiles = Reads(table, reads.index, reads.count).tiles(GROUPED_BYTES)
-            parts = [_grouped(part.values(), weight, bias, groups) for _, part in tiles]
+            tiles = replace(reads, table=table).tiles(TILE_BYTES)
+            parts = [_grouped(part.values(), weight, bias, groups) for _, _, part in tiles]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         matrix = weight.permute(0, 2, 3, 1).flatten(1)  # [O, T * I]
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             taken = reads.table.index_select(0, reads.index).reshape(-1, int(matrix.shape[1]))
             return F.linear(taken, matrix, bias)
+        if not torch.is_grad_enabled():
+            return _product(reads, matrix, bias)
         return _GatherProduct.apply(reads.table, matrix, bias, reads.index, reads.make, *reads.parts)
 
     def macs(self, node: Node, tensors: Tensors) -> int:
@@ -185,8 +187,24 @@ class _Uneven(torch.autograd.Function):
         )
 
 
+def _product(reads: Reads, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """What taps read times a matrix `[O, T * I]`, tile by tile: `[M, O]`."""
+    table, matrix, bias = _autocast(reads.table, matrix, bias)
+    channels = int(table.shape[1])
+    out = table.new_empty(reads.sites, int(matrix.shape[0]))
+    by_taps = matrix.element_size() >= 4  # sums of few bits are rounded once
+    for sites, taps, part in replace(reads, table=table).tiles(TILE_BYTES, by_taps):
+        own, total = matrix[:, taps.start * channels : taps.stop * channels].t(), out[sites]
+        start = total if taps.start else bias
+        if start is None:
+            torch.mm(part.values().flatten(1), own, out=total)  # no name: the next tile takes its memory
+        else:
+            torch.addmm(start, part.values().flatten(1), own, out=total)
+    return out
+
+
 class _GatherProduct(torch.autograd.Function):
-    """Gathered taps times a matrix, tile by tile; backward gathers again in place of keeping T copies.
+    """`_product`; backward gathers again in place of keeping T copies.
 
     Of a table with parts it keeps these, see `Reads`.
     """
@@ -199,14 +217,7 @@ class _GatherProduct(torch.autograd.Function):
         table, matrix, bias = _autocast(table, matrix, bias)
         ctx.save_for_backward(matrix, index, *(parts or (table,)))
         ctx.make, ctx.count = make, matrix.shape[1] // table.shape[1]
-        out = table.new_empty(index.shape[0] // ctx.count, matrix.shape[0])
-        for tile, part in Reads(table, index, ctx.count).tiles(TILE_BYTES):
-            taken = part.values().flatten(1)
-            if bias is None:
-                torch.mm(taken, matrix.t(), out=out[tile])
-            else:
-                torch.addmm(bias, taken, matrix.t(), out=out[tile])
-        return out
+        return _product(Reads(table, index, ctx.count), matrix, bias)
 
     @staticmethod
     @once_differentiable
@@ -215,10 +226,12 @@ class _GatherProduct(torch.autograd.Function):
         table = ctx.make(*parts).to(matrix.dtype)
         grad_table = torch.zeros_like(table) if ctx.needs_input_grad[0] else None
         total = torch.zeros_like(matrix, dtype=torch.promote_types(matrix.dtype, torch.float32))
-        for tile, part in Reads(table, index, ctx.count).tiles(TILE_BYTES):
-            total += grad[tile].t() @ part.values().flatten(1)
+        channels = table.shape[1]
+        for sites, taps, part in Reads(table, index, ctx.count).tiles(TILE_BYTES, by_taps=True):
+            own = slice(taps.start * channels, taps.stop * channels)
+            total[:, own] += grad[sites].t() @ part.values().flatten(1)
             if grad_table is not None:
-                grad_table.index_add_(0, part.index, (grad[tile] @ matrix).reshape(-1, table.shape[1]))
+                grad_table.index_add_(0, part.index, (grad[sites] @ matrix[:, own]).reshape(-1, channels))
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_table, total.to(matrix.dtype), grad_bias, None, None, *(None for _ in parts)
 

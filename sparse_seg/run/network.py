@@ -178,7 +178,7 @@ class SelectiveNetwork(Predicting, nn.Module):
         an exchange rule, engine or merge that is none."""
         stride = way.output_stride
         if stride is not None and self.settings.module is None and stride not in (4, 8, 16, 32):
-            raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {stride}")
+            raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {stride!r}")
         if stride is not None and (not isinstance(stride, int) or stride < 1 or stride & (stride - 1)):
             raise ValueError(f"output_stride must be a power of two, px, not {stride!r}")
         for name, valid in (("exchange", EXCHANGES), ("engine", ENGINES), ("merge", MERGES)):

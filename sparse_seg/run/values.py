@@ -108,6 +108,7 @@ class Interpreter(Windows):
         before: Values | None = None,
         late: bool = True,
         wanted: Collection[str] = (),
+        last: bool = False,
     ) -> Values:
         """Run under a mask: rows on mixed levels, what is late on grids at the finest stride.
 
@@ -117,6 +118,7 @@ class Interpreter(Windows):
                 is computed again.
             before: what this method gave for the sites of the step before.
             wanted: names of values that are kept beside those that a later run reads.
+            last: whether none reads this one's: then those are kept that losses and late values read.
         """
         cells = self.geometry.cells(self.geometry.strides[0])
 
@@ -134,7 +136,8 @@ class Interpreter(Windows):
         # with known lattices nothing reads the values between
         fused = coarse is not None and not wanted and fuses(sites.engine, self.images.device)
         nodes = self._later(late, fused)
-        kept = self.geometry.kept_rows if late else self.geometry.kept_rows | self.geometry.entries
+        kept = {*self.geometry.exits, *self.geometry.vectors} if last else self.geometry.kept_rows
+        kept = kept if late else kept | self.geometry.entries
         return self._run(nodes, dict(self.early()), {*kept, *wanted}, compute, coarse or ())
 
     def _later(self, late: bool, fused: bool = False) -> list[Node]:

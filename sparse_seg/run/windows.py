@@ -141,8 +141,7 @@ class Windows:
             found = self._by_triton(node, rows, index, ghosts, level, end)
             if found is not None:
                 return found
-        table, index = value.reads(stride, taps)
-        return end(self._gathered(node, table, index))
+        return end(self._gathered(node, *value.reads(stride, taps)))
 
     def _of_grid(self, node: Node, source: Grid, index: Tensor, engine: str, end: Epilogue) -> Tensor:
         is_one = self._is_for_triton(node, engine, source)
@@ -154,10 +153,10 @@ class Windows:
         tensors = self.tensors_of(node)
         return triton.conv2d(rows, index, kernel_of(tensors["weight"]), tensors.get("bias"), *ghosts)
 
-    def _gathered(self, node: Node, table: TapTable, index: Tensor) -> Tensor:
+    def _gathered(self, node: Node, table: TapTable, index: Tensor, shares: Tensor | None = None) -> Tensor:
         operator = OPERATORS[node.op]
         assert isinstance(operator, Spatial)
-        reads = Reads(table.rows, index, self.taps[node.name].number, table.make, table.parts)
+        reads = Reads(table.rows, index, self.taps[node.name].number, table.make, table.parts, shares)
         return operator.rows(node, self.tensors_of(node), reads)
 
     def _is_for_spconv(self, node: Node, engine: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_seg.sites.plan import LevelPlan, Taps
@@ -87,17 +88,39 @@ class Level:
         return self.cached(("places", taps, stride, source), build)
 
     def table(self, source: Tensor, extras: Tensor, kind: str) -> Tensor:
-        """`[3 * K + 3 * n + 1, C]`: sites, n ghosts for each phase, and zero for outside.
+        """`[3 * K + 3 * n + 1, C]`: sites, n ghosts for each phase, and zero for outside; of kind `base` the
+        source in place of ghosts, before the sites: `[cells + 3 * K + 1, C]`.
 
         source: `[cells, C]`, values of the complete grid at twice the stride; extras: `[3 * K, C]`.
         """
-        parts = [extras]
-        if kind != "none":
+        parts = [source, extras] if kind == "base" else [extras]
+        if kind in ("near", "all"):
             parts.append(self.ghosts(source, self._numbering(kind)[1], self.exchange))
         return torch.cat([*parts, source.new_zeros(1, int(source.shape[1]))])
 
+    def tap_shares(self, taps: Taps) -> tuple[Tensor, Tensor]:
+        """`[3 * run * T, 4]` twice: rows of the table of kind `base`, and their shares in what taps read
+        around the extra sites that are run."""
+
+        def build() -> tuple[Tensor, Tensor]:
+            read = self.plan.around_sites(taps).index_select(1, self.run_cells).reshape(-1)
+            return self._taken(self.exchange, read + self.plan.cells)  # those are numbered from phase 1 on
+
+        return self.cached(("shares", taps), build)
+
+    @property
+    def sums_rows(self) -> bool:
+        """Whether values where there is no site are summed as they are read, in place of being made once: on
+        the CPU, without gradients, in no graph."""
+        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        return self.plan.device.type == "cpu" and not (torch.is_grad_enabled() or traced)
+
     def complete(self, source: Tensor, extras: Tensor, exchange: str = "linear") -> Tensor:
         """Values of the level's own grid, all of its cells: `[fine cells, C]`."""
+        if self.sums_rows:
+            places = self.plan.phases_of_fine
+            rows, shares = self.cached(("fine", exchange), lambda: self._taken(exchange, places))
+            return sum_rows(self.table(source, extras, "base"), rows, shares)
         if exchange == "none":
             ghosts = source.new_zeros(3 * self.plan.cells, int(source.shape[1]))
         else:
@@ -149,6 +172,21 @@ class Level:
             self._kept[key] = build()
         return self._kept[key]
 
+    def _taken(self, exchange: str, places: Tensor) -> tuple[Tensor, Tensor]:
+        """`[N, 4]` twice: rows of the table of kind `base`, and their shares in the values at places
+        `phase * cells + cell`."""
+
+        def build() -> tuple[Tensor, Tensor]:
+            rows, shares = self.plan.shares(exchange)
+            cells, zero = self.plan.cells, self.plan.cells + 3 * self.count
+            sites = self._numbers() + cells
+            own = F.pad(torch.arange(cells, zero, device=sites.device)[:, None], (0, 3), value=zero)
+            rows = rows.masked_fill(rows == cells, zero).index_copy(0, sites, own)
+            return rows, shares.index_copy(0, sites, shares[:1].expand(len(sites), 4))
+
+        rows, shares = self.cached(("shares", exchange), build)
+        return rows.index_select(0, places), shares.index_select(0, places)
+
     def _places(self) -> Tensor:
         """`[fine cells]`: the row of each place among those of the source, the extra sites, all ghosts."""
 
@@ -197,3 +235,8 @@ class Level:
         near = torch.zeros(self.plan.cells + 1, device=read.device).scatter(0, read, 1.0)
         near = near.scatter(0, self.cells, 0.0)
         return near[: self.plan.cells].nonzero().reshape(-1)
+
+
+def sum_rows(table: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+    """`[N, C]`: sums of rows `[N, k]` of a table by their shares."""
+    return F.embedding_bag(rows, table, per_sample_weights=shares.to(table.dtype), mode="sum")

@@ -10,13 +10,17 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 # where there is no site, phases 1 to 3 are this mean of their cell and the ones right, below, and diagonal
 MIX = ((0.5, 0.5, 0.0, 0.0), (0.5, 0.0, 0.5, 0.0), (0.25, 0.25, 0.25, 0.25))
+OWN = (1.0, 0.0, 0.0, 0.0)
+SHARES = {"linear": (OWN, *MIX), "nearest": (OWN,) * 4, "none": (OWN, *[(0.0,) * 4] * 3)}  # phases 0 to 3
+
+T = TypeVar("T")
 
 
 class Taps(NamedTuple):
@@ -83,7 +87,7 @@ class LevelPlan:
         self.fine, self.coarse = grid_size(size, stride), grid_size(size, 2 * stride)
         self.cells = batch * self.coarse[0] * self.coarse[1]
         self.fine_cells = batch * self.fine[0] * self.fine[1]
-        self._tables: dict[Hashable, Tensor] = {}
+        self._tables: dict[Hashable, Any] = {}
 
     def number(self, stride: int) -> int:
         """How many places a complete grid at a stride has."""
@@ -177,7 +181,19 @@ class LevelPlan:
         """`MIX` as a tensor `[3, 4]`."""
         return self._kept(dtype, lambda: torch.tensor(MIX, dtype=dtype, device=self.device))
 
-    def _kept(self, key: Hashable, build: Callable[[], Tensor]) -> Tensor:
+    def shares(self, exchange: str) -> tuple[Tensor, Tensor]:
+        """`[4 * cells + 1, 4]` twice: cells, the number behind the last for none, and their shares in the
+        value at each place of phases 0 to 3, where there is no site, and at last outside."""
+
+        def build() -> tuple[Tensor, Tensor]:
+            shares = torch.tensor(SHARES[exchange], device=self.device)[:, None].expand(4, self.cells, 4)
+            places = self.corners.T.expand(4, self.cells, 4).where(shares > 0, self.cells).flatten(0, 1)
+            outside = places.new_full((1, 4), self.cells)
+            return torch.cat([places, outside]), torch.cat([shares.flatten(0, 1), shares.new_zeros(1, 4)])
+
+        return self._kept(("shares", exchange), build)
+
+    def _kept(self, key: Hashable, build: Callable[[], T]) -> T:
         if key not in self._tables:
             with torch.inference_mode(False):  # kept tables must serve training, too
                 self._tables[key] = build()

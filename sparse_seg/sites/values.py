@@ -130,21 +130,24 @@ class Mixed:
             return self
         return Mixed(self._lattice, {one: self.extras(one) for one in self.rows}, self.sites.whole)
 
-    def reads(self, stride: int, taps: Taps) -> tuple[TapTable, Tensor]:
+    def reads(self, stride: int, taps: Taps) -> tuple[TapTable, Tensor, Tensor | None]:
         """What taps read around the extra sites at `stride` that are run: a table, and its rows
-        `[3 * run * T]`."""
+        `[3 * run * T]`; or rows `[3 * run * T, 4]` and their shares in what is read."""
         level, base, apart = self.sites.levels[stride], self.lattice.stride, self.sites.apart
         if base <= stride:
             rows = apart.in_grid(taps, stride, base, base) if apart else level.grid_rows(taps, base)
-            return self.lattice.table, rows
+            return self.lattice.table, rows, None
         kind = level.kind(taps)
+        kind = "base" if kind != "none" and level.sums_rows else kind
         if (stride, kind) not in self._tables:
             strides = [one for one in self.rows if one >= stride]  # finer ones are not read
             make = functools.partial(_made, self.sites, base, strides, stride, kind)
             parts = self.lattice.tensor, *map(self.extras, strides)
             self._tables[stride, kind] = TapTable(self._table(stride, kind), make, parts)
+        if kind == "base":
+            return self._tables[stride, kind], *level.tap_shares(taps)
         rows = apart.in_table(taps, stride) if apart else level.tap_rows(taps)
-        return self._tables[stride, kind], rows
+        return self._tables[stride, kind], rows, None
 
     def reads_apart(self, stride: int, taps: Taps) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same without a table that is made for it.

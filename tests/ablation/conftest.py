@@ -35,7 +35,7 @@ def grid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_scenes(folder / "scenes", 10, (64, 96), val_fraction=0.2)
     (folder / "tiny.yaml").write_text(
         f"""
-model: {{width: 0.125, head_channels: 16, mask: {{policy: edge}}}}
+model: {{width: 0.125, depths: [1, 1, 1, 1], head_channels: 16, mask: {{policy: edge}}}}
 data: {{root: {folder / "scenes"}, crop: [64, 64]}}
 train: {{iterations: 2, batch_size: 2, threads: 1}}
 """
@@ -46,7 +46,7 @@ train: {{iterations: 2, batch_size: 2, threads: 1}}
 
 @pytest.fixture(scope="session")
 def finished(grid_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work folder of a finished ablation; memory is measured in tests/evaluation/test_latency.py."""
+    """The work folder of a finished ablation; memory is measured in tests/evaluation/test_cost.py."""
     work_dir = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "peak_memory", lambda prepare, arguments, *given: prepare(*arguments) and 12.0)

@@ -10,6 +10,21 @@ from sparse_seg.lab.ablation.grid import Run, load_grid
 from sparse_seg.networks.encoder_decoder import build_module
 from tests.ablation.conftest import GRID
 
+BUILT = set[str]()
+
+
+@pytest.fixture
+def uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each network is built once, and not captured."""
+
+    def build(config: Config) -> None:
+        settings = model_config(config)
+        if str(settings) not in BUILT:
+            build_module(settings, 8)
+            BUILT.add(str(settings))
+
+    monkeypatch.setattr("sparse_seg.lab.ablation.grid.build_model", build)
+
 
 def test_a_grid_expands_to_trainings_and_cells(grid_file: Path) -> None:
     path = grid_file.with_name("seeds.yaml")
@@ -84,7 +99,9 @@ def test_a_run_changes_mask_exchange_and_strides_alone(grid_file: Path) -> None:
         ("exchange: [none, linear]", "exchange: [none, none]", "names student, edge, f=0.25 twice"),
     ],
 )
-def test_refused_grids(grid_file: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_refused_grids(
+    grid_file: Path, tmp_path: Path, uncaptured: None, old: str, new: str, message: str
+) -> None:
     assert old in GRID
     path = grid_file.parent / f"bad_{tmp_path.name}.yaml"  # beside the config that it names
     path.write_text(GRID.replace(old, new, 1))
@@ -102,19 +119,9 @@ def test_files_of_another_form(tmp_path: Path, text: str) -> None:
         load_grid(path)
 
 
-def test_shipped_grids_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each network is built once, and not captured."""
-    built = set[str]()
-
-    def build(config: Config) -> None:
-        settings = model_config(config)
-        if str(settings) not in built:
-            build_module(settings, 8)
-            built.add(str(settings))
-
-    monkeypatch.setattr("sparse_seg.lab.ablation.grid.build_model", build)
+def test_shipped_grids_are_valid(uncaptured: None) -> None:
     for path in sorted((Path(__file__).parents[2] / "configs/ablation").glob("*.yaml")):
         grid = load_grid(path)
         assert grid.cells[0].run.output_stride == 8, "ratios refer to a dense network"
         assert len(grid.cells) == len(grid.runs) * len(grid.spec.seeds)
-    assert built
+    assert BUILT

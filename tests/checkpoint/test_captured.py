@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,6 @@ from sparse_seg.checkpoint import load
 from sparse_seg.config import config_from_dict
 from sparse_seg.conversion import to_dense
 from sparse_seg.errors import CheckpointError
-from sparse_seg.graph import capture
-from sparse_seg.graph.file import first_difference, from_json, to_json
 from sparse_seg.run.card import Card
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
@@ -73,10 +70,6 @@ def test_the_code_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found = load_model(tmp_path / "net.safetensors")
     assert relative_error(found.dense(images(), 8), expected) < 1e-5
     assert "gone_nets" not in sys.modules
-
-
-def test_the_way_back_is_the_modules_state_dict(saved: Path) -> None:
-    assert same(to_dense(saved), captured.trained().state_dict())
 
 
 def test_what_is_known_of_the_classes_is_in_the_file(tmp_path: Path) -> None:
@@ -161,15 +154,6 @@ def test_a_network_of_ours_is_saved_as_well(tmp_path: Path) -> None:
 
 
 # -- what a graph may not say --------------------------------------------------------------------------------
-
-
-def test_a_graph_is_json() -> None:
-    graph, _ = capture(captured.trained(), SIZE)
-    again = from_json(json.loads(json.dumps(to_json(graph))))
-    assert again == from_json(to_json(graph))
-    assert first_difference(again, graph) is None
-    again.nodes[3].options["momentum"] = 0.5
-    assert first_difference(again, graph) == again.nodes[3].where
 
 
 def node(graph: dict[str, Any], op: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from sparse_seg.training.checkpoint import best_of, save_best, save_checkpoint
 from tests.checkpoint.earlier import write_converted, write_format_2, write_training
 from tests.checkpoint.stored import header_of, opened, write_changed
 from tests.conversion.cases import same, state_of
+from tests.fast import one_fast
 from tests.reference import relative_error
 
 FILES, HALF = Path(__file__).with_name("files"), "torchvision fcn"
@@ -105,7 +106,7 @@ def test_training_files_of_version_0_1(config, weights, tmp_path):
     assert same(load_model(tmp_path / "last.pt", config).state_dict(), weights)
 
 
-@pytest.mark.parametrize("name", ["cad learned mask", "smp deeplabv3plus", "mmseg deeplabv3plus r18"])
+@pytest.mark.parametrize("name", one_fast("cad learned mask", "smp deeplabv3plus", "mmseg deeplabv3plus r18"))
 def test_converted_files_of_earlier_formats(name, tmp_path):
     """Also, version 0.1 does not know the scaling."""
     torch.save(state_of(name), tmp_path / "source.pth")

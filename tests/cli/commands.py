@@ -12,6 +12,14 @@ def done(*arguments: object) -> None:
     assert main([str(argument) for argument in arguments]) == 0
 
 
+def said(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    """Run a command; what it prints, or complains of where its exit code is another."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    found = capsys.readouterr()
+    return found.out if code == 0 else found.err
+
+
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 1) -> str:
     """Run a command, which must fail; its one line of complaint."""
     capsys.readouterr()

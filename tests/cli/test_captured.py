@@ -13,7 +13,7 @@ from sparse_seg import load_model, save_model, selective
 from sparse_seg.data.scenes import write_scenes
 from sparse_seg.lab.latency import Latency, Run
 from tests import captured
-from tests.cli.commands import done
+from tests.cli.commands import done, fails
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def test_predict_refines(folder: Path, tmp_path: Path) -> None:
     done("predict", folder / "net.safetensors", folder / "photo.png", *options)
     assert (tmp_path / "photo_ids.png").exists()
     assert list(tmp_path.glob("photo_step*"))
+    done("predict", folder / "net.safetensors", folder / "photo.png", "--dense", 64, "--out", tmp_path / "64")
 
 
 @pytest.mark.slow
@@ -58,10 +59,17 @@ def test_evaluate_compares(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert (tmp_path / "report.png").exists()
 
 
-def test_calibrate_and_fit_gain(folder: Path, tmp_path: Path) -> None:
+def test_calibrate_and_fit_gain(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = folder / "data.yaml", folder / "net.safetensors"
-    done("calibrate", *files, "--fine-fraction", 0.3, "--out", tmp_path / "budget.safetensors")
-    assert load_model(tmp_path / "budget.safetensors").policy.threshold is not None
+    done("calibrate", *files, "--fine-fraction", 0.25, "--out", tmp_path / "budget.safetensors", "--limit", 2)
+    printed = capsys.readouterr().out
+    assert "policy confidence: 0.250 of the blocks of 2 frames" in printed
+    threshold = float(re.findall(r"--set model.mask.threshold=(\S+)", printed)[0])
+    policy = load_model(tmp_path / "budget.safetensors").policy
+    assert (policy.name, policy.fine_fraction) == ("confidence", None)
+    assert policy.threshold == pytest.approx(threshold, rel=1e-5)
+    there = fails(capsys, "calibrate", *files, "--set", "model.mask.threshold=0.5")
+    assert "set model.mask.threshold=null, or --fine-fraction F" in there
     done("fit-gain", *files, tmp_path / "gain.safetensors", "--limit", 1)
     found = load_model(tmp_path / "gain.safetensors")
     assert (found.policy.name, found.merge) == ("gain", "patch")

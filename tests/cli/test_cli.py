@@ -5,10 +5,10 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -19,6 +19,7 @@ from sparse_seg.cli import COMMANDS, demo, main
 from sparse_seg.data.dataset import read_image
 from sparse_seg.lab.compare import report
 from sparse_seg.lab.report.overlays import GAP, LEGEND_HEIGHT
+from tests import captured
 from tests.cli.commands import done, fails
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ def test_help_has_examples_and_the_overview_purposes(capsys):
         ("browse --nothing-like-it", "error: unrecognized arguments: --nothing-like-it"),
         ("predict a b --out o --policy confidense", "'confidense'; did you mean 'confidence'? Choose one of"),
         ("evaluate a b --runtime torhc", "invalid choice: 'torhc'; did you mean 'torch'? Choose one of auto"),
-        ("evaluate a b --dense 9", "argument --dense: invalid choice: 9; choose one of 4, 8, 16, 32"),
+        ("evaluate a b --dense 8.0", "argument --dense: '8.0' is not a whole number from 1"),
     ],
 )
 def test_what_is_misspelt(capsys, command, complaint):
@@ -86,6 +87,9 @@ def test_usage_errors(capsys, trained):
         {"--compare": 0.1, "--fine-fraction": 0.1, "--dense": 8},
     )
     folder, best = checkpoint.parent, checkpoint
+    module = ("convert", best, "net.safetensors", "--module", captured.NAME)
+    predict = ("predict", best, ROOT / "README.md", "--out", "o", "--dense", 8)
+    export = ("export", best, "x.onnx", "--size", "64x64", "--dense", 8)
     for arguments, complaint in (
         ((), "COMMAND"),
         (("train",), "CONFIG"),
@@ -109,6 +113,23 @@ def test_usage_errors(capsys, trained):
         (("predict", best, "a.png", "--out", best), "best.safetensors is a file; name a folder"),
         (("predict", best, "a.png", "--policy", "oracle:gain", "--out", "o"), "oracle:gain reads labels"),
         (("predict", best, "a.png", "--window", 9, "--out", "o"), "windows of 9 px are too small; use 256"),
+        (("convert", "a.pth", "net.pth"), "must end in .safetensors"),
+        (("convert", "a.pth", "net.safetensors", "--to-dense", "--verify"), "--verify: not with --to-dense"),
+        (("convert", best, best), "argument DST: is SRC"),
+        (("convert", "a.pth", "net.safetensors", "--output-stride", 32), "invalid choice"),
+        (("convert", "a.pth", "net.safetensors", "--from", "keras"), "invalid choice"),
+        ((*module, "--from", "timm"), "argument --from: not with --module"),
+        ((*module, "--args", "classes"), "'classes' is no KEY=VALUE"),
+        ((*module[:3], "--args", "classes=3"), "argument --args: only with --module"),
+        (("make-scenes", "o", "--size=256"), "HEIGHTxWIDTH"),
+        (("make-scenes", "o", "--size=0x48"), "HEIGHTxWIDTH"),
+        (("make-scenes", "o", "--size=16x48"), "at least 32 px"),
+        (("make-scenes", "o", "--count=1"), "whole number from 2"),
+        (("make-scenes", "o", "--seed=-1"), "whole number from 0"),
+        ((*evaluate, "--dense", 9), "argument --dense: output_stride must be 4, 8, 16 or 32, not 9"),
+        ((*predict, "--policy", "edge"), "argument --policy: not allowed with argument --dense"),
+        ((*export, "--policy", "edge"), "argument --policy: not allowed with argument --dense"),
+        ((*export, "--merge", "patch"), "argument --merge: not allowed with argument --dense"),
     ):
         assert complaint in fails(capsys, *arguments, code=2)
     for one, other in itertools.combinations(values, 2):
@@ -150,35 +171,20 @@ def test_failures_are_one_line(capsys, trained, tmp_path):
     picture = tmp_path / "photo.JPG"
     picture.write_bytes(b"\xff\xd8\xff")
     line = fails(capsys, "predict", picture, checkpoint, "--out", tmp_path / "out")
-    assert "photo.JPG is a picture, no checkpoint; the checkpoint comes before" in line
+    assert "photo.JPG is a picture, no checkpoint; name one (to predict, before the pictures)" in line
     for head in ("deeplabv3", "deeplabv3plus"):
         pooled = ("--scopes", "train", "--set", f"model.head={head}")
         line = fails(capsys, "benchmark", config, "--size", "64x96", "--no-memory", *pooled)
         assert "needs --batch 2 or more: a norm sees one vector of each image" in line
 
 
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
+def test_system_errors_are_one_line(capsys, monkeypatch, trained):
+    for error, line in (
         (OSError("disk full"), "error: disk full"),
         (OSError(28, "No space left", "a.json"), "error: a.json: No space left"),
-    ],
-)
-def test_system_errors_are_one_line(capsys, monkeypatch, trained, error, line):
-    def fail(*arguments):
-        raise error
-
-    monkeypatch.setattr("sparse_seg.cli.train.load_config", fail)
-    assert fails(capsys, "train", trained[0]) == line
-
-
-def test_bad_dataset_files_are_named_before_training(capsys, own, config, tmp_path):
-    shutil.copytree(own / "data", tmp_path / "data")
-    cv2.imwrite(str(tmp_path / "data/train/labels/a.png"), np.full((64, 96), 77, np.uint8))
-    work = tmp_path / "run"
-    line = fails(capsys, "train", config, "--work-dir", work, "--set", f"data.root={tmp_path / 'data'}")
-    assert "a.png: label values [77] (6144 px) are not in this dataset's list" in line
-    assert not work.exists()
+    ):
+        monkeypatch.setattr("sparse_seg.cli.train.load_config", Mock(side_effect=error))
+        assert fails(capsys, "train", trained[0]) == line
 
 
 def test_class_names_on_a_terminal_without_their_letters(trained, monkeypatch):

@@ -84,15 +84,6 @@ def test_by_a_provider_of_onnxruntime() -> None:
         by_onnxruntime("TensorrtExecutionProvider", network, given, trt_fp16_enable=True)
 
 
-def test_large_images_on_tensor_cores_come_first() -> None:
-    keys = list(itertools.product(("heavy", "light"), ((8, 16), (16, 32)), (1, 4), ("fp32", "fp16")))
-    found = gpu.by_weight(keys)
-    assert sorted(found) == sorted(keys)
-    assert found[:2] == [("heavy", (16, 32), 1, "fp16"), ("heavy", (16, 32), 4, "fp16")]
-    pixels = [batch * size[0] * size[1] for _, size, batch, _ in found[2:]]
-    assert pixels == sorted(pixels)
-
-
 def test_table_of_the_docs_is_the_result_file() -> None:
     rows = json.loads((RESULTS / "gpu_h100.json").read_text())["rows"]
     cells = itertools.groupby(

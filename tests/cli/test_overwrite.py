@@ -128,16 +128,13 @@ def test_inputs_that_are_still_to_be_read(folder, capsys):
     assert "drive_ids/000001.png is an input" in refused(capsys, *frames)
 
 
-def test_what_stands_beside_an_input(folder, capsys):
+def test_what_stands_beside_an_input_and_two_outputs_in_one_file(folder, capsys):
     """A picture or video of another's, by the name of what would be written."""
     picture("photo_ids.png")
     write_video("drive.avi")
     for source, there in (("photo.png", "photo_ids.png"), ("drive.avi", "drive.mp4")):
         said = refused(capsys, "predict", "--out", ".", "net.safetensors", source)
         assert f"{there} is there already, beside {source}; name another folder" in said
-
-
-def test_two_outputs_in_one_file(folder, capsys):
     compare = ["evaluate", "own.yaml", "net.safetensors", "--compare", "0.1", "--json", "r.png", "--report"]
     assert "two outputs would be written to r.png" in refused(capsys, *compare, "r.html")
     ids = ["predict", "net.safetensors", "photo.png", "--out", "o", "--json", "o/../o/photo_ids.png"]

@@ -66,26 +66,26 @@ def test_photos_are_scaled_to_the_training_frames(predict, checkpoint, model, tm
     assert load(checkpoint).training["frame"] == [64, 96]
     small = np.random.default_rng(1).integers(0, 256, (64, 96, 3), np.uint8)
     frame, photo = tmp_path / "frame.png", tmp_path / "photo.png"
-    for file, factor in ((frame, 1), (photo, 8)):
+    for file, factor in ((frame, 1), (photo, 4)):
         cv2.imwrite(str(file), cv2.resize(small, None, fx=factor, fy=factor))
 
     def ids(inputs: list[Path], *options: object, scales: list[float]) -> list[np.ndarray]:
         said = predict(*inputs, *options, "--steps", 0, 0.5)["images"].values()
-        scaled = "1 of 2 inputs scaled by 0.125 to the area of the training frames, 64x96 px; --scales 1: as"
+        scaled = "1 of 2 inputs scaled by 0.25 to the area of the training frames, 64x96 px; --scales 1: as"
         assert (scaled in capsys.readouterr().out) == (not options)
         assert [image["scales"] for image in said] == [[scale] for scale in scales]
-        assert read_image(tmp_path / f"out/{inputs[-1].stem}_steps.png").shape[1] > 2 * 768
+        assert read_image(tmp_path / f"out/{inputs[-1].stem}_steps.png").shape[1] > 2 * 384
         return [read_label(tmp_path / f"out/{file.stem}_ids.png") for file in inputs]
 
-    default = ids([frame, photo], scales=[1, 0.125])
+    default = ids([frame, photo], scales=[1, 0.25])
     as_they_are = ids([frame, photo], "--scales", 1, scales=[1, 1])
     assert np.array_equal(default[0], as_they_are[0])
-    assert default[1].shape == (512, 768)
+    assert default[1].shape == (256, 384)
     assert (default[1] != as_they_are[1]).mean() > 0.1
-    assert np.array_equal(default[1], ids([photo], "--scales", 0.125, scales=[0.125])[0])
+    assert np.array_equal(default[1], ids([photo], "--scales", 0.25, scales=[0.25])[0])
     found = sparse_seg.segment(model, photo)
     assert np.array_equal(found.ids(), default[1])
-    assert repr(found).endswith("seen at 0.125)")
+    assert repr(found).endswith("seen at 0.25)")
 
 
 def test_sub_folders_stay_apart_and_bad_files_are_skipped(checkpoint, photo, tmp_path, capsys):
@@ -159,8 +159,9 @@ def test_segment(checkpoint, model, photo):
         again = sparse_seg.segment(network, pixels)
         assert (again.classes == found.classes).all()
         assert again.names == found.names
-    with pytest.raises(ValueError, match=r"must be \[H, W, 3\] uint8 RGB"):
-        sparse_seg.segment(model, np.zeros((64, 64), np.uint8))
+    for shape in ((64, 64), (0, 60, 3)):
+        with pytest.raises(ValueError, match=r"must be \[H, W, 3\] uint8 RGB"):
+            sparse_seg.segment(model, np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="expected uint8"):
         sparse_seg.segment(model, np.zeros((64, 64, 3), np.float32))
     others: list[Any] = [torch.nn.Linear(3, 3), torch.nn.DataParallel(torch.nn.Linear(3, 3)), None, 3]

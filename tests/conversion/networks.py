@@ -16,14 +16,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.reference import DEPTHS, DenseBasicBlock, DenseBottleneck
-
 
 def conv(
     inside: int, outside: int, kernel: int, stride: int = 1, dilation: int = 1, groups: int = 1
 ) -> nn.Conv2d:
     padding = dilation * (kernel // 2)
     return nn.Conv2d(inside, outside, kernel, stride, padding, dilation, groups, bias=False)
+
+
+DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, inside: int, width: int, stride: int, first_dilation: int, dilation: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(inside, width, 3, stride, first_dilation), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(width, width, 3, 1, dilation), nn.BatchNorm2d(width)
+        self.downsample: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + (self.downsample(x) if self.downsample else x))
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, inside: int, width: int, stride: int, first_dilation: int, dilation: int) -> None:
+        super().__init__()
+        outside = 4 * width
+        self.conv1, self.bn1 = conv(inside, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(width, width, 3, stride, first_dilation), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = conv(width, outside, 1), nn.BatchNorm2d(outside)
+        self.downsample: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return F.relu(self.bn3(self.conv3(out)) + (self.downsample(x) if self.downsample else x))
 
 
 def conv_bn_relu(inside: int, outside: int, kernel: int, dilation: int = 1) -> nn.Sequential:
@@ -60,9 +91,9 @@ class ResNet(nn.Module):
         else:
             self.conv1 = conv(3, width, 7, 2) if stem == "conv7" else nn.Sequential(*parts)
             self.bn1 = nn.BatchNorm2d(width)
-        block = DenseBasicBlock if depth in (18, 34) else DenseBottleneck
+        block = BasicBlock if depth in (18, 34) else Bottleneck
         inside, total, dilation = width, 4, 1
-        for number, count in enumerate(depths or DEPTHS[f"resnet{depth}"]):
+        for number, count in enumerate(depths or DEPTHS[depth]):
             stride, first = (2 if number else 1), dilation
             if total * stride > output_stride:
                 stride, dilation = 1, dilation * 2
@@ -71,8 +102,8 @@ class ResNet(nn.Module):
             stage, blocks = width * 2**number, []
             for index in range(count):
                 entry = (stride, first) if index == 0 else (1, dilation)
-                second = 1 if style == "mmseg" and block is DenseBasicBlock else dilation
-                made = block(inside, stage, *entry, second, down=False)
+                second = 1 if style == "mmseg" and block is BasicBlock else dilation
+                made = block(inside, stage, *entry, second)
                 if index == 0 and (number or inside != stage * block.expansion):
                     made.downsample = _shortcut(inside, stage * block.expansion, stride, pooled)
                 blocks.append(made)

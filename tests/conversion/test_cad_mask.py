@@ -11,14 +11,12 @@ from sparse_seg import load_model
 from sparse_seg.config import load_config
 from sparse_seg.conversion import convert
 from sparse_seg.errors import CheckpointError, ConfigError
-from sparse_seg.masks import LearnedPolicy
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.way import Way
 from tests.conversion.cases import network_of, state_of
+from tests.fast import one_fast
 from tests.reference import relative_error
 
 NAME = "cad learned mask"
-SIZES = [(64, 96), (67, 93)]
 MASK_NET = "backbone.mask_estimator."
 
 
@@ -63,24 +61,15 @@ def cad_logits(images: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("name", ["net", "v2"])
-@torch.no_grad()
-def test_scores(name, folder):
-    model = learned(folder, name=name)
-    assert isinstance(model.policy, LearnedPolicy)
-    for size in SIZES:
-        images, logits = images_of(size), cad_logits(images_of(size))
-        scores = model.policy.scores(model.start(images))
-        assert scores.shape == (2, -(-size[0] // 16), -(-size[1] // 16))
-        assert relative_error(scores, logits[:, 0] - logits[:, 1]) < 1e-6  # cut in float32
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", one_fast((67, 93), (64, 96)))
 @torch.no_grad()
 def test_the_mask_that_the_model_runs_with(size, folder):
     """With threshold 0 the likelier resolution of each block, with a fraction those of the highest scores."""
     images, logits = images_of(size), cad_logits(images_of(size))
     scores = logits[:, 0] - logits[:, 1]
+    for name in ("net", "v2"):
+        model = learned(folder, name=name)
+        assert relative_error(model.policy.scores(model.start(images)), scores) < 1e-6  # cut in float32
     kth = scores.flatten(1).sort(descending=True).values[:, round(0.25 * scores[0].numel()) - 1]
     for setting, mask in (
         ("model.mask.threshold=0", logits.argmax(1) == 0),
@@ -97,15 +86,6 @@ def test_the_mask_that_the_model_runs_with(size, folder):
 
 def equal(found: Tensor | None, expected: Tensor) -> bool:
     return found is not None and torch.equal(found, expected)
-
-
-def test_the_net_serves_other_cuts(folder):
-    model = learned(folder)
-    policy = model.policy_for(Way.policy("learned", 0.5))
-    assert isinstance(policy, LearnedPolicy)
-    assert policy.net is model.policy.net
-    config = load_config(folder / "data.yaml", ["model.mask.policy=edge"])
-    assert not isinstance(load_model(folder / "net.safetensors", config).policy, LearnedPolicy)
 
 
 def test_files_that_have_no_such_net(folder):

@@ -24,6 +24,11 @@ from tests.reference import block_mask, relative_error
 
 SIZES = [(64, 96), (67, 93)]
 TOLERANCE = 1e-5
+SLOW = pytest.mark.slow
+FAST = (  # one of each source
+    *("torchvision deeplabv3", "vainf deeplabv3plus separable", "smp deeplabv3plus"),
+    *("mmseg deeplabv3plus r18", "cad edge mask 16"),
+)
 
 
 def images_of(size: tuple[int, int]) -> Tensor:
@@ -48,7 +53,9 @@ def lattice(model: SelectiveNetwork, images: Tensor) -> Tensor:
     return value.lattice.tensor
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [one if one in FAST else pytest.param(one, marks=pytest.mark.slow) for one in CASES]
+)
 @torch.no_grad()
 def test_a_network(name: str, tmp_path: Path) -> None:
     """Logits at the source's own stride, dense, and all-fine where that is 8; at the other one; and P1."""

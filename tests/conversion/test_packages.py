@@ -19,7 +19,6 @@ from sparse_seg.conversion import convert
 from sparse_seg.errors import CheckpointError
 from tests.conversion.cases import BACKBONES, CASES, converted, features, randomise
 from tests.conversion.packages import PACKAGED, mmseg, mmseg_logits, timm
-from tests.fast import one_fast
 from tests.peers import package
 from tests.reference import block_mask, relative_error
 from tests.shared import SHARED, needs_shared
@@ -62,6 +61,7 @@ def images_of(height: int = 75, width: int = 98) -> Tensor:
     return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(1)).double()
 
 
+@pytest.mark.slow  # which imports the packages
 @pytest.mark.parametrize("peer", PACKAGED)
 def test_records_are_those_of_the_packages(peer: str) -> None:
     with torch.device("meta"):
@@ -72,9 +72,8 @@ def test_records_are_those_of_the_packages(peer: str) -> None:
 COMPARED = PACKAGED.keys() - {"mmseg_deeplabv3_r50-d8", "mmseg_deeplabv3plus_r50-d8", "torchvision_resnet50"}
 
 
-@pytest.mark.parametrize(
-    "peer", one_fast("torchvision_resnet18", *sorted(COMPARED - {"torchvision_resnet18"}))
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", sorted(COMPARED))
 @torch.no_grad()
 def test_a_packages_network(peer: str, tmp_path: Path) -> None:
     """Logits at its own output stride, and all-fine where that is 8; of classifiers all stages' features."""
@@ -141,6 +140,7 @@ def test_mmsegmentations_one_logit_has_its_threshold(tmp_path: Path) -> None:
     assert torch.equal(model.dense(images, 8).argmax(1)[0], classes.long())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnetblur18", "resnetaa34d"])
 def test_timms_anti_aliasing_has_no_tensors(name: str, tmp_path: Path) -> None:
     """So files of such networks are refused by their names, and what is assumed of the others is said."""

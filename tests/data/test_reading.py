@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,10 +167,28 @@ def test_numbers_that_are_no_pixels_are_said(tmp_path: Path, dtype, said: str, o
         read_image(tmp_path / "depth.tif")
 
 
-def test_lab_colours_are_said(tmp_path: Path) -> None:
-    PIL.Image.new("LAB", (40, 60)).save(tmp_path / "photo.tif")
-    with pytest.raises(DataError, match=r"photo\.tif: is a TIFF of Lab colours, .* save it in RGB"):
-        read_image(tmp_path / "photo.tif")
+def test_colours_that_opencv_misreads_are_said(tmp_path: Path) -> None:
+    PIL.Image.new("LAB", (40, 60)).save(tmp_path / "Lab colours.tif")
+    deep = cv2.imencode(".tif", scene().astype(np.uint16))[1].tobytes()
+    planes = struct.pack("<HHI", 284, 3, 1)
+    (tmp_path / "16-bit channels in separate planes.tif").write_bytes(
+        deep.replace(planes + b"\1", planes + b"\2")
+    )
+    for file in tmp_path.iterdir():
+        with pytest.raises(DataError, match=rf"\.tif: is a TIFF of {file.stem}, .* save it in RGB"):
+            read_image(file)
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_a_transparent_tiff_keeps_its_colours(tmp_path: Path, compression: str) -> None:
+    photo, file = PIL.Image.fromarray(scene()), tmp_path / "photo.tif"
+    photo.putalpha(100)
+    photo.save(file, compression=compression, tiffinfo={274: 6})
+    np.testing.assert_array_equal(read_image(file), scene())
+    np.testing.assert_array_equal(read_image(file, upright=True), np.rot90(scene(), -1))
+    file.write_bytes(file.read_bytes()[:-2000])
+    with pytest.raises(DataError, match=r"photo\.tif: truncated, corrupt"):
+        read_image(file)
 
 
 def test_a_cut_tiff_is_truncated(tmp_path: Path) -> None:
@@ -199,6 +218,9 @@ def test_formats_that_are_not_read_are_named(tmp_path: Path, monkeypatch: pytest
         (b"8BPS\0\1" + bytes(100), "is a Photoshop document, which is not read here; save it as PNG"),
         (bytes(128) + b"DICM" + bytes(9), "is a DICOM file"),
         (b"\0\0\0\x20ftypisom" + bytes(100), "is a film"),
+        (b"RIFF\0\1\0\0AVI LIST" + bytes(100), "is a video"),
+        (b"\0\0\1\0" + bytes(100), "is an icon"),
+        (bytes(100) + b"TRUEVISION-XFILE.\0", "is a TGA picture"),
         (b"version https://git-lfs.github.com/spec/v1\noid", r"is a pointer of Git LFS \(git lfs pull gets"),
     ):
         file.write_bytes(content)

@@ -134,23 +134,3 @@ def test_the_command_and_a_camera_that_turns(tmp_path: Path, capsys: pytest.Capt
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "choose another folder" in message
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--size", "256", "HEIGHTxWIDTH"),
-        ("--size", "0x48", "HEIGHTxWIDTH"),
-        ("--size", "16x48", "at least 32 px"),
-        ("--count", "1", "whole number from 2"),
-        ("--seed", "-1", "whole number from 0"),
-    ],
-)
-def test_bad_usage(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["make_scenes", str(tmp_path / "out"), f"{option}={value}"])
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

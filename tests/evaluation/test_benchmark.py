@@ -15,7 +15,7 @@ from sparse_seg.run.passes import Pass
 from sparse_seg.run.way import Way
 from tests.reference import relative_error
 
-TREE = {"model": {"backbone": "resnet50", "width": 0.125, "head": "deeplabv3", "num_classes": 19}}
+TREE = {"model": {"backbone": "resnet50", "width": 0.125, "depths": [1, 1, 1, 2], "head": "deeplabv3"}}
 STRIDES = (8, 16)
 BASELINE = Case("network", Way.dense(8))
 FRACTIONS = [0.1, 0.5, 1.0]
@@ -76,17 +76,6 @@ def test_all_runs_compute_the_same_network(subject):
     assert relative_error(subject.run(selective("network", 1.0))(), dense) < 1e-5
     assert torch.equal(subject.run(selective("network", 0.3))(), expected)
     assert blocks.float().mean() == pytest.approx(0.3, abs=0.02)
-
-
-def test_random_weights_keep_activations_in_order(subject):
-    with torch.inference_mode():
-        last = subject.model.start(subject.images).features()
-    assert 0.1 < last.std() < 10
-    assert all(0.01 < one.running_var.mean() < 100 for one in _norms(subject.model.module))
-
-
-def _norms(module):
-    return [one for one in module.modules() if isinstance(one, torch.nn.BatchNorm2d)]
 
 
 @pytest.mark.slow

@@ -1,6 +1,12 @@
-"""Multiply-adds against PyTorch's own counter, sites counted by hand, published figures; a file's bytes."""
+"""Multiply-adds, parameters, a file's bytes, time and memory; no figure depends on the machine's speed.
+
+Exact counts: `tests/graph/test_random_networks.py`, and against PyTorch's own counter `tests/test_parts.py`.
+"""
 
 import copy
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -8,47 +14,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_seg import build_model, selective
+from sparse_seg.errors import MeasurementError
 from sparse_seg.evaluation.cost import checkpoint_bytes, count_macs, count_parameters
+from sparse_seg.lab import latency
+from sparse_seg.lab.latency import SPAWN, Latency, interleaved, peak_memory
 from sparse_seg.networks.encoder_decoder import build_module
 from sparse_seg.run.way import Way
 from tests import captured
-from tests.reference import VARIANTS, random_model, variant_model
+from tests.reference import random_model
 
 PARTS = ["early", "rows", "late"]
-
-
-@pytest.mark.parametrize("output_stride", [8, 32])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_dense_count_is_pytorchs(variant, output_stride):
-    """Exactly its count of the plain module at that stride, whose upsampling is not counted."""
-    model, images = variant_model(variant), torch.randn(2, 3, 75, 98, dtype=torch.float64)
-    module = build_module(model.settings, output_stride).eval().double()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(images)
-    flops = counter.get_flop_counts()["EncoderDecoder"]
-    counts = count_macs(model, images, Way.dense(output_stride))
-    assert 2 * sum(counts.values()) == flops[torch.ops.aten.convolution]
-    assert list(counts) == PARTS
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@torch.no_grad()
-def test_rows_cost_their_sites(variant):
-    """Early and late parts cost what the dense network's do, rows by the number of sites, which is counted
-    here by hand, but for ASPP's pooled vector. Folded, the projection multiplies that once an image."""
-    model, images = variant_model(variant), torch.randn(2, 3, 75, 98, dtype=torch.float64)
-    dense = count_macs(model, images, Way.dense(8))
-    mask = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.3
-    fine = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, : -(-75 // 8), : -(-98 // 8)].clone()
-    fine[:, ::2, ::2] = True  # the lattice
-    counts = model.start(images).take(mask).macs()
-    weights = dict(model.module.named_parameters())
-    pooled = 2 * weights["head.aspp.convs.4.1.weight"].numel() if variant != "fcn" else 0
-    assert (counts["rows"] - pooled) * fine.numel() == (dense["rows"] - pooled) * int(fine.sum())
-    assert (counts["early"], counts["late"]) == (dense["early"], dense["late"])
-    saved = (int(fine.sum()) - 2) * 16 * 16 if pooled and model.settings.aspp_projection else 0
-    folded = model.for_inference().start(images).take(mask).macs()
-    assert folded == counts | {"rows": counts["rows"] - saved}
 
 
 @pytest.mark.slow
@@ -99,3 +74,79 @@ def test_checkpoint_bytes_are_those_of_a_file(tmp_path):
     assert checkpoint_bytes(model) == (tmp_path / "weights.pt").stat().st_size
     assert checkpoint_bytes(build_model({"width": 0.125, "auxiliary": True})) == checkpoint_bytes(model)
     assert checkpoint_bytes(model) > 4 * count_parameters(model)
+
+
+CPU = torch.device("cpu")
+
+
+def test_median_and_spread():
+    assert Latency((3.0, 1.0, 2.0)).median == 2
+    assert Latency((1.0, 2.0, 3.0, 4.0, 100.0)).median == 3
+    assert Latency((1.0, 2.0, 3.0, 4.0, 100.0)).quartiles == (2, 4)
+    assert Latency((1.0, 2.0, 3.0, 4.0, 100.0)).spread == 1
+    assert Latency((7.0,)).median == 7
+    assert Latency((7.0,)).spread == 0
+
+
+def test_runs_take_turns_and_warm_up_is_not_counted(monkeypatch):
+    order: list[str] = []
+    clock = iter(range(1000))
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: next(clock) ** 2)
+    runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    result = interleaved(runs, 3, CPU, warmup=2)
+    assert order == list("abc") * 5
+    # run n starts at (2n)^2 s and ends at (2n+1)^2: 4n + 1 s
+    assert result["a"].samples == (25000, 37000, 49000)
+    assert result["c"].median == 1000 * (4 * 11 + 1)
+    assert list(result) == list("abc")
+
+
+def allocate(mib: int, times: int = 1):
+    """A run that holds `mib` MiB at once, `times` times in a row, beside 100 MiB of standing memory."""
+    standing = torch.ones(100 * latency.MIB // 4)
+
+    def run() -> float:
+        return sum(torch.ones(mib * latency.MIB // 4).sum().item() for _ in range(times)) + standing[0].item()
+
+    return run
+
+
+def allocate_first(mib: int):
+    """What is allocated and freed before the run, many times larger, does not count."""
+    allocate(4 * mib, times=2)()
+    return allocate(mib)
+
+
+def die(mib: int):
+    return lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(mib: int):
+    raise ValueError("no such\nnetwork")
+
+
+@pytest.mark.slow
+def test_peak_memory_in_a_child():
+    """What fails there, or kills it, is one clear error."""
+    with ProcessPoolExecutor(1, SPAWN) as pool:
+
+        def peak(prepare, *arguments):
+            return peak_memory(prepare, arguments, CPU, pool)
+
+        # the kernel counts resident pages in batches: it may be off by some 100 KiB
+        assert 199.5 <= peak(allocate, 200, 3) < 260
+        assert 199.5 <= peak(allocate_first, 200) < 260
+        with pytest.raises(MeasurementError, match="ValueError: no such network"):
+            peak(fail, 1)
+        with pytest.raises(MeasurementError, match="its process died; is there enough memory"):
+            peak(die, 1)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda():
+    def run():
+        torch.ones(200 * latency.MIB // 4, device="cuda").sum()
+
+    assert 200 <= peak_memory(lambda: run, (), torch.device("cuda")) < 260
+    assert interleaved({"a": run}, 3, torch.device("cuda"))["a"].median > 0

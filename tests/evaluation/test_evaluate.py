@@ -20,6 +20,21 @@ from sparse_seg.run.way import Way
 DATA = DataConfig()
 
 
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(root, 10, (64, 96), val_fraction=0.4)
+    return build_dataset("scenes", root, "val")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build_model(
+        {"width": 0.125, "depths": [1, 1, 1, 1], "head_channels": 16, "num_classes": 19}
+    ).eval()
+
+
 def slow_miou(model, dataset, run) -> float:
     """Summed intersections and unions, class by class; classes that never occur do not count."""
     inter, union = np.zeros(19), np.zeros(19)

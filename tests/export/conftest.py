@@ -1,6 +1,7 @@
 """Fixtures of the tests of exported networks."""
 
 import pytest
+import torch
 
 from sparse_seg.export import StaticNetwork, cuda_graph, onnx_segmentor, to_onnx
 
@@ -23,3 +24,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[StaticNetwork]:
 
     monkeypatch.setattr(onnx_segmentor, "to_onnx", noted)
     return networks
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))

@@ -27,11 +27,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-
-
 @pytest.mark.slow
 def test_the_next_command_starts_with_the_graph_of_the_last(folder, made, images):
     model = copy.deepcopy(kind_model("tiny", "gain"))  # its policy has weights

@@ -14,7 +14,7 @@ from sparse_seg import build_model
 from sparse_seg.cli import main
 from sparse_seg.errors import ConfigError, MeasurementError, SparseSegError
 from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, open_session
-from sparse_seg.lab.benchmark.runtimes import lift, open_run, peer_graphs, rows, time_network
+from sparse_seg.lab.benchmark.runtimes import open_run, peer_graphs, rows, time_network
 from sparse_seg.lab.latency import Latency, timed_apart
 from sparse_seg.run.card import Card
 from tests.export.kinds import kind_model
@@ -88,7 +88,7 @@ def test_stock_operators_with_readable_names_and_one_copy_of_the_weights(exporte
     [
         ({"size": (31, 64)}, "size 31x64 is too small; images must have at least 32x32 px"),
         ({"fine_fraction": 0.01}, "a fine fraction of 0.01 gives none of 24 blocks; choose a larger one"),
-        ({"dense": 7}, "dense output stride must be a power of two, not 7"),
+        ({"dense": 7}, "output_stride must be a power of two, px, not 7"),
         ({"merge": "blend"}, "unknown merge 'blend'; choose one of whole, patch"),
     ],
 )
@@ -228,7 +228,3 @@ def test_rows_of_timings():
     assert found["selective a patch"]["time_share"] == 0.25
     assert found["selective a patch"]["lift"] == 0.5
     assert "lift" not in found["selective b whole"]
-
-
-def test_lift():
-    assert lift((0.9, 0.8, 1.0), (15.0, 10.0, 30.0)) == pytest.approx(0.5 - 0.25)

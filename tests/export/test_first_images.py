@@ -21,11 +21,6 @@ pytest.importorskip("onnx", reason="needs the package onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
 
 
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-
-
 def own_cut() -> SelectiveNetwork:
     model = copy.deepcopy(kind_model("tiny", "edge"))
     policy = type(model.policy)

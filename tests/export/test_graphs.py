@@ -3,25 +3,21 @@
 import importlib.util
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_seg import segment, selective
 from sparse_seg.config import MaskConfig, ModelConfig
 from sparse_seg.errors import SparseSegError
-from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, in_runtime, open_session, to_onnx
+from sparse_seg.export import ExportOptions, StaticNetwork, export_onnx, open_session, to_onnx
 from sparse_seg.graph import capture
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.selective import build_network
-from tests.captured import trained
 from tests.export.kinds import KINDS, POLICIES, arrays, cases, compare, kind_model
 from tests.fast import one_fast
 from tests.graph.drawn import FAMILIES, draw_network
 from tests.graph.test_random_networks import few
-from tests.reference import relative_error
 
 needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnx") is None, reason="needs the package onnx")
 RUNTIMES = [one for one in ("onnxruntime", "openvino") if importlib.util.find_spec(one) is not None]
@@ -45,7 +41,7 @@ def check(model: SelectiveNetwork, options: ExportOptions, runtimes: list[str] =
 
 @pytest.mark.parametrize(
     "kind",
-    [one if one in ("lite", "undilated") else pytest.param(one, marks=pytest.mark.slow) for one in KINDS],
+    [one if one == "undilated" else pytest.param(one, marks=pytest.mark.slow) for one in KINDS],
 )
 def test_networks_of_ours(kind):
     """With given blocks; and in a batch under a policy, every shape fixed."""
@@ -100,6 +96,10 @@ def test_policies_and_options(name, policy, options):
         ("deep", "boundary", {"size": (47, 101), "batch": 3}),
         ("4 8 16", "entropy", {"input": "uint8"}),
         ("8 16 32", "entropy", {"merge": "patch"}),
+        *(
+            (kind, "edge", {"batch": 1, "merge": "patch", "given": True, "fine_fraction": 1.0})
+            for kind in ("lite", "4 8 16")  # dense, by P2
+        ),
         ("plus", "entropy", {"dense": 16}),
         *(
             (kind, "entropy", {"size": (96, 160), "batch": 1, "fine_fraction": fraction, "given": True})
@@ -112,38 +112,6 @@ def test_policies_and_options(name, policy, options):
 def test_a_few_of_them_in_pytorch(name, policy, options):
     options = ExportOptions(**{"size": (47, 96), "batch": 2, "logits": True, **options})
     check(kind_model(name, policy), options, [])
-
-
-@pytest.mark.parametrize("size", [(64, 96), (75, 101)], ids=str)
-@pytest.mark.parametrize("kind", ["lite", "deeplabv3", "8 16 32", "4 8 16"])
-@torch.no_grad()
-def test_patch_is_dense_where_all_blocks_are_alike(kind, size):
-    """All fine it is dense at the finest stride; two blocks from the only fine one, dense at the coarsest."""
-    model = kind_model(kind)
-    options = ExportOptions(size, given=True, merge="patch", logits=True)
-    every = StaticNetwork(model, ExportOptions(**{**vars(options), "fine_fraction": 1.0}))
-    (inputs, images), *_ = cases(every, 1)
-    finest, coarsest = model.strides[0], model.strides[-1]
-    assert relative_error(every(*inputs)[2], model.dense(images, finest)) < 1e-5
-    if every.ranking.middle or len(model.strides) == 3:
-        return
-    fraction = 1 / (every.blocks[0] * every.blocks[1])
-    one = StaticNetwork(model, ExportOptions(**{**vars(options), "fine_fraction": fraction}))
-    inputs = (inputs[0], torch.zeros(1, 1, dtype=torch.int64))
-    far = (slice(None), slice(None), slice(2 * coarsest, None), slice(2 * coarsest, None))
-    assert relative_error(one(*inputs)[2][far], model.dense(images, coarsest)[far]) < 1e-5
-
-
-@pytest.mark.parametrize("kind", ["lite", "deeplabv3"])
-@torch.no_grad()
-def test_patch_equals_whole_inside_fine_blocks(kind):
-    model, size = kind_model(kind), (80, 128)
-    networks = [StaticNetwork(model, ExportOptions(size, given=True, merge=m)) for m in ("whole", "patch")]
-    inputs, _ = cases(networks[0], 1)[0]
-    whole, patch = (network.grid_logits(*inputs)[0] for network in networks)
-    fine = networks[0](*inputs)[1].repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
-    assert relative_error(whole[fine.expand_as(whole)], patch[fine.expand_as(patch)]) < 1e-5
-    assert relative_error(whole, patch) > 1e-3  # elsewhere it keeps the coarse pass's
 
 
 @pytest.mark.slow
@@ -170,17 +138,3 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(SparseSegError, match="the exported graph differs from the model"):
         export_onnx(kind_model("lite"), tmp_path / "net.onnx", ExportOptions((64, 96)))
     assert not list(tmp_path.iterdir())
-
-
-@needs_onnx
-def test_segment_takes_captured_networks_folded_and_in_a_runtime():
-    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-    model = selective(trained(), policy="confidence", size=(64, 64))
-    image = torch.randint(0, 256, (64, 96, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
-    expected = segment(model, image)
-    for other in (model.for_inference(), in_runtime(model, "onnxruntime", threads=1)):
-        found = segment(other, image)
-        assert (found.classes != expected.classes).mean() < 1e-3
-        assert found.levels is not None
-        assert expected.levels is not None
-        assert np.array_equal(found.levels, expected.levels)

@@ -131,7 +131,9 @@ def test_run_onnx(exported, run_example, name):
     ("arguments", "code", "message"),
     [
         ([], 2, "usage: python run_onnx.py NETWORK.onnx PICTURE OVERLAY"),
-        (["two.onnx", "missing.png", "a.png"], 1, "missing.png is no picture that OpenCV reads"),
+        (["two.onnx", "missing.png", "a.png"], 1, "missing.png does not exist"),
+        (["missing.onnx", "street.png", "a.png"], 1, "missing.onnx does not exist"),
+        (["two.onnx", "two.onnx", "a.png"], 1, "two.onnx is no picture that OpenCV reads"),
         (["two.onnx", "street.png", "missing/a.png"], 1, "missing/a.png cannot be written; name a .png"),
         (["two.onnx", "street.png", "a.xyz"], 1, "a.xyz cannot be written; name a .png"),
         (["two.onnx", "street.png", "./street.png"], 1, "./street.png is an input and would be overwritten"),

@@ -12,6 +12,7 @@ from sparse_seg.masks import ConfidencePolicy
 from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from tests.export.kinds import kind_model
+from tests.fast import one_fast
 from tests.reference import block_mask, relative_error
 
 pytest.importorskip("onnx", reason="needs the package onnx")
@@ -25,15 +26,9 @@ def test_graphs_are_made_once_and_their_number_is_bounded(made):
     for size in sizes:
         assert fast.classify(torch.randn(1, 3, *size))[0].shape == (1, *size)
     assert [network.options.size for network in made] == [(32, 32), (32, 48), (48, 48), (32, 48)]
-
-
-@pytest.mark.slow
-def test_equal_policies_share_a_graph(made):
-    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
-    fast = onnx_segmentor.OnnxSegmentor(kind_model("tiny", "edge"), "onnxruntime", 1)
-    for fraction in (0.2, 0.2, 0.4):
+    for fraction in (0.2, 0.2, 0.4):  # equal policies share a graph
         fast.classify(torch.randn(1, 3, 32, 48), policy=ConfidencePolicy(fraction))
-    assert len(made) == 2
+    assert len(made) == 4 + 2
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "auto"])
@@ -52,7 +47,13 @@ def test_a_model_that_has_changed_is_told(runtime):
     def exchange(model):
         model.settings = dataclasses.replace(model.settings, exchange="nearest")
 
-    for change in (train, choose, exchange, SelectiveNetwork.half):
+    def assign(model):
+        model.load_state_dict({name: value * 1.05 for name, value in model.state_dict().items()}, assign=True)
+
+    def replace(model):
+        model.module.head = torch.nn.Conv2d(8, 5, 1)
+
+    for change in (train, choose, exchange, SelectiveNetwork.half, assign, replace):
         model = copy.deepcopy(kind_model("tiny", "edge"))
         fast = in_runtime(model, runtime, 1)
         fast.start(images)
@@ -96,6 +97,13 @@ def test_what_a_runtime_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             fast(wrong)
+    fast.dense(images, 8)
+    for stride in (8.0, "8"):  # as the model says it
+        for place in (model, fast, in_runtime(model, "auto", 1)):
+            with pytest.raises(ValueError, match=f"output_stride must be a power of two, px, not {stride!r}"):
+                place.dense(images, stride)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="threads must be a whole number from 1, not '2'"):
+        in_runtime(model, "onnxruntime", "2")  # type: ignore[arg-type]
     blocks[0, 0, 0] = True
     for mask in (blocks, blocks & False):
         with pytest.raises(ValueError, match="need the same number of fine blocks, and some"):
@@ -145,7 +153,7 @@ def test_cuda_graphs_need_a_cuda_device():
         in_runtime(kind_model("tiny", "edge"), "cuda-graph")
 
 
-@pytest.mark.parametrize("policy", ["edge", "entropy", "learned"])
+@pytest.mark.parametrize("policy", one_fast("learned", "edge", "entropy"))
 @torch.no_grad()
 def test_cuda_graphs_in_half_precision(policy, replayed_here):
     model, images = copy.deepcopy(kind_model("lite", policy)), torch.randn(1, 3, 64, 96)

@@ -16,7 +16,7 @@ from sparse_seg.errors import CheckpointError, SparseSegError
 from sparse_seg.export.onnx_file import export_onnx
 from sparse_seg.export.options import ExportOptions
 from sparse_seg.run.way import Way
-from tests.graph.toys import Toy, check_module
+from tests.graph.toys import Doing, Toy, check_module
 from tests.reference import relative_error
 
 SIZE = (64, 64)
@@ -51,16 +51,10 @@ class Attending(Toy):
         return F.interpolate(self.head(x), images.shape[2:], mode="bilinear")
 
 
-class Reflecting(Toy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.d = nn.Conv2d(8, 8, 3, 1, 2, 2, padding_mode="reflect")
-
-
 @pytest.mark.parametrize(
     ("build", "says"),
     [
-        (Reflecting, "d runs by its own"),
+        (lambda: Doing(d=nn.Conv2d(8, 8, 3, 1, 2, 2, padding_mode="reflect")), "d runs by its own"),
         (lambda: Toy(track_running_stats=False), "stem.1, norm run by their own"),
     ],
 )

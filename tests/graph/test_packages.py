@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from sparse_seg.graph import logits_of
 from sparse_seg.ops import OPERATORS
 from sparse_seg.ops.upsample import upsample_logits
 from sparse_seg.run.way import Way
+from tests.conversion.packages import mmseg, smp
 from tests.graph.layers import randomise
 from tests.peers import package
 from tests.reference import relative_error
@@ -24,23 +24,14 @@ SIZE = (64, 96)
 POOLED = "pooling to .* places depends on the image's size|nothing of this network"
 
 
-def torchvision(name: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        models = package("torchvision.models.segmentation")
-        return getattr(models, name)(weights=None, weights_backbone=None, num_classes=5)
-
-    return build
+def lraspp() -> nn.Module:
+    models = package("torchvision.models.segmentation")
+    return models.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5)
 
 
-def smp(encoder: str, kind: str = "DeepLabV3Plus", stride: int = 16) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        options = {"encoder_weights": None, "encoder_output_stride": stride, "decoder_channels": 16}
-        network = getattr(package("segmentation_models_pytorch"), kind)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return network(encoder, classes=5, **options)
-
-    return build
+def plus(encoder: str) -> Callable[[], nn.Module]:
+    """smp's DeepLabV3+."""
+    return partial(smp, "DeepLabV3Plus", encoder, True, 16, 5, decoder_channels=16)
 
 
 def hugging_face() -> nn.Module:
@@ -49,59 +40,46 @@ def hugging_face() -> nn.Module:
     return transformers.MobileNetV2ForSemanticSegmentation(config)
 
 
-def mmsegmentation(backbone: dict[str, Any], channels: int, index: int = 3) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        norm, loss = {"type": "BN"}, {"type": "CrossEntropyLoss"}
-        head = {
-            "type": "FCNHead", "in_channels": channels, "in_index": index, "channels": 16, "num_convs": 1,
-            "concat_input": False, "num_classes": 5, "norm_cfg": norm, "align_corners": False,
-            "loss_decode": loss,
-        }  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return package("mmseg.models").build_segmentor(
-                {
-                    "type": "EncoderDecoder",
-                    "data_preprocessor": None,
-                    "pretrained": None,
-                    "backbone": {"norm_cfg": norm, **backbone},
-                    "decode_head": head,
-                    "train_cfg": {},
-                    "test_cfg": {"mode": "whole"},
-                }
-            )
-
-    return build
+def mmseg_mobilenet() -> nn.Module:
+    norm = {"norm_cfg": {"type": "BN"}}
+    backbone = {
+        "type": "MobileNetV2", "widen_factor": 1.0, "strides": (1, 2, 2, 1, 1, 1, 1),
+        "dilations": (1, 1, 1, 2, 2, 4, 4), "out_indices": (1, 2, 4, 6), **norm,
+    }  # fmt: skip
+    head = {
+        "type": "FCNHead", "in_channels": 320, "in_index": 3, "channels": 16, "num_convs": 1,
+        "concat_input": False, "num_classes": 5, "align_corners": False,
+        "loss_decode": {"type": "CrossEntropyLoss"}, **norm,
+    }  # fmt: skip
+    whole = {
+        "type": "EncoderDecoder",
+        "backbone": backbone,
+        "decode_head": head,
+        "test_cfg": {"mode": "whole"},
+    }
+    return package("mmseg.models").build_segmentor(whole)
 
 
-MMSEG_R18 = {
-    "type": "ResNetV1c", "depth": 18, "num_stages": 4, "out_indices": (0, 1, 2, 3), "dilations": (1, 1, 2, 4),
-    "strides": (1, 2, 1, 1), "norm_eval": False, "style": "pytorch", "contract_dilation": True,
-}  # fmt: skip
-MMSEG_MOBILENET = {
-    "type": "MobileNetV2", "widen_factor": 1.0, "strides": (1, 2, 2, 1, 1, 1, 1),
-    "dilations": (1, 1, 1, 2, 2, 4, 4), "out_indices": (1, 2, 4, 6),
-}  # fmt: skip
 # each with whether its lattice depends on the mask (P1 and P4 do not hold)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
-    "torchvision LR-ASPP": (torchvision("lraspp_mobilenet_v3_large"), False),
-    "smp MobileNetV2": (smp("mobilenet_v2"), False),
-    "smp EfficientNet-B0": (smp("efficientnet-b0"), False),
-    "timm EfficientNet-Lite0": (smp("tu-efficientnet_lite0"), False),
-    "smp RegNet": (smp("timm-regnetx_002"), False),
-    "smp SE-ResNet-50": (smp("se_resnet50"), False),
-    "smp Res2Net-50": (smp("timm-res2net50_26w_4s"), False),
-    "smp ResNeSt-14": (smp("timm-resnest14d"), False),
-    "timm ResNet-18-D": (smp("tu-resnet18d"), False),
-    "timm NFNet-L0": (smp("tu-nfnet_l0"), False),
-    "timm ECA-ResNet-26": (smp("tu-ecaresnet26t"), False),
-    "timm SK-ResNet-18": (smp("tu-skresnet18"), True),
-    "timm GENet": (smp("tu-gernet_s"), True),
-    "timm ConvNeXt": (smp("tu-convnext_atto"), False),
-    "timm MobileNetV4": (smp("tu-mobilenetv4_conv_small"), False),
+    "torchvision LR-ASPP": (lraspp, False),
+    "smp MobileNetV2": (plus("mobilenet_v2"), False),
+    "smp EfficientNet-B0": (plus("efficientnet-b0"), False),
+    "timm EfficientNet-Lite0": (plus("tu-efficientnet_lite0"), False),
+    "smp RegNet": (plus("timm-regnetx_002"), False),
+    "smp SE-ResNet-50": (plus("se_resnet50"), False),
+    "smp Res2Net-50": (plus("timm-res2net50_26w_4s"), False),
+    "smp ResNeSt-14": (plus("timm-resnest14d"), False),
+    "timm ResNet-18-D": (plus("tu-resnet18d"), False),
+    "timm NFNet-L0": (plus("tu-nfnet_l0"), False),
+    "timm ECA-ResNet-26": (plus("tu-ecaresnet26t"), False),
+    "timm SK-ResNet-18": (plus("tu-skresnet18"), True),
+    "timm GENet": (plus("tu-gernet_s"), True),
+    "timm ConvNeXt": (plus("tu-convnext_atto"), False),
+    "timm MobileNetV4": (plus("tu-mobilenetv4_conv_small"), False),
     "Hugging Face MobileNetV2": (hugging_face, False),
-    "mmsegmentation ResNet-18": (mmsegmentation(MMSEG_R18, 512), True),
-    "mmsegmentation MobileNetV2": (mmsegmentation(MMSEG_MOBILENET, 320), True),
+    "mmsegmentation ResNet-18": (partial(mmseg, "deeplabv3", 18, channels=16), True),
+    "mmsegmentation MobileNetV2": (mmseg_mobilenet, True),
 }
 FAST = ("torchvision LR-ASPP",)
 

@@ -29,8 +29,14 @@ DECODERS: dict[str, dict[str, bool]] = {
     "dip": {"dip": True},
 }
 FORMS = [*HEADS.declared, *DECODERS]
-FORMS_AND_STRIDES = [(form, one) for form in FORMS for one in STRIDES if one[0] == 8 or form not in DECODERS]
-PAIRS = list(zip([*HEADS.declared, "decoder"], itertools.cycle(STRIDES[:2])))  # one choice of strides each
+FAST = list(zip(FORMS, itertools.cycle(STRIDES[:2])))  # one choice of strides each
+FORMS_AND_STRIDES = [
+    (form, one) if (form, one) in FAST else pytest.param(form, one, marks=pytest.mark.slow)
+    for form in FORMS
+    for one in STRIDES
+    if one[0] == 8 or form not in DECODERS
+]
+PAIRS = FAST[: len(HEADS.declared) + 1]
 
 
 def network(form: str, strides: Sequence[int]) -> SelectiveNetwork:
@@ -84,6 +90,7 @@ def test_all_blocks_at_one_level_are_the_dense_network_and_one_step_equals_two(
         once = net.start(given).take(mask, PATCH).logits()
         for run in (net.start(given).start_coarse(), fast.start(given)):
             assert relative_error(run.take(mask, PATCH).logits(), once) < 1e-12
+            assert relative_error(run.take(mask, Way()).logits(), net(given, mask)) < 1e-12, "whole again"
     assert relative_error(net.start(given).take(mask, PATCH).logits(), once) < 1e-12
 
 
@@ -115,20 +122,16 @@ def test_gradients_are_those_of_finite_differences(
     assert (values[0] - values[1]) / 2 == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("head", HEADS.declared)
 @torch.no_grad()
-def test_the_second_head_costs_its_share(head: str) -> None:
-    """That of the fine blocks."""
-    net, given = network(head, [8, 16]), images(96, 128)
-    mask = levels(net, given).bool()
-    run, half = net.start(given).take(mask, PATCH), net.start(given).start_coarse()
-    dense = net.start(given).follow(Way.dense(8)).macs().get("late", 0)
-    run_late, half_late = (one.macs().get("late", 0) for one in (run, half))
-    assert run_late - half_late == dense * mask.double().mean().item()
-
-
-@torch.no_grad()
-def test_places_outside_the_image_cost_nothing() -> None:
+def test_the_second_head_costs_its_share() -> None:
+    """That of the fine blocks; places outside the image cost nothing."""
+    for head in HEADS.declared:
+        net, given = network(head, [8, 16]), images(96, 128)
+        mask = levels(net, given).bool()
+        run, half = net.start(given).take(mask, PATCH), net.start(given).start_coarse()
+        dense = net.start(given).follow(Way.dense(8)).macs().get("late", 0)
+        run_late, half_late = (one.macs().get("late", 0) for one in (run, half))
+        assert run_late - half_late == dense * mask.double().mean().item(), head
     net, given = network("lite", [8, 16, 32]), images(75, 101)
     run = net.start(given).take(torch.full_like(levels(net, given), 2), PATCH)
     each = [net.start(given).follow(Way.dense(stride)).macs()["late"] for stride in net.strides]
@@ -175,16 +178,19 @@ def test_training_updates_statistics_once_those_of_rows_by_all_sites(
             assert not torch.equal(after[0][name], before[f"module.{name}"]), name
 
 
-@pytest.mark.parametrize(("head", "strides"), PAIRS[:-1], ids=str)
-def test_training_with_coarse_blocks_alone_is_that_of_the_dense_network(
-    head: str, strides: tuple[int, ...]
-) -> None:
-    net, given = without_dropout(network(head, strides)), images()
-    mask, found = torch.zeros_like(levels(net, given)), []
-    for run in (net.start(given).take(mask, PATCH), net.start(given).follow(Way.dense(strides[-1]))):
-        net.zero_grad()
-        run.logits().square().mean().backward()
-        gradients = [weight.grad.flatten() for weight in net.parameters() if weight.grad is not None]
-        found.append((run.logits(), torch.cat(gradients)))
-    for ours, dense in zip(*found, strict=True):
-        assert relative_error(ours, dense) < 1e-10
+@torch.no_grad()
+def test_statistics_count_no_place_outside_the_image() -> None:
+    """All fine they are those of the coarse and of the fine grid together; the other norms are frozen."""
+    net, given = network("lite", [8, 16]), images(75, 101)
+    late = set(norms(net, "late"))
+    name, means = min(one for one in late if one.endswith("running_mean")), []
+    for module in net.train().modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train(module is net.module.get_submodule(name.rpartition(".")[0]))
+    mask = torch.ones_like(levels(net, given))
+    for run in (Way.dense(16), Way.dense(8), None):
+        before = net.tensors[name].clone()
+        (net.start(given).take(mask, PATCH) if run is None else net.start(given).follow(run)).logits()
+        means.append(net.tensors[name] - 0.9 * before)
+    coarse, fine = 5 * 7, 10 * 13
+    assert relative_error(means[2], (coarse * means[0] + fine * means[1]) / (coarse + fine)) < 1e-12

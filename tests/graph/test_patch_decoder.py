@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sparse_seg
 from sparse_seg.errors import SparseSegError
 from sparse_seg.run.way import Way
-from tests.graph.toys import Decoder, decoding
+from tests.graph.toys import Decoder, Doing, conv, decoding
 from tests.reference import relative_error
 
 PATCH = Way(merge="patch")
@@ -99,48 +99,27 @@ def _up(grid: Tensor, stride: int, size: torch.Size) -> Tensor:
     return grid
 
 
-def test_a_pass_with_gradients_gives_the_same_and_they_reach_the_images() -> None:
-    net, images = decoding(), torch.randn(1, 3, 64, 96).double().requires_grad_()
-    logits = net.start(images).follow(PATCH).logits()
-    logits.square().sum().backward()
-    assert images.grad is not None
-    assert images.grad.abs().sum() > 0
-    with torch.no_grad():
-        run = net.start(images.detach()).follow(PATCH)
-        assert relative_error(run.logits(), logits.detach()) < 1e-12
-        again = run.take(run.mask, Way())  # type: ignore[arg-type]
-        assert relative_error(again.logits(), net(images.detach())) < 1e-12, "whole again"
-
-
-class Pooled(nn.Module):
+def pooled() -> Doing:
     """A gate of late values behind the decoder."""
+    decoder = Decoder(False)
+    decoder.classify = nn.Conv2d(8, 8, 1)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.decoder = Decoder(False)
-        self.decoder.classify = nn.Conv2d(8, 8, 1)
-        self.last = nn.Conv2d(8, 5, 1)
+    def gated(toy: Any, images: Tensor) -> Tensor:
+        x = toy.decoder(images)
+        return toy.head(x * x.mean((2, 3), keepdim=True).sigmoid())
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.decoder(images)
-        return self.last(x * x.mean((2, 3), keepdim=True).sigmoid())
+    return Doing(gated, decoder=decoder)
 
 
-class Down(nn.Module):
+def down() -> Decoder:
     """Three steps down behind the rows, to stride 32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.decoder = Decoder(False)
-        steps = [nn.Conv2d(8, 8, 3, 2, 1) for _ in range(3)]
-        self.decoder.decode.extend([*steps, nn.UpsamplingBilinear2d(scale_factor=8)])
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.decoder(images)
+    decoder = Decoder(False)
+    decoder.decode.extend([*(conv(1, 2) for _ in range(3)), nn.UpsamplingBilinear2d(scale_factor=8)])
+    return decoder
 
 
 @pytest.mark.parametrize(
-    ("module", "message"), [(Pooled(), "reads whole images behind"), (Down(), "32 px apart behind the rows")]
+    ("module", "message"), [(pooled(), "reads whole images behind"), (down(), "32 px apart behind the rows")]
 )
 @pytest.mark.filterwarnings("ignore:Down. at sizes that are no multiples of 32 px")
 def test_what_it_cannot_do_is_refused(module: nn.Module, message: str) -> None:

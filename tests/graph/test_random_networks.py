@@ -208,18 +208,19 @@ def test_training_equals_autograd_through_the_reference(family: str, exchange: s
         network.eval()
 
 
-OURS = [
-    ("resnet18", "lite", (8, 16)),
-    ("resnet18", "deeplabv3", (8, 16, 32)),
-    ("resnet50", "deeplabv3", (8, 16)),
-    ("resnet50", "lite", (4, 8, 16)),
-]
+OURS = {
+    "three strides": ("resnet18", "deeplabv3", (8, 16, 32)),
+    "small": ("resnet18", "lite", (8, 16)),
+    "bottlenecks": ("resnet50", "deeplabv3", (8, 16)),
+    "from 4 px": ("resnet50", "lite", (4, 8, 16)),
+}
 
 
-@pytest.mark.parametrize(("backbone", "head", "strides"), OURS, ids=str)
+@pytest.mark.parametrize("name", one_fast(*OURS))
 @torch.no_grad()
-def test_networks_of_ours(backbone: str, head: str, strides: tuple[int, ...]):
+def test_networks_of_ours(name: str):
     torch.manual_seed(0)
+    backbone, head, strides = OURS[name]
     network = random_model(backbone, head, dtype=torch.float64, strides=strides)
     module, images = as_layers(network), torch.randn(2, 3, 48, 70, dtype=torch.float64)
     check_mixed(network, module, images)
@@ -228,11 +229,11 @@ def test_networks_of_ours(backbone: str, head: str, strides: tuple[int, ...]):
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize(
-    ("backbone", "head", "train"),
-    [("resnet18", "deeplabv3", True), ("resnet50", "lite", True), ("resnet18", "lite", False)],
+    "case", one_fast(("resnet18", "deeplabv3", True), ("resnet50", "lite", True), ("resnet18", "lite", False))
 )
-def test_gradients_of_networks_of_ours(backbone: str, head: str, train: bool, exchange: str):
+def test_gradients_of_networks_of_ours(case: tuple[str, str, bool], exchange: str):
     torch.manual_seed(0)
+    backbone, head, train = case
     network = copy.deepcopy(random_model(backbone, head, dtype=torch.float64))
     network = without_dropout(network) if train else network
     twin, images = copy.deepcopy(network), torch.randn(2, 3, 70, 53, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,13 +60,21 @@ def check_module(
     return network
 
 
-class Gated(Toy):
-    """An early value is gated by what is computed from it."""
+class Doing(Toy):
+    """Runs `does(self, images)`; `parts` are added, or take the place of those of the name."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        early = self.stem[:3](images)
-        gate = self.body(images).mean((2, 3), keepdim=True).sigmoid()
-        return self.head(self.d(self.b(self.stem[5](self.stem[3](early * gate)))))
+    def __init__(self, does: Callable[[Any, Tensor], Any] = Toy.forward, **parts: Any) -> None:
+        super().__init__()
+        self.does = does
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.does(self, images)
+
+
+def conv(dilation: int = 1, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(8, 8, 3, stride, dilation, dilation)
 
 
 class Decoder(nn.Module):

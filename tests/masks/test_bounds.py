@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from sparse_seg import build_model
-from sparse_seg.errors import ConfigError
 from sparse_seg.masks import OraclePolicy, block_shape, top_blocks
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.way import Way
 from tests.masks.test_policies import frames
 from tests.reference import randomise, relative_error
 
@@ -105,14 +103,3 @@ def test_in_training_the_dense_networks_run_in_eval_mode() -> None:
     assert found is not None
     assert torch.equal(found, expected)
     assert model.training
-
-
-def test_rules_by_name() -> None:
-    for spec, rule in (("oracle", "boundary"), ("oracle:change", "change"), ("oracle:gain", "gain")):
-        policy = bounded_model("boundary").policy_for(Way.policy(spec))
-        assert isinstance(policy, OraclePolicy)
-        assert policy.rule == rule
-    with pytest.raises(ValueError, match="unknown oracle rule 'win'; choose one of boundary"):
-        OraclePolicy(0.1, rule="win")
-    with pytest.raises(ConfigError, match=r"model\.mask\.oracle is 'gains'; did you mean 'gain'"):
-        bounded_model("gains")

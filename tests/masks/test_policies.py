@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 
 from sparse_seg import build_model
+from sparse_seg.config import MaskConfig
 from sparse_seg.errors import ConfigError
-from sparse_seg.masks import POLICIES, MaskPolicy, OraclePolicy, block_shape, blur_scores, top_blocks
+from sparse_seg.masks import (
+    POLICIES,
+    ConfidencePolicy,
+    MaskPolicy,
+    OraclePolicy,
+    block_shape,
+    blur_scores,
+    parse_policy,
+    top_blocks,
+)
 from sparse_seg.masks.edge import EdgePolicy, gradient_magnitude
 from sparse_seg.masks.random import RandomPolicy
 from sparse_seg.masks.uniform import UniformPolicy
@@ -210,6 +220,28 @@ def test_bad_cuts(cut: dict[str, Any], message: str) -> None:
         EdgePolicy(**cut)
 
 
+@pytest.mark.parametrize(
+    ("spec", "found"),
+    [
+        ("edge:cad", {"policy": "edge", "edge": "cad"}),
+        ("oracle:change,blur", {"policy": "oracle", "oracle": "change", "blur": True}),
+        (
+            "confidence:entropy,max,neighbours",
+            {"policy": "confidence", "uncertainty": "entropy", "reduce": "max", "neighbours": True},
+        ),
+        ("edges", r"unknown mask policy 'edges'; did you mean 'edge'\? Choose one of uniform, random"),
+        ("edge:cat", r"unknown option 'cat'; did you mean 'cad'\? Choose one of blur, sobel, cad"),
+        ("random:cad", "mask policy 'random:cad': unknown option 'cad'; choose one of blur"),
+    ],
+)
+def test_policy_specs(spec: str, found: Any) -> None:
+    if isinstance(found, dict):
+        assert parse_policy(spec, MaskConfig(fine_fraction=0.3)) == MaskConfig(fine_fraction=0.3, **found)
+        return
+    with pytest.raises(ConfigError, match=found):
+        parse_policy(spec, MaskConfig())
+
+
 def test_ways_that_cannot_be() -> None:
     model = build_model({"width": 0.125, "strides": [8, 16, 32], "mask": {"middle_fraction": 0.3}}).eval()
     with pytest.raises(ConfigError, match=r"f=0.9: "):
@@ -218,6 +250,14 @@ def test_ways_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match=r"threshold 0.5 was found for another policy than edge"):
         model.policy_for(Way(mask="edge"))
     assert model.policy_for(Way(mask="edge", fine_fraction=0.2)).threshold is None
+    for rule in ("boundary", "change", "gain"):
+        assert model.policy_for(Way.policy(f"oracle:{rule}", 0.2)).rule == rule
+    for build, message in (
+        (lambda: OraclePolicy(0.1, rule="win"), "unknown oracle rule 'win'; choose one of boundary"),
+        (lambda: ConfidencePolicy(0.1, reduce="sum"), "unknown reduction 'sum'; choose one of max, mean"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build()
 
 
 def test_uniform() -> None:

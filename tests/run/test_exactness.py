@@ -25,6 +25,7 @@ from tests.slow_reference import SlowSites
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 SIZES = [(32, 32), (33, 47), (101, 137)]
 BACKBONES = [("resnet18", "lite"), ("resnet50", "deeplabv3")]
+OTHERS = [("resnet18", "deeplabv3"), ("resnet50", "lite")]
 
 
 class Case(NamedTuple):
@@ -109,7 +110,9 @@ def test_features_of_any_mask(
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize(("backbone", "head"), [*BACKBONES, ("resnet18", "deeplabv3"), ("resnet50", "lite")])
+@pytest.mark.parametrize(
+    ("backbone", "head"), [*BACKBONES, *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHERS)]
+)
 @torch.no_grad()
 def test_logits_at_the_ends(backbone: str, head: str, size: tuple[int, int], device: str) -> None:
     """P2's all-fine half and `dense` at 8, 16 and 32."""

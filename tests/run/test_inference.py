@@ -1,4 +1,4 @@
-"""Gradients of plain dense networks, and the form for inference; their numbers: `tests/test_parts.py`."""
+"""The form for inference; its numbers: `tests/test_parts.py`."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_seg import build_model
 from sparse_seg.run.network import SelectiveNetwork
-from tests.reference import plain_network, random_model, relative_error, without_dropout
+from tests.reference import random_model, relative_error
 
 MASK = torch.rand(1, 4, 6, generator=torch.Generator().manual_seed(0)) < 0.3
 
@@ -16,21 +16,6 @@ MASK = torch.rand(1, 4, 6, generator=torch.Generator().manual_seed(0)) < 0.3
 def fresh(backbone: str = "resnet18", head: str = "lite") -> SelectiveNetwork:
     torch.manual_seed(0)  # of the images that follow
     return copy.deepcopy(random_model(backbone, head))
-
-
-def test_gradients_equal_in_training():
-    """Batch statistics and gradients too."""
-    model = without_dropout(copy.deepcopy(random_model("resnet18", "deeplabv3", dtype=torch.float64)))
-    plain = without_dropout(plain_network(model, 8))
-    images, gradients = torch.randn(2, 3, 64, 96, dtype=torch.float64), []
-    for network, run in ((plain, plain), (model.module, model.dense)):
-        run(images).square().sum().backward()
-        gradients.append(
-            {name: grad for name, one in network.named_parameters() if (grad := one.grad) is not None}
-        )
-    assert gradients[0].keys() == gradients[1].keys() == dict(plain.named_parameters()).keys()
-    for name, gradient in gradients[0].items():
-        assert relative_error(gradients[1][name], gradient) < 1e-9, name
 
 
 def test_a_folded_bias_has_a_gradient():
@@ -75,7 +60,10 @@ def all_ways(model: SelectiveNetwork, images: Tensor) -> list[Tensor]:
     return [model.dense(images, 8), model(images, MASK), refined.logits(), *model.refine(images, [0, 0.2])]
 
 
-@pytest.mark.parametrize(("backbone", "head"), [("resnet18", "lite"), ("resnet50", "deeplabv3")])
+@pytest.mark.parametrize(
+    ("backbone", "head"),
+    [("resnet18", "lite"), pytest.param("resnet50", "deeplabv3", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("fault", ["pixel", "infinite pixel", "overflow in layer1", "overflow in layer4"])
 @torch.no_grad()
 def test_it_hides_nothing_that_is_not_finite(fault: str, backbone: str, head: str) -> None:

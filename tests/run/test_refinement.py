@@ -22,7 +22,7 @@ from tests.reference import NUM_CLASSES, block_mask, random_model, randomise, re
 from tests.run.test_levels import block_levels, random_images
 
 STRIDES = [(8, 16), (8, 16, 32), (4, 8, 16)]
-CONFIGS = [("resnet18", "lite"), ("resnet50", "deeplabv3")]
+CONFIGS = [pytest.param("resnet18", "lite", marks=pytest.mark.slow), ("resnet50", "deeplabv3")]
 
 
 def rising_levels(images: Tensor, strides: tuple[int, ...], seed: int = 0) -> list[Tensor]:
@@ -256,11 +256,6 @@ def test_scores(size: tuple[int, int], uncertainty: str) -> None:
         for neighbours, expected in ((False, blocks), (True, around)):
             policy = ConfidencePolicy(0.1, uncertainty=uncertainty, reduce=reduce, neighbours=neighbours)
             assert torch.allclose(policy.scores(run), expected, atol=1e-5), (reduce, neighbours)
-
-
-def test_unknown_options_of_the_policy() -> None:
-    with pytest.raises(ValueError, match="unknown reduction 'sum'; choose one of max, mean"):
-        ConfidencePolicy(0.1, reduce="sum")
 
 
 def test_training_under_a_confidence_mask() -> None:

@@ -116,12 +116,6 @@ def test_plain_bfloat16(head: str) -> None:
     assert (logits.float() - full).square().mean().sqrt() / full.std() < 0.15
 
 
-@torch.no_grad()
-def test_float64_stays() -> None:
-    model = random_model(dtype=torch.float64)
-    assert model(torch.randn(1, 3, 40, 40, dtype=torch.float64)).dtype == torch.float64
-
-
 def test_auxiliary_head_in_training_only() -> None:
     torch.manual_seed(0)
     model = build_model({"width": 0.125, "auxiliary": True, "num_classes": 4})

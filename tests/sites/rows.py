@@ -81,12 +81,11 @@ class Rows:
         operator = OPERATORS["conv2d"]
         assert isinstance(operator, Spatial)
         if window == ENTRY:
-            table, index = Grid(grid, 8).table, level.grid_rows(taps, 8)
+            table, index, shares = Grid(grid, 8).table, level.grid_rows(taps, 8), None
         else:
-            table, index = mixed.reads(stride, taps)
-        return operator.rows(
-            node, {"weight": weight}, Reads(table.rows, index, taps.number, table.make, table.parts)
-        )
+            table, index, shares = mixed.reads(stride, taps)
+        reads = Reads(table.rows, index, taps.number, table.make, table.parts, shares)
+        return operator.rows(node, {"weight": weight}, reads)
 
     def slow_conv(self, window: int, grid: Tensor, weight: Tensor) -> Tensor:
         """The same from the rebuilt grid."""

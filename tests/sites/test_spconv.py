@@ -112,38 +112,6 @@ def test_index_pairs_are_found_once(monkeypatch: pytest.MonkeyPatch, device: str
 
 
 @with_library
-def test_the_layer_it_calls(fresh: None, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Its weight has no memory of its own, places are contiguous int32, and the device has the algorithm."""
-    from spconv.pytorch import SubMConv2d
-
-    assert not spconv._outcome(device)[1]
-    calls, original = [], SubMConv2d.forward
-
-    def spy(self: Any, places: Any) -> Any:
-        calls.append((self, self.weight.data_ptr(), places))
-        return original(self, places)
-
-    monkeypatch.setattr(SubMConv2d, "forward", spy)
-    case = Case("spconv", device=device)
-    case.weight = case.weight.to(memory_format=torch.channels_last)
-    state = torch.get_rng_state()
-    with torch.no_grad():
-        without, bias = case.found(), torch.ones(16, device=device)
-        assert relative_error(case.found(bias=bias), without + 1) < 1e-6
-    assert torch.equal(torch.get_rng_state(), state), "a layer built on the way must not draw random numbers"
-    (layer, pointer, places), _ = calls
-    assert pointer == case.weight.data_ptr(), "channels_last is spconv's own layout"
-    assert layer.weight.is_meta, "no second copy, nor a reference to ours that keeps it alive"
-    assert layer.bias is None
-    assert places.indices.dtype == torch.int32
-    assert places.indices.is_contiguous()
-    assert places.features.is_contiguous()
-    if device == "cpu":
-        assert layer.algo.name == "Native"
-        assert not layer.training
-
-
-@with_library
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @torch.no_grad()
 def test_dtypes_that_it_cannot_run(dtype: torch.dtype, device: str) -> None:

@@ -22,7 +22,7 @@ def tiny(scenes, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tiny") / "tiny.yaml"
     path.write_text(
         f"""
-model: {{backbone: resnet18, width: 0.125, head_channels: 16, auxiliary: true}}
+model: {{width: 0.125, depths: [1, 1, 1, 1], head_channels: 16, auxiliary: true}}
 data: {{dataset: scenes, root: {scenes}, crop: [64, 64]}}
 train:
   {{iterations: 6, batch_size: 2, lr: 0.01, log_every: 1, eval_every: 3, save_every: 2, ema_decay: 0.9,

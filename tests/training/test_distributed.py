@@ -25,7 +25,6 @@ from sparse_seg import load_model
 from sparse_seg import processes as processes_module
 from sparse_seg.config import Config, load_config
 from sparse_seg.data import build_dataset
-from sparse_seg.data.sampler import ResumableSampler
 from sparse_seg.errors import DataError, SparseSegError, TrainingError
 from sparse_seg.evaluation.evaluate import Evaluation, evaluate
 from sparse_seg.files import locked
@@ -245,14 +244,6 @@ def test_shares_are_whole_and_even(total: int, count: int) -> None:
     shares = [Processes(rank, count).share(total) for rank in range(count)]
     assert [item for share in shares for item in share] == list(range(total))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_parts_make_up_the_batches() -> None:
-    whole = list(ResumableSampler(10, 6, 0, 2, 7))
-    parts = [list(ResumableSampler(10, 6, 0, 2, 7, (number, 3))) for number in range(3)]
-    for batch, *shares in zip(whole, *parts, strict=True):
-        assert all(len(share) == 2 for share in shares)
-        assert sorted(key for share in shares for key in share) == sorted(batch)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(configs: dict[str, Config], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Policy `gain`: what it reads, and a net that finds the blocks which profit."""
+"""Policy `gain`, whose net finds the blocks which profit; thresholds that spend a budget over a data set."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from sparse_seg.checkpoint.captured import content_of
 from sparse_seg.cli import fit_gain, main
 from sparse_seg.config import DataConfig, load_config
 from sparse_seg.data import build_dataset
+from sparse_seg.data.dataset import SegmentationDataset
 from sparse_seg.data.transforms import normalise
+from sparse_seg.errors import ConfigError
+from sparse_seg.evaluation.calibrate import _cut, calibrate
+from sparse_seg.evaluation.evaluate import evaluate
 from sparse_seg.masks.gain import GainPolicy
+from sparse_seg.run.network import SelectiveNetwork
 from sparse_seg.run.way import Way
 from sparse_seg.training.checkpoint import save_checkpoint
-from sparse_seg.training.gain import Sample, clusters, collect, fit, right
+from sparse_seg.training.gain import Sample, clusters, collect, fit
 from tests.reference import randomise, relative_error
 
 
@@ -54,11 +59,6 @@ def test_the_net_learns_which_blocks_gain() -> None:
         found = net(reads)
     assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.9
     assert abs((found - expected).mean()) < 0.02  # a score is a gain
-
-
-def test_right_pixels() -> None:
-    truth = torch.tensor([[[0, 1, 255]]])
-    assert right(torch.tensor([[[0, 2, 255]]]), truth).tolist() == [[[1.0, 0.0, 0.0]]]
 
 
 def test_from_frames_to_a_checkpoint(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,3 +108,57 @@ def test_collected_gains(scenes: Path) -> None:
     change = (change * (truth != 255)).view(4, 16, 6, 16).mean((1, 3))
     assert relative_error(samples[0].gain, change) < 1e-6
     assert change.abs().max() > 0
+
+
+DATA = DataConfig()
+
+
+@pytest.fixture
+def dataset(scenes: Path) -> SegmentationDataset:
+    return build_dataset("scenes", scenes, "train")
+
+
+def network(**mask: object) -> SelectiveNetwork:
+    torch.manual_seed(0)
+    strides = [8, 16, 32] if "middle_fraction" in mask or "middle_threshold" in mask else [8, 16]
+    settings: dict[str, Any] = {"width": 0.125, "head_channels": 16, "num_classes": 19, "strides": strides}
+    model = build_model(settings | {"mask": {"policy": "edge"} | mask})
+    randomise(model)
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [{"blur": True}, {"policy": "confidence"}], ids=str)
+def test_the_threshold_spends_the_budget(dataset: SegmentationDataset, mask: dict) -> None:
+    """Run with it, the frames together have the share, and differ among themselves."""
+    found = calibrate(network(fine_fraction=0.3, **mask), dataset, DATA)
+    result = evaluate(network(threshold=found.threshold, **mask), dataset, DATA)
+    assert result.fine_fraction == pytest.approx(0.3, abs=0.5 / (len(dataset) * 24))
+    assert result.fine_fraction == pytest.approx(sum(found.shares) / len(found.shares))
+    assert max(found.shares) > min(found.shares)
+    assert len(found.shares) == len(dataset)
+
+
+def test_three_strides(dataset: SegmentationDataset) -> None:
+    found = calibrate(network(fine_fraction=1 / 3, middle_fraction=1 / 3), dataset, DATA, limit=3)
+    assert found.middle_threshold is not None
+    assert found.middle_threshold < found.threshold
+    model = network(threshold=found.threshold, middle_threshold=found.middle_threshold)
+    counts = torch.zeros(3)
+    for index in range(3):
+        image, _ = dataset.load(index)
+        images = normalise(image, DATA.mean, DATA.std)[None]
+        counts += torch.bincount(model.start(images).follow().levels.flatten(), minlength=3)
+    assert (counts / counts.sum()).tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_cuts() -> None:
+    ranked = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    for share, fine in ((0, 0), (0.25, 1), (0.5, 2), (1, 4)):
+        assert (ranked > _cut(ranked, share)).sum() == fine
+    ranked = torch.tensor([1.0] * 50 + [0.0] * 50)
+    assert _cut(ranked, 0.5) == 0.5
+    with pytest.raises(ConfigError, match=r"a share of 0.2 of the blocks fine: too many scores are 1;"):
+        _cut(ranked, 0.2)
+    ties = torch.tensor([1.0] * 21 + [0.5] * 79)  # a share of 0.2 lies within the first
+    assert _cut(ties, 0.2) == 0.75

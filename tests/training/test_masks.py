@@ -7,17 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_seg import build_model, load_model
-from sparse_seg.config import LossConfig, MaskConfig, load_config
-from sparse_seg.errors import CheckpointError, ConfigError
+from sparse_seg import build_model
+from sparse_seg.config import LossConfig
 from sparse_seg.evaluation.cost import count_macs
-from sparse_seg.masks import LearnedPolicy, block_mean, parse_policy, straight_through
+from sparse_seg.masks import LearnedPolicy, block_mean, straight_through
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.way import Way
 from sparse_seg.training import objective
 from sparse_seg.training.losses import SegmentationLoss
 from sparse_seg.training.objective import straight_through_loss, supervised_loss
-from sparse_seg.training.trainer import Trainer
 from tests.reference import randomise, relative_error
 
 
@@ -148,69 +145,3 @@ def test_what_supervised_masks_look_for_is_learnable() -> None:
         learned = model.policy.scores(model.start(images)).flatten()
     ranks = torch.stack((learned, changed_blocks(model, images).flatten())).argsort(1).argsort(1).double()
     assert torch.corrcoef(ranks)[0, 1] > 0.7
-
-
-FROZEN = [
-    "model.mask.policy=learned",
-    "train.freeze=true",
-    "train.network=selective",
-    "model.auxiliary=false",
-]
-
-
-@pytest.mark.slow
-def test_a_mask_is_trained_on_a_frozen_network(tiny, trained, tmp_path) -> None:
-    """Straight through; supervised: test_modules.py. The network's weights and statistics stay; the
-    checkpoint serves the learned mask and any other."""
-    start = trained / "best.pt"
-    config = load_config(tiny, [*FROZEN, f"train.init={start}"])
-    Trainer(config, tmp_path / "mask").run()
-    model = load_model(tmp_path / "mask" / "best.pt")
-    before = load_model(start).state_dict()
-    after = {name: value for name, value in model.state_dict().items() if not name.startswith("policy.")}
-    assert after.keys() == {name for name in before if ".auxiliary." not in name}
-    for name, value in after.items():
-        assert torch.equal(value, before[name]), name
-    torch.manual_seed(config.train.seed)
-    fresh = build_model(config).policy.state_dict()
-    assert any(not torch.equal(value, fresh[name]) for name, value in model.policy.state_dict().items())
-
-    with pytest.raises(CheckpointError, match=r"holds no net of a mask: train one with train\.init="):
-        load_model(start, config)
-    edge = load_config(tiny, ["model.auxiliary=false"])
-    assert not isinstance(load_model(tmp_path / "mask" / "best.pt", edge).policy, LearnedPolicy)
-    policy = model.policy_for(Way.policy("learned", 0.5))
-    assert isinstance(policy, LearnedPolicy)
-    assert policy.net is model.policy.net
-    assert policy.fine_fraction == 0.5
-    with pytest.raises(ConfigError, match="this network has no learned mask: set model"):
-        load_model(start).policy_for(Way.policy("learned"))
-
-
-@pytest.mark.parametrize(
-    ("spec", "settings"),
-    [
-        ("edge:cad", {"policy": "edge", "edge": "cad"}),
-        ("oracle:change,blur", {"policy": "oracle", "oracle": "change", "blur": True}),
-        (
-            "confidence:entropy,max,neighbours",
-            {"policy": "confidence", "uncertainty": "entropy", "reduce": "max", "neighbours": True},
-        ),
-    ],
-)
-def test_policy_specs(spec: str, settings: dict[str, object]) -> None:
-    mask = parse_policy(spec, MaskConfig(fine_fraction=0.3))
-    assert mask == MaskConfig(fine_fraction=0.3, **settings)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("edges", r"unknown mask policy 'edges'; did you mean 'edge'\? Choose one of uniform, random"),
-        ("edge:cat", r"unknown option 'cat'; did you mean 'cad'\? Choose one of blur, sobel, cad"),
-        ("random:cad", "mask policy 'random:cad': unknown option 'cad'; choose one of blur"),
-    ],
-)
-def test_bad_policy_specs(spec: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_policy(spec, MaskConfig())

@@ -18,6 +18,7 @@ from sparse_seg.data import open_split
 from sparse_seg.data.batches import training_batches
 from sparse_seg.errors import CheckpointError, ConfigError, TrainingError
 from sparse_seg.run.network import SelectiveNetwork
+from sparse_seg.run.way import Way
 from sparse_seg.training.statistics import recalibrate_batch_norm
 from sparse_seg.training.trainer import Trainer
 from tests import captured
@@ -132,6 +133,13 @@ def test_a_learned_mask_is_trained(configured: Configured, tmp_path: Path, mode:
     found = load_model(tmp_path / "mask/best.safetensors").state_dict()
     assert all(torch.equal(one, found[name]) for name, one in after.items() if name in found)
     assert any(name.startswith("policy.net.") for name in found)
+    model = load_model(tmp_path / "mask/best.safetensors")
+    policy = model.policy_for(Way.policy("learned", 0.5))
+    assert (policy.net is model.policy.net, policy.fine_fraction) == (True, 0.5), "it serves other cuts"
+    edge = load_model(tmp_path / "mask/best.safetensors", configured({"mask": {"policy": "edge"}}))
+    assert edge.policy.name == "edge"
+    with pytest.raises(ConfigError, match="this network has no learned mask: set model"):
+        load_model(init).policy_for(Way.policy("learned"))
 
 
 def test_losses_on_detail_and_distillation_work_together(configured: Configured, tmp_path: Path) -> None:

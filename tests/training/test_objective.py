@@ -143,7 +143,7 @@ def test_statistics_are_the_means_over_batches(tiny: Path, monkeypatch: pytest.M
     randomise(model)
     weights = {name: p.clone() for name, p in model.named_parameters()}
     seen: list[Tensor] = []
-    norm = model.module.backbone.get_submodule("layer4.1.bn2")
+    norm = model.module.backbone.get_submodule("layer4.0.bn2")
     batch_norm = F.batch_norm
 
     def note(value: Tensor, mean: Tensor, *others: Any) -> Tensor:

@@ -1,5 +1,7 @@
 """Going on from what another training left: whole states, or one line that says why not."""
 
+import copy
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def finished(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("state")
     (folder / "tiny.yaml").write_text(
         f"""
-model: {{width: 0.125, head_channels: 16}}
+model: {{width: 0.0625, depths: [1, 1, 1, 1], head_channels: 4}}
 data: {{dataset: scenes, root: {scenes}, crop: [64, 64]}}
 train: {{iterations: 2, batch_size: 2, optimizer: adamw, ema_decay: 0.9, eval_images: 1, threads: 1}}
 """
@@ -34,16 +36,18 @@ def resume(finished, tmp_path, content=None):
     return Trainer(config, tmp_path / f"from {path.parent.name}", resume=path)
 
 
-def content_of(finished):
+@pytest.fixture(scope="module")
+def whole(finished):
+    """The content of its state, without a digest."""
     content = torch.load(finished / "run" / LAST, weights_only=True)
     digest = content.pop("digest")
     assert digest == digest_of(content)
     return content
 
 
-def test_a_state_carries_a_digest_and_goes_on(finished, tmp_path):
+def test_a_state_carries_a_digest_and_goes_on(finished, whole, tmp_path):
     assert resume(finished, tmp_path).iteration == 2
-    assert resume(finished, tmp_path, content_of(finished)).iteration == 2  # as version 0.1 wrote it
+    assert resume(finished, tmp_path, whole).iteration == 2  # as version 0.1 wrote it
     changed = torch.load(finished / "run" / LAST, weights_only=True)
     changed["progress"]["best"] += 0.01
     with pytest.raises(CheckpointError, match="is damaged: its digest is wrong"):
@@ -94,8 +98,8 @@ def trainer(finished, tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_damaged_states_are_refused_in_one_line(change, finished, trainer, tmp_path):
-    content, path = content_of(finished), tmp_path / LAST
+def test_damaged_states_are_refused_in_one_line(change, whole, trainer, tmp_path):
+    content, path = copy.deepcopy(whole), tmp_path / LAST
     change(content)
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"last\.pt") as caught:
@@ -104,8 +108,8 @@ def test_damaged_states_are_refused_in_one_line(change, finished, trainer, tmp_p
     assert trainer.iteration == 0
 
 
-def test_a_state_of_an_earlier_version_says_how_to_go_on(finished, tmp_path):
-    content = content_of(finished)
+def test_a_state_of_an_earlier_version_says_how_to_go_on(finished, whole, tmp_path):
+    content = dict(whole)
     content["model"] = {name.removeprefix("module."): one for name, one in content["model"].items()}
     with pytest.raises(
         CheckpointError, match=r"by an earlier version.*train\.init=.*best\.safetensors"

@@ -188,6 +188,7 @@ def test_settings_changed_on_resume_take_effect(tiny, trained, tmp_path):
     assert all("momentum_buffer" in state for state in resumed.optimizer.state.values())
 
 
+@pytest.mark.slow
 def test_float16_may_be_switched_on_resume(tiny, tmp_path):
     settings = ["train.amp_dtype=float16", "train.eval_every=1000", "train.eval_images=1"]
     for iterations, amp in enumerate(("true", "false", "true"), start=1):

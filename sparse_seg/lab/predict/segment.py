@@ -140,7 +140,7 @@ class ImageSegmenter:
 
     def __call__(self, image: Image) -> Segmentation:
         """Raises a ValueError for an image of a wrong shape or dtype, or smaller than 32x32."""
-        if image.ndim != 3 or image.shape[2] != 3:
+        if image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"an image must be [H, W, 3] uint8 RGB, got {list(image.shape)} {image.dtype}")
         self._last, batch, views = image, self.batch(image), self.views_of(image)
         with eval_mode(self.model), self._timed():

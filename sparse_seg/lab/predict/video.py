@@ -80,7 +80,8 @@ def write_video(
     if older := [file for file in ids if int(file.stem) >= len(times)]:
         _LOG.warning("warning: %s and %d more are of an earlier run", older[0], len(older) - 1)
     if len(times) < LEAST_READ * min(count, limit or count):
-        raise DataError(f"{source}: only {len(times)} of {count} frames could be read; it is damaged")
+        told = f"only {len(times)} of {count} frames could be read, those in {outputs.files(source)[0]}"
+        raise DataError(f"{source}: {told}; it is damaged")
     return {
         "frames": len(times),
         "shares": {name: total / len(times) for name, total in totals.items()},
