@@ -25,6 +25,7 @@ SAME = {"contiguous", "clone", "alias", "detach", "detach_", "lift_fresh", "lift
 PERHAPS_COPIES = SAME | {"reshape", "reshape_as", "flatten"}  # views of some tensors, copies of others
 INPLACE_SHAPES = {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"}
 GROW = {"cat", "concat", "concatenate", "repeat", "tile", "repeat_interleave"}  # perhaps the batch
+UNEVALUATED = SHAPES | MOVES | {"pixel_unshuffle"}  # the latter gives no images as they are
 VALUES = {"item", "_local_scalar_dense", "is_nonzero", "equal"}  # tell Python what a tensor holds
 
 
@@ -125,7 +126,8 @@ class Reader(TorchDispatchMode):
             func = torch.ops.aten.to.dtype
         if not any(of_image):
             out = func(*map(self._at_home, args), **{k: self._at_home(v) for k, v in kwargs.items()})
-            self._enter(call, out, of_image=False)
+            is_random = torch.Tag.nondeterministic_seeded in func.tags
+            self._enter(call, out, of_image=False, is_random=is_random)
             return out
         if call.operator in VALUES:
             raise CaptureFailed("what it runs depends on the values of the images")
@@ -179,7 +181,7 @@ class Reader(TorchDispatchMode):
 
         # many operators import sympy on the meta device, which takes two seconds
         first_error = None
-        if call.operator not in SHAPES | MOVES:
+        if call.operator not in UNEVALUATED:
             try:
                 return tree_map_only(Tensor, one_image, run_on(no_images))
             except (RuntimeError, IndexError) as error:
@@ -193,13 +195,15 @@ class Reader(TorchDispatchMode):
         """The module's device in place of that of tensors without values."""
         return self.home if isinstance(value, torch.device) and value.type == "meta" else value
 
-    def _enter(self, call: Call, out: Any, of_image: bool = True) -> None:
+    def _enter(self, call: Call, out: Any, of_image: bool = True, is_random: bool = False) -> None:
         """Note what the results of a call are."""
         outs = [one for one in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(one, Tensor)]
         if not outs:
             return
         call.shapes = [tuple(one.shape) for one in outs]
         try:
+            if is_random:
+                raise call.error(f"{call.operator} draws at random, another value at each run")
             result = self._result(call, outs)
         except UnknownOperator as error:
             result = error.with_traceback(None)
@@ -214,7 +218,7 @@ class Reader(TorchDispatchMode):
             raise UnknownOperator(
                 str(unknown[0]), dict.fromkeys(layer for one in unknown for layer in one.layers)
             )
-        if name not in SAME | SHAPES and known and all(isinstance(one, Constant) for one in known):
+        if name not in SAME | SHAPES and all(isinstance(one, Constant) for one in known):
             return [self.record.constant(one, known) for one in outs]
         if name in SAME:
             return known[0]

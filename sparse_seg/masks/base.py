@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_seg.config import MaskConfig
 from sparse_seg.config.keys import choices
-from sparse_seg.errors import choose_one
+from sparse_seg.errors import choose_one, shown
 
 BLOCK = 16  # pixels of a block's side: a block is one cell of the coarsest grid, by default that of stride 16
 
@@ -76,8 +76,12 @@ class MaskPolicy(nn.Module, ABC):
         if (fine_fraction is None) == (threshold is None):
             raise ValueError("give a mask policy either fine_fraction or threshold")
         fraction, middle = fine_fraction or 0, middle_fraction or 0
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fine_fraction must lie in 0..1, not {fine_fraction}")
+        try:
+            is_share = 0 <= fraction <= 1
+        except TypeError:
+            is_share = False
+        if not is_share:
+            raise ValueError(f"fine_fraction must lie in 0..1, not {shown(fine_fraction)}")
         if not (middle >= 0 and fraction + middle <= 1 + 1e-9):
             raise ValueError(
                 f"fine_fraction {fraction} and middle_fraction {middle_fraction} must add up to 1 at most"

@@ -56,6 +56,8 @@ def parse_policy(spec: str, mask: MaskConfig) -> MaskConfig:
     Raises:
         ConfigError: an unknown policy or option.
     """
+    if not isinstance(spec, str):
+        raise ConfigError(f"a mask policy is a name, as 'confidence' or 'edge:cad', not {shown(spec)}")
     name, _, words = spec.partition(":")
     if name not in POLICIES:
         raise ConfigError(f"unknown mask policy {choose_one(name, POLICIES)}")

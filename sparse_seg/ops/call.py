@@ -110,8 +110,11 @@ class Record:
         """A new constant, computed of those, as a standardised weight is."""
         trains = any(one.name in self.parameters or one.name.startswith(COMPUTED) for one in made_of)
         name = f"{COMPUTED if trains else CONSTANT}{len(self.constants)}"
+        own = (one.dtype for one in self.parameters.values() if one.is_floating_point())
+        is_real = value.is_floating_point() or value.is_complex()
+        dtype = value.dtype if is_real else next(own, torch.get_default_dtype())  # files hold no others
         with torch.inference_mode(False):
-            self.constants[name] = value.detach().clone()
+            self.constants[name] = value.detach().to(dtype, copy=True)
         return Constant(name, tuple(value.shape))
 
     def bind(self, tensor: Tensor, known: Known) -> None:

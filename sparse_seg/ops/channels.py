@@ -91,6 +91,11 @@ def softmax(x: Tensor, *, axis: int) -> Tensor:
     return x.softmax(axis)
 
 
+@function("log_softmax", check=_check_axis)
+def log_softmax(x: Tensor, *, axis: int) -> Tensor:
+    return x.log_softmax(axis)
+
+
 @function("sum", check=_check_axis)
 def sum_channels(x: Tensor, *, axis: int, keep: bool, count: int = 1) -> Tensor:
     """keep: the axis stays, of length 1; count: 1, or its length, for a mean."""
@@ -98,9 +103,9 @@ def sum_channels(x: Tensor, *, axis: int, keep: bool, count: int = 1) -> Tensor:
     return total if count == 1 else total / count
 
 
-@reads("softmax", "_softmax")
+@reads("softmax", "_softmax", "log_softmax", "_log_softmax")
 def read_softmax(call: Call) -> Ref:
-    return call.make("softmax", axis=call.value().channel_axis(call.argument("dim")))
+    return call.make(call.operator.removeprefix("_"), axis=call.value().channel_axis(call.argument("dim")))
 
 
 @function("conv1d", macs=lambda node, tensors: tensors["weight"].numel() * node.shape[2])

@@ -263,7 +263,7 @@ class SelectiveNetwork(Predicting, nn.Module):
         if self.is_folded:
             return self
         if self.training:
-            raise ValueError("call model.eval() before for_inference(): batch statistics cannot be folded")
+            raise ValueError("call model.eval() first: batch norm in training mode cannot be folded")
         with torch.no_grad():
             graph, tensors = fold_norms(self.graph, self.tensors)
         folded = type(self)(

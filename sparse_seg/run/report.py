@@ -33,8 +33,8 @@ class Report:
     """Where a network's convolutions run. `print` it.
 
     size: of the image that multiply-adds are for, px; fraction: of fine blocks; mixing: layers that mix
-    phases; own: layers that run by their own code; uneven: the layer, and stride in px, of the first window
-    whose strides count otherwise than sites do where they do not divide a size.
+    phases; own: layers that run by their own code; uneven: why results differ at sizes that are no multiples
+    of so many px, if they do.
     """
 
     rows: list[Row]
@@ -64,10 +64,15 @@ class Report:
         if self.own:
             verb = "runs by its" if len(self.own) == 1 else "run by their"
             text += f"; {', '.join(self.own)} {verb} own code, on complete grids"
-        if self.uneven is not None:
-            text += "; at sizes that are no multiples of {1} px results differ from the module's, whose {0} "
-            text = f"{text}halves them otherwise".format(*self.uneven)
-        return text
+        return f"{text}; {self.inexact}" if self.uneven is not None else text
+
+    @property
+    def inexact(self) -> str:
+        """The sizes at which the network is not the module, if there are such."""
+        if self.uneven is None:
+            return ""
+        why, multiple = self.uneven
+        return f"at sizes that are no multiples of {multiple} px results differ from the module's, {why}"
 
     def __str__(self) -> str:
         width = max(len(row.layer) for row in self.rows)
@@ -113,9 +118,19 @@ def report(geometry: Geometry, tensors: Mapping[str, Tensor], policy: MaskPolicy
             selective = round(places * macs)
         rows.append(Row(node.layer, part, geometry.spacing(node), dense, selective))
     mixing = [geometry.nodes[name].layer for name in geometry.mixing]
-    uneven = [node for node in geometry.graph.nodes if _is_uneven(geometry, node)]
-    first = next(((node.layer, geometry.captured[node.name]) for node in uneven), None)
-    return Report(rows, strides, size, fraction, sorted(mixing), geometry.graph.own_code, first)
+    return Report(rows, strides, size, fraction, sorted(mixing), geometry.graph.own_code, uneven(geometry))
+
+
+def uneven(geometry: Geometry) -> tuple[str, int] | None:
+    """Why the network's results differ from the module's at sizes that are no multiples of so many px: a
+    strided window counts places otherwise than sites do; or, as seen by trying, something else."""
+    windows = [node for node in geometry.graph.nodes if _is_uneven(geometry, node)]
+    last = max(windows, key=lambda node: geometry.captured[node.name], default=None)
+    halved = 1 if last is None else geometry.captured[last.name]
+    seen = geometry.graph.nodes[0].options.get("multiple", 1)
+    if seen > halved:
+        return "which pads, crops or resizes otherwise there", seen
+    return None if last is None else (f"whose {last.layer} halves them otherwise", halved)
 
 
 def _is_uneven(geometry: Geometry, node: Node) -> bool:

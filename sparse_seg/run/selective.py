@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,23 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparse_seg.config import MaskConfig, ModelConfig
-from sparse_seg.errors import ConfigError, SparseSegError, first_line, shown
-from sparse_seg.graph import CaptureFailed, Geometry, capture, logits_of
+from sparse_seg.errors import ConfigError, shown
+from sparse_seg.graph import CaptureFailed, Geometry, capture
 from sparse_seg.masks import POLICIES, build_policy, mask_net, parse_policy
-from sparse_seg.ops import OPERATORS, Graph, Node, Spatial
-from sparse_seg.ops.upsample import upsample_logits
+from sparse_seg.ops import Graph, Node
 from sparse_seg.run.card import Card
+from sparse_seg.run.check import check_graph
 from sparse_seg.run.modes import eval_mode
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.values import Interpreter
 
 SIZE = (512, 1024)  # px, of the example image
-TOLERANCE = 1e-4  # of the check against the module, relative; float32 in another order gives 1e-6
-CHECK_SIZE = 256  # px; the module and its graph are compared on an image of at most that many along a side
-
-
-class GraphDiffers(SparseSegError):
-    """A graph does not give what its module gives; the message names the first layer that differs."""
 
 
 def selective(
@@ -55,7 +49,8 @@ def selective(
             trained at.
         policy: as `confidence` or `edge:cad`, see docs/masks.md.
         fine_fraction: share of blocks that become fine.
-        size: `(H, W)` of an example image, px, multiples of 64; other sizes run as well.
+        size: `(H, W)` of an example image, px, multiples of 64; other sizes run as well. Where the module
+            pads or crops at some, a warning says at which sizes results are its own.
         card: class names, colours, mean and std, where they are known.
 
     Raises:
@@ -79,13 +74,15 @@ def captured(
     """See `selective`."""
     module = _unwrapped(module)
     sides = list(size) if isinstance(size, Sequence) else []
-    if len(sides) != 2 or any(length % 64 or length < 64 for length in sides):
+    if len(sides) != 2 or not all(isinstance(one, Integral) and one >= 64 and one % 64 == 0 for one in sides):
         raise ConfigError(f"size must be (H, W), multiples of 64 px, not {shown(size)}")
     with eval_mode(module):
         graph, constants = capture(module, (size[0], size[1]))
         logits = graph.node(graph.output)
-        if logits.op == "sigmoid":
-            raise CaptureFailed(f"{logits.where}: the network ends in a sigmoid; give its logits, without it")
+        if logits.op in ("sigmoid", "softmax", "log_softmax"):
+            raise CaptureFailed(
+                f"{logits.where}: the network ends in a {logits.op}; give its logits, without it"
+            )
         if logits.shape[1] == 1:
             graph = _two_classes(graph)
         network = build_network(graph, module, constants, settings, card)
@@ -104,18 +101,26 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             f"selective() takes a torch.nn.Module, not {type(module).__name__}; files of weights are for "
             "sparse-seg convert"
         )
+    if isinstance(module, SelectiveNetwork):
+        raise ConfigError("this network runs selectively already: give selective() the module it was made of")
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return _unwrapped(module.module)
     original = getattr(module, "_orig_mod", None)
     if isinstance(original, nn.Module):
         return _unwrapped(original)
-    if any(map(is_lazy, module.state_dict().values())):
+    tensors = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+    if any(map(is_lazy, tensors.values())):
         raise ConfigError(
             f"{type(module).__name__} has lazy layers without weights: run it on an image, or load them"
         )
-    lost = next((name for name, one in module.state_dict().items() if one.is_meta), None)
-    if lost is not None:
-        raise ConfigError(f"{lost} is on the meta device and has no values: load the weights first")
+    for name, one in tensors.items():
+        if one.is_meta:
+            raise ConfigError(f"{name} is on the meta device and has no values: load the weights first")
+        kind = type(one)  # subclasses of tensors, but for parameters, make all that is computed one of theirs
+        if kind is not Tensor and kind.__torch_function__ is not nn.Parameter.__torch_function__:
+            raise ConfigError(
+                f"{name} is a {kind.__name__}: make it a plain tensor, by .as_subclass(torch.Tensor)"
+            )
     return module
 
 
@@ -156,7 +161,10 @@ def build_network(
 
 def check_strides(strides: Sequence[int]) -> tuple[int, ...]:
     """Raises a ConfigError for strides that no mask chooses between."""
-    chosen = tuple(map(int, strides)) if isinstance(strides, Sequence) else ()
+    try:
+        chosen = () if isinstance(strides, str) else tuple(map(int, strides))
+    except (TypeError, ValueError):
+        chosen = ()
     doubles = all(2 * a == b for a, b in itertools.pairwise(chosen))
     if len(chosen) not in (2, 3) or not doubles or chosen[0] < 2 or chosen[0] & (chosen[0] - 1):
         raise ConfigError(
@@ -164,110 +172,6 @@ def check_strides(strides: Sequence[int]) -> tuple[int, ...]:
             f"(8, 16, 32), not {shown(strides)}"
         )
     return chosen
-
-
-@torch.no_grad()
-def check_graph(network: SelectiveNetwork, module: nn.Module, size: Sequence[int]) -> None:
-    """Compare a network at its own stride with the module that it was captured from, on random images.
-
-    Raises:
-        GraphDiffers: names the first layer that differs.
-    """
-    small = [min(length, CHECK_SIZE) for length in size]
-    if found := _difference(network, module, small):
-        raise GraphDiffers(f"the captured graph differs from the module by {found}{_cause(network.graph)}")
-    other = next(
-        one for one in ([64, 128], [128, 192], [192, 64]) if one[0] != small[0] and one[1] != small[1]
-    )
-    try:
-        module(_image(module, other))
-    except Exception:  # a module of one size
-        return
-    try:
-        found = _difference(network, module, other)
-    except RuntimeError as error:
-        found = f"an error ({first_line(error)})"
-    if found:
-        raise GraphDiffers(
-            f"what the module computes depends on the images' size: captured at {size[0]}x{size[1]}, its "
-            f"graph differs at {other[0]}x{other[1]} by {found}"
-        )
-
-
-def _difference(network: SelectiveNetwork, module: nn.Module, size: Sequence[int]) -> str:
-    """By how much the logits of an image differ, and in which layer first; nothing if they do not."""
-    images = _image(module, size)
-    seen: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, out: Any) -> None:  # what it returns would replace the output
-            if isinstance(out, Tensor):
-                seen[name] = out.clone()  # a later activation may change it in place
-
-        return hook
-
-    layers = [pair for pair in module.named_modules() if not isinstance(pair[1], torch.jit.ScriptModule)]
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers]
-    try:
-        expected = logits_of(module(images))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    geometry = network.geometry
-    run = Interpreter(geometry, network.tensors, images)
-    values = run.dense(geometry.own, geometry.nodes)
-    grid = run.output(values)
-    if expected.shape[1] == 1:
-        expected = torch.cat([torch.zeros_like(expected), expected], 1)
-    found = grid.tensor
-    if found.shape[2:] != expected.shape[2:]:
-        full = (int(expected.shape[2]), int(expected.shape[3]))
-        trained = geometry.trained(network.graph.output)  # in the module's dtype, as it does it itself
-        found = upsample_logits(found, full, grid.stride, trained, network.graph.align_corners)
-    error = _relative(found, expected)
-    if error <= TOLERANCE:
-        return ""
-    return f"{error:.1g} of the logits{_first_difference(network, values, seen)}"
-
-
-def _image(module: nn.Module, size: Sequence[int]) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    reference = next((one for one in module.parameters() if one.is_floating_point()), torch.zeros(1))
-    return torch.randn(1, 3, *size, generator=generator).to(reference)
-
-
-def _cause(graph: Graph) -> str:
-    """What may make a graph differ from its module."""
-    for node in graph.nodes:
-        operator = OPERATORS[node.op]
-        if isinstance(operator, Spatial) and node.size != (1, 1):
-            read = graph.node(node.inputs[0]).size
-            pairs = zip(node.size, read, operator.window(node).stride, strict=True)
-            if any(made != -(-length // stride) for made, length, stride in pairs):
-                return f": {node.where} gives {node.size} of {read} places; pad it to keep them"
-    return "; please report it"
-
-
-def _first_difference(network: SelectiveNetwork, values: dict[str, Any], seen: dict[str, Any]) -> str:
-    last: dict[str, Node] = {}  # of a layer and all that it holds, in the order in which layers end
-    for node in network.graph.nodes:
-        parts = node.layer.split(".")
-        for layer in (".".join(parts[:count]) for count in range(len(parts), 0, -1)):
-            last.pop(layer, None)
-            last[layer] = node
-    for layer, node in last.items():
-        value, theirs = values.get(node.name), seen.get(layer)
-        tensor = getattr(value, "tensor", value)
-        if not isinstance(tensor, Tensor) or not isinstance(theirs, Tensor) or tensor.shape != theirs.shape:
-            continue
-        if _relative(tensor, theirs) > TOLERANCE:
-            return f", first in {layer}"
-    return ""
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    scale = expected.double().norm().clamp_min(1e-30)
-    return ((found.double() - expected.double()).norm() / scale).item()
 
 
 def _two_classes(graph: Graph) -> Graph:

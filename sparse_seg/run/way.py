@@ -32,7 +32,13 @@ class Way:
 
     @classmethod
     def dense(cls, output_stride: int) -> Way:
-        """Dense at `output_stride`."""
+        """Dense at `output_stride`.
+
+        Raises:
+            ValueError: none is given.
+        """
+        if output_stride is None:
+            raise ValueError("a dense run needs an output stride, px, not None, which is a selective run's")
         return cls(output_stride)
 
     @classmethod

@@ -122,7 +122,12 @@ class Arithmetic(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = (1 - x * self.scale) / 2 + self.shift
-        y = torch.maximum(y, -x) + (x.abs() + 1).sqrt() - torch.exp(-(x**2)) + x.clamp(-1, 1)
+        y = (
+            torch.maximum(y, -x)
+            + (x.abs() + 1).sqrt()
+            - torch.exp(-(x**2))
+            + x.clamp(-1, 1) * x.log_softmax(1)
+        )
         return self.shift - y
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sparse_seg import load_model, save_model, selective
 from sparse_seg.errors import SparseSegError
 from sparse_seg.graph import logits_of
-from sparse_seg.run.selective import GraphDiffers, build_network, check_graph
+from sparse_seg.run.check import GraphDiffers, check_graph
+from sparse_seg.run.selective import build_network
 from tests.graph.toys import Doing, Toy, conv
 from tests.reference import relative_error
 
@@ -63,6 +64,16 @@ def halves(toy: Any, images: Tensor) -> Tensor:
     return toy.head(x + F.interpolate(F.adaptive_avg_pool2d(x, (x.shape[2] // 2, 2)), x.shape[2:]))
 
 
+class Own(Tensor):
+    """A kind of tensor that makes all that is computed of it one of its kind."""
+
+
+def wrapped() -> Toy:
+    toy = Toy()
+    toy.head.weight = nn.Parameter(toy.head.weight.detach().as_subclass(Own))
+    return toy
+
+
 def strided(does: Any = Toy.forward) -> Doing:
     """Strides in place of dilation: output stride 32."""
     return Doing(does, b=conv(1, 2), d=conv(1, 2))
@@ -93,9 +104,21 @@ def grouped() -> Doing:
         (lambda: Doing(d=nn.Conv2d(8, 8, 3)),
          r"differs from the module by .*: conv2d in d gives \(6, 6\) of \(8, 8\) places; pad it"),
         (lambda: Doing(halves),
-         r"depends on the images' size: captured at 64x64, its graph differs at 128x192 by"),
+         r"depends on the images' size: captured at 64x64, its graph differs at 192x128 by"),
+        (lambda: Doing(lambda toy, x: Toy.forward(toy, x) * x.shape[2]),
+         r"at 192x128 by .* of the logits, first in the network itself$"),
+        (lambda: Doing(lambda toy, x: toy.head(F.dropout(toy.body(x), 0.5, True))),
+         r"^the module gives another result each time: it is random, or keeps what it has seen"),
+        (lambda: Doing(lambda toy, x: toy.head(toy.body(x) + torch.rand(1))),
+         r"^the network: rand draws at random, another value at each run$"),
+        (lambda: Doing(lambda toy, x: toy.head(toy.body(x) * 1e4 * 1e4 * 1e4)).half(),
+         r"not finite in torch.float16 .*; capture it in float32, and"),
+        (lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 3, 1), Toy()),
+         r"^0: the operator pixel_unshuffle is not known to run on sites"),
         (lambda: Doing(lambda toy, x: Toy.forward(toy, x).sigmoid()),
          r"the network ends in a sigmoid; give its logits, without it"),
+        (lambda: Doing(lambda toy, x: Toy.forward(toy, x).softmax(1)), r"ends in a softmax; give its logits"),
+        (lambda: Doing(lambda toy, x: Toy.forward(toy, x).log_softmax(1)), r"ends in a log_softmax; give"),
         (lambda: Doing(lambda toy, x: F.pad(Toy.forward(toy, x), (1, 1, 1, 1))),
          r"^the network: padding that no window reads$"),
         (lambda: Doing(lambda toy, x: toy.head(torch.stack([toy.body(x), toy.stem(x)]).relu().sum(0))),
@@ -107,6 +130,8 @@ def grouped() -> Doing:
         (lambda: Doing(reads_the_whole), r"^the network: relu_ writes to a part of a tensor"),
         (lambda: nn.Sequential(nn.LazyConv2d(8, 3), Toy()), r"has lazy layers without weights: run"),
         (lambda: Toy().to("meta"), r"stem.0.weight is on the meta device .* load the weights first"),
+        (wrapped, r"head.weight is a Own: make it a plain tensor"),
+        (lambda: selective(Toy().eval(), size=SIZE), r"runs selectively already: give selective"),
         (lambda: nn.Sequential(nn.Conv2d(4, 8, 3)), r"cannot trace Sequential at 64x64: .* have 4 channels"),
     ],
 )  # fmt: skip
@@ -118,20 +143,25 @@ def test_networks_that_cannot(build: Any, says: str, capfd: pytest.CaptureFixtur
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_no_module_size_or_stride():
+def test_what_is_no_module_size_stride_or_policy():
     with pytest.raises(SparseSegError, match=r"takes a torch.nn.Module, not function"):
         selective(lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(SparseSegError, match=r"multiples of 64 px, not \(100, 100\)"):
-        selective(Toy(), size=(100, 100))
-    for strides, told in (((8, 32), r"\(8, 32\)"), (8, "8")):
-        with pytest.raises(SparseSegError, match=rf"each twice the one before, .* not {told}"):
+    for size in ((100, 100), (512.0, 512.0), ("64", "64")):
+        with pytest.raises(SparseSegError, match=r"multiples of 64 px, not \("):
+            selective(Toy(), size=size)  # type: ignore[arg-type]
+    with pytest.raises(SparseSegError, match=r"a mask policy is a name, .* not None"):
+        selective(Toy(), policy=None)  # type: ignore[arg-type]
+    with pytest.raises(SparseSegError, match=r"fine_fraction must lie in 0..1, not 'a'"):
+        selective(Toy(), fine_fraction="a", size=SIZE)  # type: ignore[arg-type]
+    for strides, told in (((8, 32), "32"), (8, "8"), ("auto", "'auto'"), ((8, None), "None")):
+        with pytest.raises(SparseSegError, match=rf"each twice the one before, .* not .*{told}"):
             selective(Toy(), strides, size=SIZE)  # type: ignore[arg-type]
     says = r"group_norm in stem.7 reads all places .* at 8 px: at the strides \[4, 8\] .* finest may be 8"
     with pytest.raises(SparseSegError, match=says):
         selective(grouped().eval(), (4, 8), size=SIZE)
     network, images = selective(Toy().eval(), size=SIZE), torch.randn(1, 3, 64, 64)
-    for stride in (0, -8, 12, "8"):
-        with pytest.raises(ValueError, match="output_stride must be a power of two"):
+    for stride in (0, -8, 12, "8", None):
+        with pytest.raises(ValueError, match=r"output_stride must be a power of two|needs an output stride"):
             network.dense(images, stride)  # type: ignore[arg-type]
 
 
@@ -144,6 +174,12 @@ def test_a_graph_that_differs_names_the_first_layer():
             node.options["dilation"], node.options["padding"] = [4, 4], [4, 4]
     with pytest.raises(GraphDiffers, match=r"of the logits, first in b"):
         check_graph(build_network(wrong, module, {}, network.settings), module, SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_no_difference(dtype: torch.dtype):
+    module = Doing(d=nn.Sequential(conv(2), nn.InstanceNorm2d(8))).to(dtype)
+    assert selective(module, size=SIZE)(torch.randn(1, 3, *SIZE, dtype=dtype)).isfinite().all()
 
 
 def test_what_it_tells():

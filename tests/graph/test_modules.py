@@ -4,6 +4,7 @@ exported."""
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ def gated(toy: Any, images: Tensor) -> Tensor:
 
 
 def normalising(toy: Any, images: Tensor) -> Any:
-    std = torch.tensor([0.2, 0.3, 0.4]).to(images).view(1, 3, 1, 1)
-    return Toy.forward(toy, (images - toy.mean) / std)
+    std = torch.tensor([0.2, 0.3, 0.4]).to(images) * torch.linspace(1, 2, 3, device=images.device)
+    return Toy.forward(toy, (images - toy.mean) / std.view(1, 3, 1, 1) + torch.full((1,), 0.5))
 
 
 def padding(toy: Any, images: Tensor) -> Any:
@@ -64,6 +65,11 @@ def padding(toy: Any, images: Tensor) -> Any:
     height, width = images.shape[2:]
     padded = F.pad(images, (0, -width % 32, 0, -height % 32))
     return Toy.forward(toy, padded)[:, :, :height, :width]
+
+
+def cropping(toy: Any, images: Tensor) -> Tensor:
+    logits = F.interpolate(toy.head(toy.body(images)), scale_factor=8, mode="bilinear")
+    return logits[:, :, : images.shape[2], : images.shape[3]]
 
 
 def scaled(toy: Any, images: Tensor) -> Tensor:
@@ -140,7 +146,7 @@ def summed() -> Doing:
     [
         *((lambda does=does: Doing(does), (None,))
           for does in (in_place_on_what_others_read, in_place_by_another_name, in_place_on_a_half, gated,
-                       padding, scaled, lambda toy, x: (Toy.forward(toy, x), toy.stem(x)))),
+                       scaled, lambda toy, x: (Toy.forward(toy, x), toy.stem(x)))),
         (lambda: Doing(normalising, mean=nn.Buffer(torch.rand(1, 3, 1, 1))), (None,)),
         *((lambda does=does: Doing(does), (None, (4, 8, 16))) for does in (adding, nearest)),
         (lambda: Doing(selecting, weigh=nn.Conv2d(8, 16, 1), down=conv(1, 2)), EVERY_CHOICE),
@@ -169,7 +175,10 @@ def test_gates_of_what_comes_before_them_at_finer_strides():
 
 @torch.no_grad()
 def test_files_of_computed_weights_and_of_finer_strides_than_the_modules(tmp_path: Path):
-    coarse = Doing(a=conv(1, 2), b=conv(), d=conv())
+    coarse = Doing(
+        lambda toy, x: toy.head(toy.body(x) * torch.arange(8).view(1, 8, 1, 1)),
+        a=conv(1, 2), b=conv(), d=conv(),
+    )  # fmt: skip
     for module, strides in ((computed(), None), (coarse, (8, 16))):
         network, images = selective(module.eval(), strides, size=SIZE), torch.randn(1, 3, 64, 96)
         save_model(network, tmp_path / "net.safetensors")
@@ -241,6 +250,12 @@ def with_layer_norm() -> Doing:
     return toy
 
 
+def patches() -> Toy:
+    toy = Toy()
+    toy.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 2, 2))
+    return toy
+
+
 @pytest.mark.parametrize(
     ("build", "size"),
     [(lambda: Doing(pooling, joined=nn.Conv2d(24, 8, 1)), (64, 96)), (with_layer_norm, (33, 47))],
@@ -249,9 +264,27 @@ def test_exports_are_the_model(build: Any, size: tuple[int, int], tmp_path: Path
     pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     network = selective(build().eval(), (8, 16), "edge", 0.4, SIZE)
     export_onnx(network, tmp_path / "net.onnx", ExportOptions(size, logits=True))  # checks itself
-    if build is with_layer_norm:
-        told = "at sizes that are no multiples of 4 px results differ from the module's, whose stem.4 halves"
-        assert told in str(network.report())
+
+
+@pytest.mark.parametrize(
+    ("build", "told", "warned"),
+    [
+        (
+            with_layer_norm,
+            "no multiples of 4 px results differ from the module's, whose stem.4 halves",
+            False,
+        ),
+        (patches, "no multiples of 8 px results differ from the module's, whose stem.1 halves them", False),
+        (lambda: Doing(padding), "no multiples of 32 px results differ from the module's, which pads,", True),
+        (lambda: Doing(cropping), "no multiples of 8 px results differ from the module's, which pads,", True),
+    ],
+)
+def test_where_sizes_matter_is_told(build: Any, told: str, warned: bool, tmp_path: Path):
+    with pytest.warns(UserWarning, match=told) if warned else nullcontext():
+        network = check_module(build())
+    save_model(network.float(), tmp_path / "net.safetensors")
+    for one in (network, load_model(tmp_path / "net.safetensors")):
+        assert told in str(one.report())
 
 
 def far_reaching(far: int = 40) -> Doing:

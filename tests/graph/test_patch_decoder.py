@@ -121,6 +121,7 @@ def down() -> Decoder:
 @pytest.mark.parametrize(
     ("module", "message"), [(pooled(), "reads whole images behind"), (down(), "32 px apart behind the rows")]
 )
+@pytest.mark.filterwarnings("ignore:Decoder. at sizes that are no multiples of 32 px")
 def test_what_it_cannot_do_is_refused(module: nn.Module, message: str) -> None:
     net = sparse_seg.selective(module.double().eval(), size=(64, 128))
     images, mask = torch.randn(1, 3, 64, 64).double(), torch.ones(1, 4, 4, dtype=torch.bool)

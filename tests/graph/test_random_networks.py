@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sparse_seg.config import ModelConfig
 from sparse_seg.errors import SparseSegError
 from sparse_seg.graph import capture
+from sparse_seg.run.check import check_graph
 from sparse_seg.run.network import SelectiveNetwork
-from sparse_seg.run.selective import build_network, check_graph
+from sparse_seg.run.selective import build_network
 from sparse_seg.run.way import Way
 from sparse_seg.sites import EXCHANGES, Mixed
 from tests.fast import one_fast

@@ -35,7 +35,7 @@ def test_a_folded_bias_has_a_gradient():
 
 
 def test_what_trains_is_not_folded_and_what_is_folded_does_not_train():
-    with pytest.raises(ValueError, match=r"call model\.eval\(\) before for_inference"):
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first: batch norm"):
         build_model({"width": 0.125}).train().for_inference()
     fast = fresh().for_inference()
     assert fast.for_inference() is fast
