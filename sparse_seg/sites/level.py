@@ -112,8 +112,8 @@ class Level:
     def sums_rows(self) -> bool:
         """Whether values where there is no site are summed as they are read, in place of being made once: on
         the CPU, without gradients, in no graph."""
-        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        return self.plan.device.type == "cpu" and not (torch.is_grad_enabled() or traced)
+        in_graph = self.plan.in_graph or torch.jit.is_tracing() or torch.compiler.is_compiling()
+        return self.plan.device.type == "cpu" and not (torch.is_grad_enabled() or in_graph)
 
     def complete(self, source: Tensor, extras: Tensor, exchange: str = "linear") -> Tensor:
         """Values of the level's own grid, all of its cells: `[fine cells, C]`."""

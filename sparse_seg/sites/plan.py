@@ -76,14 +76,21 @@ class LevelPlan:
         batch: number of images.
         size: of the images, px.
         stride: of the level's sites, px.
+        in_graph: whether its network becomes a graph, before which one run makes all tables that it reads.
 
     The number behind the last of a numbering stands for all that lies outside the image.
     """
 
     def __init__(
-        self, batch: int, size: tuple[int, int], stride: int, device: torch.device | str = "cpu"
+        self,
+        batch: int,
+        size: tuple[int, int],
+        stride: int,
+        device: torch.device | str = "cpu",
+        in_graph: bool = False,
     ) -> None:
         self.batch, self.image, self.stride, self.device = batch, size, stride, torch.device(device)
+        self.in_graph = in_graph
         self.fine, self.coarse = grid_size(size, stride), grid_size(size, 2 * stride)
         self.cells = batch * self.coarse[0] * self.coarse[1]
         self.fine_cells = batch * self.fine[0] * self.fine[1]
