@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from sparse_seg.export import StaticNetwork, cuda_graph, onnx_segmentor, to_onnx
+from sparse_seg.sites import Level
 
 
 @pytest.fixture
 def replayed_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs on the CPU: what would be captured runs as it is."""
+    """CUDA graphs on the CPU: what would be captured runs as it is, and sites read what they read on CUDA."""
+    monkeypatch.setattr(Level, "sums_rows", False)
     monkeypatch.setattr(cuda_graph, "check_device", lambda device: None)
     monkeypatch.setattr(cuda_graph, "graphed", lambda module, *example: module)
 
