@@ -19,8 +19,8 @@ from sparse_seg.export.segmentor import RuntimeSegmentor, Session
 from sparse_seg.run.network import SelectiveNetwork
 
 NAME = "cuda-graph"
-# Of logits, relative to the largest: half precision's and TF32's; a wrong table gives about 1
-ROUNDING = 5e-2
+# Of logits, relative to the largest: bfloat16 gave 6e-2, of random weights; a wrong table gives about 1
+ROUNDING = 1e-1
 
 
 class _Reading(TorchDispatchMode):

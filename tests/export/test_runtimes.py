@@ -156,6 +156,7 @@ def test_cuda_graphs_need_a_cuda_device():
 @pytest.mark.parametrize("policy", one_fast("learned", "edge", "entropy"))
 @torch.no_grad()
 def test_cuda_graphs_in_half_precision(policy, replayed_here):
+    torch.manual_seed(0)
     model, images = copy.deepcopy(kind_model("lite", policy)), torch.randn(1, 3, 64, 96)
     expected = model.dense(images, 8)
     for one in (model.bfloat16(), model.for_inference().bfloat16()):
