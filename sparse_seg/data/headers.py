@@ -89,9 +89,8 @@ def _tiff(stream: BinaryIO, start: bytes) -> Header:
     size, bits = (int(tags[_WIDTH]), int(tags[_HEIGHT])), int(tags.get(_BITS, (1,))[0])
     told = 16 if 8 < bits < 16 else None  # OpenCV spreads them over 16 bits
     colours, planes = tags.get(_COLOURS), tags.get(_PLANES) == _APART and tags.get(_CHANNELS, 1) > 1
-    misread = "Lab colours" if colours in _LAB else f"{bits}-bit channels in separate planes"
-    return Header(
-        *("TIFF", *size, bits, numbers, int(tags.get(_ORIENTATION, 1)), told),
-        misread=misread if colours in _LAB or (planes and bits > 8) else "",
-        multiplies=bits == 8 and colours == _RGB and tags.get(_EXTRA, (0,))[0] == _UNASSOCIATED,
-    )
+    misread = f"{bits}-bit channels in separate planes" if planes and bits > 8 else ""
+    misread = "Lab colours" if colours in _LAB else misread
+    multiplies = bits == 8 and colours == _RGB and tags.get(_EXTRA, (0,))[0] == _UNASSOCIATED
+    orientation = int(tags.get(_ORIENTATION, 1))
+    return Header("TIFF", *size, bits, numbers, orientation, told, misread, multiplies)

@@ -213,7 +213,8 @@ class StaticNetwork(nn.Module):
         has_side = self.second_stream and self.geometry.refines and device.type == "cuda"
         self.side = SideStream(device) if has_side else None
         self._matrices: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of upsampling
-        self.plans = {one: LevelPlan(batch, size, one, device, True) for one in self.strides[-2::-1]}
+        finer = self.strides[-2::-1]
+        self.plans = {one: LevelPlan(batch, size, one, device, in_graph=True) for one in finer}
         with torch.no_grad():
             self(*(value.to(self.mean if value.is_floating_point() else device) for value in self.example()))
 

@@ -127,7 +127,8 @@ class Pass:
                 coarse = self._with_late(coarse)
             earlier = self._values if before is not None else None
             kept = self.model.auxiliary[1:] if self.model.training else ()
-            self._values = self._run.mixed(sites, coarse, earlier, not self._patches, kept, not refines)
+            late = not self._patches
+            self._values = self._run.mixed(sites, coarse, earlier, late, kept, last=not refines)
             self._patched = patched(self._run, sites, coarse, self._values) if self._patches else None
         self.mask, self._sites, self._stride = fine_blocks.clone(), sites, None  # the caller's may change
         return self
